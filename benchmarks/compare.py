@@ -1,0 +1,137 @@
+"""Two workers in turn, and the ratios of their times pair by pair."""
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One worker's times.
+
+    Attributes:
+      label: what it is called in the table.
+      seconds: a step, by round.
+      peak_bytes: the most memory its process held.
+      facts: what the worker reported.
+    """
+
+    label: str
+    seconds: list[float]
+    peak_bytes: int
+    facts: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Two sides that ran in turn."""
+
+    name: str
+    ours: Side
+    theirs: Side
+
+    @property
+    def ratios(self) -> list[float]:
+        """Ours over theirs, round by round."""
+        return [a / b for a, b in zip(self.ours.seconds, self.theirs.seconds, strict=True)]
+
+    @property
+    def ratio(self) -> float:
+        """The median of the ratios."""
+        return statistics.median(self.ratios)
+
+
+class Worker:
+    """A worker's process."""
+
+    def __init__(self, module: str, method: str) -> None:
+        # An idle worker must sleep, not spin, while the other is timed.
+        environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module, method],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.facts = self._answer()
+
+    def run(self, steps: int) -> dict[str, Any]:
+        """The answer after so many steps."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{steps}\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        """Ends the process.
+
+        Raises:
+          RuntimeError: it ended with an error.
+        """
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        if self._process.wait(timeout=60) != 0:
+            raise RuntimeError(f"{self._process.args} ended with {self._process.returncode}")
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self._process.args} ended with {self._process.wait()}")
+        return json.loads(line)
+
+
+def compare(
+    name: str, ours: tuple[str, str], theirs: tuple[str, str], *, rounds: int, steps: int
+) -> Comparison:
+    """Runs two workers in turn, A B A B …, both warm.
+
+    Args:
+      name: of the comparison.
+      ours: (module, method) of the one.
+      theirs: (module, method) of the other.
+      rounds: how many pairs.
+      steps: training steps in each half of a pair.
+    """
+    workers = (Worker(*ours), Worker(*theirs))
+    answers: tuple[list[dict], list[dict]] = ([], [])
+    for _ in range(rounds):
+        for worker, answer in zip(workers, answers, strict=True):
+            answer.append(worker.run(steps))
+    for worker in workers:
+        worker.close()
+    sides = [
+        Side(
+            label=f"{worker.facts['library']} {worker.facts['method']}",
+            seconds=[a["seconds"] for a in answer],
+            peak_bytes=max(a["peak_bytes"] for a in answer),
+            facts=worker.facts,
+        )
+        for worker, answer in zip(workers, answers, strict=True)
+    ]
+    return Comparison(name, *sides)
+
+
+def table(comparisons: list[Comparison]) -> str:
+    """The comparisons as a Markdown table."""
+    lines = [
+        "| | ours, s a step | theirs, s a step | ratio: median (least – most) | memory |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for c in comparisons:
+        lines.append(
+            f"| {c.name} | {statistics.median(c.ours.seconds):.3f} |"
+            f" {statistics.median(c.theirs.seconds):.3f} |"
+            f" **{c.ratio:.2f}** ({min(c.ratios):.2f} – {max(c.ratios):.2f}) |"
+            f" {c.ours.peak_bytes / 2**30:.2f} / {c.theirs.peak_bytes / 2**30:.2f} GiB |"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,93 @@
+"""A training step of peft_jax, as a worker: `python -m benchmarks.step_ours METHOD`."""
+
+import sys
+
+import jax
+import numpy as np
+
+from benchmarks import small_llama as setup
+from benchmarks.worker import serve
+from peft_jax.adapters import AdapterSpec, count_parameters, make_method
+from peft_jax.data import Batch
+from peft_jax.models import ExecutionSettings, build_model
+from peft_jax.optim import (
+    MixingSettings,
+    OptimizerSettings,
+    learning_rate_schedule,
+    make_optimizer,
+)
+from peft_jax.training.state import TrainState
+from peft_jax.training.step import TrainStep, summed_loss
+
+SETTINGS = {
+    "full": {},
+    "lora": {"rank": setup.RANK},
+    "lora_ga": {"rank": setup.RANK},
+    "boft": {"block_size": setup.BLOCK_SIZE, "n_butterfly_factors": setup.N_BUTTERFLY_FACTORS},
+    "unitary": {},
+    "hybrid": {
+        "rank": setup.RANK,
+        "block_size": setup.BLOCK_SIZE,
+        "n_butterfly_factors": setup.N_BUTTERFLY_FACTORS,
+    },
+}
+CHUNK = 2048
+
+
+def make_batch() -> Batch:
+    """Random tokens, every one but the last of a row to be learnt."""
+    shape = (setup.BATCH_SIZE, setup.LENGTH)
+    tokens = np.random.default_rng(0).integers(0, setup.CONFIG["vocab_size"], shape, np.int32)
+    mask = np.ones(shape, np.float32)
+    mask[:, -1] = 0
+    return Batch(
+        tokens=tokens,
+        targets=np.roll(tokens, -1, axis=1),
+        loss_mask=mask,
+        positions=np.broadcast_to(np.arange(setup.LENGTH, dtype=np.int32), shape),
+        segment_ids=np.ones(shape, np.int32),
+    )
+
+
+def main(method: str) -> None:
+    """Makes the step of one method and serves it."""
+    model = build_model(setup.CONFIG, ExecutionSettings(scan_layers=False))
+    params = model.init_params(jax.random.key(0))
+    spec = AdapterSpec(method=make_method(method, **SETTINGS[method]))
+    batch = jax.device_put(make_batch())
+    adapter = spec.init(
+        jax.random.key(1),
+        params,
+        loss_fn=lambda bound, rows: summed_loss(model, bound, rows, chunk_size=CHUNK)[0],
+        batches=[batch],
+    )
+    settings = OptimizerSettings(learning_rate=setup.LEARNING_RATE)
+    mixing = MixingSettings() if method == "hybrid" else None
+    optimizer = make_optimizer(settings, 1000, mixing=mixing)
+    train_step = TrainStep(
+        model=model,
+        spec=spec,
+        optimizer=optimizer,
+        learning_rate=learning_rate_schedule(settings, 1000),
+        chunk_size=CHUNK,
+        seed=0,
+    )
+    count = count_parameters(spec, params, adapter)
+    step = jax.jit(train_step, donate_argnums=0)
+    state = TrainState.create(jax.tree.map(lambda a: a.copy(), adapter.trainable), optimizer)
+    frozen, constant = spec.frozen(params), adapter.constant
+    del params, adapter
+    rows = jax.tree.map(lambda a: a[None], batch)
+
+    def run() -> float:
+        nonlocal state
+        state, metrics = step(state, frozen, constant, rows)
+        return float(metrics["loss"])
+
+    serve(run, trainable=count.trainable, library="peft_jax", method=method)
+    if train_step.traces != 1:
+        raise RuntimeError(f"the step was traced {train_step.traces} times")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,56 @@
+"""A training step of Hugging Face PEFT, as a worker: `python -m benchmarks.step_peft METHOD`."""
+
+import sys
+import warnings
+
+import torch
+from peft import BOFTConfig, LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from benchmarks import small_llama as setup
+from benchmarks.worker import serve
+
+CONFIGS = {
+    "full": None,
+    "lora": lambda: LoraConfig(
+        r=setup.RANK, lora_alpha=16, target_modules=setup.LINEARS, lora_dropout=0.0
+    ),
+    # Without its CUDA extension PEFT sets the number of factors to 1.
+    "boft": lambda: BOFTConfig(
+        boft_block_size=setup.BLOCK_SIZE,
+        boft_n_butterfly_factor=setup.N_BUTTERFLY_FACTORS,
+        target_modules=setup.LINEARS,
+    ),
+}
+
+
+def main(method: str) -> None:
+    """Makes the step of one method and serves it."""
+    warnings.filterwarnings("ignore")
+    torch.manual_seed(0)
+    config = dict(setup.CONFIG)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(config.pop("model_type"), **config), dtype=torch.float32
+    )
+    model.config.use_cache = False
+    if CONFIGS[method] is not None:
+        model = get_peft_model(model, CONFIGS[method]())
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=setup.LEARNING_RATE, weight_decay=0.0)
+    tokens = torch.randint(0, setup.CONFIG["vocab_size"], (setup.BATCH_SIZE, setup.LENGTH))
+
+    def run() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        return loss.item()
+
+    count = sum(p.numel() for p in trained)
+    serve(run, trainable=count, library="Hugging Face PEFT", method=method)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

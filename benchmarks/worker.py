@@ -1,0 +1,37 @@
+"""The worker's side of a comparison: makes a step, and runs it when told to.
+
+A worker is a process of its own that speaks lines of JSON. It says {"ready": true, …} once its
+step has been compiled and run, then answers each line "N" on its standard input with the seconds a
+step took over N steps, and ends when the input does.
+"""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+
+
+def serve(step: Callable[[], float], *, warm_up: int = 2, **facts: object) -> None:
+    """Answers until the input ends.
+
+    Args:
+      step: one training step; returns its loss, having waited for it.
+      warm_up: steps not counted.
+      facts: what to report beside.
+    """
+    out, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
+    losses = [step() for _ in range(warm_up)]
+    _say(out, ready=True, first_loss=losses[0], **facts)
+    for line in sys.stdin:
+        count = int(line)
+        start = time.perf_counter()
+        for _ in range(count):
+            loss = step()
+        seconds = (time.perf_counter() - start) / count
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        _say(out, seconds=seconds, loss=loss, peak_bytes=peak)
+
+
+def _say(out, **answer: object) -> None:
+    print(json.dumps(answer), file=out, flush=True)

@@ -1,0 +1,104 @@
+"""Pieces that configurations share: every setting at its default, and typed arguments.
+
+A configuration is a file with `get_config(arg)`, where `arg` is what follows the colon in
+`--config=configs/finetune.py:lora`. It takes `base()`, which holds every setting there is, and
+changes what it wants changed; what it gets wrong (a misspelt name, a wrong type) is refused before
+anything is loaded.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from peft_jax.core import did_you_mean
+from peft_jax.training.config import default_config
+
+LEARNING_RATES = {
+    "full": 2e-5,
+    "lora": 2e-4,
+    "lora_ga": 5e-5,
+    "boft": 5e-4,
+    "unitary": 5e-4,
+    "hybrid": 2e-4,
+}
+"""Where to begin with each method; the best one depends on the model and the task."""
+
+PRECISIONS = ("bfloat16", "float32")
+
+
+def base(*, method: str = "hybrid", precision: str = "bfloat16") -> ConfigDict:
+    """Every setting at its default, for one method and one precision.
+
+    Args:
+      method: a method's name; the learning rate is where one begins with it.
+      precision: how the base's weights are held and activations are computed. What is trained is
+        float32 either way.
+
+    Raises:
+      ValueError: the method or the precision is not known.
+    """
+    if method not in LEARNING_RATES:
+        raise ValueError(f"there is no method {method!r}{did_you_mean(method, LEARNING_RATES)}")
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"there is no precision {precision!r}{did_you_mean(precision, PRECISIONS)}"
+        )
+    config = default_config()
+    config.method.name = method
+    config.model.dtype = precision
+    config.execution.compute_dtype = precision
+    config.train.learning_rate = LEARNING_RATES[method]
+    return config
+
+
+def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
+    """The options in a configuration's argument: "lora,precision=float32".
+
+    Args:
+      arg: options separated by commas, each `name=value`; the first may be the value alone of the
+        first option.
+      **defaults: the options there are; a value is read as the type of its default.
+
+    Raises:
+      ValueError: an option that is not known, is given twice, or cannot be read as its type.
+
+    Example:
+      >>> options = parse_arg("lora,rank=4", method="hybrid", rank=8, quick=False)
+      >>> options.method, options.rank, options.quick
+      ('lora', 4, False)
+      >>> parse_arg("rnak=4", rank=8)
+      Traceback (most recent call last):
+      ValueError: the argument 'rnak=4' has the option 'rnak'; did you mean 'rank'? Known: rank
+    """
+    options = ConfigDict(defaults)
+    given: set[str] = set()
+    for index, part in enumerate(part.strip() for part in arg.split(",") if part.strip()):
+        name, equals, text = part.partition("=")
+        if not equals and index == 0:
+            name, text = next(iter(defaults)), part
+        elif not equals and isinstance(defaults.get(name), bool):
+            text = "true"
+        elif not equals:
+            raise ValueError(
+                f"the argument {arg!r} has {part!r}, which is not of the form name=value"
+            )
+        if name not in defaults:
+            hint = did_you_mean(name, defaults)
+            raise ValueError(f"the argument {arg!r} has the option {name!r}{hint}")
+        if name in given:
+            raise ValueError(f"the argument {arg!r} gives {name} twice")
+        given.add(name)
+        options[name] = _read(text, type(defaults[name]), f"the argument {arg!r}: {name}")
+    return options
+
+
+def _read(text: str, kind: type, where: str) -> Any:
+    """A text as the type of the default it replaces."""
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"{where} must be true or false; it is {text!r}")
+        return text.lower() == "true"
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise ValueError(f"{where} must be of type {kind.__name__}; it is {text!r}") from error

@@ -1,0 +1,38 @@
+r"""The demo: the small checkpoint in assets/tiny_world learns to answer questions.
+
+    python train.py --config=configs/demo.py --workdir=runs/demo
+
+Its base has read stories and songs and was never asked anything. A few hundred steps of the hybrid
+teach it to answer; `make demo` runs this and shows its answers before and after. The argument
+names another method: `configs/demo.py:lora`.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+LEARNING_RATES = {
+    "full": 1e-3,
+    "lora": 5e-3,
+    "lora_ga": 2e-3,
+    "boft": 1e-2,
+    "unitary": 1e-2,
+    "hybrid": 5e-3,
+}
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    options = common.parse_arg(arg, method="hybrid", steps=300)
+    config = common.base(method=options.method, precision="float32")
+    config.model.path = "assets/tiny_world"
+    config.data.recipe = "chat"
+    config.data.path = "assets/tiny_world_questions"
+    config.train.steps = options.steps
+    config.train.batch_size = 16
+    config.train.max_length = 256
+    config.train.learning_rate = LEARNING_RATES[options.method]
+    config.optimizer.schedule.name = "cosine"
+    config.optimizer.schedule.warmup_ratio = 0.05
+    config.evaluate.every = 100
+    config.checkpoint.every = 100
+    return config

@@ -1,0 +1,26 @@
+r"""Any supported checkpoint, any data, any method.
+
+    python train.py --config=configs/finetune.py:hybrid --workdir=runs/gsm8k \
+        --config.model.path=/path/to/checkpoint --config.data.recipe=gsm8k
+
+The argument names the method: hybrid, lora, lora_ga, boft, unitary or full; and, after a comma, the
+precision of the base: `configs/finetune.py:lora,precision=float32` for a CPU. Every setting can be
+changed with a flag: `--config.method.rank=16`, `--config.train.learning_rate=1e-4`.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    options = common.parse_arg(arg, method="hybrid", precision="bfloat16")
+    config = common.base(method=options.method, precision=options.precision)
+    config.train.steps = 1000
+    config.train.batch_size = 16
+    config.train.max_length = 1024
+    config.optimizer.schedule.name = "cosine"
+    config.optimizer.schedule.warmup_ratio = 0.03
+    config.evaluate.every = 200
+    config.checkpoint.every = 100
+    return config

@@ -1,0 +1,141 @@
+"""The demo: a small model that has only read stories learns to answer questions about them.
+
+    make demo                 # sets up an environment, and then runs
+    python -m examples.demo   # from the repository's root
+
+It measures the checkpoint in `assets/tiny_world` on questions about stories it has not seen,
+fine-tunes it by the hybrid method as `configs/demo.py` says (the same run as with `train.py`),
+measures it again with the adapter bound, and shows both side by side. Stopped on its way, it goes
+on where it was; finished, it shows its results again. Take another --workdir for another run.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from configs import demo
+from peft_jax.core import Tree
+from peft_jax.generation import GenerationSettings, generate_text
+from peft_jax.hub import load_adapter, load_model
+from peft_jax.models import CausalLM
+from peft_jax.training import from_config_dict, run
+
+SHOWN = 5
+"""How many questions are shown with their answers."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Question:
+    """A question about a story.
+
+    Attributes:
+      subject: what it asks for, as in `tiny_world.Fact`.
+      messages: the user's turn: the story, and the question on a line of its own.
+      answer: the right answer.
+    """
+
+    subject: str
+    messages: list[dict[str, str]]
+    answer: str
+
+
+def read_questions(path: Path) -> list[Question]:
+    """The questions of a file that `tiny_world.py questions` wrote."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [
+        Question(
+            subject=row["subject"],
+            messages=row["messages"][:-1],
+            answer=row["messages"][-1]["content"],
+        )
+        for row in rows
+    ]
+
+
+def answer(
+    model: CausalLM, params: Tree, tokenizer: Any, questions: Sequence[Question]
+) -> list[str]:
+    """What the model says to each question, greedily."""
+    found = generate_text(
+        model,
+        params,
+        tokenizer,
+        [question.messages for question in questions],
+        GenerationSettings(max_new_tokens=16, batch_size=64),
+    )
+    return [text.strip() for text in found.texts]
+
+
+def accuracy(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
+    """The fraction of answers that are right to the letter, by subject and of "all"."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    for question, given in zip(questions, answers, strict=True):
+        for subject in (question.subject, "all"):
+            right[subject].append(given == question.answer)
+    return {subject: sum(marks) / len(marks) for subject, marks in sorted(right.items())}
+
+
+def main() -> None:
+    """Measures, trains, measures again, and shows what came of it."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--workdir", type=Path, default=Path("runs/demo"), help="for the run")
+    parser.add_argument("--config", default="", help="argument of configs/demo.py: lora,steps=100")
+    given = parser.parse_args()
+    started = time.monotonic()
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    config = from_config_dict(demo.get_config(given.config))
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    model, params = load_model(config.model.path, dtype="float32")
+    questions = read_questions(Path(config.data.path, "validation.jsonl"))
+    console.rule("Before")
+    console.print(
+        f"The checkpoint {config.model.path} has read stories, and was never asked a question. "
+        f"Here are {len(questions)} about stories it has not seen."
+    )
+    before = answer(model, params, tokenizer, questions)
+    console.print(f"Right answers: {accuracy(questions, before)['all']:.1%}")
+
+    console.rule(f"Fine-tuning: {config.method.name}")
+    summary = run(config, given.workdir)
+
+    console.rule("After")
+    spec, state = load_adapter(given.workdir / "adapter", model, params)
+    after = answer(model, spec.bind(params, state), tokenizer, questions)
+    for question, *answers in list(zip(questions, before, after, strict=True))[:SHOWN]:
+        story, _, asked = question.messages[-1]["content"].rpartition("\n")
+        console.print(f"\n[dim]{story}[/dim]\n[bold]{asked}[/bold]", highlight=False)
+        for label, said in zip(("before", "after"), answers, strict=True):
+            colour = "green" if said == question.answer else "red"
+            console.print(f"  {label:<7}[{colour}]{said}[/{colour}]", highlight=False)
+    scores = Table(title="\nRight answers, to the letter")
+    scores.add_column("asked for")
+    for name in ("before", "after"):
+        scores.add_column(name, justify="right")
+    by_subject = [accuracy(questions, answers) for answers in (before, after)]
+    for subject in sorted(by_subject[0], key=lambda name: (name == "all", name)):
+        scores.add_row(subject, *(f"{score[subject]:.0%}" for score in by_subject))
+    console.print(scores)
+    console.print(
+        f"{summary['trainable_parameters']:,} of {summary['total_parameters']:,} parameters were "
+        f"trained in {summary['steps']} steps of {summary['seconds_per_step']:.2f} s.\n"
+        f"The whole demo took {time.monotonic() - started:.0f} s.\n"
+        f"Report: {given.workdir / 'report' / 'README.md'}\n"
+        f"Adapter: {given.workdir / 'adapter'}",
+        highlight=False,
+    )
+
+
+if __name__ == "__main__":
+    main()

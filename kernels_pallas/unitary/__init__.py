@@ -1,0 +1,5 @@
+"""The unitary product of phases, Fourier transforms and reflections."""
+
+from kernels_pallas.unitary.api import unitary_product
+
+__all__ = ["unitary_product"]

@@ -1,0 +1,47 @@
+"""Adapters: pure functional transforms over frozen parameter trees.
+
+Methods, each over one kernel: `LoRA`, `LoRAGA`, `BOFT`, `Unitary`, `Hybrid`, and `Full`.
+Over a whole model: `AdapterSpec` makes, binds and merges an `AdapterState`.
+
+    spec = AdapterSpec(method=LoRA(rank=8))
+    state = spec.init(key, params)         # small trees along the selected kernels
+    bound = spec.bind(params, state)       # the same tree with an AdaptedKernel at each of them
+    merged = spec.merge(params, state)     # plain arrays again
+"""
+
+from peft_jax.adapters.boft import BOFT
+from peft_jax.adapters.full import Full
+from peft_jax.adapters.hybrid import LOW_RANK, ROTATION, Hybrid
+from peft_jax.adapters.lora import LoRA
+from peft_jax.adapters.lora_ga import LoRAGA
+from peft_jax.adapters.method import AdapterMethod, GradientFactors
+from peft_jax.adapters.plan import ALL_LINEAR, Plan
+from peft_jax.adapters.registry import METHODS, make_method, method_settings
+from peft_jax.adapters.sketch import gradient_factors
+from peft_jax.adapters.spec import AdapterSpec, AdapterState
+from peft_jax.adapters.table import ParameterCount, count_parameters, trainable_table
+from peft_jax.adapters.unitary import Unitary
+
+__all__ = [
+    "ALL_LINEAR",
+    "BOFT",
+    "LOW_RANK",
+    "METHODS",
+    "ROTATION",
+    "AdapterMethod",
+    "AdapterSpec",
+    "AdapterState",
+    "Full",
+    "GradientFactors",
+    "Hybrid",
+    "LoRA",
+    "LoRAGA",
+    "ParameterCount",
+    "Plan",
+    "Unitary",
+    "count_parameters",
+    "gradient_factors",
+    "make_method",
+    "method_settings",
+    "trainable_table",
+]

@@ -1,0 +1,143 @@
+"""BOFT: the kernel's input turned by a product of butterfly-structured rotations."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kernels_pallas.block_rotation import block_rotation, butterfly_rotation
+from kernels_pallas.cayley import cayley, compose_butterfly
+from peft_jax.adapters.method import AdapterMethod, Arrays, Axes, GradientFactors
+from peft_jax.core import Kernel, linear
+from peft_jax.core.checks import check_fraction, check_positive_int
+
+MAX_COMPOSED_BLOCK = 256
+"""Up to this size the factors are multiplied into dense blocks once a step; beyond it the factors
+act one after another, which costs m passes over the activations but less arithmetic."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BOFT(AdapterMethod):
+    """Orthogonal butterfly fine-tuning, y = ((x M) W) ⊙ scale with M = F_{m-1} ... F_0.
+
+    Each factor is block-diagonal (after a permutation) with blocks Q = (I - S)(I + S)⁻¹ of
+    skew-symmetric S; see `kernels_pallas.block_rotation.butterfly_rotation`. Only the
+    b (b - 1) / 2 free entries of each S are stored, where Hugging Face PEFT stores b² and projects.
+    Trained: `r` [m, d_in / b, b (b - 1) / 2], zeros at first, and `scale` [d_out], ones at first.
+
+    Attributes:
+      block_size: b; d_in must be divisible by b 2^(m-1).
+      n_butterfly_factors: m; 1 is a plain block-diagonal rotation (OFT).
+      dropout: the probability that a block is left out (replaced by the identity) while training;
+        PEFT instead replaces a fixed share of one randomly chosen factor's blocks.
+
+    Source: Liu et al., 2023, arXiv 2311.06243.
+    """
+
+    name: ClassVar[str] = "boft"
+
+    block_size: int = 8
+    n_butterfly_factors: int = 2
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_positive_int("block_size", self.block_size)
+        check_positive_int("n_butterfly_factors", self.n_butterfly_factors)
+        check_fraction("dropout", self.dropout)
+        if self.block_size < 2:
+            raise ValueError("block_size must be at least 2: a block of 1 has nothing to turn")
+        if self.n_butterfly_factors > 1 and self.block_size % 2:
+            raise ValueError(
+                f"block_size must be even with {self.n_butterfly_factors} butterfly factors, which"
+                f" pair half-blocks, but is {self.block_size}"
+            )
+
+    @property
+    def composed_block_size(self) -> int:
+        """The size of the blocks of M: b 2^(m-1)."""
+        return self.block_size * 2 ** (self.n_butterfly_factors - 1)
+
+    def check_kernel(self, module: str, shape: tuple[int, int]) -> None:
+        """The input must divide into blocks of b 2^(m-1)."""
+        d_in = shape[0]
+        if d_in % self.composed_block_size == 0:
+            return
+        factor = 2 ** (self.n_butterfly_factors - 1)
+        sizes = [
+            b
+            for b in range(2, d_in // factor + 1)
+            if d_in % (b * factor) == 0 and (factor == 1 or b % 2 == 0)
+        ]
+        nearest = sorted(sorted(sizes, key=lambda b: abs(b - self.block_size))[:4])
+        help_ = (
+            f"block sizes that work there: {', '.join(map(str, nearest))}"
+            if nearest
+            else "no block size works there with this many factors; use fewer"
+        )
+        raise ValueError(
+            f"{self.name} with block_size {self.block_size} and n_butterfly_factors"
+            f" {self.n_butterfly_factors} needs an input divisible by {self.composed_block_size},"
+            f" but {module} has {d_in} inputs; {help_}"
+        )
+
+    def init(
+        self, key: jax.Array, shape: tuple[int, int], gradient: GradientFactors | None = None
+    ) -> tuple[Arrays, Arrays]:
+        """Zeros and ones: every factor is the identity."""
+        del key, gradient
+        d_in, d_out = shape
+        b = self.block_size
+        r = jnp.zeros((self.n_butterfly_factors, d_in // b, b * (b - 1) // 2), jnp.float32)
+        return {"r": r, "scale": jnp.ones((d_out,), jnp.float32)}, {}
+
+    def axes(self, d_in: str | None, d_out: str | None) -> tuple[Axes, Axes]:
+        """The blocks are laid out along the kernel's input."""
+        return {"r": (None, d_in, None), "scale": (d_out,)}, {}
+
+    def prepare(
+        self, trainable: Arrays, constant: Arrays, *, dropout_key: jax.Array | None = None
+    ) -> Arrays:
+        """The rotation's blocks: composed [d_in / B, B, B], or factors [m, d_in / b, b, b]."""
+        del constant
+        factors = cayley(trainable["r"], self.block_size)
+        if dropout_key is not None and self.dropout > 0:
+            left_out = jax.random.bernoulli(dropout_key, self.dropout, factors.shape[:2])
+            eye = jnp.eye(self.block_size, dtype=factors.dtype)
+            factors = jnp.where(left_out[..., None, None], eye, factors)
+        if self.composed_block_size <= MAX_COMPOSED_BLOCK:
+            return {"blocks": compose_butterfly(factors), "scale": trainable["scale"]}
+        return {"factors": factors, "scale": trainable["scale"]}
+
+    def project(
+        self,
+        x: Float[Array, "*batch d_in"],
+        base: Kernel,
+        arrays: Arrays,
+        *,
+        dropout_key: jax.Array | None = None,
+    ) -> Float[Array, "*batch d_out"]:
+        """((x M) W) ⊙ scale."""
+        del dropout_key
+        return linear(self._rotate(x, arrays), base) * arrays["scale"].astype(x.dtype)
+
+    def merge(self, base: Float[Array, "d_in d_out"], arrays: Arrays) -> Float[Array, "d_in d_out"]:
+        """(M W) ⊙ scale."""
+        # The rows of Wᵀ through the transposed map are the columns of M W.
+        columns = base.astype(jnp.float32).T
+        _, transposed = jax.vjp(
+            lambda x: self._rotate(x, arrays, precision=jax.lax.Precision.HIGHEST), columns
+        )
+        return transposed(columns)[0].T * arrays["scale"].astype(jnp.float32)
+
+    def _rotate(
+        self,
+        x: Float[Array, "*batch d_in"],
+        arrays: Arrays,
+        *,
+        precision: jax.lax.Precision | None = None,
+    ) -> Float[Array, "*batch d_in"]:
+        if "blocks" in arrays:
+            return block_rotation(x, arrays["blocks"], precision=precision)
+        return butterfly_rotation(x, arrays["factors"], precision=precision)

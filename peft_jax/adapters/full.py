@@ -1,0 +1,15 @@
+"""Full fine-tuning: the kernel itself is trained; the baseline."""
+
+import dataclasses
+from typing import ClassVar
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Full:
+    """Every selected leaf is trained itself, y = x W with W trained.
+
+    Not an `AdapterMethod`: nothing stands beside the kernel. `AdapterSpec` puts the trained leaf in
+    the frozen one's place, and drops the frozen one.
+    """
+
+    name: ClassVar[str] = "full"

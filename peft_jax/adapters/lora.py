@@ -1,0 +1,104 @@
+"""LoRA: a low-rank product beside the frozen kernel."""
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from peft_jax.adapters.low_rank import low_rank_product
+from peft_jax.adapters.method import AdapterMethod, Arrays, Axes, GradientFactors
+from peft_jax.core import Kernel, linear
+from peft_jax.core.checks import check_fraction, check_positive, check_positive_int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRA(AdapterMethod):
+    """Low-rank adaptation, y = x W + s (x A) B with s = alpha / rank.
+
+    A [d_in, r] starts as Hugging Face PEFT's does, uniform within ±1/√d_in; B [r, d_out] starts at
+    zero. Trained: `a`, `b`.
+
+    Attributes:
+      rank: r.
+      alpha: the numerator of s.
+      rank_stabilized: s = alpha / √rank instead (Kalajdzievski, 2023, arXiv 2312.03732).
+      dropout: the probability that an input of A is dropped while training.
+
+    Source: Hu et al., 2021, arXiv 2106.09685, eq. 3.
+
+    Example:
+      >>> LoRA(rank=4, alpha=8.0).scale
+      2.0
+      >>> LoRA(rank=4, alpha=8.0, rank_stabilized=True).scale
+      4.0
+    """
+
+    name: ClassVar[str] = "lora"
+
+    rank: int = 8
+    alpha: float = 16.0
+    rank_stabilized: bool = False
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_positive_int("rank", self.rank)
+        check_positive("alpha", self.alpha)
+        check_fraction("dropout", self.dropout)
+
+    @property
+    def scale(self) -> float:
+        """The factor s before the low-rank product."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+    def init(
+        self, key: jax.Array, shape: tuple[int, int], gradient: GradientFactors | None = None
+    ) -> tuple[Arrays, Arrays]:
+        """A uniform within ±1/√d_in, B zero; nothing constant."""
+        del gradient
+        d_in, d_out = shape
+        bound = 1.0 / math.sqrt(d_in)
+        a = jax.random.uniform(key, (d_in, self.rank), jnp.float32, -bound, bound)
+        return {"a": a, "b": jnp.zeros((self.rank, d_out), jnp.float32)}, {}
+
+    def axes(self, d_in: str | None, d_out: str | None) -> tuple[Axes, Axes]:
+        """A is laid out along the kernel's input, B along its output."""
+        return {"a": (d_in, None), "b": (None, d_out)}, {}
+
+    def prepare(
+        self, trainable: Arrays, constant: Arrays, *, dropout_key: jax.Array | None = None
+    ) -> Arrays:
+        """A, and B times s."""
+        del constant, dropout_key
+        return {"a": trainable["a"], "b": self.scale * trainable["b"]}
+
+    def project(
+        self,
+        x: Float[Array, "*batch d_in"],
+        base: Kernel,
+        arrays: Arrays,
+        *,
+        dropout_key: jax.Array | None = None,
+    ) -> Float[Array, "*batch d_out"]:
+        """X W + (x A)(s B)."""
+        return linear(x, base) + self.low_rank(x, arrays, dropout_key=dropout_key)
+
+    def low_rank(
+        self, x: Float[Array, "*batch d_in"], arrays: Arrays, *, dropout_key: jax.Array | None
+    ) -> Float[Array, "*batch d_out"]:
+        """The adapter's own term, (x A)(s B)."""
+        if dropout_key is not None and self.dropout > 0:
+            kept = jax.random.bernoulli(dropout_key, 1.0 - self.dropout, x.shape)
+            x = jnp.where(kept, x / (1.0 - self.dropout), jnp.zeros_like(x))
+        return low_rank_product(x, arrays["a"], arrays["b"])
+
+    def merge(self, base: Float[Array, "d_in d_out"], arrays: Arrays) -> Float[Array, "d_in d_out"]:
+        """W + s A B."""
+        return base.astype(jnp.float32) + self.difference(arrays)
+
+    def difference(self, arrays: Arrays) -> Float[Array, "d_in d_out"]:
+        """What the adapter adds to the kernel."""
+        a, b = arrays["a"].astype(jnp.float32), arrays["b"].astype(jnp.float32)
+        return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

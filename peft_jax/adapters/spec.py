@@ -1,0 +1,314 @@
+"""Which kernels of a model get which adapter; the tree with adapters bound, or merged."""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from peft_jax.adapters.full import Full
+from peft_jax.adapters.method import AdapterMethod, GradientFactors
+from peft_jax.adapters.plan import ALL_LINEAR, Plan, make_plan
+from peft_jax.adapters.sketch import LossFn, gradient_factors, kernel_shape
+from peft_jax.core import AdaptedKernel, Path, Tree, flatten, is_stacked, join_path, unflatten
+from peft_jax.core.checks import check_choice, check_positive, check_positive_int
+
+
+@struct.dataclass
+class AdapterState:
+    """An adapter's arrays over a whole model, as trees along the paths of the adapted leaves.
+
+    Attributes:
+      trainable: at a kernel's path the method's trained arrays; at a fully trained leaf's path the
+        leaf itself.
+      constant: at a kernel's path the method's constant arrays, where it has any.
+    """
+
+    trainable: Tree
+    constant: Tree
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterSpec:
+    """A method and where it applies; pure functions over a model's parameters.
+
+    Attributes:
+      method: an `AdapterMethod`, or `Full`.
+      target_modules: "all-linear" (every linear map but the output head), a list of names (a
+        module's last parts: "q_proj", "mlp.up_proj"), or one regular expression. With `Full`,
+        "all-linear" means every leaf of the model.
+      exclude_modules: names, or one regular expression, taken out again.
+      rank_pattern, alpha_pattern: rank and alpha of single modules, by name or by regular
+        expression; the first that matches counts.
+      modules_to_save: modules whose leaves are trained themselves beside the adapters.
+      dtype: of trained leaves: "float32" or "bfloat16". Adapters' arrays are made in float32 and
+        cast to it.
+
+    Example:
+      >>> from peft_jax.adapters import LoRA
+      >>> params = {"layers": {"mlp": {"up_proj": {"kernel": jnp.ones((2, 3, 4))}}}}
+      >>> spec = AdapterSpec(method=LoRA(rank=1))
+      >>> state = spec.init(jax.random.key(0), params)
+      >>> jax.tree.map(jnp.shape, state.trainable)
+      {'layers': {'mlp': {'up_proj': {'kernel': {'a': (2, 3, 1), 'b': (2, 1, 4)}}}}}
+      >>> bound = spec.bind(params, state)
+      >>> type(bound["layers"]["mlp"]["up_proj"]["kernel"]).__name__
+      'AdaptedKernel'
+    """
+
+    method: AdapterMethod | Full
+    target_modules: str | tuple[str, ...] = ALL_LINEAR
+    exclude_modules: str | tuple[str, ...] = ()
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    modules_to_save: tuple[str, ...] = ()
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.method, AdapterMethod | Full):
+            raise ValueError(f"method must be an adapter method, but is {self.method!r}")
+        for setting in ("target_modules", "exclude_modules", "modules_to_save"):
+            value = getattr(self, setting)
+            if not isinstance(value, str):
+                object.__setattr__(self, setting, tuple(value))
+        if isinstance(self.modules_to_save, str):
+            raise ValueError(
+                f"modules_to_save must be a list of names, but is the string"
+                f" {self.modules_to_save!r}"
+            )
+        if self.target_modules == ():
+            raise ValueError("target_modules is empty; name modules, or give 'all-linear'")
+        for pattern, rank in self.rank_pattern.items():
+            check_positive_int(f"rank_pattern[{pattern!r}]", rank)
+        for pattern, alpha in self.alpha_pattern.items():
+            check_positive(f"alpha_pattern[{pattern!r}]", alpha)
+        check_choice("dtype", self.dtype, ("float32", "bfloat16"))
+
+    def plan(self, params: Tree) -> Plan:
+        """What is adapted and what is trained itself, in a model with these parameters.
+
+        Args:
+          params: the model's parameters, arrays or abstract ones.
+
+        Raises:
+          ValueError: when a target matches nothing, a kernel cannot be adapted, or a leaf would be
+            both adapted and trained itself.
+        """
+        return make_plan(
+            params,
+            self.method,
+            target_modules=self.target_modules,
+            exclude_modules=self.exclude_modules,
+            rank_pattern=self.rank_pattern,
+            alpha_pattern=self.alpha_pattern,
+            modules_to_save=self.modules_to_save,
+        )
+
+    def init(
+        self,
+        key: jax.Array,
+        params: Tree,
+        *,
+        loss_fn: LossFn | None = None,
+        batches: Sequence[Any] | None = None,
+    ) -> AdapterState:
+        """The adapter's first arrays; the adapted model computes what the base model does.
+
+        Args:
+          key: a random key. What a module gets depends on the key and its name, not on the others.
+          params: the model's parameters.
+          loss_fn: the loss of (parameters, one batch), for methods that start from gradients.
+          batches: the first batches, likewise.
+
+        Raises:
+          ValueError: as `plan`; or when a method needs gradients and no loss or batches are given.
+        """
+        plan = self.plan(params)
+        ranks = {path: m.gradient_rank for path, m in plan.adapted.items() if m.gradient_rank}
+        factors: dict[Path, GradientFactors] = {}
+        if ranks:
+            if loss_fn is None or not batches:
+                raise ValueError(
+                    f"{self.method.name} starts from the gradient on the first batches; give"
+                    " loss_fn and batches"
+                )
+            sketch_key = jax.random.fold_in(key, zlib.crc32(b"gradient sketch"))
+            factors = gradient_factors(loss_fn, params, ranks, batches, sketch_key)
+        return self._init(key, params, plan, factors)
+
+    def abstract(self, params: Tree) -> AdapterState:
+        """The shapes and dtypes of what `init` makes, without making it or needing a gradient."""
+        plan = self.plan(params)
+        factors = {}
+        for path, method in plan.adapted.items():
+            if k := method.gradient_rank:
+                *stack, d_in, d_out = kernel_shape(flatten(params)[path])
+                shapes = ((d_in, k), (k,), (d_out, k))
+                arrays: list[Any] = [
+                    jax.ShapeDtypeStruct((*stack, *shape), jnp.float32) for shape in shapes
+                ]
+                factors[path] = GradientFactors(*arrays)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        trained = {path: flatten(params)[path] for path in plan.trained}
+        return jax.eval_shape(
+            lambda key, trained, factors: self._init(
+                key, unflatten(flatten(params) | trained), plan, factors
+            ),
+            key,
+            trained,
+            factors,
+        )
+
+    def _init(
+        self, key: jax.Array, params: Tree, plan: Plan, factors: Mapping[Path, GradientFactors]
+    ) -> AdapterState:
+        flat = flatten(params)
+        dtype = jnp.dtype(self.dtype)
+        trainable: dict[Path, Any] = {path: flat[path].astype(dtype) for path in plan.trained}
+        constant: dict[Path, Any] = {}
+        for path, method in plan.adapted.items():
+            *stack, d_in, d_out = kernel_shape(flat[path])
+            module_key = jax.random.fold_in(key, zlib.crc32(join_path(path).encode()))
+            make = _init_function(method, (d_in, d_out))
+            if stack:
+                keys = jax.random.split(module_key, stack[0])
+                learnt, fixed = jax.vmap(make)(keys, factors.get(path))
+            else:
+                learnt, fixed = make(module_key, factors.get(path))
+            trainable[path] = jax.tree.map(lambda a: a.astype(dtype), learnt)
+            for name, array in flatten(fixed).items():
+                constant[(*path, *name)] = array.astype(dtype)
+        return AdapterState(trainable=unflatten(trainable), constant=unflatten(constant))
+
+    def frozen(self, params: Tree) -> Tree:
+        """The parameters without the leaves that are trained themselves: nothing is held twice."""
+        trained = set(self.plan(params).trained)
+        return unflatten({path: v for path, v in flatten(params).items() if path not in trained})
+
+    def bind(
+        self, params: Tree, state: AdapterState, *, dropout_key: jax.Array | None = None
+    ) -> Tree:
+        """The parameters' tree with an `AdaptedKernel` at each adapted kernel.
+
+        Args:
+          params: the model's parameters; those of `frozen` do as well.
+          state: the adapter's arrays.
+          dropout_key: a random key while training with dropout; None otherwise.
+
+        Returns:
+          A tree for `model(...)`; base arrays are the same objects.
+        """
+        flat = flatten(params)
+        learnt = _by_leaf(state.trainable, self._leaf_paths(state))
+        for path in learnt:
+            if path[-1] != "kernel" or not isinstance(learnt[path], Mapping):
+                flat[path] = learnt[path]
+        plan = self.plan(unflatten(flat))
+        fixed = _by_leaf(state.constant, plan.adapted)
+        for path, method in plan.adapted.items():
+            key = None
+            if dropout_key is not None:
+                key = jax.random.fold_in(dropout_key, zlib.crc32(join_path(path).encode()))
+                if is_stacked(path):
+                    key = jax.random.split(key, kernel_shape(flat[path])[0])
+            arrays = _prepare(method, learnt[path], fixed.get(path, {}), key, is_stacked(path))
+            flat[path] = AdaptedKernel(
+                base=flat[path], arrays=arrays, dropout_key=key, method=method
+            )
+        return unflatten(flat)
+
+    def merge(self, params: Tree, state: AdapterState) -> Tree:
+        """The parameters as plain arrays that compute what the adapted model does.
+
+        Args:
+          params: the model's parameters; a kernel adapted before is merged too.
+          state: the adapter's arrays.
+
+        Returns:
+          A new tree; merged kernels have the dtype of the base's.
+
+        Raises:
+          ValueError: when a merged kernel, or a leaf that was trained itself, is not finite; it
+            names the module.
+        """
+        merged = flatten(self.bind(params, state))
+        trained = set(self.plan(unflatten(merged)).trained)
+        for path, leaf in merged.items():
+            if isinstance(leaf, AdaptedKernel):
+                merged[path] = _merge(leaf, is_stacked(path))
+            elif path not in trained:
+                continue
+            if not bool(jnp.isfinite(merged[path]).all()):
+                raise ValueError(
+                    f"{join_path(path[:-1])} merges to values that are not finite; the adapter (or"
+                    " the base) holds NaN or infinity there, and nothing was merged"
+                )
+        return unflatten(merged)
+
+    def axes(self, params: Tree, kernel_axes: Tree) -> AdapterState:
+        """The logical axes of the adapter's arrays, leaf by leaf.
+
+        Args:
+          params: the model's parameters, arrays or abstract ones.
+          kernel_axes: the model's own, a tuple of names at each leaf.
+        """
+        plan = self.plan(params)
+        flat_axes = flatten(kernel_axes)
+        trainable: dict[Path, Any] = {path: flat_axes[path] for path in plan.trained}
+        constant: dict[Path, Any] = {}
+        for path, method in plan.adapted.items():
+            *stack, d_in, d_out = flat_axes[path]
+            learnt, fixed = method.axes(d_in, d_out)
+            trainable[path] = _prefix_axes(learnt, tuple(stack))
+            if flatten(fixed):
+                constant[path] = _prefix_axes(fixed, tuple(stack))
+        return AdapterState(trainable=unflatten(trainable), constant=unflatten(constant))
+
+    def _leaf_paths(self, state: AdapterState) -> set[Path]:
+        """The paths of the model's leaves among the paths of the adapter's arrays."""
+        paths = set()
+        for path in flatten(state.trainable):
+            end = path.index("kernel") + 1 if "kernel" in path else len(path)
+            paths.add(path[:end])
+        return paths
+
+
+def _init_function(method: AdapterMethod, shape: tuple[int, int]):
+    def make(key: jax.Array, gradient: GradientFactors | None):
+        return method.init(key, shape, gradient)
+
+    return make
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4), inline=True)
+def _prepare(method: AdapterMethod, learnt: Any, fixed: Any, key: jax.Array | None, stacked: bool):
+    def prepare(learnt: Any, fixed: Any, key: jax.Array | None):
+        if key is not None:
+            key = jax.random.fold_in(key, 1)  # the key itself drops activations
+        return method.prepare(learnt, fixed, dropout_key=key)
+
+    return (jax.vmap(prepare) if stacked else prepare)(learnt, fixed, key)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _merge(kernel: AdaptedKernel, stacked: bool) -> jax.Array:
+    def merge(kernel: AdaptedKernel) -> jax.Array:
+        base = merge(kernel.base) if isinstance(kernel.base, AdaptedKernel) else kernel.base
+        return kernel.method.merge(base, kernel.arrays).astype(base.dtype)
+
+    # One layer at a time, so that one layer's float32 copy is all that is held beside the result.
+    return jax.lax.map(merge, kernel) if stacked else merge(kernel)
+
+
+def _by_leaf(tree: Tree, paths: Any) -> dict[Path, Any]:
+    """The subtrees of `tree` at the given paths, where there are any."""
+    paths = set(paths)
+    return flatten(tree, is_leaf=lambda path, _: path in paths)
+
+
+def _prefix_axes(axes: Any, stack: tuple[str | None, ...]) -> Any:
+    return unflatten({path: stack + tuple(names) for path, names in flatten(axes).items()})

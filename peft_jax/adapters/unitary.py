@@ -1,0 +1,80 @@
+"""The unitary adapter: the kernel's input through a learned unitary map of O(d) parameters."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kernels_pallas.unitary import unitary_product
+from peft_jax.adapters.method import AdapterMethod, Arrays, Axes, GradientFactors
+from peft_jax.core import Kernel, linear
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unitary(AdapterMethod):
+    """A unitary map before the kernel, y = (U x) W with U = D₃ R₂ F⁻¹ D₂ R₁ F D₁.
+
+    U acts on d_in / 2 complex numbers and keeps norms; see
+    `kernels_pallas.unitary.unitary_product`. It starts as the identity: phases zero, and R₂'s
+    vector the inverse transform of R₁'s, so that the two reflections cancel (to the precision they
+    are held in: trained in bfloat16, the start is the identity to 1 part in 100). Trained: `phases`
+    [3, d_in / 2] in radians and `reflections` [2, 2, d_in / 2] (real and imaginary parts).
+
+    Source: Arjovsky, Shah and Bengio, 2015, arXiv 1511.06464, as an adapter.
+    """
+
+    name: ClassVar[str] = "unitary"
+
+    def check_kernel(self, module: str, shape: tuple[int, int]) -> None:
+        """The input must be even: it is read as complex numbers."""
+        if shape[0] % 2:
+            raise ValueError(
+                f"{self.name} reads its input as pairs, but {module} has {shape[0]} inputs, which"
+                " is odd; exclude it"
+            )
+
+    def init(
+        self, key: jax.Array, shape: tuple[int, int], gradient: GradientFactors | None = None
+    ) -> tuple[Arrays, Arrays]:
+        """A random reflection, undone by the second; no phases."""
+        del gradient
+        n = shape[0] // 2
+        parts = jax.random.normal(key, (2, n), jnp.float32)
+        first = parts / jnp.linalg.norm(parts)
+        second = jnp.fft.ifft(jax.lax.complex(first[0], first[1]), norm="ortho")
+        reflections = jnp.stack([first, jnp.stack([second.real, second.imag])])
+        return {"phases": jnp.zeros((3, n), jnp.float32), "reflections": reflections}, {}
+
+    def axes(self, d_in: str | None, d_out: str | None) -> tuple[Axes, Axes]:
+        """Held whole: the transform mixes every feature, and O(d) numbers are few."""
+        del d_in, d_out
+        return {"phases": (None, None), "reflections": (None, None, None)}, {}
+
+    def prepare(
+        self, trainable: Arrays, constant: Arrays, *, dropout_key: jax.Array | None = None
+    ) -> Arrays:
+        """The trained arrays in float32."""
+        del constant, dropout_key
+        return {name: array.astype(jnp.float32) for name, array in trainable.items()}
+
+    def project(
+        self,
+        x: Float[Array, "*batch d_in"],
+        base: Kernel,
+        arrays: Arrays,
+        *,
+        dropout_key: jax.Array | None = None,
+    ) -> Float[Array, "*batch d_out"]:
+        """(U x) W."""
+        del dropout_key
+        return linear(unitary_product(x, arrays["phases"], arrays["reflections"]), base)
+
+    def merge(self, base: Float[Array, "d_in d_out"], arrays: Arrays) -> Float[Array, "d_in d_out"]:
+        """U, as a real orthogonal map of row vectors, times W."""
+        columns = base.astype(jnp.float32).T
+        _, transposed = jax.vjp(
+            lambda x: unitary_product(x, arrays["phases"], arrays["reflections"]), columns
+        )
+        return transposed(columns)[0].T

@@ -1,0 +1,68 @@
+"""A kernel is whatever knows how to multiply.
+
+Every linear map of a model goes through `linear(x, kernel)`. A kernel is an array, or an
+`AdaptedKernel`: a pytree node of a frozen base kernel, an adapter's arrays and the method that
+knows what to do with them. Because the node is a pytree it slices under `jax.lax.scan`, shards
+under `jax.jit`, differentiates and checkpoints as any array does, and it nests: an adapter over an
+adapted kernel needs no new code.
+"""
+
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float
+
+Kernel = Any
+"""An array [in, out] (or stacked [layers, in, out]) or an `AdaptedKernel` over one."""
+
+
+@runtime_checkable
+class Method(Protocol):
+    """What an `AdaptedKernel` asks of the adapter method bound to it."""
+
+    def project(
+        self,
+        x: Float[Array, "*batch d_in"],
+        base: Kernel,
+        arrays: Any,
+        *,
+        dropout_key: jax.Array | None = None,
+    ) -> Float[Array, "*batch d_out"]:
+        """The adapted linear map of the activations `x`."""
+
+    def merge(self, base: Kernel, arrays: Any) -> Float[Array, "d_in d_out"]:
+        """The one array that computes what `project` computes, for one (unstacked) kernel."""
+
+
+@struct.dataclass
+class AdaptedKernel:
+    """A frozen kernel with an adapter bound to it; a pytree.
+
+    Attributes:
+      base: the kernel underneath, [in, out] or stacked [layers, in, out].
+      arrays: the adapter's arrays as its method multiplies by them; stacked as `base` is.
+      dropout_key: a random key (stacked: [layers] keys) while training with dropout, else None.
+      method: the adapter method; static.
+    """
+
+    base: Kernel
+    arrays: Any
+    dropout_key: jax.Array | None = None
+    method: Method = struct.field(pytree_node=False, default=None)
+
+
+def linear(x: Float[Array, "*batch d_in"], kernel: Kernel) -> Float[Array, "*batch d_out"]:
+    """A linear map of row vectors, y = x W, through whatever kind of kernel.
+
+    Args:
+      x: activations, [..., in].
+      kernel: an array [in, out], cast to the dtype of `x`, or an `AdaptedKernel`.
+
+    Returns:
+      [..., out] in the dtype of `x`.
+    """
+    if isinstance(kernel, AdaptedKernel):
+        return kernel.method.project(x, kernel.base, kernel.arrays, dropout_key=kernel.dropout_key)
+    return jnp.matmul(x, kernel.astype(x.dtype))

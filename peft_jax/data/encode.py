@@ -1,0 +1,268 @@
+"""Text to tokens: what is learnt, where prompt and answer meet, and what begins and ends them.
+
+Three choices are made here, and hold for training, evaluation and generation alike.
+
+*Where a prompt and its answer meet.* Text is tokenised as a whole, so that tokens are the ones that
+the tokenizer makes of it. Where a token would reach across the border of a prompt and its answer,
+the two are tokenised apart, because the model will be given the prompt alone: what it is trained to
+continue is then exactly what it will be asked to continue. No character is lost or added either
+way. An answer tokenised apart is put behind a short anchor whose tokens are then removed, so that
+tokenizers that put a space before every text (SentencePiece's) put none before it. Where a token
+reaches across the end of an answer that more text follows, as in a conversation, it stays whole and
+is learnt: it ends the answer.
+
+*What begins a text.* Whatever the tokenizer itself puts before one: `<s>` for Llama, nothing for
+Qwen or BLOOM. A chat template writes its own beginning, and nothing is added to it.
+
+*What ends a text.* The tokenizer's end token, if it has one, learnt with the answer, so that the
+model learns to stop. A chat template writes its own ends.
+"""
+
+import dataclasses
+import itertools
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from peft_jax.data.bad_rows import BadRowError
+from peft_jax.data.chat import ChatRenderer
+from peft_jax.data.examples import Conversation, Example, Piece
+from peft_jax.data.settings import TooLong
+
+TOO_LONG = "too long"
+"""The reason under which rows are counted that do not fit; it has a setting of its own."""
+
+_ANCHORS = ("\n", ".", "a")
+"""What an answer that is tokenised apart is put behind; the first that keeps to itself is used."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """One sequence of tokens.
+
+    Attributes:
+      ids: int32 [n], the tokens.
+      learn: bool [n], those that are to be predicted. The first never is.
+    """
+
+    ids: np.ndarray
+    learn: np.ndarray
+
+    @property
+    def positions(self) -> int:
+        """How many positions the sequence takes in a row: one for each token that is predicted."""
+        return len(self.ids) - 1
+
+
+class Encoder:
+    """Makes token sequences of examples.
+
+    Attributes:
+      tokenizer: the transformers tokenizer.
+      max_length: T, the most positions that a sequence takes. A sequence of n tokens takes n - 1,
+        because its last token is predicted and not read.
+      pad_id: what fills the rest of a row; the tokenizer's padding token, else its end token,
+        else 0. No loss is taken there and nothing attends to it.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        max_length: int,
+        completion_only: bool = True,
+        too_long: TooLong = "skip",
+        renderer: ChatRenderer | None = None,
+    ):
+        """Finds out what the tokenizer puts before a text.
+
+        Args:
+          tokenizer: a transformers tokenizer.
+          max_length: the most positions of a sequence, at least 1.
+          completion_only: learn the pieces that are to be learnt; otherwise every token.
+          too_long: what to do with longer sequences; "skip" and "error" both raise `BadRowError`.
+          renderer: what makes text of conversations; None: the tokenizer's chat template, looked
+            for when the first conversation comes.
+        """
+        if max_length < 1:
+            raise ValueError(f"max_length is {max_length}; it must be at least 1")
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.completion_only = completion_only
+        self.too_long = too_long
+        self._renderer = renderer
+        self._prefix = _prefix_ids(tokenizer)
+        self._anchors = {anchor: self._tokenize(anchor) for anchor in _ANCHORS}
+        self._eos_id: int | None = tokenizer.eos_token_id
+        if self._eos_id is None:
+            logging.warning("The tokenizer has no end token: a model cannot learn where to stop.")
+        pads = (tokenizer.pad_token_id, self._eos_id, 0)
+        self.pad_id: int = next(pad for pad in pads if pad is not None)
+        self._fast = bool(getattr(tokenizer, "is_fast", False))
+
+    def as_example(self, example: Example | Conversation) -> Example:
+        """The example itself, or what the chat template makes of a conversation.
+
+        Raises:
+          BadRowError: if the template refuses the conversation.
+        """
+        if isinstance(example, Example):
+            return example
+        if self._renderer is None:
+            self._renderer = ChatRenderer(self.tokenizer)
+        return self._renderer.render(example)
+
+    def encode(self, example: Example | Conversation) -> list[Encoded]:
+        """The token sequences of an example: one, or several where a long one is split.
+
+        Raises:
+          BadRowError: if it is too long, or has no token to learn.
+        """
+        example = self.as_example(example)
+        ids, learn = self._join(self._tokenize_pieces(example.pieces), example)
+        limit = self.max_length + 1
+        if len(ids) <= limit:
+            parts = [(ids, learn)]
+        elif self.too_long == "truncate":
+            parts = [(ids[:limit], learn[:limit])]
+        elif self.too_long == "split":
+            # Neighbours share a token: the last one predicted in one is the first read in the next.
+            starts = range(0, len(ids) - 1, self.max_length)
+            parts = [(ids[start : start + limit], learn[start : start + limit]) for start in starts]
+        else:
+            raise BadRowError(TOO_LONG, f"{len(ids)} tokens, and at most {limit} fit")
+        kept = [Encoded(ids=part, learn=mask) for part, mask in parts if mask[1:].any()]
+        if not kept and len(ids) > limit:
+            raise BadRowError(TOO_LONG, f"the first {limit} of {len(ids)} tokens hold no answer")
+        if not kept:
+            raise BadRowError("empty", "there is no token to learn")
+        return kept
+
+    def prompt_ids(self, example: Example) -> np.ndarray:
+        """int32 [n], the tokens of an example's prompt as training shows them to the model."""
+        last = max(index for index, piece in enumerate(example.pieces) if piece.learn)
+        ids, _ = self._tokenize_pieces(example.pieces[:last])
+        return self._begin(ids, example)
+
+    def choice_ids(self, example: Example) -> list[np.ndarray]:
+        """For each choice, int32 [n], its tokens as they follow the prompt's."""
+        prompt = self.prompt_ids(example)
+        choices = []
+        for choice in example.choices:
+            last = Piece(text=choice, learn=True)
+            pieces = (Piece(text=example.prompt, learn=False), last) if example.prompt else (last,)
+            ids, _ = self._tokenize_pieces(pieces)
+            choices.append(self._begin(ids, example)[len(prompt) :])
+        return choices
+
+    def lost_characters(self, example: Example | Conversation) -> set[str]:
+        """The characters of an example that its tokens do not give back; white space aside."""
+        text = "".join(piece.text for piece in self.as_example(example).pieces)
+        kept = self.tokenizer.decode(self._tokenize(text))
+        # A tokenizer may fold case or compose letters; that is not a loss.
+        before, after = (unicodedata.normalize("NFKC", part).casefold() for part in (text, kept))
+        return set("".join(before.split())) - set(after)
+
+    def _join(
+        self, pieces: tuple[np.ndarray, np.ndarray], example: Example
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Puts beginning and end around a text's tokens."""
+        ids, learn = pieces
+        joined = self._begin(ids, example)
+        learn = np.concatenate([np.zeros(len(joined) - len(ids), bool), learn])
+        ended = example.templated or (len(joined) and joined[-1] == self._eos_id)
+        if self._eos_id is not None and not ended:
+            joined = np.append(joined, np.int32(self._eos_id))
+            learn = np.append(learn, True)
+        if not self.completion_only:
+            learn = np.ones(len(joined), bool)
+        return joined, learn
+
+    def _begin(self, ids: np.ndarray, example: Example) -> np.ndarray:
+        """Puts the tokenizer's beginning before a text, unless the text has it."""
+        prefix = self._prefix
+        if example.templated or np.array_equal(ids[: len(prefix)], prefix):
+            return ids
+        return np.concatenate([prefix, ids])
+
+    def _tokenize_pieces(self, pieces: Sequence[Piece]) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of a text, int32 [n], and which of them are learnt, bool [n]."""
+        if not pieces:
+            return np.zeros(0, np.int32), np.zeros(0, bool)
+        if len(pieces) == 1 or not self._fast:
+            return self._tokenize_apart(pieces)
+        text = "".join(piece.text for piece in pieces)
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids = np.array(encoded["input_ids"], np.int32)
+        offsets = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)
+        learn = np.zeros(len(ids), bool)
+        start = border = 0
+        for piece, following in itertools.zip_longest(pieces, pieces[1:]):
+            border += len(piece.text)
+            stop: int | None = len(ids)
+            if following is not None:
+                stop = self._cut(text, border, ids, offsets, before_answer=following.learn)
+            if stop is None:
+                return self._tokenize_apart(pieces)
+            learn[start:stop] = piece.learn
+            start = stop
+        return ids, learn
+
+    def _cut(
+        self, text: str, border: int, ids: np.ndarray, offsets: np.ndarray, *, before_answer: bool
+    ) -> int | None:
+        """How many of a text's tokens stand before a border.
+
+        Args:
+          text: the text.
+          border: the number of its characters that stand before.
+          ids: int32 [n], its tokens.
+          offsets: int64 [n, 2], their first and past-the-last characters.
+          before_answer: whether the text before the border will be given alone, as a prompt.
+
+        Returns:
+          None if, before an answer, a token reaches across or the text has other tokens alone.
+        """
+        if not before_answer:
+            return int(np.searchsorted(offsets[:, 0], border, side="left"))
+        if ((offsets[:, 0] < border) & (offsets[:, 1] > border)).any():
+            return None
+        if text[border - 1].isspace():
+            # White space goes to the word after it, or is joined otherwise before one, and some
+            # tokenizers' offsets leave it out: only its tokens when it stands alone can tell.
+            alone = self._tokenize(text[:border])
+            return len(alone) if np.array_equal(alone, ids[: len(alone)]) else None
+        return int(np.searchsorted(offsets[:, 0], border, side="left"))
+
+    def _tokenize_apart(self, pieces: Sequence[Piece]) -> tuple[np.ndarray, np.ndarray]:
+        """Each piece's tokens by themselves, one after the other."""
+        parts = [
+            self._tokenize_behind(piece.text) if index else self._tokenize(piece.text)
+            for index, piece in enumerate(pieces)
+        ]
+        masks = [np.full(len(part), piece.learn) for part, piece in zip(parts, pieces, strict=True)]
+        return np.concatenate(parts), np.concatenate(masks)
+
+    def _tokenize_behind(self, text: str) -> np.ndarray:
+        """A text's tokens as they follow other text, without a space that stands only before."""
+        for anchor, alone in self._anchors.items():
+            joint = self._tokenize(anchor + text)
+            if len(joint) > len(alone) and np.array_equal(joint[: len(alone)], alone):
+                return joint[len(alone) :]
+        return self._tokenize(text)
+
+    def _tokenize(self, text: str) -> np.ndarray:
+        return np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+
+
+def _prefix_ids(tokenizer: Any) -> np.ndarray:
+    """int32 [n], what the tokenizer puts before a text: its begin token, or nothing."""
+    plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    whole = list(tokenizer("a")["input_ids"])
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return np.array(whole[:start], np.int32)
+    return np.zeros(0, np.int32)

@@ -1,0 +1,178 @@
+"""Sequences into rows of fixed length: packed, or one to a row."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from peft_jax.data.batch import Batch
+from peft_jax.data.encode import Encoded
+
+
+def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Puts items into as few bins as is quick: the longest first, each into the first bin it fits.
+
+    It uses at most 11/9 of the fewest bins possible, plus 6/9 (Dósa, 2007).
+
+    Args:
+      lengths: the items' lengths, each from 1 to `capacity`.
+      capacity: what a bin holds.
+
+    Returns:
+      The items of each bin, by index.
+
+    Raises:
+      ValueError: if an item is longer than a bin.
+
+    Example:
+      >>> first_fit_decreasing([3, 5, 2, 4], 7)
+      [[1, 2], [3, 0]]
+    """
+    sizes = np.asarray(lengths, np.int64)
+    if len(sizes) and sizes.max() > capacity:
+        raise ValueError(f"an item of length {sizes.max()} does not fit a bin of {capacity}")
+    free = np.zeros(len(sizes), np.int64)
+    bins: list[list[int]] = []
+    for item in np.argsort(-sizes, kind="stable").tolist():
+        fits = free[: len(bins)] >= sizes[item]
+        chosen = int(np.argmax(fits)) if fits.any() else len(bins)
+        if chosen == len(bins):
+            bins.append([])
+            free[chosen] = capacity
+        bins[chosen].append(item)
+        free[chosen] -= sizes[item]
+    return bins
+
+
+def fill_row(sequences: Sequence[Encoded], max_length: int, pad_id: int) -> Batch:
+    """One row, [max_length], of sequences one after the other, padded on the right.
+
+    Args:
+      sequences: what goes in; n tokens take n - 1 positions, as all but the last are read and all
+        but the first are predicted.
+      max_length: T.
+      pad_id: what fills the rest of `tokens` and `targets`.
+
+    Returns:
+      A `Batch` whose fields have one axis, [T].
+    """
+    tokens = np.full(max_length, pad_id, np.int32)
+    targets = np.full(max_length, pad_id, np.int32)
+    loss_mask = np.zeros(max_length, np.float32)
+    positions = np.zeros(max_length, np.int32)
+    segment_ids = np.zeros(max_length, np.int32)
+    start = 0
+    for number, sequence in enumerate(sequences, start=1):
+        stop = start + sequence.positions
+        tokens[start:stop] = sequence.ids[:-1]
+        targets[start:stop] = sequence.ids[1:]
+        loss_mask[start:stop] = sequence.learn[1:]
+        positions[start:stop] = np.arange(sequence.positions)
+        segment_ids[start:stop] = number
+        start = stop
+    return Batch(
+        tokens=tokens,
+        targets=targets,
+        loss_mask=loss_mask,
+        positions=positions,
+        segment_ids=segment_ids,
+    )
+
+
+def stack_rows(rows: Sequence[Batch]) -> Batch:
+    """Rows [T] into a batch [B, T]."""
+    fields = ("tokens", "targets", "loss_mask", "positions", "segment_ids")
+    return Batch(**{field: np.stack([getattr(row, field) for row in rows]) for field in fields})
+
+
+class RowsDataset(grain.IterDataset):
+    """Rows of fixed length from an endless stream of token sequences.
+
+    The stream's elements are lists of sequences: a row of the data may make several. As many
+    elements as the window has are taken at a time, their sequences put into rows, and the rows
+    given out in a random order; without packing every sequence is its own row, in order.
+
+    The state is the stream's state where the window began, and how many of its rows were given out:
+    a few numbers, whatever the window holds. Going on from it reads that one window again.
+    """
+
+    def __init__(
+        self,
+        parent: grain.IterDataset,
+        *,
+        max_length: int,
+        pad_id: int,
+        packing: bool,
+        window: int,
+        shuffle: bool,
+        seed: int,
+    ):
+        """Takes the stream and how its sequences are put into rows.
+
+        Args:
+          parent: gives lists of `Encoded`.
+          max_length: T.
+          pad_id: what fills the rest of a row.
+          packing: several sequences to a row.
+          window: how many elements are packed at a time.
+          shuffle: give out a window's rows in a random order.
+          seed: of that order.
+        """
+        super().__init__(parent)
+        self.max_length = max_length
+        self.pad_id = pad_id
+        self.packing = packing
+        self.window = window if packing else 1
+        self.shuffle = shuffle
+        self.seed = seed
+
+    def __iter__(self) -> grain.DatasetIterator:
+        """A stream of `Batch` rows, each with fields [T]."""
+        return _RowsIterator(iter(self._parent), self)
+
+
+class _RowsIterator(grain.DatasetIterator):
+    """See `RowsDataset`."""
+
+    def __init__(self, parent: grain.DatasetIterator, dataset: RowsDataset):
+        super().__init__(parent)
+        self._dataset = dataset
+        self._restart(window=0, row=0)
+
+    def _restart(self, *, window: int, row: int) -> None:
+        """From the parent's present state, with the first rows of its window given out already."""
+        self._window_state = self._parent.get_state()
+        self._window = window
+        self._row = row
+        self._rows: list[list[Encoded]] | None = None
+
+    def __next__(self) -> Batch:
+        if self._rows is None:
+            self._rows = self._next_window()
+        row = self._rows[self._row]
+        if self._row + 1 < len(self._rows):
+            self._row += 1
+        else:
+            self._restart(window=self._window + 1, row=0)
+        return fill_row(row, self._dataset.max_length, self._dataset.pad_id)
+
+    def _next_window(self) -> list[list[Encoded]]:
+        dataset = self._dataset
+        sequences = [sequence for _ in range(dataset.window) for sequence in next(self._parent)]
+        if not dataset.packing:
+            return [[sequence] for sequence in sequences]
+        lengths = [sequence.positions for sequence in sequences]
+        bins = first_fit_decreasing(lengths, dataset.max_length)
+        order: Iterator[int] = iter(range(len(bins)))
+        if dataset.shuffle:
+            generator = np.random.default_rng([dataset.seed, self._window])
+            order = iter(generator.permutation(len(bins)).tolist())
+        return [[sequences[item] for item in bins[index]] for index in order]
+
+    def get_state(self) -> dict[str, Any]:
+        return {"parent": self._window_state, "window": self._window, "row": self._row}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._parent.set_state(state["parent"])
+        self._restart(window=int(state["window"]), row=int(state["row"]))

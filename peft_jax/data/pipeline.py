@@ -1,0 +1,394 @@
+"""From settings to batches: the training stream and the held-out set."""
+
+import collections
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+from absl import logging
+
+from peft_jax.data.bad_rows import BadRowError, BadRows
+from peft_jax.data.batch import Batch, padding_share
+from peft_jax.data.chat import ChatRenderer
+from peft_jax.data.encode import TOO_LONG, Encoded, Encoder
+from peft_jax.data.examples import Conversation, Example
+from peft_jax.data.packing import RowsDataset, fill_row, first_fit_decreasing, stack_rows
+from peft_jax.data.recipes import Recipe, get_recipe
+from peft_jax.data.settings import DataSettings
+from peft_jax.data.sources import open_sources
+from peft_jax.data.tables import MemoryTable, Table
+
+_STATE_VERSION = 1
+_ROWS_LOOKED_AT = 64
+_ADVICE = (
+    "Set data.on_bad_row=skip to go on without such rows; for rows that are too long, set"
+    " data.too_long to skip, truncate or split."
+)
+
+
+def build_data(
+    settings: DataSettings,
+    tokenizer: Any,
+    *,
+    batch_size: int,
+    max_length: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> tuple["TrainData", "EvalData"]:
+    """The training stream and the held-out set of a run.
+
+    Args:
+      settings: what data, and what is made of it.
+      tokenizer: a transformers tokenizer. A copy of it is used, in a background thread.
+      batch_size: the rows of a batch over all processes; each process gets its equal share.
+      max_length: T, the positions of a row.
+      seed: of the order of the rows.
+      process_index: which process this is.
+      process_count: how many there are. Each epoch, every row goes to exactly one of them.
+
+    Returns:
+      An endless iterator of `Batch`es of [batch_size / process_count, max_length] whose state can
+      be taken and set; and the held-out batches of the same shape, a sequence that is empty if
+      there are no held-out rows.
+
+    Raises:
+      ValueError: if settings do not fit the data or each other, or bad rows are to stop the run.
+      FileNotFoundError: if a path leads nowhere.
+    """
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(
+            f"batch_size is {batch_size}; it must be a multiple of the {process_count} processes"
+        )
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index is {process_index} of {process_count} processes")
+    recipe = get_recipe(settings.recipe).configured(settings)
+    sources = open_sources(settings, recipe)
+    renderer = None
+    if settings.chat or settings.chat_template or settings.system_prompt:
+        renderer = ChatRenderer(
+            tokenizer, chat_template=settings.chat_template, system_prompt=settings.system_prompt
+        )
+    encoder = Encoder(
+        # Another thread tokenises, and a fast tokenizer that two threads use at once may refuse.
+        copy.deepcopy(tokenizer),
+        max_length=max_length,
+        completion_only=recipe.completion_only,
+        too_long=recipe.too_long,
+        renderer=renderer,
+    )
+    reader = _Reader(recipe, encoder, settings)
+    local_rows = batch_size // process_count
+    held_out = EvalData(
+        sources.held_out or MemoryTable([], "no held-out rows"),
+        reader,
+        packing=settings.packing,
+        batch_size=batch_size,
+        first_row=process_index * local_rows,
+        rows=local_rows,
+    )
+    train = TrainData(
+        sources.train,
+        reader,
+        settings,
+        batch_size=batch_size,
+        seed=seed,
+        process_index=process_index,
+        process_count=process_count,
+    )
+    return train, held_out
+
+
+class _Reader:
+    """Rows to examples to token sequences."""
+
+    def __init__(self, recipe: Recipe, encoder: Encoder, settings: DataSettings):
+        self.recipe = recipe
+        self.encoder = encoder
+        self.settings = settings
+
+    def example(self, table: Table, index: int) -> Example | Conversation:
+        """What the recipe makes of a row, as a conversation if the settings ask for one."""
+        example = self.recipe.example(table[index])
+        if not self.settings.chat or isinstance(example, Conversation):
+            return example
+        return Conversation(
+            messages=(
+                {"role": "user", "content": example.prompt},
+                {"role": "assistant", "content": example.completion.strip()},
+            ),
+            answer=example.answer,
+            choices=example.choices,
+            label=example.label,
+        )
+
+    def stops(self, error: BadRowError) -> bool:
+        """Whether a row with this fault ends the run."""
+        if error.reason == TOO_LONG:
+            return self.recipe.too_long == "error"
+        return self.settings.on_bad_row == "error"
+
+
+class TrainData(Iterator[Batch]):
+    """An endless stream of training batches whose state can be taken and set.
+
+    Attributes:
+      bad_rows: the rows that could not be used, of those that were met.
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        reader: _Reader,
+        settings: DataSettings,
+        *,
+        batch_size: int,
+        seed: int,
+        process_index: int,
+        process_count: int,
+    ):
+        """Checks the first rows and starts the stream; see `build_data` for the arguments."""
+        self.bad_rows = BadRows("training rows")
+        self.encoder = reader.encoder
+        self._table = table
+        self._reader = reader
+        self._tried = 0
+        self._used = 0
+        self._padding = 0.0
+        self._batches = 0
+        self._check(settings.check_rows)
+        self._warn_of_lost_text()
+        # What a state is only good for: the same rows, in the same order, cut the same way.
+        self._identity = {
+            "version": _STATE_VERSION,
+            "recipe": settings.recipe,
+            "rows": len(table),
+            "seed": seed,
+            "shuffle": settings.shuffle,
+            "batch_size": batch_size,
+            "max_length": reader.encoder.max_length,
+            "packing": settings.packing,
+            "packing_window": settings.packing_window,
+            "process_index": process_index,
+            "process_count": process_count,
+        }
+        order = grain.MapDataset.range(len(table)).seed(seed % 2**32)
+        order = order.shuffle() if settings.shuffle else order
+        # Sliced after it repeats: an epoch's rows are dealt out to the last one, whatever the
+        # number of processes.
+        order = order.repeat()[process_index::process_count]
+        sequences = order.map(self._encode).to_iter_dataset(
+            grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        )
+        share = -(-len(table) // process_count)
+        rows = RowsDataset(
+            sequences,
+            max_length=reader.encoder.max_length,
+            pad_id=reader.encoder.pad_id,
+            packing=settings.packing,
+            window=min(settings.packing_window, share),
+            shuffle=settings.shuffle,
+            seed=seed % 2**32,
+        )
+        batches = rows.batch(batch_size // process_count, batch_fn=stack_rows)
+        if settings.prefetch:
+            batches = grain.experimental.ThreadPrefetchIterDataset(
+                batches, prefetch_buffer_size=settings.prefetch
+            )
+        self._iterator = iter(batches)
+
+    def __iter__(self) -> "TrainData":
+        """Itself."""
+        return self
+
+    def __next__(self) -> Batch:
+        """The next batch; there always is one.
+
+        Raises:
+          ValueError: if a row cannot be used and the settings make that an error, or if none can.
+        """
+        batch = next(self._iterator)
+        self._padding += padding_share(batch)
+        self._batches += 1
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the stream is, after the last batch that was given out; JSON can hold it."""
+        return {**self._identity, "iterator": self._iterator.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on from a state that `get_state` gave, bit for bit.
+
+        Raises:
+          ValueError: if the state belongs to other rows, or another order or cut of them.
+        """
+        changed = [
+            f"{name} was {state.get(name)} and is {value}"
+            for name, value in self._identity.items()
+            if state.get(name) != value
+        ]
+        if changed:
+            raise ValueError(
+                f"the data is not what it was when its position was saved: {'; '.join(changed)}"
+            )
+        self._iterator.set_state(state["iterator"])
+
+    def close(self) -> None:
+        """Ends the background thread."""
+        self._iterator.close()
+
+    @property
+    def padding_share(self) -> float:
+        """The share of padding in the batches given out so far."""
+        return self._padding / max(self._batches, 1)
+
+    def __len__(self) -> int:
+        """How many rows the data has, over all processes."""
+        return len(self._table)
+
+    def _check(self, limit: int | None) -> None:
+        """Reads the first rows, so that bad ones are found before training starts."""
+        number = len(self._table) if limit is None else min(limit, len(self._table))
+        stops = False
+        for index in range(number):
+            try:
+                self._reader.example(self._table, index)
+            except BadRowError as error:
+                self.bad_rows.add(index, self._table.where(index), error)
+                stops |= self._reader.stops(error)
+        _report(self.bad_rows, number, stops=stops)
+
+    def _warn_of_lost_text(self) -> None:
+        """Looks at a few rows for characters that the tokenizer has no token for."""
+        number = min(_ROWS_LOOKED_AT, len(self._table))
+        lost: collections.Counter[str] = collections.Counter()
+        for index in range(0, len(self._table), len(self._table) // number):
+            try:
+                lost.update(self.encoder.lost_characters(self._reader.example(self._table, index)))
+            except BadRowError as error:
+                logging.debug("%s: %s", self._table.where(index), error)
+        if lost:
+            shown = " ".join(character for character, _ in lost.most_common(20))
+            logging.warning(
+                "The tokenizer has no token for some characters of the data, which the model will"
+                " neither see nor write: %s",
+                shown,
+            )
+
+    def _encode(self, index: int) -> list[Encoded] | None:
+        """A row's token sequences; None if it cannot be used."""
+        index = int(index)
+        sequences = None
+        try:
+            sequences = self.encoder.encode(self._reader.example(self._table, index))
+        except BadRowError as error:
+            where = self._table.where(index)
+            is_news = self.bad_rows.add(index, where, error)
+            if self._reader.stops(error):
+                raise ValueError(f"{self.bad_rows.what}: {where}: {error}\n{_ADVICE}") from None
+            if is_news:
+                logging.warning("%s: skipped %s: %s", self.bad_rows.what, where, error)
+        self._tried += 1
+        self._used += sequences is not None
+        if not self._used and self._tried >= len(self._table):
+            raise ValueError(self.bad_rows.describe(self._tried))
+        return sequences
+
+
+def _report(bad_rows: BadRows, total: int, *, stops: bool) -> None:
+    """Says what is wrong with the rows that were read.
+
+    Raises:
+      ValueError: if the settings make that an error, or none of the rows can be used.
+    """
+    if not len(bad_rows):
+        return
+    if stops:
+        raise ValueError(f"{bad_rows.describe(total)}\n{_ADVICE}")
+    if len(bad_rows) == total:
+        raise ValueError(bad_rows.describe(total))
+    logging.warning("%s", bad_rows.describe(total))
+
+
+class EvalData(Sequence[Batch]):
+    """The held-out batches, always the same ones, and their rows as text.
+
+    The last batch is filled up with rows that hold no token and no loss.
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        reader: _Reader,
+        *,
+        packing: bool,
+        batch_size: int,
+        first_row: int,
+        rows: int,
+    ):
+        """Reads and tokenises every held-out row.
+
+        Args:
+          table: the rows.
+          reader: makes examples and sequences of them.
+          packing: several sequences to a row.
+          batch_size: the rows of a batch over all processes.
+          first_row: this process's first row of each batch.
+          rows: how many of a batch's rows are this process's.
+        """
+        self.recipe = reader.recipe
+        self.encoder = reader.encoder
+        self.bad_rows = BadRows("held-out rows")
+        self.examples: list[Example] = []
+        self._batch_size = batch_size
+        self._first_row = first_row
+        self._local_rows = rows
+        sequences: list[Encoded] = []
+        stops = False
+        for index in range(len(table)):
+            try:
+                example = self.encoder.as_example(reader.example(table, index))
+                sequences += self.encoder.encode(example)
+                self.examples.append(example)
+            except BadRowError as error:
+                self.bad_rows.add(index, table.where(index), error)
+                stops |= reader.stops(error)
+        _report(self.bad_rows, len(table), stops=stops)
+        self._sequences = sequences
+        lengths = [sequence.positions for sequence in sequences]
+        self._bins = (
+            first_fit_decreasing(lengths, self.encoder.max_length)
+            if packing
+            else [[index] for index in range(len(sequences))]
+        )
+
+    def __len__(self) -> int:
+        """How many batches there are."""
+        return -(-len(self._bins) // self._batch_size)
+
+    def __getitem__(self, index: Any) -> Any:
+        """One batch, this process's rows of it."""
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"batch {index} of {len(self)}")
+        first = (index % len(self)) * self._batch_size + self._first_row
+        bins = self._bins[first : first + self._local_rows]
+        bins = [*bins, *([[]] * (self._local_rows - len(bins)))]
+        encoder = self.encoder
+        return stack_rows(
+            [
+                fill_row(
+                    [self._sequences[item] for item in row], encoder.max_length, encoder.pad_id
+                )
+                for row in bins
+            ]
+        )
+
+    @property
+    def padding_share(self) -> float:
+        """The share of padding over all batches and processes."""
+        tokens = sum(sequence.positions for sequence in self._sequences)
+        room = len(self) * self._batch_size * self.encoder.max_length
+        return 1 - tokens / room if room else 0.0

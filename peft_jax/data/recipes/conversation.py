@@ -1,0 +1,114 @@
+"""Conversations: messages, or a prompt and a completion, through a chat template."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from peft_jax.core import did_you_mean
+from peft_jax.data.bad_rows import BadRowError
+from peft_jax.data.examples import Conversation
+from peft_jax.data.recipes.base import Recipe
+from peft_jax.data.tables import Row
+
+_ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "tool": "tool",
+}
+"""The roles as data call them (ShareGPT's among them), and as chat templates do."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chat(Recipe):
+    """A row's messages; the assistant's turns are learnt, every one of them.
+
+    A row has "messages" with "role" and "content", or "conversations" with "from" and "value", or
+    "prompt" and "completion", each a text or a list of messages.
+    """
+
+    templated: ClassVar[bool] = False
+
+    def example(self, row: Row) -> Conversation:
+        """The row's conversation.
+
+        Raises:
+          BadRowError: if the row is none of these, or the assistant says nothing in it.
+        """
+        messages = self.read_value(row, "messages")
+        if messages is None:
+            prompt, completion = self.read_value(row, "prompt"), self.read_value(row, "completion")
+            if prompt is None or completion is None:
+                raise BadRowError(
+                    "missing field",
+                    "no 'messages', and not both 'prompt' and 'completion'"
+                    f"{did_you_mean('messages', row)}",
+                )
+            messages = [*_turns(prompt, "user"), *_turns(completion, "assistant")]
+        tools = self.read_value(row, "tools") or ()
+        if not _is_list_of_objects(tools):
+            raise BadRowError("wrong type", "field 'tools' is no list of objects")
+        checked = tuple(
+            _message(number, message) for number, message in enumerate(_listed(messages))
+        )
+        if not any(message["role"] == "assistant" for message in checked):
+            raise BadRowError("empty", "the assistant says nothing")
+        return Conversation(messages=checked, tools=tuple(tools))
+
+
+def _turns(value: Any, role: str) -> list[Any]:
+    return [{"role": role, "content": value}] if isinstance(value, str) else _listed(value)
+
+
+def _listed(messages: Any) -> list[Any]:
+    if not _is_list_of_objects(messages):
+        raise BadRowError(
+            "wrong type", f"messages are a list of objects, and these a {type(messages).__name__}"
+        )
+    if not messages:
+        raise BadRowError("empty", "there are no messages")
+    return list(messages)
+
+
+def _is_list_of_objects(value: Any) -> bool:
+    is_list = isinstance(value, Sequence) and not isinstance(value, str)
+    return is_list and all(isinstance(item, Mapping) for item in value)
+
+
+def _message(number: int, message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message with the names that chat templates know."""
+    # Arrow fills the fields that other rows have with None.
+    fields = {key: value for key, value in message.items() if value is not None}
+    if "from" in fields and "role" not in fields:
+        fields["role"] = fields.pop("from")
+        fields["content"] = fields.pop("value", None)
+    role = fields.get("role")
+    if role not in _ROLES:
+        raise BadRowError(
+            "unknown role",
+            f"message {number + 1} has role {role!r}{did_you_mean(str(role), _ROLES)}",
+        )
+    content = fields.setdefault("content", "")
+    if not isinstance(content, str):
+        raise BadRowError(
+            "wrong type",
+            f"message {number + 1} has a {type(content).__name__} for content, and wants text",
+        )
+    if not content.strip() and role in ("user", "assistant") and not fields.get("tool_calls"):
+        raise BadRowError("empty", f"message {number + 1} ({role}) has no content")
+    return {**fields, "role": _ROLES[role]}
+
+
+CHAT = Chat(
+    name="chat",
+    about="conversations through a chat template, the assistant's turns learnt",
+    fields={
+        "messages": ("messages", "conversations", "conversation"),
+        "prompt": ("prompt",),
+        "completion": ("completion", "response"),
+        "tools": ("tools",),
+    },
+    optional=("messages", "prompt", "completion", "tools"),
+)

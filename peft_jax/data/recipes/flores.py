@@ -1,0 +1,168 @@
+"""FLORES, and any other aligned pairs of sentences: translation.
+
+NLLB Team, 2022, "No Language Left Behind: Scaling Human-Centered Machine Translation",
+arXiv 2207.04672.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peft_jax.data.examples import Example
+from peft_jax.data.files import open_lines, split_of
+from peft_jax.data.recipes.base import HubHome, Recipe
+from peft_jax.data.recipes.measures import chrf
+from peft_jax.data.settings import DataSettings
+from peft_jax.data.tables import AlignedTable, Row, Table
+
+LANGUAGE_NAMES = {
+    "arb_Arab": "Arabic",
+    "ben_Beng": "Bengali",
+    "bul_Cyrl": "Bulgarian",
+    "cat_Latn": "Catalan",
+    "ces_Latn": "Czech",
+    "cmn_Hans": "Chinese",
+    "dan_Latn": "Danish",
+    "deu_Latn": "German",
+    "ell_Grek": "Greek",
+    "eng_Latn": "English",
+    "est_Latn": "Estonian",
+    "fin_Latn": "Finnish",
+    "fra_Latn": "French",
+    "heb_Hebr": "Hebrew",
+    "hin_Deva": "Hindi",
+    "hun_Latn": "Hungarian",
+    "ind_Latn": "Indonesian",
+    "ita_Latn": "Italian",
+    "jpn_Jpan": "Japanese",
+    "kor_Hang": "Korean",
+    "nld_Latn": "Dutch",
+    "pes_Arab": "Persian",
+    "pol_Latn": "Polish",
+    "por_Latn": "Portuguese",
+    "ron_Latn": "Romanian",
+    "rus_Cyrl": "Russian",
+    "spa_Latn": "Spanish",
+    "swe_Latn": "Swedish",
+    "swh_Latn": "Swahili",
+    "tam_Taml": "Tamil",
+    "tel_Telu": "Telugu",
+    "tha_Thai": "Thai",
+    "tur_Latn": "Turkish",
+    "ukr_Cyrl": "Ukrainian",
+    "urd_Arab": "Urdu",
+    "vie_Latn": "Vietnamese",
+    "zho_Hans": "Chinese",
+}
+"""English names of FLORES's languages, for the prompt; one that is not here goes by its code."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Translation(Recipe):
+    """A sentence in one language, and the same in another.
+
+    A folder may hold aligned files, a sentence a line: "dev/eng_Latn.dev" or "train.en". Other
+    files have a column for each language, called by its code, "sentence_" and its code, or "source"
+    and "target"; or a column "translation" with both.
+
+    Attributes:
+      source_code: the language translated from.
+      target_code: the language translated to.
+    """
+
+    source_code: str = ""
+    target_code: str = ""
+
+    def configured(self, settings: DataSettings) -> Recipe:
+        """The recipe for the settings' two languages.
+
+        Raises:
+          ValueError: if they are the same.
+        """
+        source, target = settings.source_language, settings.target_language
+        if source == target:
+            raise ValueError(f"data.source_language and data.target_language are both {source!r}")
+        fields = {
+            field: (f"sentence_{code}", code, field)
+            for field, code in (("source", source), ("target", target))
+        }
+        pair = dataclasses.replace(self, fields=fields, source_code=source, target_code=target)
+        return super(Translation, pair).configured(settings)
+
+    def aligned_subsets(self, settings: DataSettings) -> dict[str, str]:
+        """The hub's set has a subset a language, its rows in the same order in each."""
+        return {"source": self.source_code, "target": self.target_code}
+
+    def find_splits(self, folder: Path, settings: DataSettings) -> dict[str, Callable[[], Table]]:
+        """Aligned files, or else what other recipes find."""
+        sides = [_files_in_language(folder, code) for code in (self.source_code, self.target_code)]
+        splits: dict[str, Callable[[], Table]] = {
+            split: functools.partial(_open_pair, sides[0][split], sides[1][split])
+            for split in sides[0]
+            if split in sides[1]
+        }
+        return splits or super().find_splits(folder, settings)
+
+    def read_value(self, row: Row, field: str) -> Any:
+        """One field; of a row with both languages under "translation", from there."""
+        both = row.get("translation")
+        return super().read_value(both if isinstance(both, Mapping) else row, field)
+
+    def read(self, row: Row) -> dict[str, str]:
+        """The two sentences, and the languages' names."""
+        return {
+            **super().read(row),
+            "source_language": LANGUAGE_NAMES.get(self.source_code, self.source_code),
+            "target_language": LANGUAGE_NAMES.get(self.target_code, self.target_code),
+        }
+
+    def template_fields(self) -> tuple[str, ...]:
+        """The sentences and the languages' names."""
+        return (*self.fields, "source_language", "target_language")
+
+    def score(self, prediction: str, example: Example) -> float:
+        """The character n-gram F-score of the prediction's first line, from 0 to 1."""
+        return chrf([_first_line(prediction)], [example.answer])
+
+    def metrics(self, predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
+        """The character n-gram F-score over all sentences, from 0 to 1."""
+        if not examples:
+            return {}
+        answers = [example.answer for example in examples]
+        return {self.metric: chrf([_first_line(text) for text in predictions], answers)}
+
+
+def _first_line(text: str) -> str:
+    return next(iter(text.strip().splitlines()), "")
+
+
+def _files_in_language(folder: Path, code: str) -> dict[str, Path]:
+    """By split, the files whose names begin or end with a language's code."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        parts = path.name.split(".")
+        if path.is_file() and len(parts) > 1 and code in (parts[0], parts[-1]):
+            others = ".".join(part for part in parts if part != code)
+            split = split_of(others) or split_of(path.parent.name)
+            found.setdefault(split or "train", path)
+    return found
+
+
+def _open_pair(source: Path, target: Path) -> Table:
+    return AlignedTable({"source": open_lines(source), "target": open_lines(target)})
+
+
+FLORES = Translation(
+    name="flores",
+    about="translation of a sentence from one language to another",
+    fields={"source": ("source",), "target": ("target",)},
+    prompt="{source_language}: {source}\n{target_language}:",
+    chat_prompt="Translate from {source_language} to {target_language}:\n{source}",
+    completion=" {target}",
+    hub=HubHome(path="openlanguagedata/flores_plus"),
+    train_splits=("train", "validation"),
+    eval_splits=("test", "validation"),
+    metric="chrf",
+)

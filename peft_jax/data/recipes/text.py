@@ -1,0 +1,28 @@
+"""Plain text, for language modelling."""
+
+import dataclasses
+from typing import ClassVar
+
+from peft_jax.data.examples import Example, prompt_and_completion
+from peft_jax.data.recipes.base import Recipe
+from peft_jax.data.tables import Row
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlainText(Recipe):
+    """Every token of a text is learnt; a long text becomes several sequences."""
+
+    templated: ClassVar[bool] = False
+
+    def example(self, row: Row) -> Example:
+        """The row's text, all of it learnt."""
+        return prompt_and_completion("", self.read_text(row, "text"))
+
+
+TEXT = PlainText(
+    name="text",
+    about="plain text, every token learnt",
+    fields={"text": ("text", "content", "story")},
+    completion_only=False,
+    too_long="split",
+)

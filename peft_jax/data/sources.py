@@ -1,0 +1,296 @@
+"""Where rows come from: local files and folders, or the Hugging Face hub."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+from absl import logging
+
+from peft_jax.core import did_you_mean
+from peft_jax.data.files import is_data_file, missing_file_message, split_of
+from peft_jax.data.recipes.base import Recipe
+from peft_jax.data.settings import DataSettings
+from peft_jax.data.tables import AlignedTable, ArrowTable, Row, Table
+
+_AUTOMATIC_SHARE = 0.05
+_AUTOMATIC_MOST = 512
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sources:
+    """The rows of a run.
+
+    Attributes:
+      train: the rows to train on.
+      held_out: the rows to evaluate on; None if there are none.
+    """
+
+    train: Table
+    held_out: Table | None
+
+
+class SelectedTable:
+    """Some rows of another table.
+
+    The rows that others hold out are skipped by arithmetic, so nothing is held for those that stay.
+    """
+
+    def __init__(self, table: Table, rows: np.ndarray, *, without: bool = False):
+        """Selects.
+
+        Args:
+          table: the rows to select from.
+          rows: int64 [n], sorted indices without repetition.
+          without: select all rows but these.
+        """
+        self.name = table.name
+        self._table = table
+        self._rows = rows
+        self._without = without
+        # Row i of those that stay is i plus the number of left-out rows before it.
+        self._stays_before = rows - np.arange(len(rows))
+
+    def __len__(self) -> int:
+        """How many rows are selected."""
+        return len(self._table) - len(self._rows) if self._without else len(self._rows)
+
+    def __getitem__(self, index: int) -> Row:
+        """One row."""
+        return self._table[self._original(index)]
+
+    def where(self, index: int) -> str:
+        """As the table itself says."""
+        return self._table.where(self._original(index))
+
+    def _original(self, index: int) -> int:
+        if self._without:
+            return index + int(np.searchsorted(self._stays_before, index, side="right"))
+        return int(self._rows[index])
+
+
+def open_sources(settings: DataSettings, recipe: Recipe) -> Sources:
+    """Opens what the settings name, and sets held-out rows apart.
+
+    Args:
+      settings: the run's data settings.
+      recipe: the recipe as configured by them; it knows columns, splits and the hub's name.
+
+    Returns:
+      Training and held-out rows that never overlap.
+
+    Raises:
+      FileNotFoundError: if a path leads nowhere; near matches are named.
+      ValueError: if a split is missing, or nothing is left to train on.
+    """
+    path, subset = settings.path, settings.subset
+    if not path:
+        home = recipe.hub_home(settings)
+        if home is None:
+            raise ValueError(
+                f"data.path is empty, and recipe {recipe.name!r} has no data of its own"
+            )
+        path, subset = home.path, subset or home.subset
+    splits = _open_splits(path, subset, settings, recipe)
+    train_name = _choose_train(splits, settings, recipe)
+    train = splits[train_name]()
+    held_out = None
+    if settings.eval_path:
+        held_out = _open_eval(path, train_name, settings, recipe)
+    elif not settings.hold_out:
+        eval_name = _choose_eval(splits, train_name, settings, recipe)
+        held_out = splits[eval_name]() if eval_name else None
+    if held_out is None:
+        train, held_out = _hold_out(train, settings)
+    train = _limit(train, settings.train_rows, settings.hold_out_seed)
+    if held_out is not None:
+        held_out = _limit(held_out, settings.eval_rows, settings.hold_out_seed)
+    if not len(train):
+        raise ValueError(f"{train.name}: there are no rows to train on")
+    logging.info(
+        "Data: %d training rows of %s; held out: %s",
+        len(train),
+        train.name,
+        f"{len(held_out)} rows of {held_out.name}" if held_out is not None else "none",
+    )
+    return Sources(train=train, held_out=held_out)
+
+
+def _open_splits(
+    path: str, subset: str, settings: DataSettings, recipe: Recipe
+) -> dict[str, Callable[[], Table]]:
+    """What opens each split that a path or a hub name has."""
+    local = Path(path).expanduser()
+    if local.is_file():
+        return {"train": functools.partial(recipe.open_file, local, settings)}
+    if local.is_dir():
+        return _open_folder(local, subset, settings, recipe)
+    looks_local = path.startswith((".", "/", "~")) or is_data_file(local) or path.count("/") > 1
+    if looks_local:
+        raise FileNotFoundError(f"data.path is {path!r}: {missing_file_message(local)}")
+    return _open_hub(path, subset, settings, recipe)
+
+
+def _open_folder(
+    folder: Path, subset: str, settings: DataSettings, recipe: Recipe
+) -> dict[str, Callable[[], Table]]:
+    if subset and (folder / subset).is_dir():
+        folder = folder / subset
+    if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+        import datasets
+
+        saved = datasets.load_from_disk(str(folder))
+        return _named_splits(saved, str(folder))
+    splits = recipe.find_splits(folder, settings)
+    if not splits:
+        names = sorted(entry.name for entry in folder.iterdir())[:10]
+        raise FileNotFoundError(
+            f"{folder} holds no data file that recipe {recipe.name!r} reads; it holds"
+            f" {', '.join(names) or 'nothing'}"
+        )
+    return splits
+
+
+def _open_hub(
+    path: str, subset: str, settings: DataSettings, recipe: Recipe
+) -> dict[str, Callable[[], Table]]:
+    import datasets
+
+    load = functools.partial(datasets.load_dataset, path, revision=settings.revision or None)
+    aligned = {} if subset else recipe.aligned_subsets(settings)
+    sliced = [name for name in (settings.train_split, settings.eval_split) if "[" in name]
+    try:
+        if aligned:
+            return _aligned_splits({key: load(name) for key, name in aligned.items()}, path)
+        splits = _named_splits(load(subset or None), path)
+        for name in sliced:
+            rows = load(subset or None, split=name)
+            splits[name] = functools.partial(ArrowTable, rows, f"{path} {name}")
+    # The library raises many types for one thing: the set, or its subset, cannot be had.
+    except (OSError, ValueError, RuntimeError) as error:
+        folder = Path(path).parent
+        near = f" ({missing_file_message(Path(path))})" if folder.is_dir() else ""
+        raise FileNotFoundError(
+            f"data.path is {path!r}: there is no such file or folder{near}, and the Hugging Face"
+            f" hub's data set of that name could not be loaded: {error}"
+        ) from error
+    return splits
+
+
+def _aligned_splits(sets: Mapping[str, Any], path: str) -> dict[str, Callable[[], Table]]:
+    first = next(iter(sets.values()))
+
+    def open_split(split: str) -> Table:
+        return AlignedTable(
+            {key: ArrowTable(rows[split], f"{path} {key} {split}") for key, rows in sets.items()}
+        )
+
+    return {split: functools.partial(open_split, split) for split in first}
+
+
+def _named_splits(dataset: Any, name: str) -> dict[str, Callable[[], Table]]:
+    if not isinstance(dataset, Mapping):
+        dataset = {"train": dataset}
+    return {
+        split: functools.partial(ArrowTable, rows, f"{name} {split}")
+        for split, rows in dataset.items()
+    }
+
+
+def _choose_train(splits: Mapping[str, Any], settings: DataSettings, recipe: Recipe) -> str:
+    if settings.train_split:
+        return _find_split("data.train_split", settings.train_split, splits)
+    for name in recipe.train_splits:
+        if found := _same_split(name, splits):
+            return found
+    raise ValueError(
+        f"there are no rows called {' or '.join(recipe.train_splits)} to train on; there are"
+        f" {', '.join(sorted(splits))}: name one in data.train_split"
+    )
+
+
+def _choose_eval(
+    splits: Mapping[str, Any], train_name: str, settings: DataSettings, recipe: Recipe
+) -> str:
+    """The split to evaluate on; "" if there is none."""
+    if settings.eval_split:
+        name = _find_split("data.eval_split", settings.eval_split, splits)
+        if name == train_name:
+            raise ValueError(
+                f"data.eval_split is {settings.eval_split!r}, the rows that are trained on; hold"
+                " some of them out with data.hold_out"
+            )
+        return name
+    found = (_same_split(name, splits) for name in recipe.eval_splits)
+    return next((name for name in found if name and name != train_name), "")
+
+
+def _find_split(setting: str, name: str, splits: Mapping[str, Any]) -> str:
+    found = _same_split(name, splits)
+    if not found:
+        raise ValueError(f"{setting} is {name!r}{did_you_mean(name, splits)}")
+    return found
+
+
+def _same_split(name: str, splits: Mapping[str, Any]) -> str:
+    """The split of that name, or of another name for the same ("dev"); "" if there is none."""
+    if name in splits:
+        return name
+    wanted = split_of(name)
+    return next((split for split in splits if wanted and split_of(split) == wanted), "")
+
+
+def _open_eval(train_path: str, train_name: str, settings: DataSettings, recipe: Recipe) -> Table:
+    """The rows of `data.eval_path`."""
+    splits = _open_splits(settings.eval_path, settings.subset, settings, recipe)
+    if settings.eval_split:
+        name = _find_split("data.eval_split", settings.eval_split, splits)
+    else:
+        order = (*recipe.eval_splits, *recipe.train_splits)
+        found = (_same_split(name, splits) for name in order)
+        name = next((name for name in found if name), next(iter(splits)))
+    same = settings.eval_path == train_path
+    if not same and Path(train_path).exists() and Path(settings.eval_path).exists():
+        same = Path(settings.eval_path).samefile(train_path)
+    if same and name == train_name:
+        raise ValueError(
+            f"data.eval_path is {settings.eval_path!r}, the rows that are trained on; hold some of"
+            " them out with data.hold_out"
+        )
+    return splits[name]()
+
+
+def _hold_out(train: Table, settings: DataSettings) -> tuple[Table, Table | None]:
+    """Takes held-out rows from the training rows."""
+    size, asked = len(train), settings.hold_out
+    if asked == 0 or size < 2:
+        return train, None
+    if asked is None:
+        number = min(max(round(size * _AUTOMATIC_SHARE), 1), _AUTOMATIC_MOST)
+    else:
+        number = max(round(size * asked), 1) if asked < 1 else int(asked)
+    if number >= size:
+        raise ValueError(
+            f"data.hold_out is {asked}, and {train.name} has {size} rows: none would be left to"
+            " train on"
+        )
+    rows = _sample(size, number, settings.hold_out_seed)
+    return SelectedTable(train, rows, without=True), SelectedTable(train, rows)
+
+
+def _limit(table: Table, most: int | None, seed: int) -> Table:
+    """At most so many rows, chosen at random."""
+    if most is None or most >= len(table):
+        return table
+    return SelectedTable(table, _sample(len(table), most, seed + 1))
+
+
+def _sample(size: int, number: int, seed: int) -> np.ndarray:
+    """int64 [number], sorted: distinct indices below `size`, without a list of all of them."""
+    shuffle = functools.partial(
+        grain.experimental.index_shuffle, max_index=size - 1, seed=seed % 2**32, rounds=4
+    )
+    return np.sort(np.array([shuffle(index) for index in range(number)], np.int64))

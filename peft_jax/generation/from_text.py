@@ -1,0 +1,118 @@
+"""Generation from text to text, with a transformers tokenizer."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+
+from peft_jax.core import Tree
+from peft_jax.data.encode import Encoder
+from peft_jax.data.examples import Example, Piece, prompt_and_completion
+from peft_jax.generation.ends import Continuation, cut_off, end_tokens
+from peft_jax.generation.from_tokens import FinishReason, generate
+from peft_jax.generation.settings import GenerationSettings
+from peft_jax.generation.stats import GenerationStats
+from peft_jax.models import CausalLM
+
+Messages = Sequence[Mapping[str, Any]]
+"""A conversation as `apply_chat_template` takes it: dictionaries with "role" and "content"."""
+
+Prompt = str | Example | Messages
+"""A text to be continued; an example of a data set, whose answer is; a conversation, whose next
+turn is, after the tokenizer's chat template."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextCompletion:
+    """What one prompt was continued by.
+
+    Attributes:
+      text: the text, without special tokens and without the stop string.
+      tokens: int32 [n], its tokens, up to and with the end token or the end of the stop string.
+      finish_reason: why it ended.
+    """
+
+    text: str
+    tokens: Int32[np.ndarray, "new"]
+    finish_reason: FinishReason
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GeneratedText:
+    """What `generate_text` gives.
+
+    Attributes:
+      completions: one for each prompt, in their order.
+      stats: how much and how fast.
+    """
+
+    completions: tuple[TextCompletion, ...]
+    stats: GenerationStats
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts alone."""
+        return [completion.text for completion in self.completions]
+
+
+def generate_text(
+    model: CausalLM,
+    params: Tree,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    settings: GenerationSettings | None = None,
+) -> GeneratedText:
+    """Continues texts.
+
+    Prompts are tokenised as training shows them to the model: behind what the tokenizer puts before
+    a text, and a conversation by its chat template.
+
+    Args:
+      model: the model.
+      params: its parameters, with adapters bound or merged.
+      tokenizer: a transformers tokenizer.
+      prompts: the prompts.
+      settings: how; by default greedily.
+
+    Raises:
+      ValueError: as `generate`; or a conversation and no chat template.
+      FloatingPointError: as `generate`.
+    """
+    if isinstance(prompts, str):
+        raise ValueError("prompts must be a list of prompts, but is one text: put it in a list")
+    settings = settings or GenerationSettings()
+    if settings.eos_ids is None:
+        settings = dataclasses.replace(settings, eos_ids=end_tokens(model, tokenizer=tokenizer))
+    encoder = Encoder(tokenizer, max_length=1)
+    tokens = [encoder.prompt_ids(_as_example(prompt, tokenizer)) for prompt in prompts]
+    continuations = [Continuation(tokenizer, ids) for ids in tokens]
+    strings = settings.stop_strings
+
+    def find_stop(index: int, new: Int32[np.ndarray, "new"]) -> int | None:
+        return continuations[index].find(strings, new)
+
+    found = generate(model, params, tokens, settings, find_stop=find_stop if strings else None)
+    completions = tuple(
+        TextCompletion(
+            text=cut_off(continuation.text(completion.tokens), strings),
+            tokens=completion.tokens,
+            finish_reason=completion.finish_reason,
+        )
+        for continuation, completion in zip(continuations, found.completions, strict=True)
+    )
+    return GeneratedText(completions=completions, stats=found.stats)
+
+
+def _as_example(prompt: Prompt, tokenizer: Any) -> Example:
+    """The prompt as an example whose answer is still to be written."""
+    if isinstance(prompt, Example):
+        return prompt
+    if isinstance(prompt, str):
+        return prompt_and_completion(prompt, "")
+    text = tokenizer.apply_chat_template(
+        [dict(message) for message in prompt], add_generation_prompt=True, tokenize=False
+    )
+    pieces = (Piece(text=text, learn=False), Piece(text="", learn=True))
+    return Example(pieces=pieces, templated=True)

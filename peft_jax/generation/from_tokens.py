@@ -1,0 +1,304 @@
+"""Generation from tokens to tokens: prompts in batches, each written by one loop on the device."""
+
+import collections
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import jax
+import numpy as np
+from jaxtyping import Int32, UInt32
+
+from peft_jax.core import Tree
+from peft_jax.generation.buckets import PaddedPrompts, length_bucket
+from peft_jax.generation.decoding import Controls, DecodeState, read_prompts, write_tokens
+from peft_jax.generation.ends import end_tokens
+from peft_jax.generation.sampling import Sampling
+from peft_jax.generation.settings import GenerationSettings
+from peft_jax.generation.stats import GenerationStats, Stopwatch
+from peft_jax.models import CausalLM
+
+FinishReason = Literal["eos", "stop_string", "max_new_tokens", "context"]
+"""Why a continuation ended: with an end token, with a stop string, because it has all the tokens it
+may have, or because the model's context is full."""
+
+FindStop = Callable[[int, Int32[np.ndarray, "new"]], int | None]
+"""Given a prompt's index and its new tokens so far: how many of them to keep, or None to go on.
+What is kept of some tokens must be what is kept when there are more."""
+
+STOP_INTERVAL = 32
+"""How many tokens are written between two looks for stop strings, which only the host can find."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Completion:
+    """What one prompt was continued by.
+
+    Attributes:
+      tokens: int32 [n], the new tokens; the end token, where there is one, is the last.
+      finish_reason: why it ended.
+    """
+
+    tokens: Int32[np.ndarray, "new"]
+    finish_reason: FinishReason
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generated:
+    """What `generate` gives.
+
+    Attributes:
+      completions: one for each prompt, in their order.
+      stats: how much and how fast.
+    """
+
+    completions: tuple[Completion, ...]
+    stats: GenerationStats
+
+
+def generate(
+    model: CausalLM,
+    params: Tree,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    settings: GenerationSettings | None = None,
+    *,
+    find_stop: FindStop | None = None,
+) -> Generated:
+    """Continues prompts, token by token, on the device.
+
+    Prompts are padded to buckets of lengths, and batches to buckets of sizes; for each bucket two
+    programs are compiled, once, and another the first time that tokens are sampled. A batch is
+    written by one loop on the device, which ends when all its rows have; the host does not see
+    single tokens.
+
+    Args:
+      model: the model. Parameters are best held in its compute dtype: others are cast anew for
+        every token.
+      params: its parameters, with adapters bound (`AdapterSpec.bind`, which prepares them once) or
+        merged.
+      prompts: the tokens of each prompt.
+      settings: how; by default greedily.
+      find_stop: finds where a continuation is to be cut off. With it the loop pauses every
+        `STOP_INTERVAL` tokens; what is kept does not depend on the pauses.
+
+    Returns:
+      The continuations, without their prompts.
+
+    Raises:
+      ValueError: a prompt is empty, leaves no room in the model's context, or has tokens that the
+        model does not have; or an end token is none of the model's.
+      FloatingPointError: the model's logits are not finite.
+
+    Example:
+      >>> from peft_jax.models import build_model
+      >>> model = build_model({
+      ...     "model_type": "llama", "vocab_size": 32, "hidden_size": 8, "num_hidden_layers": 1,
+      ...     "num_attention_heads": 2, "intermediate_size": 16})
+      >>> params = model.init_params(jax.random.key(0))
+      >>> settings = GenerationSettings(max_new_tokens=3, eos_ids=())
+      >>> found = generate(model, params, [[1, 2, 3], [4]], settings)
+      >>> [completion.tokens.shape for completion in found.completions]
+      [(3,), (3,)]
+    """
+    settings = settings or GenerationSettings()
+    if settings.eos_ids is None:
+        settings = dataclasses.replace(settings, eos_ids=end_tokens(model))
+    rows = [_as_tokens(index, prompt, model) for index, prompt in enumerate(prompts)]
+    row_keys = _row_keys(rows, settings.seed)
+    by_length = sorted(range(len(rows)), key=lambda index: len(rows[index]), reverse=True)
+    completions: dict[int, Completion] = {}
+    stats = GenerationStats()
+    for start in range(0, len(rows), settings.batch_size):
+        indices = by_length[start : start + settings.batch_size]
+        found, spent = _generate_batch(
+            model,
+            params,
+            {index: rows[index] for index in indices},
+            row_keys[indices],
+            settings,
+            find_stop,
+        )
+        completions |= found
+        stats += spent
+    in_order = tuple(completions[index] for index in range(len(rows)))
+    return Generated(completions=in_order, stats=stats)
+
+
+def context_length(model: CausalLM) -> int | None:
+    """How many tokens the model was made for; None where its positions have no end (ALiBi)."""
+    return getattr(model.config, "max_positions", None)
+
+
+def _as_tokens(
+    index: int, prompt: Sequence[int] | np.ndarray, model: CausalLM
+) -> Int32[np.ndarray, "prompt"]:
+    """A prompt as an array, if the model can continue it."""
+    tokens = np.asarray(prompt, np.int64)
+    if tokens.ndim != 1 or not tokens.size:
+        raise ValueError(
+            f"prompt {index} must be a sequence of at least one token, but has the shape"
+            f" {list(tokens.shape)}"
+        )
+    unknown = tokens[(tokens < 0) | (tokens >= model.config.vocab_size)]
+    if unknown.size:
+        raise ValueError(
+            f"prompt {index} has the token {unknown[0]}, and the model's are 0 to"
+            f" {model.config.vocab_size - 1}"
+        )
+    context = context_length(model)
+    if context is not None and tokens.size >= context:
+        raise ValueError(
+            f"prompt {index} has {tokens.size} tokens, which leaves no room in the model's context"
+            f" of {context}; shorten it"
+        )
+    return tokens.astype(np.int32)
+
+
+def _row_keys(rows: Sequence[np.ndarray], seed: int) -> UInt32[np.ndarray, "rows 2"]:
+    """The data of each row's random key: a digest of the seed, the prompt, and its repetitions."""
+    seen: collections.Counter[bytes] = collections.Counter()
+    keys = np.zeros((len(rows), 2), np.uint32)
+    for index, row in enumerate(rows):
+        prompt = row.astype("<i4").tobytes()
+        text = f"{seed} {seen[prompt]} ".encode() + prompt
+        keys[index] = np.frombuffer(hashlib.blake2b(text, digest_size=8).digest(), "<u4")
+        seen[prompt] += 1
+    return keys
+
+
+def _generate_batch(
+    model: CausalLM,
+    params: Tree,
+    prompts: dict[int, np.ndarray],
+    row_keys: UInt32[np.ndarray, "rows 2"],
+    settings: GenerationSettings,
+    find_stop: FindStop | None,
+) -> tuple[dict[int, Completion], GenerationStats]:
+    """Continues some prompts, given by index, together."""
+    padded = PaddedPrompts.of(list(prompts.values()))
+    filling = (0, len(padded.empty) - len(prompts))
+    limits = np.pad(_limits(list(prompts.values()), model, settings), filling)
+    controls = Controls(
+        sampling=None if settings.greedy else Sampling.of(settings, model.config.vocab_size),
+        row_keys=jax.device_put(np.pad(row_keys, (filling, (0, 0)))),
+        limits=jax.device_put(limits),
+        ends=jax.device_put(_ends(settings, model)),
+    )
+    most = int(limits.max())
+    stopwatch = Stopwatch()
+    with stopwatch("prompt"):
+        state = jax.block_until_ready(
+            read_prompts(
+                params,
+                jax.device_put(padded.tokens),
+                jax.device_put(padded.segment_ids),
+                jax.device_put(padded.last),
+                model=model,
+                new_tokens=length_bucket(most),
+            )
+        )
+    stops = _Stops(find_stop, list(prompts), padded.empty)
+    interval = most if find_stop is None else STOP_INTERVAL
+    until = 0
+    while until < most and not stops.all_done:
+        until = min(until + interval, most)
+        stopped = jax.device_put(stops.stopped.copy())
+        with stopwatch("decode"):
+            state = jax.block_until_ready(
+                write_tokens(
+                    params, state, controls, stopped, jax.device_put(np.int32(until)), model=model
+                )
+            )
+        stops.look(state)
+    completions = _completions(state, list(prompts), stops, settings)
+    stats = GenerationStats(
+        prompts=len(prompts),
+        prompt_tokens=sum(len(prompt) for prompt in prompts.values()),
+        new_tokens=sum(len(completion.tokens) for completion in completions.values()),
+        batches=1,
+        compile_seconds=stopwatch.seconds["compile"],
+        prompt_seconds=stopwatch.seconds["prompt"],
+        decode_seconds=stopwatch.seconds["decode"],
+    )
+    return completions, stats
+
+
+def _limits(
+    prompts: Sequence[np.ndarray], model: CausalLM, settings: GenerationSettings
+) -> Int32[np.ndarray, "rows"]:
+    """The most tokens each prompt may be continued by."""
+    limits = np.full(len(prompts), settings.max_new_tokens, np.int32)
+    context = context_length(model)
+    if context is None:
+        return limits
+    return np.minimum(limits, [context - len(prompt) for prompt in prompts]).astype(np.int32)
+
+
+def _ends(settings: GenerationSettings, model: CausalLM) -> np.ndarray:
+    """Whether each token of the vocabulary ends a continuation."""
+    ends = np.zeros(model.config.vocab_size, bool)
+    for token in settings.eos_ids or ():
+        if not 0 <= token < len(ends):
+            raise ValueError(
+                f"eos_ids has the token {token}, and the model's are 0 to {len(ends) - 1}"
+            )
+        ends[token] = True
+    return ends
+
+
+class _Stops:
+    """Which rows are to be cut off, and where, as far as is known.
+
+    Attributes:
+      stopped: [B], rows that need not go on.
+      kept: how many tokens are kept of the prompts that are cut off, by index.
+    """
+
+    def __init__(self, find_stop: FindStop | None, indices: Sequence[int], empty: np.ndarray):
+        self.stopped = empty.copy()
+        self.kept: dict[int, int] = {}
+        self._find_stop = find_stop
+        self._indices = indices
+
+    @property
+    def all_done(self) -> bool:
+        """Whether no row needs to go on."""
+        return bool(self.stopped.all())
+
+    def look(self, state: DecodeState) -> None:
+        """Looks at what was written since the last time."""
+        if self._find_stop is None:
+            return
+        tokens, counts, done = jax.device_get((state.tokens, state.counts, state.done))
+        for row, index in enumerate(self._indices):
+            if self.stopped[row]:
+                continue
+            kept = self._find_stop(index, tokens[row, : counts[row]])
+            if kept is not None:
+                self.kept[index] = kept
+            self.stopped[row] = done[row] or kept is not None
+
+
+def _completions(
+    state: DecodeState, indices: Sequence[int], stops: _Stops, settings: GenerationSettings
+) -> dict[int, Completion]:
+    """What stands in the state, by the index of the prompt."""
+    tokens, counts, finite = jax.device_get((state.tokens, state.counts, state.finite))
+    completions = {}
+    for row, index in enumerate(indices):
+        if not finite[row]:
+            raise FloatingPointError(
+                f"the model's logits are not finite while it continues prompt {index}; its"
+                " parameters, or its adapter's, hold NaN or infinity, or its dtype is too narrow"
+            )
+        new = tokens[row, : counts[row]]
+        reason: FinishReason
+        if index in stops.kept:
+            new, reason = new[: stops.kept[index]], "stop_string"
+        elif int(new[-1]) in (settings.eos_ids or ()):
+            reason = "eos"
+        else:
+            reason = "max_new_tokens" if len(new) == settings.max_new_tokens else "context"
+        completions[index] = Completion(tokens=np.array(new), finish_reason=reason)
+    return completions

@@ -1,0 +1,88 @@
+"""From the folders that a run reads and leaves to what `generate_text` takes."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from peft_jax.core import Tree
+from peft_jax.core.checks import check_choice
+from peft_jax.generation.ends import end_tokens
+from peft_jax.hub import find_folder, load_adapter, load_model
+from peft_jax.hub.adapter_files import CONFIG, PEFT_CONFIG
+from peft_jax.hub.files import read_json_object
+from peft_jax.hub.tokenizer import load_tokenizer
+from peft_jax.models import CausalLM, ExecutionSettings
+
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """What `generate_text` takes.
+
+    Attributes:
+      model: the model.
+      params: its parameters, the adapter bound or merged.
+      tokenizer: its transformers tokenizer.
+      eos_ids: what ends a text, for `GenerationSettings`; with what `generation_config.json` adds.
+    """
+
+    model: CausalLM
+    params: Tree
+    tokenizer: Any
+    eos_ids: tuple[int, ...]
+
+
+def load_for_generation(
+    model: str | Path | None = None,
+    adapter: str | Path | None = None,
+    *,
+    merge: bool = False,
+    dtype: str = "float32",
+) -> Loaded:
+    """A model, with or without an adapter, ready to generate.
+
+    Args:
+      model: the checkpoint's folder, or its name on the Hugging Face hub; None for the one that the
+        adapter's configuration names.
+      adapter: the adapter's folder (a run's `adapter/`), or its name on the hub.
+      merge: whether the adapter is merged into the parameters, which takes their memory once more
+        while it is done and makes each token cheaper, instead of bound.
+      dtype: of the parameters and of what is computed, "float32" or "bfloat16".
+
+    Raises:
+      ValueError: neither is given, or one of them cannot be loaded.
+    """
+    check_choice("dtype", dtype, ("float32", "bfloat16"))
+    adapter_folder = None if adapter is None else find_folder(adapter)
+    if model is None:
+        if adapter_folder is None:
+            raise ValueError("give a model, an adapter, or both")
+        model = base_of(adapter_folder)
+    folder = find_folder(model)
+    execution = ExecutionSettings(compute_dtype=dtype)
+    causal_lm, params = load_model(folder, dtype=dtype, execution=execution)
+    with_tokenizer = folder
+    if adapter_folder is not None:
+        spec, state = load_adapter(adapter_folder, causal_lm, params)
+        params = spec.merge(params, state) if merge else spec.bind(params, state)
+        if (adapter_folder / _TOKENIZER_CONFIG).is_file():
+            with_tokenizer = adapter_folder
+    tokenizer = load_tokenizer(with_tokenizer)
+    eos_ids = end_tokens(causal_lm, tokenizer=tokenizer, folder=folder)
+    return Loaded(model=causal_lm, params=params, tokenizer=tokenizer, eos_ids=eos_ids)
+
+
+def base_of(adapter: Path) -> str:
+    """The base that an adapter's configuration names.
+
+    Raises:
+      ValueError: there is no configuration, or it names none.
+    """
+    names = [name for name in (CONFIG, PEFT_CONFIG) if (adapter / name).is_file()]
+    if not names:
+        raise ValueError(f"{adapter} holds no adapter: it has neither {CONFIG} nor {PEFT_CONFIG}")
+    base = read_json_object(adapter / names[0]).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{adapter / names[0]} does not say what base it is for: give the model")
+    return str(base)

@@ -1,0 +1,108 @@
+"""What a saved adapter consists of, and how its own configuration is written.
+
+    peft_jax_adapter.json         the method, its settings, what it applies to; what is in the files
+    peft_jax_adapter.safetensors  the arrays, where Hugging Face PEFT's form does not hold them all
+    adapter_config.json           the same adapter for PEFT, where PEFT has the method
+    adapter_model.safetensors     its arrays in PEFT's form
+
+So a folder of LoRA, LoRA-GA or BOFT loads in `peft.PeftModel.from_pretrained` as it is. Where
+PEFT's form gives back every array bit for bit (LoRA, LoRA-GA, BOFT with one factor), it is the only
+copy. For BOFT with several factors PEFT's files are a copy, made for it, with the factors
+multiplied together. For the other methods there are none, and `peft_jax_adapter.json` says why;
+merged (`export_merged`), they are checkpoints like any other.
+
+Tensors in `peft_jax_adapter.safetensors` are named by module and array, one a layer:
+"model.layers.0.self_attn.q_proj.low_rank.a". The methods' docstrings say what each is; kernels act
+on row vectors, y = x W, so that "a" is [in, rank]. Leaves that are trained themselves have the
+names and the layout they have in the base's checkpoint.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft_jax.adapters import AdapterSpec, make_method
+from peft_jax.core import did_you_mean
+from peft_jax.version import __version__
+
+CONFIG = "peft_jax_adapter.json"
+ARRAYS = "peft_jax_adapter.safetensors"
+PEFT_CONFIG = "adapter_config.json"
+PEFT_ARRAYS = "adapter_model.safetensors"
+
+FORMAT = "peft_jax adapter"
+FORMAT_VERSION = 1
+
+_SPEC_FIELDS = tuple(
+    field.name for field in dataclasses.fields(AdapterSpec) if field.name != "method"
+)
+
+
+def write_config(
+    spec: AdapterSpec,
+    *,
+    model_type: str,
+    base_model_name: str,
+    arrays_in: str,
+    peft: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The content of `peft_jax_adapter.json`.
+
+    Args:
+      spec: the method and what it applies to.
+      model_type: of the base's `config.json`.
+      base_model_name: where the base is, or its name on the hub.
+      arrays_in: the file that holds the arrays, `ARRAYS` or `PEFT_ARRAYS`.
+      peft: whether PEFT loads the folder, and why not.
+    """
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "peft_jax_version": __version__,
+        "base_model_name_or_path": base_model_name,
+        "model_type": model_type,
+        "method": {"name": spec.method.name, **dataclasses.asdict(spec.method)},
+        **{name: _plain(getattr(spec, name)) for name in _SPEC_FIELDS},
+        "arrays": arrays_in,
+        "peft": dict(peft),
+    }
+
+
+def read_spec(config: Mapping[str, Any], file: Path) -> AdapterSpec:
+    """The method and what it applies to, from the content of `peft_jax_adapter.json`.
+
+    Raises:
+      ValueError: it is of another format or a later version, or a setting is missing or unknown.
+    """
+    if config.get("format") != FORMAT:
+        raise ValueError(f"{file} is no adapter's configuration: its format is not {FORMAT!r}")
+    version = config.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{file} has format_version {version!r} and was written by peft_jax"
+            f" {config.get('peft_jax_version')}; this one ({__version__}) reads {FORMAT_VERSION}"
+        )
+    missing = [name for name in ("method", "arrays", *_SPEC_FIELDS) if name not in config]
+    if missing:
+        raise ValueError(f"{file} lacks {', '.join(missing)}{did_you_mean(missing[0], config)}")
+    method = {name: _tuple(value) for name, value in config["method"].items()}
+    try:
+        return AdapterSpec(
+            method=make_method(str(method.pop("name", None)), **method),
+            **{name: _tuple(config[name]) for name in _SPEC_FIELDS},
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON has it."""
+    if isinstance(value, tuple):
+        return list(value)
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def _tuple(value: Any) -> Any:
+    """A setting from JSON, which has lists for tuples."""
+    return tuple(value) if isinstance(value, list) else value

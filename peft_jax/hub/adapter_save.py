@@ -1,0 +1,252 @@
+"""Writing an adapter, for this library and for Hugging Face PEFT."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path as FilePath
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peft_jax.adapters import AdapterSpec, AdapterState, Full, Plan
+from peft_jax.core import Tree, flatten, is_stacked
+from peft_jax.hub.adapter_arrays import (
+    ArrayTensors,
+    adapted_tensors,
+    check_state,
+    modules_of,
+    tensors_to_write,
+    trained_tensors,
+)
+from peft_jax.hub.adapter_files import ARRAYS, CONFIG, PEFT_ARRAYS, PEFT_CONFIG, write_config
+from peft_jax.hub.files import whole_folder, write_json
+from peft_jax.hub.peft_config import HEAD, tied_embedding, write_peft_config
+from peft_jax.hub.peft_forms import NoPeftFormError, PeftForm, nbytes, peft_form
+from peft_jax.hub.peft_names import PEFT_PREFIX
+from peft_jax.hub.save import MAX_SHARD_BYTES, save_model
+from peft_jax.hub.tensors import TensorToWrite, write_tensors
+from peft_jax.models import CausalLM
+
+FILES = (CONFIG, ARRAYS, PEFT_CONFIG, PEFT_ARRAYS)
+
+MAX_COPY_BYTES = 4 * 2**30
+"""How large a copy for PEFT, whose rotations are dense blocks, may be."""
+
+_METADATA = {"format": "pt"}
+
+
+def save_adapter(
+    folder: str | FilePath,
+    model: CausalLM,
+    spec: AdapterSpec,
+    state: AdapterState,
+    base_model_name: str,
+) -> None:
+    """Writes an adapter that `load_adapter` gives back bit for bit, and PEFT loads where it can.
+
+    The folder is written beside its place and moved there when it is whole; an adapter that was
+    there is replaced, other files beside it are kept. For the files see
+    [`adapter_files`][peft_jax.hub.adapter_files].
+
+    Args:
+      folder: where to; it is created.
+      model: the base.
+      spec: what is adapted.
+      state: the adapter's arrays.
+      base_model_name: the base's path, or its name on the hub, for whoever loads the adapter.
+
+    Raises:
+      ValueError: the arrays are not what `spec` makes for this model, or the folder holds files
+        but no adapter.
+
+    Example:
+      >>> import tempfile
+      >>> from peft_jax.adapters import LoRA
+      >>> from peft_jax.hub import load_adapter
+      >>> from peft_jax.models import build_model
+      >>> model = build_model({
+      ...     "model_type": "llama", "vocab_size": 32, "hidden_size": 8, "num_hidden_layers": 2,
+      ...     "num_attention_heads": 2, "intermediate_size": 16})
+      >>> params = model.init_params(jax.random.key(0))
+      >>> spec = AdapterSpec(method=LoRA(rank=2), target_modules=("q_proj",))
+      >>> state = spec.init(jax.random.key(1), params)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save_adapter(folder, model, spec, state, "someone/base")
+      ...     print(*sorted(file.name for file in FilePath(folder).iterdir()))
+      ...     loaded_spec, loaded = load_adapter(folder, model, params)
+      adapter_config.json adapter_model.safetensors peft_jax_adapter.json
+      >>> loaded_spec == spec, jax.tree.map(jnp.array_equal, loaded, state).trainable["layers"]
+      (True, {'self_attn': {'q_proj': {'kernel': {'a': Array(True, dtype=bool),
+                                                  'b': Array(True, dtype=bool)}}}})
+    """
+    folder = FilePath(folder)
+    _refuse_other_content(folder)
+    params = model.abstract_params()
+    plan = spec.plan(params)
+    check_state(state, spec.abstract(params))
+    try:
+        form = _check_form(spec, plan, params)
+        peft_tensors = list(_peft_tensors(model, plan, state, form))
+        peft: dict[str, Any] = {"loads": True}
+    except NoPeftFormError as error:
+        form, peft_tensors = None, []
+        peft = {"loads": False, "why": str(error)}
+    exact = form is not None and form.exact
+
+    with whole_folder(folder) as temporary:
+        _keep_other_files(folder, temporary)
+        if form is not None:
+            write_tensors(temporary / PEFT_ARRAYS, peft_tensors, _METADATA)
+            settings = write_peft_config(model, spec, plan, form, base_model_name=base_model_name)
+            write_json(temporary / PEFT_CONFIG, settings)
+        if not exact:
+            arrays = [*adapted_tensors(model, plan, state), *trained_tensors(model, plan, state)]
+            tensors = list(tensors_to_write(arrays, state))
+            write_tensors(temporary / ARRAYS, tensors, _METADATA)
+        config = write_config(
+            spec,
+            model_type=model.family.model_type,
+            base_model_name=base_model_name,
+            arrays_in=PEFT_ARRAYS if exact else ARRAYS,
+            peft=peft,
+        )
+        write_json(temporary / CONFIG, config)
+
+
+def export_merged(
+    folder: str | FilePath,
+    model: CausalLM,
+    params: Tree,
+    spec: AdapterSpec,
+    state: AdapterState,
+    *,
+    dtype: Any = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes the adapted model as a Hugging Face checkpoint, which transformers and vLLM load.
+
+    It works for every method. The tokenizer is not the model's, and is not written.
+
+    Args:
+      folder: where to; it is created.
+      model: the base.
+      params: its parameters; those of `spec.frozen` do as well.
+      spec: what is adapted.
+      state: the adapter's arrays.
+      dtype: of the checkpoint; by default kernels have the base's, and what was trained itself the
+        dtype it was trained in.
+      max_shard_bytes: larger models are split into files of about this size.
+
+    Raises:
+      ValueError: the merged model is not finite somewhere; the module is named.
+    """
+    merged = spec.merge(params, state)
+    if dtype is not None:
+        merged = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), merged)
+    save_model(folder, model, merged, max_shard_bytes=max_shard_bytes)
+
+
+def peft_trained_tensors(model: CausalLM, plan: Plan, state: AdapterState) -> list[ArrayTensors]:
+    """The tensors of the leaves that are trained themselves, as PEFT names them.
+
+    A trained embedding that is the output head too is there under both names.
+    """
+    found = trained_tensors(model, plan, state, prefix=PEFT_PREFIX)
+    tied = tied_embedding(model, plan)
+    return found + [
+        dataclasses.replace(item, names=(f"{PEFT_PREFIX}{HEAD}.weight",))
+        for item in found
+        if item.path == tied
+    ]
+
+
+def _check_form(spec: AdapterSpec, plan: Plan, params: Tree) -> PeftForm:
+    """How the method's arrays are written for PEFT.
+
+    Raises:
+      NoPeftFormError: PEFT has no such method, or its form would be too large.
+    """
+    if isinstance(spec.method, Full):
+        raise NoPeftFormError(
+            "full fine-tuning changes the base's own tensors and is no adapter to PEFT; export the"
+            " merged model instead"
+        )
+    form = peft_form(spec.method)
+    if form is None:
+        raise NoPeftFormError(
+            f"PEFT has no method {spec.method.name!r}; export the merged model instead"
+        )
+    if not form.exact:
+        size = 0
+        for path, leaf in flatten(params).items():
+            if path in plan.adapted:
+                layers = leaf.shape[0] if is_stacked(path) else 1
+                size += layers * nbytes(form.shapes(*leaf.shape[-2:]))
+        if size > MAX_COPY_BYTES:
+            raise NoPeftFormError(
+                f"its factors multiplied together, as PEFT needs them, are {size / 2**30:.1f} GiB;"
+                " export the merged model instead"
+            )
+    return form
+
+
+def _peft_tensors(
+    model: CausalLM, plan: Plan, state: AdapterState, form: PeftForm
+) -> Iterator[TensorToWrite]:
+    """The adapter's tensors for PEFT.
+
+    Raises:
+      NoPeftFormError: a module's arrays have no such form.
+    """
+    trees = [
+        flatten(tree, is_leaf=lambda path, _: path in plan.adapted)
+        for tree in (state.trainable, state.constant)
+    ]
+    for path, method in plan.adapted.items():
+        own = peft_form(method)
+        assert own is not None
+        arrays = {
+            name: np.asarray(array) for tree in trees for name, array in tree.get(path, {}).items()
+        }
+        for index, module in enumerate(modules_of(model, path)):
+            one = {name: array[index] for name, array in arrays.items()}
+            try:
+                tensors = own.export(one if is_stacked(path) else arrays)
+            except NoPeftFormError as error:
+                raise NoPeftFormError(f"{module}: {error}") from error
+            for name, tensor in tensors.items():
+                yield TensorToWrite(
+                    name=f"{PEFT_PREFIX}{module}.{name}",
+                    dtype=tensor.dtype,
+                    shape=tensor.shape,
+                    fetch=_given(tensor),
+                )
+    yield from tensors_to_write(peft_trained_tensors(model, plan, state), state)
+
+
+def _given(tensor: np.ndarray) -> Callable[[], np.ndarray]:
+    return lambda: tensor
+
+
+def _refuse_other_content(folder: FilePath) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a folder")
+    if not folder.exists() or any((folder / name).is_file() for name in (CONFIG, PEFT_CONFIG)):
+        return
+    if others := sorted(file.name for file in folder.iterdir()):
+        raise ValueError(
+            f"{folder} holds {others[0]} but no adapter, and would be replaced as a whole; give a"
+            " folder of its own"
+        )
+
+
+def _keep_other_files(folder: FilePath, temporary: FilePath) -> None:
+    """Copies what is in the folder beside the adapter: a tokenizer, a model card."""
+
+    def own_files(parent: str, names: list[str]) -> list[str]:
+        return [name for name in names if FilePath(parent) == folder and name in FILES]
+
+    if folder.exists():
+        shutil.copytree(folder, temporary, ignore=own_files, dirs_exist_ok=True, symlinks=True)

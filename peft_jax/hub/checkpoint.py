@@ -1,0 +1,101 @@
+"""A folder with a Hugging Face checkpoint: its configuration, and where each tensor is."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from peft_jax.hub.adapter_files import CONFIG as ADAPTER_CONFIG
+from peft_jax.hub.adapter_files import PEFT_CONFIG
+from peft_jax.hub.files import read_json_object
+from peft_jax.hub.tensors import StoredTensor, read_header
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+"""The ends of the names of files that are pickles."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint's tensors, by name; nothing but the files' headers has been read.
+
+    Attributes:
+      folder: where it is.
+      tensors: of all of its files.
+    """
+
+    folder: Path
+    tensors: dict[str, StoredTensor]
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The parsed `config.json` of a checkpoint.
+
+    Raises:
+      ValueError: the folder has none, or it is not a JSON object.
+    """
+    file = folder / CONFIG
+    if not file.is_file():
+        if any((folder / name).is_file() for name in (ADAPTER_CONFIG, PEFT_CONFIG)):
+            raise ValueError(
+                f"{folder} holds an adapter, not a model: give the path of the model it was made"
+                " for"
+            )
+        raise ValueError(f"{folder} has no {CONFIG}: it is not a Hugging Face checkpoint")
+    return read_json_object(file)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Finds the tensors of a checkpoint, in one file or several with an index.
+
+    Nothing is ever unpickled: a checkpoint without safetensors is refused.
+
+    Raises:
+      ValueError: there are no safetensors, or the index and the files disagree.
+    """
+    if (folder / INDEX).is_file():
+        return Checkpoint(folder=folder, tensors=_read_sharded(folder))
+    if (folder / WEIGHTS).is_file():
+        return Checkpoint(folder=folder, tensors=read_header(folder / WEIGHTS))
+    raise ValueError(_without_safetensors(folder))
+
+
+def _read_sharded(folder: Path) -> dict[str, StoredTensor]:
+    weight_map = read_json_object(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{folder / INDEX} has no weight_map")
+    tensors: dict[str, StoredTensor] = {}
+    for file_name in sorted(set(weight_map.values())):
+        if Path(file_name).name != file_name or not file_name.endswith(".safetensors"):
+            raise ValueError(
+                f"{folder / INDEX} points to {file_name!r}, which is not a safetensors file beside"
+                " it"
+            )
+        if not (folder / file_name).is_file():
+            raise ValueError(f"{folder} lacks {file_name}, which {INDEX} points to")
+        for name, tensor in read_header(folder / file_name).items():
+            if name in tensors:
+                raise ValueError(
+                    f"{name} is in both {tensors[name].file.name} and {file_name} of {folder}"
+                )
+            tensors[name] = tensor
+    for name, file_name in weight_map.items():
+        if name not in tensors or tensors[name].file.name != file_name:
+            raise ValueError(f"{folder / INDEX} says that {name} is in {file_name}; it is not")
+    return tensors
+
+
+def _without_safetensors(folder: Path) -> str:
+    pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
+    if pickled:
+        return (
+            f"{folder} has its weights in {pickled[0]} only, a pickle: loading one can run any"
+            " code, so it is never done here. Convert it, where you trust it, with:\n"
+            f'  python -c "from transformers import AutoModelForCausalLM as M;'
+            f" M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
+        )
+    others = sorted(file.name for file in folder.iterdir() if file.suffix == ".safetensors")
+    found = f" (it has {', '.join(others)})" if others else ""
+    return f"{folder} has neither {WEIGHTS} nor {INDEX}{found}"

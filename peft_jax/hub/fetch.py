@@ -1,0 +1,54 @@
+"""A checkpoint's folder: one that is there, or one fetched from the Hugging Face hub."""
+
+import re
+from pathlib import Path
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+FETCHED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
+"""What is fetched: weights as safetensors, JSON, tokenizers. Never pickles, never code."""
+
+
+def find_folder(path: str | Path, *, revision: str | None = None) -> Path:
+    """The folder of a checkpoint.
+
+    Args:
+      path: a folder, or a name on the Hugging Face hub ("org/model"), which is fetched once into
+        huggingface_hub's cache.
+      revision: a branch, tag or commit on the hub.
+
+    Raises:
+      ValueError: there is no such folder, and it cannot be fetched by that name.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    name = str(path)
+    if folder.exists():
+        raise ValueError(f"{name} is a file: give the folder that holds config.json")
+    if not _HUB_NAME.fullmatch(name):
+        raise ValueError(f"there is no folder {name}")
+    return _fetch(name, revision)
+
+
+def _fetch(name: str, revision: str | None) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(FETCHED))
+        )
+    except errors.RepositoryNotFoundError as error:
+        raise ValueError(
+            f"there is no folder {name}, and the Hugging Face hub has no repository of that name"
+            " (or it is private: log in with `hf auth login`)"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ValueError(f"{name} on the Hugging Face hub has no revision {revision!r}") from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
+        raise ValueError(
+            f"there is no folder {name}, and it could not be fetched from the Hugging Face hub:"
+            " the hub cannot be reached (or HF_HUB_OFFLINE is set) and the repository is not in"
+            f" the cache: {error}"
+        ) from error

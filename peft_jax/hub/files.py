@@ -1,0 +1,85 @@
+"""Files and folders that are either whole or not there."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def whole_file(file: Path) -> Iterator[Path]:
+    """A temporary path beside `file`; what is written there is moved into place when it is on disk.
+
+    Where the block raises, nothing is left behind and `file` is as it was.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Writes a value as indented JSON, in UTF-8, whole or not at all."""
+    with whole_file(file) as temporary:
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      ValueError: there is no such file, or no JSON object in it.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file.parent} lacks {file.name}")
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} is not a JSON object")
+    return value
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder`, which takes its place when the block is done.
+
+    What is in `folder` goes when the new one is whole, and not before: no reader meets a mixture.
+    Where the block raises, nothing is left behind and `folder` is as it was.
+    """
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary, old = (
+        folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old")
+    )
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        _put_in_place(temporary, folder, old)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put_in_place(new: Path, folder: Path, old: Path) -> None:
+    """Moves a folder to its place, and what is there to `old`, which then goes."""
+    if not folder.exists():
+        new.rename(folder)
+        return
+    folder.rename(old)
+    try:
+        new.rename(folder)
+    except OSError:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

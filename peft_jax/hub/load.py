@@ -1,0 +1,238 @@
+"""Loading a Hugging Face checkpoint straight into stacked, sharded arrays.
+
+Tensors are read a piece at a time into the arrays of the wanted dtype, so the host never holds more
+than the model and one tensor.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path as FilePath
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peft_jax.core import Path, Tree, did_you_mean, flatten, is_stacked, unflatten
+from peft_jax.hub.checkpoint import Checkpoint, open_checkpoint, read_config
+from peft_jax.hub.fetch import find_folder
+from peft_jax.hub.tensors import StoredTensor
+from peft_jax.models import CausalLM, ExecutionSettings, build_model
+
+Shardings = Tree | jax.sharding.Sharding | Callable[[CausalLM], Tree]
+"""A tree of shardings as the parameters', one for all, or what makes the tree for a model."""
+
+_DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")
+"""Tensors of old checkpoints that only repeat what config.json says."""
+
+_HEAD = "lm_head.weight"
+_ALIGNMENT = 64
+_NAMED_AT_MOST = 8
+
+
+def load_model(
+    path: str | FilePath,
+    *,
+    dtype: Any = jnp.float32,
+    execution: ExecutionSettings | None = None,
+    sharding: Shardings | None = None,
+    revision: str | None = None,
+) -> tuple[CausalLM, Tree]:
+    """A model and its parameters from a folder, or from the Hugging Face hub.
+
+    Args:
+      path: a folder with `config.json` and safetensors, or a name on the hub.
+      dtype: of the parameters, whatever the files have.
+      execution: how the model is computed.
+      sharding: how the parameters are laid out over devices; by default on the first.
+      revision: a branch, tag or commit on the hub.
+
+    Returns:
+      The model, and its parameters as nested dictionaries of arrays.
+
+    Raises:
+      ValueError: the checkpoint is not one this library understands wholly: the attribute of
+        `config.json`, or the tensors missing, left over or of the wrong shape, are named.
+    """
+    folder = find_folder(path, revision=revision)
+    model = build_model(read_config(folder), execution)
+    return model, load_params(folder, model, dtype=dtype, sharding=sharding)
+
+
+def load_params(
+    folder: FilePath,
+    model: CausalLM,
+    *,
+    dtype: Any = jnp.float32,
+    sharding: Shardings | None = None,
+) -> Tree:
+    """The parameters of `model` from a checkpoint's folder; arguments as for `load_model`."""
+    if callable(sharding):
+        sharding = sharding(model)
+    shapes = flatten(model.abstract_params(dtype))
+    sources = match_tensors(open_checkpoint(folder), model)
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    if isinstance(sharding, jax.sharding.Sharding):
+        shardings = dict.fromkeys(shapes, sharding)
+    else:
+        shardings = flatten(sharding)
+    return unflatten(
+        {
+            path: jax.make_array_from_callback(
+                leaf.shape, shardings[path], _reader(path, leaf, sources[path])
+            )
+            for path, leaf in shapes.items()
+        }
+    )
+
+
+def match_tensors(checkpoint: Checkpoint, model: CausalLM) -> dict[Path, list[StoredTensor]]:
+    """The stored tensor, or one a layer, of every leaf.
+
+    Raises:
+      ValueError: tensors are missing, left over, or of the wrong shape; they are named.
+    """
+    tensors = dict(checkpoint.tensors)
+    prefix = model.family.naming.prefix + "."
+    # Checkpoints of the bare decoder leave the prefix out, as BLOOM's do.
+    bare = not any(name.startswith(prefix) for name in tensors)
+    wanted = _wanted_names(model, bare=bare)
+    if model.config.tie_word_embeddings:
+        _settle_tied_head(tensors, _embedding_name(wanted))
+    missing = [name for names in wanted.values() for name in names if name not in tensors]
+    used = {name for names in wanted.values() for name in names}
+    extra = [name for name in tensors if name not in used and not _DERIVED.fullmatch(name)]
+    if missing or extra:
+        raise ValueError(_unmatched(checkpoint.folder, missing, extra))
+    sources = {path: [tensors[name] for name in names] for path, names in wanted.items()}
+    _check_shapes(sources, model)
+    return sources
+
+
+def _wanted_names(model: CausalLM, *, bare: bool) -> dict[Path, list[str]]:
+    """The names of every leaf's tensors, one a layer where the leaf is stacked."""
+    wanted = {}
+    for path, tensor in model.hf_names().items():
+        layers = range(model.config.num_layers) if is_stacked(path) else (None,)
+        names = [tensor.name(layer) for layer in layers]
+        if bare:
+            names = [name.removeprefix(model.family.naming.prefix + ".") for name in names]
+        wanted[path] = names
+    return wanted
+
+
+def _embedding_name(wanted: dict[Path, list[str]]) -> str:
+    (name,) = (names[0] for path, names in wanted.items() if path[-1] == "embedding")
+    return name
+
+
+def _settle_tied_head(tensors: dict[str, StoredTensor], embedding: str) -> None:
+    """Drops the head of a tied model, which may also stand for the embedding.
+
+    Raises:
+      ValueError: both are there and they differ.
+    """
+    head = tensors.pop(_HEAD, None)
+    if head is None:
+        return
+    stored = tensors.setdefault(embedding, head)
+    if stored is head:
+        return
+    if stored.shape != head.shape or not _equal(stored, head):
+        raise ValueError(
+            f"config.json ties the head to the embedding, but {_HEAD} and {embedding} differ; if"
+            " the head is meant, set tie_word_embeddings to false in config.json"
+        )
+
+
+def _equal(one: StoredTensor, other: StoredTensor) -> bool:
+    pieces = zip(one.pieces(), other.pieces(), strict=True)
+    return one.dtype == other.dtype and all(np.array_equal(a, b) for (_, a), (_, b) in pieces)
+
+
+def _check_shapes(sources: dict[Path, list[StoredTensor]], model: CausalLM) -> None:
+    names = model.hf_names()
+    wrong = []
+    for path, leaf in flatten(model.abstract_params()).items():
+        shape = leaf.shape[1:] if is_stacked(path) else leaf.shape
+        expected = shape[::-1] if names[path].transposed else shape
+        wrong += [
+            f"{tensor.name} is {list(tensor.shape)}, and config.json makes it {list(expected)}"
+            for tensor in sources[path]
+            if tensor.shape != expected
+        ]
+    if wrong:
+        raise ValueError(f"tensors of the wrong shape: {_listing(wrong)}")
+
+
+def _unmatched(folder: FilePath, missing: list[str], extra: list[str]) -> str:
+    parts = []
+    if missing:
+        hint = ""
+        if missing == [_HEAD]:
+            hint = " (config.json does not tie the head to the embedding)"
+        elif extra:
+            hint = did_you_mean(missing[0], extra) if len(extra) <= _NAMED_AT_MOST else ""
+        parts.append(f"it lacks {_listing(missing)}{hint}")
+    if extra:
+        parts.append(f"it has {_listing(extra)}, which the model does not use")
+    return f"the tensors of {folder} do not fit its config.json: {'; '.join(parts)}"
+
+
+def _listing(names: list[str]) -> str:
+    more = len(names) - _NAMED_AT_MOST
+    return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
+
+
+def _reader(
+    path: Path, leaf: jax.ShapeDtypeStruct, tensors: list[StoredTensor]
+) -> Callable[[Any], np.ndarray]:
+    """What reads one shard of a leaf, given its place in the whole as a tuple of slices.
+
+    A shard that several devices hold is read once.
+    """
+
+    @functools.cache
+    def read(*ranges: tuple[int, int]) -> np.ndarray:
+        shard = _aligned_empty(tuple(stop - start for start, stop in ranges), leaf.dtype)
+        transposed = path[-1] == "kernel"
+        if is_stacked(path):
+            for target, layer in zip(shard, range(*ranges[0]), strict=True):
+                _fill(target, tensors[layer], ranges[1:], transposed=transposed)
+        else:
+            _fill(shard, tensors[0], ranges, transposed=transposed)
+        return shard
+
+    def read_index(index: tuple[slice, ...]) -> np.ndarray:
+        ends = (part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
+        return read(*ends)
+
+    return read_index
+
+
+def _fill(
+    target: np.ndarray,
+    tensor: StoredTensor,
+    ranges: tuple[tuple[int, int], ...],
+    *,
+    transposed: bool,
+) -> None:
+    """Fills a shard from a tensor, which is stored transposed or as it is."""
+    if transposed:
+        target, ranges = target.T, ranges[::-1]
+    (first, last), *others = ranges
+    columns = tuple(slice(*ends) for ends in others)
+    for rows, values in tensor.pieces(slice(first, last)):
+        target[rows.start - first : rows.stop - first] = values[(slice(None), *columns)]
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array that the CPU backend takes over as it is: others it copies."""
+    dtype = np.dtype(dtype)
+    size = dtype.itemsize * math.prod(shape)
+    buffer = np.empty(size + _ALIGNMENT, np.uint8)
+    offset = -buffer.ctypes.data % _ALIGNMENT
+    return buffer[offset : offset + size].view(dtype).reshape(shape)

@@ -1,0 +1,258 @@
+"""Hugging Face PEFT's `adapter_config.json`: written, and checked before it is believed."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft_jax.adapters import BOFT, AdapterSpec, LoRA, Plan
+from peft_jax.core import Path as TreePath
+from peft_jax.core import did_you_mean
+from peft_jax.hub.adapter_arrays import modules_of
+from peft_jax.hub.adapter_files import CONFIG
+from peft_jax.hub.peft_forms import PeftForm, peft_rank_and_alpha
+from peft_jax.hub.peft_names import all_modules, matches_saved, matches_target, short_names
+from peft_jax.models import CausalLM
+
+HEAD = "lm_head"
+"""Hugging Face's name of the output head's module."""
+
+NEUTRAL: tuple[Any, ...] = (None, False, [], {}, "")
+"""What settings that do nothing are set to."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """The settings of one `peft_type`.
+
+    Attributes:
+      read: those that are understood.
+      irrelevant: those that do not change what a trained adapter computes.
+      refused: those that do, where they are not what is said here, and why.
+    """
+
+    read: frozenset[str]
+    irrelevant: frozenset[str]
+    refused: Mapping[str, tuple[Any, ...]]
+
+
+_IRRELEVANT = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "exclude_modules",
+        "inference_mode",
+        "peft_type",
+        "peft_version",
+        "revision",
+        "runtime_config",
+        # Which modules are adapted is read from the tensors' names.
+        "modules_to_save",
+        "target_modules",
+    }
+)
+_REFUSED: dict[str, tuple[Any, ...]] = {
+    "bias": ("none",),
+    "fan_in_fan_out": NEUTRAL,
+    "layers_pattern": NEUTRAL,
+    "layers_to_transform": NEUTRAL,
+    "task_type": (None, "CAUSAL_LM"),
+}
+
+SETTINGS: dict[str, _Settings] = {
+    "LORA": _Settings(
+        read=frozenset(
+            {
+                "alpha_pattern",
+                "lora_alpha",
+                "lora_dropout",
+                "r",
+                "rank_pattern",
+                "use_rslora",
+            }
+        ),
+        # How training began, or what goes with a setting that is refused itself.
+        irrelevant=_IRRELEVANT
+        | {
+            "corda_config",
+            # The tensors say what is tied.
+            "ensure_weight_tying",
+            "eva_config",
+            "loftq_config",
+            "lora_ga_config",
+            "megatron_core",
+            "qalora_group_size",
+        },
+        refused=_REFUSED
+        | {
+            "alora_invocation_tokens": NEUTRAL,
+            "arrow_config": NEUTRAL,
+            "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+            "kasa_config": NEUTRAL,
+            "layer_replication": NEUTRAL,
+            "lora_bias": NEUTRAL,
+            "megatron_config": NEUTRAL,
+            "monteclora_config": NEUTRAL,
+            "target_parameters": NEUTRAL,
+            "trainable_token_indices": NEUTRAL,
+            "use_bdlora": NEUTRAL,
+            "use_dora": NEUTRAL,
+            "use_qalora": NEUTRAL,
+            "velora_config": NEUTRAL,
+        },
+    ),
+    "BOFT": _Settings(
+        # Block sizes and the number of factors are read from the tensors' shapes.
+        read=frozenset({"boft_dropout"}),
+        irrelevant=_IRRELEVANT
+        | {"boft_block_num", "boft_block_size", "boft_n_butterfly_factor", "init_weights"},
+        refused=_REFUSED,
+    ),
+}
+
+_WHY = {
+    "init_lora_weights": (
+        "; an adapter that began so goes with a base that was changed at its start: save it again"
+        " in PEFT with path_initial_model_for_weight_conversion, which makes it one of the base as"
+        " it is"
+    ),
+    "task_type": "; only adapters of causal language models are read",
+}
+
+_COMPARED = (
+    "alpha_pattern",
+    "boft_block_size",
+    "boft_n_butterfly_factor",
+    "lora_alpha",
+    "modules_to_save",
+    "peft_type",
+    "r",
+    "rank_pattern",
+    "target_modules",
+    "use_rslora",
+)
+
+
+def write_peft_config(
+    model: CausalLM, spec: AdapterSpec, plan: Plan, form: PeftForm, *, base_model_name: str
+) -> dict[str, Any]:
+    """The content of `adapter_config.json`.
+
+    Args:
+      model: the base.
+      spec: what is adapted.
+      plan: what that comes to in this model.
+      form: how the kernels' arrays are written.
+      base_model_name: where the base is, or its name on the hub.
+    """
+    modules = all_modules(model)
+    saved = short_names(model, plan.trained, modules, matches_saved)
+    if tied_embedding(model, plan):
+        saved.append(HEAD)
+    settings = {
+        "base_model_name_or_path": base_model_name,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "modules_to_save": saved or None,
+        "peft_type": form.peft_type,
+        "target_modules": short_names(model, list(plan.adapted), modules, matches_target),
+        "task_type": "CAUSAL_LM",
+    }
+    method = spec.method
+    if isinstance(method, LoRA):
+        settings |= _lora_settings(model, method, plan)
+    if isinstance(method, BOFT):
+        settings |= {
+            "boft_block_num": 0,
+            "boft_block_size": method.block_size if form.exact else method.composed_block_size,
+            "boft_dropout": method.dropout,
+            "boft_n_butterfly_factor": method.n_butterfly_factors if form.exact else 1,
+        }
+    return settings
+
+
+def tied_embedding(model: CausalLM, plan: Plan) -> TreePath | None:
+    """The embedding's path, where it is trained itself and is the output head too.
+
+    PEFT trains copies of modules, and so would leave the head as it was; it is given the same
+    tensor for both.
+    """
+    if not model.config.tie_word_embeddings:
+        return None
+    return next((path for path in plan.trained if path[-1] == "embedding"), None)
+
+
+def _lora_settings(model: CausalLM, method: LoRA, plan: Plan) -> dict[str, Any]:
+    rank, alpha = peft_rank_and_alpha(method)
+    ranks, alphas = {}, {}
+    adapted = [module for path in plan.adapted for module in modules_of(model, path)]
+    for path, own in plan.adapted.items():
+        assert isinstance(own, LoRA)
+        own_rank, own_alpha = peft_rank_and_alpha(own)
+        for name in short_names(model, [path], adapted, matches_target):
+            if own_rank != rank:
+                ranks[name] = own_rank
+            if own_alpha != alpha:
+                alphas[name] = own_alpha
+    return {
+        "alpha_pattern": alphas,
+        "init_lora_weights": True,
+        "lora_alpha": alpha,
+        "lora_dropout": method.dropout,
+        "r": rank,
+        "rank_pattern": ranks,
+        "use_dora": False,
+        "use_rslora": method.rank_stabilized,
+    }
+
+
+def check_peft_config(config: Mapping[str, Any], file: Path) -> None:
+    """Checks that every setting is understood, or does nothing.
+
+    Raises:
+      ValueError: one is not; it is named.
+    """
+    peft_type = config.get("peft_type")
+    if peft_type not in SETTINGS:
+        raise ValueError(
+            f"{file} has the peft_type {peft_type!r}, which is not read{_known_types(peft_type)}"
+        )
+    settings = SETTINGS[peft_type]
+    for name, value in config.items():
+        if name in settings.read or name in settings.irrelevant:
+            continue
+        allowed = settings.refused.get(name, NEUTRAL)
+        if not any(value is one or (value == one and type(value) is type(one)) for one in allowed):
+            known = "" if name in settings.refused else ", a setting that is not known here"
+            raise ValueError(
+                f"{file} sets {name} = {value!r}{known}, and what such an adapter computes is not"
+                f" implemented{_WHY.get(name, '')}"
+            )
+
+
+def check_unchanged(stored: Mapping[str, Any], written: Mapping[str, Any], file: Path) -> None:
+    """Checks that PEFT's configuration still says what it said when it was written.
+
+    Raises:
+      ValueError: it does not, so that it is not known which of the two holds.
+    """
+    check_peft_config(stored, file)
+    changed = [
+        f"{name} is {stored.get(name)!r}, not {written[name]!r}"
+        for name in _COMPARED
+        if name in written and _unordered(stored.get(name)) != _unordered(written[name])
+    ]
+    if changed:
+        raise ValueError(
+            f"{file} was changed since peft_jax wrote it: {'; '.join(changed)}. To load the adapter"
+            f" as PEFT reads it, delete {CONFIG} beside it"
+        )
+
+
+def _unordered(value: Any) -> Any:
+    return sorted(value) if isinstance(value, list) else value
+
+
+def _known_types(peft_type: Any) -> str:
+    return did_you_mean(str(peft_type), SETTINGS)

@@ -1,0 +1,238 @@
+"""What a Hugging Face PEFT adapter adapts, read from its tensors' names and its settings.
+
+PEFT adapts modules one by one, chosen by patterns; here layers are stacked, and an adapter covers
+all of them. So which modules are adapted is taken from the tensors themselves, and what cannot be
+stacked is refused.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from peft_jax.adapters import BOFT, AdapterSpec, LoRA
+from peft_jax.adapters.names import matches_name
+from peft_jax.core import Path, Tree, flatten, is_stacked, join_path
+from peft_jax.hub.adapter_arrays import listing, modules_of, read_tensor
+from peft_jax.hub.peft_config import HEAD
+from peft_jax.hub.peft_forms import BOFT_NAMES, LORA_NAMES
+from peft_jax.hub.peft_names import PEFT_PREFIX
+from peft_jax.hub.tensors import StoredTensor
+from peft_jax.models import CausalLM
+
+_NAMES = {"LORA": LORA_NAMES, "BOFT": BOFT_NAMES}
+_HEAD_TENSOR = f"{PEFT_PREFIX}{HEAD}.weight"
+
+
+@dataclasses.dataclass
+class _Found:
+    """What an adapter's tensors are of.
+
+    Attributes:
+      adapted: the tensors by kernel, by the module's name and by the end of their own.
+      trained: the leaves trained themselves, and how many tensors there are of each.
+    """
+
+    adapted: dict[Path, dict[str, dict[str, StoredTensor]]]
+    trained: dict[Path, int]
+
+
+def spec_of(
+    config: Mapping[str, Any],
+    stored: Mapping[str, StoredTensor],
+    model: CausalLM,
+    params: Tree,
+    *,
+    what: str,
+) -> AdapterSpec:
+    """What a PEFT adapter adapts, and how.
+
+    Args:
+      config: the content of `adapter_config.json`, checked.
+      stored: the tensors.
+      model: the base.
+      params: its parameters, arrays or abstract ones.
+      what: what the adapter is called in messages.
+
+    Raises:
+      ValueError: tensors are not of this model, or differ between layers that are stacked here.
+    """
+    found = _sort(stored, model, _NAMES[config["peft_type"]], what)
+    check_tied(model, stored, what=what)
+    kernels = [path for path in flatten(params) if path[-1] == "kernel"]
+    common: dict[str, Any] = {
+        "target_modules": _short(found.adapted, kernels),
+        "modules_to_save": _short(found.trained, flatten(params)),
+        "dtype": "bfloat16" if all(t.dtype == "BF16" for t in stored.values()) else "float32",
+    }
+    try:
+        if config["peft_type"] == "BOFT":
+            return AdapterSpec(method=_boft(config, found, what), **common)
+        common |= _patterns(config, found, model, kernels, what)
+        return AdapterSpec(method=_lora(config), **common)
+    except (TypeError, ValueError) as error:
+        raise ValueError(str(error) if what in str(error) else f"{what} {error}") from error
+
+
+def check_tied(model: CausalLM, stored: Mapping[str, StoredTensor], *, what: str) -> None:
+    """Checks that an embedding that is the head too was not trained apart from it.
+
+    Raises:
+      ValueError: it was.
+    """
+    if not model.config.tie_word_embeddings:
+        return
+    names = model.hf_names()
+    (embedding,) = (names[path].name() for path in names if path[-1] == "embedding")
+    both = [stored.get(name) for name in (PEFT_PREFIX + embedding, _HEAD_TENSOR)]
+    if both == [None, None]:
+        return
+    one, other = both
+    if one is None or other is None or not np.array_equal(read_tensor(one), read_tensor(other)):
+        raise ValueError(
+            f"{what} has {HEAD} and the embedding apart, and the model's config.json ties them;"
+            " such a model is not implemented. Save it in PEFT as a whole, with"
+            " tie_word_embeddings set to false"
+        )
+
+
+def _sort(
+    stored: Mapping[str, StoredTensor], model: CausalLM, ends: tuple[str, ...], what: str
+) -> _Found:
+    """What each tensor is of.
+
+    Raises:
+      ValueError: a tensor is of nothing in this model, or a module or a layer lacks one.
+    """
+    modules, leaves = {}, {}
+    for path, hf_name in model.hf_names().items():
+        for layer, module in enumerate(modules_of(model, path)):
+            leaves[PEFT_PREFIX + hf_name.name(layer)] = path
+            if path[-1] == "kernel":
+                modules[PEFT_PREFIX + module] = (path, module)
+    found = _Found({}, {})
+    unknown = []
+    for name, tensor in stored.items():
+        end = next((end for end in ends if name.endswith(f".{end}")), "")
+        of = modules.get(name.removesuffix(f".{end}")) if end else None
+        if of:
+            found.adapted.setdefault(of[0], {}).setdefault(of[1], {})[end] = tensor
+        elif name in leaves:
+            found.trained[leaves[name]] = found.trained.get(leaves[name], 0) + 1
+        elif not (name == _HEAD_TENSOR and model.config.tie_word_embeddings):
+            unknown.append(name)
+    if unknown:
+        raise ValueError(
+            f"{what} does not fit this {model.family.model_type} model: it has {listing(unknown)},"
+            " for which the model has no place"
+        )
+    if not found.adapted:
+        raise ValueError(f"{what} has no tensors that adapt a kernel")
+    _check_complete(found, model, ends, what)
+    return found
+
+
+def _check_complete(found: _Found, model: CausalLM, ends: tuple[str, ...], what: str) -> None:
+    for path, own in found.adapted.items():
+        missing = [
+            f"{module}.{end}"
+            for module, tensors in own.items()
+            for end in ends
+            if end not in tensors
+        ]
+        if missing:
+            raise ValueError(f"{what} lacks {listing(missing)}")
+        _check_layers(path, len(own), model, what)
+    for path, count in found.trained.items():
+        _check_layers(path, count, model, what)
+
+
+def _check_layers(path: Path, count: int, model: CausalLM, what: str) -> None:
+    layers = model.config.num_layers if is_stacked(path) else 1
+    if count != layers:
+        raise ValueError(
+            f"{what} covers {join_path(path[:-1])} in {count} layers of {layers}; layers are"
+            " stacked here, and an adapter covers all of them"
+        )
+
+
+def _short(chosen: Iterable[Path], everything: Iterable[Path]) -> tuple[str, ...]:
+    """For each chosen leaf's module the last parts of its name, as many as mean no other module."""
+    wanted = {join_path(path[:-1]) for path in chosen}
+    others = {join_path(path[:-1]) for path in everything} - wanted
+    names = set()
+    for module in wanted:
+        parts = module.split(".")
+        ends = [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
+        names.add(
+            next(end for end in ends if not any(matches_name(end, other) for other in others))
+        )
+    return tuple(sorted(names))
+
+
+def _lora(config: Mapping[str, Any]) -> LoRA:
+    return LoRA(
+        rank=config.get("r", 8),
+        alpha=float(config.get("lora_alpha", 8)),
+        rank_stabilized=config.get("use_rslora", False),
+        dropout=float(config.get("lora_dropout", 0.0)),
+    )
+
+
+def _patterns(
+    config: Mapping[str, Any],
+    found: _Found,
+    model: CausalLM,
+    kernels: list[Path],
+    what: str,
+) -> dict[str, dict[str, Any]]:
+    """The ranks and alphas of single modules, by names here."""
+    patterns: dict[str, dict[str, Any]] = {}
+    for setting, common, kind in (
+        ("rank_pattern", "r", int),
+        ("alpha_pattern", "lora_alpha", float),
+    ):
+        theirs = config.get(setting) or {}
+        patterns[setting] = {}
+        for path in found.adapted:
+            values = {_first(theirs, module) for module in modules_of(model, path)}
+            if len(values) > 1:
+                raise ValueError(
+                    f"{what} sets {setting} for some layers of {join_path(path[:-1])} and not for"
+                    " others, or differently; layers are stacked here and have one"
+                )
+            (value,) = values
+            if value is not None and value != config.get(common):
+                patterns[setting][_short([path], kernels)[0]] = kind(value)
+    return patterns
+
+
+def _first(patterns: Mapping[str, Any], module: str) -> Any:
+    """The value of the first pattern that matches, by PEFT's rule; None without one."""
+    return next(
+        (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), None
+    )
+
+
+def _boft(config: Mapping[str, Any], found: _Found, what: str) -> BOFT:
+    """The method, whose sizes the tensors have."""
+    shapes = {
+        f"{module}.boft_R": tensors["boft_R"].shape
+        for own in found.adapted.values()
+        for module, tensors in own.items()
+    }
+    sizes = {(shape[0], shape[-1]) for shape in shapes.values()}
+    if len(sizes) > 1 or any(len(shape) != 4 for shape in shapes.values()):
+        raise ValueError(
+            f"{what} has rotations of several sizes"
+            f" ({listing([f'{name} {list(shape)}' for name, shape in shapes.items()])}); here one"
+            " block size and number of factors hold for all modules"
+        )
+    ((factors, size),) = sizes
+    return BOFT(
+        block_size=size,
+        n_butterfly_factors=factors,
+        dropout=float(config.get("boft_dropout", 0.0)),
+    )

@@ -1,0 +1,114 @@
+"""Writing a model as a Hugging Face checkpoint, which transformers and others read.
+
+Tensors are fetched and written one after another; nothing is held twice.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path as FilePath
+from typing import Any
+
+import jax
+import numpy as np
+
+from peft_jax.core import AdaptedKernel, Path, Tree, flatten, is_stacked, join_path
+from peft_jax.hub.checkpoint import CONFIG, INDEX, WEIGHTS
+from peft_jax.hub.files import write_json
+from peft_jax.hub.tensors import TensorToWrite, write_tensors
+from peft_jax.models import CausalLM, HFTensor
+
+MAX_SHARD_BYTES = 5_000_000_000
+"""The size a file of weights has at most, where its tensors allow."""
+
+
+def save_model(
+    folder: str | FilePath, model: CausalLM, params: Tree, *, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Writes `config.json` and safetensors that transformers loads, in the parameters' dtype.
+
+    Each file is written beside its place and moved there when it is whole; `config.json`, without
+    which nothing is loaded, comes last. The tokenizer is not the model's, and is not written.
+
+    Args:
+      folder: where to; it is created.
+      model: the model.
+      params: its parameters; adapters are merged into them first.
+      max_shard_bytes: larger models are split into files of about this size, with an index.
+
+    Raises:
+      ValueError: a kernel still has an adapter bound to it.
+    """
+    folder = FilePath(folder)
+    leaves = flatten(params)
+    for path, leaf in leaves.items():
+        if isinstance(leaf, AdaptedKernel):
+            raise ValueError(f"{join_path(path)} has an adapter bound to it: merge it first")
+    tensors = list(_tensors(leaves, model))
+    shards = _split(tensors, max_shard_bytes)
+    # An index without its files, or files without theirs, is refused by every loader.
+    (folder / CONFIG).unlink(missing_ok=True)
+    (folder / INDEX).unlink(missing_ok=True)
+    if len(shards) == 1:
+        write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    else:
+        (folder / WEIGHTS).unlink(missing_ok=True)
+        _write_shards(folder, shards)
+    write_json(folder / CONFIG, _config(model, leaves))
+
+
+def _tensors(leaves: dict[Path, Any], model: CausalLM) -> Iterator[TensorToWrite]:
+    """The model's tensors in Hugging Face's layout, fetched when they are written."""
+    names = model.hf_names()
+    for path, leaf in leaves.items():
+        layers = range(leaf.shape[0]) if is_stacked(path) else (None,)
+        shape = leaf.shape[1:] if is_stacked(path) else leaf.shape
+        for layer in layers:
+            yield TensorToWrite(
+                name=names[path].name(layer),
+                dtype=np.dtype(leaf.dtype),
+                shape=shape[::-1] if names[path].transposed else shape,
+                fetch=_fetch(leaf, layer, names[path]),
+            )
+
+
+def _fetch(
+    leaf: jax.Array | np.ndarray, layer: int | None, tensor: HFTensor
+) -> Callable[[], np.ndarray]:
+    def fetch() -> np.ndarray:
+        array = np.asarray(leaf if layer is None else leaf[layer])
+        return array.T if tensor.transposed else array
+
+    return fetch
+
+
+def _split(tensors: list[TensorToWrite], max_bytes: int) -> list[list[TensorToWrite]]:
+    """The tensors in order, in groups of at most `max_bytes` or of one tensor."""
+    groups: list[list[TensorToWrite]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if groups[-1] and size + tensor.nbytes > max_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += tensor.nbytes
+    return groups
+
+
+def _write_shards(folder: FilePath, shards: list[list[TensorToWrite]]) -> None:
+    stem = WEIGHTS.removesuffix(".safetensors")
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_tensors(folder / file, shard, {"format": "pt"})
+        weight_map.update({tensor.name: file for tensor in shard})
+    total = sum(tensor.nbytes for shard in shards for tensor in shard)
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _config(model: CausalLM, leaves: dict[Path, Any]) -> dict[str, Any]:
+    """The `config.json` the model was built from, with the dtype the parameters have now."""
+    config = {"architectures": [model.family.architecture], **model.hf_config}
+    config.pop("auto_map", None)
+    dtypes = {str(leaf.dtype) for leaf in leaves.values()}
+    if len(dtypes) == 1:
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtypes.pop()
+    return config

@@ -1,0 +1,200 @@
+"""Safetensors files, read and written a piece at a time.
+
+The `safetensors` package maps whole files into memory or builds them there; a model that is loaded
+into stacked arrays wants rows of one tensor after another, and nothing else resident. A file is
+eight bytes of header length (little-endian), a JSON header of names, dtypes, shapes and byte
+ranges, and the bytes (https://huggingface.co/docs/safetensors).
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from peft_jax.hub.files import whole_file
+
+DTYPES: Mapping[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+"""The floating-point dtypes of safetensors that hold weights as they are."""
+
+_MAX_HEADER = 100_000_000
+_PIECE = 32 * 2**20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """One tensor in a file.
+
+    Attributes:
+      file: where it is.
+      name: what it is called there.
+      dtype: safetensors' name of its dtype.
+      shape: of the tensor, as stored.
+      start: the offset of its first byte in the file.
+    """
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def numpy_dtype(self) -> np.dtype:
+        """The dtype of what `pieces` gives.
+
+        Raises:
+          ValueError: the tensor is not of a floating-point dtype known here (it is quantised).
+        """
+        if self.dtype not in DTYPES:
+            raise ValueError(
+                f"{self.name} in {self.file} has the dtype {self.dtype}: quantised checkpoints are"
+                f" not read; known: {', '.join(DTYPES)}"
+            )
+        return DTYPES[self.dtype]
+
+    def pieces(self, rows: slice | None = None) -> Iterator[tuple[slice, np.ndarray]]:
+        """The tensor along its leading axis, some rows at a time (of about 32 MiB).
+
+        Args:
+          rows: which rows are wanted, a slice without step; all by default.
+
+        Yields:
+          The rows' place along the leading axis, and their values [rows, ...].
+        """
+        if not self.shape:
+            raise ValueError(f"{self.name} in {self.file} is a scalar, which no model has")
+        first, last, _ = (rows or slice(None)).indices(self.shape[0])
+        row_bytes = self.numpy_dtype.itemsize * math.prod(self.shape[1:])
+        step = max(1, _PIECE // max(row_bytes, 1))
+        with self.file.open("rb", buffering=0) as stream:
+            for begin in range(first, last, step):
+                end = min(begin + step, last)
+                piece = np.empty((end - begin, *self.shape[1:]), self.numpy_dtype)
+                stream.seek(self.start + begin * row_bytes)
+                _read_into(stream, piece, self.file)
+                yield slice(begin, end), piece
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file, by name.
+
+    Raises:
+      ValueError: the file is not one, or is cut short.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER):
+            raise ValueError(f"{file} is not a safetensors file, or is cut short ({size} bytes)")
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError as error:
+            raise ValueError(f"{file} is not a safetensors file: {error}") from error
+    tensors = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        begin, end = entry["data_offsets"]
+        if end > size - 8 - length:
+            raise ValueError(f"{file} is cut short: {name} ends beyond its {size} bytes")
+        tensor = StoredTensor(
+            file=file,
+            name=name,
+            dtype=entry["dtype"],
+            shape=tuple(entry["shape"]),
+            start=8 + length + begin,
+        )
+        if tensor.dtype in DTYPES:
+            expected = tensor.numpy_dtype.itemsize * math.prod(tensor.shape)
+            if expected != end - begin:
+                raise ValueError(
+                    f"{file} is damaged: {name}, {tensor.dtype} {list(tensor.shape)}, is given"
+                    f" {end - begin} bytes in place of {expected}"
+                )
+        tensors[name] = tensor
+    return tensors
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TensorToWrite:
+    """A tensor that is fetched only when its turn comes.
+
+    Attributes:
+      name: what it is called in the file.
+      dtype: of the tensor.
+      shape: of the tensor.
+      fetch: gives the array.
+    """
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    fetch: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return self.dtype.itemsize * math.prod(self.shape)
+
+
+def write_tensors(
+    file: Path, tensors: Sequence[TensorToWrite], metadata: Mapping[str, str]
+) -> None:
+    """Writes a safetensors file, holding one tensor at a time.
+
+    The file is written beside its place, and moved there once it is on disk.
+
+    Raises:
+      ValueError: a dtype safetensors has no name for here.
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for tensor in tensors:
+        if tensor.dtype not in names:
+            raise ValueError(
+                f"{tensor.name} has the dtype {tensor.dtype}; known: {', '.join(map(str, names))}"
+            )
+        header[tensor.name] = {
+            "dtype": names[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with whole_file(file) as temporary, temporary.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little"))
+        stream.write(text)
+        for tensor in tensors:
+            array = np.ascontiguousarray(tensor.fetch())
+            if array.shape != tensor.shape or array.dtype != tensor.dtype:
+                raise ValueError(
+                    f"{tensor.name} is {array.dtype} {array.shape}, and was said to be"
+                    f" {tensor.dtype} {tensor.shape}"
+                )
+            stream.write(_as_bytes(array))
+
+
+def _as_bytes(array: np.ndarray) -> memoryview:
+    """The bytes of a contiguous array, not copied; numpy exports no buffer of bfloat16."""
+    return array.reshape(-1).view(np.uint8).data
+
+
+def _read_into(stream, array: np.ndarray, file: Path) -> None:
+    """Fills an array from the stream's next bytes."""
+    view = _as_bytes(array)
+    while len(view):
+        count = stream.readinto(view)
+        if not count:
+            raise ValueError(f"{file} is cut short")
+        view = view[count:]

@@ -1,0 +1,107 @@
+"""Causal attention: dense for short rows, by blocks for long ones.
+
+B batch, T query tokens, S key tokens, K key-value heads, G query heads a key-value head, H head
+dimension. Grouped queries share their key-value head by an axis of their own; keys and values are
+never repeated.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
+
+from peft_jax.models.attention_layout import (
+    MASKED,
+    Attend,
+    AttentionLayout,
+    Keys,
+    Queries,
+    alibi,
+    visible,
+)
+from peft_jax.models.chunked_attention import chunked_attention
+
+Scores = Float32[Array, "batch kv_heads tokens group keys"]
+Weights = Float[Array, "batch kv_heads tokens group keys"]
+
+_DENSE_SCORES = 1024 * 1024
+"""Up to so many scores a head and row (4 MiB), "auto" is dense."""
+
+
+def choose_attention(name: str, *, tokens: int, keys: int) -> str:
+    """What "auto" stands for at T tokens and S keys; other names stand for themselves.
+
+    Example:
+      >>> choose_attention("auto", tokens=512, keys=512)
+      'dense'
+      >>> choose_attention("auto", tokens=4096, keys=4096)
+      'chunked'
+      >>> choose_attention("auto", tokens=1, keys=100_000)
+      'dense'
+    """
+    if name != "auto":
+        return name
+    return "dense" if tokens * keys <= _DENSE_SCORES else "chunked"
+
+
+def make_attention(
+    layout: AttentionLayout, *, tokens: int, keys: int, implementation: str
+) -> Attend:
+    """The function from queries, keys and values to their attention, for all layers.
+
+    Queries come scaled (by 1/sqrt(H)); what depends on the layout alone is computed here, once.
+
+    Args:
+      layout: who may attend to whom.
+      tokens: T.
+      keys: S.
+      implementation: see `ExecutionSettings.attention`.
+    """
+    name = choose_attention(implementation, tokens=tokens, keys=keys)
+    if name == "chunked":
+        return chunked_attention(layout, tokens=tokens, keys=keys)
+    return dense_attention(layout, tokens=tokens, keys=keys)
+
+
+def dense_attention(layout: AttentionLayout, *, tokens: int, keys: int) -> Attend:
+    """Attention that holds all scores [B, K, T, G, S].
+
+    What is the same in every layer is computed here, once. Masks are added, not selected by, so
+    that the backward pass keeps the weights (in the dtype of the values) and nothing else.
+    """
+    query_index = layout.query_start + jnp.arange(tokens, dtype=jnp.int32)
+    key_index = jnp.arange(keys, dtype=jnp.int32)
+    seen = visible(layout, query_index, key_index, layout.query_segments, layout.key_segments)
+    mask = jnp.where(seen, 0.0, MASKED).astype(jnp.float32)[:, None, :, None, :]
+
+    def attend(query: Queries, key: Keys, value: Keys) -> Queries:
+        scores = jnp.einsum("btkgh,bskh->bktgs", query, key, preferred_element_type=jnp.float32)
+        bias = alibi(layout, layout.query_positions, layout.key_positions)
+        if bias is not None:
+            scores += bias
+        weights = _softmax(scores + mask, value.dtype)
+        return jnp.einsum("bktgs,bskh->btkgh", weights, value)
+
+    return attend
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _softmax(scores: Scores, dtype: jnp.dtype) -> Weights:
+    """The softmax over the last axis, computed in float32, in `dtype`; that is all it keeps."""
+    unnormalised = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    return (unnormalised * (1.0 / unnormalised.sum(axis=-1, keepdims=True))).astype(dtype)
+
+
+def _softmax_forward(scores: Scores, dtype: jnp.dtype) -> tuple[Weights, Weights]:
+    weights = _softmax(scores, dtype)
+    return weights, weights
+
+
+def _softmax_backward(dtype: jnp.dtype, weights: Weights, gradient: Weights) -> tuple[Scores]:
+    del dtype
+    product = weights.astype(jnp.float32) * gradient.astype(jnp.float32)
+    return (product - weights.astype(jnp.float32) * product.sum(axis=-1, keepdims=True),)
+
+
+_softmax.defvjp(_softmax_forward, _softmax_backward)

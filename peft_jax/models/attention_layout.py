@@ -1,0 +1,132 @@
+"""Who may attend to whom, and what distance costs.
+
+B batch, T query tokens, S key tokens, K key-value heads, G query heads a key-value head, H head
+dimension.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float, Float32, Int
+
+from peft_jax.models.cache import KVCache
+
+Queries = Float[Array, "batch tokens kv_heads group head_dim"]
+Keys = Float[Array, "batch keys kv_heads head_dim"]
+Attend = Callable[[Queries, Keys, Keys], Queries]
+
+MASKED = -1e30
+"""Added to scores of what may not be seen; finite, so that no row can become NaN."""
+
+
+@struct.dataclass
+class AttentionLayout:
+    """Who may attend to whom: no later token, no other segment, nothing before the window.
+
+    A pytree; its fields are typed `Any` because JAX also puts placeholders in the arrays' places.
+
+    Attributes:
+      query_start: the index of the first query among the keys, a scalar; 0 without a cache.
+      query_segments: [B, T], or None where a row is one segment.
+      key_segments: [B, S], or None.
+      query_positions: [B, T]; with ALiBi only.
+      key_positions: [B, S]; with ALiBi only.
+      slopes: [K, G], ALiBi's penalty a token of distance (Press et al., 2022, arXiv 2108.12409),
+        or None.
+      window: a query sees this many tokens, itself included; None sees all. Static.
+    """
+
+    query_start: Any
+    query_segments: Any = None
+    key_segments: Any = None
+    query_positions: Any = None
+    key_positions: Any = None
+    slopes: Any = None
+    window: int | None = struct.field(pytree_node=False, default=None)
+
+    @classmethod
+    def causal(
+        cls,
+        segment_ids: Int[Array, "batch tokens"] | None,
+        cache: KVCache | None,
+        *,
+        window: int | None = None,
+    ) -> "AttentionLayout":
+        """The layout of tokens among themselves, or among those of a cache that admitted them."""
+        if cache is None:
+            start, key_segments = jnp.zeros((), jnp.int32), segment_ids
+        else:
+            if segment_ids is None:
+                raise ValueError("with a cache, tokens need segment_ids")
+            start, key_segments = cache.length - segment_ids.shape[1], cache.segment_ids
+        return cls(
+            query_start=start,
+            query_segments=segment_ids,
+            key_segments=key_segments,
+            window=window,
+        )
+
+    def with_alibi(
+        self,
+        slopes: Float32[Array, "kv_heads group"],
+        positions: Int[Array, "batch tokens"],
+        cache: KVCache | None,
+    ) -> "AttentionLayout":
+        """The layout with a penalty on distance, the queries being at `positions`."""
+        return dataclasses.replace(
+            self,
+            slopes=slopes,
+            query_positions=positions,
+            key_positions=positions if cache is None else cache.positions,
+        )
+
+
+def alibi_slopes(heads: int) -> Float32[np.ndarray, "heads"]:
+    """ALiBi's slope of each head: powers of 2^(-8/n) for n heads, n a power of two.
+
+    For other counts the first n heads take the slopes of the power of two below, the rest every
+    other slope of the power of two above, as the paper's authors do.
+
+    Example:
+      >>> alibi_slopes(4)
+      array([0.25      , 0.0625    , 0.015625  , 0.00390625], dtype=float32)
+    """
+    below = 2 ** int(np.log2(heads))
+    slopes = 2.0 ** (-8.0 / below * np.arange(1, below + 1))
+    rest = 2.0 ** (-4.0 / below * np.arange(1, 2 * (heads - below), 2))
+    return np.concatenate([slopes, rest]).astype(np.float32)
+
+
+def visible(
+    layout: AttentionLayout,
+    query_index: Int[Array, "tokens"],
+    key_index: Int[Array, "keys"],
+    query_segments: Int[Array, "batch tokens"] | None,
+    key_segments: Int[Array, "batch keys"] | None,
+) -> Bool[Array, "rows tokens keys"]:
+    """Which of the given keys each of the given queries sees, [B or 1, T, S]."""
+    distance = query_index[:, None] - key_index[None, :]
+    seen = distance >= 0
+    if layout.window is not None:
+        seen &= distance < layout.window
+    seen = seen[None]
+    if query_segments is not None and key_segments is not None:
+        seen = seen & (query_segments[:, :, None] == key_segments[:, None, :])
+    return seen
+
+
+def alibi(
+    layout: AttentionLayout,
+    query_positions: Int[Array, "batch tokens"] | None,
+    key_positions: Int[Array, "batch keys"] | None,
+) -> Float32[Array, "batch kv_heads tokens group keys"] | None:
+    """ALiBi's term of the scores, minus slope times distance in positions; None without ALiBi."""
+    if layout.slopes is None or query_positions is None or key_positions is None:
+        return None
+    distance = query_positions[:, :, None] - key_positions[:, None, :]
+    distance = distance.astype(jnp.float32)[:, None, :, None, :]
+    return -layout.slopes[None, :, None, :, None] * distance

@@ -1,0 +1,131 @@
+"""The key-value cache of decoding.
+
+L layers, B batch, S slots (keys), K key-value heads, H head dimension. Fields of pytrees are typed
+`Any`: JAX also puts placeholders, shapes and shardings in the arrays' places.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+
+@struct.dataclass
+class KVCache:
+    """The keys and values of the tokens seen so far; a pytree.
+
+    All rows are written at the same slots. Rows of different lengths are padded, with segment 0,
+    and their tokens' own positions are kept beside them. A sliding window counts slots: with one,
+    pad on the left, so that no padding lies between a row's tokens.
+
+    Attributes:
+      keys: [L, B, S, K, H], after rotary embedding.
+      values: [L, B, S, K, H].
+      positions: [B, S], each token's position.
+      segment_ids: [B, S], 0 where a slot is empty or holds padding.
+      length: the number of slots written, a scalar.
+      next_position: [B], the position of each row's next token.
+    """
+
+    keys: Any
+    values: Any
+    positions: Any
+    segment_ids: Any
+    length: Any
+    next_position: Any
+
+    @classmethod
+    def empty(
+        cls,
+        *,
+        layers: int,
+        batch: int,
+        slots: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: jnp.dtype,
+    ) -> "KVCache":
+        """A cache in which nothing is written."""
+        shape = (layers, batch, slots, kv_heads, head_dim)
+        return cls(
+            keys=jnp.zeros(shape, dtype),
+            values=jnp.zeros(shape, dtype),
+            positions=jnp.zeros((batch, slots), jnp.int32),
+            segment_ids=jnp.zeros((batch, slots), jnp.int32),
+            length=jnp.zeros((), jnp.int32),
+            next_position=jnp.zeros((batch,), jnp.int32),
+        )
+
+    @property
+    def slots(self) -> int:
+        """How many tokens a row can hold."""
+        return self.keys.shape[2]
+
+    def following_positions(
+        self, segment_ids: Int[Array, "batch tokens"]
+    ) -> Int[Array, "batch tokens"]:
+        """Each row's next positions, counting over what is not padding."""
+        counted = jnp.cumsum((segment_ids > 0).astype(jnp.int32), axis=1)
+        return self.next_position[:, None] + jnp.maximum(counted - 1, 0)
+
+    def admit(
+        self, positions: Int[Array, "batch tokens"], segment_ids: Int[Array, "batch tokens"]
+    ) -> "KVCache":
+        """The cache with the next tokens' positions and segments, before their keys and values."""
+        start = (jnp.zeros((), jnp.int32), self.length)
+        seen = jnp.max(jnp.where(segment_ids > 0, positions + 1, 0), axis=1)
+        return dataclasses.replace(
+            self,
+            positions=jax.lax.dynamic_update_slice(self.positions, positions, start),
+            segment_ids=jax.lax.dynamic_update_slice(self.segment_ids, segment_ids, start),
+            length=self.length + positions.shape[1],
+            next_position=jnp.maximum(self.next_position, seen),
+        )
+
+
+@struct.dataclass
+class LayerCache:
+    """One layer's view of the cached keys and values; what is passed from block to block.
+
+    Attributes:
+      keys: [L, B, S, K, H]; of all layers, so that a scan updates it in place.
+      values: [L, B, S, K, H].
+      layer: which layer is meant, a scalar.
+      start: the first slot to write, a scalar.
+    """
+
+    keys: Any
+    values: Any
+    layer: Any
+    start: Any
+
+    def append(
+        self,
+        keys: Float[Array, "batch tokens kv_heads head_dim"],
+        values: Float[Array, "batch tokens kv_heads head_dim"],
+    ) -> "LayerCache":
+        """The cache with this layer's next keys and values written."""
+        zero = jnp.zeros((), jnp.int32)
+        where = (self.layer, zero, self.start, zero, zero)
+        keys, values = keys.astype(self.keys.dtype), values.astype(self.values.dtype)
+        return dataclasses.replace(
+            self,
+            keys=jax.lax.dynamic_update_slice(self.keys, keys[None], where),
+            values=jax.lax.dynamic_update_slice(self.values, values[None], where),
+        )
+
+    def read(
+        self, dtype: jnp.dtype
+    ) -> tuple[
+        Float[Array, "batch slots kv_heads head_dim"],
+        Float[Array, "batch slots kv_heads head_dim"],
+    ]:
+        """This layer's keys and values, all slots."""
+        keys, values = (
+            jax.lax.dynamic_index_in_dim(array, self.layer, keepdims=False)
+            for array in (self.keys, self.values)
+        )
+        return keys.astype(dtype), values.astype(dtype)

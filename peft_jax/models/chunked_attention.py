@@ -1,0 +1,244 @@
+"""Attention that never holds all scores: blocks of queries against the blocks of keys they see.
+
+B batch, T query tokens, S key tokens, K key-value heads, G query heads a key-value head, H head
+dimension. Scores exist for one block of queries and one of keys at a time, in both passes: the
+forward pass keeps a running softmax, and what the backward pass needs of it is one number a query
+(the log of the softmax's sum), from which it computes each block's probabilities again. Blocks of
+keys that no query of a block may see are never visited.
+
+Source: Dao, 2023, arXiv 2307.08691, algorithms 1 and 2, here as XLA loops on every backend.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float32, Int
+
+from peft_jax.models.attention_layout import (
+    MASKED,
+    Attend,
+    AttentionLayout,
+    Keys,
+    Queries,
+    alibi,
+    visible,
+)
+
+LogSums = Float32[Array, "batch kv_heads tokens group"]
+Index = Int[Array, ""] | int
+
+SAVED_NAMES = ("attention_output", "attention_log_sum")
+"""What the backward pass needs besides queries, keys and values, by name for rematerialisation."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """How queries and keys are cut, in tokens; both counts are whole numbers of blocks.
+
+    Attributes:
+      query: a block of queries.
+      key: a block of keys.
+      queries: blocks of queries there are.
+      keys: blocks of keys there are.
+    """
+
+    query: int
+    key: int
+    queries: int
+    keys: int
+
+
+def chunked_attention(
+    layout: AttentionLayout, *, tokens: int, keys: int, block: int = 512
+) -> Attend:
+    """Attention by blocks of at most `block` queries and keys; see `make_attention`."""
+    query_block, key_block = min(block, tokens), min(block, keys)
+    blocks = Blocks(
+        query=query_block,
+        key=key_block,
+        queries=-(-tokens // query_block),
+        keys=-(-keys // key_block),
+    )
+    query_padding = blocks.queries * query_block - tokens
+    key_padding = blocks.keys * key_block - keys
+    padded = dataclasses.replace(
+        layout,
+        query_segments=_pad(layout.query_segments, query_padding),
+        key_segments=_pad(layout.key_segments, key_padding),
+        query_positions=_pad(layout.query_positions, query_padding),
+        key_positions=_pad(layout.key_positions, key_padding),
+    )
+
+    def attend(query: Queries, key: Keys, value: Keys) -> Queries:
+        query = _pad(query, query_padding)
+        key, value = _pad(key, key_padding), _pad(value, key_padding)
+        return _attention(blocks, query, key, value, padded)[:, :tokens]
+
+    return attend
+
+
+def _pad(array: Any, count: int) -> Any:
+    """Zeros after the tokens of axis 1. Padded keys come after every query, so none sees them."""
+    if array is None or not count:
+        return array
+    return jnp.pad(array, ((0, 0), (0, count)) + ((0, 0),) * (array.ndim - 2))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(
+    blocks: Blocks, query: Queries, key: Keys, value: Keys, layout: AttentionLayout
+) -> Queries:
+    return _forward(blocks, query, key, value, layout)[0]
+
+
+def _attention_forward(
+    blocks: Blocks, query: Queries, key: Keys, value: Keys, layout: AttentionLayout
+) -> tuple[Queries, Any]:
+    out, log_sums = _forward(blocks, query, key, value, layout)
+    out, log_sums = map(checkpoint_name, (out, log_sums), SAVED_NAMES)
+    return out, (query, key, value, layout, out, log_sums)
+
+
+def _forward(
+    blocks: Blocks, query: Queries, key: Keys, value: Keys, layout: AttentionLayout
+) -> tuple[Queries, LogSums]:
+    """Attention, and the log of every query's softmax sum."""
+
+    def query_block(_: None, i: Index) -> tuple[None, Any]:
+        query_i = _take(query, i, blocks.query)
+
+        def key_block(j: Index, state: Any) -> Any:
+            largest, total, out = state
+            scores = _scores(blocks, query_i, _take(key, j, blocks.key), layout, i, j)
+            larger = jnp.maximum(largest, scores.max(axis=-1))
+            weights = jnp.exp(scores - larger[..., None])
+            shrink = jnp.exp(largest - larger)
+            value_j = _take(value, j, blocks.key)
+            out = out * shrink[..., None] + _matmul("bktgs,bskh->bktgh", weights, value_j)
+            return larger, total * shrink + weights.sum(axis=-1), out
+
+        batch, tokens, kv_heads, group, head_dim = query_i.shape
+        shape = (batch, kv_heads, tokens, group)
+        start = (
+            jnp.full(shape, -jnp.inf, jnp.float32),
+            jnp.zeros(shape, jnp.float32),
+            jnp.zeros((*shape, head_dim), jnp.float32),
+        )
+        first, end = _keys_seen(blocks, layout, i)
+        largest, total, out = jax.lax.fori_loop(first, end, key_block, start)
+        out = (out / total[..., None]).astype(query.dtype)
+        return None, (out.transpose(0, 2, 1, 3, 4), largest + jnp.log(total))
+
+    indices = jnp.arange(blocks.queries, dtype=jnp.int32)
+    _, (out, log_sums) = jax.lax.scan(query_block, None, indices)
+    return _join(out, 1), _join(log_sums, 2)
+
+
+def _attention_backward(blocks: Blocks, residuals: Any, grad_out: Queries) -> tuple:
+    """The gradients of queries, keys and values; block by block of keys."""
+    query, key, value, layout, out, log_sums = residuals
+    # The softmax's gradient subtracts from each query's the mean under its weights, <dO, O>.
+    means = jnp.einsum("btkgh,btkgh->bktg", grad_out, out, preferred_element_type=jnp.float32)
+
+    def key_block(grad_query: Any, j: Index) -> tuple[Any, Any]:
+        key_j, value_j = _take(key, j, blocks.key), _take(value, j, blocks.key)
+
+        def query_block(i: Index, state: Any) -> Any:
+            grad_query, grad_key, grad_value = state
+            query_i, grad_out_i = (_take(a, i, blocks.query) for a in (query, grad_out))
+            log_sums_i, means_i = (_take(a, i, blocks.query, axis=2) for a in (log_sums, means))
+            scores = _scores(blocks, query_i, key_j, layout, i, j)
+            weights = jnp.exp(scores - log_sums_i[..., None])
+            grad_value += _matmul("bktgs,btkgh->bskh", weights, grad_out_i)
+            grad_weights = _matmul("btkgh,bskh->bktgs", grad_out_i, value_j)
+            grad_scores = weights * (grad_weights - means_i[..., None])
+            grad_key += _matmul("bktgs,btkgh->bskh", grad_scores, query_i)
+            update = _matmul("bktgs,bskh->btkgh", grad_scores, key_j)
+            update += _take(grad_query, i, blocks.query)
+            grad_query = jax.lax.dynamic_update_slice_in_dim(
+                grad_query, update, i * blocks.query, axis=1
+            )
+            return grad_query, grad_key, grad_value
+
+        start = (grad_query, *(jnp.zeros(a.shape, jnp.float32) for a in (key_j, value_j)))
+        first, end = _queries_seeing(blocks, layout, j)
+        grad_query, grad_key, grad_value = jax.lax.fori_loop(first, end, query_block, start)
+        return grad_query, (grad_key.astype(key.dtype), grad_value.astype(value.dtype))
+
+    grad_query, (grad_key, grad_value) = jax.lax.scan(
+        key_block,
+        jnp.zeros(query.shape, jnp.float32),
+        jnp.arange(blocks.keys, dtype=jnp.int32),
+    )
+    return grad_query.astype(query.dtype), _join(grad_key, 1), _join(grad_value, 1), None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _scores(
+    blocks: Blocks, query: Queries, key: Keys, layout: AttentionLayout, i: Index, j: Index
+) -> Float32[Array, "batch kv_heads tokens group keys"]:
+    """The masked scores of block i of the queries against block j of the keys."""
+    query_index = layout.query_start + i * blocks.query + jnp.arange(blocks.query, dtype=jnp.int32)
+    key_index = j * blocks.key + jnp.arange(blocks.key, dtype=jnp.int32)
+
+    def of_queries(array: Any) -> Any:
+        return None if array is None else _take(array, i, blocks.query)
+
+    def of_keys(array: Any) -> Any:
+        return None if array is None else _take(array, j, blocks.key)
+
+    scores = _matmul("btkgh,bskh->bktgs", query, key)
+    bias = alibi(layout, of_queries(layout.query_positions), of_keys(layout.key_positions))
+    if bias is not None:
+        scores += bias
+    seen = visible(
+        layout,
+        query_index,
+        key_index,
+        of_queries(layout.query_segments),
+        of_keys(layout.key_segments),
+    )
+    return jnp.where(seen[:, None, :, None, :], scores, MASKED)
+
+
+def _keys_seen(blocks: Blocks, layout: AttentionLayout, i: Index) -> tuple[Any, Any]:
+    """The first block of keys that block i of the queries sees, and the one after the last."""
+    first_query = layout.query_start + i * blocks.query
+    end = jnp.minimum((first_query + blocks.query - 1) // blocks.key + 1, blocks.keys)
+    if layout.window is None:
+        return jnp.zeros_like(end), end
+    return jnp.maximum(first_query - layout.window + 1, 0) // blocks.key, end
+
+
+def _queries_seeing(blocks: Blocks, layout: AttentionLayout, j: Index) -> tuple[Any, Any]:
+    """The first block of queries that sees block j of the keys, and the one after the last."""
+    first_key = j * blocks.key - layout.query_start
+    first = jnp.maximum(first_key, 0) // blocks.query
+    if layout.window is None:
+        return first, jnp.full_like(first, blocks.queries)
+    last_query = first_key + blocks.key - 1 + layout.window - 1
+    return first, jnp.clip(last_query // blocks.query + 1, 0, blocks.queries)
+
+
+def _take(array: Any, block: Index, size: int, *, axis: int = 1) -> Any:
+    """One block of an array along its tokens."""
+    return jax.lax.dynamic_slice_in_dim(array, block * size, size, axis=axis)
+
+
+def _matmul(axes: str, left: Any, right: Any) -> Any:
+    """A product of blocks in the right one's dtype, summed in float32."""
+    left = left.astype(right.dtype)
+    return jnp.einsum(axes, left, right, preferred_element_type=jnp.float32)
+
+
+def _join(blocks: Any, axis: int) -> Any:
+    """Blocks [blocks, ..., tokens, ...] as one array whose `axis` runs over all their tokens."""
+    moved = jnp.moveaxis(blocks, 0, axis)
+    shape = moved.shape
+    return moved.reshape(*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :])

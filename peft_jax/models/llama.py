@@ -1,0 +1,238 @@
+"""The Llama family: Llama 1 to 3, Vicuna, Mistral, Qwen2 and Qwen3.
+
+One module for all; the differences (biases, norms on queries and keys, a window, tied embeddings,
+rotary scaling) are fields of `LlamaConfig`.
+
+Axes: B batch, T tokens, D embed, K key-value heads, G query heads a key-value head, H head
+dimension, F mlp, V vocab.
+
+Sources: Touvron et al., 2023 (arXiv 2302.13971, 2307.09288); Grattafiori et al., 2024 (arXiv
+2407.21783); Jiang et al., 2023 (arXiv 2310.06825); Yang et al., 2024 and 2025 (arXiv 2407.10671,
+2505.09388).
+"""
+
+import dataclasses
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int
+
+from peft_jax.core import Kernel
+from peft_jax.core.checks import check_positive, check_positive_int
+from peft_jax.models.attention import make_attention
+from peft_jax.models.attention_layout import Attend, AttentionLayout
+from peft_jax.models.blocks import run_blocks, stack_blocks
+from peft_jax.models.cache import KVCache, LayerCache
+from peft_jax.models.execution import ExecutionSettings
+from peft_jax.models.layers import Embedding, Linear, RMSNorm, recomputed
+from peft_jax.models.rope import RotarySettings, rotate
+
+Hidden = Float[Array, "batch tokens embed"]
+Rotation = tuple[Float32[Array, "batch tokens pairs"], Float32[Array, "batch tokens pairs"]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """The architecture of a model of the Llama family.
+
+    Attributes:
+      vocab_size: V.
+      hidden_size: D.
+      intermediate_size: F.
+      num_layers: transformer blocks.
+      num_heads: query heads.
+      num_kv_heads: key-value heads; divides `num_heads`.
+      head_dim: H; need not be D / num_heads.
+      rotary: the rotary embedding.
+      norm_epsilon: added to the mean square in every norm.
+      max_positions: the longest context the model was made for, in tokens.
+      tie_word_embeddings: whether the head is the transposed embedding.
+      qkv_bias: biases on queries, keys and values.
+      output_bias: a bias on attention's output map.
+      mlp_bias: biases on the three maps of the MLP.
+      qk_norm: an RMS norm on each head's queries and keys, before the rotation.
+      sliding_window: a token sees this many tokens, itself included; None sees all.
+      initializer_range: the standard deviation random kernels and embeddings start with.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotary: RotarySettings
+    norm_epsilon: float
+    max_positions: int
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "max_positions",
+        ):
+            check_positive_int(name, getattr(self, name))
+        check_positive("norm_epsilon", self.norm_epsilon)
+        if self.sliding_window is not None:
+            check_positive_int("sliding_window", self.sliding_window)
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads must be a multiple of num_kv_heads, but they are {self.num_heads} and"
+                f" {self.num_kv_heads}"
+            )
+
+
+class LlamaAttention(nnx.Module):
+    """Grouped-query attention with rotary positions (Ainslie et al., 2023, arXiv 2305.13245)."""
+
+    def __init__(self, config: LlamaConfig):
+        self.config = config
+        width, kv_width = (
+            heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads)
+        )
+
+        def project(d_in: int, d_out: int, axes: tuple[str, str], *, bias: bool) -> Linear:
+            stddev = config.initializer_range
+            return Linear(d_in, d_out, axes=axes, bias=bias, stddev=stddev)
+
+        embed, bias = config.hidden_size, config.qkv_bias
+        self.q_proj = project(embed, width, ("embed", "heads"), bias=bias)
+        self.k_proj = project(embed, kv_width, ("embed", "kv_heads"), bias=bias)
+        self.v_proj = project(embed, kv_width, ("embed", "kv_heads"), bias=bias)
+        self.o_proj = project(width, embed, ("heads", "embed"), bias=config.output_bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, epsilon=config.norm_epsilon)
+            self.k_norm = RMSNorm(config.head_dim, epsilon=config.norm_epsilon)
+
+    def __call__(
+        self, x: Hidden, rotation: Rotation, attend: Attend, cache: LayerCache | None
+    ) -> tuple[Hidden, LayerCache | None]:
+        """The attended `x`, and this layer of the cache where one was given."""
+        config = self.config
+        leading, group = x.shape[:2], config.num_heads // config.num_kv_heads
+        query = self.q_proj(x).reshape(*leading, config.num_kv_heads, group, config.head_dim)
+        key = self.k_proj(x).reshape(*leading, config.num_kv_heads, config.head_dim)
+        value = self.v_proj(x).reshape(*leading, config.num_kv_heads, config.head_dim)
+        if config.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query = rotate(query, *rotation, scale=config.head_dim**-0.5)
+        key = rotate(key, *rotation)
+        if cache is not None:
+            cache = cache.append(key, value)
+            key, value = cache.read(x.dtype)
+        out = attend(query, key, value)
+        return self.o_proj(out.reshape(*leading, -1)), cache
+
+
+class LlamaMLP(nnx.Module):
+    """The gated MLP, down(silu(gate(x)) * up(x)) (Shazeer, 2020, arXiv 2002.05202)."""
+
+    def __init__(self, config: LlamaConfig):
+        def project(d_in: int, d_out: int, axes: tuple[str, str]) -> Linear:
+            return Linear(
+                d_in,
+                d_out,
+                axes=axes,
+                bias=config.mlp_bias,
+                stddev=config.initializer_range,
+            )
+
+        embed, mlp = config.hidden_size, config.intermediate_size
+        self.gate_proj = project(embed, mlp, ("embed", "mlp"))
+        self.up_proj = project(embed, mlp, ("embed", "mlp"))
+        self.down_proj = project(mlp, embed, ("mlp", "embed"))
+
+    def __call__(self, x: Hidden) -> Hidden:
+        """The map of `x`."""
+        gated = recomputed(lambda gate, up: jax.nn.silu(gate) * up)
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
+
+
+class LlamaBlock(nnx.Module):
+    """One transformer block: attention, then the MLP, each after a norm and added to its input."""
+
+    def __init__(self, config: LlamaConfig):
+        def norm() -> RMSNorm:
+            return RMSNorm(config.hidden_size, epsilon=config.norm_epsilon)
+
+        self.input_layernorm = norm()
+        self.self_attn = LlamaAttention(config)
+        self.post_attention_layernorm = norm()
+        self.mlp = LlamaMLP(config)
+
+    def __call__(
+        self, x: Hidden, rotation: Rotation, attend: Attend, cache: LayerCache | None
+    ) -> tuple[Hidden, LayerCache | None]:
+        """The block's output, and this layer of the cache where one was given."""
+        attended, cache = self.self_attn(self.input_layernorm(x), rotation, attend, cache)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), cache
+
+
+class Llama(nnx.Module):
+    """The decoder: embedding, blocks, final norm, head.
+
+    Args:
+      config: the architecture.
+      execution: how it is computed.
+    """
+
+    def __init__(self, config: LlamaConfig, execution: ExecutionSettings):
+        self.config, self.execution = config, execution
+        stddev = config.initializer_range
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, stddev=stddev)
+        self.layers = stack_blocks(lambda: LlamaBlock(config), config.num_layers)
+        self.norm = RMSNorm(config.hidden_size, epsilon=config.norm_epsilon)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(
+                config.hidden_size,
+                config.vocab_size,
+                axes=("embed", "vocab"),
+                bias=False,
+                stddev=stddev,
+            )
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch tokens"],
+        positions: Int[Array, "batch tokens"],
+        segment_ids: Int[Array, "batch tokens"] | None,
+        cache: KVCache | None,
+    ) -> tuple[Hidden, KVCache | None]:
+        """The hidden states after the final norm, and the cache where one was given."""
+        layout = AttentionLayout.causal(segment_ids, cache, window=self.config.sliding_window)
+        attend = make_attention(
+            layout,
+            tokens=tokens.shape[1],
+            keys=tokens.shape[1] if cache is None else cache.slots,
+            implementation=self.execution.attention,
+        )
+        rotation = self.config.rotary.tables(positions)
+        hidden, cache = run_blocks(
+            self.layers,
+            lambda block, x, layer_cache: block(x, rotation, attend, layer_cache),
+            self.embed_tokens(tokens, self.execution.dtype),
+            layers=self.config.num_layers,
+            cache=cache,
+            execution=self.execution,
+        )
+        return self.norm(hidden), cache
+
+    def head_kernel(self) -> Kernel:
+        """The head, [embed, vocab]; with tied embeddings, the transposed embedding."""
+        if self.config.tie_word_embeddings:
+            return self.embed_tokens.embedding.get_value().T
+        return self.lm_head.kernel.get_value()

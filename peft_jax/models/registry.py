@@ -1,0 +1,54 @@
+"""From a `config.json` to a model."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from peft_jax.core import did_you_mean
+from peft_jax.models.bloom_family import BLOOM
+from peft_jax.models.causal_lm import CausalLM
+from peft_jax.models.execution import ExecutionSettings
+from peft_jax.models.family import Family
+from peft_jax.models.llama_families import LLAMA, MISTRAL, QWEN2, QWEN3
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (BLOOM, LLAMA, MISTRAL, QWEN2, QWEN3)
+}
+"""The families by the `model_type` of their `config.json`."""
+
+
+def build_model(
+    hf_config: Mapping[str, Any], execution: ExecutionSettings | None = None
+) -> CausalLM:
+    """The model a Hugging Face `config.json` describes.
+
+    Args:
+      hf_config: the parsed `config.json`, as transformers 4 or 5 writes it.
+      execution: how the model is computed.
+
+    Raises:
+      ValueError: a family, or an attribute, that is not understood; it is named.
+
+    Example:
+      >>> model = build_model({
+      ...     "model_type": "llama", "vocab_size": 32, "hidden_size": 8, "num_hidden_layers": 2,
+      ...     "num_attention_heads": 2, "intermediate_size": 16})
+      >>> model.abstract_params()["layers"]["mlp"]["up_proj"]["kernel"].shape
+      (2, 8, 16)
+    """
+    model_type = hf_config.get("model_type")
+    if model_type not in FAMILIES:
+        code = ""
+        if hf_config.get("auto_map"):
+            code = " (its auto_map points to code of its own, which is never downloaded or run)"
+        raise ValueError(
+            f"config.json has the model_type {model_type!r}, which is not implemented{code}"
+            f"{did_you_mean(str(model_type), FAMILIES)}"
+        )
+    family = FAMILIES[model_type]
+    return CausalLM(
+        family=family,
+        config=family.read_config(hf_config),
+        execution=execution or ExecutionSettings(),
+        hf_json=json.dumps(dict(hf_config)),
+    )

@@ -1,0 +1,33 @@
+"""Optimisers, schedules and the hybrid's mixing, as optax gradient transformations.
+
+- [`mixing`][peft_jax.optim.mixing]: `hybrid_mixing`, `MixingSettings`, `mixing_weights`.
+- [`optimizers`][peft_jax.optim.optimizers]: `make_optimizer`, `OptimizerSettings`, `decay_mask`.
+- [`schedules`][peft_jax.optim.schedules]: `make_schedule`, `ScheduleSettings`.
+"""
+
+from peft_jax.optim.mixing import MixingSettings, MixingState, hybrid_mixing, mixing_weights
+from peft_jax.optim.optimizers import (
+    NO_DECAY,
+    OPTIMIZERS,
+    OptimizerSettings,
+    decay_mask,
+    learning_rate_schedule,
+    make_optimizer,
+)
+from peft_jax.optim.schedules import SCHEDULES, ScheduleSettings, make_schedule
+
+__all__ = [
+    "NO_DECAY",
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "MixingSettings",
+    "MixingState",
+    "OptimizerSettings",
+    "ScheduleSettings",
+    "decay_mask",
+    "hybrid_mixing",
+    "learning_rate_schedule",
+    "make_optimizer",
+    "make_schedule",
+    "mixing_weights",
+]

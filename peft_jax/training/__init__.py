@@ -1,0 +1,27 @@
+"""From a configuration to a fine-tuned adapter, and everything a run leaves behind.
+
+- [`config`][peft_jax.training.config]: `RunConfig`, every setting of a run.
+- [`loop`][peft_jax.training.loop]: `run`, which does what a configuration says.
+- [`prepare`][peft_jax.training.prepare]: everything a run needs, checked before it begins.
+- [`step`][peft_jax.training.step]: `TrainStep`, one optimiser step.
+- [`checkpoints`][peft_jax.training.checkpoints]: to go on from.
+- [`report`][peft_jax.training.report]: the page and the pictures that a run leaves.
+"""
+
+from peft_jax.training.config import RunConfig, default_config, from_config_dict
+from peft_jax.training.errors import InterruptedRunError, NonFiniteError, RefusedError
+from peft_jax.training.loop import run
+from peft_jax.training.state import TrainState
+from peft_jax.training.step import TrainStep
+
+__all__ = [
+    "InterruptedRunError",
+    "NonFiniteError",
+    "RefusedError",
+    "RunConfig",
+    "TrainState",
+    "TrainStep",
+    "default_config",
+    "from_config_dict",
+    "run",
+]

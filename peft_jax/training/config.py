@@ -1,0 +1,440 @@
+"""A run's configuration: every setting there is, with its type, its default and what it means.
+
+A configuration file builds an `ml_collections.ConfigDict` on top of `default_config()`, flags
+change single values of it, and `from_config_dict` makes a `RunConfig` of the result: the one
+conversion, in which a key that is not known, or a value of the wrong type, is an error.
+"""
+
+import dataclasses
+import re
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import FieldReference
+
+from peft_jax.adapters import METHODS, AdapterMethod, AdapterSpec, Full, Hybrid, method_settings
+from peft_jax.core import did_you_mean
+from peft_jax.core.checks import check_positive, check_positive_int
+from peft_jax.data import DataSettings
+from peft_jax.models import ExecutionSettings
+from peft_jax.optim import MixingSettings, OptimizerSettings
+from peft_jax.parallel import MeshSettings
+from peft_jax.training.convert import (
+    convert,
+    differences,
+    from_mapping,
+    is_required,
+    to_mapping,
+    union_members,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The checkpoint that is fine-tuned.
+
+    Attributes:
+      path: a folder in Hugging Face's format (config.json, safetensors, a tokenizer), or a name on
+        the Hugging Face hub.
+      revision: a branch, tag or commit on the hub; empty: the newest.
+      dtype: how the base's weights are held. What is trained is float32 unless `method.dtype` says
+        otherwise.
+      weights: "checkpoint", or "random": new weights for the architecture that config.json
+        describes, for training from scratch; then no safetensors are needed.
+    """
+
+    path: str
+    revision: str = ""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    weights: Literal["checkpoint", "random"] = "checkpoint"
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError("path is empty; give a folder with a Hugging Face checkpoint")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MethodSettings:
+    """The fine-tuning method, its own settings, and what it applies to.
+
+    In a configuration the method's own settings stand beside these, `method.rank` beside
+    `method.name`; there, None stands for the method's default.
+
+    Attributes:
+      method: the method with its settings.
+      target_modules: "all-linear", names of modules, or one regular expression.
+      exclude_modules: names, or one regular expression, taken out again.
+      rank_pattern: rank of single modules, by name or regular expression.
+      alpha_pattern: alpha of single modules.
+      modules_to_save: modules that are trained themselves, beside the adapters.
+      dtype: of what is trained.
+      init_batches: from how many microbatches the gradient is estimated that LoRA-GA, and the
+        hybrid's low-rank branch, start along. Training then begins at the first batch again.
+    """
+
+    method: AdapterMethod | Full
+    target_modules: str | tuple[str, ...] = "all-linear"
+    exclude_modules: str | tuple[str, ...] = ()
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    modules_to_save: tuple[str, ...] = ()
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    init_batches: int = 4
+
+    def __post_init__(self) -> None:
+        check_positive_int("init_batches", self.init_batches)
+        for name in ("target_modules", "exclude_modules"):
+            object.__setattr__(self, name, _names(getattr(self, name)))
+        _ = self.spec  # which checks the rest
+
+    @property
+    def name(self) -> str:
+        """The method's name."""
+        return self.method.name
+
+    @property
+    def spec(self) -> AdapterSpec:
+        """The method and what it applies to, as the adapters want it."""
+        return AdapterSpec(
+            method=self.method,
+            target_modules=self.target_modules,
+            exclude_modules=self.exclude_modules,
+            rank_pattern=self.rank_pattern,
+            alpha_pattern=self.alpha_pattern,
+            modules_to_save=self.modules_to_save,
+            dtype=self.dtype,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """How long, how fast, and on how much at a time.
+
+    Attributes:
+      steps: optimiser steps.
+      learning_rate: the peak of the schedule, which the section `optimizer` describes.
+      batch_size: rows in one optimiser step, over all devices and microbatches.
+      gradient_accumulation: microbatches that one step's rows are cut into, one after another: the
+        same result (to rounding) in less memory.
+      max_length: tokens in a row.
+      loss_chunk: positions whose logits are held at a time.
+    """
+
+    steps: int
+    learning_rate: float
+    batch_size: int
+    gradient_accumulation: int = 1
+    max_length: int
+    loss_chunk: int = 1024
+
+    def __post_init__(self) -> None:
+        check_positive("learning_rate", self.learning_rate)
+        for name in ("steps", "batch_size", "gradient_accumulation", "loss_chunk"):
+            check_positive_int(name, getattr(self, name))
+        if self.max_length < 2:
+            raise ValueError(f"max_length is {self.max_length}; a row needs at least 2 tokens")
+        if self.batch_size % self.gradient_accumulation:
+            raise ValueError(
+                f"batch_size {self.batch_size} cannot be cut into gradient_accumulation "
+                f"{self.gradient_accumulation} equal microbatches; choose a divisor of the batch "
+                f"size: {_divisors(self.batch_size)}"
+            )
+
+    @property
+    def microbatch_size(self) -> int:
+        """Rows in one microbatch, over all devices."""
+        return self.batch_size // self.gradient_accumulation
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateSettings:
+    """Measuring on held-out data, which always happens before the first and after the last step.
+
+    Attributes:
+      every: also after every so many steps; 0: only before and after.
+    """
+
+    every: int = 0
+
+    def __post_init__(self) -> None:
+        _check_not_negative(self, "every")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointSettings:
+    """Checkpoints to go on from. One is also written before the first step and when asked to stop.
+
+    Attributes:
+      every: steps from one to the next; 0: none but those.
+      keep: how many of the newest are kept.
+      asynchronous: write them while training goes on.
+    """
+
+    every: int = 100
+    keep: int = 3
+    asynchronous: bool = True
+
+    def __post_init__(self) -> None:
+        _check_not_negative(self, "every")
+        if self.keep < 2:
+            raise ValueError(
+                f"keep is {self.keep}; at least 2, so that one is left if one is damaged"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoggingSettings:
+    """What is written down of the training.
+
+    Attributes:
+      every: steps from one line of metrics.jsonl to the next; the first and the last step always
+        have one.
+      tensorboard: also as TensorBoard events, in the work directory's `tensorboard/`.
+      wandb_project: also to this project on Weights & Biases; empty: not.
+      wandb_name: what the run is called there; empty: as the work directory.
+    """
+
+    every: int = 1
+    tensorboard: bool = True
+    wandb_project: str = ""
+    wandb_name: str = ""
+
+    def __post_init__(self) -> None:
+        check_positive_int("every", self.every)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """What the result is written as, beside `adapter/`.
+
+    Attributes:
+      merged: also as a whole model in Hugging Face's format, in `model/`. None: only where the
+        whole model is what was trained, by the method "full".
+    """
+
+    merged: bool | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides what a run does.
+
+    Attributes:
+      seed: of the adapter's start, of dropout and of the order of the data.
+      model: the checkpoint.
+      execution: how the model is computed.
+      method: what is trained.
+      mixing: how the hybrid's branches are weighed; of no use with another method.
+      data: where the rows come from.
+      train: steps, batches, learning rate.
+      optimizer: the optimiser and its schedule; its learning rate is that of `train`.
+      evaluate: measuring on held-out data.
+      checkpoint: checkpoints to go on from.
+      parallel: how many devices, and what is cut over them.
+      logging: what is written down.
+      export: what the result is written as.
+    """
+
+    seed: int = 0
+    model: ModelSettings
+    execution: ExecutionSettings = dataclasses.field(default_factory=ExecutionSettings)
+    method: MethodSettings
+    mixing: MixingSettings = dataclasses.field(default_factory=MixingSettings)
+    data: DataSettings
+    train: TrainSettings
+    optimizer: OptimizerSettings = dataclasses.field(default_factory=OptimizerSettings)
+    evaluate: EvaluateSettings = dataclasses.field(default_factory=EvaluateSettings)
+    checkpoint: CheckpointSettings = dataclasses.field(default_factory=CheckpointSettings)
+    parallel: MeshSettings = dataclasses.field(default_factory=MeshSettings)
+    logging: LoggingSettings = dataclasses.field(default_factory=LoggingSettings)
+    export: ExportSettings = dataclasses.field(default_factory=ExportSettings)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}; it must lie between 0 and 2³² - 1")
+        optimizer = dataclasses.replace(self.optimizer, learning_rate=self.train.learning_rate)
+        object.__setattr__(self, "optimizer", optimizer)
+        if not isinstance(self.method.method, Hybrid):
+            changed = differences(to_mapping(MixingSettings()), to_mapping(self.mixing))
+            for name in changed:
+                raise ValueError(
+                    f"mixing.{name} is given, but only the hybrid has branches to mix, and "
+                    f"method.name is {self.method.name!r}"
+                )
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The configuration as nested dictionaries that JSON can hold, every setting in place."""
+        mapping = to_mapping(self)
+        del mapping["optimizer"]["learning_rate"]
+        own = mapping["method"].pop("method")
+        mapping["method"] = {"name": self.method.name, **own, **mapping["method"]}
+        return mapping
+
+    @staticmethod
+    def from_mapping(given: Mapping[str, Any]) -> "RunConfig":
+        """The configuration that nested dictionaries give; the inverse of `to_mapping`.
+
+        Raises:
+          ValueError: an unknown key at any level, a missing or a wrong value.
+        """
+        given = dict(given)
+        if isinstance(given.get("optimizer"), Mapping) and "learning_rate" in given["optimizer"]:
+            raise ValueError("optimizer.learning_rate is given; it is called train.learning_rate")
+        if isinstance(given.get("method"), Mapping):
+            given["method"] = _method_from_mapping(given["method"])
+        return from_mapping(RunConfig, given)
+
+
+MAY_CHANGE = (
+    "logging",
+    "checkpoint",
+    "evaluate",
+    "export",
+    "execution",
+    "parallel",
+    "data.prefetch",
+    "data.check_rows",
+)
+"""What may differ when a run is gone on with: it changes how things are computed and what is
+written down, but not what is computed."""
+
+ROUNDING = ("execution", "parallel")
+"""What changes how sums are rounded: with it changed, a run does not end bit for bit the same."""
+
+
+def under(name: str, prefixes: tuple[str, ...]) -> bool:
+    """Whether a dotted name is one of the prefixes, or below one."""
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def default_config() -> ConfigDict:
+    """Every setting at its default, for configuration files to build on.
+
+    The section `method` holds the settings of all methods, at None: each method's own default. What
+    has no default is None too, and must be given.
+
+    Example:
+      >>> config = default_config()
+      >>> config.method.name, config.train.max_length = "lora", 512
+      >>> config.method.rank is None
+      True
+    """
+    config = _section(RunConfig)
+    del config.optimizer["learning_rate"]
+    method = config.method
+    del method["method"]
+    method["name"] = FieldReference(None, field_type=str)
+    for name in sorted({name for known in METHODS for name in method_settings(known)}):
+        method[name] = FieldReference(None, field_type=object)
+    return config
+
+
+def from_config_dict(config: ConfigDict) -> RunConfig:
+    """The checked configuration of what a configuration file and flags have put together.
+
+    Raises:
+      ValueError: as `RunConfig.from_mapping`.
+    """
+    return RunConfig.from_mapping(config.to_dict())
+
+
+def _section(cls: Any) -> ConfigDict:
+    """A dataclass's fields at their defaults.
+
+    Strings stay strings on the command line, so that a path of digits is no number; everything else
+    is read as Python writes it, and its type is checked by the conversion.
+    """
+    hints = typing.get_type_hints(cls)
+    section = ConfigDict()
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[field.name]):
+            section[field.name] = _section(hints[field.name])
+            continue
+        if is_required(field):
+            value = None
+        elif field.default is not dataclasses.MISSING:
+            value = field.default
+        else:
+            value = typing.cast(Any, field.default_factory)()
+        section[field.name] = FieldReference(value, field_type=_flag_type(hints[field.name]))
+    return section
+
+
+def _flag_type(annotation: Any) -> type:
+    members = [m for m in union_members(annotation) if m is not type(None)] or [annotation]
+    only = members[0] if len(members) == 1 else object
+    return str if only is str or typing.get_origin(only) is Literal else object
+
+
+def _method_from_mapping(given: Mapping[str, Any]) -> MethodSettings:
+    """The section `method`, in which the method's own settings stand beside the common ones."""
+    name = given.get("name")
+    if name is None:
+        raise ValueError(f"method.name must be given; known: {', '.join(METHODS)}")
+    if name not in METHODS:
+        raise ValueError(f"method.name is {name!r}{did_you_mean(str(name), METHODS)}")
+    common = [field.name for field in dataclasses.fields(MethodSettings) if field.name != "method"]
+    own = method_settings(name)
+    annotations = typing.get_type_hints(METHODS[name])
+    settings, rest = {}, {}
+    for key, value in given.items():
+        owners = [other for other in METHODS if key in method_settings(other)]
+        if key == "name":
+            continue
+        if key in common:
+            rest[key] = value
+        elif not owners:
+            known = ["name", *common, *own]
+            raise ValueError(f"method.{key} is not a setting{did_you_mean(key, known)}")
+        elif value is None:
+            continue
+        elif key not in own:
+            raise ValueError(
+                f"method.{key} is a setting of {', '.join(owners)}, not of {name!r}; leave it "
+                "out, or choose another method.name"
+            )
+        else:
+            settings[key] = convert(value, annotations[key], where=f"method.{key}")
+    try:
+        method = METHODS[name](**settings)
+    except ValueError as error:
+        raise ValueError(f"method: {error}") from error
+    if rest.get("init_batches") is not None and not getattr(method, "gradient_rank", 0):
+        default = MethodSettings.__dataclass_fields__["init_batches"].default
+        if rest["init_batches"] != default:
+            raise ValueError(
+                "method.init_batches is given, but only methods that start along a gradient use "
+                f"it, and {name!r} does not"
+            )
+    return from_mapping(MethodSettings, {"method": method, **rest}, where="method")
+
+
+def _names(targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    """Names separated by commas, as they are given on a command line, as a tuple.
+
+    Example:
+      >>> _names("q_proj,v_proj"), _names("all-linear"), _names(r".*_proj")
+      (('q_proj', 'v_proj'), 'all-linear', '.*_proj')
+    """
+    if isinstance(targets, str) and re.fullmatch(r"\w+(\.\w+)*(\s*,\s*\w+(\.\w+)*)*", targets):
+        return tuple(re.split(r"\s*,\s*", targets))
+    return targets
+
+
+def _divisors(number: int) -> str:
+    """The divisors of a number that are worth naming.
+
+    Example:
+      >>> _divisors(12)
+      '1, 2, 3, 4, 6, 12'
+    """
+    few = [n for n in range(1, min(number, 4096) + 1) if number % n == 0]
+    return ", ".join(map(str, few[:12])) + (", ..." if len(few) > 12 else "")
+
+
+def _check_not_negative(settings: Any, *names: str) -> None:
+    for name in names:
+        if getattr(settings, name) < 0:
+            raise ValueError(f"{name} is {getattr(settings, name)}; it must be at least 0")

@@ -1,0 +1,54 @@
+"""The result of a run as files for others: the adapter, and the whole model where asked for."""
+
+import os
+import shutil
+
+import jax
+
+from peft_jax.adapters import AdapterState, Full
+from peft_jax.core import Tree
+from peft_jax.hub import export_merged, save_adapter
+from peft_jax.training.config import RunConfig
+from peft_jax.training.prepare import Job
+from peft_jax.training.workdir import WorkDir
+
+
+def export_results(job: Job, folder: WorkDir, frozen: Tree, adapter: AdapterState) -> None:
+    """Writes `adapter/`, and `model/` where asked for, each with the tokenizer.
+
+    Args:
+      job: what the run was made of.
+      folder: where it works.
+      frozen: the base's parameters, without those that are trained themselves.
+      adapter: the adapter's arrays; every process has to call this with its part of them.
+    """
+    everywhere = jax.NamedSharding(job.mesh, jax.P())
+    whole = jax.jit(lambda arrays: arrays, out_shardings=everywhere)(adapter)
+    if jax.process_index() != 0:
+        return
+    save_adapter(folder.adapter, job.model, job.spec, whole, job.config.model.path)
+    job.tokenizer.save_pretrained(folder.adapter)
+    if exports_model(job.config):
+        _export_model(job, folder, frozen, adapter)
+
+
+def exports_model(config: RunConfig) -> bool:
+    """Whether a run leaves the whole model; one process alone can write it."""
+    merged = config.export.merged
+    if merged is None:
+        merged = isinstance(config.method.method, Full) and jax.process_count() == 1
+    return merged
+
+
+def _export_model(job: Job, folder: WorkDir, frozen: Tree, adapter: AdapterState) -> None:
+    """The merged model in the base's dtype, in a folder that is there when it is whole."""
+    temporary = folder.model.with_name(f".{folder.model.name}.tmp-{os.getpid()}")
+    temporary.mkdir()
+    try:
+        dtype = job.config.model.dtype
+        export_merged(temporary, job.model, frozen, job.spec, adapter, dtype=dtype)
+        job.tokenizer.save_pretrained(temporary)
+        shutil.rmtree(folder.model, ignore_errors=True)
+        temporary.rename(folder.model)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

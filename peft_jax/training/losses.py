@@ -1,0 +1,281 @@
+"""Cross-entropy over a large vocabulary without holding the logits of all tokens at once.
+
+Axes: N tokens, D embed, V vocab, C tokens of a chunk, K chunks.
+
+Llama 3 has a vocabulary of 128,256: the logits of 8 rows of 4,096 tokens take 16 GiB in float32,
+several times what the rest of a block's activations take. Here they are made a chunk of tokens at a
+time, and the gradient of a chunk is taken while its logits are still there: they are neither kept
+for the backward pass nor computed in it again.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int
+
+from peft_jax.core import AdaptedKernel, Kernel, linear
+
+_Gradients = tuple[Any, tuple[Any, ...], Any]
+"""Of hidden states, of the head's leaves and of the weights; None for what needs none."""
+
+
+def chunked_cross_entropy(
+    hidden: Float[Array, "tokens embed"],
+    head_kernel: Kernel,
+    targets: Int[Array, "tokens"],
+    weights: Float[Array, "tokens"],
+    *,
+    chunk_size: int,
+) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
+    """The cross-entropy summed over tokens, and the sum of their weights.
+
+    The loss is Σ_i w_i (log Σ_v exp z_iv - z_i,target), z = hidden · head_kernel in float32. Its
+    gradient with respect to a chunk's logits, w (softmax z - onehot), is turned into that of the
+    hidden states, and of what is trained in the head, in the pass that computes the loss. What
+    needs no gradient gets none: a frozen head costs one product forward and one back, and
+    evaluation computes the loss alone.
+
+    Chunks are strided, token i belongs to chunk i mod K, so that each holds a part of every
+    device's tokens where those are sharded along N. Their number is the next from N / chunk_size
+    on that divides N, if there is one below twice that, and otherwise N is filled up.
+
+    Args:
+      hidden: states after the final norm, [N, D], in any floating dtype; products are computed in
+        it and accumulated in float32.
+      head_kernel: [D, V], or an `AdaptedKernel` over one; for tied embeddings, the transposed
+        table.
+      targets: the token to be predicted at each position, in [0, V); of no matter where the weight
+        is 0.
+      weights: the weight of each position; 0 for what is not to be learnt.
+      chunk_size: how many tokens' logits are held at a time, at most, over all devices.
+
+    Returns:
+      (sum of weighted losses in nats, sum of weights), both float32 []. The mean is their quotient;
+      sums add up over microbatches and devices.
+
+    Raises:
+      ValueError: `chunk_size` is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> hidden, head = jnp.zeros((4, 8)), jnp.ones((8, 10))
+      >>> loss, count = chunked_cross_entropy(
+      ...     hidden, head, jnp.arange(4), jnp.array([1.0, 1.0, 1.0, 0.0]), chunk_size=2)
+      >>> round(float(loss / count), 4)  # every token is equally likely: log 10
+      2.3026
+    """
+    count = _chunk_count(hidden.shape[0], chunk_size)
+    leaves, treedef = jax.tree.flatten(head_kernel)
+    weights = weights.astype(jnp.float32)
+    loss = _summed_loss(
+        treedef,
+        _strided(hidden, count),
+        tuple(leaves),
+        _strided(targets, count),
+        _strided(weights, count),
+    )
+    return loss, jnp.sum(weights)
+
+
+def chunked_token_scores(
+    hidden: Float[Array, "tokens embed"],
+    head_kernel: Kernel,
+    targets: Int[Array, "tokens"],
+    *,
+    chunk_size: int,
+) -> tuple[Float32[Array, "tokens"], Bool[Array, "tokens"]]:
+    """The log-probability of every target, and whether it is the likeliest token; for evaluation.
+
+    Args:
+      hidden: states after the final norm, [N, D].
+      head_kernel: [D, V], or an `AdaptedKernel` over one.
+      targets: the token at each position, in [0, V).
+      chunk_size: how many tokens' logits are held at a time, at most.
+
+    Returns:
+      (log-probabilities in nats, float32 [N]; whether the target has the largest logit, bool [N]).
+      Of several largest logits the first counts.
+
+    Raises:
+      ValueError: `chunk_size` is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> scores, right = chunked_token_scores(
+      ...     jnp.eye(2), 3.0 * jnp.eye(2), jnp.array([0, 0]), chunk_size=1)
+      >>> [round(x, 4) for x in scores.tolist()], right.tolist()
+      ([-0.0486, -3.0486], [True, False])
+    """
+    tokens = hidden.shape[0]
+    count = _chunk_count(tokens, chunk_size)
+
+    def score(carry: None, chunk: tuple[Array, Array, Array]) -> tuple[None, Any]:
+        index, h, t = chunk
+        logits = _logits(h, _with_chunk_dropout(head_kernel, index))
+        log_normalizer, at_target = _normalizer_and_target(logits, t)
+        return carry, (at_target - log_normalizer, jnp.argmax(logits, axis=-1).astype(t.dtype) == t)
+
+    chunks = (jnp.arange(count), _strided(hidden, count), _strided(targets, count))
+    _, (scores, right) = jax.lax.scan(score, None, chunks)
+    return scores.T.reshape(-1)[:tokens], right.T.reshape(-1)[:tokens]
+
+
+def _chunk_count(tokens: int, chunk_size: int) -> int:
+    """How many chunks of at most `chunk_size`: the fewest, or some more if they come out even."""
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, but is {chunk_size}")
+    fewest = max(1, -(-tokens // chunk_size))
+    return next((n for n in range(fewest, 2 * fewest) if tokens % n == 0), fewest)
+
+
+def _strided(x: Array, count: int) -> Array:
+    """[N, ...] as `count` chunks [K, C, ...], chunk k of the tokens k, k + K, …; filled with 0."""
+    missing = -x.shape[0] % count
+    if missing:
+        x = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
+    return jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0)
+
+
+def _with_chunk_dropout(kernel: Kernel, index: Array) -> Kernel:
+    """The kernel with dropout keys of the chunk's own, so that chunks do not share one mask."""
+    if not isinstance(kernel, AdaptedKernel):
+        return kernel
+    key = kernel.dropout_key
+    return dataclasses.replace(
+        kernel,
+        base=_with_chunk_dropout(kernel.base, index),
+        dropout_key=None if key is None else jax.random.fold_in(key, index),
+    )
+
+
+def _logits(hidden: Array, kernel: Kernel) -> Array:
+    """[C, V] in float32, accumulated in it where the kernel is one array."""
+    if isinstance(kernel, AdaptedKernel):
+        return linear(hidden, kernel).astype(jnp.float32)
+    return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def _normalizer_and_target(logits: Array, targets: Array) -> tuple[Array, Array]:
+    """The logarithm of Σ exp z, and the target's z, [C] each.
+
+    The target's is a masked sum and no gather, since a gather along a sharded vocabulary would
+    bring all of it together.
+    """
+    log_normalizer = jax.nn.logsumexp(logits, axis=-1)
+    at_target = jnp.sum(jnp.where(_is_target(logits, targets), logits, 0.0), axis=-1)
+    return log_normalizer, at_target
+
+
+def _is_target(logits: Array, targets: Array) -> Array:
+    """One-hot targets, bool [C, V]; fused into whatever uses it."""
+    return jax.lax.broadcasted_iota(targets.dtype, logits.shape, 1) == targets[:, None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _summed_loss(
+    treedef: Any, hidden: Array, leaves: tuple[Any, ...], targets: Array, weights: Array
+) -> Array:
+    """The weighted sum of losses; nothing is kept for a gradient.
+
+    Args:
+      treedef: the structure of the head's kernel; static.
+      hidden: [K, C, D].
+      leaves: of the head's kernel.
+      targets: [K, C].
+      weights: [K, C], float32.
+    """
+    kernel = jax.tree.unflatten(treedef, leaves)
+
+    def add(total: Array, chunk: tuple[Array, Array, Array, Array]) -> tuple[Array, None]:
+        index, h, t, w = chunk
+        log_normalizer, at_target = _normalizer_and_target(
+            _logits(h, _with_chunk_dropout(kernel, index)), t
+        )
+        return total + jnp.sum(w * (log_normalizer - at_target)), None
+
+    chunks = (jnp.arange(hidden.shape[0]), hidden, targets, weights)
+    return jax.lax.scan(add, jnp.zeros((), jnp.float32), chunks)[0]
+
+
+def _summed_loss_forward(
+    treedef: Any, hidden: Any, leaves: tuple[Any, ...], targets: Any, weights: Any
+) -> tuple[Array, _Gradients]:
+    """The loss, and for the backward pass its gradients rather than what they would be made of.
+
+    Arrays come as pairs (value, perturbed): `perturbed` says whether a gradient is wanted.
+    """
+    learnt = tuple(leaf.value for leaf in leaves if leaf.perturbed)
+
+    def kernel_with(learnt: tuple[Array, ...], index: Array) -> Kernel:
+        values = iter(learnt)
+        merged = [next(values) if leaf.perturbed else leaf.value for leaf in leaves]
+        return _with_chunk_dropout(jax.tree.unflatten(treedef, merged), index)
+
+    def add(carry: Any, chunk: tuple[Array, Array, Array, Array]) -> tuple[Any, Any]:
+        total, learnt_sums = carry
+        index, h, t, w = chunk
+        logits, pull_back = _logits_and_pull_back(
+            h, learnt, lambda learnt: kernel_with(learnt, index)
+        )
+        log_normalizer, at_target = _normalizer_and_target(logits, t)
+        losses = log_normalizer - at_target
+        probabilities = jnp.exp(logits - log_normalizer[:, None])
+        onehot = _is_target(logits, t).astype(jnp.float32)
+        of_hidden, of_learnt = pull_back((probabilities - onehot) * w[:, None])
+        learnt_sums = jax.tree.map(
+            lambda total, one: total + one.astype(jnp.float32), learnt_sums, of_learnt
+        )
+        kept = (of_hidden if hidden.perturbed else None, losses if weights.perturbed else None)
+        return (total + jnp.sum(w * losses), learnt_sums), kept
+
+    zeros = tuple(jnp.zeros(leaf.shape, jnp.float32) for leaf in learnt)
+    chunks = (jnp.arange(hidden.value.shape[0]), hidden.value, targets.value, weights.value)
+    (total, of_learnt), (of_hidden, of_weights) = jax.lax.scan(
+        add, (jnp.zeros((), jnp.float32), zeros), chunks
+    )
+    learnt_sums = iter(of_learnt)
+    of_leaves = tuple(
+        next(learnt_sums).astype(leaf.value.dtype) if leaf.perturbed else None for leaf in leaves
+    )
+    return total, (of_hidden, of_leaves, of_weights)
+
+
+def _summed_loss_backward(treedef: Any, gradients: _Gradients, cotangent: Array) -> tuple[Any, ...]:
+    """The gradients that the forward pass left, times the cotangent of the loss."""
+    del treedef
+
+    def scale(gradient: Array) -> Array:
+        return (gradient.astype(jnp.float32) * cotangent).astype(gradient.dtype)
+
+    of_hidden, of_leaves, of_weights = jax.tree.map(scale, gradients)
+    return of_hidden, of_leaves, None, of_weights
+
+
+_summed_loss.defvjp(_summed_loss_forward, _summed_loss_backward, symbolic_zeros=True)
+
+
+def _logits_and_pull_back(
+    h: Array, learnt: tuple[Array, ...], kernel_with: Callable[[tuple[Array, ...]], Kernel]
+) -> tuple[Array, Callable[[Array], tuple[Array, tuple[Array, ...]]]]:
+    """Logits [C, V], and the map from their gradient to those of `h` and of `learnt`.
+
+    For one array the map is written out, so that both products are accumulated in float32 and take
+    operands in the dtype of `h`, as the forward product does.
+    """
+    kernel = kernel_with(learnt)
+    if isinstance(kernel, AdaptedKernel):
+        return jax.vjp(lambda h, learnt: _logits(h, kernel_with(learnt)), h, learnt)
+
+    def pull_back(gradient: Array) -> tuple[Array, tuple[Array, ...]]:
+        g = gradient.astype(h.dtype)
+        of_hidden = jnp.matmul(g, kernel.astype(h.dtype).T, preferred_element_type=jnp.float32)
+        if not learnt:
+            return of_hidden.astype(h.dtype), ()
+        of_kernel = jnp.matmul(h.T, g, preferred_element_type=jnp.float32)
+        return of_hidden.astype(h.dtype), (of_kernel,)
+
+    return _logits(h, kernel), pull_back

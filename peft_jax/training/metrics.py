@@ -1,0 +1,246 @@
+"""What a run measures, as lines of JSON, and from there to TensorBoard and Weights & Biases.
+
+A record is a dictionary with "step", "split" ("train" or "held_out") and numbers, lists of numbers
+by layer, or dictionaries of those. What depends on the clock stands under "timing", so that
+everything else is the same each time the same run is made.
+"""
+
+import contextlib
+import json
+import math
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TextIO, runtime_checkable
+
+import numpy as np
+
+from peft_jax.training.errors import RefusedError
+from peft_jax.training.files import write_text
+
+Record = dict[str, Any]
+
+TRAIN = "train"
+HELD_OUT = "held_out"
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """Somewhere else that records go."""
+
+    def write(self, record: Record) -> None:
+        """Takes one record."""
+
+    def close(self) -> None:
+        """Writes out what is left."""
+
+
+class MetricsLog:
+    """`metrics.jsonl`, a line a record, with each step and split once.
+
+    Args:
+      path: the file.
+      from_step: the step a run goes on from; later records are of work that is done again, and are
+        taken out. None: the run begins, and the file with it.
+      sinks: where else records go.
+      writes: whether this process writes the file; otherwise it only knows what is in it.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        from_step: int | None = None,
+        sinks: tuple[Sink, ...] = (),
+        writes: bool = True,
+    ):
+        kept = (
+            [] if from_step is None else [r for r in read_records(path) if r["step"] <= from_step]
+        )
+        self._present = {(record["step"], record["split"]) for record in kept}
+        self._sinks = sinks
+        self._stream: TextIO | None = None
+        if writes:
+            write_text(path, "".join(_line(record) for record in kept))
+            self._stream = path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def has(self, step: int, split: str) -> bool:
+        """Whether there is such a record already."""
+        return (step, split) in self._present
+
+    def write(self, record: Record) -> None:
+        """Appends a record, and hands it to the sinks; it is in the file when this returns."""
+        self._present.add((record["step"], record["split"]))
+        if self._stream is None:
+            return
+        self._stream.write(_line(record))
+        self._stream.flush()
+        for sink in self._sinks:
+            sink.write(record)
+
+    def sync(self) -> None:
+        """Returns once every record is on disk."""
+        if self._stream is not None:
+            os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        """Closes the file and the sinks."""
+        if self._stream is not None:
+            self._stream.close()
+        for sink in self._sinks:
+            sink.close()
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of a metrics file, without a last line that was cut short; none without a file.
+
+    Raises:
+      ValueError: a line before the last is not a record.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            _ = (record["step"], record["split"])
+        except (ValueError, TypeError, KeyError) as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}:{number} is not a record of a run: {line[:80]!r}") from error
+        records.append(record)
+    return records
+
+
+def plain(tree: Any) -> Any:
+    """Arrays as numbers and nested lists; what is not finite as None, which JSON can hold.
+
+    Example:
+      >>> plain({"loss": np.float32(0.5), "by_layer": np.array([1.0, np.nan])})
+      {'loss': 0.5, 'by_layer': [1.0, None]}
+    """
+    if isinstance(tree, Mapping):
+        return {key: plain(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [plain(value) for value in tree]
+    if isinstance(tree, float):
+        return tree if math.isfinite(tree) else None
+    if tree is None or isinstance(tree, (bool, int, str)):
+        return tree
+    return plain(np.asarray(tree).tolist())
+
+
+def _line(record: Record) -> str:
+    return json.dumps(plain(record), allow_nan=False) + "\n"
+
+
+def scalars(record: Record) -> Iterator[tuple[str, float]]:
+    """The numbers of a record by path, and the mean of each list.
+
+    Example:
+      >>> record = {"step": 1, "split": "train", "loss": 2.0, "lambda": {"layers": [0.25, 0.75]}}
+      >>> dict(scalars(record))
+      {'train/loss': 2.0, 'train/lambda/layers': 0.5}
+    """
+    for name, value in _leaves(record):
+        numbers = [v for v in (value if isinstance(value, list) else [value]) if v is not None]
+        if numbers:
+            yield f"{record['split']}/{name}", float(np.mean(numbers))
+
+
+def _leaves(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}/")
+        elif prefix or name not in ("step", "split"):
+            yield f"{prefix}{name}", value
+
+
+class TensorBoard:
+    """Records as TensorBoard events: numbers, and lists by layer as their mean and a histogram.
+
+    Args:
+      folder: where the event files go.
+      from_step: the step a run goes on from; TensorBoard hides what was written later.
+    """
+
+    def __init__(self, folder: Path, *, from_step: int | None = None):
+        # Imported here: only runs that write events pay for it.
+        from tensorboardX import SummaryWriter
+
+        purge = None if from_step is None else from_step + 1
+        self._writer = SummaryWriter(str(folder), purge_step=purge)
+
+    def write(self, record: Record) -> None:
+        """Writes one record as events."""
+        plain_record = plain(record)
+        for name, value in scalars(plain_record):
+            self._writer.add_scalar(name, value, record["step"])
+        for name, value in _leaves(plain_record):
+            if isinstance(value, list) and None not in value:
+                tag = f"{record['split']}/{name}/by_layer"
+                self._writer.add_histogram(tag, np.asarray(value), record["step"])
+
+    def close(self) -> None:
+        """Flushes the event file."""
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """Records as a Weights & Biases run, which goes on where the same run was stopped.
+
+    Args:
+      project: the project's name there.
+      name: what the run is called.
+      config: the run's configuration, shown beside it.
+      folder: the work directory, where the client keeps its files; who goes on with it goes on
+        with the same run.
+    """
+
+    def __init__(self, *, project: str, name: str, config: Mapping[str, Any], folder: Path):
+        import wandb
+
+        id_file = folder / "wandb-run-id"
+        if not id_file.is_file():
+            write_text(id_file, uuid.uuid4().hex)
+        run_id = id_file.read_text(encoding="utf-8").strip()
+        self._run = wandb.init(
+            project=project,
+            id=run_id,
+            name=name,
+            config=dict(config),
+            dir=str(folder),
+            resume="allow",
+        )
+
+    def write(self, record: Record) -> None:
+        """Logs one record's numbers."""
+        self._run.log(dict(scalars(plain(record))), step=record["step"])
+
+    def close(self) -> None:
+        """Ends the run."""
+        self._run.finish()
+
+
+def require_wandb() -> None:
+    """Refuses a run that asks for Weights & Biases where it is not installed.
+
+    Raises:
+      RefusedError: the package cannot be imported.
+    """
+    with contextlib.suppress(ImportError):
+        import wandb  # noqa: F401
+
+        return
+    raise RefusedError(
+        "logging.wandb_project is given, but the package wandb is not installed: pip install wandb,"
+        " or leave logging.wandb_project empty"
+    )

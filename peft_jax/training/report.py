@@ -1,0 +1,147 @@
+"""The page that a run leaves: what was done, what came of it, and pictures."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peft_jax.training.files import write_text
+from peft_jax.training.metrics import Record
+from peft_jax.training.plots import draw_all
+
+_CAPTIONS = {
+    "loss": "The loss of each training step (thin), its moving average, and the loss on held-out "
+    "data.",
+    "lambda": "λ of each layer over the steps. Red: the layer's update comes from the low-rank "
+    "branch; blue: from the rotation. Above, the mean over the layers and their range; to the "
+    "right, the mean over the steps.",
+    "gradients": "The norm of the gradient, before clipping; of each branch the median layer, and "
+    "all layers as a band.",
+    "learning_rate": "The learning rate.",
+}
+_MEASURES = {
+    "loss": "loss, nats a token",
+    "token_accuracy": "share of tokens that are the likeliest",
+    "accuracy": "accuracy",
+    "matthews_correlation": "Matthews correlation",
+    "f1": "F1",
+    "exact_match": "exact match",
+}
+
+
+def write_report(
+    folder: Path,
+    *,
+    summary: Mapping[str, Any],
+    config: Mapping[str, Any],
+    records: Sequence[Record],
+    table: str,
+) -> Path:
+    """Writes the page and its pictures.
+
+    Args:
+      folder: where they go.
+      summary: the result in numbers.
+      config: every setting.
+      records: what was measured.
+      table: what was trained.
+
+    Returns:
+      The page.
+    """
+    pictures = draw_all(records, folder)
+    page = folder / "README.md"
+    write_text(page, "\n\n".join(_sections(summary, config, pictures, table)) + "\n")
+    return page
+
+
+def _sections(
+    summary: Mapping[str, Any],
+    config: Mapping[str, Any],
+    pictures: Mapping[str, Path],
+    table: str,
+) -> Iterable[str]:
+    model = Path(str(summary["model"])).name
+    yield f"# {model} on {summary['recipe']}, with {summary['method']}"
+    yield _results(summary)
+    for name, caption in _CAPTIONS.items():
+        if name in pictures:
+            yield f"![{caption}]({pictures[name].name})\n\n{caption}"
+    yield "## What it took"
+    yield _costs(summary)
+    yield "## What was trained"
+    yield f"```\n{table}\n```"
+    yield "## How to use it"
+    yield _usage(summary)
+    yield "## Every setting"
+    yield f"```json\n{json.dumps(config, indent=2, ensure_ascii=False)}\n```"
+
+
+def _results(summary: Mapping[str, Any]) -> str:
+    """The measures before and after, as a table."""
+    before, after = summary["before"], summary["after"]
+    if not after:
+        return "There were no held-out rows, so nothing was measured but the training loss."
+    rows = [("held-out data", "before", "after")]
+    for name, value in after.items():
+        if name != "targets":
+            rows.append((_MEASURES.get(name, name), _number(before.get(name)), _number(value)))
+    return _table(rows) + f"\n\nMeasured on {after['targets']:,} held-out targets."
+
+
+def _costs(summary: Mapping[str, Any]) -> str:
+    peak = summary["peak_memory_bytes"]
+    rows = [
+        ("", ""),
+        ("trained parameters", f"{summary['trainable_parameters']:,}"),
+        (
+            "of all parameters",
+            f"{summary['total_parameters']:,} ({summary['trainable_percent']:.3g}%)",
+        ),
+        ("steps", f"{summary['steps']:,} of {summary['rows_per_step']:,} rows"),
+        ("tokens", f"{summary['tokens']:,}"),
+        ("tokens a second", _number(summary["tokens_per_second"])),
+        ("seconds a step", _number(summary["seconds_per_step"])),
+        ("peak memory of the host", _gib(peak["host"])),
+        ("peak memory of a device", _gib(peak["device"])),
+        ("memory of the compiled step", _gib(summary["step_memory_bytes"])),
+        ("devices", f"{len(summary['devices'])}, the first {summary['devices'][0]}"),
+    ]
+    rows += [(f"seconds: {phase}", _number(s)) for phase, s in summary["seconds"].items()]
+    return _table([row for row in rows if row[1] is not None])
+
+
+def _usage(summary: Mapping[str, Any]) -> str:
+    return (
+        "`adapter/` holds the trained arrays as safetensors and their settings as JSON:\n\n"
+        "```python\n"
+        "from peft_jax.hub import load_adapter, load_model\n\n"
+        f'model, params = load_model("{summary["model"]}")\n'
+        'spec, adapter = load_adapter("adapter", model, params)\n'
+        "params = spec.bind(params, adapter)   # or spec.merge(params, adapter): plain arrays\n"
+        "```"
+    )
+
+
+def _table(rows: Sequence[Sequence[str | None]]) -> str:
+    """Rows as a Markdown table; the first is the head."""
+    lines = [f"| {' | '.join(str(cell) for cell in row)} |" for row in rows]
+    return "\n".join([lines[0], "| --- " + "| ---: " * (len(rows[0]) - 1) + "|", *lines[1:]])
+
+
+def _number(value: Any) -> str:
+    """A number with five digits.
+
+    Example:
+      >>> _number(3.0712345), _number(12345.678), _number(None)
+      ('3.0712', '12,346', 'not measured')
+    """
+    if value is None:
+        return "not measured"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.5g}"
+
+
+def _gib(size: int | None) -> str | None:
+    return None if size is None else f"{size / 2**30:.2f} GiB"

@@ -1,0 +1,195 @@
+"""One training step, and the loss it descends."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from peft_jax.adapters import LOW_RANK, ROTATION, AdapterSpec, AdapterState
+from peft_jax.core import Path, Tree, flatten, is_stacked
+from peft_jax.data import Batch
+from peft_jax.models import CausalLM
+from peft_jax.optim import mixing_weights
+from peft_jax.training.losses import chunked_cross_entropy
+from peft_jax.training.state import TrainState
+
+Metrics = dict[str, Any]
+
+ADAPTER = "adapter"
+"""The name in the metrics of gradients of an adapter that has no branches."""
+
+WEIGHTS = "weights"
+"""The name in the metrics of gradients of leaves that are trained themselves."""
+
+
+def summed_loss(
+    model: CausalLM, params: Tree, batch: Batch, *, chunk_size: int
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The cross-entropy of a batch, summed over the targets, and their number.
+
+    Args:
+      model: the model.
+      params: its parameters, with adapters bound.
+      batch: rows [B, T].
+      chunk_size: positions whose logits are held at a time.
+
+    Returns:
+      (sum of losses in nats, sum of weights), float32.
+    """
+    hidden, _ = model.hidden_states(
+        params, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids
+    )
+    return chunked_cross_entropy(
+        hidden.reshape(-1, hidden.shape[-1]),
+        model.head_kernel(params),
+        batch.targets.reshape(-1),
+        batch.loss_mask.reshape(-1),
+        chunk_size=chunk_size,
+    )
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class TrainStep:
+    """One optimiser step over a global batch; call it under `jax.jit`, with the state donated.
+
+    The loss is the mean over all targets of the batch, however they are spread over microbatches
+    and devices. Gradients are taken with respect to `state.trainable` alone, so that no gradient of
+    a frozen kernel is ever computed.
+
+    Attributes:
+      model: the model.
+      spec: what is adapted.
+      optimizer: turns gradients into updates.
+      learning_rate: the schedule, for the metrics.
+      chunk_size: positions whose logits are held at a time.
+      seed: of dropout.
+      traces: how often the step has been traced; one compilation each.
+    """
+
+    model: CausalLM
+    spec: AdapterSpec
+    optimizer: optax.GradientTransformationExtraArgs
+    learning_rate: Callable[[Any], Any]
+    chunk_size: int
+    seed: int
+    traces: int = 0
+
+    def __call__(
+        self, state: TrainState, frozen: Tree, constant: Tree, batch: Batch
+    ) -> tuple[TrainState, Metrics]:
+        """Takes one step.
+
+        Args:
+          state: before the step.
+          frozen: the base's parameters, without those that are trained themselves.
+          constant: the adapter's constant arrays.
+          batch: the rows of the step, cut into microbatches: leaves [microbatches, B, T].
+
+        Returns:
+          The state after the step, and what was measured in it: "loss" (before the update),
+          "targets" and "tokens" (numbers of them), "grad_norm" (before clipping),
+          "grad_norm_by_layer" (by branch, [layers]), "learning_rate", "lambda" (the hybrid's mixing
+          weights by group) and "finite", whether loss and gradient are.
+        """
+        self.traces += 1
+        targets = jnp.sum(batch.loss_mask, dtype=jnp.float32)
+        loss, gradients = self._accumulate(state, frozen, constant, batch, targets)
+        updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        grad_norm = optax.tree.norm(gradients)
+        metrics = {
+            "loss": loss,
+            "targets": targets.astype(jnp.int32),
+            "tokens": jnp.sum(batch.segment_ids > 0, dtype=jnp.int32),
+            "grad_norm": grad_norm,
+            "grad_norm_by_layer": norms_by_layer(gradients),
+            "learning_rate": jnp.asarray(self.learning_rate(state.step), jnp.float32),
+            "lambda": mixing_weights(opt_state),
+            "finite": jnp.isfinite(loss) & jnp.isfinite(grad_norm),
+        }
+        return TrainState(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
+
+    def _accumulate(
+        self,
+        state: TrainState,
+        frozen: Tree,
+        constant: Tree,
+        batch: Batch,
+        targets: Float[Array, ""],
+    ) -> tuple[Float[Array, ""], Tree]:
+        """The mean loss over the whole batch and its gradient, one microbatch after another."""
+        scale = 1.0 / jnp.maximum(targets, 1.0)
+
+        def loss_of(trainable: Tree, rows: Batch, index: Array) -> Float[Array, ""]:
+            adapter = AdapterState(trainable=trainable, constant=constant)
+            bound = self.spec.bind(frozen, adapter, dropout_key=self._dropout_key(state, index))
+            total, _ = summed_loss(self.model, bound, rows, chunk_size=self.chunk_size)
+            return total * scale
+
+        def add(carry: Any, microbatch: tuple[Batch, Array]) -> tuple[Any, None]:
+            one = jax.value_and_grad(loss_of)(state.trainable, *microbatch)
+            one = jax.tree.map(lambda x: x.astype(jnp.float32), one)
+            return jax.tree.map(jnp.add, carry, one), None
+
+        count = batch.tokens.shape[0]
+        if count == 1:
+            only = jax.tree.map(lambda x: x[0], batch)
+            loss, gradients = jax.value_and_grad(loss_of)(
+                state.trainable, only, jnp.zeros((), jnp.int32)
+            )
+            return loss, jax.tree.map(lambda x: x.astype(jnp.float32), gradients)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.trainable)
+        start = (jnp.zeros((), jnp.float32), zeros)
+        (loss, gradients), _ = jax.lax.scan(add, start, (batch, jnp.arange(count)))
+        return loss, gradients
+
+    def _dropout_key(self, state: TrainState, index: Array) -> Array | None:
+        """The key of one microbatch of one step, made of the seed; None without dropout."""
+        if not has_dropout(self.spec):
+            return None
+        key = jax.random.fold_in(jax.random.key(self.seed), state.step)
+        return jax.random.fold_in(key, index)
+
+
+def has_dropout(spec: AdapterSpec) -> bool:
+    """Whether the method drops anything while training."""
+    return any(getattr(spec.method, name, 0.0) > 0 for name in ("dropout", "rotation_dropout"))
+
+
+def norms_by_layer(gradients: Tree) -> dict[str, Float[Array, "layers"]]:
+    """Frobenius norms of the gradients of each layer, by branch.
+
+    Args:
+      gradients: a tree such as `AdapterState.trainable`.
+
+    Returns:
+      By "low_rank" and "rotation" (a hybrid's branches), "adapter" (of other methods) and "weights"
+      (leaves that are trained themselves): the norm over everything in a layer. What is in no layer
+      is left out.
+
+    Example:
+      >>> kernel = {"a": jnp.array([[3.0, 0.0], [0.0, 1.0]]), "b": jnp.array([[4.0], [0.0]])}
+      >>> norms = norms_by_layer({"layers": {"q_proj": {"kernel": kernel}}})
+      >>> {branch: norm.tolist() for branch, norm in norms.items()}
+      {'adapter': [5.0, 1.0]}
+    """
+    squares: dict[str, Array] = {}
+    for path, gradient in flatten(gradients).items():
+        if not is_stacked(path):
+            continue
+        axes = tuple(range(1, gradient.ndim))
+        square = jnp.sum(jnp.square(gradient.astype(jnp.float32)), axis=axes)
+        branch = _branch(path)
+        squares[branch] = squares[branch] + square if branch in squares else square
+    return {branch: jnp.sqrt(square) for branch, square in squares.items()}
+
+
+def _branch(path: Path) -> str:
+    for branch in (LOW_RANK, ROTATION):
+        if branch in path:
+            return branch
+    return ADAPTER if "kernel" in path[:-1] else WEIGHTS

@@ -1,0 +1,302 @@
+"""What every adapter method passes; a later method is added by a line in `METHODS`."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from peft_jax.adapters import BOFT, AdapterSpec, AdapterState, Full, Hybrid, LoRA, LoRAGA, Unitary
+from peft_jax.core import Path, Tree, flatten, linear, unflatten
+
+METHODS = {
+    "full": Full(),
+    "lora": LoRA(rank=2),
+    "lora_rank_stabilized": LoRA(rank=2, rank_stabilized=True),
+    "lora_ga": LoRAGA(rank=2),
+    "lora_ga_peft": LoRAGA(rank=2, convention="peft"),
+    "boft": BOFT(block_size=4, n_butterfly_factors=2),
+    "boft_one_factor": BOFT(block_size=3, n_butterfly_factors=1),
+    "unitary": Unitary(),
+    "hybrid": Hybrid(rank=2, block_size=4),
+    "hybrid_random_start": Hybrid(rank=2, block_size=4, gradient_init=False),
+    "hybrid_unitary": Hybrid(rank=2, rotation="unitary"),
+    "hybrid_some_unitary": Hybrid(rank=2, block_size=4, unitary_modules=("down",)),
+}
+ADAPTERS = [name for name in METHODS if name != "full"]
+
+LAYERS, WIDTH, HIDDEN, OUT = 3, 24, 48, 8
+
+
+def make_params(key: jax.Array, dtype: Any = jnp.float32) -> Tree:
+    keys = jax.random.split(key, 4)
+
+    def kernel(key: jax.Array, *shape: int) -> dict[str, jax.Array]:
+        return {"kernel": (jax.random.normal(key, shape) / np.sqrt(shape[-2])).astype(dtype)}
+
+    return {
+        "layers": {
+            "up": kernel(keys[0], LAYERS, WIDTH, HIDDEN),
+            "down": kernel(keys[1], LAYERS, HIDDEN, WIDTH),
+            "norm": {"scale": jnp.ones((LAYERS, WIDTH), dtype)},
+        },
+        "proj": kernel(keys[2], WIDTH, WIDTH),
+        "lm_head": kernel(keys[3], WIDTH, OUT),
+    }
+
+
+@functools.partial(jax.jit, static_argnames="scan")
+def apply(params: Tree, x: jax.Array, *, scan: bool = True) -> jax.Array:
+    def block(x: jax.Array, layer: Tree) -> tuple[jax.Array, None]:
+        hidden = jnp.tanh(linear(x * layer["norm"]["scale"].astype(x.dtype), layer["up"]["kernel"]))
+        return x + linear(hidden, layer["down"]["kernel"]), None
+
+    if scan:
+        x, _ = jax.lax.scan(block, x, params["layers"])
+    else:
+        for i in range(LAYERS):
+            x, _ = block(x, jax.tree.map(lambda a, i=i: a[i], params["layers"]))
+    return linear(jnp.tanh(linear(x, params["proj"]["kernel"])), params["lm_head"]["kernel"])
+
+
+def loss(params: Tree, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+    x, y = batch
+    return jnp.mean((apply(params, x) - y).astype(jnp.float32) ** 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A small regression, the adapter at its start, and the adapter somewhere else."""
+
+    spec: AdapterSpec
+    params: Tree
+    start: AdapterState
+    moved: AdapterState
+    batch: tuple[jax.Array, jax.Array]
+    loss: Callable[..., jax.Array]
+    """The loss of (trained arrays, constant ones, parameters, batch), compiled."""
+    gradient: Callable[..., Tree]
+
+    def bind(self, state: AdapterState) -> Tree:
+        return jax.jit(self.spec.bind)(self.params, state)
+
+    def loss_of(self, trainable: Tree) -> jax.Array:
+        return self.loss(trainable, self.start.constant, self.params, self.batch)
+
+
+@functools.cache
+def make_problem(name: str, modules_to_save: tuple[str, ...] = ()) -> Problem:
+    key = jax.random.key(0)
+    params = make_params(jax.random.fold_in(key, 1))
+    x = jax.random.normal(jax.random.fold_in(key, 2), (32, WIDTH))
+    batch = (x, apply(make_params(jax.random.fold_in(key, 3)), x))
+    spec = AdapterSpec(method=METHODS[name], modules_to_save=modules_to_save)
+    start = spec.init(jax.random.fold_in(key, 4), params, loss_fn=loss, batches=[batch])
+    leaves, tree = jax.tree.flatten(start.trainable)
+    moved = [
+        leaf + 0.1 * jax.random.normal(jax.random.fold_in(key, 5 + i), leaf.shape)
+        for i, leaf in enumerate(leaves)
+    ]
+
+    def bound_loss(trainable: Tree, constant: Tree, params: Tree, batch: Any) -> jax.Array:
+        return loss(spec.bind(params, AdapterState(trainable, constant)), batch)
+
+    return Problem(
+        spec=spec,
+        params=params,
+        start=start,
+        moved=start.replace(trainable=jax.tree.unflatten(tree, moved)),
+        batch=batch,
+        loss=jax.jit(bound_loss),
+        gradient=jax.jit(jax.grad(bound_loss)),
+    )
+
+
+@pytest.fixture(params=METHODS)
+def problem(request: pytest.FixtureRequest) -> Problem:
+    return make_problem(request.param)
+
+
+@pytest.fixture(params=ADAPTERS)
+def adapter_problem(request: pytest.FixtureRequest) -> Problem:
+    return make_problem(request.param)
+
+
+def assert_close(actual: Any, expected: Any, tolerance: float, name: Any = "") -> None:
+    """Equal to `tolerance` of the whole array's size."""
+    actual, expected = (np.asarray(a, np.float64) for a in (actual, expected))
+    assert actual.shape == expected.shape, name
+    error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+    assert error <= tolerance, f"{name}: relative error {error:.2e}"
+
+
+def test_function_is_unchanged_at_init(problem: Problem) -> None:
+    x = problem.batch[0]
+    assert_close(apply(problem.bind(problem.start), x), apply(problem.params, x), 1e-5)
+
+
+def test_base_arrays_are_unchanged_by_training(adapter_problem: Problem) -> None:
+    problem = adapter_problem
+    before = {path: np.array(leaf) for path, leaf in flatten(problem.params).items()}
+    bound = flatten(problem.spec.bind(problem.params, problem.start))
+    for path, leaf in flatten(problem.params).items():
+        assert getattr(bound[path], "base", bound[path]) is leaf
+    trained, _ = train(problem, steps=3)
+    for path, leaf in flatten(trained).items():
+        assert not np.array_equal(leaf, flatten(problem.start.trainable)[path]), path
+    for path, leaf in flatten(problem.params).items():
+        np.testing.assert_array_equal(before[path], leaf)
+
+
+def test_every_trained_array_has_a_gradient(problem: Problem) -> None:
+    gradients = problem.gradient(
+        problem.moved.trainable, problem.moved.constant, problem.params, problem.batch
+    )
+    assert jax.tree.structure(gradients) == jax.tree.structure(problem.start.trainable)
+    for path, gradient in flatten(gradients).items():
+        assert float(jnp.abs(gradient).max()) > 0, path
+
+
+def test_gradient_against_finite_differences(adapter_problem: Problem) -> None:
+    problem = adapter_problem
+    here = problem.moved.trainable
+    gradient = problem.gradient(here, problem.moved.constant, problem.params, problem.batch)
+    step = 1e-3
+    for path, leaf in flatten(gradient).items():
+        # Along the gradient of one array at a time, so that no array hides behind another.
+        length = float(jnp.linalg.norm(leaf))
+        unit = {path: leaf / length}
+        at = {s: float(problem.loss_of(shifted(here, unit, s * step))) for s in (-2, -1, 1, 2)}
+        slope = (8 * (at[1] - at[-1]) - (at[2] - at[-2])) / (12 * step)
+        # Float32 losses near 1 differ in their last bits by 1e-7, over the step of 1e-3.
+        np.testing.assert_allclose(slope, length, rtol=2e-3, atol=5e-4, err_msg=str(path))
+
+
+def shifted(tree: Tree, directions: Mapping[Path, jax.Array], step: float) -> Tree:
+    return unflatten(
+        {
+            p: leaf + step * directions[p] if p in directions else leaf
+            for p, leaf in flatten(tree).items()
+        }
+    )
+
+
+def test_merged_and_bound_agree(problem: Problem) -> None:
+    x = problem.batch[0]
+    bound = apply(problem.bind(problem.moved), x)
+    merged = problem.spec.merge(problem.params, problem.moved)
+    assert all(isinstance(leaf, jax.Array) for leaf in flatten(merged).values())
+    assert_close(apply(merged, x), bound, 1e-5)
+    assert not np.allclose(bound, apply(problem.params, x), atol=1e-3)
+
+
+def test_merge_refuses_nan(adapter_problem: Problem) -> None:
+    problem = adapter_problem
+    bad = jax.tree.map(lambda a: a.at[(0,) * a.ndim].set(jnp.nan), problem.start.trainable)
+    with pytest.raises(ValueError, match=r"layers\.(up|down) merges to values that are not finite"):
+        problem.spec.merge(problem.params, problem.start.replace(trainable=bad))
+
+
+def test_stacked_equals_unrolled(problem: Problem) -> None:
+    bound = problem.bind(problem.moved)
+    x = problem.batch[0]
+    assert_close(apply(bound, x, scan=True), apply(bound, x, scan=False), 1e-5)
+
+
+def test_bfloat16_stays_finite_and_near(problem: Problem) -> None:
+    exact = apply(problem.bind(problem.moved), problem.batch[0])
+    rounded_params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), problem.params)
+    bound = jax.jit(problem.spec.bind)(rounded_params, problem.moved)
+    rounded = apply(bound, problem.batch[0].astype(jnp.bfloat16))
+    assert rounded.dtype == jnp.bfloat16
+    # A bfloat16 holds 8 bits; the network is four products deep.
+    assert_close(rounded, exact, 4 * 2**-7)
+
+
+def test_sharded_equals_unsharded(problem: Problem) -> None:
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "fsdp"))
+
+    def place(leaf: jax.Array, *spec: str | None) -> jax.Array:
+        return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    def shard(leaf: jax.Array) -> jax.Array:
+        return place(leaf, *[None] * (leaf.ndim - 1), "fsdp" if leaf.shape[-1] % 2 == 0 else None)
+
+    whole = problem.gradient(
+        problem.moved.trainable, problem.moved.constant, problem.params, problem.batch
+    )
+    parts = problem.gradient(
+        jax.tree.map(shard, problem.moved.trainable),
+        jax.tree.map(shard, problem.moved.constant),
+        jax.tree.map(shard, problem.params),
+        tuple(place(a, "data") for a in problem.batch),
+    )
+    for path, leaf in flatten(whole).items():
+        assert_close(flatten(parts)[path], leaf, 1e-4, path)
+
+
+def test_converges_with_one_compilation(problem: Problem) -> None:
+    first = float(problem.loss_of(problem.start.trainable))
+    trained, traces = train(problem, steps=150)
+    assert traces == 1
+    assert float(problem.loss_of(trained)) < 0.8 * first
+
+
+def test_abstract_state_is_what_init_makes(problem: Problem) -> None:
+    abstract = problem.spec.abstract(
+        jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), problem.params)
+    )
+    made = jax.tree.map(lambda a: (a.shape, a.dtype), problem.start)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), abstract) == made
+
+
+def test_axes_have_the_arrays_ranks(problem: Problem) -> None:
+    kernel_axes = jax.tree.map(lambda a: ("layers", "in", "out")[-a.ndim :], problem.params)
+    axes = problem.spec.axes(problem.params, kernel_axes)
+    for tree, names in (
+        (problem.start.trainable, axes.trainable),
+        (problem.start.constant, axes.constant),
+    ):
+        flat = flatten(names)
+        assert flat.keys() == flatten(tree).keys()
+        for path, leaf in flatten(tree).items():
+            assert len(flat[path]) == leaf.ndim, path
+
+
+def test_frozen_holds_nothing_that_is_trained() -> None:
+    problem = make_problem("lora", modules_to_save=("lm_head",))
+    frozen = problem.spec.frozen(problem.params)
+    assert "lm_head" not in frozen
+    x = problem.batch[0]
+    bound = problem.spec.bind(frozen, problem.start)
+    assert_close(apply(bound, x), apply(problem.params, x), 1e-6)
+    full = make_problem("full")
+    assert full.spec.frozen(full.params) == {}
+
+
+def train(problem: Problem, *, steps: int) -> tuple[Tree, int]:
+    optimizer = optax.adam(1e-2)
+    traces = 0
+
+    @jax.jit
+    def step(trainable: Tree, opt_state: Any) -> tuple[Tree, Any]:
+        nonlocal traces
+        traces += 1
+        gradient = problem.gradient(
+            trainable, problem.start.constant, problem.params, problem.batch
+        )
+        updates, opt_state = optimizer.update(gradient, opt_state)
+        return optax.apply_updates(trainable, updates), opt_state
+
+    trainable, opt_state = problem.start.trainable, optimizer.init(problem.start.trainable)
+    # Optax relies on implicit promotion.
+    with jax.numpy_dtype_promotion("standard"):
+        for _ in range(steps):
+            trainable, opt_state = step(trainable, opt_state)
+    return trainable, traces

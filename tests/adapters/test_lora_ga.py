@@ -1,0 +1,168 @@
+"""LoRA-GA's start against Hugging Face PEFT's from the same gradient, and against its paper."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from peft_jax.adapters import AdapterSpec, GradientFactors, LoRAGA
+from peft_jax.core import linear
+
+D_IN, D_OUT, RANK = 10, 12, 3
+DIRECTIONS = {
+    "ArB2r": ([0, 1, 2], [3, 4, 5]),
+    "A2rBr": ([3, 4, 5], [0, 1, 2]),
+    "ArBr": ([1, 3, 5], [0, 2, 4]),
+}
+
+
+@pytest.fixture(scope="module")
+def gradient() -> np.ndarray:
+    """[D_IN, D_OUT]"""
+    return np.random.default_rng(0).normal(size=(D_IN, D_OUT))
+
+
+@pytest.fixture(scope="module")
+def factors(gradient) -> GradientFactors:
+    u, s, vt = np.linalg.svd(gradient, full_matrices=False)
+    k = 2 * RANK
+    return GradientFactors(*(jnp.asarray(a, jnp.float32) for a in (u[:, :k], s[:k], vt[:k].T)))
+
+
+def same_up_to_signs(found, expected) -> np.ndarray:
+    """Compares rows, of which singular vectors leave the signs free; gives them."""
+    signs = np.sign(np.sum(np.asarray(found) * expected, axis=1, keepdims=True))
+    np.testing.assert_allclose(found * signs, expected, atol=2e-5)
+    return signs
+
+
+@pytest.mark.parametrize("init_scale", ["stable", "gd", "unit"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_the_convention_of_peft_is_what_peft_does(direction, init_scale, gradient, factors, key):
+    peft = pytest.importorskip("peft")
+    torch = pytest.importorskip("torch")
+
+    module = torch.nn.Sequential(torch.nn.Linear(D_IN, D_OUT, bias=False))
+    before = module[0].weight.detach().clone()
+    # As peft.preprocess_loraga leaves it; torch's weights are [out, in].
+    module[0]._peft_loraga_grad = torch.tensor(gradient.T, dtype=torch.float32)
+    config = peft.LoraConfig(
+        r=RANK,
+        lora_alpha=5,
+        target_modules=["0"],
+        init_lora_weights="lora_ga",
+        lora_ga_config=peft.LoraGAConfig(
+            direction=direction,
+            scale={"gd": "gd_scale"}.get(init_scale, init_scale),
+            stable_gamma=9,
+        ),
+    )
+    layer = peft.get_peft_model(module, config).base_model.model[0]
+    a, b = (
+        getattr(layer, name)["default"].weight.detach().numpy() for name in ("lora_A", "lora_B")
+    )
+
+    method = LoRAGA(
+        rank=RANK,
+        alpha=5.0,
+        rank_stabilized=False,
+        direction=direction,
+        init_scale=init_scale,
+        gamma=9.0,
+        convention="peft",
+    )
+    ours, constant = method.init(key, (D_IN, D_OUT), factors)
+    signs = same_up_to_signs(np.asarray(ours["a"]).T, a) * same_up_to_signs(ours["b"], b.T)
+    # What PEFT takes out of its base is what is subtracted here.
+    taken = (before - layer.base_layer.weight.detach()).numpy().T
+    subtracted = method.scale * constant["a0"] @ (signs * constant["b0"])
+    np.testing.assert_allclose(subtracted, taken, atol=5e-5)
+
+
+@pytest.mark.parametrize("init_scale", ["stable", "gd", "unit"])
+@pytest.mark.parametrize("direction", [*DIRECTIONS, "random"])
+def test_the_authors_convention_is_the_papers_formula(direction, init_scale, factors, key):
+    method = LoRAGA(rank=RANK, alpha=5.0, direction=direction, init_scale=init_scale, gamma=9.0)
+    trainable, constant = method.init(key, (D_IN, D_OUT), factors)
+    factor = {
+        "stable": D_OUT**0.25 / math.sqrt(9.0),
+        "gd": math.sqrt(RANK) / 5.0,
+        "unit": 1.0,
+    }[init_scale]
+    u, v = np.asarray(factors.u), np.asarray(factors.v)
+    if direction == "random":
+        for_a = for_b = [
+            int(np.argmax(np.abs(u.T @ column))) for column in np.asarray(trainable["a"]).T
+        ]
+        assert len(set(for_a)) == RANK
+        others = LoRAGA(rank=RANK, direction=direction).init(
+            jax.random.fold_in(key, 5), (D_IN, D_OUT), factors
+        )[0]
+        assert not np.allclose(
+            others["a"] / others["a"].max(), trainable["a"] / trainable["a"].max()
+        )
+    else:
+        for_a, for_b = DIRECTIONS[direction]
+    np.testing.assert_allclose(trainable["a"], factor * u[:, for_a], rtol=1e-6)
+    np.testing.assert_allclose(trainable["b"], factor * v[:, for_b].T, rtol=1e-6)
+    np.testing.assert_array_equal(trainable["a"], constant["a0"])
+    np.testing.assert_array_equal(trainable["b"], constant["b0"])
+
+
+def test_the_first_step_goes_along_the_gradient(key):
+    """On the sketched directions a small step of A and B moves the kernel mostly along -G."""
+    kernel = jax.random.normal(key, (20, 16)) / 5
+    # A gradient of few directions, as of few tokens.
+    x = jax.random.normal(jax.random.fold_in(key, 1), (64, 20)) @ jnp.diag(0.5 ** jnp.arange(20.0))
+    y = jax.random.normal(jax.random.fold_in(key, 2), (64, 16))
+
+    def loss(params, batch):
+        x, y = batch
+        return jnp.mean((linear(x, params["proj"]["kernel"]) - y) ** 2)
+
+    params = {"proj": {"kernel": kernel}}
+    spec = AdapterSpec(method=LoRAGA(rank=4))
+    state = spec.init(key, params, loss_fn=loss, batches=[(x, y)])
+    gradient = jax.grad(loss)(params, (x, y))["proj"]["kernel"]
+    step = jax.grad(lambda t: loss(spec.bind(params, state.replace(trainable=t)), (x, y)))(
+        state.trainable
+    )
+    moved = jax.tree.map(lambda leaf, g: leaf - 1e-3 * g, state.trainable, step)
+    change = spec.merge(params, state.replace(trainable=moved))["proj"]["kernel"] - kernel
+    cosine = -jnp.sum(change * gradient) / jnp.linalg.norm(change) / jnp.linalg.norm(gradient)
+    assert float(cosine) > 0.95
+
+
+def test_a_start_needs_a_gradient(key):
+    params = {"proj": {"kernel": jnp.ones((16, 16))}}
+    with pytest.raises(ValueError, match="lora_ga starts from the gradient on the first batches"):
+        AdapterSpec(method=LoRAGA(rank=2)).init(key, params)
+    with pytest.raises(ValueError, match="which was not given"):
+        LoRAGA(rank=2).init(key, (16, 16))
+
+
+def test_too_high_a_rank_is_refused_with_what_would_do():
+    params = {"layers": {"q_proj": {"kernel": jnp.ones((2, 16, 6))}}}
+    message = (
+        r"rank 4 takes 8 singular directions .* kernel of layers\.q_proj \[16, 6\] has only 6; use"
+        r" a rank of at most 3"
+    )
+    with pytest.raises(ValueError, match=message):
+        AdapterSpec(method=LoRAGA(rank=4)).plan(params)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"direction": "ArB3r"}, r"direction is 'ArB3r'.*did you mean .*'ArB2r'"),
+        ({"init_scale": "weightS"}, r"init_scale is 'weightS'"),
+        ({"convention": "theirs"}, r"convention is 'theirs'.*authors, peft"),
+        ({"gamma": 0.0}, r"gamma must be a number above 0"),
+        ({"rank": 0}, r"rank must be a whole number of at least 1"),
+    ],
+)
+def test_settings_are_checked(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LoRAGA(**settings)

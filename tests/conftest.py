@@ -1,0 +1,46 @@
+"""Settings every test runs under: eight virtual devices, strict dtypes, checked array types."""
+
+import os
+from pathlib import Path
+
+# Before JAX is imported anywhere: tests run on the CPU, as eight devices, whatever else is there.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Programs here run for milliseconds and compile for seconds, so the compiler optimises little.
+_FLAGS = (
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+)
+_given = os.environ.get("XLA_FLAGS", "").split()
+os.environ["XLA_FLAGS"] = " ".join([*_given, *(flag for flag in _FLAGS if flag not in _given)])
+
+from jaxtyping import install_import_hook
+
+# Array annotations are checked at every call while the tests run.
+install_import_hook(["peft_jax", "kernels_pallas"], "beartype.beartype").__enter__()
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# Looking for doctests in them would import several modules by the one name.
+collect_ignore_glob = ["conftest.py", "*/conftest.py"]
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    return jax.random.key(0)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data, which is not part of the project; the test is skipped without it."""
+    beside = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("PEFT_JAX_SHARED_DATA", beside))
+    if not folder.is_dir():
+        pytest.skip(f"no shared data: {folder} is not a folder (set PEFT_JAX_SHARED_DATA)")
+    return folder

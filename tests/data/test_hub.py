@@ -1,0 +1,117 @@
+"""Data sets of the hub's library: saved ones, and the hub itself with its loader replaced."""
+
+import datasets
+import pytest
+
+from peft_jax.data import DataSettings, get_recipe
+from peft_jax.data.sources import open_sources
+
+QUESTIONS = [{"question": f"{number}?", "answer": f"#### {number}"} for number in range(40)]
+
+
+def rows_of(table) -> list[dict]:
+    return [dict(table[index]) for index in range(len(table))]
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Stands in for the hub: what was asked for, and what is given."""
+    asked, sets = [], {}
+
+    def load_dataset(path, name=None, *, split=None, revision=None):
+        asked.append((path, name, split, revision))
+        if (path, name) not in sets:
+            raise FileNotFoundError(f"no {path} {name}")
+        found = {key: datasets.Dataset.from_list(rows) for key, rows in sets[path, name].items()}
+        if split is None:
+            return datasets.DatasetDict(found)
+        key, _, count = split.removesuffix("]").partition("[:")
+        return found[key].select(range(int(count)))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked, sets
+
+
+def open_settings(**kw):
+    settings = DataSettings(**kw)
+    return open_sources(settings, get_recipe(settings.recipe).configured(settings))
+
+
+def test_an_empty_path_is_the_recipe_s_own_set(hub):
+    asked, sets = hub
+    sets["openai/gsm8k", "main"] = {"train": QUESTIONS, "test": QUESTIONS[:3]}
+    sources = open_settings(recipe="gsm8k", revision="abc")
+    assert asked == [("openai/gsm8k", "main", None, "abc")]
+    assert rows_of(sources.train) == QUESTIONS
+    assert rows_of(sources.held_out) == QUESTIONS[:3]
+    assert sources.train.where(1) == "openai/gsm8k train, row 2"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "path", "subset"),
+    [
+        *(
+            (task, "nyu-mll/glue", task)
+            for task in ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
+        ),
+        ("alpaca", "tatsu-lab/alpaca", None),
+        ("xnli", "facebook/xnli", "sw"),
+    ],
+)
+def test_homes_of_the_recipes(hub, recipe, path, subset):
+    asked, sets = hub
+    dev = "validation_matched" if recipe == "mnli" else "validation"
+    sets[path, subset] = {"train": [{"a": 1}] * 3, dev: [{"a": 2}], "test": [{"a": 3}]}
+    language = {"language": "sw"} if recipe == "xnli" else {}
+    sources = open_settings(recipe=recipe, **language)
+    assert asked == [(path, subset, None, None)]
+    assert rows_of(sources.held_out) == [{"a": 2}]
+
+
+def test_a_set_by_name_with_its_subset_and_splits(hub):
+    asked, sets = hub
+    sets["me/mine", "small"] = {"part": QUESTIONS, "dev": QUESTIONS[:4]}
+    common = {"recipe": "gsm8k", "path": "me/mine", "subset": "small"}
+    sources = open_settings(**common, train_split="part", eval_split="validation")
+    assert len(sources.train) == 40
+    assert len(sources.held_out) == 4
+    sources = open_settings(**common, train_split="part[:7]")
+    assert asked[-1] == ("me/mine", "small", "part[:7]", None)
+    assert rows_of(sources.train) == QUESTIONS[:7]
+    with pytest.raises(ValueError, match=r"no rows called train to train on; there are dev, part"):
+        open_settings(**common)
+
+
+def test_a_set_that_cannot_be_had(hub, tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="hub's data set of that name could not be loaded"):
+        open_settings(recipe="gsm8k", path="me/absent")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "gsm8k").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="did you mean 'gsm8k'"):
+        open_settings(recipe="gsm8k", path="data/gsm8")
+
+
+def test_flores_joins_two_languages(hub):
+    asked, sets = hub
+    path = "openlanguagedata/flores_plus"
+
+    def texts(word):
+        return [{"id": index, "text": f"{word} {index}"} for index in range(3)]
+
+    for code, word in (("eng_Latn", "yes"), ("deu_Latn", "ja")):
+        sets[path, code] = {"dev": texts(word), "devtest": texts(word)[:2]}
+    sources = open_settings(recipe="flores", target_language="deu_Latn")
+    assert asked == [(path, "eng_Latn", None, None), (path, "deu_Latn", None, None)]
+    assert rows_of(sources.train)[2] == {"source": "yes 2", "target": "ja 2"}
+    assert len(sources.held_out) == 2
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_sets_saved_to_disk(tmp_path, split):
+    rows = datasets.Dataset.from_list(QUESTIONS)
+    saved = datasets.DatasetDict({"train": rows, "test": rows.select([1])}) if split else rows
+    saved.save_to_disk(str(tmp_path / "saved"))
+    sources = open_settings(recipe="gsm8k", path=str(tmp_path / "saved"))
+    assert len(sources.held_out) == (1 if split else 2)
+    assert len(sources.train) == (40 if split else 38)

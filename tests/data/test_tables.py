@@ -1,0 +1,271 @@
+"""Rows of files, against the standard library's and pandas' own readers."""
+
+import csv
+import gzip
+import io
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peft_jax.data.bad_rows import BadRowError
+from peft_jax.data.files import Layout, find_splits, open_file, open_lines, split_of
+from peft_jax.data.settings import DataSettings
+from peft_jax.data.tables import (
+    AlignedTable,
+    JoinedTable,
+    MemoryTable,
+    find_csv_records,
+    find_lines,
+    find_paragraphs,
+)
+
+ROWS = [
+    {"question": "one, two", "answer": 'say "three"'},
+    {"question": "naïve – 你好", "answer": "line\nbreak"},
+    {"question": "tab\there", "answer": "x"},
+]
+LAYOUT = Layout(known=("question", "answer"), headerless=(("question", "answer"),))
+
+
+def read(path: Path, **settings) -> list[dict]:
+    table = open_file(path, DataSettings(recipe="gsm8k", **settings), LAYOUT)
+    return [dict(table[index]) for index in range(len(table))]
+
+
+def jsonl(rows: list) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def csv_text(rows: list[dict], **options) -> str:
+    stream = io.StringIO(newline="")
+    writer = csv.DictWriter(stream, ["question", "answer"], **options)
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+@pytest.mark.parametrize("ending", ["jsonl", "ndjson", "json", "csv"])
+def test_text_formats_give_the_rows(tmp_path, ending, line_end, mark, packed):
+    if ending == "csv":
+        text = csv_text(ROWS, lineterminator=line_end)
+    else:
+        text = jsonl(ROWS).replace("\n", line_end)
+    raw = mark + text.encode()
+    path = tmp_path / (f"a.{ending}.gz" if packed else f"a.{ending}")
+    path.write_bytes(gzip.compress(raw) if packed else raw)
+    assert read(path) == ROWS
+
+
+def test_json_array(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(ROWS, indent=2))
+    assert read(path) == ROWS
+
+
+@pytest.mark.parametrize("index", [False, True])
+def test_parquet_and_pandas_csv(tmp_path, index):
+    frame = pd.DataFrame(ROWS)
+    frame.to_parquet(tmp_path / "a.parquet")
+    frame.to_csv(tmp_path / "a.csv", index=index)
+    assert read(tmp_path / "a.parquet") == ROWS
+    assert [{k: row[k] for k in ROWS[0]} for row in read(tmp_path / "a.csv")] == ROWS
+
+
+def test_tsv_takes_quotes_as_they_are_unless_told(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text('question\tanswer\n"Well," he said.\tyes\n"quoted"\tno\n')
+    assert [row["question"] for row in read(path)] == ['"Well," he said.', '"quoted"']
+    path.write_text('question\tanswer\n"a ""b"""\tyes\n')
+    assert read(path, quoting=True) == [{"question": 'a "b"', "answer": "yes"}]
+
+
+def test_header_is_found_out(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text("first\tsecond\nthird\tfourth\n")
+    assert read(path) == [
+        {"question": "first", "answer": "second"},
+        {"question": "third", "answer": "fourth"},
+    ]
+    assert read(path, header=True) == [{"first": "third", "second": "fourth"}]
+    assert read(path, column_names=("a", "b"))[0] == {"a": "first", "b": "second"}
+    assert read(path, column_names=("a", "b"), header=True) == [{"a": "third", "b": "fourth"}]
+    path.write_text("a\tb\tc\n")
+    with pytest.raises(ValueError, match=r"no header and 3 columns.*data\.column_names"):
+        read(path, header=False)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason", "detail"),
+    [
+        ('{"question": 1', "broken JSON", "column 15"),
+        ("[1, 2]", "wrong type", "list"),
+        ('{"question": "caf\xe9"}', "not UTF-8", "0xe9"),
+    ],
+)
+def test_a_bad_line_is_named_and_the_others_are_read(tmp_path, line, reason, detail):
+    path = tmp_path / "a.jsonl"
+    good = json.dumps(ROWS[0]) + "\n"
+    path.write_bytes((good + "\n" + line + "\n" + good).encode("latin-1"))
+    table = open_file(path, DataSettings(recipe="gsm8k"), LAYOUT)
+    assert len(table) == 3
+    assert table.where(1) == f"{path}:3"
+    with pytest.raises(BadRowError, match=detail) as caught:
+        table[1]
+    assert caught.value.reason == reason
+    assert table[0] == table[2] == ROWS[0]
+
+
+def test_csv_line_numbers_count_line_ends_within_fields(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('question,answer\n"a\nb",c\nd\n"e,f\n')
+    table = open_file(path, DataSettings(recipe="gsm8k"), LAYOUT)
+    assert [table.where(index) for index in range(3)] == [f"{path}:{n}" for n in (2, 4, 5)]
+    assert table[0] == {"question": "a\nb", "answer": "c"}
+    with pytest.raises(BadRowError, match="wrong number of columns: has 1, wants 2"):
+        table[1]
+    with pytest.raises(BadRowError, match="broken CSV: unexpected end of data"):
+        table[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", b'[{"question": 1},\n {]', r"a\.json:2: broken JSON"),
+        ("a.json", b"3", "holds a int"),
+        ("a.jsonl.gz", b"\x1f\x8b not gzip", "is damaged"),
+        ("a.jsonll", b"", r"not a known data format; did you mean '\.jsonl'"),
+    ],
+)
+def test_a_file_that_cannot_be_read(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.txt", "a.txt.gz"])
+def test_an_empty_file_has_no_rows(tmp_path, name):
+    (tmp_path / name).write_bytes(gzip.compress(b"") if name.endswith("gz") else b"")
+    assert read(tmp_path / name) == []
+
+
+@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\r\n")), max_size=8))
+def test_lines_are_those_of_split(lines):
+    data = "\n".join(lines).encode()
+    records = find_lines(data, keep_blank=True)
+    found = [data[a:b].decode() for a, b in zip(records.starts, records.stops, strict=True)]
+    expected = data.removeprefix(b"\xef\xbb\xbf").decode().split("\n") if data else []
+    if expected and expected[-1] == "":
+        expected.pop()  # what follows the last line end is no line
+    assert found == expected
+
+
+@given(
+    st.lists(
+        st.lists(st.text(st.sampled_from('ab,"\n é\t'), max_size=6), min_size=2, max_size=2),
+        max_size=6,
+    )
+)
+def test_csv_records_are_those_of_the_csv_module(rows):
+    stream = io.StringIO(newline="")
+    csv.writer(stream).writerows(rows)
+    data = stream.getvalue().encode()
+    records = find_csv_records(data, ",")
+    found = [
+        next(csv.reader(io.StringIO(data[a:b].decode(), newline="")))
+        for a, b in zip(records.starts, records.stops, strict=True)
+    ]
+    assert found == rows
+    for start, line in zip(records.starts, records.lines, strict=True):
+        assert line == data[:start].count(b"\n") + 1
+
+
+def test_text_units(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("one\ntwo\n\n \nthree\n")
+    units = {
+        "line": ["one", "two", "three"],
+        "paragraph": ["one\ntwo", "three"],
+        "file": ["one\ntwo\n\n \nthree\n"],
+    }
+    for unit, expected in units.items():
+        assert [row["text"] for row in read(path, text_unit=unit)] == expected
+    assert find_paragraphs(path.read_bytes()).lines.tolist() == [1, 5]
+
+
+def test_splits_of_a_folder(tmp_path):
+    for name in (
+        "train-00001-of-00002.jsonl",
+        "train-00000-of-00002.jsonl",
+        "dev_matched.jsonl",
+        "dev_mismatched.jsonl",
+        "test/part.jsonl",
+        "README.md",
+        ".cache/train.jsonl",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(jsonl(ROWS))
+    names = {split: [p.name for p in paths] for split, paths in find_splits(tmp_path).items()}
+    assert names == {
+        "train": ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"],
+        "validation_matched": ["dev_matched.jsonl"],
+        "validation_mismatched": ["dev_mismatched.jsonl"],
+        "test": ["part.jsonl"],
+    }
+    (tmp_path / "train.csv").write_text(csv_text(ROWS))
+    with pytest.raises(ValueError, match="several formats for train"):
+        find_splits(tmp_path)
+
+
+def test_files_that_name_no_split_are_training_rows_where_none_does(tmp_path):
+    (tmp_path / "stories.txt").write_text("a\n")
+    assert list(find_splits(tmp_path)) == ["train"]
+    (tmp_path / "valid.txt").write_text("b\n")
+    assert list(find_splits(tmp_path)) == ["validation"]
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train.jsonl", "train"),
+        ("gsm8k_train", "train"),
+        ("dev-de.tsv", "validation"),
+        ("val.csv", "validation"),
+        ("devtest", "test"),
+        ("training_set.json", "train"),
+        ("constrain.json", ""),
+    ],
+)
+def test_split_names(name, split):
+    assert split_of(name) == split
+
+
+def test_joined_and_aligned_tables(tmp_path):
+    one = MemoryTable([{"text": "a"}, {"text": "b"}], "one")
+    two = MemoryTable([{"text": "c"}], "two")
+    joined = JoinedTable([one, two, one])
+    assert [joined[index]["text"] for index in range(len(joined))] == list("abcab")
+    assert [joined.where(index) for index in (1, 2, 3)] == [
+        "one, row 2",
+        "two, row 1",
+        "one, row 1",
+    ]
+    (tmp_path / "x").write_text("eins\n\ndrei\n")
+    (tmp_path / "y").write_text("one\ntwo\nthree")
+    pairs = AlignedTable({"de": open_lines(tmp_path / "x"), "en": open_lines(tmp_path / "y")})
+    assert [pairs[index] for index in range(3)] == [
+        {"de": "eins", "en": "one"},
+        {"de": "", "en": "two"},
+        {"de": "drei", "en": "three"},
+    ]
+    with pytest.raises(ValueError, match="one has 2, two has 1 rows"):
+        AlignedTable({"a": one, "b": two})
+    strangers = MemoryTable([{"text": "a", "id": 1}], "one"), MemoryTable([{"text": "b"}], "two")
+    with pytest.raises(BadRowError, match="not aligned"):
+        AlignedTable(dict(zip("ab", strangers, strict=True)))[0]

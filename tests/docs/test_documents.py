@@ -1,0 +1,73 @@
+"""What the documents name exists."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from configs import demo, finetune, pretrain_tiny
+from peft_jax.adapters import METHODS
+from peft_jax.data.recipes import RECIPES
+from peft_jax.training import default_config, from_config_dict
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = [
+    ROOT / "README.md",
+    *sorted(ROOT.glob("docs/*.md")),
+    *sorted(ROOT.glob("assets/*/*.md")),
+]
+each_document = pytest.mark.parametrize(
+    "path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT))
+)
+
+
+@each_document
+def test_links_lead_somewhere(path: Path):
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", path.read_text(encoding="utf-8"))
+    missing = [target for target in targets if not (path.parent / target).exists()]
+    assert not missing
+
+
+@each_document
+def test_named_files_exist(path: Path):
+    named = re.findall(
+        r"\b(?:configs|docs|examples|peft_jax|tests|benchmarks|assets)/[\w./]*\w",
+        path.read_text(encoding="utf-8"),
+    )
+    missing = [name for name in named if not (ROOT / name).exists()]
+    assert not missing
+
+
+@each_document
+def test_settings_exist(path: Path):
+    text = path.read_text(encoding="utf-8")
+    known = default_config()
+    sections = "|".join(name for name in known if hasattr(known[name], "keys"))
+    named = re.findall(r"--config\.([a-z_]+\.[a-z_.]+)", text)
+    named += re.findall(rf"`((?:{sections})\.(?!py`)[a-z_.]+)`", text)
+    for name in named:
+        section = known
+        for part in name.split("."):
+            assert part in section, f"{name} is not a setting"
+            section = section[part]
+
+
+def test_every_method_and_recipe_is_described():
+    methods = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [name for name in METHODS if f"## `{name}`" not in methods] == []
+    assert [name for name in METHODS if f"| `{name}`" not in readme] == []
+    data = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    assert [name for name in RECIPES if f"`{name}`" not in data] == []
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_demos_configuration_takes_every_method(method: str):
+    assert from_config_dict(demo.get_config(method)).method.name == method
+
+
+def test_configurations_are_whole():
+    assert from_config_dict(pretrain_tiny.get_config()).model.weights == "random"
+    config = finetune.get_config("lora")
+    config.model.path, config.data.recipe = "somewhere", "gsm8k"
+    assert from_config_dict(config).method.name == "lora"

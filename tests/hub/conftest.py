@@ -1,0 +1,115 @@
+"""Tiny models, here and on torch, and adapters with arbitrary values over them."""
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from peft_jax.adapters import AdapterSpec, AdapterState
+from peft_jax.core import Tree
+from peft_jax.models import CausalLM
+
+LLAMA = {
+    "vocab_size": 37,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
+BLOOM = {"vocab_size": 37, "hidden_size": 16, "n_layer": 2, "n_head": 4}
+SETTINGS = {
+    "llama": ("Llama", LLAMA),
+    "llama tied": ("Llama", LLAMA | {"tie_word_embeddings": True}),
+    "bloom": ("Bloom", BLOOM),
+}
+
+
+@dataclasses.dataclass
+class Base:
+    """A tiny model, with the same weights here and on torch."""
+
+    model: CausalLM
+    params: Tree
+    module: Any
+
+    def copy_of_module(self) -> Any:
+        """One that PEFT may change."""
+        return copy.deepcopy(self.module)
+
+    @functools.cached_property
+    def _forward(self) -> Any:
+        return jax.jit(self.model)
+
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        """Of the base."""
+        return np.asarray(self._forward(self.params, jnp.asarray(tokens, jnp.int32)))
+
+    def adapted_logits(
+        self, tokens: np.ndarray, spec: AdapterSpec, state: AdapterState
+    ) -> np.ndarray:
+        """Of the base with an adapter bound to it."""
+
+        @jax.jit
+        def forward(params: Tree, state: AdapterState, tokens: jax.Array) -> jax.Array:
+            return self.model(spec.bind(params, state), tokens)
+
+        return np.asarray(forward(self.params, state, jnp.asarray(tokens, jnp.int32)))
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Base]:
+    """Makes a base by name, each once."""
+    made: dict[str, Base] = {}
+
+    def make(name: str) -> Base:
+        import torch
+        import transformers
+
+        from peft_jax.hub import load_model
+
+        if name not in made:
+            kind, settings = SETTINGS[name]
+            module = getattr(transformers, f"{kind}ForCausalLM")(
+                getattr(transformers, f"{kind}Config")(**settings)
+            ).eval()
+            generator = torch.Generator().manual_seed(0)
+            with torch.no_grad():
+                for parameter in module.parameters():
+                    noise = torch.randn(parameter.shape, generator=generator)
+                    parameter.copy_((1.0 if parameter.ndim == 1 else 0.0) + 0.2 * noise)
+            folder = tmp_path_factory.mktemp(kind)
+            module.save_pretrained(folder)
+            made[name] = Base(*load_model(folder), module)
+        return made[name]
+
+    return make
+
+
+@pytest.fixture
+def tokens() -> np.ndarray:
+    """Tokens [2, 7]."""
+    return np.random.default_rng(0).integers(1, 37, (2, 7))
+
+
+@pytest.fixture(scope="session")
+def arbitrary_state() -> Callable[..., AdapterState]:
+    """Makes an adapter's arrays, all away from where they start."""
+
+    def make(spec: AdapterSpec, params: Tree) -> AdapterState:
+        rng = np.random.default_rng(0)
+
+        def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+            return jnp.asarray(rng.normal(0.0, 0.3, leaf.shape), leaf.dtype)
+
+        return jax.tree.map(draw, spec.abstract(params))
+
+    return make

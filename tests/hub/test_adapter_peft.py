@@ -1,0 +1,323 @@
+"""Adapters go to Hugging Face PEFT on torch and come from there, and compute the same."""
+
+import json
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from peft_jax.adapters import BOFT, AdapterSpec, Full, Hybrid, LoRA, LoRAGA, Unitary
+from peft_jax.hub import export_merged, load_adapter, save_adapter
+
+peft = pytest.importorskip("peft")
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+TOLERANCE = 1e-4
+
+LLAMA_SPECS = {
+    "lora": AdapterSpec(method=LoRA(rank=2, alpha=3.0)),
+    "lora some modules": AdapterSpec(
+        method=LoRA(rank=2), target_modules=("q_proj", "mlp.up_proj", "lm_head")
+    ),
+    "lora patterns": AdapterSpec(
+        method=LoRA(rank=2, alpha=2.0),
+        exclude_modules=("o_proj",),
+        rank_pattern={"q_proj": 4, r".*\.mlp\..*": 1},
+        alpha_pattern={"up_proj": 5.0, "k_proj": 0.5},
+        modules_to_save=("norm", "lm_head", "input_layernorm"),
+    ),
+    "lora rank-stabilised": AdapterSpec(
+        method=LoRA(rank=3, rank_stabilized=True), rank_pattern={"self_attn.k_proj": 5}
+    ),
+    "lora_ga": AdapterSpec(
+        method=LoRAGA(rank=2, alpha=3.0), rank_pattern={"q_proj": 3}, alpha_pattern={"k_proj": 1.0}
+    ),
+    "lora_ga not rank-stabilised": AdapterSpec(
+        method=LoRAGA(rank=2, alpha=3.0, rank_stabilized=False), modules_to_save=("lm_head",)
+    ),
+    "boft": AdapterSpec(
+        method=BOFT(block_size=4, n_butterfly_factors=1), modules_to_save=("lm_head",)
+    ),
+    "boft odd blocks": AdapterSpec(
+        method=BOFT(block_size=3, n_butterfly_factors=1), target_modules=("down_proj",)
+    ),
+    "boft two factors": AdapterSpec(method=BOFT(block_size=4, n_butterfly_factors=2)),
+    "boft three factors": AdapterSpec(
+        method=BOFT(block_size=2, n_butterfly_factors=3), modules_to_save=("norm",)
+    ),
+}
+BLOOM_SPECS = {
+    "lora": AdapterSpec(
+        method=LoRA(rank=2),
+        rank_pattern={"dense": 4},
+        modules_to_save=("ln_f", "word_embeddings_layernorm"),
+    ),
+    "lora_ga": AdapterSpec(method=LoRAGA(rank=2)),
+    "boft": AdapterSpec(method=BOFT(block_size=4, n_butterfly_factors=1)),
+    "boft two factors": AdapterSpec(method=BOFT(block_size=4, n_butterfly_factors=2)),
+    "lora with trained embedding": AdapterSpec(
+        method=LoRA(rank=2), modules_to_save=("word_embeddings",)
+    ),
+}
+TIED_SPECS = {
+    "lora with trained embedding": AdapterSpec(
+        method=LoRA(rank=2), modules_to_save=("embed_tokens",)
+    ),
+    "boft with trained embedding": AdapterSpec(
+        method=BOFT(block_size=4, n_butterfly_factors=1), modules_to_save=("embed_tokens",)
+    ),
+}
+EXPORTED = [
+    *(("llama", name, spec) for name, spec in LLAMA_SPECS.items()),
+    *(("bloom", name, spec) for name, spec in BLOOM_SPECS.items()),
+    *(("llama tied", name, spec) for name, spec in TIED_SPECS.items()),
+]
+
+
+@pytest.fixture(autouse=True)
+def no_cuda_extension(monkeypatch):
+    """PEFT looks for a compiler at every layer; here it has none, as on most machines."""
+    monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: None)
+
+
+def theirs(module, tokens) -> np.ndarray:
+    with torch.no_grad():
+        return module.eval()(input_ids=torch.tensor(tokens)).logits.numpy()
+
+
+def assert_same(found, expected, away_from) -> None:
+    """Equal to `TOLERANCE`, and not by having changed nothing."""
+    scale = np.abs(expected).max()
+    assert np.abs(found - expected).max() < TOLERANCE * scale
+    assert np.abs(found - away_from).max() > 0.05 * scale
+
+
+def load_in_peft(base, folder):
+    with warnings.catch_warnings():
+        # A key of the file that is not used, or one that is not there, is but a warning there.
+        warnings.filterwarnings("error", message=".*missing adapter keys.*")
+        warnings.filterwarnings("error", message=".*[Uu]nexpected.*")
+        return peft.PeftModel.from_pretrained(base.copy_of_module(), folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec"),
+    [pytest.param(kind, spec, id=f"{kind}: {name}") for kind, name, spec in EXPORTED],
+)
+def test_saved_adapters_load_in_peft(kind, spec, base, arbitrary_state, tokens, tmp_path):
+    base = base(kind)
+    state = arbitrary_state(spec, base.params)
+    save_adapter(tmp_path / "adapter", base.model, spec, state, base_model_name="someone/base")
+    ours = base.adapted_logits(tokens, spec, state)
+    module = load_in_peft(base, tmp_path / "adapter")
+    assert_same(ours, theirs(module, tokens), base.logits(tokens))
+
+
+@pytest.mark.parametrize("name", ["lora patterns", "lora_ga", "boft two factors"])
+def test_what_is_written_for_peft_loads_here_too(name, base, arbitrary_state, tokens, tmp_path):
+    base, spec = base("llama"), LLAMA_SPECS[name]
+    state = arbitrary_state(spec, base.params)
+    save_adapter(tmp_path, base.model, spec, state, base_model_name="someone/base")
+    (tmp_path / "peft_jax_adapter.json").unlink()
+    found = base.adapted_logits(tokens, *load_adapter(tmp_path, base.model, base.params))
+    assert_same(found, base.adapted_logits(tokens, spec, state), base.logits(tokens))
+
+
+LINEAR = {
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"],
+    "bloom": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
+}
+CONFIGS = {
+    "lora": ("llama", "LoraConfig", {"r": 3, "lora_alpha": 5, "target_modules": LINEAR["llama"]}),
+    "rank-stabilised": (
+        "llama",
+        "LoraConfig",
+        {"r": 3, "use_rslora": True, "target_modules": ["q_proj", "down_proj"]},
+    ),
+    "patterns": (
+        "llama",
+        "LoraConfig",
+        {
+            "r": 2,
+            "target_modules": r".*\.(self_attn\..*|mlp\.up)_proj",
+            "rank_pattern": {"(q|k)_proj": 3, "^model.layers.[01].self_attn.v_proj": 1},
+            "alpha_pattern": {"mlp.up_proj": 7, ".*k_proj": 1.5},
+            "modules_to_save": ["norm", "lm_head"],
+            "init_lora_weights": "gaussian",
+        },
+    ),
+    "all-linear": ("llama", "LoraConfig", {"r": 2, "target_modules": "all-linear"}),
+    "boft": ("llama", "BOFTConfig", {"boft_block_size": 4, "target_modules": LINEAR["llama"]}),
+    "boft, clamped": (
+        "llama",
+        "BOFTConfig",
+        {
+            "boft_block_size": 4,
+            "boft_n_butterfly_factor": 2,
+            "target_modules": ["up_proj"],
+            "modules_to_save": ["lm_head"],
+        },
+    ),
+    "boft by number": (
+        "llama",
+        "BOFTConfig",
+        {"boft_block_size": 0, "boft_block_num": 2, "target_modules": ["q_proj", "up_proj"]},
+    ),
+    "bloom lora": (
+        "bloom",
+        "LoraConfig",
+        {"r": 2, "target_modules": LINEAR["bloom"], "modules_to_save": ["ln_f"]},
+    ),
+    "bloom boft": (
+        "bloom",
+        "BOFTConfig",
+        {"boft_block_size": 8, "target_modules": ["query_key_value", "dense"]},
+    ),
+    "tied": (
+        "llama tied",
+        "LoraConfig",
+        {
+            "r": 2,
+            "target_modules": ["q_proj"],
+            "modules_to_save": ["embed_tokens"],
+            "ensure_weight_tying": True,
+        },
+    ),
+}
+
+
+def save_with_peft(base, folder, config_class, settings):
+    """An adapter of PEFT with arbitrary values, saved there; gives the module."""
+    config = getattr(peft, config_class)(**settings, task_type="CAUSAL_LM")
+    module = peft.get_peft_model(base.copy_of_module(), config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    module.save_pretrained(folder)
+    return module
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_adapters_of_peft_load(name, base, tokens, tmp_path):
+    kind, config_class, settings = CONFIGS[name]
+    base = base(kind)
+    module = save_with_peft(base, tmp_path, config_class, settings)
+    spec, state = load_adapter(tmp_path, base.model, base.params)
+    found = base.adapted_logits(tokens, spec, state)
+    assert_same(found, theirs(module, tokens), base.logits(tokens))
+
+
+def test_an_adapter_of_peft_keeps_its_bits(base, tmp_path):
+    base = base("llama")
+    save_with_peft(base, tmp_path / "theirs", "LoraConfig", {"target_modules": ["q_proj"], "r": 2})
+    spec, state = load_adapter(tmp_path / "theirs", base.model, base.params)
+    assert spec == AdapterSpec(method=LoRA(rank=2, alpha=8.0), target_modules=("q_proj",))
+    save_adapter(tmp_path / "ours", base.model, spec, state, base_model_name="x")
+    read = safetensors.numpy.load_file
+    before, after = (read(tmp_path / f / "adapter_model.safetensors") for f in ("theirs", "ours"))
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        assert value.tobytes() == np.ascontiguousarray(after[key]).tobytes()
+
+
+REFUSED = {
+    "use_dora": ({"use_dora": True}, r"sets use_dora = True"),
+    "bias": ({"bias": "lora_only"}, r"sets bias = 'lora_only'"),
+    "layers": ({"layers_to_transform": [0]}, r"sets layers_to_transform = \[0\]"),
+    "lora_bias": ({"lora_bias": True}, r"sets lora_bias = True"),
+    "tokens": ({"trainable_token_indices": [1]}, r"sets trainable_token_indices = \[1\]"),
+    "pissa": (
+        {"init_lora_weights": "pissa"},
+        r"init_lora_weights = 'pissa'.*base that was changed",
+    ),
+    "rank by layer": (
+        {"rank_pattern": {"layers.0.self_attn.q_proj": 3}},
+        r"sets rank_pattern for some layers of layers\.self_attn\.q_proj and not for others",
+    ),
+    "modules by layer": (
+        {"target_modules": r".*layers\.0\.self_attn\.q_proj"},
+        r"covers layers\.self_attn\.q_proj in 1 layers of 2",
+    ),
+    "embedding": (
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        r"embed_tokens\.lora_embedding_A, base_model.*has no place",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_adapters_of_peft_that_compute_otherwise_are_refused(name, base, tmp_path):
+    settings, message = REFUSED[name]
+    base = base("llama")
+    save_with_peft(base, tmp_path, "LoraConfig", {"r": 2, "target_modules": ["q_proj"], **settings})
+    with pytest.raises(ValueError, match=message):
+        load_adapter(tmp_path, base.model, base.params)
+
+
+def test_settings_and_methods_that_are_not_known_are_refused(base, tmp_path):
+    base = base("llama")
+    save_with_peft(base, tmp_path, "LoraConfig", {"r": 2, "target_modules": ["q_proj"]})
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text())
+    for change, message in (
+        ({"use_new_trick": True}, r"sets use_new_trick = True, a setting that is not known here"),
+        ({"fan_in_fan_out": True}, r"sets fan_in_fan_out = True"),
+        ({"peft_type": "IA3"}, r"peft_type 'IA3', which is not read.*BOFT, LORA"),
+        ({"task_type": "SEQ_CLS"}, r"task_type = 'SEQ_CLS'.*only adapters of causal"),
+    ):
+        file.write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=message):
+            load_adapter(tmp_path, base.model, base.params)
+    file.write_text(json.dumps(config | {"a_later_default": None}))
+    load_adapter(tmp_path, base.model, base.params)
+
+
+def test_an_embedding_trained_apart_from_a_tied_head_is_refused(base, tmp_path):
+    base = base("llama tied")
+    settings = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
+    save_with_peft(base, tmp_path, "LoraConfig", settings)
+    with pytest.raises(ValueError, match=r"lm_head and the embedding apart.*ties them"):
+        load_adapter(tmp_path, base.model, base.params)
+
+
+def test_pickles_are_refused(base, tmp_path):
+    base = base("llama")
+    save_with_peft(base, tmp_path, "LoraConfig", {"r": 2, "target_modules": ["q_proj"]})
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(ValueError, match=r"adapter_model\.bin, a pickle.*save_pretrained"):
+        load_adapter(tmp_path, base.model, base.params)
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        ("llama", Hybrid(rank=2, block_size=4, unitary_modules=("down_proj",))),
+        ("bloom", Unitary()),
+        ("bloom", Full()),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_merged_models_load_in_transformers(kind, method, base, arbitrary_state, tokens, tmp_path):
+    base = base(kind)
+    spec = AdapterSpec(method=method)
+    state = arbitrary_state(spec, base.params)
+    export_merged(tmp_path, base.model, spec.frozen(base.params), spec, state)
+    module = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    ours = base.adapted_logits(tokens, spec, state)
+    assert_same(ours, theirs(module, tokens), base.logits(tokens))
+
+
+def test_merged_models_have_the_wanted_dtype(base, arbitrary_state, tmp_path):
+    base = base("llama")
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), base.params)
+    spec = AdapterSpec(method=Unitary(), modules_to_save=("lm_head",))
+    state = arbitrary_state(spec, params)
+    export_merged(tmp_path, base.model, params, spec, state, dtype="bfloat16")
+    module = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.bfloat16}

@@ -1,0 +1,142 @@
+"""The Cayley transform and its composition against float64, and against PEFT's permutations."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels_pallas.block_rotation import butterfly_rotation
+from kernels_pallas.cayley import cayley, compose_butterfly, skew_entries, skew_symmetric
+
+EPSILON = 2.0**-23
+BLOCK_SIZES = [2, 3, 4, 8, 32, 40]
+"""The largest is beyond what is eliminated unrolled."""
+
+compiled_skew_symmetric = jax.jit(skew_symmetric, static_argnums=1)
+compiled_skew_entries = jax.jit(skew_entries)
+compiled_cayley = jax.jit(cayley, static_argnums=1)
+
+
+def random_entries(*shape: int, scale: float = 0.7) -> np.ndarray:
+    return np.random.default_rng(0).normal(0.0, scale, shape).astype(np.float32)
+
+
+def skew_reference(entries: np.ndarray, size: int) -> np.ndarray:
+    """S in float64, entry by entry."""
+    s = np.zeros((*entries.shape[:-1], size, size))
+    place = 0
+    for row in range(size):
+        for column in range(row + 1, size):
+            s[..., row, column] = entries[..., place]
+            s[..., column, row] = -entries[..., place].astype(np.float64)
+            place += 1
+    return s
+
+
+def cayley_reference(entries: np.ndarray, size: int) -> np.ndarray:
+    s = skew_reference(entries, size)
+    return (np.eye(size) - s) @ np.linalg.inv(np.eye(size) + s)
+
+
+def max_orthogonality_error(q: jax.Array) -> float:
+    q = np.asarray(q, np.float64)
+    return np.abs(np.swapaxes(q, -1, -2) @ q - np.eye(q.shape[-1])).max()
+
+
+@pytest.mark.parametrize("size", BLOCK_SIZES)
+def test_blocks_are_orthogonal_and_what_float64_makes_them(size):
+    entries = random_entries(3, 5, size * (size - 1) // 2)
+    q = compiled_cayley(entries, size)
+    assert q.shape == (3, 5, size, size)
+    tolerance = 4 * EPSILON * np.sqrt(size)  # 1e-6 for blocks of 4
+    assert max_orthogonality_error(q) < tolerance
+    np.testing.assert_allclose(q, cayley_reference(entries, size), atol=tolerance, rtol=0)
+
+
+def test_large_turns_stay_orthogonal_to_what_is_promised():
+    entries = random_entries(200, 28, scale=3.0)
+    assert max_orthogonality_error(compiled_cayley(entries, 8)) < 1e-5
+
+
+@pytest.mark.parametrize("size", BLOCK_SIZES)
+def test_zeros_are_the_identity_exactly(size):
+    q = compiled_cayley(np.zeros((3, 5, size * (size - 1) // 2), np.float32), size)
+    np.testing.assert_array_equal(q, np.broadcast_to(np.eye(size), q.shape))
+
+
+@settings(max_examples=5, deadline=None)
+@given(size=st.integers(2, 9), stack=st.lists(st.integers(0, 3), max_size=2))
+def test_entries_and_blocks_are_inverses(size, stack):
+    entries = random_entries(*stack, size * (size - 1) // 2)
+    blocks = compiled_skew_symmetric(entries, size)
+    np.testing.assert_array_equal(blocks, skew_reference(entries, size))
+    np.testing.assert_array_equal(compiled_skew_entries(blocks), entries)
+    # What PEFT stores may have any symmetric part beside.
+    rng = np.random.default_rng(1)
+    symmetric = rng.integers(-8, 8, blocks.shape).astype(np.float32)
+    symmetric = symmetric + np.swapaxes(symmetric, -1, -2)
+    np.testing.assert_allclose(compiled_skew_entries(blocks + symmetric), entries, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [2, 8, 40])
+def test_gradient_against_finite_differences_in_float64(size):
+    entries = random_entries(2, size * (size - 1) // 2)
+    weights = random_entries(2, size, size, scale=1.0)
+    gradient = jax.jit(jax.grad(lambda e: jnp.sum(cayley(e, size) * weights)))(entries)
+    rng = np.random.default_rng(2)
+    for _ in range(4):
+        direction = rng.normal(size=entries.shape)
+        step = 1e-5
+        ends = [
+            np.sum(cayley_reference(entries + sign * step * direction, size) * weights)
+            for sign in (1, -1)
+        ]
+        slope = (ends[0] - ends[1]) / (2 * step)
+        np.testing.assert_allclose(np.sum(gradient * direction), slope, rtol=1e-4, atol=1e-4)
+
+
+def butterfly_reference(factors: np.ndarray) -> np.ndarray:
+    """F_{m-1} ... F_0 [d, d] in float64, with the permutation matrices PEFT makes."""
+    peft_layer = pytest.importorskip("peft.tuners.boft.layer")
+    m, n, b, _ = factors.shape
+    d = n * b
+    product = np.eye(d)
+    for level, blocks in enumerate(factors):
+        dense = np.zeros((d, d))
+        for block in range(n):
+            part = slice(block * b, (block + 1) * b)
+            dense[part, part] = blocks[block]
+        order = peft_layer.BOFTLayer.block_butterfly_perm(None, d, n // 2**level, b // 2, m - 1)
+        permutation = peft_layer.BOFTLayer.perm2mat(None, order).numpy().astype(np.float64)
+        product = permutation @ dense @ permutation.T @ product
+    return product
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def composed_and_staged(entries, size, x):
+    factors = cayley(entries, size)
+    return factors, compose_butterfly(factors), butterfly_rotation(x, factors)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "b"), [(1, 3, 5), (1, 4, 4), (2, 4, 2), (2, 6, 4), (3, 4, 4), (3, 12, 2), (4, 8, 4)]
+)
+def test_products_of_factors_are_pefts(m, n, b):
+    x = random_entries(6, n * b, scale=1.0)
+    factors, blocks, turned = composed_and_staged(random_entries(m, n, b * (b - 1) // 2), b, x)
+    product = butterfly_reference(np.asarray(factors, np.float64))
+    size = b * 2 ** (m - 1)
+    assert blocks.shape == (n * b // size, size, size)
+    dense = np.zeros_like(product)
+    for index, block in enumerate(np.asarray(blocks)):
+        part = slice(index * size, (index + 1) * size)
+        dense[part, part] = block
+    np.testing.assert_allclose(dense, product, atol=1e-6)
+    np.testing.assert_allclose(turned, x @ product, atol=5e-6)
+    assert max_orthogonality_error(blocks) < m * 4 * EPSILON * np.sqrt(size)
+    # The factors do mix everything within a block.
+    assert m == 1 or np.count_nonzero(np.abs(product) > 1e-6) == product.shape[0] * size

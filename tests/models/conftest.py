@@ -1,0 +1,96 @@
+"""Tiny random models of transformers on torch, and the same models here."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+LLAMA = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+"""Sizes of the tiny models of the Llama family."""
+
+BLOOM = {"vocab_size": 61, "hidden_size": 32, "n_layer": 2, "n_head": 4}
+
+
+class TorchModel:
+    """A model of transformers with random weights, biases and norms, in float32 on torch."""
+
+    def __init__(self, kind: str, settings: dict[str, Any]):
+        import torch
+        import transformers
+
+        # Threads cost more than they bring on models this small.
+        torch.set_num_threads(1)
+        config = getattr(transformers, f"{kind}Config")(**settings)
+        config._attn_implementation = "eager"
+        generator = torch.Generator().manual_seed(0)
+        self.module = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+        with torch.no_grad():
+            for name, parameter in self.module.named_parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                is_scale = parameter.ndim == 1 and name.endswith("weight")
+                parameter.copy_(1.0 + 0.2 * noise if is_scale else 0.2 * noise)
+
+    def logits(self, tokens, *, mask=None, positions=None) -> np.ndarray:
+        """[B, T, V] of tokens [B, T]; padding where the mask is 0."""
+        import torch
+
+        arguments = {"input_ids": torch.tensor(np.asarray(tokens), dtype=torch.long)}
+        if mask is not None:
+            arguments["attention_mask"] = torch.tensor(np.asarray(mask), dtype=torch.long)
+        if positions is not None:
+            arguments["position_ids"] = torch.tensor(np.asarray(positions), dtype=torch.long)
+        with torch.no_grad():
+            return self.module(**arguments).logits.numpy()
+
+    def save(self, folder: Path) -> Path:
+        """Writes the model as transformers does."""
+        self.module.save_pretrained(folder)
+        return folder
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory) -> Callable:
+    """Makes (a model on torch, the same model here, its parameters), each once."""
+    made: dict = {}
+
+    def make(kind: str, **settings):
+        from peft_jax.hub import load_model
+
+        settings = {**(BLOOM if kind == "Bloom" else LLAMA), **settings}
+        key = (kind, repr(sorted(settings.items())))
+        if key not in made:
+            theirs = TorchModel(kind, settings)
+            folder = theirs.save(tmp_path_factory.mktemp(kind))
+            made[key] = (theirs, *load_model(folder))
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def tokens() -> jax.Array:
+    """Tokens [3, 13] of the tiny models' vocabulary."""
+    return jnp.asarray(np.random.default_rng(0).integers(1, 61, (3, 13)), jnp.int32)
+
+
+@pytest.fixture(scope="session")
+def relative_error() -> Callable:
+    """The largest difference, relative to the largest value expected."""
+
+    def error(found, expected) -> float:
+        found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+        assert found.shape == expected.shape
+        return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+    return error

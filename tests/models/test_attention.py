@@ -1,0 +1,153 @@
+"""Attention, dense and by blocks, against a plain float64 computation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from peft_jax.models.attention import choose_attention, dense_attention
+from peft_jax.models.attention_layout import AttentionLayout, alibi_slopes
+from peft_jax.models.chunked_attention import chunked_attention
+
+B, K, G, H = 2, 2, 3, 4
+CASES = {
+    "causal": {"tokens": 23, "keys": 23},
+    "window": {"tokens": 23, "keys": 23, "window": 5},
+    "window of one": {"tokens": 9, "keys": 9, "window": 1},
+    "segments": {"tokens": 23, "keys": 23, "segments": True},
+    "alibi": {"tokens": 22, "keys": 22, "segments": True, "alibi": True},
+    "cache": {"tokens": 7, "keys": 40, "start": 9, "segments": True},
+    "cache, window, alibi": {
+        "tokens": 7,
+        "keys": 40,
+        "start": 21,
+        "segments": True,
+        "window": 6,
+        "alibi": True,
+    },
+    "one query": {"tokens": 1, "keys": 17, "start": 12},
+}
+
+
+def make_case(*, tokens, keys, start=0, window=None, segments=False, alibi=False):
+    """Arrays, the layout, and which key each query sees with what added to the score."""
+    rng = np.random.default_rng(0)
+    query = rng.normal(size=(B, tokens, K, G, H))
+    key, value = rng.normal(size=(2, B, keys, K, H))
+    segment_ids = np.sort(rng.integers(0, 4, (B, keys)), axis=1)
+    positions = np.arange(keys) + np.array([[0], [3]])
+    index = start + np.arange(tokens)
+    seen = (index[:, None] >= np.arange(keys)) & np.ones((B, 1, 1), bool)
+    if window is not None:
+        seen &= index[:, None] - np.arange(keys) < window
+    if segments:
+        seen &= segment_ids[:, index, None] == segment_ids[:, None, :]
+    bias = np.where(seen, 0.0, -np.inf)[:, None, None]
+    slopes = alibi_slopes(K * G).astype(np.float64).reshape(K, G)
+    if alibi:
+        distance = positions[:, index, None] - positions[:, None, :]
+        bias = bias - slopes[None, :, :, None, None] * distance[:, None, None]
+    layout = AttentionLayout(
+        query_start=jnp.int32(start),
+        query_segments=jnp.asarray(segment_ids[:, index], jnp.int32) if segments else None,
+        key_segments=jnp.asarray(segment_ids, jnp.int32) if segments else None,
+        query_positions=jnp.asarray(positions[:, index], jnp.int32) if alibi else None,
+        key_positions=jnp.asarray(positions, jnp.int32) if alibi else None,
+        slopes=jnp.asarray(slopes, jnp.float32) if alibi else None,
+        window=window,
+    )
+    return (query, key, value), layout, bias
+
+
+def reference(query, key, value, bias):
+    """Softmax attention in float64, keys and values repeated, [B, T, K, G, H]."""
+    key, value = (np.repeat(a, G, axis=2).transpose(0, 2, 1, 3) for a in (key, value))
+    scores = query.reshape(B, -1, K * G, H).transpose(0, 2, 1, 3) @ key.transpose(0, 1, 3, 2)
+    scores = scores + np.broadcast_to(bias, (B, K, G, *scores.shape[2:])).reshape(scores.shape)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    out = weights / weights.sum(axis=-1, keepdims=True) @ value
+    return out.transpose(0, 2, 1, 3).reshape(query.shape)
+
+
+def as_float32(arrays):
+    return tuple(jnp.asarray(a, jnp.float32) for a in arrays)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_implementations_compute_softmax_attention(case):
+    sizes = {name: CASES[case][name] for name in ("tokens", "keys")}
+    arrays, layout, bias = make_case(**CASES[case])
+    expected = reference(*arrays, bias)
+    attends = {
+        "dense": dense_attention(layout, **sizes),
+        "blocks of 4": chunked_attention(layout, **sizes, block=4),
+        "one block": chunked_attention(layout, **sizes),
+    }
+    for name, attend in attends.items():
+        found = jax.jit(attend)(*as_float32(arrays))
+        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("case", ["window", "alibi"])
+def test_gradients_by_blocks_are_those_of_dense_attention(case):
+    sizes = {name: CASES[case][name] for name in ("tokens", "keys")}
+    arrays, layout, _ = make_case(**CASES[case])
+    direction = np.random.default_rng(1).normal(size=arrays[0].shape)
+
+    def gradients(attend):
+        def objective(*arrays):
+            return jnp.vdot(jnp.asarray(direction, jnp.float32), attend(*arrays))
+
+        return jax.jit(jax.grad(objective, argnums=(0, 1, 2)))(*as_float32(arrays))
+
+    expected = gradients(dense_attention(layout, **sizes))
+    found = gradients(chunked_attention(layout, **sizes, block=4))
+    for name, a, b in zip(("query", "key", "value"), found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_gradients_by_blocks_agree_with_finite_differences():
+    arrays, layout, bias = make_case(**CASES["segments"])
+    rng = np.random.default_rng(1)
+    direction = rng.normal(size=arrays[0].shape)
+    steps = [rng.normal(size=a.shape) for a in arrays]
+    attend = chunked_attention(layout, tokens=23, keys=23, block=8)
+
+    def objective(*arrays):
+        return jnp.vdot(jnp.asarray(direction, jnp.float32), attend(*arrays))
+
+    gradients = jax.jit(jax.grad(objective, argnums=(0, 1, 2)))(*as_float32(arrays))
+    found = sum(np.vdot(g, s) for g, s in zip(gradients, steps, strict=True))
+
+    def value_after(step):
+        moved = (a + step * s for a, s in zip(arrays, steps, strict=True))
+        return np.vdot(direction, reference(*moved, bias))
+
+    expected = (value_after(1e-6) - value_after(-1e-6)) / 2e-6
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_bfloat16_keeps_the_softmax_in_float32():
+    arrays, layout, bias = make_case(tokens=64, keys=64)
+    expected = reference(*arrays, bias)
+    for attend in (
+        dense_attention(layout, tokens=64, keys=64),
+        chunked_attention(layout, tokens=64, keys=64, block=16),
+    ):
+        found = attend(*(a.astype(jnp.bfloat16) for a in as_float32(arrays)))
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=0.05)
+
+
+def test_alibi_slopes_of_other_counts_than_powers_of_two():
+    # From the function the ALiBi authors publish, for 6 heads: 4 heads' slopes, then every other
+    # one of 8 heads'.
+    expected = [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3]
+    np.testing.assert_allclose(alibi_slopes(6), expected, rtol=1e-6)
+
+
+def test_auto_counts_the_scores_and_names_are_taken_as_they_are():
+    assert choose_attention("auto", tokens=1024, keys=1024) == "dense"
+    assert choose_attention("auto", tokens=1025, keys=1024) == "chunked"
+    assert choose_attention("dense", tokens=10**6, keys=10**6) == "dense"
+    assert choose_attention("chunked", tokens=2, keys=2) == "chunked"

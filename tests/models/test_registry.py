@@ -1,0 +1,298 @@
+"""Configurations as they are published are read; what is not understood is refused by name."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from peft_jax.core import flatten
+from peft_jax.models import build_model
+from peft_jax.models.rope import Llama3Scaling, RotarySettings, YarnScaling
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 32,
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+BLOOM = {"model_type": "bloom", "vocab_size": 32, "hidden_size": 8, "n_layer": 2, "n_head": 2}
+
+# What the hub's config.json of each says, written out.
+LLAMA_3_1_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.42.3",
+    "use_cache": True,
+    "vocab_size": 128256,
+}
+VICUNA_7B = {
+    "_name_or_path": "vicuna-7b-v1.5",
+    "architectures": ["LlamaForCausalLM"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "pad_token_id": 0,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "transformers_version": "4.31.0",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
+QWEN2_5_7B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151643,
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "initializer_range": 0.02,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 131072,
+    "max_window_layers": 28,
+    "model_type": "qwen2",
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 131072,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.40.1",
+    "use_cache": True,
+    "use_mrope": False,
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+}
+BLOOM_560M = {
+    "apply_residual_connection_post_layernorm": False,
+    "attention_dropout": 0.0,
+    "attention_softmax_in_fp32": True,
+    "bias_dropout_fusion": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 3,
+    "unk_token_id": 0,
+    "hidden_dropout": 0.0,
+    "initializer_range": 0.02,
+    "layer_norm_epsilon": 1e-05,
+    "masked_softmax_fusion": True,
+    "model_type": "bloom",
+    "n_embed": 1024,
+    "n_inner": None,
+    "n_layer": 24,
+    "num_attention_heads": 16,
+    "offset_alibi": 100,
+    "pretraining_tp": 1,
+    "skip_bias_add": True,
+    "skip_bias_add_qkv": False,
+    "transformers_version": "4.20.0",
+    "use_cache": True,
+    "vocab_size": 250880,
+    "architectures": ["BloomForCausalLM"],
+}
+
+
+def parameters(model):
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.abstract_params()))
+
+
+# The counts are those the models' cards give.
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        (LLAMA_3_1_8B, 8_030_261_248),
+        (VICUNA_7B, 6_738_415_616),
+        (QWEN2_5_7B, 7_615_616_512),
+        (BLOOM_560M, 559_214_592),
+    ],
+    ids=["llama", "vicuna", "qwen2", "bloom"],
+)
+def test_published_configurations_give_the_published_sizes(config, count):
+    assert parameters(build_model(config)) == count
+
+
+def test_llama_3s_rotary_scaling_is_read_from_either_form():
+    old = build_model(LLAMA_3_1_8B).config.rotary
+    assert old == RotarySettings(
+        head_dim=128,
+        theta=500000.0,
+        scaling=Llama3Scaling(
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=8192,
+        ),
+    )
+    new = dict(LLAMA_3_1_8B)
+    new["rope_parameters"] = {**new.pop("rope_scaling"), "rope_theta": new.pop("rope_theta")}
+    new["dtype"] = new.pop("torch_dtype")
+    assert build_model(new).config.rotary == old
+
+
+def test_yarn_takes_its_original_length_from_the_maximum():
+    scaling = {"type": "yarn", "factor": 4.0}
+    rotary = build_model(LLAMA | {"rope_scaling": scaling, "max_position_embeddings": 64})
+    expected = YarnScaling(factor=4.0, original_max_position_embeddings=64)
+    assert rotary.config.rotary.scaling == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type 'gpt2', which is not implemented"),
+        ({"model_type": "lama"}, "did you mean 'llama'"),
+        ({"model_type": "x", "auto_map": {"AutoModel": "m.M"}}, "never downloaded or run"),
+        ({}, "model_type None"),
+        (LLAMA | {"logit_scale": 2.0}, "sets logit_scale = 2.0, which is not understood"),
+        (LLAMA | {"rms_norm_epsilon": 1e-5}, "did you mean 'rms_norm_eps'"),
+        (LLAMA | {"hidden_act": "gelu"}, "hidden_act = 'gelu'.* 'silu' or 'swish' only"),
+        (LLAMA | {"attention_dropout": 0.1}, "attention_dropout = 0.1.* = 0.0 only"),
+        (LLAMA | {"sliding_window": 128}, "sliding_window = 128"),
+        (LLAMA | {"quantization_config": {"bits": 4}}, "quantization_config"),
+        (LLAMA | {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClass"),
+        (LLAMA | {"hidden_size": 9}, "hidden_size = 9 is not a multiple"),
+        (LLAMA | {"num_key_value_heads": 3}, "num_heads must be a multiple of num_kv_heads"),
+        (LLAMA | {"head_dim": 5}, "head_dim must be even"),
+        (LLAMA | {"hidden_size": None}, "lacks hidden_size"),
+        (LLAMA | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
+        (LLAMA | {"rope_scaling": {"type": "longrope"}}, "rope type 'longrope'"),
+        (LLAMA | {"rope_scaling": {"type": "linear"}}, "'linear' without factor"),
+        (LLAMA | {"rope_scaling": {"type": "linear", "factor": -1.0}}, "factor must be"),
+        (LLAMA | {"rope_parameters": {"mrope_section": [1]}}, "mrope_section = .*not understood"),
+        (LLAMA | {"rope_parameters": {"full_attention": {}}}, "differ by layer type"),
+        (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        (
+            LLAMA | {"rope_parameters": {"factor": 2.0}, "rope_scaling": {"factor": 3.0}},
+            "which disagree",
+        ),
+        (
+            LLAMA | {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1},
+            "mixes the layer types full_attention, sliding_attention",
+        ),
+        (BLOOM | {"hidden_dropout": 0.1}, "hidden_dropout = 0.1"),
+        (BLOOM | {"n_inner": 16}, "n_inner = 16"),
+        (BLOOM | {"n_head": 3}, "hidden_size must be a multiple of num_heads"),
+        (BLOOM | {"alibi": False}, "alibi = False"),
+    ],
+    ids=str,
+)
+def test_what_is_not_understood_is_refused_by_name(config, message):
+    with pytest.raises(ValueError, match=message):
+        build_model(config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"qk_norm": None, "_attn_implementation_autoset": True},
+        {"architectures": ["LlamaForCausalLM"], "auto_map": {"AutoModelForCausalLM": "m.M"}},
+        {"temperature": 0.7, "max_length": 20, "is_decoder": False},
+    ],
+)
+def test_what_does_not_matter_is_accepted(config):
+    assert build_model(LLAMA | config) == build_model(LLAMA)
+
+
+def test_models_are_equal_and_hash_alike_where_they_compute_the_same():
+    one, other = build_model(LLAMA), build_model(LLAMA | {"eos_token_id": 5})
+    assert one == other
+    assert hash(one) == hash(other)
+    assert other.hf_config["eos_token_id"] == 5
+    assert one != build_model(LLAMA | {"rms_norm_eps": 1e-5})
+
+
+@pytest.mark.parametrize("config", [LLAMA, LLAMA | {"tie_word_embeddings": True}, BLOOM])
+def test_axes_and_names_and_shapes_fit_each_other(config):
+    model = build_model(config)
+    shapes, axes = flatten(model.abstract_params(jnp.bfloat16)), flatten(model.logical_axes())
+    assert shapes.keys() == axes.keys() == model.hf_names().keys()
+    sizes = {"layers": 2, "vocab": 32, "embed": 8}
+    for path, leaf in shapes.items():
+        assert leaf.dtype == jnp.bfloat16
+        for axis, size in zip(axes[path], leaf.shape, strict=True):
+            assert sizes.get(axis, size) == size
+    assert ("lm_head", "kernel") not in shapes or not config.get("tie_word_embeddings")
+
+
+def test_module_names_are_those_of_hugging_face():
+    llama, bloom = build_model(LLAMA), build_model(BLOOM)
+    path = ("layers", "self_attn", "q_proj", "kernel")
+    assert llama.module_name(path, 1) == "model.layers.1.self_attn.q_proj"
+    assert llama.module_name(("lm_head", "kernel")) == "lm_head"
+    path = ("layers", "mlp", "dense_h_to_4h", "kernel")
+    assert bloom.module_name(path, 0) == "transformer.h.0.mlp.dense_h_to_4h"
+    assert bloom.hf_names()[path].name(1) == "transformer.h.1.mlp.dense_h_to_4h.weight"
+    with pytest.raises(ValueError, match="say which layer is meant"):
+        bloom.module_name(path)
+
+
+def test_random_parameters_start_as_said(key):
+    model = build_model(LLAMA | {"vocab_size": 4096, "initializer_range": 0.1})
+    params = model.init_params(key, jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+    np.testing.assert_array_equal(params["norm"]["scale"].astype(jnp.float32), 1.0)
+    table = params["embed_tokens"]["embedding"].astype(jnp.float32)
+    assert abs(table.std() - 0.1) < 0.002
+    assert abs(table.mean()) < 0.002
+    kernel = params["layers"]["mlp"]["up_proj"]["kernel"]
+    assert not np.array_equal(kernel[0], kernel[1])
+
+
+def test_random_parameters_drawn_in_several_goes_are_all_different(key, monkeypatch):
+    monkeypatch.setattr("peft_jax.models.causal_lm._DRAWN_AT_ONCE", 600)
+    params = build_model(LLAMA | {"vocab_size": 33}).init_params(key)
+    leaves = [leaf for leaf in jax.tree.leaves(params) if leaf.std() > 0]
+    assert all(abs(leaf.std() - 0.02) < 0.01 for leaf in leaves)
+    assert len({float(leaf.ravel()[0]) for leaf in leaves}) == len(leaves) == 9
+
+
+def test_parameters_of_another_model_are_refused(key):
+    model = build_model(LLAMA)
+    params = model.init_params(key)
+    tokens = jnp.zeros((1, 3), jnp.int32)
+    bias = {**params, "norm": {**params["norm"], "bias": jnp.zeros(8)}}
+    with pytest.raises(ValueError, match=r"they have norm\.bias, not known here"):
+        model(bias, tokens)
+    with pytest.raises(ValueError, match=r"they lack norm\.scale"):
+        model({**params, "norm": {}}, tokens)

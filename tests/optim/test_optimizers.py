@@ -1,0 +1,238 @@
+"""Composed optimisers against optax's own, and against the order of their parts written out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from peft_jax.optim import (
+    NO_DECAY,
+    OPTIMIZERS,
+    MixingSettings,
+    OptimizerSettings,
+    ScheduleSettings,
+    decay_mask,
+    hybrid_mixing,
+    learning_rate_schedule,
+    make_optimizer,
+    mixing_weights,
+)
+
+CONSTANT = ScheduleSettings(name="constant")
+COSINE = ScheduleSettings(name="cosine", warmup_steps=2, final_fraction=0.1)
+
+
+def lora_tree(seed, scale=1.0):
+    rng = np.random.default_rng(seed)
+    leaf = lambda *shape: jnp.asarray(scale * rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    return {
+        "layers": {
+            "q_proj": {"kernel": {"a": leaf(2, 6, 3), "b": leaf(2, 3, 6)}},
+            "input_layernorm": {"scale": leaf(2, 6)},
+        }
+    }
+
+
+def hybrid_tree(seed, scale=1.0):
+    rng = np.random.default_rng(seed)
+    leaf = lambda *shape: jnp.asarray(scale * rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    kernel = {
+        "low_rank": {"a": leaf(2, 6, 3), "b": leaf(2, 3, 6)},
+        "rotation": {"r": 10 * leaf(2, 1, 3, 1), "scale": leaf(2, 6)},
+    }
+    return {"layers": {"q_proj": {"kernel": kernel}}, "norm": {"scale": leaf(6)}}
+
+
+def run(optimizer, make_tree, steps=5):
+    """The parameters after some steps of random gradients, and the state."""
+    params = make_tree(0)
+    state = optimizer.init(params)
+    update = jax.jit(optimizer.update)
+    for step in range(steps):
+        updates, state = update(make_tree(step + 1), state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def assert_same(found, wanted, rtol=1e-5):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-7), found, wanted)
+
+
+def in_optax(name, rate, **kwargs):
+    weights_only = lambda tree: decay_mask(tree)  # noqa: E731
+    return {
+        "adamw": lambda: optax.adamw(rate, weight_decay=0.1, mask=weights_only, **kwargs),
+        "adam": lambda: optax.adam(rate, **kwargs),
+        "nadamw": lambda: optax.nadamw(rate, weight_decay=0.1, mask=weights_only, **kwargs),
+        "lion": lambda: optax.lion(rate, weight_decay=0.1, mask=weights_only, **kwargs),
+        "adafactor": lambda: optax.adafactor(rate, **kwargs),
+        "rmsprop": lambda: optax.rmsprop(rate, **kwargs),
+        "sgd": lambda: optax.sgd(rate, **kwargs),
+    }[name]()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_agrees_with_optax(name):
+    decay = 0.1 if name in ("adamw", "nadamw", "lion") else 0.0
+    settings = OptimizerSettings(
+        name=name, learning_rate=0.01, weight_decay=decay, clip_norm=None, schedule=COSINE
+    )
+    schedule = learning_rate_schedule(settings, 10)
+    found, _ = run(make_optimizer(settings, 10), lora_tree)
+    with jax.numpy_dtype_promotion("standard"):
+        wanted, _ = run(in_optax(name, schedule), lora_tree)
+    assert_same(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "in_optax_names"),
+    [
+        ("adamw", {"b1": 0.5, "b2": 0.7, "eps": 1e-2}, {"b1": 0.5, "b2": 0.7, "eps": 1e-2}),
+        ("lion", {"b1": 0.5, "b2": 0.7}, {"b1": 0.5, "b2": 0.7}),
+        ("rmsprop", {"b2": 0.7, "eps": 1e-2}, {"decay": 0.7, "eps": 1e-2}),
+        ("sgd", {"b1": 0.7}, {"momentum": 0.7}),
+    ],
+)
+def test_constants_reach_the_optimizer(name, given, in_optax_names):
+    decay = 0.1 if name in ("adamw", "lion") else 0.0
+    settings = OptimizerSettings(
+        name=name,
+        learning_rate=0.01,
+        weight_decay=decay,
+        clip_norm=None,
+        schedule=CONSTANT,
+        **given,
+    )
+    found, _ = run(make_optimizer(settings, 10), lora_tree)
+    with jax.numpy_dtype_promotion("standard"):
+        wanted, _ = run(in_optax(name, 0.01, **in_optax_names), lora_tree)
+    assert_same(found, wanted)
+
+
+def test_clipping_bounds_the_gradient():
+    settings = OptimizerSettings(name="sgd", learning_rate=0.5, clip_norm=2.0, schedule=CONSTANT)
+    optimizer = make_optimizer(settings, 10)
+    gradients = lora_tree(1, scale=100.0)
+    updates, _ = optimizer.update(gradients, optimizer.init(gradients), gradients)
+    assert float(optax.tree.norm(updates)) == pytest.approx(1.0, rel=1e-5)
+    small = lora_tree(1, scale=1e-3)
+    updates, _ = optimizer.update(small, optimizer.init(small), small)
+    assert_same(updates, jax.tree.map(lambda g: -0.5 * g, small))
+
+
+@pytest.mark.parametrize("rule", ["proportional", "inverse", "predicted_decrease"])
+def test_mixing_sits_between_clipping_and_the_rate(rule):
+    """The composition equals: clip, mix the unit-rate optimiser's steps, times the rate."""
+    settings = OptimizerSettings(learning_rate=0.01, clip_norm=0.5, schedule=COSINE)
+    mixing = MixingSettings(rule=rule)
+    found, state = run(make_optimizer(settings, 10, mixing=mixing), hybrid_tree)
+
+    with jax.numpy_dtype_promotion("standard"):
+        by_hand = optax.chain(
+            optax.clip_by_global_norm(0.5),
+            hybrid_mixing(optax.adam(1.0), mixing),
+            optax.scale_by_schedule(learning_rate_schedule(settings, 10)),
+        )
+        wanted, wanted_state = run(by_hand, hybrid_tree)
+    assert_same(found, wanted)
+    np.testing.assert_allclose(
+        mixing_weights(state)["layers"], mixing_weights(wanted_state)["layers"], rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("rule", ["proportional", "inverse"])
+def test_clipping_does_not_touch_the_mixing(rule):
+    mixing = MixingSettings(rule=rule)
+    weights = []
+    for clip_norm in (None, 1e-3):
+        settings = OptimizerSettings(clip_norm=clip_norm, schedule=CONSTANT)
+        _, state = run(make_optimizer(settings, 10, mixing=mixing), hybrid_tree, steps=1)
+        weights.append(mixing_weights(state)["layers"])
+    np.testing.assert_allclose(weights[0], weights[1], rtol=1e-4)
+    assert np.all(np.abs(weights[0] - 0.5) > 0.05)
+
+
+def test_weight_decay_leaves_rotations_norms_and_lora_ga_alone():
+    settings = OptimizerSettings(
+        learning_rate=0.1, weight_decay=0.5, clip_norm=None, schedule=CONSTANT
+    )
+    params = {"layers": lora_tree(0)["layers"], "head": hybrid_tree(0)["layers"]["q_proj"]}
+    optimizer = make_optimizer(settings, 10)
+    zero = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zero, optimizer.init(params), params)
+    kernel = params["layers"]["q_proj"]["kernel"]
+    for name in ("a", "b"):
+        found = updates["layers"]["q_proj"]["kernel"][name]
+        np.testing.assert_allclose(found, -0.05 * kernel[name], rtol=1e-6)
+    still = {"head": updates["head"], "norm": updates["layers"]["input_layernorm"]}
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(still))
+
+
+def test_more_can_be_kept_from_decay():
+    mask = decay_mask(lora_tree(0), (*NO_DECAY, "a", "b"))
+    assert not any(jax.tree.leaves(mask))
+    assert all(jax.tree.leaves(decay_mask(lora_tree(0), ())))
+
+
+def test_bfloat16_parameters_have_float32_moments_and_one_compilation():
+    settings = OptimizerSettings(learning_rate=0.01, weight_decay=0.1, schedule=CONSTANT)
+    optimizer = make_optimizer(settings, 10)
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), lora_tree(0))
+    state = optimizer.init(params)
+    traces = 0
+
+    @jax.jit
+    def step(params, state):
+        nonlocal traces
+        traces += 1
+        gradients = jax.tree.map(lambda p: jnp.full_like(p, 1e-3), params)
+        updates, state = optimizer.update(gradients, state, params)
+        with jax.numpy_dtype_promotion("standard"):
+            return optax.apply_updates(params, updates), state
+
+    for _ in range(3):
+        params, state = step(params, state)
+    assert traces == 1
+    floats = {leaf.dtype for leaf in jax.tree.leaves(state) if leaf.dtype != jnp.int32}
+    assert floats == {jnp.dtype(jnp.float32)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_converges(name):
+    rate = 0.3 if name in ("sgd", "adafactor") else 0.1
+    settings = OptimizerSettings(
+        name=name, learning_rate=rate, clip_norm=None, schedule=ScheduleSettings(warmup_steps=5)
+    )
+    optimizer = make_optimizer(settings, 150)
+    start, target = lora_tree(4), lora_tree(3)
+
+    def loss(params):
+        return optax.tree.norm(jax.tree.map(jnp.subtract, params, target), squared=True)
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    (params, _), _ = jax.lax.scan(step, (start, optimizer.init(start)), length=150)
+    assert float(loss(params)) < 0.02 * float(loss(start))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"name": "adamv"}, "name is 'adamv', which is not known; did you mean 'adam"),
+        ({"learning_rate": -1.0}, "learning_rate must be a number above 0, but is -1.0"),
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0, but is -0.1"),
+        ({"clip_norm": 0.0}, "clip_norm must be a number above 0, but is 0.0"),
+        ({"name": "adam", "weight_decay": 0.1}, "adam has no weight decay; use adamw"),
+        ({"name": "lion", "eps": 1e-8}, "lion has no eps; it takes b1, b2"),
+        ({"name": "adafactor", "b1": 0.9}, "adafactor has no b1; it takes none of b1, b2 and eps"),
+        ({"b2": 1.0}, "b2 must be at least 0 and below 1, but is 1.0"),
+    ],
+)
+def test_settings_are_checked(given, message):
+    with pytest.raises(ValueError, match=message):
+        OptimizerSettings(**given)

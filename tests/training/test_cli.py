@@ -1,0 +1,128 @@
+"""`train.py` as a user meets it: one message and exit code 2 for whatever is refused."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(*flags: str) -> list[str]:
+    return [sys.executable, str(ROOT / "train.py"), *flags]
+
+
+def environment() -> dict[str, str]:
+    """One device, as on a user's machine; and no more threads than a test may take."""
+    return {**os.environ, "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
+
+def train(*flags: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(*flags), capture_output=True, text=True, check=False, env=environment(), cwd=ROOT
+    )
+
+
+@pytest.fixture(scope="module")
+def flags(checkpoint, data):
+    """The flags of a run that is too long to finish before it is stopped."""
+    return [
+        "--config=configs/finetune.py:hybrid,precision=float32",
+        f"--config.model.path={checkpoint}",
+        "--config.data.recipe=alpaca",
+        f"--config.data.path={data / 'words'}",
+        "--config.data.prompt_template={instruction}",
+        "--config.data.completion_template= {output}",
+        "--config.method.target_modules=q_proj,down_proj",
+        "--config.method.rank=2",
+        "--config.method.block_size=4",
+        "--config.method.dropout=0.1",
+        "--config.train.steps=60",
+        "--config.train.batch_size=4",
+        "--config.train.max_length=16",
+        "--config.checkpoint.every=7",
+        "--config.evaluate.every=20",
+        "--config.logging.tensorboard=False",
+    ]
+
+
+REFUSED = [
+    (["--config=nowhere.py"], "there is no configuration file nowhere.py"),
+    (["--config=configs/finetune.py:loar"], "there is no method 'loar'; did you mean 'lora'"),
+    (["--config.train.stesp=3"], "train.stesp is not a setting; did you mean 'steps'"),
+    (["--config.trian.steps=3"], "trian"),
+    (["--config.train.steps=many"], "train.steps must be an integer; it is 'many'"),
+    (["--confg=x"], "Unknown command line flag 'confg'. Did you mean: config"),
+    (["--config.method.target_modules=qproj"], "did you mean 'q_proj'"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), REFUSED, ids=[" ".join(w) for w, _ in REFUSED])
+def test_refused_with_one_message(flags, tmp_path, wrong, message):
+    given = flags[1:] if wrong[0].startswith("--config=") else flags
+    begin, end = (wrong, []) if wrong[0].startswith("--config=") else ([], wrong)
+    result = train(*begin, *given, *end, f"--workdir={tmp_path / 'run'}")
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def wait_for(path: Path, step: int, process: subprocess.Popen) -> None:
+    """Returns once the metrics have a step, or fails with what the process said."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            pytest.fail(f"the run ended by itself:\n{process.communicate()[1]}")
+        if path.is_file() and f'"step": {step}, "split": "train"' in path.read_text():
+            return
+        time.sleep(0.002)
+    pytest.fail(f"step {step} was not reached")
+
+
+def untimed(workdir: Path) -> list[dict]:
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "timing"} for line in lines]
+
+
+@pytest.mark.slow
+def test_stopped_twice_and_killed_ends_bit_for_bit_as_uninterrupted(flags, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    result = train(*flags, f"--workdir={whole}")
+    assert result.returncode == 0, result.stderr
+
+    for step, number, code in ((12, signal.SIGTERM, 143), (26, signal.SIGKILL, -signal.SIGKILL)):
+        process = subprocess.Popen(
+            command(*flags, f"--workdir={broken}"),
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+            cwd=ROOT,
+        )
+        wait_for(broken / "metrics.jsonl", step, process)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == code, said
+        assert not (broken / "summary.json").exists()
+    steps = sorted(int(p.name) for p in (broken / "checkpoints").iterdir() if p.name.isdigit())
+    shutil.rmtree(broken / "checkpoints" / str(steps[-1]) / "arrays" / "d")
+
+    result = train(*flags, f"--workdir={broken}")
+    assert result.returncode == 0, result.stderr
+    assert f"going on from step {steps[-2]} of 60" in result.stderr
+    assert "damaged" in result.stderr
+    for name in ("peft_jax_adapter.safetensors", "peft_jax_adapter.json"):
+        assert (broken / "adapter" / name).read_bytes() == (whole / "adapter" / name).read_bytes()
+    assert untimed(broken) == untimed(whole)
+
+
+def test_help_names_the_flags():
+    result = train("--help")
+    assert "--workdir" in result.stdout
+    assert "--config" in result.stdout

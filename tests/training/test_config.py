@@ -1,0 +1,128 @@
+"""Configurations: every key known, every value of its type, and the way back."""
+
+import json
+import re
+
+import pytest
+from ml_collections import ConfigDict
+
+from peft_jax.adapters import METHODS, Hybrid
+from peft_jax.training import RunConfig, default_config, from_config_dict
+
+
+def config(**changes) -> ConfigDict:
+    """A complete configuration with changes by dotted name."""
+    made = default_config()
+    given = {
+        "model.path": "somewhere",
+        "method.name": "lora",
+        "data.recipe": "gsm8k",
+        "train.steps": 10,
+        "train.batch_size": 4,
+        "train.learning_rate": 1e-3,
+        "train.max_length": 64,
+    } | changes
+    for name, value in given.items():
+        *sections, key = name.split(".")
+        holder = made
+        for section in sections:
+            holder = holder[section]
+        holder[key] = value
+    return made
+
+
+def test_the_common_settings():
+    run = from_config_dict(config(**{"method.rank": 16, "seed": 7, "data.path": "here"}))
+    assert (run.model.path, run.data.path, run.data.recipe) == ("somewhere", "here", "gsm8k")
+    assert (run.method.name, run.method.method.rank) == ("lora", 16)
+    assert (run.train.steps, run.train.batch_size, run.train.max_length) == (10, 4, 64)
+    assert run.optimizer.learning_rate == run.train.learning_rate == 1e-3
+    assert run.seed == 7
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_json_gives_the_same_configuration_back(name):
+    run = from_config_dict(
+        config(
+            **{
+                "method.name": name,
+                "method.target_modules": ("q_proj", "v_proj"),
+                "method.modules_to_save": "norm",
+                "optimizer.schedule.warmup_ratio": 0.1,
+                "data.columns": {"question": "the.question"},
+            }
+        )
+    )
+    mapping = json.loads(json.dumps(run.to_mapping()))
+    assert RunConfig.from_mapping(mapping) == run
+    assert mapping["method"]["name"] == name
+    assert mapping["data"]["columns"] == {"question": "the.question"}
+
+
+def test_every_section_is_at_its_default():
+    """The placeholders of `default_config` stand for what the dataclasses have."""
+    run = from_config_dict(config())
+    assert run == RunConfig.from_mapping(
+        {
+            "model": {"path": "somewhere"},
+            "method": {"name": "lora"},
+            "data": {"recipe": "gsm8k"},
+            "train": {"steps": 10, "batch_size": 4, "learning_rate": 1e-3, "max_length": 64},
+        }
+    )
+
+
+def test_method_settings_reach_the_method():
+    run = from_config_dict(
+        config(**{"method.name": "hybrid", "method.block_size": 4, "method.unitary_modules": "a,b"})
+    )
+    assert run.method.method == Hybrid(block_size=4, unitary_modules=("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sede": 3}, "sede is not a setting; did you mean 'seed'?"),
+        ({"train.step": 3}, "train.step is not a setting; did you mean 'steps'?"),
+        ({"trian": {"steps": 3}}, "trian is not a setting; did you mean 'train'?"),
+        ({"method.rnak": 3}, "method.rnak is not a setting; did you mean 'rank'"),
+        ({"method.name": "loar"}, "method.name is 'loar'; did you mean 'lora'"),
+        ({"method.name": None}, "method.name must be given; known: full, lora"),
+        ({"method.block_size": 8}, "method.block_size is a setting of boft, hybrid, not of 'lora'"),
+        ({"method.init_batches": 8}, "method.init_batches is given, but only methods that start"),
+        ({"method.rank": "eight"}, "method.rank must be an integer; it is 'eight'"),
+        ({"method.rank": 0}, "method: rank must be"),
+        ({"method.dtype": "float8"}, "method.dtype is 'float8'"),
+        ({"mixing.rule": "fixed"}, "mixing.rule is given, but only the hybrid has branches"),
+        ({"model.path": None}, "model.path must be given"),
+        ({"model.path": ""}, "model: path is empty"),
+        ({"data.recipe": None}, "data.recipe must be given"),
+        ({"data.shuffle": 1}, "data.shuffle must be true or false; it is 1"),
+        ({"data.on_bad_row": "ignore"}, "data.on_bad_row is 'ignore'"),
+        ({"train.steps": 1.5}, "train.steps must be an integer; it is 1.5"),
+        ({"train.steps": 0}, "steps must be a whole number of at least 1"),
+        ({"train.steps": True}, "train.steps must be an integer; it is True"),
+        ({"train.learning_rate": -1.0}, "learning_rate must be a number above 0"),
+        ({"train.gradient_accumulation": 3}, "cannot be cut into gradient_accumulation 3 equal"),
+        ({"train.max_length": 1}, "max_length is 1"),
+        ({"optimizer.learning_rate": 1.0}, "it is called train.learning_rate"),
+        ({"optimizer.name": "adamv"}, "did you mean 'adam' or 'adamw'"),
+        ({"optimizer.schedule.nmae": "x"}, "optimizer.schedule.nmae is not a setting"),
+        ({"checkpoint.keep": 1}, "keep is 1; at least 2"),
+        ({"parallel.data": 0}, "data must be at least 1"),
+        ({"seed": -1}, "seed is -1"),
+    ],
+)
+def test_what_is_wrong_is_named(changes, message):
+    made = config(**changes)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        from_config_dict(made)
+
+
+def test_targets_may_be_names_between_commas_or_one_expression():
+    names = from_config_dict(config(**{"method.target_modules": "q_proj, mlp.up_proj"}))
+    assert names.method.spec.target_modules == ("q_proj", "mlp.up_proj")
+    expression = from_config_dict(config(**{"method.target_modules": r".*\.(q|v)_proj"}))
+    assert expression.method.spec.target_modules == r".*\.(q|v)_proj"
+    everything = from_config_dict(config())
+    assert everything.method.spec.target_modules == "all-linear"

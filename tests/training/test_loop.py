@@ -1,0 +1,313 @@
+"""Whole runs: what they leave, and that a stopped one ends where an uninterrupted one ends."""
+
+import json
+import os
+import shutil
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from peft_jax.adapters import method_settings
+from peft_jax.data import TrainData
+from peft_jax.hub import load_adapter, load_model
+from peft_jax.training import (
+    InterruptedRunError,
+    NonFiniteError,
+    RefusedError,
+    TrainStep,
+    run,
+)
+from peft_jax.training.metrics import read_records
+from peft_jax.training.step import summed_loss
+
+METHODS = ("full", "lora", "lora_ga", "boft", "unitary", "hybrid")
+SMALL = {"rank": 2, "block_size": 4}
+
+
+def small(name: str) -> dict:
+    """A method's settings, small enough for the tiny model."""
+    return {f"method.{k}": v for k, v in SMALL.items() if k in method_settings(name)}
+
+
+def untimed(workdir):
+    """The records of a run without what depends on the clock."""
+    return [
+        {name: value for name, value in record.items() if name != "timing"}
+        for record in read_records(workdir / "metrics.jsonl")
+    ]
+
+
+def adapter_bytes(workdir):
+    return (workdir / "adapter" / "peft_jax_adapter.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    """A finished run with the hybrid, dropout, accumulation and evaluation on the way."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    summary = run(hybrid(tiny), workdir)
+    return workdir, summary
+
+
+def hybrid(tiny, **changes):
+    settings = {
+        "method.name": "hybrid",
+        "method.dropout": 0.1,
+        "train.gradient_accumulation": 2,
+        "evaluate.every": 3,
+        "optimizer.schedule.warmup_steps": 2,
+        **small("hybrid"),
+    }
+    return tiny(**(settings | changes))
+
+
+def test_what_a_run_leaves(finished):
+    workdir, summary = finished
+    present = {path.name for path in workdir.iterdir()}
+    assert {"config.json", "metrics.jsonl", "checkpoints", "adapter", "summary.json"} < present
+    pictures = {path.name for path in (workdir / "report").iterdir()}
+    assert pictures == {"README.md", "loss.png", "learning_rate.png", "gradients.png", "lambda.png"}
+    assert json.loads((workdir / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    assert summary["loss_after"] < summary["loss_before"]
+    assert summary["steps"] == 6
+    page = (workdir / "report" / "README.md").read_text()
+    assert f"{summary['loss_after']:.5g}" in page
+
+
+def test_records_have_every_step_once(finished):
+    workdir, _ = finished
+    records = untimed(workdir)
+    assert [r["step"] for r in records if r["split"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in records if r["split"] == "held_out"] == [0, 3, 6]
+    train = [r for r in records if r["split"] == "train"]
+    for record in train:
+        weights = record["lambda"]["layers"]
+        assert len(weights) == 2
+        assert all(0 < weight < 1 for weight in weights)
+        norms = record["grad_norm_by_layer"]
+        whole = np.sqrt(sum(np.square(norms[branch]).sum() for branch in norms))
+        np.testing.assert_allclose(record["grad_norm"], whole, rtol=1e-5)
+        # The paper's rule, from what is logged beside it.
+        low, rotation = np.array(norms["low_rank"]), np.array(norms["rotation"])
+        np.testing.assert_allclose(weights, low / (low + rotation), rtol=1e-5)
+    np.testing.assert_allclose(train[0]["learning_rate"], 0.02 / 3, rtol=1e-6)
+
+
+def test_the_adapter_loads_and_does_what_was_measured(finished, tiny, checkpoint):
+    from peft_jax.data import build_data
+    from peft_jax.training.prepare import load_tokenizer
+
+    workdir, summary = finished
+    model, params = load_model(checkpoint)
+    spec, adapter = load_adapter(workdir / "adapter", model, params)
+    start = adapter.constant["layers"]["mlp"]["down_proj"]["kernel"]["low_rank"]["a0"]
+    end = adapter.trainable["layers"]["mlp"]["down_proj"]["kernel"]["low_rank"]["a"]
+    assert np.abs(np.asarray(end - start)).max() > 1e-3
+    config = hybrid(tiny)
+    _, held_out = build_data(
+        config.data, load_tokenizer(workdir / "adapter"), batch_size=4, max_length=16, seed=0
+    )
+    bound, total, count = spec.merge(params, adapter), 0.0, 0.0
+    for batch in held_out:
+        loss, weight = summed_loss(model, bound, jax.tree.map(jnp.asarray, batch), chunk_size=16)
+        total, count = total + float(loss), count + float(weight)
+    np.testing.assert_allclose(summary["loss_after"], total / count, rtol=1e-4)
+
+
+def test_a_finished_run_is_not_run_again(finished, tiny, listener):
+    workdir, summary = finished
+    before = adapter_bytes(workdir)
+    again = run(hybrid(tiny), workdir, reporter=listener)
+    assert again == json.loads(json.dumps(summary))
+    assert "finished" in listener.text
+    assert adapter_bytes(workdir) == before
+
+
+class StopAt:
+    """Sends a signal to this process at the start of a step's batch."""
+
+    def __init__(self, monkeypatch, step, number):
+        real, taken = TrainData.__next__, [0]
+
+        def counted(data):
+            taken[0] += 1
+            if taken[0] == step:
+                os.kill(os.getpid(), number)
+            return real(data)
+
+        monkeypatch.setattr(TrainData, "__next__", counted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_ends_bit_for_bit_the_same(
+    finished, tiny, tmp_path, monkeypatch, listener, number
+):
+    reference, _ = finished
+    workdir = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        StopAt(patch, 6, number)  # the gradient's start takes two batches, so this is step 4
+        with pytest.raises(InterruptedRunError, match="stopped after step 4 of 6") as stopped:
+            run(hybrid(tiny), workdir, reporter=listener)
+    assert stopped.value.exit_code == 128 + number
+    assert not (workdir / "summary.json").exists()
+    run(hybrid(tiny), workdir, reporter=listener)
+    assert "going on from step 4 of 6" in listener.text
+    assert adapter_bytes(workdir) == adapter_bytes(reference)
+    assert untimed(workdir) == untimed(reference)
+
+
+def test_base_is_never_written(finished, checkpoint, tiny, tmp_path):
+    files = {p: p.read_bytes() for p in checkpoint.rglob("*") if p.is_file()}
+    stored = sum(
+        p.stat().st_size
+        for p in (finished[0] / "checkpoints").rglob("*")
+        if p.is_file() and "arrays" in p.parts
+    )
+    assert stored > 0
+    run(tiny(), tmp_path / "run")
+    assert {p: p.read_bytes() for p in checkpoint.rglob("*") if p.is_file()} == files
+
+
+@pytest.fixture
+def stopped(finished, tiny, tmp_path):
+    """The finished run's folder as a process leaves it that is killed after step 5."""
+    workdir = tmp_path / "killed"
+    shutil.copytree(finished[0], workdir)
+    (workdir / "summary.json").unlink()
+    for name in ("adapter", "report", "checkpoints/6"):
+        shutil.rmtree(workdir / name)
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    kept = [line for line in lines if json.loads(line)["step"] < 6]
+    (workdir / "metrics.jsonl").write_text("\n".join(kept) + '\n{"step": 6, "sp')
+    return workdir
+
+
+def test_killed_between_checkpoints(finished, stopped, tiny, listener):
+    run(hybrid(tiny), stopped, reporter=listener)
+    assert "going on from step 4" in listener.text
+    assert adapter_bytes(stopped) == adapter_bytes(finished[0])
+    assert untimed(stopped) == untimed(finished[0])
+
+
+def test_a_damaged_checkpoint_is_passed_over(finished, stopped, tiny, listener):
+    target = max(
+        (p for p in (stopped / "checkpoints" / "4" / "arrays").rglob("*") if p.is_file()),
+        key=lambda p: p.stat().st_size,
+    )
+    target.write_bytes(target.read_bytes()[:-7])
+    run(hybrid(tiny), stopped, reporter=listener)
+    assert "damaged" in listener.text
+    assert "going on from step 2" in listener.text
+    assert adapter_bytes(stopped) == adapter_bytes(finished[0])
+    assert untimed(stopped) == untimed(finished[0])
+
+
+def test_going_on_with_other_settings_is_refused_by_name(stopped, tiny):
+    with pytest.raises(RefusedError) as refused:
+        run(hybrid(tiny, seed=1, **{"train.learning_rate": 0.5}), stopped)
+    message = str(refused.value)
+    assert "seed: 0 there, 1 now" in message
+    assert "train.learning_rate: 0.02 there, 0.5 now" in message
+    assert "batch_size" not in message
+
+
+def test_going_on_with_settings_that_do_not_matter(finished, stopped, tiny, listener):
+    run(hybrid(tiny, **{"checkpoint.keep": 5, "logging.every": 2}), stopped, reporter=listener)
+    assert "checkpoint.keep was 3 and is 5" in listener.text
+    assert adapter_bytes(stopped) == adapter_bytes(finished[0])
+
+
+def test_results_without_their_configuration_are_not_overwritten(stopped, tiny):
+    (stopped / "config.json").unlink()
+    with pytest.raises(RefusedError, match=r"no config\.json"):
+        run(hybrid(tiny), stopped)
+
+
+def test_two_runs_in_one_folder_are_refused(stopped, tiny):
+    from peft_jax.training.files import locked
+
+    with locked(stopped / ".lock"), pytest.raises(RefusedError, match="in use by another run"):
+        run(hybrid(tiny), stopped)
+
+
+def test_non_finite_loss_names_the_step_and_the_last_good_checkpoint(tiny, tmp_path, monkeypatch):
+    real, taken = TrainData.__next__, [0]
+
+    def spoilt(data):
+        taken[0] += 1
+        batch = real(data)
+        return batch.replace(loss_mask=batch.loss_mask * np.nan) if taken[0] == 4 else batch
+
+    monkeypatch.setattr(TrainData, "__next__", spoilt)
+    with pytest.raises(NonFiniteError) as stopped:
+        run(tiny(**{"checkpoint.every": 1}), tmp_path / "run")
+    assert "step 4: the loss is nan" in str(stopped.value)
+    assert f"last good checkpoint: {tmp_path / 'run' / 'checkpoints' / '3'}" in str(stopped.value)
+    records = [r for r in untimed(tmp_path / "run") if r["split"] == "train"]
+    assert [r["step"] for r in records] == [1, 2, 3, 4]
+    assert records[-1]["loss"] is None
+    present = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert "3" in present
+    assert "4" not in present
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("full", "lora") else pytest.mark.slow)
+        for name in METHODS
+    ],
+)
+def test_every_method_learns_and_compiles_its_step_once(name, tiny, tmp_path, monkeypatch):
+    steps = []
+    real = TrainStep.__init__
+
+    def remember(self, *args, **kwargs):
+        real(self, *args, **kwargs)
+        steps.append(self)
+
+    monkeypatch.setattr(TrainStep, "__init__", remember)
+    targets = "all-linear" if name == "full" else "q_proj,down_proj"
+    config = tiny(
+        **{
+            "method.name": name,
+            "method.target_modules": targets,
+            "train.steps": 8,
+            **small(name),
+        }
+    )
+    summary = run(config, tmp_path / "run")
+    assert [step.traces for step in steps] == [1]
+    assert summary["loss_after"] < summary["loss_before"]
+    assert (tmp_path / "run" / "model").exists() == (name == "full")
+
+
+def test_several_devices_train_as_one_does(tiny, tmp_path):
+    alone = run(tiny(), tmp_path / "one")
+    shared = run(tiny(**{"parallel.devices": 4, "parallel.fsdp": 2}), tmp_path / "four")
+    assert len(jax.devices()) >= 4
+    np.testing.assert_allclose(shared["loss_after"], alone["loss_after"], rtol=1e-5)
+
+
+def test_classification_measures_the_preferred_label(tiny, data, tmp_path):
+    config = tiny(
+        **{
+            "method.name": "full",
+            "method.target_modules": "all-linear",
+            "export.merged": False,
+            "data.recipe": "sst2",
+            "data.path": str(data / "sentiment"),
+            "data.prompt_template": "{sentence}",
+            "data.completion_template": " {label}",
+            "data.label_words": "bad,good",
+            "train.steps": 60,
+            "train.learning_rate": 0.005,
+            "checkpoint.every": 0,
+        }
+    )
+    summary = run(config, tmp_path / "run")
+    assert summary["before"]["accuracy"] < 1.0
+    assert summary["after"]["accuracy"] == 1.0
