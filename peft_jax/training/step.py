@@ -14,6 +14,7 @@ from peft_jax.core import Path, Tree, flatten, is_stacked
 from peft_jax.data import Batch
 from peft_jax.models import CausalLM
 from peft_jax.optim import mixing_weights
+from peft_jax.parallel import constrain
 from peft_jax.training.losses import chunked_cross_entropy
 from peft_jax.training.state import TrainState
 
@@ -43,6 +44,8 @@ def summed_loss(
     hidden, _ = model.hidden_states(
         params, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids
     )
+    # The head's vocabulary is cut along "tensor", so its tokens cannot be as well.
+    hidden = constrain(hidden, ("batch", "sequence", None))
     return chunked_cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]),
         model.head_kernel(params),
