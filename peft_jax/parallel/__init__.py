@@ -16,7 +16,7 @@ from peft_jax.parallel.activations import (
     over_shards,
     spans,
 )
-from peft_jax.parallel.arithmetic import Count, count_arithmetic
+from peft_jax.parallel.arithmetic import Count, count_arithmetic, count_jaxpr
 from peft_jax.parallel.chips import Chip, find_chip
 from peft_jax.parallel.collectives import Collective, read_collectives
 from peft_jax.parallel.mesh import MESH_AXES, MeshSettings, make_mesh
@@ -43,6 +43,7 @@ __all__ = [
     "constrain",
     "constrain_features",
     "count_arithmetic",
+    "count_jaxpr",
     "find_chip",
     "find_topology",
     "make_mesh",

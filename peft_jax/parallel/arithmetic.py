@@ -131,7 +131,6 @@ def _cholesky(equation: Any) -> float:
 
 _FORMULAS: dict[str, Callable[[Any], float]] = {
     "dot_general": _dot_general,
-    
     "fft": _fft,
     "lu": _lu,
     "triangular_solve": _triangular_solve,

@@ -16,7 +16,9 @@ _BYTES = {"pred": 1, "c64": 8, "c128": 16, "token": 0}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
-_CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
+)
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _OPERATION = re.compile(rf"\s({'|'.join(KINDS)})(-start)?\(([^)]*)\)")
 _WHILE = re.compile(r"\swhile\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
@@ -116,7 +118,9 @@ def _computations(text: str) -> Iterator[tuple[str, _Computation]]:
 
 
 def _called(line: str) -> list[str]:
-    branches = [one.strip().lstrip("%") for m in _BRANCHES.finditer(line) for one in m[1].split(",")]
+    branches = [
+        one.strip().lstrip("%") for m in _BRANCHES.finditer(line) for one in m[1].split(",")
+    ]
     return [m[1] for m in _CALLED.finditer(line)] + branches
 
 
@@ -192,7 +196,9 @@ def _size(dtype: str, shape: str) -> int:
 def _groups(line: str) -> np.ndarray | None:
     """The devices that exchange with one another, one row a group; None where none are named."""
     if match := re.search(r"replica_groups=\{((?:\{[\d,]*\},?)+)\}", line):
-        return np.array([[int(n) for n in g.split(",")] for g in re.findall(r"\{([\d,]+)\}", match[1])])
+        return np.array(
+            [[int(n) for n in g.split(",")] for g in re.findall(r"\{([\d,]+)\}", match[1])]
+        )
     if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
         shape, sizes = (tuple(map(int, match[i].split(","))) for i in (1, 2))
         order = tuple(map(int, match[3].split(","))) if match[3] else tuple(range(len(sizes)))

@@ -4,9 +4,12 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
+
 from peft_jax.adapters.sketch import kernel_shape
 from peft_jax.core import Path, flatten, is_stacked
-from peft_jax.parallel import count_arithmetic
+from peft_jax.models.attention import choose_attention
+from peft_jax.parallel import Count, count_arithmetic, count_jaxpr, find_chip
 from peft_jax.training.blueprint import Blueprint
 
 
@@ -37,15 +40,22 @@ class StepArithmetic:
         return self.base + self.attention + self.adapters
 
 
-def count_step(blueprint: Blueprint) -> StepArithmetic:
+def count_step(blueprint: Blueprint, traced: jax.stages.Traced | None = None) -> StepArithmetic:
     """The arithmetic of one step, counted from its program; nothing is compiled.
+
+    Args:
+      blueprint: the run's.
+      traced: the step's program, if there is one already: where it is the plain one, it is counted.
 
     Raises:
       RuntimeError: the program has loops whose number of rounds it computes, which cannot be
         counted.
     """
-    total = _count(blueprint, remat="none")
     remat = blueprint.model.execution.remat
+    if traced is not None and _is_plain(blueprint):
+        total = _known(count_jaxpr(traced.jaxpr.jaxpr))
+    else:
+        total = _count(blueprint, remat="none")
     base, attention = _base(blueprint), _attention(blueprint)
     return StepArithmetic(
         base=base,
@@ -55,13 +65,23 @@ def count_step(blueprint: Blueprint) -> StepArithmetic:
     )
 
 
+def _is_plain(blueprint: Blueprint) -> bool:
+    """Whether a step's program computes nothing twice, on one device, and has countable loops."""
+    execution, tokens = blueprint.model.execution, blueprint.config.train.max_length
+    dense = choose_attention(execution.attention, tokens=tokens, keys=tokens) == "dense"
+    return dense and execution.remat == "none" and blueprint.mesh.size == 1
+
+
 def _count(blueprint: Blueprint, *, remat: str) -> float:
     # Dense attention: of the chunked kind's loops nobody knows how often they run.
     execution = dataclasses.replace(blueprint.model.execution, remat=remat, attention="dense")
     other = dataclasses.replace(blueprint, model=blueprint.model.with_execution(execution))
-    count = count_arithmetic(
-        other.train_step(), other.state, other.frozen, other.constant, other.batch
+    return _known(
+        count_arithmetic(other.train_step(), other.state, other.frozen, other.constant, other.batch)
     )
+
+
+def _known(count: Count) -> float:
     if count.unknown_loops:
         raise RuntimeError(
             f"the step has {count.unknown_loops} loops that cannot be counted; this is a bug"
@@ -94,3 +114,26 @@ def _attention(blueprint: Blueprint) -> float:
     config: Any = blueprint.model.config
     pairs = _tokens(blueprint) * blueprint.config.train.max_length
     return 12.0 * pairs * config.num_heads * config.head_dim * config.num_layers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Utilization:
+    """How much a run computes a second.
+
+    Attributes:
+      flops_per_second: of `StepArithmetic.total`, over all devices.
+      share_of_peak: of what the devices' makers state for bfloat16; None where that is not known.
+    """
+
+    flops_per_second: float
+    share_of_peak: float | None
+
+
+def measure_utilization(
+    arithmetic: StepArithmetic, seconds: float, devices: list[jax.Device]
+) -> Utilization:
+    """What steps of so many seconds make of the devices they run on."""
+    rate = arithmetic.total / seconds
+    chip = find_chip(devices[0].device_kind)
+    share = None if chip is None else rate / (chip.flops * len(devices))
+    return Utilization(flops_per_second=rate, share_of_peak=share)

@@ -95,8 +95,8 @@ class Blueprint:
             seed=self.config.seed,
         )
 
-    def compile_step(self) -> jax.stages.Compiled:
-        """The step as one program for these shapes: it cannot be compiled a second time."""
+    def trace_step(self) -> jax.stages.Traced:
+        """The step as a program for these shapes; lower and compile it where it is to run."""
         everywhere = jax.NamedSharding(self.mesh, jax.P())
         jitted = jax.jit(
             self.train_step(),
@@ -104,8 +104,7 @@ class Blueprint:
             out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, self.state), everywhere),
         )
         with jax.set_mesh(self.mesh):
-            lowered = jitted.lower(self.state, self.frozen, self.constant, self.batch)
-        return lowered.compile()
+            return jitted.trace(self.state, self.frozen, self.constant, self.batch)
 
 
 def draw_blueprint(config: RunConfig, model: CausalLM, mesh: jax.sharding.Mesh) -> Blueprint:

@@ -13,6 +13,7 @@ from peft_jax.data import EvalData, TrainData, build_data
 from peft_jax.hub import find_folder, open_checkpoint, read_config
 from peft_jax.hub.load import match_tensors
 from peft_jax.models import CausalLM, build_model
+from peft_jax.models.architectures import check_architecture
 from peft_jax.parallel import make_mesh
 from peft_jax.training.blueprint import Blueprint, draw_blueprint
 from peft_jax.training.config import RunConfig
@@ -67,6 +68,8 @@ def prepare(config: RunConfig, *, say: Callable[[str], None]) -> Job:
 def _prepare(config: RunConfig, say: Callable[[str], None]) -> Job:
     folder = find_folder(config.model.path, revision=config.model.revision or None)
     model = build_model(read_config(folder), config.execution)
+    if config.model.architecture:
+        check_architecture(config.model.architecture, model.config)
     if config.model.weights == "checkpoint":
         match_tensors(open_checkpoint(folder), model)
     blueprint = draw_blueprint(config, model, make_mesh(config.parallel))

@@ -116,6 +116,29 @@ class TrainStep:
         }
         return TrainState(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
 
+    def loss(
+        self,
+        trainable: Tree,
+        frozen: Tree,
+        constant: Tree,
+        rows: Batch,
+        *,
+        dropout_key: Array | None = None,
+    ) -> Float[Array, ""]:
+        """The loss of one microbatch [B, T], summed over its targets; what gradients are taken of.
+
+        Args:
+          trainable: the adapter's trained arrays.
+          frozen: as for a step.
+          constant: as for a step.
+          rows: the microbatch.
+          dropout_key: of this microbatch's dropout; None without.
+        """
+        adapter = AdapterState(trainable=trainable, constant=constant)
+        bound = self.spec.bind(frozen, adapter, dropout_key=dropout_key)
+        total, _ = summed_loss(self.model, bound, rows, chunk_size=self.chunk_size)
+        return total
+
     def _accumulate(
         self,
         state: TrainState,
@@ -128,10 +151,8 @@ class TrainStep:
         scale = 1.0 / jnp.maximum(targets, 1.0)
 
         def loss_of(trainable: Tree, rows: Batch, index: Array) -> Float[Array, ""]:
-            adapter = AdapterState(trainable=trainable, constant=constant)
-            bound = self.spec.bind(frozen, adapter, dropout_key=self._dropout_key(state, index))
-            total, _ = summed_loss(self.model, bound, rows, chunk_size=self.chunk_size)
-            return total * scale
+            key = self._dropout_key(state, index)
+            return self.loss(trainable, frozen, constant, rows, dropout_key=key) * scale
 
         def add(carry: Any, microbatch: tuple[Batch, Array]) -> tuple[Any, None]:
             one = jax.value_and_grad(loss_of)(state.trainable, *microbatch)
