@@ -6,38 +6,33 @@ r"""Fine-tunes a model as a configuration says.
 --config names a file of `configs/`, or one of yours; after a colon comes the file's own argument.
 Any setting in it can be changed: --config.method.rank=16, --config.train.learning_rate=1e-4.
 
+--plan compiles the training step for devices that need not be there (--topology=v5p:4x4x8) and
+says what it takes and whether it fits, and --search looks for the smallest devices on which it
+does: docs/planning.md.
+
 --workdir is where everything goes that the run writes. The same command again goes on from the last
 checkpoint there, wherever the run was stopped.
 
-Exit codes: 0 finished; 2 refused, nothing was done; 1 failed; 143 or 130 stopped by SIGTERM or
-Ctrl-C, with a checkpoint to go on from.
+Exit codes: 0 finished (or, with --plan, it fits); 2 refused, nothing was done; 3 planned, and it
+does not fit; 1 failed; 143 or 130 stopped by SIGTERM or Ctrl-C, with a checkpoint to go on from.
 """
 
 import os
 import re
-import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
 
-# Unknown keys are let through here: the conversion refuses them, and names the nearest known one.
-_CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "A configuration file, and after a colon its argument: configs/finetune.py:lora.",
-    lock_config=False,
-    accept_new_attributes=True,
-)
+from peft_jax import command_line
+
+_CONFIG = command_line.define_config()
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run works; by default runs/ and the configuration's name."
 )
-_TRACEBACK = flags.DEFINE_bool(
-    "traceback", False, "Show where in the program a refused run was refused."
-)
+_TRACEBACK = command_line.define_traceback()
+_PLAN = command_line.define_plan()
 
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
@@ -47,23 +42,13 @@ _DISTRIBUTED = flags.DEFINE_bool(
     "JAX_NUM_PROCESSES and JAX_PROCESS_ID.",
 )
 
-_REFUSED = 2
-
 
 def main(argv: Sequence[str]) -> None:
     """Runs the configuration of the flags, in the work directory of the flags."""
-    if len(argv) > 1:
-        _refuse(f"{argv[1]!r} is not a flag; flags begin with two dashes")
-    if _CONFIG.value is None:
-        _refuse("--config is missing, for example --config=configs/finetune.py:hybrid; see --help")
-    path, _, _ = _config_name().partition(":")
-    if not Path(path).is_file():
-        _refuse(f"there is no configuration file {path}")
-    if not isinstance(_CONFIG.value, ConfigDict):
-        _refuse(f"{_config_name()}: get_config must return a ConfigDict")
+    given = command_line.check_config(argv, _CONFIG.value)
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
-    if _DISTRIBUTED.value:
+    if _DISTRIBUTED.value and not _PLAN.wanted:
         _join_processes()
     # Imported here, so that a mistyped flag is refused at once and not after JAX has started.
     from peft_jax.training.config import from_config_dict
@@ -72,14 +57,18 @@ def main(argv: Sequence[str]) -> None:
 
     try:
         try:
-            config = from_config_dict(_CONFIG.value)
+            config = from_config_dict(given)
         except ValueError as error:
             raise RefusedError(str(error)) from error
+        if _PLAN.wanted:
+            from peft_jax.plan.command import plan_command
+
+            raise SystemExit(plan_command(config, _PLAN))
         run(config, Path(_WORKDIR.value or _default_workdir()))
     except (RefusedError, NonFiniteError, InterruptedRunError) as error:
         if _TRACEBACK.value:
             traceback.print_exc()
-        _leave(str(error), error.exit_code)
+        command_line.leave(str(error), error.exit_code)
 
 
 def _join_processes() -> None:
@@ -91,52 +80,12 @@ def _join_processes() -> None:
     jax.distributed.initialize(num_processes=count, process_id=index)
 
 
-def _parse_flags(argv: Sequence[str]) -> list[str]:
-    """Absl's parsing, with whatever is wrong with the flags or the configuration in one message."""
-    try:
-        return flags.FLAGS(argv)
-    except Exception as error:
-        # A configuration is a program and may raise anything.
-        if "--traceback" in argv:
-            traceback.print_exc()
-        _refuse(_explain(error))
-
-
-def _explain(error: Exception) -> str:
-    """What is wrong, without the traceback that ml_collections puts into its messages."""
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    head, found, trace = text.partition("Error whilst parsing config file:")
-    if found:
-        lines = [line for line in trace.splitlines() if line.strip()]
-        text = f"{head}{re.sub(r'^(builtins[.])?ValueError: ', '', lines[-1].strip())}"
-    elif missing := re.search(r"Failed loading config file(?s:.*)directory: '(.*)'", text):
-        text = f"there is no configuration file {missing[1]}"
-    elif isinstance(error, SyntaxError):
-        text = f"{error.filename}:{error.lineno}: {error.msg}"
-    elif not isinstance(error, (flags.Error, KeyError, OSError)):
-        text = f"{type(error).__name__}: {text}"
-    return text.strip()
-
-
-def _config_name() -> str:
-    return config_flags.get_config_filename(flags.FLAGS["config"])
-
-
 def _default_workdir() -> str:
     """`runs/finetune-lora` for `configs/finetune.py:lora`."""
-    path, _, arg = _config_name().partition(":")
+    path, _, arg = command_line.config_name().partition(":")
     words = re.findall(r"[\w.]+", arg)
     return str(Path("runs", "-".join([Path(path).stem, *words])))
 
 
-def _refuse(message: str) -> NoReturn:
-    _leave(message, _REFUSED)
-
-
-def _leave(message: str, code: int) -> NoReturn:
-    print(f"train.py: {message}", file=sys.stderr)
-    sys.exit(code)
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse_flags)
+    app.run(main, flags_parser=command_line.parse)

@@ -51,6 +51,33 @@ def base(*, method: str = "hybrid", precision: str = "bfloat16") -> ConfigDict:
     return config
 
 
+def large_model(method: str) -> ConfigDict:
+    """What configurations of large models share: instructions as data, and little held at a time.
+
+    Args:
+      method: a method's name.
+
+    Raises:
+      ValueError: the method is not known.
+    """
+    config = base(method=method)
+    config.data.recipe = "alpaca"
+    config.execution.remat = "full"
+    config.train.steps = 1000
+    config.train.loss_chunk = 16384
+    config.optimizer.schedule.name = "cosine"
+    config.optimizer.schedule.warmup_ratio = 0.03
+    config.evaluate.every = 200
+    config.checkpoint.every = 50
+    if method in ("lora", "lora_ga", "hybrid"):
+        config.method.rank = 16
+    if method in ("boft", "hybrid"):
+        # Composed, blocks of 128: the size of a matrix unit.
+        config.method.block_size = 32
+        config.method.n_butterfly_factors = 3
+    return config
+
+
 def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
     """The options in a configuration's argument: "lora,precision=float32".
 

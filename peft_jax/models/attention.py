@@ -5,7 +5,10 @@ dimension. Grouped queries share their key-value head by an axis of their own; k
 never repeated.
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +24,19 @@ from peft_jax.models.attention_layout import (
     visible,
 )
 from peft_jax.models.chunked_attention import chunked_attention
+from peft_jax.parallel import active_mesh, over_shards, spans
 
 Scores = Float32[Array, "batch kv_heads tokens group keys"]
 Weights = Float[Array, "batch kv_heads tokens group keys"]
+
+_LAYOUT_AXES = {
+    "query_segments": ("batch", "sequence"),
+    "key_segments": ("batch", None),
+    "query_positions": ("batch", "sequence"),
+    "key_positions": ("batch", None),
+    "slopes": ("kv_heads", None),
+}
+"""The logical axes of a layout's arrays, of which every device has all keys'."""
 
 _DENSE_SCORES = 1024 * 1024
 """Up to so many scores a head and row (4 MiB), "auto" is dense."""
@@ -59,9 +72,47 @@ def make_attention(
       implementation: see `ExecutionSettings.attention`.
     """
     name = choose_attention(implementation, tokens=tokens, keys=keys)
-    if name == "chunked":
-        return chunked_attention(layout, tokens=tokens, keys=keys)
-    return dense_attention(layout, tokens=tokens, keys=keys)
+    make = chunked_attention if name == "chunked" else dense_attention
+    if active_mesh() is None:
+        return make(layout, tokens=tokens, keys=keys)
+    return _sharded(make, layout, tokens=tokens, keys=keys)
+
+
+def _sharded(
+    make: Callable[..., Attend], layout: AttentionLayout, *, tokens: int, keys: int
+) -> Attend:
+    """Attention of each device's rows, heads and queries to all keys.
+
+    Where the tokens of a row are cut along "sequence", keys and values are gathered along it (there
+    are few key-value heads), and a device's queries begin at its part of the row.
+    """
+    cut_queries, cut_keys = spans(tokens, "sequence"), spans(keys, "sequence")
+
+    def local(query: Queries, key: Keys, value: Keys, start: Any, *arrays: Any) -> Queries:
+        if cut_keys:
+            key, value = (jax.lax.all_gather(x, cut_keys, axis=1, tiled=True) for x in (key, value))
+        if cut_queries:
+            start = start + jax.lax.axis_index(cut_queries) * query.shape[1]
+        own = dataclasses.replace(
+            layout, query_start=start, **dict(zip(_LAYOUT_AXES, arrays, strict=True))
+        )
+        return make(own, tokens=query.shape[1], keys=key.shape[1])(query, key, value)
+
+    def attend(query: Queries, key: Keys, value: Keys) -> Queries:
+        of_keys = ("batch", "sequence", "kv_heads", None)
+        return over_shards(
+            local,
+            (query, key, value, layout.query_start, *(getattr(layout, n) for n in _LAYOUT_AXES)),
+            (
+                ("batch", "sequence", "kv_heads", None, None),
+                of_keys,
+                of_keys,
+                (),
+                *_LAYOUT_AXES.values(),
+            ),
+        )
+
+    return attend
 
 
 def dense_attention(layout: AttentionLayout, *, tokens: int, keys: int) -> Attend:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from peft_jax.models.cache import KVCache, LayerCache
 from peft_jax.models.chunked_attention import SAVED_NAMES
 from peft_jax.models.execution import ExecutionSettings
+from peft_jax.parallel import constrain_features
 
 Hidden = Float[Array, "batch tokens embed"]
 RunBlock = Callable[[nnx.Module, Hidden, LayerCache | None], tuple[Hidden, LayerCache | None]]
@@ -56,7 +57,7 @@ def run_blocks(
     def body(carry: Any, layer: Any) -> tuple[Any, None]:
         hidden, keys_values = carry
         state, index = layer
-        hidden = checkpoint_name(hidden, _BLOCK_INPUT)
+        hidden = checkpoint_name(constrain_features(hidden, "embed"), _BLOCK_INPUT)
         layer_cache = None
         if keys_values is not None:
             keys, values = keys_values

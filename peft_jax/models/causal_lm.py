@@ -88,6 +88,22 @@ class CausalLM:
             }
         )
 
+    def cut_sizes(self) -> dict[str, int]:
+        """How many there are of what a mesh may cut, by logical axis; heads are never cut in two.
+
+        The vocabulary is not among it: an array whose vocabulary does not come out even is held
+        whole.
+        """
+        sizes = {
+            axis: size
+            for path, variable in self._variables.items()
+            for axis, size in zip(
+                variable.axes, variable.get_value().shape[is_stacked(path) :], strict=True
+            )
+        }
+        heads = {"heads": self.config.num_heads, "kv_heads": self.config.num_kv_heads}
+        return {axis: sizes[axis] for axis in ("embed", "mlp")} | heads
+
     def init_params(self, key: jax.Array, dtype: Any = jnp.float32) -> Tree:
         """Random parameters: kernels and embeddings normal, scales one, biases zero."""
         return _init_params(self, key, jnp.dtype(dtype))

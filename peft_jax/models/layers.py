@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from peft_jax.core import linear
+from peft_jax.parallel import constrain_features
 
 
 def parameter(
@@ -47,12 +48,13 @@ class Linear(nnx.Module):
     """
 
     def __init__(self, d_in: int, d_out: int, *, axes: tuple[str, str], bias: bool, stddev: float):
+        self.features = axes[1]
         self.kernel = parameter((d_in, d_out), axes, stddev=stddev)
         self.bias = parameter((d_out,), axes[1:]) if bias else nnx.data(None)
 
     def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
         """The map of `x`, in the dtype of `x`."""
-        y = linear(x, self.kernel.get_value())
+        y = constrain_features(linear(x, self.kernel.get_value()), self.features)
         return y if self.bias is None else y + self.bias.get_value().astype(y.dtype)
 
 
@@ -72,7 +74,8 @@ class Embedding(nnx.Module):
         self, tokens: Int[Array, "batch tokens"], dtype: jnp.dtype
     ) -> Float[Array, "batch tokens embed"]:
         """The tokens' rows, in `dtype`."""
-        return jnp.take(self.embedding.get_value(), tokens, axis=0).astype(dtype)
+        rows = jnp.take(self.embedding.get_value(), tokens, axis=0)
+        return constrain_features(rows.astype(dtype), "embed")
 
 
 class RMSNorm(nnx.Module):

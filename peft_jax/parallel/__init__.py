@@ -2,16 +2,53 @@
 
 - [`mesh`][peft_jax.parallel.mesh]: `make_mesh`, `MeshSettings`.
 - [`rules`][peft_jax.parallel.rules]: `LogicalAxisRules`, `sharding_tree`, `batch_sharding`.
+- [`activations`][peft_jax.parallel.activations]: `constrain`, `over_shards`.
+- [`topology`][peft_jax.parallel.topology]: `find_topology`, devices that need not be there.
+- [`chips`][peft_jax.parallel.chips]: `find_chip`, what their makers state.
+- [`arithmetic`][peft_jax.parallel.arithmetic]: `count_arithmetic` of a program.
+- [`collectives`][peft_jax.parallel.collectives]: `read_collectives` of a compiled program.
 """
 
+from peft_jax.parallel.activations import (
+    active_mesh,
+    constrain,
+    constrain_features,
+    over_shards,
+    spans,
+)
+from peft_jax.parallel.arithmetic import Count, count_arithmetic, count_jaxpr
+from peft_jax.parallel.chips import Chip, find_chip
+from peft_jax.parallel.collectives import Collective, read_collectives
 from peft_jax.parallel.mesh import MESH_AXES, MeshSettings, make_mesh
-from peft_jax.parallel.rules import LogicalAxisRules, batch_sharding, sharding_tree
+from peft_jax.parallel.rules import (
+    LogicalAxisRules,
+    batch_sharding,
+    check_divides,
+    sharding_tree,
+)
+from peft_jax.parallel.topology import TOPOLOGIES, Topology, find_topology
 
 __all__ = [
     "MESH_AXES",
+    "TOPOLOGIES",
+    "Chip",
+    "Collective",
+    "Count",
     "LogicalAxisRules",
     "MeshSettings",
+    "Topology",
+    "active_mesh",
     "batch_sharding",
+    "check_divides",
+    "constrain",
+    "constrain_features",
+    "count_arithmetic",
+    "count_jaxpr",
+    "find_chip",
+    "find_topology",
     "make_mesh",
+    "over_shards",
+    "read_collectives",
     "sharding_tree",
+    "spans",
 ]

@@ -2,19 +2,22 @@
 
 import dataclasses
 import logging
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from peft_jax.core import Tree, did_you_mean
-from peft_jax.parallel.mesh import MESH_AXES
+from peft_jax.parallel.mesh import MESH_AXES, describe_shape, shapes_near
 
 MeshAxes = str | tuple[str, ...] | None
 """One axis of the mesh, several (the first outermost), or none: not cut."""
 
 _log = logging.getLogger(__name__)
 _NAMED_IN_WARNING = 5
+_SUGGESTIONS = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,8 +29,15 @@ class LogicalAxisRules:
     need one sum over "tensor" after attention and one after the feed-forward. What is small (norms)
     is held whole.
 
+    Activations are cut along the rows of the batch and, within attention, along "sequence" and
+    heads. Between the blocks the tokens are cut along "tensor" too: there each is on its own (norms,
+    sums, the rotations of the adapters), and of what the backward pass keeps each device holds its
+    part (Korthikanti et al., 2022, arXiv 2205.05198, section 4.2.2).
+
     Attributes:
       batch: rows of the batch.
+      sequence: a row's tokens, in attention.
+      tokens: a row's tokens, in the residual stream.
       layers: the stack of transformer blocks, which is scanned over.
       vocab: tokens of the vocabulary.
       embed: the residual stream.
@@ -40,7 +50,9 @@ class LogicalAxisRules:
       ValueError: a rule names an axis that the mesh does not have, or one twice.
     """
 
-    batch: MeshAxes = ("data", "fsdp")
+    batch: MeshAxes = ("slice", "data", "fsdp")
+    sequence: MeshAxes = "sequence"
+    tokens: MeshAxes = ("sequence", "tensor")
     layers: MeshAxes = None
     vocab: MeshAxes = "tensor"
     embed: MeshAxes = "fsdp"
@@ -51,7 +63,7 @@ class LogicalAxisRules:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            axes = _as_tuple(getattr(self, field.name))
+            axes = as_tuple(getattr(self, field.name))
             for axis in axes:
                 if axis not in MESH_AXES:
                     raise ValueError(
@@ -92,7 +104,7 @@ class LogicalAxisRules:
         spec = [self.mesh_axes(axis) for axis in logical]
         taken: dict[str, str | None] = {}
         for axis, mesh_axes in zip(logical, spec, strict=True):
-            for mesh_axis in _as_tuple(mesh_axes):
+            for mesh_axis in as_tuple(mesh_axes):
                 if mesh_axis in taken:
                     raise ValueError(
                         f"of the axes {logical}, {taken[mesh_axis]!r} and {axis!r} would both be "
@@ -149,7 +161,7 @@ def sharding_tree(
         if len(array.shape) != len(logical):
             raise ValueError(f"{name} has the shape {array.shape} and the axes {logical}")
         fitted = [
-            _dividing(size, mesh_axes, mesh)
+            dividing(size, mesh_axes, mesh)
             for size, mesh_axes in zip(array.shape, spec, strict=True)
         ]
         whole.extend(
@@ -173,6 +185,51 @@ def sharding_tree(
     return shardings
 
 
+def check_divides(
+    sizes: Mapping[str, int], mesh: Mesh | AbstractMesh, rules: LogicalAxisRules | None = None
+) -> None:
+    """Refuses a mesh that does not cut these axes into equal parts, where holding them whole would
+    cost what the mesh is there for.
+
+    Args:
+      sizes: of logical axes: heads, features, tokens.
+      mesh: the mesh.
+      rules: logical axis → mesh axes.
+
+    Raises:
+      ValueError: an axis does not come out even; the message names the nearest meshes of as many
+        devices on which all do.
+
+    Example:
+      >>> from jax.sharding import AbstractMesh
+      >>> check_divides({"heads": 12}, AbstractMesh((1, 1, 1, 1, 8), MESH_AXES))
+      Traceback (most recent call last):
+      ValueError: tensor=8 does not cut heads of 12 into equal parts; of 8 devices these shapes do:
+      data=2, tensor=4; fsdp=2, tensor=4; sequence=2, tensor=4; slice=2, tensor=4
+    """
+    rules = LogicalAxisRules() if rules is None else rules
+
+    def uneven(shape: Mapping[str, int]) -> list[str]:
+        return [
+            logical
+            for logical, size in sizes.items()
+            if size % math.prod(shape[axis] for axis in as_tuple(rules.mesh_axes(logical)))
+        ]
+
+    shape = dict(mesh.shape)
+    wrong = uneven(shape)
+    if not wrong:
+        return
+    cut = {axis: shape[axis] for name in wrong for axis in as_tuple(rules.mesh_axes(name))}
+    fitting = [other for other in shapes_near(shape, mesh.size) if not uneven(other)]
+    names = "; ".join(describe_shape(other) for other in fitting[:_SUGGESTIONS])
+    raise ValueError(
+        f"{describe_shape(cut)} does not cut "
+        f"{' and '.join(f'{name} of {sizes[name]}' for name in wrong)} into equal parts; of "
+        f"{mesh.size} devices {f'these shapes do: {names}' if names else 'no shape does'}"
+    )
+
+
 def batch_sharding(
     mesh: Mesh | AbstractMesh, rules: LogicalAxisRules | None = None
 ) -> NamedSharding:
@@ -181,7 +238,7 @@ def batch_sharding(
     return NamedSharding(mesh, rules.partition_spec(("batch",)))
 
 
-def _as_tuple(axes: MeshAxes) -> tuple[str, ...]:
+def as_tuple(axes: MeshAxes) -> tuple[str, ...]:
     if axes is None:
         return ()
     return (axes,) if isinstance(axes, str) else axes
@@ -191,11 +248,11 @@ def _is_axes(node: Any) -> bool:
     return isinstance(node, tuple)
 
 
-def _dividing(size: int, axes: MeshAxes, mesh: Mesh | AbstractMesh) -> MeshAxes:
+def dividing(size: int, axes: MeshAxes, mesh: Mesh | AbstractMesh) -> MeshAxes:
     """As many of the mesh axes, from the first, as together divide the size; all, if they do."""
     kept: list[str] = []
     parts = 1
-    for axis in _as_tuple(axes):
+    for axis in as_tuple(axes):
         parts *= mesh.shape[axis]
         if size % parts:
             break

@@ -16,9 +16,10 @@ from ml_collections.config_dict import FieldReference
 
 from peft_jax.adapters import METHODS, AdapterMethod, AdapterSpec, Full, Hybrid, method_settings
 from peft_jax.core import did_you_mean
-from peft_jax.core.checks import check_positive, check_positive_int
+from peft_jax.core.checks import check_choice, check_positive, check_positive_int
 from peft_jax.data import DataSettings
 from peft_jax.models import ExecutionSettings
+from peft_jax.models.architectures import ARCHITECTURES
 from peft_jax.optim import MixingSettings, OptimizerSettings
 from peft_jax.parallel import MeshSettings
 from peft_jax.training.convert import (
@@ -41,6 +42,9 @@ class ModelSettings:
       revision: a branch, tag or commit on the hub; empty: the newest.
       dtype: how the base's weights are held. What is trained is float32 unless `method.dtype` says
         otherwise.
+      architecture: the name of the architecture that the checkpoint has to have, of those in
+        `peft_jax.models.architectures`; another checkpoint is refused. With it a run can be planned
+        without the checkpoint. Empty: any.
       weights: "checkpoint", or "random": new weights for the architecture that config.json
         describes, for training from scratch; then no safetensors are needed.
     """
@@ -48,11 +52,14 @@ class ModelSettings:
     path: str
     revision: str = ""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    architecture: str = ""
     weights: Literal["checkpoint", "random"] = "checkpoint"
 
     def __post_init__(self) -> None:
         if not self.path:
             raise ValueError("path is empty; give a folder with a Hugging Face checkpoint")
+        if self.architecture:
+            check_choice("architecture", self.architecture, ARCHITECTURES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

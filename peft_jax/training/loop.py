@@ -15,6 +15,7 @@ from peft_jax.adapters import AdapterState
 from peft_jax.core import Tree, flatten, unflatten
 from peft_jax.data import Batch
 from peft_jax.hub import load_params
+from peft_jax.training.blueprint import step_bytes
 from peft_jax.training.checkpoints import Checkpoints
 from peft_jax.training.clock import Phases, Rate
 from peft_jax.training.config import RunConfig
@@ -39,7 +40,7 @@ from peft_jax.training.prepare import Job, device_memory, prepare
 from peft_jax.training.progress import Reporter, StepProgress
 from peft_jax.training.report import write_report
 from peft_jax.training.state import TrainState
-from peft_jax.training.step import TrainStep, summed_loss
+from peft_jax.training.step import summed_loss
 from peft_jax.training.summary import Totals, summarize
 from peft_jax.training.workdir import WorkDir, compare_configs
 
@@ -151,7 +152,7 @@ class _Run:
         with self._phases("load"):
             arrays = self._load(saved)
         with self._phases("compile"):
-            step = self._compile(arrays)
+            step = self._compile()
         evaluator = Evaluator(
             self._job.model,
             self._job.spec,
@@ -254,50 +255,18 @@ class _Run:
         )
         return make(trainable)
 
-    def _compile(self, arrays: _Arrays) -> Any:
-        """The step as one program for these shapes: it cannot be compiled a second time."""
-        job, train = self._job, self._config.train
-        step = TrainStep(
-            model=job.model,
-            spec=job.spec,
-            optimizer=job.optimizer,
-            learning_rate=job.learning_rate,
-            chunk_size=train.loss_chunk,
-            seed=self._config.seed,
-        )
-        everywhere = jax.NamedSharding(job.mesh, jax.P())
-        jitted = jax.jit(
-            step,
-            donate_argnums=0,
-            out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, job.state), everywhere),
-        )
-        shape = (train.gradient_accumulation, train.microbatch_size, train.max_length)
-        batch = Batch(
-            **{
-                field.name: jax.ShapeDtypeStruct(
-                    shape,
-                    jnp.float32 if field.name == "loss_mask" else jnp.int32,
-                    sharding=job.placement.microbatches,
-                )
-                for field in dataclasses.fields(Batch)
-            }
-        )
-        compiled = jitted.lower(arrays.state, arrays.frozen, arrays.constant, batch).compile()
+    def _compile(self) -> jax.stages.Compiled:
+        """The step, compiled, if it fits."""
+        compiled = self._job.compile_step()
         self._check_fits(compiled)
         return compiled
 
     def _check_fits(self, compiled: Any) -> None:
         """Refuses a step that needs more memory than a device has, before it is run."""
-        analysis, memory = compiled.memory_analysis(), device_memory()
-        if analysis is None or memory is None:
+        needed, memory = step_bytes(compiled), device_memory()
+        if needed is None or memory is None:
             return
-        needed = (
-            analysis.argument_size_in_bytes
-            + analysis.output_size_in_bytes
-            - analysis.alias_size_in_bytes
-            + analysis.temp_size_in_bytes
-        )
-        self._totals.step_bytes = int(needed)
+        self._totals.step_bytes = needed
         local = len(jax.local_devices()) if jax.local_devices()[0].platform == "cpu" else 1
         if needed * local > memory:
             raise RefusedError(

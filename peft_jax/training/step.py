@@ -14,6 +14,7 @@ from peft_jax.core import Path, Tree, flatten, is_stacked
 from peft_jax.data import Batch
 from peft_jax.models import CausalLM
 from peft_jax.optim import mixing_weights
+from peft_jax.parallel import constrain
 from peft_jax.training.losses import chunked_cross_entropy
 from peft_jax.training.state import TrainState
 
@@ -43,6 +44,8 @@ def summed_loss(
     hidden, _ = model.hidden_states(
         params, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids
     )
+    # The head's vocabulary is cut along "tensor", so its tokens cannot be as well.
+    hidden = constrain(hidden, ("batch", "sequence", None))
     return chunked_cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]),
         model.head_kernel(params),
@@ -113,6 +116,29 @@ class TrainStep:
         }
         return TrainState(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
 
+    def loss(
+        self,
+        trainable: Tree,
+        frozen: Tree,
+        constant: Tree,
+        rows: Batch,
+        *,
+        dropout_key: Array | None = None,
+    ) -> Float[Array, ""]:
+        """The loss of one microbatch [B, T], summed over its targets; what gradients are taken of.
+
+        Args:
+          trainable: the adapter's trained arrays.
+          frozen: as for a step.
+          constant: as for a step.
+          rows: the microbatch.
+          dropout_key: of this microbatch's dropout; None without.
+        """
+        adapter = AdapterState(trainable=trainable, constant=constant)
+        bound = self.spec.bind(frozen, adapter, dropout_key=dropout_key)
+        total, _ = summed_loss(self.model, bound, rows, chunk_size=self.chunk_size)
+        return total
+
     def _accumulate(
         self,
         state: TrainState,
@@ -125,10 +151,8 @@ class TrainStep:
         scale = 1.0 / jnp.maximum(targets, 1.0)
 
         def loss_of(trainable: Tree, rows: Batch, index: Array) -> Float[Array, ""]:
-            adapter = AdapterState(trainable=trainable, constant=constant)
-            bound = self.spec.bind(frozen, adapter, dropout_key=self._dropout_key(state, index))
-            total, _ = summed_loss(self.model, bound, rows, chunk_size=self.chunk_size)
-            return total * scale
+            key = self._dropout_key(state, index)
+            return self.loss(trainable, frozen, constant, rows, dropout_key=key) * scale
 
         def add(carry: Any, microbatch: tuple[Batch, Array]) -> tuple[Any, None]:
             one = jax.value_and_grad(loss_of)(state.trainable, *microbatch)

@@ -1,0 +1,149 @@
+"""The command line of a configuration: --config, and any setting in it as a flag."""
+
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+REFUSED = 2
+"""The exit code of a command that did nothing because of what was asked."""
+
+
+def define_config() -> Any:
+    """Defines --config, and returns its holder.
+
+    Unknown keys are let through: the conversion refuses them, and names the nearest known one.
+    """
+    return config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "A configuration file, and after a colon its argument: configs/finetune.py:lora.",
+        lock_config=False,
+        accept_new_attributes=True,
+    )
+
+
+def define_traceback() -> Any:
+    """Defines --traceback, and returns its holder."""
+    return flags.DEFINE_bool(
+        "traceback", False, "Show where in the program a refused run was refused."
+    )
+
+
+class PlanFlags:
+    """The flags of planning, as they are given on the command line.
+
+    Args:
+      always: whether the command does nothing but plan.
+    """
+
+    def __init__(self, *, always: bool):
+        self._plan = None
+        if not always:
+            self._plan = flags.DEFINE_bool(
+                "plan", False, "Compile the training step and say what it takes; nothing is run."
+            )
+        self._search = flags.DEFINE_bool(
+            "search",
+            False,
+            "Plan on ever larger topologies of the kind that --topology names, until it fits.",
+        )
+        self._topology = flags.DEFINE_string(
+            "topology",
+            "",
+            "The devices to plan for: v5p:4x4x8, v5e:16x16*2 (two slices), or cpu or gpu for those "
+            "of this machine, which is the default; with --search a kind of TPU alone, v5p.",
+        )
+        self._json = flags.DEFINE_bool("json", False, "Print the plan as JSON.")
+
+    @property
+    def wanted(self) -> bool:
+        """Whether something is to be planned, and nothing run."""
+        return self._plan is None or self._plan.value or self._search.value
+
+    @property
+    def search(self) -> bool:
+        """Whether to look for the smallest topology."""
+        return self._search.value
+
+    @property
+    def topology(self) -> str:
+        """The devices."""
+        return self._topology.value
+
+    @property
+    def json(self) -> bool:
+        """Whether to print JSON."""
+        return self._json.value
+
+
+def define_plan(*, always: bool = False) -> PlanFlags:
+    """Defines the flags of planning."""
+    return PlanFlags(always=always)
+
+
+def parse(argv: Sequence[str]) -> list[str]:
+    """Absl's parsing, with whatever is wrong with the flags or the configuration in one message."""
+    try:
+        return flags.FLAGS(argv)
+    except Exception as error:
+        # A configuration is a program and may raise anything.
+        if "--traceback" in argv:
+            traceback.print_exc()
+        refuse(_explain(error))
+
+
+def check_config(argv: Sequence[str], config: Any) -> ConfigDict:
+    """The configuration that the flags have put together.
+
+    Args:
+      argv: what is left of the command line.
+      config: the value of --config.
+    """
+    if len(argv) > 1:
+        refuse(f"{argv[1]!r} is not a flag; flags begin with two dashes")
+    if config is None:
+        refuse("--config is missing, for example --config=configs/finetune.py:hybrid; see --help")
+    path, _, _ = config_name().partition(":")
+    if not Path(path).is_file():
+        refuse(f"there is no configuration file {path}")
+    if not isinstance(config, ConfigDict):
+        refuse(f"{config_name()}: get_config must return a ConfigDict")
+    return config
+
+
+def config_name() -> str:
+    """The configuration's file and argument, as given."""
+    return config_flags.get_config_filename(flags.FLAGS["config"])
+
+
+def refuse(message: str) -> NoReturn:
+    """Ends the program, with nothing done."""
+    leave(message, REFUSED)
+
+
+def leave(message: str, code: int) -> NoReturn:
+    """Ends the program with one message."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _explain(error: Exception) -> str:
+    """What is wrong, without the traceback that ml_collections puts into its messages."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    head, found, trace = text.partition("Error whilst parsing config file:")
+    if found:
+        lines = [line for line in trace.splitlines() if line.strip()]
+        text = f"{head}{re.sub(r'^(builtins[.])?ValueError: ', '', lines[-1].strip())}"
+    elif missing := re.search(r"Failed loading config file(?s:.*)directory: '(.*)'", text):
+        text = f"there is no configuration file {missing[1]}"
+    elif isinstance(error, SyntaxError):
+        text = f"{error.filename}:{error.lineno}: {error.msg}"
+    elif not isinstance(error, (flags.Error, KeyError, OSError)):
+        text = f"{type(error).__name__}: {text}"
+    return text.strip()

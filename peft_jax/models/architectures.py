@@ -1,0 +1,129 @@
+"""The dimensions of models that configurations are written for, so that planning needs no download.
+
+Each is what the checkpoint's own `config.json` says, as far as it decides the computation; the
+checkpoint that a run loads is checked against it.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from peft_jax.core import did_you_mean
+from peft_jax.models.family import ModelConfig
+from peft_jax.models.registry import FAMILIES
+
+_LLAMA_3 = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "tie_word_embeddings": False,
+}
+
+ARCHITECTURES: dict[str, Mapping[str, Any]] = {
+    "bloomz-7b1": {
+        "model_type": "bloom",
+        "vocab_size": 250880,
+        "n_embed": 4096,
+        "n_layer": 30,
+        "num_attention_heads": 32,
+        "layer_norm_epsilon": 1e-5,
+        "apply_residual_connection_post_layernorm": False,
+        "tie_word_embeddings": True,
+    },
+    "wizard-vicuna-30b": {
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "hidden_size": 6656,
+        "intermediate_size": 17920,
+        "num_hidden_layers": 60,
+        "num_attention_heads": 52,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+    },
+    "llama-3.3-70b": _LLAMA_3
+    | {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+    },
+    "llama-3.1-405b": _LLAMA_3
+    | {
+        "hidden_size": 16384,
+        "intermediate_size": 53248,
+        "num_hidden_layers": 126,
+        "num_attention_heads": 128,
+    },
+    "qwen2.5-1.5b": {
+        "model_type": "qwen2",
+        "vocab_size": 151936,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": True,
+    },
+}
+"""The `config.json` of each, by a name of this project's own."""
+
+_NOT_COMPUTED = ("initializer_range", "max_positions")
+"""Of no effect on a checkpoint's size or on what is computed with it."""
+
+
+def find_architecture(name: str) -> dict[str, Any]:
+    """The `config.json` of a known model.
+
+    Raises:
+      ValueError: the name is not known.
+
+    Example:
+      >>> find_architecture("llama-3.1-405b")["num_hidden_layers"]
+      126
+    """
+    if name not in ARCHITECTURES:
+        raise ValueError(f"there is no architecture {name!r}{did_you_mean(name, ARCHITECTURES)}")
+    return dict(ARCHITECTURES[name])
+
+
+def check_architecture(name: str, config: ModelConfig) -> None:
+    """Refuses a model that is not of a known architecture, after a `config.json` was read.
+
+    Args:
+      name: the architecture it should be of.
+      config: the model's.
+
+    Raises:
+      ValueError: the name is not known, or the model differs; the message says in what.
+    """
+    hf_config = find_architecture(name)
+    expected = FAMILIES[hf_config["model_type"]].read_config(hf_config)
+    if type(expected) is not type(config):
+        raise ValueError(
+            f"the checkpoint is a {type(config).__name__}, and {name} a {type(expected).__name__}"
+        )
+    wrong = [
+        f"{field.name} is {getattr(config, field.name)}, and of {name} it is "
+        f"{getattr(expected, field.name)}"
+        for field in dataclasses.fields(expected)  # type: ignore[arg-type]
+        if field.name not in _NOT_COMPUTED
+        and getattr(config, field.name) != getattr(expected, field.name)
+    ]
+    if wrong:
+        raise ValueError(
+            f"the checkpoint is no {name}, as model.architecture says: {'; '.join(wrong)}"
+        )

@@ -1,0 +1,49 @@
+"""The command that plans, for whichever program has parsed its flags."""
+
+import json
+
+import jax
+
+from peft_jax.command_line import PlanFlags
+from peft_jax.parallel import find_topology
+from peft_jax.parallel.topology import HERE
+from peft_jax.plan.planner import make_plan
+from peft_jax.plan.search import search
+from peft_jax.plan.text import describe
+from peft_jax.training.config import RunConfig
+from peft_jax.training.errors import RefusedError
+
+FITS = 0
+DOES_NOT_FIT = 3
+
+
+def plan_command(config: RunConfig, flags: PlanFlags) -> int:
+    """Plans, prints the plan, and returns the exit code.
+
+    Raises:
+      RefusedError: the topology or the configuration cannot be planned.
+    """
+    name = flags.topology or _platform_here()
+    if name not in HERE:
+        # The TPU that this may be started on is not needed, and is not to be taken.
+        jax.config.update("jax_platforms", "cpu")
+    if flags.search:
+        plan = search(config, name)
+    else:
+        try:
+            topology = find_topology(name)
+        except ValueError as error:
+            raise RefusedError(str(error)) from error
+        plan = make_plan(config, topology)
+    print(json.dumps(plan.to_mapping(), indent=2) if flags.json else describe(plan))
+    return FITS if plan.fits else DOES_NOT_FIT
+
+
+def _platform_here() -> str:
+    platform = jax.default_backend()
+    if platform not in HERE:
+        raise RefusedError(
+            f"say which devices to plan for: --topology=v5p:4x4x8, for example (those of this "
+            f"machine are of the kind {platform!r}, which goes by the name of its topology)"
+        )
+    return platform

@@ -1,0 +1,119 @@
+"""What a step holds on one device, by kind."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from peft_jax.core import Tree
+from peft_jax.data import Batch
+from peft_jax.training.blueprint import Blueprint, step_bytes
+from peft_jax.training.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one device.
+
+    Attributes:
+      base: the frozen base's parameters.
+      adapters: what is trained, and an adapter's constants.
+      optimizer: the optimiser's state.
+      activations: what the backward pass keeps of the forward pass.
+      temporaries: all else that the step needs while it runs: gradients, gathered weights, and
+        what is computed on the way; None where the compiler does not say.
+      host: waiting in the host's memory.
+      total: the most that is held at a time, as the compiler lays it out; None likewise.
+    """
+
+    base: int
+    adapters: int
+    optimizer: int
+    activations: int
+    temporaries: int | None
+    host: int
+    total: int | None
+
+
+def arrays_on_a_device(tree: Tree | TrainState) -> int:
+    """The bytes of a tree of shapes with shardings on one device.
+
+    Example:
+      >>> from peft_jax.parallel import MeshSettings, make_mesh
+      >>> one = jax.NamedSharding(make_mesh(MeshSettings(devices=1)), jax.P())
+      >>> arrays_on_a_device({"w": jax.ShapeDtypeStruct((3, 4), jnp.bfloat16, sharding=one)})
+      24
+    """
+    return sum(
+        bytes_of(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def measure_memory(blueprint: Blueprint, compiled: jax.stages.Compiled | None) -> Memory:
+    """The memory of a step, from its shapes and, where it compiled, from its compiled form.
+
+    The compiler gives one number for all that is neither argument nor result. What the backward
+    pass keeps is counted from the step's program and taken as cut evenly over all devices, as the
+    activations' shardings have it; the rest of that number is temporaries.
+    """
+    kept, offloaded = _kept(blueprint)
+    total = None if compiled is None else step_bytes(compiled)
+    parts = {
+        "base": arrays_on_a_device(blueprint.frozen),
+        "adapters": arrays_on_a_device(
+            {"trainable": blueprint.state.trainable, "constant": blueprint.constant}
+        ),
+        "optimizer": arrays_on_a_device({"state": blueprint.state.opt_state}),
+    }
+    held = sum(parts.values())
+    if total is not None:
+        kept = min(kept, max(total - held, 0))
+    return Memory(
+        **parts,
+        activations=kept,
+        temporaries=None if total is None else max(total - held - kept, 0),
+        host=offloaded,
+        total=total,
+    )
+
+
+def _kept(blueprint: Blueprint) -> tuple[int, int]:
+    """What one microbatch's forward pass leaves on a device, and on its host, for the backward."""
+    step = blueprint.train_step()
+
+    def left(trainable: Tree, frozen: Tree, constant: Tree, rows: Batch) -> list[Any]:
+        _, pull_back = jax.vjp(lambda t: step.loss(t, frozen, constant, rows), trainable)
+        return jax.tree.leaves(pull_back)
+
+    rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), blueprint.batch)
+    with jax.set_mesh(blueprint.mesh):
+        jaxpr = jax.make_jaxpr(left)(
+            blueprint.state.trainable, blueprint.frozen, blueprint.constant, rows
+        ).jaxpr
+    given = set(map(id, (*jaxpr.invars, *jaxpr.constvars)))
+    kept = {id(v): v.aval for v in jaxpr.outvars if id(v) not in given}
+    sizes = {True: 0, False: 0}
+    for aval in kept.values():
+        on_host = "host" in str(getattr(aval, "memory_space", "")).lower()
+        sizes[on_host] += bytes_of(aval.shape, aval.dtype) // blueprint.mesh.size
+    return sizes[False], sizes[True]
+
+
+def bytes_of(shape: tuple[int, ...], dtype: Any) -> int:
+    """The bytes of an array; types of less than eight bits are packed.
+
+    Example:
+      >>> bytes_of((4, 4), "bfloat16"), bytes_of((4, 4), "int4"), bytes_of((4,), "bool")
+      (32, 8, 4)
+    """
+    dtype = jnp.dtype(dtype)
+    if jnp.issubdtype(dtype, jnp.integer):
+        bits = jnp.iinfo(dtype).bits
+    elif jnp.issubdtype(dtype, jnp.floating):
+        bits = jnp.finfo(dtype).bits
+    else:
+        bits = 8 * dtype.itemsize
+    return math.ceil(math.prod(shape) * bits / 8)

@@ -1,0 +1,122 @@
+"""A plan in words and tables."""
+
+from collections.abc import Iterable, Sequence
+
+from peft_jax.parallel.mesh import describe_shape
+from peft_jax.plan.estimate import ASSUMPTIONS
+from peft_jax.plan.planner import Plan, collective_bytes, gib
+
+
+def describe(plan: Plan) -> str:
+    """The plan as it is printed on a terminal."""
+    return "\n".join(_lines(plan))
+
+
+def _lines(plan: Plan) -> Iterable[str]:
+    train, execution = plan.config.train, plan.config.execution
+    chip = plan.topology.chip
+    chips = f"{plan.topology.chips} chips" if plan.topology.described else "this machine"
+    per_chip = chip.per_chip if chip else 1
+    cores = f", {per_chip} devices each" if per_chip > 1 else ""
+    yield (
+        f"{plan.config.model.architecture or plan.config.model.path}, {plan.config.method.name}, "
+        f"on {plan.topology.name} ({chips}{cores}): {describe_shape(plan.mesh)}"
+    )
+    yield (
+        f"{train.batch_size} rows of {train.max_length} tokens a step, in "
+        f"{train.gradient_accumulation} microbatches; remat {execution.remat}; "
+        f"{plan.trainable:,} of {plan.parameters:,} parameters are trained"
+    )
+    yield ""
+    yield from _memory(plan)
+    yield ""
+    yield from _arithmetic(plan)
+    if plan.collectives is not None:
+        yield ""
+        yield from _collectives(plan)
+    yield ""
+    yield from _time(plan)
+    yield ""
+    yield f"compiled in {plan.compile_seconds:.0f} s"
+    yield "yes: it fits" if plan.fits else f"no: {plan.reason}"
+
+
+def _memory(plan: Plan) -> Iterable[str]:
+    memory, limit = plan.memory, plan.limit
+    rows = [
+        ("base", memory.base),
+        ("adapters", memory.adapters),
+        ("optimizer", memory.optimizer),
+        ("activations", memory.activations),
+        ("temporaries", memory.temporaries),
+        ("all", memory.total),
+        ("limit", limit),
+    ]
+    if memory.host:
+        rows.append(("on the host", memory.host))
+    yield "memory a device"
+    for name, size in rows:
+        share = f"{size / limit:7.1%}" if limit and size is not None else ""
+        yield f"  {name:<14}{gib(size) if size is not None else '?':>14}{share}"
+
+
+def _arithmetic(plan: Plan) -> Iterable[str]:
+    arithmetic = plan.arithmetic
+    tokens = plan.config.train.batch_size * plan.config.train.max_length
+    # What is trained itself is among the parameters once; an adapter's are few.
+    per_token = arithmetic.total / tokens / plan.parameters
+    yield "arithmetic a step"
+    for name, flops in (
+        ("base", arithmetic.base),
+        ("attention", arithmetic.attention),
+        ("adapters", arithmetic.adapters),
+        ("all", arithmetic.total),
+        ("with remat", arithmetic.computed),
+    ):
+        yield f"  {name:<14}{flops / 1e12:>14,.2f} TFLOP"
+    yield f"  {per_token:.2f} operations a parameter and token"
+
+
+def _collectives(plan: Plan) -> Iterable[str]:
+    yield "received by a device in a step"
+    found = collective_bytes(plan.collectives or ())
+    for kind, size in found.items():
+        yield f"  {kind:<28}{gib(size):>14}"
+    if not found:
+        yield "  nothing"
+
+
+def _time(plan: Plan) -> Iterable[str]:
+    estimate = plan.estimate
+    if estimate is None:
+        yield "no estimate of the time: " + (
+            "it did not compile"
+            if plan.collectives is None
+            else "what these devices can do is not known"
+        )
+        return
+    tokens = plan.config.train.batch_size * plan.config.train.max_length
+    yield (
+        f"about {estimate.seconds:.3g} s a step ({tokens / estimate.seconds:,.0f} tokens/s), "
+        f"decided by {estimate.bound_by}; utilization {estimate.utilization:.0%}"
+    )
+    parts = ", ".join(
+        f"{name} {getattr(estimate, name):.3g} s"
+        for name in ("products", "memory", "links", "network")
+    )
+    yield f"  {parts}"
+    yield "  assumed: " + "; ".join(ASSUMPTIONS)
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as a Markdown table; the first is the head.
+
+    Example:
+      >>> print(table([["method", "GiB"], ["lora", "9.6"]]))
+      | method | GiB |
+      | --- | --- |
+      | lora | 9.6 |
+    """
+    lines = [" | ".join(row).join(("| ", " |")) for row in rows]
+    lines.insert(1, " | ".join("---" for _ in rows[0]).join(("| ", " |")))
+    return "\n".join(lines)

@@ -1,0 +1,231 @@
+"""The program of a run: model, adapter, optimiser and step, as shapes with shardings; no arrays.
+
+It needs no weights, no data and no devices that are there: the planner compiles the same step for
+devices that are not.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from peft_jax.adapters import AdapterSpec, AdapterState, Hybrid
+from peft_jax.core import Tree, flatten, unflatten
+from peft_jax.data import Batch
+from peft_jax.models import CausalLM
+from peft_jax.optim import learning_rate_schedule, make_optimizer
+from peft_jax.parallel import LogicalAxisRules, batch_sharding, check_divides, sharding_tree
+from peft_jax.training.config import RunConfig
+from peft_jax.training.placement import RowPlacement
+from peft_jax.training.state import TrainState, abstract_state
+from peft_jax.training.step import TrainStep
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Blueprint:
+    """What a run computes with; nothing in it is large.
+
+    Attributes:
+      config: the configuration.
+      model: the model.
+      spec: what is adapted.
+      params: the model's parameters as shapes with shardings.
+      constant: the adapter's constant arrays as shapes with shardings.
+      state: what a step changes, as shapes with shardings.
+      optimizer: turns gradients into updates.
+      learning_rate: the schedule.
+      mesh: the devices.
+      placement: where rows of a batch go.
+    """
+
+    config: RunConfig
+    model: CausalLM
+    spec: AdapterSpec
+    params: Tree
+    constant: Tree
+    state: TrainState
+    optimizer: optax.GradientTransformationExtraArgs
+    learning_rate: Callable[[Any], Any]
+    mesh: jax.sharding.Mesh
+    placement: RowPlacement
+
+    @property
+    def frozen(self) -> Tree:
+        """The base's parameters, without those that are trained themselves, as shapes."""
+        return self.spec.frozen(self.params)
+
+    @property
+    def adapter(self) -> AdapterState:
+        """The adapter's arrays, as shapes."""
+        return AdapterState(trainable=self.state.trainable, constant=self.constant)
+
+    @property
+    def rows_on_a_device(self) -> int:
+        """Rows of a microbatch that one device has a part of."""
+        return self.config.train.microbatch_size // _parts(self.placement.rows)
+
+    @property
+    def batch(self) -> Batch:
+        """The rows of a step, cut into microbatches, as shapes with shardings."""
+        train = self.config.train
+        shape = (train.gradient_accumulation, train.microbatch_size, train.max_length)
+        return Batch(
+            **{
+                field.name: jax.ShapeDtypeStruct(
+                    shape,
+                    jnp.float32 if field.name == "loss_mask" else jnp.int32,
+                    sharding=self.placement.microbatches,
+                )
+                for field in dataclasses.fields(Batch)
+            }
+        )
+
+    def train_step(self) -> TrainStep:
+        """The step, to be compiled once."""
+        return TrainStep(
+            model=self.model,
+            spec=self.spec,
+            optimizer=self.optimizer,
+            learning_rate=self.learning_rate,
+            chunk_size=self.config.train.loss_chunk,
+            seed=self.config.seed,
+        )
+
+    def trace_step(self) -> jax.stages.Traced:
+        """The step as a program for these shapes; lower and compile it where it is to run."""
+        everywhere = jax.NamedSharding(self.mesh, jax.P())
+        jitted = jax.jit(
+            self.train_step(),
+            donate_argnums=0,
+            out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, self.state), everywhere),
+        )
+        with jax.set_mesh(self.mesh):
+            return jitted.trace(self.state, self.frozen, self.constant, self.batch)
+
+
+def draw_blueprint(config: RunConfig, model: CausalLM, mesh: jax.sharding.Mesh) -> Blueprint:
+    """The program of a run of a model on a mesh, whose devices need not be there.
+
+    Raises:
+      ValueError: what is to be adapted cannot be, or the mesh does not divide the model or the
+        batch; the message says what would.
+    """
+    spec = config.method.spec
+    params = model.abstract_params(config.model.dtype)
+    adapter = spec.abstract(params)
+    optimizer = _make_optimizer(config)
+    state = abstract_state(adapter.trainable, optimizer)
+
+    rules = LogicalAxisRules()
+    placement = _place_rows(mesh, rules)
+    _check_rows(config, placement)
+    check_divides(model.cut_sizes() | {"sequence": config.train.max_length}, mesh, rules)
+    axes = model.logical_axes()
+    adapter_axes = spec.axes(params, axes)
+    trainable = _with_shardings(adapter.trainable, adapter_axes.trainable, mesh, rules)
+    return Blueprint(
+        config=config,
+        model=model,
+        spec=spec,
+        params=_with_shardings(params, axes, mesh, rules),
+        constant=_with_shardings(adapter.constant, adapter_axes.constant, mesh, rules),
+        state=_shard_state(state, trainable, optimizer, mesh),
+        optimizer=optimizer,
+        learning_rate=learning_rate_schedule(config.optimizer, config.train.steps),
+        mesh=mesh,
+        placement=placement,
+    )
+
+
+def step_bytes(compiled: jax.stages.Compiled) -> int | None:
+    """The bytes that a compiled step needs on each device; None where the compiler does not say."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return None
+    return int(
+        analysis.argument_size_in_bytes
+        + analysis.output_size_in_bytes
+        - analysis.alias_size_in_bytes
+        + analysis.temp_size_in_bytes
+    )
+
+
+def _make_optimizer(config: RunConfig) -> optax.GradientTransformationExtraArgs:
+    mixing = config.mixing if isinstance(config.method.method, Hybrid) else None
+    return make_optimizer(config.optimizer, config.train.steps, mixing=mixing)
+
+
+def _place_rows(mesh: jax.sharding.Mesh, rules: LogicalAxisRules) -> RowPlacement:
+    rows = batch_sharding(mesh, rules)
+    return RowPlacement(rows=rows, microbatches=jax.NamedSharding(mesh, jax.P(None, *rows.spec)))
+
+
+def _check_rows(config: RunConfig, placement: RowPlacement) -> None:
+    """Refuses batches that cannot be cut evenly."""
+    train = config.train
+    parts = _parts(placement.rows)
+    if train.microbatch_size % parts:
+        raise ValueError(
+            f"train.batch_size {train.batch_size} in {train.gradient_accumulation} microbatches "
+            f"makes {train.microbatch_size} rows at a time, which {parts} devices cannot share "
+            f"equally; the batch size must be a multiple of {parts * train.gradient_accumulation}"
+        )
+
+
+def _parts(sharding: jax.sharding.NamedSharding) -> int:
+    """Into how many parts the leading axis is cut.
+
+    Example:
+      >>> from peft_jax.parallel import MeshSettings
+      >>> mesh = make_mesh(MeshSettings(devices=1))
+      >>> _parts(jax.NamedSharding(mesh, jax.P(("data", "fsdp"))))
+      1
+    """
+    axes = sharding.spec[0]
+    names = axes if isinstance(axes, tuple) else (axes,) if axes else ()
+    return math.prod(sharding.mesh.shape[name] for name in names)
+
+
+def _with_shardings(
+    shapes: Tree, axes: Tree, mesh: jax.sharding.Mesh, rules: LogicalAxisRules
+) -> Tree:
+    """Shapes with the shardings that the rules make of their axes; empty branches are left out."""
+    shapes, axes = unflatten(flatten(shapes)), unflatten(flatten(axes))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        sharding_tree(axes, mesh, rules, shapes),
+    )
+
+
+def _shard_state(
+    state: TrainState,
+    trainable: Tree,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+) -> TrainState:
+    """The state's shapes with shardings: the optimiser's are those of what they belong to."""
+    everywhere = jax.NamedSharding(mesh, jax.P())
+
+    def whole(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
+
+    def as_its_own(leaf: Any, of: Any) -> Any:
+        # A factored second moment has other axes than what it belongs to.
+        if leaf.shape != of.shape:
+            return whole(leaf)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=of.sharding)
+
+    opt_state = optax.tree_map_params(
+        optimizer,
+        as_its_own,
+        state.opt_state,
+        trainable,
+        # What belongs to no parameter may be a tree of its own, as the mixing's weights are.
+        transform_non_params=lambda node: jax.tree.map(whole, node),
+    )
+    return TrainState(step=whole(state.step), trainable=trainable, opt_state=opt_state)
