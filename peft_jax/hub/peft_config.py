@@ -12,7 +12,7 @@ from peft_jax.hub.adapter_arrays import modules_of
 from peft_jax.hub.adapter_files import CONFIG
 from peft_jax.hub.peft_forms import PeftForm, peft_rank_and_alpha
 from peft_jax.hub.peft_names import all_modules, matches_saved, matches_target, short_names
-from peft_jax.models import CausalLM
+from peft_jax.models import Model
 
 HEAD = "lm_head"
 """Hugging Face's name of the output head's module."""
@@ -134,7 +134,7 @@ _COMPARED = (
 
 
 def write_peft_config(
-    model: CausalLM, spec: AdapterSpec, plan: Plan, form: PeftForm, *, base_model_name: str
+    model: Model, spec: AdapterSpec, plan: Plan, form: PeftForm, *, base_model_name: str
 ) -> dict[str, Any]:
     """The content of `adapter_config.json`.
 
@@ -172,7 +172,7 @@ def write_peft_config(
     return settings
 
 
-def tied_embedding(model: CausalLM, plan: Plan) -> TreePath | None:
+def tied_embedding(model: Model, plan: Plan) -> TreePath | None:
     """The embedding's path, where it is trained itself and is the output head too.
 
     PEFT trains copies of modules, and so would leave the head as it was; it is given the same
@@ -183,7 +183,7 @@ def tied_embedding(model: CausalLM, plan: Plan) -> TreePath | None:
     return next((path for path in plan.trained if path[-1] == "embedding"), None)
 
 
-def _lora_settings(model: CausalLM, method: LoRA, plan: Plan) -> dict[str, Any]:
+def _lora_settings(model: Model, method: LoRA, plan: Plan) -> dict[str, Any]:
     rank, alpha = peft_rank_and_alpha(method)
     ranks, alphas = {}, {}
     adapted = [module for path in plan.adapted for module in modules_of(model, path)]
