@@ -1,7 +1,7 @@
 """Hugging Face checkpoints and adapters, in and out, as safetensors.
 
-- [`load`][peft_jax.hub.load]: `load_model`, `load_classifier`, `load_params`, streamed into stacked,
-  sharded arrays.
+- [`load`][peft_jax.hub.load]: `load_model`, `load_classifier`, `load_params`, streamed into
+  stacked, sharded arrays.
 - [`save`][peft_jax.hub.save]: `save_model`, a checkpoint that transformers reads.
 - [`adapter_save`][peft_jax.hub.adapter_save]: `save_adapter`, for this library and, where it has
   the method, Hugging Face PEFT; `export_merged`, as a whole model.

@@ -260,9 +260,7 @@ def _absent_head(
     return [
         path
         for path in sorted(model.head_leaves)
-        if any(
-            name not in tensors or tensors[name].shape != shapes[path] for name in wanted[path]
-        )
+        if any(name not in tensors or tensors[name].shape != shapes[path] for name in wanted[path])
     ]
 
 

@@ -12,7 +12,8 @@ from peft_jax.hub.adapter_arrays import modules_of
 from peft_jax.hub.adapter_files import CONFIG
 from peft_jax.hub.peft_forms import PeftForm, peft_rank_and_alpha
 from peft_jax.hub.peft_names import all_modules, matches_saved, matches_target, short_names
-from peft_jax.models import Model
+from peft_jax.models import Model, SequenceClassifier
+from peft_jax.models.naming import CLASSIFIER
 
 HEAD = "lm_head"
 """Hugging Face's name of the output head's module."""
@@ -56,7 +57,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "fan_in_fan_out": NEUTRAL,
     "layers_pattern": NEUTRAL,
     "layers_to_transform": NEUTRAL,
-    "task_type": (None, "CAUSAL_LM"),
+    "task_type": (None, "CAUSAL_LM", "SEQ_CLS"),
 }
 
 SETTINGS: dict[str, _Settings] = {
@@ -116,7 +117,7 @@ _WHY = {
         " in PEFT with path_initial_model_for_weight_conversion, which makes it one of the base as"
         " it is"
     ),
-    "task_type": "; only adapters of causal language models are read",
+    "task_type": "; only adapters of causal language models and of classifiers are read",
 }
 
 _COMPARED = (
@@ -149,6 +150,16 @@ def write_peft_config(
     saved = short_names(model, plan.trained, modules, matches_saved)
     if tied_embedding(model, plan):
         saved.append(HEAD)
+    is_classifier = isinstance(model, SequenceClassifier)
+    if is_classifier and any(path[0] == CLASSIFIER for path in plan.trained):
+        # PEFT saves a classifier's head as one module, whatever it is made of.
+        heads = {
+            name
+            for path in plan.trained
+            if path[0] == CLASSIFIER
+            for name in short_names(model, [path], modules, matches_saved)
+        }
+        saved = sorted({*saved} - heads | {CLASSIFIER})
     settings = {
         "base_model_name_or_path": base_model_name,
         "bias": "none",
@@ -157,7 +168,7 @@ def write_peft_config(
         "modules_to_save": saved or None,
         "peft_type": form.peft_type,
         "target_modules": short_names(model, list(plan.adapted), modules, matches_target),
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if is_classifier else "CAUSAL_LM",
     }
     method = spec.method
     if isinstance(method, LoRA):

@@ -2,7 +2,7 @@
 
 - [`registry`][peft_jax.models.registry]: `build_model`, from a `config.json` to a `CausalLM`.
 - [`causal_lm`][peft_jax.models.causal_lm]: `CausalLM`, the handle everything else uses.
-- [`classifier`][peft_jax.models.classifier]: `build_classifier`, `SequenceClassifier`, for encoders.
+- [`classifier`][peft_jax.models.classifier]: `SequenceClassifier`, `build_classifier`: encoders.
 - [`model`][peft_jax.models.model]: `Model`, what both kinds have in common.
 - [`execution`][peft_jax.models.execution]: `ExecutionSettings`, how a model is computed.
 - [`cache`][peft_jax.models.cache]: `KVCache`, for decoding.

@@ -192,9 +192,7 @@ class BertIntermediate(nnx.Module):
 
     def __init__(self, config: BertConfig):
         self.activation = config.activation
-        self.dense = _linear(
-            config, config.hidden_size, config.intermediate_size, ("embed", "mlp")
-        )
+        self.dense = _linear(config, config.hidden_size, config.intermediate_size, ("embed", "mlp"))
 
     def __call__(self, x: Hidden) -> Float[Array, "batch tokens mlp"]:
         """The map of `x` through the nonlinearity."""

@@ -43,9 +43,7 @@ class SequenceClassifier(Model):
 
         The pooler counts with them: checkpoints of masked language models lack it.
         """
-        return frozenset(
-            path for path in self.hf_names() if path[0] in (CLASSIFIER, "pooler")
-        )
+        return frozenset(path for path in self.hf_names() if path[0] in (CLASSIFIER, "pooler"))
 
     @property
     def head_modules(self) -> tuple[str, ...]:

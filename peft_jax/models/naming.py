@@ -4,7 +4,6 @@ import dataclasses
 
 from peft_jax.core import STACKED, Path, is_stacked
 
-
 LM_HEAD = "lm_head"
 """What the head of a causal language model is called."""
 

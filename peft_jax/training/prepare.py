@@ -20,10 +20,23 @@ from peft_jax.adapters import (
     trainable_table,
 )
 from peft_jax.core import Tree, flatten, unflatten
-from peft_jax.data import EvalData, TrainData, build_data
+from peft_jax.data import (
+    Batch,
+    EvalData,
+    LabelledBatch,
+    TrainData,
+    build_data,
+    get_recipe,
+)
 from peft_jax.hub import find_folder, open_checkpoint, read_config
 from peft_jax.hub.load import match_tensors
-from peft_jax.models import CausalLM, build_model
+from peft_jax.models import (
+    Model,
+    SequenceClassifier,
+    build_classifier,
+    build_model,
+    is_encoder,
+)
 from peft_jax.optim import learning_rate_schedule, make_optimizer
 from peft_jax.parallel import LogicalAxisRules, batch_sharding, make_mesh, sharding_tree
 from peft_jax.training.config import RunConfig
@@ -54,11 +67,12 @@ class Job:
       learning_rate: the schedule.
       mesh: the devices.
       placement: where rows of a batch go.
+      new_head: whether a classifier's head begins at random, since the checkpoint has none.
     """
 
     config: RunConfig
     folder: Path
-    model: CausalLM
+    model: Model
     tokenizer: Any
     spec: AdapterSpec
     params: Tree
@@ -72,6 +86,12 @@ class Job:
     learning_rate: Callable[[Any], Any]
     mesh: jax.sharding.Mesh
     placement: RowPlacement
+    new_head: bool
+
+    @property
+    def batch_kind(self) -> type[Batch] | type[LabelledBatch]:
+        """What the batches are."""
+        return LabelledBatch if isinstance(self.model, SequenceClassifier) else Batch
 
 
 def prepare(config: RunConfig, *, say: Callable[[str], None]) -> Job:
@@ -99,10 +119,15 @@ def prepare(config: RunConfig, *, say: Callable[[str], None]) -> Job:
 
 def _prepare(config: RunConfig, say: Callable[[str], None]) -> Job:
     folder = find_folder(config.model.path, revision=config.model.revision or None)
-    model = build_model(read_config(folder), config.execution)
+    model = _build_model(folder, config)
+    new_head = False
     if config.model.weights == "checkpoint":
-        match_tensors(open_checkpoint(folder), model)
-    spec = config.method.spec
+        is_classifier = isinstance(model, SequenceClassifier)
+        found = match_tensors(open_checkpoint(folder), model, new_head=is_classifier)
+        if absent := sorted(".".join(path) for path in model.hf_names() if path not in found):
+            new_head = True
+            say(f"the checkpoint has no head for these labels: {', '.join(absent)} begin at random")
+    spec = _train_head(config.method.spec, model)
     params = model.abstract_params(config.model.dtype)
     adapter = spec.abstract(params)
     optimizer = _make_optimizer(config)
@@ -123,6 +148,7 @@ def _prepare(config: RunConfig, say: Callable[[str], None]) -> Job:
 
     tokenizer = load_tokenizer(folder)
     _check_vocabulary(tokenizer, model, folder)
+    _check_positions(config, model)
     context = model.hf_config.get("max_position_embeddings")
     if context is not None and config.train.max_length > context:
         say(
@@ -137,6 +163,7 @@ def _prepare(config: RunConfig, say: Callable[[str], None]) -> Job:
         seed=config.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        labelled=isinstance(model, SequenceClassifier),
     )
     return Job(
         config=config,
@@ -155,7 +182,39 @@ def _prepare(config: RunConfig, say: Callable[[str], None]) -> Job:
         learning_rate=learning_rate_schedule(config.optimizer, config.train.steps),
         mesh=mesh,
         placement=placement,
+        new_head=new_head,
     )
+
+
+def _build_model(folder: Path, config: RunConfig) -> Model:
+    """The model of a checkpoint; an encoder with the head that the recipe wants."""
+    hf_config = read_config(folder)
+    if not is_encoder(hf_config):
+        return build_model(hf_config, config.execution)
+    recipe = get_recipe(config.data.recipe).configured(config.data)
+    if not recipe.num_labels:
+        raise ValueError(
+            f"{folder} is an encoder ({hf_config['model_type']}), which gives labels or numbers,"
+            f" and recipe {recipe.name!r} has neither; use one that has, such as GLUE's"
+        )
+    return build_classifier(hf_config, config.execution, num_labels=recipe.num_labels)
+
+
+def _train_head(spec: AdapterSpec, model: Model) -> AdapterSpec:
+    """The specification, with a classifier's head among what is trained itself."""
+    if not isinstance(model, SequenceClassifier):
+        return spec
+    saved = (*spec.modules_to_save, *model.head_modules)
+    return dataclasses.replace(spec, modules_to_save=tuple(dict.fromkeys(saved)))
+
+
+def _check_positions(config: RunConfig, model: Model) -> None:
+    """Learnt positions end somewhere."""
+    if isinstance(model, SequenceClassifier) and config.train.max_length > model.max_tokens:
+        raise ValueError(
+            f"train.max_length is {config.train.max_length}, and the model has learnt positions for"
+            f" {model.max_tokens} tokens"
+        )
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -178,7 +237,7 @@ def _make_optimizer(config: RunConfig) -> optax.GradientTransformationExtraArgs:
     return make_optimizer(config.optimizer, config.train.steps, mixing=mixing)
 
 
-def _check_vocabulary(tokenizer: Any, model: CausalLM, folder: Path) -> None:
+def _check_vocabulary(tokenizer: Any, model: Model, folder: Path) -> None:
     """Token numbers beyond the embedding's rows would be read as other tokens, silently."""
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
@@ -192,7 +251,7 @@ def _place_rows(mesh: jax.sharding.Mesh, rules: LogicalAxisRules) -> RowPlacemen
     return RowPlacement(rows=rows, microbatches=jax.NamedSharding(mesh, jax.P(None, *rows.spec)))
 
 
-def _check_rows(config: RunConfig, model: CausalLM, placement: RowPlacement) -> None:
+def _check_rows(config: RunConfig, model: Model, placement: RowPlacement) -> None:
     """Refuses batches that cannot be cut evenly, or that no memory holds."""
     train = config.train
     parts = _parts(placement.rows)
