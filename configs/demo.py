@@ -13,16 +13,16 @@ from configs import common
 
 LEARNING_RATES = {
     "full": 1e-3,
-    "lora": 5e-3,
+    "lora": 2e-3,
     "lora_ga": 2e-3,
     "boft": 1e-2,
     "unitary": 1e-2,
-    "hybrid": 5e-3,
+    "hybrid": 2e-3,
 }
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    options = common.parse_arg(arg, method="hybrid", steps=300)
+    options = common.parse_arg(arg, method="hybrid", steps=200)
     config = common.base(method=options.method, precision="float32")
     config.model.path = "assets/tiny_world"
     config.data.recipe = "chat"

@@ -70,7 +70,7 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'user' %}<|user|>{{ message['content'] }}\n"
     "{% elif message['role'] == 'assistant' %}<|assistant|>"
-    "{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}"
+    "{% generation %} {{ message['content'] }}{{ eos_token }}{% endgeneration %}"
     "{% else %}{{ raise_exception('roles are user and assistant') }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
