@@ -30,9 +30,9 @@ class LogicalAxisRules:
     is held whole.
 
     Activations are cut along the rows of the batch and, within attention, along "sequence" and
-    heads. Between the blocks the tokens are cut along "tensor" too: there each is on its own (norms,
-    sums, the rotations of the adapters), and of what the backward pass keeps each device holds its
-    part (Korthikanti et al., 2022, arXiv 2205.05198, section 4.2.2).
+    heads. Between the blocks the tokens are cut along "tensor" too: there each is on its own
+    (norms, sums, the rotations of the adapters), and of what the backward pass keeps each device
+    holds its part (Korthikanti et al., 2022, arXiv 2205.05198, section 4.2.2).
 
     Attributes:
       batch: rows of the batch.
@@ -188,8 +188,9 @@ def sharding_tree(
 def check_divides(
     sizes: Mapping[str, int], mesh: Mesh | AbstractMesh, rules: LogicalAxisRules | None = None
 ) -> None:
-    """Refuses a mesh that does not cut these axes into equal parts, where holding them whole would
-    cost what the mesh is there for.
+    """Refuses a mesh that does not cut these axes into equal parts.
+
+    Held whole, they would cost what the mesh is there for.
 
     Args:
       sizes: of logical axes: heads, features, tokens.
@@ -239,6 +240,7 @@ def batch_sharding(
 
 
 def as_tuple(axes: MeshAxes) -> tuple[str, ...]:
+    """The mesh's axes of a rule, however many."""
     if axes is None:
         return ()
     return (axes,) if isinstance(axes, str) else axes

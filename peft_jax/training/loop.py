@@ -257,7 +257,7 @@ class _Run:
 
     def _compile(self) -> jax.stages.Compiled:
         """The step, compiled, if it fits."""
-        compiled = self._job.compile_step()
+        compiled = self._job.trace_step().lower().compile()
         self._check_fits(compiled)
         return compiled
 
