@@ -28,7 +28,7 @@ help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 demo: $(VENV)/.base
-	$(RUN) -m examples.demo $(ARGS)
+	JAX_PLATFORMS=cpu $(RUN) -m examples.demo $(ARGS)
 
 test: $(VENV)/.dev
 	$(RUN) -m pytest -n $(WORKERS) -m "not slow" $(ARGS)

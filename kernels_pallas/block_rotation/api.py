@@ -4,34 +4,49 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kernels_pallas.block_rotation import vjp, xla
+from kernels_pallas.dispatch import resolve
+from kernels_pallas.layout import spread
+
 
 def block_rotation(
     x: Float[Array, "*batch d"],
     blocks: Float[Array, "n B B"],
     *,
     precision: jax.lax.Precision | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "*batch d"]:
     """Row vectors times a block-diagonal matrix, y = x blockdiag(blocks).
 
     Args:
       x: activations [..., d] with d = n B.
-      blocks: [n, B, B]; cast to the dtype of `x`.
+      blocks: [n, B, B]; cast to the dtype of `x`. Their gradient is summed over tokens in float32.
       precision: of the product; the platform's default, which on accelerators may round float32
         inputs to fewer bits, unless given.
+      implementation: one of `kernels_pallas.dispatch.IMPLEMENTATIONS`; by default what
+        `kernels_pallas.dispatch.using` says, or "auto". "xla" can be differentiated any number of
+        times and forwards, the others once and backwards.
 
     Returns:
       [..., d] in the dtype of `x`.
 
     Raises:
       ValueError: when d is not n B.
+      KernelError: the implementation asked for cannot work where this is lowered.
     """
     n, block_size, _ = blocks.shape
     _check_width(x.shape[-1], n * block_size)
-    # Blocks before tokens, as a batched product wants them: on a CPU twice as fast, forwards and
-    # backwards, as a contraction that leaves the order to the compiler.
-    by_block = jnp.swapaxes(x.reshape(-1, n, block_size), 0, 1)
-    turned = jnp.matmul(by_block, blocks.astype(x.dtype), precision=precision)
-    return jnp.swapaxes(turned, 0, 1).reshape(x.shape)
+    chosen = resolve(implementation)
+    if chosen == "xla":
+        return xla.forward(x, blocks, precision=precision)[0]
+    return spread(
+        lambda x, blocks: vjp.rotate(x, blocks, precision, chosen),
+        x,
+        blocks,
+        blocks=n,
+        feature_axes=(0,),
+        implementation=chosen,
+    )
 
 
 def butterfly_rotation(
@@ -39,6 +54,7 @@ def butterfly_rotation(
     factors: Float[Array, "m n b b"],
     *,
     precision: jax.lax.Precision | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "*batch d"]:
     """Row vectors times a product of butterfly factors, y = x F_{m-1} ... F_0.
 
@@ -49,22 +65,29 @@ def butterfly_rotation(
       x: activations [..., d] with d = n b, and n a multiple of 2^(m-1).
       factors: [m, n, b, b]; b is even when m > 1.
       precision: of the products, as for `block_rotation`.
+      implementation: as for `block_rotation`.
 
     Returns:
       [..., d] in the dtype of `x`.
 
     Raises:
       ValueError: when d is not n b.
+      KernelError: as for `block_rotation`.
     """
     m, n, block_size, _ = factors.shape
     _check_width(x.shape[-1], n * block_size)
     if m == 1:
-        return block_rotation(x, factors[0], precision=precision)
+        return block_rotation(x, factors[0], precision=precision, implementation=implementation)
     for level in reversed(range(m)):
         stride = 2**level
         halves = x.reshape(*x.shape[:-1], n // stride, 2, stride, block_size // 2)
         paired = jnp.swapaxes(halves, -3, -2)
-        rotated = block_rotation(paired.reshape(x.shape), factors[level], precision=precision)
+        rotated = block_rotation(
+            paired.reshape(x.shape),
+            factors[level],
+            precision=precision,
+            implementation=implementation,
+        )
         x = jnp.swapaxes(rotated.reshape(paired.shape), -3, -2).reshape(x.shape)
     return x
 

@@ -13,7 +13,7 @@ from peft_jax.core import Path, Tree, flatten, is_stacked, join_path
 ALL_LINEAR = "all-linear"
 """Every linear map but the output head, as in Hugging Face PEFT."""
 
-_HEAD = "lm_head"
+_HEADS = ("lm_head", "classifier")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ def make_plan(
 
     kernels = {join_path(path[:-1]): path for path in flat if path[-1] == "kernel"}
     if target_modules == ALL_LINEAR:
-        chosen = [module for module in kernels if not matches_name(_HEAD, module)]
+        chosen = [module for module in kernels if module.split(".")[0] not in _HEADS]
     else:
         _refuse_embeddings(target_modules, flat)
         chosen = _choose(target_modules, kernels, n_layers, "target_modules")

@@ -28,6 +28,9 @@ class Example:
       choices: for a classification, every label's text as it would continue the prompt, with its
         leading space, in the order of the labels.
       label: the index of the right one among `choices`.
+      value: for a regression, the right number.
+      sentences: for a classification or regression, the texts an encoder reads in the prompt's
+        place.
       templated: whether a chat template wrote the text, so that it holds its own special tokens
         and none are added.
     """
@@ -36,6 +39,8 @@ class Example:
     answer: str = ""
     choices: tuple[str, ...] = ()
     label: int | None = None
+    value: float | None = None
+    sentences: tuple[str, ...] = ()
     templated: bool = False
 
     @property

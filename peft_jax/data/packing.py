@@ -1,13 +1,16 @@
 """Sequences into rows of fixed length: packed, or one to a row."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import grain
 import numpy as np
 
-from peft_jax.data.batch import Batch
+from peft_jax.data.batch import AnyBatch, Batch
 from peft_jax.data.encode import Encoded
+
+_Row = TypeVar("_Row", bound=AnyBatch)
 
 
 def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -80,10 +83,11 @@ def fill_row(sequences: Sequence[Encoded], max_length: int, pad_id: int) -> Batc
     )
 
 
-def stack_rows(rows: Sequence[Batch]) -> Batch:
+def stack_rows(rows: Sequence[_Row]) -> _Row:
     """Rows [T] into a batch [B, T]."""
-    fields = ("tokens", "targets", "loss_mask", "positions", "segment_ids")
-    return Batch(**{field: np.stack([getattr(row, field) for row in rows]) for field in fields})
+    kind = type(rows[0])
+    fields = [field.name for field in dataclasses.fields(kind)]
+    return kind(**{name: np.stack([getattr(row, name) for row in rows]) for name in fields})
 
 
 class RowsDataset(grain.IterDataset):
@@ -102,7 +106,7 @@ class RowsDataset(grain.IterDataset):
         parent: grain.IterDataset,
         *,
         max_length: int,
-        pad_id: int,
+        fill: Callable[[Sequence[Any]], AnyBatch],
         packing: bool,
         window: int,
         shuffle: bool,
@@ -113,7 +117,7 @@ class RowsDataset(grain.IterDataset):
         Args:
           parent: gives lists of `Encoded`.
           max_length: T.
-          pad_id: what fills the rest of a row.
+          fill: makes a row of its sequences.
           packing: several sequences to a row.
           window: how many elements are packed at a time.
           shuffle: give out a window's rows in a random order.
@@ -121,14 +125,14 @@ class RowsDataset(grain.IterDataset):
         """
         super().__init__(parent)
         self.max_length = max_length
-        self.pad_id = pad_id
+        self.fill = fill
         self.packing = packing
         self.window = window if packing else 1
         self.shuffle = shuffle
         self.seed = seed
 
     def __iter__(self) -> grain.DatasetIterator:
-        """A stream of `Batch` rows, each with fields [T]."""
+        """A stream of rows as `fill` makes them."""
         return _RowsIterator(iter(self._parent), self)
 
 
@@ -145,9 +149,9 @@ class _RowsIterator(grain.DatasetIterator):
         self._window_state = self._parent.get_state()
         self._window = window
         self._row = row
-        self._rows: list[list[Encoded]] | None = None
+        self._rows: list[list[Any]] | None = None
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> AnyBatch:
         if self._rows is None:
             self._rows = self._next_window()
         row = self._rows[self._row]
@@ -155,9 +159,9 @@ class _RowsIterator(grain.DatasetIterator):
             self._row += 1
         else:
             self._restart(window=self._window + 1, row=0)
-        return fill_row(row, self._dataset.max_length, self._dataset.pad_id)
+        return self._dataset.fill(row)
 
-    def _next_window(self) -> list[list[Encoded]]:
+    def _next_window(self) -> list[list[Any]]:
         dataset = self._dataset
         sequences = [sequence for _ in range(dataset.window) for sequence in next(self._parent)]
         if not dataset.packing:

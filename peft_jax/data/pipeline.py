@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,10 +10,11 @@ import grain
 from absl import logging
 
 from peft_jax.data.bad_rows import BadRowError, BadRows
-from peft_jax.data.batch import Batch, padding_share
+from peft_jax.data.batch import AnyBatch, padding_share
 from peft_jax.data.chat import ChatRenderer
-from peft_jax.data.encode import TOO_LONG, Encoded, Encoder
+from peft_jax.data.encode import TOO_LONG, Encoder
 from peft_jax.data.examples import Conversation, Example
+from peft_jax.data.labelled import LabelledEncoder
 from peft_jax.data.packing import RowsDataset, fill_row, first_fit_decreasing, stack_rows
 from peft_jax.data.recipes import Recipe, get_recipe
 from peft_jax.data.settings import DataSettings
@@ -36,6 +38,7 @@ def build_data(
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
+    labelled: bool = False,
 ) -> tuple["TrainData", "EvalData"]:
     """The training stream and the held-out set of a run.
 
@@ -47,6 +50,9 @@ def build_data(
       seed: of the order of the rows.
       process_index: which process this is.
       process_count: how many there are. Each epoch, every row goes to exactly one of them.
+      labelled: rows for an encoder with a head: `LabelledBatch`es in place of `Batch`es, a text or
+        pair of texts to a row (never packed), and long ones truncated where the settings say
+        nothing else.
 
     Returns:
       An endless iterator of `Batch`es of [batch_size / process_count, max_length] whose state can
@@ -65,19 +71,14 @@ def build_data(
         raise ValueError(f"process_index is {process_index} of {process_count} processes")
     recipe = get_recipe(settings.recipe).configured(settings)
     sources = open_sources(settings, recipe)
-    renderer = None
-    if settings.chat or settings.chat_template or settings.system_prompt:
-        renderer = ChatRenderer(
-            tokenizer, chat_template=settings.chat_template, system_prompt=settings.system_prompt
-        )
-    encoder = Encoder(
-        # Another thread tokenises, and a fast tokenizer that two threads use at once may refuse.
-        copy.deepcopy(tokenizer),
-        max_length=max_length,
-        completion_only=recipe.completion_only,
-        too_long=recipe.too_long,
-        renderer=renderer,
-    )
+    # Another thread tokenises, and a fast tokenizer that two threads use at once may refuse.
+    own_tokenizer = copy.deepcopy(tokenizer)
+    encoder: Encoder | LabelledEncoder
+    if labelled:
+        encoder = LabelledEncoder(own_tokenizer, settings, max_length=max_length)
+        settings = dataclasses.replace(settings, packing=False)
+    else:
+        encoder = _make_encoder(settings, recipe, own_tokenizer, max_length)
     reader = _Reader(recipe, encoder, settings)
     local_rows = batch_size // process_count
     held_out = EvalData(
@@ -100,10 +101,27 @@ def build_data(
     return train, held_out
 
 
+def _make_encoder(
+    settings: DataSettings, recipe: Recipe, tokenizer: Any, max_length: int
+) -> Encoder:
+    renderer = None
+    if settings.chat or settings.chat_template or settings.system_prompt:
+        renderer = ChatRenderer(
+            tokenizer, chat_template=settings.chat_template, system_prompt=settings.system_prompt
+        )
+    return Encoder(
+        tokenizer,
+        max_length=max_length,
+        completion_only=recipe.completion_only,
+        too_long=recipe.too_long,
+        renderer=renderer,
+    )
+
+
 class _Reader:
     """Rows to examples to token sequences."""
 
-    def __init__(self, recipe: Recipe, encoder: Encoder, settings: DataSettings):
+    def __init__(self, recipe: Recipe, encoder: Encoder | LabelledEncoder, settings: DataSettings):
         self.recipe = recipe
         self.encoder = encoder
         self.settings = settings
@@ -123,6 +141,12 @@ class _Reader:
             label=example.label,
         )
 
+    def fill_row(self, sequences: Sequence[Any]) -> AnyBatch:
+        """One row of sequences."""
+        if isinstance(self.encoder, LabelledEncoder):
+            return self.encoder.fill_row(sequences)
+        return fill_row(sequences, self.encoder.max_length, self.encoder.pad_id)
+
     def stops(self, error: BadRowError) -> bool:
         """Whether a row with this fault ends the run."""
         if error.reason == TOO_LONG:
@@ -130,7 +154,7 @@ class _Reader:
         return self.settings.on_bad_row == "error"
 
 
-class TrainData(Iterator[Batch]):
+class TrainData(Iterator[AnyBatch]):
     """An endless stream of training batches whose state can be taken and set.
 
     Attributes:
@@ -185,7 +209,7 @@ class TrainData(Iterator[Batch]):
         rows = RowsDataset(
             sequences,
             max_length=reader.encoder.max_length,
-            pad_id=reader.encoder.pad_id,
+            fill=reader.fill_row,
             packing=settings.packing,
             window=min(settings.packing_window, share),
             shuffle=settings.shuffle,
@@ -202,7 +226,7 @@ class TrainData(Iterator[Batch]):
         """Itself."""
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Any:
         """The next batch; there always is one.
 
         Raises:
@@ -276,7 +300,7 @@ class TrainData(Iterator[Batch]):
                 shown,
             )
 
-    def _encode(self, index: int) -> list[Encoded] | None:
+    def _encode(self, index: int) -> list[Any] | None:
         """A row's token sequences; None if it cannot be used."""
         index = int(index)
         sequences = None
@@ -311,7 +335,7 @@ def _report(bad_rows: BadRows, total: int, *, stops: bool) -> None:
     logging.warning("%s", bad_rows.describe(total))
 
 
-class EvalData(Sequence[Batch]):
+class EvalData(Sequence[AnyBatch]):
     """The held-out batches, always the same ones, and their rows as text.
 
     The last batch is filled up with rows that hold no token and no loss.
@@ -338,13 +362,13 @@ class EvalData(Sequence[Batch]):
           rows: how many of a batch's rows are this process's.
         """
         self.recipe = reader.recipe
-        self.encoder = reader.encoder
+        self.encoder: Any = reader.encoder
         self.bad_rows = BadRows("held-out rows")
         self.examples: list[Example] = []
         self._batch_size = batch_size
         self._first_row = first_row
         self._local_rows = rows
-        sequences: list[Encoded] = []
+        sequences: list[Any] = []
         stops = False
         for index in range(len(table)):
             try:
@@ -356,6 +380,7 @@ class EvalData(Sequence[Batch]):
                 stops |= reader.stops(error)
         _report(self.bad_rows, len(table), stops=stops)
         self._sequences = sequences
+        self._fill_row = reader.fill_row
         lengths = [sequence.positions for sequence in sequences]
         self._bins = (
             first_fit_decreasing(lengths, self.encoder.max_length)
@@ -376,15 +401,7 @@ class EvalData(Sequence[Batch]):
         first = (index % len(self)) * self._batch_size + self._first_row
         bins = self._bins[first : first + self._local_rows]
         bins = [*bins, *([[]] * (self._local_rows - len(bins)))]
-        encoder = self.encoder
-        return stack_rows(
-            [
-                fill_row(
-                    [self._sequences[item] for item in row], encoder.max_length, encoder.pad_id
-                )
-                for row in bins
-            ]
-        )
+        return stack_rows([self._fill_row([self._sequences[item] for item in row]) for row in bins])
 
     @property
     def padding_share(self) -> float:

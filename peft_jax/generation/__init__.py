@@ -1,7 +1,7 @@
 """Generating text with a key-value cache.
 
 - [`from_text`][peft_jax.generation.from_text]: `generate_text`, from texts, conversations or
-  examples to texts.
+  examples to texts; `generate_text_from_tokens`.
 - [`from_tokens`][peft_jax.generation.from_tokens]: `generate`, from tokens to tokens.
 - [`loading`][peft_jax.generation.loading]: `load_for_generation`, from a checkpoint and an
   adapter's folder.
@@ -12,7 +12,12 @@
 """
 
 from peft_jax.generation.ends import end_tokens
-from peft_jax.generation.from_text import GeneratedText, TextCompletion, generate_text
+from peft_jax.generation.from_text import (
+    GeneratedText,
+    TextCompletion,
+    generate_text,
+    generate_text_from_tokens,
+)
 from peft_jax.generation.from_tokens import Completion, Generated, generate
 from peft_jax.generation.loading import Loaded, load_for_generation
 from peft_jax.generation.settings import GenerationSettings
@@ -29,5 +34,6 @@ __all__ = [
     "end_tokens",
     "generate",
     "generate_text",
+    "generate_text_from_tokens",
     "load_for_generation",
 ]

@@ -24,14 +24,17 @@ def length_bucket(length: int) -> int:
     return between if between > _SHORTEST and length <= between else power
 
 
-def batch_bucket(rows: int) -> int:
-    """How many rows a batch of `rows` is padded to: a power of two.
+def batch_bucket(rows: int, *, multiple: int = 1) -> int:
+    """How many rows a batch of `rows` is padded to: a power of two, or the next `multiple` from it.
 
     Example:
       >>> [batch_bucket(n) for n in (1, 2, 3, 5)]
       [1, 2, 4, 8]
+      >>> batch_bucket(3, multiple=6)
+      6
     """
-    return 1 << (rows - 1).bit_length()
+    power = 1 << (rows - 1).bit_length()
+    return -(-power // multiple) * multiple
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,8 +54,8 @@ class PaddedPrompts:
     empty: Bool[np.ndarray, "batch"]
 
     @classmethod
-    def of(cls, prompts: Sequence[np.ndarray]) -> "PaddedPrompts":
-        """The prompts, each of one token or more, in the smallest bucket.
+    def of(cls, prompts: Sequence[np.ndarray], *, multiple: int = 1) -> "PaddedPrompts":
+        """The prompts, each of one token or more, in the smallest bucket of a `multiple` of rows.
 
         Example:
           >>> padded = PaddedPrompts.of([np.array([6, 7, 8]), np.array([9])])
@@ -61,7 +64,8 @@ class PaddedPrompts:
           >>> padded.last
           array([8, 9], dtype=int32)
         """
-        batch, length = batch_bucket(len(prompts)), length_bucket(max(map(len, prompts)) - 1)
+        batch = batch_bucket(len(prompts), multiple=multiple)
+        length = length_bucket(max(map(len, prompts)) - 1)
         tokens, segment_ids = np.zeros((2, batch, length), np.int32)
         last = np.zeros(batch, np.int32)
         for row, prompt in enumerate(prompts):

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Int32
 
@@ -63,6 +64,8 @@ def generate_text(
     tokenizer: Any,
     prompts: Sequence[Prompt],
     settings: GenerationSettings | None = None,
+    *,
+    row_sharding: jax.sharding.NamedSharding | None = None,
 ) -> GeneratedText:
     """Continues texts.
 
@@ -75,6 +78,7 @@ def generate_text(
       tokenizer: a transformers tokenizer.
       prompts: the prompts.
       settings: how; by default greedily.
+      row_sharding: as for `generate`.
 
     Raises:
       ValueError: as `generate`; or a conversation and no chat template.
@@ -82,18 +86,40 @@ def generate_text(
     """
     if isinstance(prompts, str):
         raise ValueError("prompts must be a list of prompts, but is one text: put it in a list")
+    encoder = Encoder(tokenizer, max_length=1)
+    tokens = [encoder.prompt_ids(_as_example(prompt, tokenizer)) for prompt in prompts]
+    return generate_text_from_tokens(
+        model, params, tokenizer, tokens, settings, row_sharding=row_sharding
+    )
+
+
+def generate_text_from_tokens(
+    model: CausalLM,
+    params: Tree,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    settings: GenerationSettings | None = None,
+    *,
+    row_sharding: jax.sharding.NamedSharding | None = None,
+) -> GeneratedText:
+    """Continues prompts that are tokenised already; arguments and errors as for `generate_text`."""
     settings = settings or GenerationSettings()
     if settings.eos_ids is None:
         settings = dataclasses.replace(settings, eos_ids=end_tokens(model, tokenizer=tokenizer))
-    encoder = Encoder(tokenizer, max_length=1)
-    tokens = [encoder.prompt_ids(_as_example(prompt, tokenizer)) for prompt in prompts]
-    continuations = [Continuation(tokenizer, ids) for ids in tokens]
+    continuations = [Continuation(tokenizer, ids) for ids in prompts]
     strings = settings.stop_strings
 
     def find_stop(index: int, new: Int32[np.ndarray, "new"]) -> int | None:
         return continuations[index].find(strings, new)
 
-    found = generate(model, params, tokens, settings, find_stop=find_stop if strings else None)
+    found = generate(
+        model,
+        params,
+        prompts,
+        settings,
+        find_stop=find_stop if strings else None,
+        row_sharding=row_sharding,
+    )
     completions = tuple(
         TextCompletion(
             text=cut_off(continuation.text(completion.tokens), strings),

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -64,6 +65,7 @@ def generate(
     settings: GenerationSettings | None = None,
     *,
     find_stop: FindStop | None = None,
+    row_sharding: jax.sharding.NamedSharding | None = None,
 ) -> Generated:
     """Continues prompts, token by token, on the device.
 
@@ -81,6 +83,9 @@ def generate(
       settings: how; by default greedily.
       find_stop: finds where a continuation is to be cut off. With it the loop pauses every
         `STOP_INTERVAL` tokens; what is kept does not depend on the pauses.
+      row_sharding: how the rows of a batch are shared out over the devices that hold the parameters
+        (`peft_jax.parallel.batch_sharding`); None: every device does all rows. In a program of one
+        process.
 
     Returns:
       The continuations, without their prompts.
@@ -118,6 +123,7 @@ def generate(
             row_keys[indices],
             settings,
             find_stop,
+            row_sharding,
         )
         completions |= found
         stats += spent
@@ -174,15 +180,17 @@ def _generate_batch(
     row_keys: UInt32[np.ndarray, "rows 2"],
     settings: GenerationSettings,
     find_stop: FindStop | None,
+    row_sharding: jax.sharding.NamedSharding | None,
 ) -> tuple[dict[int, Completion], GenerationStats]:
     """Continues some prompts, given by index, together."""
-    padded = PaddedPrompts.of(list(prompts.values()))
+    put_rows = functools.partial(jax.device_put, device=row_sharding)
+    padded = PaddedPrompts.of(list(prompts.values()), multiple=_parts(row_sharding))
     filling = (0, len(padded.empty) - len(prompts))
     limits = np.pad(_limits(list(prompts.values()), model, settings), filling)
     controls = Controls(
         sampling=None if settings.greedy else Sampling.of(settings, model.config.vocab_size),
-        row_keys=jax.device_put(np.pad(row_keys, (filling, (0, 0)))),
-        limits=jax.device_put(limits),
+        row_keys=put_rows(np.pad(row_keys, (filling, (0, 0)))),
+        limits=put_rows(limits),
         ends=jax.device_put(_ends(settings, model)),
     )
     most = int(limits.max())
@@ -191,9 +199,9 @@ def _generate_batch(
         state = jax.block_until_ready(
             read_prompts(
                 params,
-                jax.device_put(padded.tokens),
-                jax.device_put(padded.segment_ids),
-                jax.device_put(padded.last),
+                put_rows(padded.tokens),
+                put_rows(padded.segment_ids),
+                put_rows(padded.last),
                 model=model,
                 new_tokens=length_bucket(most),
             )
@@ -203,7 +211,7 @@ def _generate_batch(
     until = 0
     while until < most and not stops.all_done:
         until = min(until + interval, most)
-        stopped = jax.device_put(stops.stopped.copy())
+        stopped = put_rows(stops.stopped.copy())
         with stopwatch("decode"):
             state = jax.block_until_ready(
                 write_tokens(
@@ -222,6 +230,14 @@ def _generate_batch(
         decode_seconds=stopwatch.seconds["decode"],
     )
     return completions, stats
+
+
+def _parts(sharding: jax.sharding.NamedSharding | None) -> int:
+    """Into how many parts the rows are cut."""
+    if sharding is None:
+        return 1
+    rows = sharding.mesh.size
+    return rows // sharding.shard_shape((rows,))[0]
 
 
 def _limits(

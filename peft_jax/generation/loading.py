@@ -1,10 +1,14 @@
 """From the folders that a run reads and leaves to what `generate_text` takes."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
-from peft_jax.core import Tree
+import jax
+
+from peft_jax.adapters import AdapterState
+from peft_jax.core import Tree, flatten, unflatten
 from peft_jax.core.checks import check_choice
 from peft_jax.generation.ends import end_tokens
 from peft_jax.hub import find_folder, load_adapter, load_model
@@ -12,6 +16,7 @@ from peft_jax.hub.adapter_files import CONFIG, PEFT_CONFIG
 from peft_jax.hub.files import read_json_object
 from peft_jax.hub.tokenizer import load_tokenizer
 from peft_jax.models import CausalLM, ExecutionSettings
+from peft_jax.parallel import sharding_tree
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 
@@ -39,6 +44,7 @@ def load_for_generation(
     *,
     merge: bool = False,
     dtype: str = "float32",
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Loaded:
     """A model, with or without an adapter, ready to generate.
 
@@ -49,6 +55,8 @@ def load_for_generation(
       merge: whether the adapter is merged into the parameters, which takes their memory once more
         while it is done and makes each token cheaper, instead of bound.
       dtype: of the parameters and of what is computed, "float32" or "bfloat16".
+      mesh: the devices that the parameters are laid out over, by the rules of `peft_jax.parallel`;
+        None: the first device.
 
     Raises:
       ValueError: neither is given, or one of them cannot be loaded.
@@ -61,16 +69,39 @@ def load_for_generation(
         model = base_of(adapter_folder)
     folder = find_folder(model)
     execution = ExecutionSettings(compute_dtype=dtype)
-    causal_lm, params = load_model(folder, dtype=dtype, execution=execution)
+    causal_lm, params = load_model(
+        folder,
+        dtype=dtype,
+        execution=execution,
+        sharding=None if mesh is None else functools.partial(_param_shardings, mesh=mesh),
+    )
     with_tokenizer = folder
     if adapter_folder is not None:
         spec, state = load_adapter(adapter_folder, causal_lm, params)
+        if mesh is not None:
+            state = _lay_out(state, spec.axes(params, causal_lm.logical_axes()), mesh)
         params = spec.merge(params, state) if merge else spec.bind(params, state)
         if (adapter_folder / _TOKENIZER_CONFIG).is_file():
             with_tokenizer = adapter_folder
     tokenizer = load_tokenizer(with_tokenizer)
     eos_ids = end_tokens(causal_lm, tokenizer=tokenizer, folder=folder)
     return Loaded(model=causal_lm, params=params, tokenizer=tokenizer, eos_ids=eos_ids)
+
+
+def _param_shardings(model: CausalLM, *, mesh: jax.sharding.Mesh) -> Tree:
+    return sharding_tree(model.logical_axes(), mesh, shapes=model.abstract_params())
+
+
+def _lay_out(state: AdapterState, axes: AdapterState, mesh: jax.sharding.Mesh) -> AdapterState:
+    """An adapter's arrays on the devices; empty branches are left out."""
+    trainable, constant = (
+        jax.device_put(arrays, sharding_tree(names, mesh, shapes=arrays))
+        for arrays, names in (
+            (unflatten(flatten(getattr(state, tree))), unflatten(flatten(getattr(axes, tree))))
+            for tree in ("trainable", "constant")
+        )
+    )
+    return AdapterState(trainable=trainable, constant=constant)
 
 
 def base_of(adapter: Path) -> str:

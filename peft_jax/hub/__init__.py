@@ -1,6 +1,7 @@
 """Hugging Face checkpoints and adapters, in and out, as safetensors.
 
-- [`load`][peft_jax.hub.load]: `load_model`, `load_params`, streamed into stacked, sharded arrays.
+- [`load`][peft_jax.hub.load]: `load_model`, `load_classifier`, `load_params`, streamed into
+  stacked, sharded arrays.
 - [`save`][peft_jax.hub.save]: `save_model`, a checkpoint that transformers reads.
 - [`adapter_save`][peft_jax.hub.adapter_save]: `save_adapter`, for this library and, where it has
   the method, Hugging Face PEFT; `export_merged`, as a whole model.
@@ -13,13 +14,14 @@ from peft_jax.hub.adapter_load import load_adapter
 from peft_jax.hub.adapter_save import export_merged, save_adapter
 from peft_jax.hub.checkpoint import open_checkpoint, read_config
 from peft_jax.hub.fetch import find_folder
-from peft_jax.hub.load import load_model, load_params
+from peft_jax.hub.load import load_classifier, load_model, load_params
 from peft_jax.hub.save import save_model
 
 __all__ = [
     "export_merged",
     "find_folder",
     "load_adapter",
+    "load_classifier",
     "load_model",
     "load_params",
     "open_checkpoint",

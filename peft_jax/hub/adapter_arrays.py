@@ -11,7 +11,7 @@ import numpy as np
 from peft_jax.adapters import AdapterState, Plan
 from peft_jax.core import Path, flatten, is_stacked, join_path, unflatten
 from peft_jax.hub.tensors import StoredTensor, TensorToWrite
-from peft_jax.models import CausalLM
+from peft_jax.models import Model
 
 _NAMED_AT_MOST = 8
 
@@ -37,7 +37,7 @@ class ArrayTensors:
     transposed: bool = False
 
 
-def adapted_tensors(model: CausalLM, plan: Plan, state: AdapterState) -> list[ArrayTensors]:
+def adapted_tensors(model: Model, plan: Plan, state: AdapterState) -> list[ArrayTensors]:
     """The tensors of the arrays over adapted kernels, in this library's own form.
 
     Args:
@@ -66,7 +66,7 @@ def adapted_tensors(model: CausalLM, plan: Plan, state: AdapterState) -> list[Ar
 
 
 def trained_tensors(
-    model: CausalLM, plan: Plan, state: AdapterState, *, prefix: str = ""
+    model: Model, plan: Plan, state: AdapterState, *, prefix: str = ""
 ) -> list[ArrayTensors]:
     """The tensors of the leaves that are trained themselves, as in the base's checkpoint.
 
@@ -96,7 +96,7 @@ def trained_tensors(
     return found
 
 
-def modules_of(model: CausalLM, path: Path) -> list[str]:
+def modules_of(model: Model, path: Path) -> list[str]:
     """The Hugging Face names of the modules that hold a leaf: one a layer, or one."""
     if not is_stacked(path):
         return [model.module_name(path)]

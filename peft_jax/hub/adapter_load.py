@@ -28,11 +28,11 @@ from peft_jax.hub.peft_forms import peft_form
 from peft_jax.hub.peft_import import check_tied, spec_of
 from peft_jax.hub.peft_names import PEFT_PREFIX
 from peft_jax.hub.tensors import StoredTensor, read_header
-from peft_jax.models import CausalLM
+from peft_jax.models import Model
 
 
 def load_adapter(
-    folder: str | FilePath, model: CausalLM, params: Tree
+    folder: str | FilePath, model: Model, params: Tree
 ) -> tuple[AdapterSpec, AdapterState]:
     """An adapter from a folder, or from the Hugging Face hub.
 
@@ -60,7 +60,7 @@ def load_adapter(
     raise ValueError(f"{folder} holds no adapter: it has neither {CONFIG} nor {PEFT_CONFIG}")
 
 
-def _load_own(folder: FilePath, model: CausalLM, params: Tree) -> tuple[AdapterSpec, AdapterState]:
+def _load_own(folder: FilePath, model: Model, params: Tree) -> tuple[AdapterSpec, AdapterState]:
     file = folder / CONFIG
     config = read_json_object(file)
     spec = read_spec(config, file)
@@ -89,7 +89,7 @@ def _load_own(folder: FilePath, model: CausalLM, params: Tree) -> tuple[AdapterS
     return spec, make_state(read_arrays(arrays, stored))
 
 
-def _load_peft(folder: FilePath, model: CausalLM, params: Tree) -> tuple[AdapterSpec, AdapterState]:
+def _load_peft(folder: FilePath, model: Model, params: Tree) -> tuple[AdapterSpec, AdapterState]:
     config = read_json_object(folder / PEFT_CONFIG)
     check_peft_config(config, folder / PEFT_CONFIG)
     what = f"the adapter in {folder}, made for {config.get('base_model_name_or_path')},"
@@ -99,7 +99,7 @@ def _load_peft(folder: FilePath, model: CausalLM, params: Tree) -> tuple[Adapter
 
 
 def _read_peft_state(
-    folder: FilePath, model: CausalLM, spec: AdapterSpec, params: Tree, *, what: str
+    folder: FilePath, model: Model, spec: AdapterSpec, params: Tree, *, what: str
 ) -> AdapterState:
     """The arrays of an adapter in PEFT's form."""
     plan = spec.plan(params)
@@ -119,7 +119,7 @@ def _read_peft_state(
 
 
 def _shapes(
-    model: CausalLM, plan: Plan, path: Path, shape: tuple[int, ...]
+    model: Model, plan: Plan, path: Path, shape: tuple[int, ...]
 ) -> dict[str, tuple[int, ...]]:
     """The tensors, by name, of one adapted kernel [..., d_in, d_out] over its layers."""
     form = peft_form(plan.adapted[path])
@@ -132,7 +132,7 @@ def _shapes(
 
 
 def _read_adapted(
-    model: CausalLM,
+    model: Model,
     plan: Plan,
     path: Path,
     stored: Mapping[str, StoredTensor],

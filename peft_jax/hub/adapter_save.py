@@ -27,7 +27,7 @@ from peft_jax.hub.peft_forms import NoPeftFormError, PeftForm, nbytes, peft_form
 from peft_jax.hub.peft_names import PEFT_PREFIX
 from peft_jax.hub.save import MAX_SHARD_BYTES, save_model
 from peft_jax.hub.tensors import TensorToWrite, write_tensors
-from peft_jax.models import CausalLM
+from peft_jax.models import Model
 
 FILES = (CONFIG, ARRAYS, PEFT_CONFIG, PEFT_ARRAYS)
 
@@ -39,7 +39,7 @@ _METADATA = {"format": "pt"}
 
 def save_adapter(
     folder: str | FilePath,
-    model: CausalLM,
+    model: Model,
     spec: AdapterSpec,
     state: AdapterState,
     base_model_name: str,
@@ -117,7 +117,7 @@ def save_adapter(
 
 def export_merged(
     folder: str | FilePath,
-    model: CausalLM,
+    model: Model,
     params: Tree,
     spec: AdapterSpec,
     state: AdapterState,
@@ -148,7 +148,7 @@ def export_merged(
     save_model(folder, model, merged, max_shard_bytes=max_shard_bytes)
 
 
-def peft_trained_tensors(model: CausalLM, plan: Plan, state: AdapterState) -> list[ArrayTensors]:
+def peft_trained_tensors(model: Model, plan: Plan, state: AdapterState) -> list[ArrayTensors]:
     """The tensors of the leaves that are trained themselves, as PEFT names them.
 
     A trained embedding that is the output head too is there under both names.
@@ -193,7 +193,7 @@ def _check_form(spec: AdapterSpec, plan: Plan, params: Tree) -> PeftForm:
 
 
 def _peft_tensors(
-    model: CausalLM, plan: Plan, state: AdapterState, form: PeftForm
+    model: Model, plan: Plan, state: AdapterState, form: PeftForm
 ) -> Iterator[TensorToWrite]:
     """The adapter's tensors for PEFT.
 

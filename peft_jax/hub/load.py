@@ -19,9 +19,16 @@ from peft_jax.core import Path, Tree, did_you_mean, flatten, is_stacked, unflatt
 from peft_jax.hub.checkpoint import Checkpoint, open_checkpoint, read_config
 from peft_jax.hub.fetch import find_folder
 from peft_jax.hub.tensors import StoredTensor
-from peft_jax.models import CausalLM, ExecutionSettings, build_model
+from peft_jax.models import (
+    CausalLM,
+    ExecutionSettings,
+    Model,
+    SequenceClassifier,
+    build_classifier,
+    build_model,
+)
 
-Shardings = Tree | jax.sharding.Sharding | Callable[[CausalLM], Tree]
+Shardings = Tree | jax.sharding.Sharding | Callable[[Model], Tree]
 """A tree of shardings as the parameters', one for all, or what makes the tree for a model."""
 
 _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")
@@ -61,18 +68,56 @@ def load_model(
     return model, load_params(folder, model, dtype=dtype, sharding=sharding)
 
 
+def load_classifier(
+    path: str | FilePath,
+    *,
+    num_labels: int | None = None,
+    head_key: jax.Array | None = None,
+    dtype: Any = jnp.float32,
+    execution: ExecutionSettings | None = None,
+    sharding: Shardings | None = None,
+    revision: str | None = None,
+) -> tuple[SequenceClassifier, Tree]:
+    """An encoder with a classification or regression head; see `load_model` for what is not here.
+
+    Args:
+      path: a folder with `config.json` and safetensors, or a name on the hub.
+      num_labels: how many labels the head has, 1 for a regression; by default as many as
+        `config.json` says.
+      head_key: a random key for the head where the checkpoint has none of that size; an adapter
+        that was trained with a head of its own replaces it.
+      dtype: of the parameters.
+      execution: how the model is computed.
+      sharding: how the parameters are laid out over devices.
+      revision: a branch, tag or commit on the hub.
+
+    Raises:
+      ValueError: as `load_model`, or the checkpoint has no such head and `head_key` is not given.
+    """
+    folder = find_folder(path, revision=revision)
+    model = build_classifier(read_config(folder), execution, num_labels=num_labels)
+    return model, load_params(folder, model, dtype=dtype, sharding=sharding, head_key=head_key)
+
+
 def load_params(
     folder: FilePath,
-    model: CausalLM,
+    model: Model,
     *,
     dtype: Any = jnp.float32,
     sharding: Shardings | None = None,
+    head_key: jax.Array | None = None,
 ) -> Tree:
-    """The parameters of `model` from a checkpoint's folder; arguments as for `load_model`."""
+    """The parameters of `model` from a checkpoint's folder.
+
+    Arguments as for `load_model` and `load_classifier`.
+    """
     if callable(sharding):
         sharding = sharding(model)
     shapes = flatten(model.abstract_params(dtype))
-    sources = match_tensors(open_checkpoint(folder), model)
+    sources = match_tensors(open_checkpoint(folder), model, new_head=head_key is not None)
+    drawn: dict[Path, jax.Array] = {}
+    if head_key is not None:
+        drawn = model.init_leaves(head_key, [p for p in shapes if p not in sources], dtype)
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     if isinstance(sharding, jax.sharding.Sharding):
@@ -81,7 +126,9 @@ def load_params(
         shardings = flatten(sharding)
     return unflatten(
         {
-            path: jax.make_array_from_callback(
+            path: jax.device_put(drawn[path], shardings[path])
+            if path in drawn
+            else jax.make_array_from_callback(
                 leaf.shape, shardings[path], _reader(path, leaf, sources[path])
             )
             for path, leaf in shapes.items()
@@ -89,19 +136,34 @@ def load_params(
     )
 
 
-def match_tensors(checkpoint: Checkpoint, model: CausalLM) -> dict[Path, list[StoredTensor]]:
+def match_tensors(
+    checkpoint: Checkpoint, model: Model, *, new_head: bool = False
+) -> dict[Path, list[StoredTensor]]:
     """The stored tensor, or one a layer, of every leaf.
+
+    Args:
+      checkpoint: what is stored.
+      model: what is wanted.
+      new_head: leave out a classifier's head, and pooler, that the checkpoint does not have.
 
     Raises:
       ValueError: tensors are missing, left over, or of the wrong shape; they are named.
     """
-    tensors = dict(checkpoint.tensors)
+    tensors = _used_tensors(checkpoint, model)
     prefix = model.family.naming.prefix + "."
     # Checkpoints of the bare decoder leave the prefix out, as BLOOM's do.
     bare = not any(name.startswith(prefix) for name in tensors)
     wanted = _wanted_names(model, bare=bare)
     if model.config.tie_word_embeddings:
         _settle_tied_head(tensors, _embedding_name(wanted))
+    for path in _absent_head(wanted, tensors, model):
+        if not new_head:
+            raise ValueError(
+                f"{checkpoint.folder} has no trained head for {model.hf_names()[path].name()}: give"
+                " head_key, a random key, to begin with a new one"
+            )
+        for name in wanted.pop(path):
+            tensors.pop(name, None)
     missing = [name for names in wanted.values() for name in names if name not in tensors]
     used = {name for names in wanted.values() for name in names}
     extra = [name for name in tensors if name not in used and not _DERIVED.fullmatch(name)]
@@ -112,7 +174,7 @@ def match_tensors(checkpoint: Checkpoint, model: CausalLM) -> dict[Path, list[St
     return sources
 
 
-def _wanted_names(model: CausalLM, *, bare: bool) -> dict[Path, list[str]]:
+def _wanted_names(model: Model, *, bare: bool) -> dict[Path, list[str]]:
     """The names of every leaf's tensors, one a layer where the leaf is stacked."""
     wanted = {}
     for path, tensor in model.hf_names().items():
@@ -153,19 +215,53 @@ def _equal(one: StoredTensor, other: StoredTensor) -> bool:
     return one.dtype == other.dtype and all(np.array_equal(a, b) for (_, a), (_, b) in pieces)
 
 
-def _check_shapes(sources: dict[Path, list[StoredTensor]], model: CausalLM) -> None:
-    names = model.hf_names()
-    wrong = []
-    for path, leaf in flatten(model.abstract_params()).items():
-        shape = leaf.shape[1:] if is_stacked(path) else leaf.shape
-        expected = shape[::-1] if names[path].transposed else shape
-        wrong += [
-            f"{tensor.name} is {list(tensor.shape)}, and config.json makes it {list(expected)}"
-            for tensor in sources[path]
-            if tensor.shape != expected
-        ]
+def _check_shapes(sources: dict[Path, list[StoredTensor]], model: Model) -> None:
+    shapes = _stored_shapes(model)
+    wrong = [
+        f"{tensor.name} is {list(tensor.shape)}, and config.json makes it {list(shapes[path])}"
+        for path, tensors in sources.items()
+        for tensor in tensors
+        if tensor.shape != shapes[path]
+    ]
     if wrong:
         raise ValueError(f"tensors of the wrong shape: {_listing(wrong)}")
+
+
+def _stored_shapes(model: Model) -> dict[Path, tuple[int, ...]]:
+    """The shape of every leaf's tensors, of one layer where it is stacked."""
+    names = model.hf_names()
+    shapes = {
+        path: leaf.shape[1:] if is_stacked(path) else leaf.shape
+        for path, leaf in flatten(model.abstract_params()).items()
+    }
+    return {p: shape[::-1] if names[p].transposed else shape for p, shape in shapes.items()}
+
+
+def _used_tensors(checkpoint: Checkpoint, model: Model) -> dict[str, StoredTensor]:
+    """The checkpoint's tensors by the names they have now, without those the model leaves."""
+    found = {}
+    for name, tensor in checkpoint.tensors.items():
+        if any(re.fullmatch(pattern, name) for pattern in model.family.unused):
+            continue
+        for old, new in model.family.old_names:
+            if name.endswith(old):
+                name = name.removesuffix(old) + new
+        found[name] = tensor
+    return found
+
+
+def _absent_head(
+    wanted: dict[Path, list[str]], tensors: dict[str, StoredTensor], model: Model
+) -> list[Path]:
+    """The leaves of a classifier's head that are not stored, or in another size."""
+    if not isinstance(model, SequenceClassifier):
+        return []
+    shapes = _stored_shapes(model)
+    return [
+        path
+        for path in sorted(model.head_leaves)
+        if any(name not in tensors or tensors[name].shape != shapes[path] for name in wanted[path])
+    ]
 
 
 def _unmatched(folder: FilePath, missing: list[str], extra: list[str]) -> str:

@@ -12,7 +12,8 @@ from peft_jax.hub.adapter_arrays import modules_of
 from peft_jax.hub.adapter_files import CONFIG
 from peft_jax.hub.peft_forms import PeftForm, peft_rank_and_alpha
 from peft_jax.hub.peft_names import all_modules, matches_saved, matches_target, short_names
-from peft_jax.models import CausalLM
+from peft_jax.models import Model, SequenceClassifier
+from peft_jax.models.naming import CLASSIFIER
 
 HEAD = "lm_head"
 """Hugging Face's name of the output head's module."""
@@ -56,7 +57,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "fan_in_fan_out": NEUTRAL,
     "layers_pattern": NEUTRAL,
     "layers_to_transform": NEUTRAL,
-    "task_type": (None, "CAUSAL_LM"),
+    "task_type": (None, "CAUSAL_LM", "SEQ_CLS"),
 }
 
 SETTINGS: dict[str, _Settings] = {
@@ -116,7 +117,7 @@ _WHY = {
         " in PEFT with path_initial_model_for_weight_conversion, which makes it one of the base as"
         " it is"
     ),
-    "task_type": "; only adapters of causal language models are read",
+    "task_type": "; only adapters of causal language models and of classifiers are read",
 }
 
 _COMPARED = (
@@ -134,7 +135,7 @@ _COMPARED = (
 
 
 def write_peft_config(
-    model: CausalLM, spec: AdapterSpec, plan: Plan, form: PeftForm, *, base_model_name: str
+    model: Model, spec: AdapterSpec, plan: Plan, form: PeftForm, *, base_model_name: str
 ) -> dict[str, Any]:
     """The content of `adapter_config.json`.
 
@@ -149,6 +150,16 @@ def write_peft_config(
     saved = short_names(model, plan.trained, modules, matches_saved)
     if tied_embedding(model, plan):
         saved.append(HEAD)
+    is_classifier = isinstance(model, SequenceClassifier)
+    if is_classifier and any(path[0] == CLASSIFIER for path in plan.trained):
+        # PEFT saves a classifier's head as one module, whatever it is made of.
+        heads = {
+            name
+            for path in plan.trained
+            if path[0] == CLASSIFIER
+            for name in short_names(model, [path], modules, matches_saved)
+        }
+        saved = sorted({*saved} - heads | {CLASSIFIER})
     settings = {
         "base_model_name_or_path": base_model_name,
         "bias": "none",
@@ -157,7 +168,7 @@ def write_peft_config(
         "modules_to_save": saved or None,
         "peft_type": form.peft_type,
         "target_modules": short_names(model, list(plan.adapted), modules, matches_target),
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if is_classifier else "CAUSAL_LM",
     }
     method = spec.method
     if isinstance(method, LoRA):
@@ -172,7 +183,7 @@ def write_peft_config(
     return settings
 
 
-def tied_embedding(model: CausalLM, plan: Plan) -> TreePath | None:
+def tied_embedding(model: Model, plan: Plan) -> TreePath | None:
     """The embedding's path, where it is trained itself and is the output head too.
 
     PEFT trains copies of modules, and so would leave the head as it was; it is given the same
@@ -183,7 +194,7 @@ def tied_embedding(model: CausalLM, plan: Plan) -> TreePath | None:
     return next((path for path in plan.trained if path[-1] == "embedding"), None)
 
 
-def _lora_settings(model: CausalLM, method: LoRA, plan: Plan) -> dict[str, Any]:
+def _lora_settings(model: Model, method: LoRA, plan: Plan) -> dict[str, Any]:
     rank, alpha = peft_rank_and_alpha(method)
     ranks, alphas = {}, {}
     adapted = [module for path in plan.adapted for module in modules_of(model, path)]

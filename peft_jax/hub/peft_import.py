@@ -20,7 +20,7 @@ from peft_jax.hub.peft_config import HEAD
 from peft_jax.hub.peft_forms import BOFT_NAMES, LORA_NAMES
 from peft_jax.hub.peft_names import PEFT_PREFIX
 from peft_jax.hub.tensors import StoredTensor
-from peft_jax.models import CausalLM
+from peft_jax.models import Model
 
 _NAMES = {"LORA": LORA_NAMES, "BOFT": BOFT_NAMES}
 _HEAD_TENSOR = f"{PEFT_PREFIX}{HEAD}.weight"
@@ -42,7 +42,7 @@ class _Found:
 def spec_of(
     config: Mapping[str, Any],
     stored: Mapping[str, StoredTensor],
-    model: CausalLM,
+    model: Model,
     params: Tree,
     *,
     what: str,
@@ -76,7 +76,7 @@ def spec_of(
         raise ValueError(str(error) if what in str(error) else f"{what} {error}") from error
 
 
-def check_tied(model: CausalLM, stored: Mapping[str, StoredTensor], *, what: str) -> None:
+def check_tied(model: Model, stored: Mapping[str, StoredTensor], *, what: str) -> None:
     """Checks that an embedding that is the head too was not trained apart from it.
 
     Raises:
@@ -99,7 +99,7 @@ def check_tied(model: CausalLM, stored: Mapping[str, StoredTensor], *, what: str
 
 
 def _sort(
-    stored: Mapping[str, StoredTensor], model: CausalLM, ends: tuple[str, ...], what: str
+    stored: Mapping[str, StoredTensor], model: Model, ends: tuple[str, ...], what: str
 ) -> _Found:
     """What each tensor is of.
 
@@ -134,7 +134,7 @@ def _sort(
     return found
 
 
-def _check_complete(found: _Found, model: CausalLM, ends: tuple[str, ...], what: str) -> None:
+def _check_complete(found: _Found, model: Model, ends: tuple[str, ...], what: str) -> None:
     for path, own in found.adapted.items():
         missing = [
             f"{module}.{end}"
@@ -149,7 +149,7 @@ def _check_complete(found: _Found, model: CausalLM, ends: tuple[str, ...], what:
         _check_layers(path, count, model, what)
 
 
-def _check_layers(path: Path, count: int, model: CausalLM, what: str) -> None:
+def _check_layers(path: Path, count: int, model: Model, what: str) -> None:
     layers = model.config.num_layers if is_stacked(path) else 1
     if count != layers:
         raise ValueError(
@@ -184,7 +184,7 @@ def _lora(config: Mapping[str, Any]) -> LoRA:
 def _patterns(
     config: Mapping[str, Any],
     found: _Found,
-    model: CausalLM,
+    model: Model,
     kernels: list[Path],
     what: str,
 ) -> dict[str, dict[str, Any]]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from peft_jax.core import Path, is_stacked
 from peft_jax.hub.adapter_arrays import modules_of
-from peft_jax.models import CausalLM
+from peft_jax.models import Model
 
 PEFT_PREFIX = "base_model.model."
 """What PEFT puts before the names of the base's modules."""
@@ -23,7 +23,7 @@ def matches_saved(name: str, module: str) -> bool:
     return module.endswith(name)
 
 
-def all_modules(model: CausalLM) -> set[str]:
+def all_modules(model: Model) -> set[str]:
     """The Hugging Face names of all modules that hold parameters, and of what holds them."""
     found: set[str] = set()
     for path in model.hf_names():
@@ -34,7 +34,7 @@ def all_modules(model: CausalLM) -> set[str]:
 
 
 def short_names(
-    model: CausalLM, paths: Sequence[Path], modules: Collection[str], matches: Matches
+    model: Model, paths: Sequence[Path], modules: Collection[str], matches: Matches
 ) -> list[str]:
     """Names that choose the modules of some leaves, and no others.
 

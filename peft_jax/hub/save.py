@@ -14,14 +14,14 @@ from peft_jax.core import AdaptedKernel, Path, Tree, flatten, is_stacked, join_p
 from peft_jax.hub.checkpoint import CONFIG, INDEX, WEIGHTS
 from peft_jax.hub.files import write_json
 from peft_jax.hub.tensors import TensorToWrite, write_tensors
-from peft_jax.models import CausalLM, HFTensor
+from peft_jax.models import HFTensor, Model
 
 MAX_SHARD_BYTES = 5_000_000_000
 """The size a file of weights has at most, where its tensors allow."""
 
 
 def save_model(
-    folder: str | FilePath, model: CausalLM, params: Tree, *, max_shard_bytes: int = MAX_SHARD_BYTES
+    folder: str | FilePath, model: Model, params: Tree, *, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
     """Writes `config.json` and safetensors that transformers loads, in the parameters' dtype.
 
@@ -55,7 +55,7 @@ def save_model(
     write_json(folder / CONFIG, _config(model, leaves))
 
 
-def _tensors(leaves: dict[Path, Any], model: CausalLM) -> Iterator[TensorToWrite]:
+def _tensors(leaves: dict[Path, Any], model: Model) -> Iterator[TensorToWrite]:
     """The model's tensors in Hugging Face's layout, fetched when they are written."""
     names = model.hf_names()
     for path, leaf in leaves.items():
@@ -104,7 +104,7 @@ def _write_shards(folder: FilePath, shards: list[list[TensorToWrite]]) -> None:
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _config(model: CausalLM, leaves: dict[Path, Any]) -> dict[str, Any]:
+def _config(model: Model, leaves: dict[Path, Any]) -> dict[str, Any]:
     """The `config.json` the model was built from, with the dtype the parameters have now."""
     config = {"architectures": [model.family.architecture], **model.hf_config}
     config.pop("auto_map", None)

@@ -25,7 +25,9 @@ MASKED = -1e30
 
 @struct.dataclass
 class AttentionLayout:
-    """Who may attend to whom: no later token, no other segment, nothing before the window.
+    """Who may attend to whom: no other segment, no later token, nothing before the window.
+
+    An encoder's tokens see later ones too, and have no window.
 
     A pytree; its fields are typed `Any` because JAX also puts placeholders in the arrays' places.
 
@@ -38,6 +40,8 @@ class AttentionLayout:
       slopes: [K, G], ALiBi's penalty a token of distance (Press et al., 2022, arXiv 2108.12409),
         or None.
       window: a query sees this many tokens, itself included; None sees all. Static.
+      sees_later: whether a query sees the tokens after it; segments are then given, without which
+        padding would be seen. Static.
     """
 
     query_start: Any
@@ -47,6 +51,17 @@ class AttentionLayout:
     key_positions: Any = None
     slopes: Any = None
     window: int | None = struct.field(pytree_node=False, default=None)
+    sees_later: bool = struct.field(pytree_node=False, default=False)
+
+    @classmethod
+    def bidirectional(cls, segment_ids: Int[Array, "batch tokens"]) -> "AttentionLayout":
+        """The layout of an encoder's tokens, each of which sees its whole segment."""
+        return cls(
+            query_start=jnp.zeros((), jnp.int32),
+            query_segments=segment_ids,
+            key_segments=segment_ids,
+            sees_later=True,
+        )
 
     @classmethod
     def causal(
@@ -110,7 +125,7 @@ def visible(
 ) -> Bool[Array, "rows tokens keys"]:
     """Which of the given keys each of the given queries sees, [B or 1, T, S]."""
     distance = query_index[:, None] - key_index[None, :]
-    seen = distance >= 0
+    seen = jnp.ones_like(distance, bool) if layout.sees_later else distance >= 0
     if layout.window is not None:
         seen &= distance < layout.window
     seen = seen[None]

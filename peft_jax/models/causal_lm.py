@@ -4,123 +4,20 @@ B batch, T tokens, D embed, V vocab.
 """
 
 import dataclasses
-import functools
-import json
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
-from peft_jax.core import (
-    STACKED,
-    Kernel,
-    Path,
-    Tree,
-    did_you_mean,
-    flatten,
-    is_stacked,
-    linear,
-    unflatten,
-)
+from peft_jax.core import Kernel, Tree, linear
 from peft_jax.models.cache import KVCache
-from peft_jax.models.execution import ExecutionSettings
-from peft_jax.models.family import Decoder, Family, ModelConfig
-from peft_jax.models.naming import HFTensor
-
-_DRAWN_AT_ONCE = 2**27
-"""How many random numbers are drawn in one go: 512 MiB."""
+from peft_jax.models.model import Model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CausalLM:
-    """A handle on a model: static and hashable, with Flax NNX modules inside.
-
-    Parameters are plain nested dictionaries of arrays; the leaves of transformer blocks stand under
-    "layers", stacked [layers, ...]. A leaf called "kernel" may be an `AdaptedKernel`.
-
-    Attributes:
-      family: how the model is built and what its tensors are called.
-      config: the architecture.
-      execution: how it is computed.
-      hf_json: the `config.json` it was built from, as text; models that differ in it only (in
-        token ids, say) are equal.
-    """
-
-    family: Family
-    config: ModelConfig
-    execution: ExecutionSettings
-    hf_json: str = dataclasses.field(repr=False, compare=False)
-
-    @property
-    def hf_config(self) -> dict[str, Any]:
-        """The `config.json` the model was built from."""
-        return json.loads(self.hf_json)
-
-    def with_execution(self, execution: ExecutionSettings) -> "CausalLM":
-        """The same model, computed in another way."""
-        return dataclasses.replace(self, execution=execution)
-
-    # Parameters.
-
-    def abstract_params(self, dtype: Any = jnp.float32) -> Tree:
-        """The shapes of all parameters, as `jax.ShapeDtypeStruct`s of `dtype`."""
-        dtype = jnp.dtype(dtype)
-        return unflatten(
-            {
-                path: jax.ShapeDtypeStruct(variable.get_value().shape, dtype)
-                for path, variable in self._variables.items()
-            }
-        )
-
-    def logical_axes(self) -> Tree:
-        """The name of every axis of every parameter.
-
-        Names: "layers", "vocab", "embed", "heads", "kv_heads", "mlp", "norm".
-        """
-        return unflatten(
-            {
-                path: (STACKED, *variable.axes) if is_stacked(path) else variable.axes
-                for path, variable in self._variables.items()
-            }
-        )
-
-    def cut_sizes(self) -> dict[str, int]:
-        """How many there are of what a mesh may cut, by logical axis; heads are never cut in two.
-
-        The vocabulary is not among it: an array whose vocabulary does not come out even is held
-        whole.
-        """
-        sizes = {
-            axis: size
-            for path, variable in self._variables.items()
-            for axis, size in zip(
-                variable.axes, variable.get_value().shape[is_stacked(path) :], strict=True
-            )
-        }
-        heads = {"heads": self.config.num_heads, "kv_heads": self.config.num_kv_heads}
-        return {axis: sizes[axis] for axis in ("embed", "mlp")} | heads
-
-    def init_params(self, key: jax.Array, dtype: Any = jnp.float32) -> Tree:
-        """Random parameters: kernels and embeddings normal, scales one, biases zero."""
-        return _init_params(self, key, jnp.dtype(dtype))
-
-    def hf_names(self) -> dict[Path, HFTensor]:
-        """The Hugging Face tensor of every leaf, and whether it is stored transposed."""
-        return {path: self.family.naming.tensor(path) for path in self._variables}
-
-    def module_name(self, path: Path, layer: int | None = None) -> str:
-        """The Hugging Face name of the module that holds the leaf at `path`.
-
-        Raises:
-          ValueError: the leaf is stacked and `layer` is not given.
-        """
-        return self.family.naming.module(path, layer)
-
-    # Computation.
+class CausalLM(Model):
+    """A decoder-only language model: from tokens to hidden states and logits; see `Model`."""
 
     def hidden_states(
         self,
@@ -199,23 +96,6 @@ class CausalLM:
             dtype=jnp.dtype(dtype),
         )
 
-    @property
-    def _variables(self) -> dict[Path, nnx.Variable]:
-        return _template(self.family, self.config, self.execution)[1]
-
-    def _bound(self, params: Tree) -> Decoder:
-        """The module with the parameters in it.
-
-        Raises:
-          ValueError: a leaf is missing or unknown.
-        """
-        graphdef, variables = _template(self.family, self.config, self.execution)
-        leaves = flatten(params)
-        if leaves.keys() != variables.keys():
-            _refuse_leaves(set(leaves), set(variables))
-        state = {path: variable.replace(leaves[path]) for path, variable in variables.items()}
-        return nnx.merge(graphdef, nnx.State(unflatten(state)))
-
 
 def default_positions(
     tokens: Int[Array, "batch tokens"], segment_ids: Int[Array, "batch tokens"] | None
@@ -227,57 +107,3 @@ def default_positions(
     previous = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     starts = jnp.where(segment_ids != previous, index, 0)
     return index - jax.lax.cummax(starts, axis=1)
-
-
-@functools.lru_cache(maxsize=64)
-def _template(
-    family: Family, config: ModelConfig, execution: ExecutionSettings
-) -> tuple[Any, dict[Path, nnx.Variable]]:
-    """The module's structure, and its variables by path, without arrays."""
-    module = nnx.eval_shape(lambda: family.decoder(config, execution))
-    graphdef, state = nnx.split(module)
-    return graphdef, {tuple(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
-
-
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def _init_params(model: CausalLM, key: jax.Array, dtype: jnp.dtype) -> Tree:
-    """Draws many leaves at a time: compiling a draw takes longer than drawing a small leaf."""
-    variables = model._variables
-    drawn = dict.fromkeys(variables)
-    for group in _groups(variables, _DRAWN_AT_ONCE):
-        key, subkey = jax.random.split(key)
-        ends = np.cumsum([variable.get_value().size for variable in group.values()])
-        numbers = jax.random.normal(subkey, (int(ends[-1]),), jnp.float32)
-        for (path, variable), part in zip(
-            group.items(), jnp.split(numbers, ends[:-1]), strict=True
-        ):
-            values = variable.mean + variable.stddev * part
-            drawn[path] = values.reshape(variable.get_value().shape).astype(dtype)
-    return unflatten(drawn)
-
-
-def _groups(variables: dict[Path, nnx.Variable], size: int) -> Iterator[dict[Path, nnx.Variable]]:
-    """The variables in order, in groups of at most `size` numbers or of one variable."""
-    group: dict[Path, nnx.Variable] = {}
-    total = 0
-    for path, variable in variables.items():
-        total += variable.get_value().size
-        if group and total > size:
-            yield group
-            group, total = {}, variable.get_value().size
-        group[path] = variable
-    yield group
-
-
-def _refuse_leaves(found: set[Path], expected: set[Path]) -> None:
-    missing = sorted(".".join(path) for path in expected - found)
-    unknown = sorted(".".join(path) for path in found - expected)
-    parts = []
-    if missing:
-        parts.append(f"they lack {', '.join(missing)}")
-    if unknown:
-        parts.append(
-            f"they have {', '.join(unknown)}, not known here"
-            f"{did_you_mean(unknown[0], missing) if missing else ''}"
-        )
-    raise ValueError(f"the parameters are not this model's: {'; '.join(parts)}")

@@ -82,7 +82,10 @@ def chunked_attention(
 
 
 def _pad(array: Any, count: int) -> Any:
-    """Zeros after the tokens of axis 1. Padded keys come after every query, so none sees them."""
+    """Zeros after the tokens of axis 1.
+
+    No query sees padded keys: they come after it or, where later tokens are seen, are of segment 0.
+    """
     if array is None or not count:
         return array
     return jnp.pad(array, ((0, 0), (0, count)) + ((0, 0),) * (array.ndim - 2))
@@ -209,6 +212,8 @@ def _scores(
 
 def _keys_seen(blocks: Blocks, layout: AttentionLayout, i: Index) -> tuple[Any, Any]:
     """The first block of keys that block i of the queries sees, and the one after the last."""
+    if layout.sees_later:
+        return jnp.zeros((), jnp.int32), jnp.full((), blocks.keys, jnp.int32)
     first_query = layout.query_start + i * blocks.query
     end = jnp.minimum((first_query + blocks.query - 1) // blocks.key + 1, blocks.keys)
     if layout.window is None:
@@ -218,6 +223,8 @@ def _keys_seen(blocks: Blocks, layout: AttentionLayout, i: Index) -> tuple[Any, 
 
 def _queries_seeing(blocks: Blocks, layout: AttentionLayout, j: Index) -> tuple[Any, Any]:
     """The first block of queries that sees block j of the keys, and the one after the last."""
+    if layout.sees_later:
+        return jnp.zeros((), jnp.int32), jnp.full((), blocks.queries, jnp.int32)
     first_key = j * blocks.key - layout.query_start
     first = jnp.maximum(first_key, 0) // blocks.query
     if layout.window is None:

@@ -74,6 +74,9 @@ class Family:
       read_config: builds the family's configuration, refusing what is not understood.
       decoder: the module.
       naming: of tensors and modules in Hugging Face checkpoints.
+      unused: regular expressions for tensors that its checkpoints may hold and the model leaves:
+        heads it was pretrained with, tensors that repeat what `config.json` says.
+      old_names: (ending, ending now) of tensors that old checkpoints call otherwise.
     """
 
     model_type: str
@@ -81,3 +84,5 @@ class Family:
     read_config: Callable[[Mapping[str, Any]], ModelConfig]
     decoder: Callable[..., Any]
     naming: Naming
+    unused: tuple[str, ...] = ()
+    old_names: tuple[tuple[str, str], ...] = ()

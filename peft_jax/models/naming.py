@@ -4,6 +4,15 @@ import dataclasses
 
 from peft_jax.core import STACKED, Path, is_stacked
 
+LM_HEAD = "lm_head"
+"""What the head of a causal language model is called."""
+
+CLASSIFIER = "classifier"
+"""What the head of a classifier is called."""
+
+HEADS = (LM_HEAD, CLASSIFIER)
+"""The modules that do not stand under a family's prefix."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HFTensor:
@@ -27,8 +36,8 @@ class Naming:
     """How one family of checkpoints names its modules.
 
     Attributes:
-      prefix: what everything but the head stands under: "model", "transformer".
-      blocks: what the transformer blocks stand under: "layers", "h".
+      prefix: what everything but the head stands under: "model", "transformer", "bert".
+      blocks: what the transformer blocks stand under: "layers", "h", "encoder.layer".
 
     Example:
       >>> naming = Naming(prefix="model", blocks="layers")
@@ -48,8 +57,8 @@ class Naming:
           ValueError: a stacked leaf without `layer`.
         """
         modules = path[:-1]
-        if modules == ("lm_head",):
-            return "lm_head"
+        if modules[0] in HEADS:
+            return ".".join(modules)
         if not is_stacked(path):
             return ".".join((self.prefix, *modules))
         if layer is None:

@@ -7,6 +7,7 @@ from typing import Any
 from peft_jax.core import did_you_mean
 from peft_jax.models.bloom_family import BLOOM
 from peft_jax.models.causal_lm import CausalLM
+from peft_jax.models.classifier import is_encoder
 from peft_jax.models.execution import ExecutionSettings
 from peft_jax.models.family import Family
 from peft_jax.models.llama_families import LLAMA, MISTRAL, QWEN2, QWEN3
@@ -37,6 +38,12 @@ def build_model(
       (2, 8, 16)
     """
     model_type = hf_config.get("model_type")
+    if is_encoder(hf_config):
+        raise ValueError(
+            f"config.json has the model_type {model_type!r}, an encoder: it writes no text; build"
+            " it with build_classifier (load_classifier), or fine-tune it with a recipe that has"
+            " labels"
+        )
     if model_type not in FAMILIES:
         code = ""
         if hf_config.get("auto_map"):

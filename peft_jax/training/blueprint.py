@@ -10,13 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from peft_jax.adapters import AdapterSpec, AdapterState, Hybrid
 from peft_jax.core import Tree, flatten, unflatten
-from peft_jax.data import Batch
-from peft_jax.models import CausalLM
+from peft_jax.data import AnyBatch, Batch, LabelledBatch, abstract_batch
+from peft_jax.models import Model, SequenceClassifier
 from peft_jax.optim import learning_rate_schedule, make_optimizer
 from peft_jax.parallel import LogicalAxisRules, batch_sharding, check_divides, sharding_tree
 from peft_jax.training.config import RunConfig
@@ -43,7 +42,7 @@ class Blueprint:
     """
 
     config: RunConfig
-    model: CausalLM
+    model: Model
     spec: AdapterSpec
     params: Tree
     constant: Tree
@@ -69,19 +68,19 @@ class Blueprint:
         return self.config.train.microbatch_size // _parts(self.placement.rows)
 
     @property
-    def batch(self) -> Batch:
+    def batch_kind(self) -> type[Batch] | type[LabelledBatch]:
+        """What the batches are."""
+        return LabelledBatch if isinstance(self.model, SequenceClassifier) else Batch
+
+    @property
+    def batch(self) -> AnyBatch:
         """The rows of a step, cut into microbatches, as shapes with shardings."""
         train = self.config.train
-        shape = (train.gradient_accumulation, train.microbatch_size, train.max_length)
-        return Batch(
-            **{
-                field.name: jax.ShapeDtypeStruct(
-                    shape,
-                    jnp.float32 if field.name == "loss_mask" else jnp.int32,
-                    sharding=self.placement.microbatches,
-                )
-                for field in dataclasses.fields(Batch)
-            }
+        return abstract_batch(
+            self.batch_kind,
+            (train.gradient_accumulation, train.microbatch_size),
+            train.max_length,
+            self.placement.microbatches,
         )
 
     def train_step(self) -> TrainStep:
@@ -107,14 +106,22 @@ class Blueprint:
             return jitted.trace(self.state, self.frozen, self.constant, self.batch)
 
 
-def draw_blueprint(config: RunConfig, model: CausalLM, mesh: jax.sharding.Mesh) -> Blueprint:
+def draw_blueprint(
+    config: RunConfig, model: Model, mesh: jax.sharding.Mesh, *, spec: AdapterSpec | None = None
+) -> Blueprint:
     """The program of a run of a model on a mesh, whose devices need not be there.
+
+    Args:
+      config: the configuration.
+      model: the model.
+      mesh: the devices.
+      spec: what is adapted; by default as the configuration says.
 
     Raises:
       ValueError: what is to be adapted cannot be, or the mesh does not divide the model or the
         batch; the message says what would.
     """
-    spec = config.method.spec
+    spec = config.method.spec if spec is None else spec
     params = model.abstract_params(config.model.dtype)
     adapter = spec.abstract(params)
     optimizer = _make_optimizer(config)

@@ -13,9 +13,11 @@ from jaxtyping import Array, Float
 from peft_jax.adapters import AdapterSpec, AdapterState
 from peft_jax.core import Tree
 from peft_jax.data import Batch, EvalData, Example
-from peft_jax.models import CausalLM
+from peft_jax.models import CausalLM, SequenceClassifier
+from peft_jax.training.classification import ClassifierEvaluator
 from peft_jax.training.losses import chunked_token_scores
 from peft_jax.training.placement import RowPlacement
+from peft_jax.training.prepare import Job
 
 _LENGTH_MULTIPLE = 64
 """Rows of choices are cut to the longest, rounded up to this."""
@@ -153,6 +155,25 @@ class Evaluator:
             for example, index in zip(self._choices, preferred, strict=True)
         ]
         return self._data.recipe.metrics(answers, self._choices)
+
+
+AnyEvaluator = Evaluator | ClassifierEvaluator
+
+
+def make_evaluator(job: Job) -> AnyEvaluator:
+    """What measures a run's model on its held-out data."""
+    if isinstance(job.model, SequenceClassifier):
+        return ClassifierEvaluator(job.model, job.spec, job.held_out, placement=job.placement)
+    assert isinstance(job.model, CausalLM)
+    return Evaluator(
+        job.model,
+        job.spec,
+        job.held_out,
+        placement=job.placement,
+        microbatches=job.config.train.gradient_accumulation,
+        microbatch_size=job.config.train.microbatch_size,
+        chunk_size=job.config.train.loss_chunk,
+    )
 
 
 def token_sums(

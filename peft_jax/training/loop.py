@@ -13,14 +13,14 @@ import numpy as np
 
 from peft_jax.adapters import AdapterState
 from peft_jax.core import Tree, flatten, unflatten
-from peft_jax.data import Batch
+from peft_jax.data import AnyBatch
 from peft_jax.hub import load_params
 from peft_jax.training.blueprint import step_bytes
 from peft_jax.training.checkpoints import Checkpoints
 from peft_jax.training.clock import Phases, Rate
 from peft_jax.training.config import RunConfig
 from peft_jax.training.errors import NonFiniteError, RefusedError
-from peft_jax.training.evaluate import Evaluator
+from peft_jax.training.evaluate import AnyEvaluator, make_evaluator
 from peft_jax.training.export import export_results
 from peft_jax.training.files import locked, write_json
 from peft_jax.training.inbox import Inbox, Measured
@@ -153,15 +153,7 @@ class _Run:
             arrays = self._load(saved)
         with self._phases("compile"):
             step = self._compile()
-        evaluator = Evaluator(
-            self._job.model,
-            self._job.spec,
-            self._job.held_out,
-            placement=self._job.placement,
-            microbatches=self._config.train.gradient_accumulation,
-            microbatch_size=self._config.train.microbatch_size,
-            chunk_size=self._config.train.loss_chunk,
-        )
+        evaluator = make_evaluator(self._job)
         with self._open_log(start) as self._log:
             self._train(arrays, step, evaluator)
             return self._finish(arrays)
@@ -198,7 +190,14 @@ class _Run:
         job, model = self._job, self._config.model
         shardings = jax.tree.map(lambda leaf: leaf.sharding, job.params)
         if model.weights == "checkpoint":
-            return load_params(job.folder, job.model, dtype=model.dtype, sharding=shardings)
+            head_key = jax.random.fold_in(jax.random.key(self._config.seed), 2)
+            return load_params(
+                job.folder,
+                job.model,
+                dtype=model.dtype,
+                sharding=shardings,
+                head_key=head_key if job.new_head else None,
+            )
         make = jax.jit(
             lambda key: job.model.init_params(key, jnp.dtype(model.dtype)), out_shardings=shardings
         )
@@ -215,7 +214,7 @@ class _Run:
                 f"estimating the gradient's directions from {len(batches)} microbatches"
             )
 
-            def loss_fn(bound: Tree, batch: Batch) -> jax.Array:
+            def loss_fn(bound: Tree, batch: AnyBatch) -> jax.Array:
                 total, _ = summed_loss(
                     job.model, bound, batch, chunk_size=self._config.train.loss_chunk
                 )
@@ -230,7 +229,7 @@ class _Run:
             constant=_laid_out(constant, job.constant),
         )
 
-    def _first_microbatches(self) -> tuple[list[Batch], float]:
+    def _first_microbatches(self) -> tuple[list[AnyBatch], float]:
         """The first microbatches of the stream, which then stands at its beginning again."""
         train = self._config.train
         wanted = self._config.method.init_batches
@@ -295,7 +294,7 @@ class _Run:
 
     # Step by step.
 
-    def _train(self, arrays: _Arrays, step: Any, evaluator: Evaluator) -> None:
+    def _train(self, arrays: _Arrays, step: Any, evaluator: AnyEvaluator) -> None:
         """All steps that are left, and what is due before, between and after them."""
         train = self._config.train
         done = self._saved or 0
@@ -320,7 +319,7 @@ class _Run:
         self,
         done: int,
         arrays: _Arrays,
-        evaluator: Evaluator,
+        evaluator: AnyEvaluator,
         progress: StepProgress | None = None,
     ) -> None:
         """Measures, saves and stops where that is due after `done` steps."""

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from peft_jax.data import Batch
+from peft_jax.data import AnyBatch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class RowPlacement:
             lambda x: jax.make_array_from_process_local_data(self.rows, np.asarray(x)), arrays
         )
 
-    def put_microbatches(self, batch: Batch, count: int) -> Batch:
+    def put_microbatches(self, batch: AnyBatch, count: int) -> AnyBatch:
         """This process's rows of one step, [count * rows, T], as global arrays [count, rows, T]."""
         return jax.tree.map(
             lambda x: jax.make_array_from_process_local_data(

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from peft_jax.training.files import write_atomically
@@ -176,6 +176,9 @@ def _draw_gradients(train: Sequence[Record]) -> Figure:
             label=f"{label}, all layers",
         )
     axes.set_yscale("log")
+    # Plain numbers, and between the powers of ten too where the axis is short.
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.6)))
     axes.set_title("Gradient norms")
     axes.set_ylabel("Frobenius norm, before clipping")
     _step_axis(axes)

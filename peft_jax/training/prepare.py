@@ -8,11 +8,17 @@ from typing import Any
 
 import jax
 
-from peft_jax.adapters import ParameterCount, count_parameters, trainable_table
-from peft_jax.data import EvalData, TrainData, build_data
+from peft_jax.adapters import AdapterSpec, ParameterCount, count_parameters, trainable_table
+from peft_jax.data import EvalData, TrainData, build_data, get_recipe
 from peft_jax.hub import find_folder, open_checkpoint, read_config
 from peft_jax.hub.load import match_tensors
-from peft_jax.models import CausalLM, build_model
+from peft_jax.models import (
+    Model,
+    SequenceClassifier,
+    build_classifier,
+    build_model,
+    is_encoder,
+)
 from peft_jax.models.architectures import check_architecture
 from peft_jax.parallel import make_mesh
 from peft_jax.training.blueprint import Blueprint, draw_blueprint
@@ -32,6 +38,7 @@ class Job(Blueprint):
       count: how many numbers are trained, and how many there are.
       train: the training stream.
       held_out: the held-out data; it may be empty.
+      new_head: whether a classifier's head begins at random, since the checkpoint has none.
     """
 
     folder: Path
@@ -40,6 +47,7 @@ class Job(Blueprint):
     count: ParameterCount
     train: TrainData
     held_out: EvalData
+    new_head: bool
 
 
 def prepare(config: RunConfig, *, say: Callable[[str], None]) -> Job:
@@ -67,16 +75,24 @@ def prepare(config: RunConfig, *, say: Callable[[str], None]) -> Job:
 
 def _prepare(config: RunConfig, say: Callable[[str], None]) -> Job:
     folder = find_folder(config.model.path, revision=config.model.revision or None)
-    model = build_model(read_config(folder), config.execution)
+    model = _build_model(folder, config)
     if config.model.architecture:
         check_architecture(config.model.architecture, model.config)
+    new_head = False
     if config.model.weights == "checkpoint":
-        match_tensors(open_checkpoint(folder), model)
-    blueprint = draw_blueprint(config, model, make_mesh(config.parallel))
+        is_classifier = isinstance(model, SequenceClassifier)
+        found = match_tensors(open_checkpoint(folder), model, new_head=is_classifier)
+        if absent := sorted(".".join(path) for path in model.hf_names() if path not in found):
+            new_head = True
+            say(f"the checkpoint has no head for these labels: {', '.join(absent)} begin at random")
+    blueprint = draw_blueprint(
+        config, model, make_mesh(config.parallel), spec=_train_head(config.method.spec, model)
+    )
     _check_memory(blueprint)
 
     tokenizer = load_tokenizer(folder)
     _check_vocabulary(tokenizer, model, folder)
+    _check_positions(config, model)
     context = model.hf_config.get("max_position_embeddings")
     if context is not None and config.train.max_length > context:
         say(
@@ -91,6 +107,7 @@ def _prepare(config: RunConfig, say: Callable[[str], None]) -> Job:
         seed=config.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        labelled=isinstance(model, SequenceClassifier),
     )
     of_blueprint = {
         field.name: getattr(blueprint, field.name) for field in dataclasses.fields(Blueprint)
@@ -103,7 +120,39 @@ def _prepare(config: RunConfig, say: Callable[[str], None]) -> Job:
         count=count_parameters(blueprint.spec, blueprint.params, blueprint.adapter),
         train=train,
         held_out=held_out,
+        new_head=new_head,
     )
+
+
+def _build_model(folder: Path, config: RunConfig) -> Model:
+    """The model of a checkpoint; an encoder with the head that the recipe wants."""
+    hf_config = read_config(folder)
+    if not is_encoder(hf_config):
+        return build_model(hf_config, config.execution)
+    recipe = get_recipe(config.data.recipe).configured(config.data)
+    if not recipe.num_labels:
+        raise ValueError(
+            f"{folder} is an encoder ({hf_config['model_type']}), which gives labels or numbers,"
+            f" and recipe {recipe.name!r} has neither; use one that has, such as GLUE's"
+        )
+    return build_classifier(hf_config, config.execution, num_labels=recipe.num_labels)
+
+
+def _train_head(spec: AdapterSpec, model: Model) -> AdapterSpec:
+    """The specification, with a classifier's head among what is trained itself."""
+    if not isinstance(model, SequenceClassifier):
+        return spec
+    saved = (*spec.modules_to_save, *model.head_modules)
+    return dataclasses.replace(spec, modules_to_save=tuple(dict.fromkeys(saved)))
+
+
+def _check_positions(config: RunConfig, model: Model) -> None:
+    """Learnt positions end somewhere."""
+    if isinstance(model, SequenceClassifier) and config.train.max_length > model.max_tokens:
+        raise ValueError(
+            f"train.max_length is {config.train.max_length}, and the model has learnt positions for"
+            f" {model.max_tokens} tokens"
+        )
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -121,7 +170,7 @@ def load_tokenizer(folder: Path) -> Any:
         raise ValueError(f"{folder} has no tokenizer that can be loaded: {error}") from error
 
 
-def _check_vocabulary(tokenizer: Any, model: CausalLM, folder: Path) -> None:
+def _check_vocabulary(tokenizer: Any, model: Model, folder: Path) -> None:
     """Token numbers beyond the embedding's rows would be read as other tokens, silently."""
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(

@@ -123,7 +123,7 @@ def _duration(seconds: float) -> str:
     """Seconds as hours, minutes and seconds.
 
     Example:
-      >>> [_duration(s) for s in (5.4, 65, 3725)]
+      >>> [_duration(s) for s in (5.4, 65.0, 3725.0)]
       ['0:05', '1:05', '1:02:05']
     """
     minutes, rest = divmod(int(seconds), 60)

@@ -20,11 +20,13 @@ _CAPTIONS = {
     "learning_rate": "The learning rate.",
 }
 _MEASURES = {
-    "loss": "loss, nats a token",
+    "loss": "loss, mean over the targets",
     "token_accuracy": "share of tokens that are the likeliest",
     "accuracy": "accuracy",
     "matthews_correlation": "Matthews correlation",
     "f1": "F1",
+    "pearson": "Pearson correlation",
+    "spearman": "Spearman correlation",
     "exact_match": "exact match",
 }
 
@@ -115,11 +117,27 @@ def _usage(summary: Mapping[str, Any]) -> str:
     return (
         "`adapter/` holds the trained arrays as safetensors and their settings as JSON:\n\n"
         "```python\n"
-        "from peft_jax.hub import load_adapter, load_model\n\n"
-        f'model, params = load_model("{summary["model"]}")\n'
+        f"{_loading(summary)}"
         'spec, adapter = load_adapter("adapter", model, params)\n'
         "params = spec.bind(params, adapter)   # or spec.merge(params, adapter): plain arrays\n"
         "```"
+    )
+
+
+def _loading(summary: Mapping[str, Any]) -> str:
+    """The lines that load the base."""
+    labels = summary.get("labels")
+    if labels is None:
+        return (
+            "from peft_jax.hub import load_adapter, load_model\n\n"
+            f'model, params = load_model("{summary["model"]}")\n'
+        )
+    return (
+        "import jax\n\n"
+        "from peft_jax.hub import load_adapter, load_classifier\n\n"
+        "# The key is of a new head, which the adapter's own then replaces.\n"
+        f'model, params = load_classifier("{summary["model"]}", num_labels={labels},\n'
+        "                                head_key=jax.random.key(0))\n"
     )
 
 

@@ -11,10 +11,11 @@ from jaxtyping import Array, Float
 
 from peft_jax.adapters import LOW_RANK, ROTATION, AdapterSpec, AdapterState
 from peft_jax.core import Path, Tree, flatten, is_stacked
-from peft_jax.data import Batch
-from peft_jax.models import CausalLM
+from peft_jax.data import AnyBatch, LabelledBatch
+from peft_jax.models import Model
 from peft_jax.optim import mixing_weights
 from peft_jax.parallel import constrain
+from peft_jax.training.classification import classifier_outputs
 from peft_jax.training.losses import chunked_cross_entropy
 from peft_jax.training.state import TrainState
 
@@ -28,19 +29,23 @@ WEIGHTS = "weights"
 
 
 def summed_loss(
-    model: CausalLM, params: Tree, batch: Batch, *, chunk_size: int
+    model: Any, params: Tree, batch: AnyBatch, *, chunk_size: int
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """The cross-entropy of a batch, summed over the targets, and their number.
+    """The loss of a batch, summed over the targets, and their number.
 
     Args:
-      model: the model.
+      model: a `CausalLM`, or a `SequenceClassifier` for rows with labels.
       params: its parameters, with adapters bound.
       batch: rows [B, T].
       chunk_size: positions whose logits are held at a time.
 
     Returns:
-      (sum of losses in nats, sum of weights), float32.
+      (sum of losses, sum of weights), float32. Losses are cross-entropies in nats; of a regression
+      squared errors.
     """
+    if isinstance(batch, LabelledBatch):
+        _, losses = classifier_outputs(model, params, batch)
+        return jnp.sum(losses), jnp.sum(batch.loss_mask)
     hidden, _ = model.hidden_states(
         params, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids
     )
@@ -73,7 +78,7 @@ class TrainStep:
       traces: how often the step has been traced; one compilation each.
     """
 
-    model: CausalLM
+    model: Model
     spec: AdapterSpec
     optimizer: optax.GradientTransformationExtraArgs
     learning_rate: Callable[[Any], Any]
@@ -82,7 +87,7 @@ class TrainStep:
     traces: int = 0
 
     def __call__(
-        self, state: TrainState, frozen: Tree, constant: Tree, batch: Batch
+        self, state: TrainState, frozen: Tree, constant: Tree, batch: AnyBatch
     ) -> tuple[TrainState, Metrics]:
         """Takes one step.
 
@@ -144,17 +149,17 @@ class TrainStep:
         state: TrainState,
         frozen: Tree,
         constant: Tree,
-        batch: Batch,
+        batch: AnyBatch,
         targets: Float[Array, ""],
     ) -> tuple[Float[Array, ""], Tree]:
         """The mean loss over the whole batch and its gradient, one microbatch after another."""
         scale = 1.0 / jnp.maximum(targets, 1.0)
 
-        def loss_of(trainable: Tree, rows: Batch, index: Array) -> Float[Array, ""]:
+        def loss_of(trainable: Tree, rows: AnyBatch, index: Array) -> Float[Array, ""]:
             key = self._dropout_key(state, index)
             return self.loss(trainable, frozen, constant, rows, dropout_key=key) * scale
 
-        def add(carry: Any, microbatch: tuple[Batch, Array]) -> tuple[Any, None]:
+        def add(carry: Any, microbatch: tuple[AnyBatch, Array]) -> tuple[Any, None]:
             one = jax.value_and_grad(loss_of)(state.trainable, *microbatch)
             one = jax.tree.map(lambda x: x.astype(jnp.float32), one)
             return jax.tree.map(jnp.add, carry, one), None

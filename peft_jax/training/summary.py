@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from peft_jax.models import SequenceClassifier
 from peft_jax.training.metrics import HELD_OUT, TRAIN, Record
 from peft_jax.training.prepare import Job
 
@@ -72,6 +73,7 @@ def summarize(
         "method": job.config.method.name,
         "model": job.config.model.path,
         "recipe": job.config.data.recipe,
+        "labels": job.model.num_labels if isinstance(job.model, SequenceClassifier) else None,
         "devices": [f"{device.device_kind} {device.id}" for device in jax.devices()],
         "versions": versions(),
     }

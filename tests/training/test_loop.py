@@ -303,7 +303,8 @@ def test_classification_measures_the_preferred_label(tiny, data, tmp_path):
             "data.prompt_template": "{sentence}",
             "data.completion_template": " {label}",
             "data.label_words": "bad,good",
-            "train.steps": 60,
+            "train.steps": 150,
+            "train.batch_size": 16,
             "train.learning_rate": 0.005,
             "checkpoint.every": 0,
         }

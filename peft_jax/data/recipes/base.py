@@ -175,6 +175,22 @@ class Recipe:
             "missing field", f"no column {wanted}{did_you_mean(self.fields[field][0], row)}"
         )
 
+    @property
+    def num_labels(self) -> int:
+        """How many outputs a classifier's head has for this task; 0 where it is none for one."""
+        return 0
+
+    def answer_of(self, output: float) -> str:
+        """What a classifier's output stands for, as the answers of `metrics`.
+
+        Args:
+          output: the number of the likeliest label or, in a regression, the number.
+
+        Raises:
+          ValueError: if the task is none for a classifier.
+        """
+        raise ValueError(f"recipe {self.name!r} has no labels and no numbers for a classifier")
+
     def score(self, prediction: str, example: Example) -> float:
         """How good a generated answer is, from 0 to 1; see `metric` for what is measured.
 

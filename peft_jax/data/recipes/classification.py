@@ -87,7 +87,17 @@ class Classification(Recipe):
             answer=self.words[index],
             choices=choices,
             label=index,
+            sentences=tuple(values.values()),
         )
+
+    @property
+    def num_labels(self) -> int:
+        """One output of a classifier's head a label."""
+        return len(self.labels)
+
+    def answer_of(self, output: float) -> str:
+        """The word of the label with that number."""
+        return self.words[int(output)]
 
     def label_index(self, value: Any) -> int:
         """The number of a label as data write it: a number, its digits, or a name.

@@ -65,7 +65,18 @@ class Similarity(Recipe):
             self.prompt.format(**values),
             self.completion.format(**values, label=answer),
             answer=answer,
+            value=number,
+            sentences=tuple(values.values()),
         )
+
+    @property
+    def num_labels(self) -> int:
+        """A classifier's head has one output, the number."""
+        return 1
+
+    def answer_of(self, output: float) -> str:
+        """The number, within the scale."""
+        return f"{min(max(output, 0.0), _HIGHEST_SIMILARITY):.6f}"
 
     def score(self, prediction: str, example: Example) -> float:
         """1 less the distance to the reference as a share of the scale."""
@@ -77,7 +88,10 @@ class Similarity(Recipe):
         if not examples:
             return {}
         said = np.array([_first_number(prediction) for prediction in predictions])
-        right = np.array([float(example.answer) for example in examples])
+        # Measured against the numbers as they are, of which the answers are rounded.
+        right = np.array(
+            [e.value if e.value is not None else float(e.answer) for e in examples], np.float64
+        )
         return {
             **super().metrics(predictions, examples),
             "pearson": pearson(said, right),

@@ -1,0 +1,11 @@
+"""Evaluation, from the repository's root: `python -m eval --workdir=RUN --tasks=glue,gsm8k`.
+
+Not installed with the library; it needs `pip install -e ".[eval]"`.
+
+- [`command`][eval.command]: `python -m eval`.
+- [`model`][eval.model]: `HarnessModel`, our models for the lm-evaluation-harness.
+- [`tasks`][eval.tasks]: what can be evaluated, with data from the hub or from local files.
+- [`humaneval`][eval.humaneval]: HumanEval, pass@k.
+- [`sandbox`][eval.sandbox]: where generated code is run.
+- [`mt_bench`][eval.mt_bench]: MT-Bench, with a judge.
+"""

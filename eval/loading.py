@@ -1,0 +1,89 @@
+"""The model to be evaluated: its files, before they are read, and its arrays on the devices."""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from eval.settings import EvalSettings
+from peft_jax.generation import Loaded, load_for_generation
+from peft_jax.generation.loading import base_of
+from peft_jax.hub import find_folder, open_checkpoint, read_config
+from peft_jax.hub.load import match_tensors
+from peft_jax.hub.tokenizer import load_tokenizer
+from peft_jax.models import build_model
+from peft_jax.parallel import batch_sharding, make_mesh
+
+_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFiles:
+    """Where a model and its adapter are.
+
+    Attributes:
+      model: the checkpoint's folder.
+      adapter: the adapter's folder; None without one.
+      tokenizer: its transformers tokenizer.
+    """
+
+    model: Path
+    adapter: Path | None
+    tokenizer: Any
+
+    def identity(self) -> dict[str, str]:
+        """The folders, and a digest of what is in them, by which a changed model is noticed."""
+        found = {"model": str(self.model.resolve()), "model_digest": _digest(self.model)}
+        if self.adapter is not None:
+            found |= {
+                "adapter": str(self.adapter.resolve()),
+                "adapter_digest": _digest(self.adapter),
+            }
+        return found
+
+
+def find_model(settings: EvalSettings) -> ModelFiles:
+    """Finds the model, and refuses what cannot be loaded before anything large is read.
+
+    Raises:
+      ValueError: a folder is missing, or does not hold what it should.
+    """
+    if jax.process_count() > 1:
+        raise ValueError(
+            "evaluation runs in one process, with all the devices of its host; this program has"
+            f" {jax.process_count()}"
+        )
+    name, adapter_name = settings.source
+    adapter = None if adapter_name is None else find_folder(adapter_name)
+    folder = find_folder(name if name is not None else base_of(adapter))  # type: ignore[arg-type]
+    match_tensors(open_checkpoint(folder), build_model(read_config(folder), None))
+    with_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(adapter if with_tokenizer and adapter else folder)
+    if settings.chat and not tokenizer.chat_template:
+        raise ValueError(f"--chat: the tokenizer of {folder} has no chat template")
+    return ModelFiles(model=folder, adapter=adapter, tokenizer=tokenizer)
+
+
+def load(settings: EvalSettings, files: ModelFiles) -> tuple[Loaded, jax.sharding.NamedSharding]:
+    """Loads the model onto the devices.
+
+    Returns:
+      The model, and how rows of batches are shared out.
+
+    Raises:
+      ValueError: the devices cannot be shared out as asked, or the model cannot be loaded.
+    """
+    mesh = make_mesh(settings.mesh)
+    loaded = load_for_generation(
+        files.model, files.adapter, merge=settings.merge, dtype=settings.dtype, mesh=mesh
+    )
+    return loaded, batch_sharding(mesh)
+
+
+def _digest(folder: Path) -> str:
+    """A digest of the names, sizes and times of a folder's files."""
+    files = sorted({file for pattern in _FILES for file in folder.glob(pattern)})
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]

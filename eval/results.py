@@ -1,0 +1,184 @@
+"""Results: one record a metric, kept as JSON and shown as a table."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from eval.tasks.names import GLUE, SUITES, Wanted
+
+_SCALES = {"bleu": 100.0, "chrf": 100.0, "mt_bench": 10.0}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One number.
+
+    Attributes:
+      name: the metric's name.
+      variant: how the answer was extracted ("strict-match"), or the direction; "" if there is one
+        way only.
+      value: the number.
+      standard_error: of the number; None where there is none.
+      higher_is_better: whether it is.
+    """
+
+    name: str
+    value: float
+    variant: str = ""
+    standard_error: float | None = None
+    higher_is_better: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskResult:
+    """What came of one task.
+
+    Attributes:
+      task: its name.
+      suite: the suite it was named by; "" if by its own name.
+      metrics: its numbers.
+      rows: how many rows were evaluated.
+      rows_in_all: how many there are.
+      seconds: how long it took, with what had been answered before left out.
+      details: what else there is to know: shots, version, prompts that were too long, signatures.
+    """
+
+    task: str
+    metrics: tuple[Metric, ...]
+    rows: int
+    rows_in_all: int
+    seconds: float
+    suite: str = ""
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> "TaskResult":
+        """From what `to_mapping` gave."""
+        metrics = tuple(Metric(**metric) for metric in mapping["metrics"])
+        return cls(**{**mapping, "metrics": metrics})
+
+
+def averages(results: Sequence[TaskResult], wanted: Sequence[Wanted]) -> list[dict[str, Any]]:
+    """The mean over each suite, with how many of its tasks it is of.
+
+    GLUE's is the mean over tasks of each task's mean over its metrics, with MNLI's two sets as one
+    task; XNLI's the mean accuracy; FLORES's the mean of each score from English, and to it.
+    """
+    found = []
+    for suite in dict.fromkeys(item.suite for item in wanted if item.suite):
+        members = {result.task: result for result in results if result.task in SUITES[suite]}
+        for name, groups in _groups(suite, members).items():
+            means = [_mean(group) for group in groups if group]
+            if not means:
+                continue
+            value, error = _mean(means)
+            found.append(
+                {
+                    "suite": suite,
+                    "average": name,
+                    "value": value,
+                    "standard_error": error,
+                    "tasks": len(members),
+                    "tasks_in_all": len(SUITES[suite]),
+                }
+            )
+    return found
+
+
+_Number = tuple[float, float | None]
+
+
+def _groups(suite: str, members: Mapping[str, TaskResult]) -> dict[str, list[list[_Number]]]:
+    """By average, the numbers of each of what it is a mean over."""
+    if suite == "glue":
+        groups = [("mnli", "mnli_mismatch") if task == "mnli" else (task,) for task in GLUE]
+        groups = [group for group in groups if group != ("mnli_mismatch",)]
+        scores = {task: _numbers(result, exclude=("answered",)) for task, result in members.items()}
+        return {
+            "score": [
+                [number for task in group for number in scores.get(task, [])] for group in groups
+            ]
+        }
+    if suite == "flores":
+        return {
+            f"{metric}, {where} English": [
+                _numbers(result, only=metric)
+                for task, result in members.items()
+                if task.startswith("flores_eng_Latn-") == (where == "from")
+            ]
+            for metric in ("bleu", "chrf")
+            for where in ("from", "to")
+        }
+    return {"accuracy": [_numbers(result, only="acc") for result in members.values()]}
+
+
+def _numbers(result: TaskResult, *, only: str = "", exclude: Sequence[str] = ()) -> list[_Number]:
+    return [
+        (metric.value, metric.standard_error)
+        for metric in result.metrics
+        if metric.name not in exclude and only in ("", metric.name)
+    ]
+
+
+def _mean(numbers: Sequence[_Number]) -> _Number:
+    """The mean, and its standard error where all have one, as of independent numbers.
+
+    Example:
+      >>> _mean([(0.5, 0.03), (0.7, 0.04)])
+      (0.6, 0.025)
+    """
+    errors = [error for _, error in numbers if error is not None]
+    mean = sum(value for value, _ in numbers) / len(numbers)
+    if len(errors) < len(numbers):
+        return mean, None
+    return mean, math.sqrt(sum(error**2 for error in errors)) / len(numbers)
+
+
+def table(results: Sequence[TaskResult], means: Sequence[Mapping[str, Any]]) -> str:
+    """The results as a table in Markdown, which is also readable as it is."""
+    lines = [("task", "rows", "shots", "metric", "value", "±")]
+    for result in results:
+        rows = f"{result.rows:,}"
+        if result.rows < result.rows_in_all:
+            rows += f" of {result.rows_in_all:,}"
+        for metric in result.metrics:
+            name = metric.name + (f" ({metric.variant})" if metric.variant else "")
+            name += "" if metric.higher_is_better else " (lower is better)"
+            shots = str(result.details.get("num_fewshot", ""))
+            lines.append(
+                (result.task, rows, shots, name, *_shown(metric.value, metric.standard_error))
+            )
+    for mean in means:
+        count = f"{mean['tasks']} of {mean['tasks_in_all']} tasks"
+        shown = _shown(mean["value"], mean["standard_error"])
+        lines.append((f"**{mean['suite']}**", count, "", f"mean {mean['average']}", *shown))
+    return _markdown(lines)
+
+
+def _shown(value: float, error: float | None) -> tuple[str, str]:
+    digits = 2 if abs(value) >= 10 else 4
+    return f"{value:.{digits}f}", "" if error is None else f"{error:.{digits}f}"
+
+
+def _markdown(lines: Sequence[tuple[str, ...]]) -> str:
+    """Lines of cells as a table whose columns are aligned."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    right = [name in ("value", "±", "shots") for name in lines[0]]
+
+    def show(cells: Sequence[str]) -> str:
+        padded = (
+            cell.rjust(width) if to_right else cell.ljust(width)
+            for cell, width, to_right in zip(cells, widths, right, strict=True)
+        )
+        return f"| {' | '.join(padded)} |"
+
+    rules = [
+        "-" * (width - 1) + (":" if to_right else "-")
+        for width, to_right in zip(widths, right, strict=True)
+    ]
+    return "\n".join([show(lines[0]), show(rules), *map(show, lines[1:])]) + "\n"

@@ -1,0 +1,286 @@
+"""One evaluation: tasks are built and checked, the model is loaded, and task after task done."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lm_eval.tasks
+from lm_eval.tasks import TaskManager
+
+from eval.harness import evaluate_task, metrics_of, quiet_harness, write_samples
+from eval.loading import find_model, load
+from eval.model import HarnessModel
+from eval.progress import Reporter
+from eval.responses import ResponseStore
+from eval.results import TaskResult, averages, table
+from eval.settings import EvalSettings
+from eval.tasks.build import build_task
+from eval.tasks.local_data import MissingDataError
+from eval.tasks.names import HUMANEVAL, MT_BENCH, OURS, Wanted, expand, is_flores
+from peft_jax.training.errors import RefusedError
+from peft_jax.training.files import locked, write_json, write_text
+
+Evaluate = Callable[[HarnessModel], TaskResult]
+"""Evaluates one task that has been built."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One task, built and checked.
+
+    Attributes:
+      wanted: the task.
+      asked: what its result depends on besides the model, as JSON can hold it.
+      evaluate: does it.
+    """
+
+    wanted: Wanted
+    asked: Mapping[str, Any]
+    evaluate: Evaluate
+
+
+Maker = Callable[[Wanted, Path], Job]
+"""Builds a task that is not the harness's, given where its files go."""
+
+
+class OutputFolder:
+    """The folder that an evaluation writes to.
+
+    identity.json     the model, and how it is computed
+    results.json      every number
+    results.md        the same as a table
+    responses.jsonl   what the model has answered, to go on from
+    samples/          by task, each row's prompt, answers and scores
+
+    Args:
+      path: the folder.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def claim(self, identity: Mapping[str, Any]) -> None:
+        """Notes whose results these are.
+
+        Raises:
+          RefusedError: the folder holds another model's.
+        """
+        file = self.path / "identity.json"
+        if file.is_file():
+            before = json.loads(file.read_text(encoding="utf-8"))
+            differing = [
+                f"  {key}: {before.get(key)!r} there, {identity.get(key)!r} now"
+                for key in sorted({*before, *identity})
+                if before.get(key) != identity.get(key)
+            ]
+            if differing:
+                raise RefusedError(
+                    f"{self.path} holds the evaluation of another model, or of this one before it"
+                    " changed:\n"
+                    + "\n".join(differing)
+                    + "\nGive a folder of its own with --output"
+                )
+            return
+        if self.path.is_dir() and any(self.path.glob("results.*")):
+            raise RefusedError(
+                f"{self.path} holds results of something else: give another --output"
+            )
+        write_json(file, dict(identity))
+
+    def read(self) -> dict[str, TaskResult]:
+        """The results so far, by task."""
+        file = self.path / "results.json"
+        if not file.is_file():
+            return {}
+        content = json.loads(file.read_text(encoding="utf-8"))
+        results = map(TaskResult.from_mapping, content["tasks"])
+        return {result.task: result for result in results}
+
+    def write(self, results: Sequence[TaskResult], means: Sequence[Mapping[str, Any]]) -> None:
+        """Writes the results, whole or not at all."""
+        write_json(
+            self.path / "results.json",
+            {"tasks": [result.to_mapping() for result in results], "averages": list(means)},
+        )
+        write_text(self.path / "results.md", table(results, means))
+
+
+def run(
+    settings: EvalSettings,
+    *,
+    makers: Mapping[str, Maker] | None = None,
+    reporter: Reporter | None = None,
+    allow_unsafe: bool = False,
+) -> str:
+    """Evaluates, and writes the results.
+
+    Args:
+      settings: what is evaluated.
+      makers: builds HumanEval and MT-Bench, by name.
+      reporter: says what goes on.
+      allow_unsafe: whether tasks of the harness that run generated code in this process are run.
+
+    Returns:
+      The results as a table.
+
+    Raises:
+      RefusedError: something that was asked for cannot be done; nothing has been evaluated.
+    """
+    reporter = reporter or Reporter()
+    folder = OutputFolder(settings.output_folder)
+    with locked(folder.path / ".lock"):
+        try:
+            jobs = _build(settings, makers or {}, folder, reporter, allow_unsafe)
+            files = find_model(settings)
+            folder.claim({**files.identity(), **settings.identity()})
+        except (ValueError, OSError) as error:
+            raise RefusedError(str(error)) from error
+        results = folder.read()
+        waiting = [job for job in jobs if not _done(job, results, reporter)]
+        if waiting:
+            try:
+                loaded, row_sharding = load(settings, files)
+                model = HarnessModel(
+                    loaded,
+                    row_sharding=row_sharding,
+                    batch_size=settings.batch_size,
+                    max_length=settings.max_length,
+                    seed=settings.seed,
+                    store=ResponseStore(folder.path / "responses.jsonl"),
+                    reporter=reporter,
+                )
+            except ValueError as error:
+                raise RefusedError(str(error)) from error
+        wanted = [job.wanted for job in jobs]
+        for number, job in enumerate(waiting):
+            reporter.say(f"{job.wanted.name} ({number + 1} of {len(waiting)})")
+            results[job.wanted.name] = _evaluate(job, model, reporter)
+            folder.write(*_ordered(results, wanted))
+        folder.write(*_ordered(results, wanted))
+        return table(*_ordered({job.wanted.name: results[job.wanted.name] for job in jobs}, wanted))
+
+
+def _build(
+    settings: EvalSettings,
+    makers: Mapping[str, Maker],
+    folder: OutputFolder,
+    reporter: Reporter,
+    allow_unsafe: bool,
+) -> list[Job]:
+    """Every task, with its data; those of a suite that a local folder lacks are left out, aloud."""
+    manager = _manager(settings.tasks)
+    jobs: list[Job] = []
+    missing: dict[str, list[str]] = {}
+    for wanted in expand(settings.tasks, manager.all_tasks):
+        if wanted.name in (HUMANEVAL, MT_BENCH):
+            jobs.append(makers[wanted.name](wanted, folder.path))
+            continue
+        try:
+            jobs.append(_harness_job(wanted, settings, manager, folder, allow_unsafe))
+        except MissingDataError as error:
+            if not wanted.suite:
+                raise
+            missing.setdefault(wanted.suite, []).append(wanted.name)
+            if not any(job.wanted.suite == wanted.suite for job in jobs):
+                last_error = error
+    for suite, names in missing.items():
+        if not any(job.wanted.suite == suite for job in jobs):
+            raise ValueError(f"{settings.data} has none of {suite}'s data: {last_error}")
+        reporter.warn(f"{settings.data} lacks data of {suite}, left out: {', '.join(names)}")
+    return jobs
+
+
+def _manager(names: Sequence[str]) -> TaskManager:
+    """The harness's tasks; those alone that are known here, where no others are named.
+
+    Reading all of the harness's thousands of configurations takes several seconds.
+    """
+    if all(name in OURS or is_flores(name) or name in ("glue", "xnli", "flores") for name in names):
+        tasks = Path(lm_eval.tasks.__file__).parent
+        folders: list[str | Path] = [tasks / name for name in ("glue", "gsm8k", "xnli")]
+        return TaskManager(include_defaults=False, include_path=folders)
+    return TaskManager()
+
+
+def _harness_job(
+    wanted: Wanted,
+    settings: EvalSettings,
+    manager: TaskManager,
+    folder: OutputFolder,
+    allow_unsafe: bool,
+) -> Job:
+    with quiet_harness():
+        task = build_task(wanted.name, settings.task_settings, manager)
+    unsafe = [name for name, one in task["tasks"].items() if getattr(one, "UNSAFE_CODE", False)]
+    if unsafe and not allow_unsafe:
+        raise ValueError(
+            f"{', '.join(unsafe)} runs generated code in this very process, without a sandbox;"
+            " humaneval of this project runs it in one. To run it all the same, give"
+            " --allow_unisolated_code"
+        )
+
+    def evaluate(model: HarnessModel) -> TaskResult:
+        started = time.monotonic()
+        model.truncated = 0
+        found = evaluate_task(
+            model,
+            task,
+            limit=settings.limit,
+            chat=settings.chat,
+            system=settings.system,
+            allow_unsafe=allow_unsafe,
+        )
+        for name, samples in found["samples"].items():
+            write_samples(folder.path / "samples" / f"{name}.jsonl", samples)
+        counts = [found["n-samples"][name] for name in task["tasks"]]
+        shots = {one.get_config("num_fewshot") for one in task["tasks"].values()}
+        details: dict[str, Any] = {
+            "num_fewshot": shots.pop() if len(shots) == 1 else "various",
+            "version": found["versions"].get(wanted.name),
+            "truncated": model.truncated,
+        }
+        if wanted.name in task["tasks"]:
+            metadata = task["tasks"][wanted.name].get_config("metadata") or {}
+            details |= {key: metadata[key] for key in ("signatures",) if key in metadata}
+        return TaskResult(
+            task=wanted.name,
+            suite=wanted.suite,
+            metrics=metrics_of(wanted.name, task, found),
+            rows=sum(count["effective"] for count in counts),
+            rows_in_all=sum(count["original"] for count in counts),
+            seconds=time.monotonic() - started,
+            details=details,
+        )
+
+    return Job(wanted, settings.asked(), evaluate)
+
+
+def _evaluate(job: Job, model: HarnessModel, reporter: Reporter) -> TaskResult:
+    result = job.evaluate(model)
+    if truncated := result.details.get("truncated"):
+        reporter.warn(
+            f"{job.wanted.name}: {truncated:,} requests were longer than the {model.max_length:,}"
+            " tokens that fit, and lost their beginnings"
+        )
+    return dataclasses.replace(result, details={**result.details, "asked": dict(job.asked)})
+
+
+def _done(job: Job, results: Mapping[str, TaskResult], reporter: Reporter) -> bool:
+    """Whether a task's result is there, of the same settings."""
+    before = results.get(job.wanted.name)
+    if before is None or before.details.get("asked") != job.asked:
+        return False
+    reporter.say(f"{job.wanted.name}: done before")
+    return True
+
+
+def _ordered(
+    results: Mapping[str, TaskResult], wanted: Sequence[Wanted]
+) -> tuple[list[TaskResult], list[dict[str, Any]]]:
+    """The results, those asked for first and in their order; and the suites' means."""
+    names = dict.fromkeys([item.name for item in wanted if item.name in results])
+    ordered = [results[name] for name in [*names, *(n for n in results if n not in names)]]
+    return ordered, averages(ordered, [*wanted, *(Wanted(r.task, r.suite) for r in ordered)])

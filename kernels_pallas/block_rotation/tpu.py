@@ -1,0 +1,237 @@
+"""The rotation on a TPU: one read and one write of the activations, no transposed copy of them.
+
+Activations [rows, tokens, features] are cut into tiles. The matrices that turn a tile's features
+stay on the chip while all its tokens pass by; so does, on the way back, the float32 gradient of
+those matrices, which the tokens add to.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
+
+from kernels_pallas.block_rotation.config import RotationConfig, choose_config
+
+_IN_ROWS = (((1,), (0,)), ((), ()))  # a b
+_IN_COLUMNS = (((1,), (1,)), ((), ()))  # a bᵀ
+_OVER_ROWS = (((0,), (0,)), ((), ()))  # aᵀ b
+
+
+def forward(
+    x: Float[Array, "*batch d"],
+    blocks: Float[Array, "n B B"],
+    *,
+    precision: jax.lax.Precision | None,
+    interpret: Any,
+    config: RotationConfig | None = None,
+) -> tuple[Float[Array, "*batch d"]]:
+    """(y,), y = x blockdiag(blocks).
+
+    Args:
+      x: activations.
+      blocks: [n, B, B].
+      precision: of the products.
+      interpret: for `pallas_call`.
+      config: the tile, instead of the chosen one.
+    """
+    if not x.size:
+        return (x,)
+    rows = _as_rows(x)
+    config = config or _choose(rows, blocks, backward=False)
+    grid, tile, matrices = _specs(rows, config)
+    call = pl.pallas_call(
+        functools.partial(_forward_step, d=x.shape[-1], config=config, precision=precision),
+        grid=grid,
+        in_specs=[tile, matrices],
+        out_specs=tile,
+        out_shape=_like(rows),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "parallel")
+        ),
+        interpret=interpret,
+        name="block_rotation",
+    )
+    return (call(rows, to_matrices(blocks, config, x.dtype)).reshape(x.shape),)
+
+
+def backward(
+    x: Float[Array, "*batch d"],
+    g: Float[Array, "*batch d"],
+    blocks: Float[Array, "n B B"],
+    *,
+    precision: jax.lax.Precision | None,
+    interpret: Any,
+    config: RotationConfig | None = None,
+) -> tuple[Float[Array, "*batch d"], Float[Array, "n B B"]]:
+    """(dx, dblocks) for the gradient g of y, in one pass over x and g; arguments as `forward`'s."""
+    if not x.size:
+        return x, jnp.zeros_like(blocks)
+    rows = _as_rows(x)
+    config = config or _choose(rows, blocks, backward=True)
+    grid, tile, matrices = _specs(rows, config)
+    packed = to_matrices(blocks, config, x.dtype)
+    call = pl.pallas_call(
+        functools.partial(
+            _backward_step,
+            d=x.shape[-1],
+            tokens=rows.shape[1],
+            config=config,
+            precision=precision,
+        ),
+        grid=grid,
+        in_specs=[tile, tile, matrices],
+        out_specs=[tile, matrices],
+        out_shape=[_like(rows), _like(packed, jnp.float32)],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary")
+        ),
+        interpret=interpret,
+        name="block_rotation_backward",
+    )
+    dx, dmatrices = call(rows, _as_rows(g), packed)
+    return dx.reshape(x.shape), from_matrices(dmatrices, blocks).astype(blocks.dtype)
+
+
+def _forward_step(
+    x_ref: Any,
+    matrices_ref: Any,
+    y_ref: Any,
+    *,
+    d: int,
+    config: RotationConfig,
+    precision: jax.lax.Precision | None,
+) -> None:
+    for index, at in _columns(config):
+        x = _inside_columns(x_ref[0, :, at], at, d=d, config=config)
+        y_ref[0, :, at] = _dot(x, matrices_ref[index], _IN_ROWS, precision).astype(y_ref.dtype)
+
+
+def _backward_step(
+    x_ref: Any,
+    g_ref: Any,
+    matrices_ref: Any,
+    dx_ref: Any,
+    dmatrices_ref: Any,
+    *,
+    d: int,
+    tokens: int,
+    config: RotationConfig,
+    precision: jax.lax.Precision | None,
+) -> None:
+    @pl.when((pl.program_id(1) == 0) & (pl.program_id(2) == 0))
+    def _() -> None:
+        dmatrices_ref[...] = jnp.zeros_like(dmatrices_ref)
+
+    for index, at in _columns(config):
+        x, g = (
+            _inside_rows(
+                _inside_columns(ref[0, :, at], at, d=d, config=config), tokens=tokens, config=config
+            )
+            for ref in (x_ref, g_ref)
+        )
+        dx = _dot(g, matrices_ref[index], _IN_COLUMNS, precision)
+        dx_ref[0, :, at] = dx.astype(dx_ref.dtype)
+        dmatrices_ref[index] += _dot(x, g, _OVER_ROWS, precision)
+
+
+def _columns(config: RotationConfig) -> list[tuple[int, slice]]:
+    """The columns of a tile that each of its matrices turns."""
+    size = config.matrix
+    return [(i, slice(i * size, (i + 1) * size)) for i in range(config.features // size)]
+
+
+def _inside_columns(x: jax.Array, at: slice, *, d: int, config: RotationConfig) -> jax.Array:
+    """Zeros in place of what a tile has beyond the last feature, which may be anything."""
+    if d % config.features == 0:
+        return x
+    first = pl.program_id(0) * config.features + at.start
+    column = first + jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    return jnp.where(column < d, x, jnp.zeros_like(x))
+
+
+def _inside_rows(x: jax.Array, *, tokens: int, config: RotationConfig) -> jax.Array:
+    """Zeros in place of what a tile has beyond the last token."""
+    if tokens % config.tokens == 0:
+        return x
+    first = pl.program_id(2) * config.tokens
+    row = first + jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
+    return jnp.where(row < tokens, x, jnp.zeros_like(x))
+
+
+def _dot(
+    a: jax.Array, b: jax.Array, dimensions: Any, precision: jax.lax.Precision | None
+) -> jax.Array:
+    return jax.lax.dot_general(
+        a, b, dimensions, precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def _as_rows(x: Float[Array, "*batch d"]) -> Float[Array, "rows tokens d"]:
+    """[rows, tokens, d] with as few rows as can be had without moving anything.
+
+    In memory tokens come in groups of eight (sixteen of 16 bits), so only axes before those can be
+    merged for nothing; where a row's tokens are whole groups, all tokens are one row.
+    """
+    d = x.shape[-1]
+    if x.ndim < 3 or x.shape[-2] % 16 == 0 or x.shape[-2] < 16:
+        return x.reshape(1, -1, d)
+    return x.reshape(-1, *x.shape[-2:])
+
+
+def _choose(rows: jax.Array, blocks: jax.Array, *, backward: bool) -> RotationConfig:
+    return choose_config(
+        tokens=rows.shape[1],
+        features=rows.shape[2],
+        block_size=blocks.shape[-1],
+        dtype=rows.dtype,
+        backward=backward,
+    )
+
+
+def _specs(
+    rows: jax.Array, config: RotationConfig
+) -> tuple[tuple[int, int, int], pl.BlockSpec, pl.BlockSpec]:
+    """The grid (features outermost), a tile of activations, and the matrices for its features."""
+    count, tokens, d = rows.shape
+    grid = (pl.cdiv(d, config.features), count, pl.cdiv(tokens, config.tokens))
+    tile = pl.BlockSpec((1, config.tokens, config.features), lambda f, r, t: (r, t, f))
+    size = config.matrix
+    matrices = pl.BlockSpec((config.features // size, size, size), lambda f, r, t: (f, 0, 0))
+    return grid, tile, matrices
+
+
+def _like(x: jax.Array, dtype: Any = None) -> jax.ShapeDtypeStruct:
+    varying = jax.typeof(x).manual_axis_type
+    return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, manual_axis_type=varying)
+
+
+def to_matrices(
+    blocks: Float[Array, "n B B"], config: RotationConfig, dtype: Any
+) -> Float[Array, "matrices M M"]:
+    """Matrices with groups of blocks on their diagonals, zeros after the last block."""
+    n, size, _ = blocks.shape
+    group = config.matrix // size
+    of_tile = config.features // size
+    padded = jnp.pad(blocks.astype(dtype), ((0, -n % of_tile), (0, 0), (0, 0)))
+    if group == 1:
+        return padded
+    apart = padded.reshape(-1, group, size, 1, size)
+    eye = jnp.eye(group, dtype=dtype)[:, None, :, None]
+    return (apart * eye).reshape(-1, config.matrix, config.matrix)
+
+
+def from_matrices(
+    matrices: Float[Array, "matrices M M"], blocks: Float[Array, "n B B"]
+) -> Float[Array, "n B B"]:
+    """The blocks on the matrices' diagonals: `to_matrices`'s transpose."""
+    n, size, _ = blocks.shape
+    group = matrices.shape[-1] // size
+    if group == 1:
+        return matrices[:n]
+    apart = matrices.reshape(-1, group, size, group, size)
+    eye = jnp.eye(group, dtype=matrices.dtype)[:, None, :, None]
+    return jnp.sum(apart * eye, axis=3).reshape(-1, size, size)[:n]

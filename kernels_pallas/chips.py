@@ -1,0 +1,24 @@
+"""The memory on the chip that a kernel may fill, by generation of TPU."""
+
+MIB = 2**20
+
+VMEM_BYTES = {"v4": 16 * MIB, "v5e": 128 * MIB, "v5p": 64 * MIB, "v6e": 128 * MIB}
+"""Vector memory of one core (`jax.experimental.pallas.tpu.get_tpu_info_for_chip`)."""
+
+SMALLEST_VMEM_BYTES = min(VMEM_BYTES.values())
+
+RESERVED_BYTES = 2 * MIB
+"""Left to the compiler for what it keeps beside a kernel's own buffers."""
+
+
+def target_vmem_bytes() -> int:
+    """Vector memory of the TPU that is being lowered for: its own where JAX knows, else the least.
+
+    JAX knows the chip on a machine with TPUs, and where a mesh of them is set (`jax.set_mesh`).
+    """
+    from jax.experimental.pallas import tpu as pltpu
+
+    try:
+        return pltpu.get_tpu_info().vmem_capacity_bytes
+    except ValueError:
+        return SMALLEST_VMEM_BYTES

