@@ -7,6 +7,7 @@ usual.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -78,6 +79,10 @@ def _count_equation(equation: Any) -> Count:
             (count_jaxpr(branch.jaxpr) for branch in params["branches"]),
             key=lambda count: count.flops,
         )
+    if name == "kernels_pallas":
+        # Whatever it is lowered to, its arithmetic is that of its plain form.
+        plain = functools.partial(params["operation"].xla, **dict(params["settings"]))
+        return count_arithmetic(plain, *(variable.aval for variable in equation.invars))
     if name == "pallas_call":
         grid = params["grid_mapping"].grid
         return count_jaxpr(params["jaxpr"]).times(math.prod(grid))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.core import Tree
-from peft_jax.data import Batch
+from peft_jax.data import AnyBatch
 from peft_jax.training.blueprint import Blueprint
 from peft_jax.training.state import TrainState
 
@@ -87,7 +87,7 @@ def _kept(blueprint: Blueprint) -> tuple[int, int]:
     """What one microbatch's forward pass leaves on a device, and on its host, for the backward."""
     step = blueprint.train_step()
 
-    def left(trainable: Tree, frozen: Tree, constant: Tree, rows: Batch) -> list[Any]:
+    def left(trainable: Tree, frozen: Tree, constant: Tree, rows: AnyBatch) -> list[Any]:
         _, pull_back = jax.vjp(lambda t: step.loss(t, frozen, constant, rows), trainable)
         return jax.tree.leaves(pull_back)
 

@@ -126,7 +126,7 @@ class TrainStep:
         trainable: Tree,
         frozen: Tree,
         constant: Tree,
-        rows: Batch,
+        rows: AnyBatch,
         *,
         dropout_key: Array | None = None,
     ) -> Float[Array, ""]:
