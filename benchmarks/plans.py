@@ -70,6 +70,7 @@ def rows_of(plans: dict[str, Any]) -> list[list[str]]:
 
 
 def main() -> None:
+    """Plans what is not planned yet, and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/plans"))
     for name, plans in plan_all(parser.parse_args().out).items():

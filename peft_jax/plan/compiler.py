@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from peft_jax.models import CausalLM
+from peft_jax.models import Model
 from peft_jax.training.config import RunConfig
 
 _PROGRAM = "*after_optimizations.txt"
@@ -41,7 +41,7 @@ class Decisions:
     out_of_memory: str
 
 
-def ask_compiler(config: RunConfig, model: CausalLM, topology: str) -> Decisions:
+def ask_compiler(config: RunConfig, model: Model, topology: str) -> Decisions:
     """Compiles the step of a run for a topology that is not here, up to machine code.
 
     Raises:
@@ -85,7 +85,7 @@ def _read(folder: Path) -> Decisions:
 
 
 def read_total(report: str) -> int:
-    """The bytes of a device's memory that a program takes, from the compiler's report.
+    r"""The bytes of a device's memory that a program takes, from the compiler's report.
 
     Raises:
       RuntimeError: the report is not of the known form.
