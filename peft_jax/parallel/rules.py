@@ -205,8 +205,8 @@ def check_divides(
       >>> from jax.sharding import AbstractMesh
       >>> check_divides({"heads": 12}, AbstractMesh((1, 1, 1, 1, 8), MESH_AXES))
       Traceback (most recent call last):
-      ValueError: tensor=8 does not cut heads of 12 into equal parts; of 8 devices these shapes do:
-      data=2, tensor=4; fsdp=2, tensor=4; sequence=2, tensor=4; slice=2, tensor=4
+      ValueError: tensor=8 does not cut heads of 12 into equal parts; of 8 devices these shapes
+      do: sequence=2, tensor=4; fsdp=2, tensor=4; data=2, tensor=4; slice=2, tensor=4
     """
     rules = LogicalAxisRules() if rules is None else rules
 

@@ -91,7 +91,7 @@ def read_total(report: str) -> int:
       RuntimeError: the report is not of the known form.
 
     Example:
-      >>> read_total("Memory Space: default (color=0)\\nTotal bytes: 1818775552 (1.69GiB)\\n")
+      >>> read_total("Memory Space: default (color=0)\nTotal bytes: 1818775552 (1.69GiB)\n")
       1818775552
     """
     match = re.search(r"Memory Space: default .*\nTotal bytes: (\d+)", report)

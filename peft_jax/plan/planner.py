@@ -192,7 +192,7 @@ def _compile_here(blueprint: Blueprint) -> Decisions:
     return Decisions(program=compiled.as_text() or "", total=step_bytes(compiled), out_of_memory="")
 
 
-def _parameter_bytes(blueprint: Blueprint) -> float:
+def _parameter_bytes(blueprint: Blueprint) -> int:
     """What one device reads of the parameters in a step: gathered along all axes but "tensor"."""
     shape = blueprint.mesh.shape
     gathered = shape["fsdp"]
@@ -209,7 +209,7 @@ def collective_bytes(found: Sequence[Collective]) -> dict[str, float]:
     return dict(sorted(total.items()))
 
 
-def gib(size: float) -> str:
+def gib(size: float | int) -> str:
     """Bytes in GiB.
 
     Example:
