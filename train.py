@@ -13,7 +13,7 @@ does: docs/planning.md.
 --workdir is where everything goes that the run writes. The same command again goes on from the last
 checkpoint there, wherever the run was stopped.
 
-Exit codes: 0 finished (or, with --plan, it fits); 2 refused, nothing was done; 3 planned, and it
+Exit codes: 0 finished (or, with --plan, it fits); 2 refused, nothing was done; 4 planned, and it
 does not fit; 1 failed; 143 or 130 stopped by SIGTERM or Ctrl-C, with a checkpoint to go on from.
 """
 

@@ -190,7 +190,12 @@ class AdapterSpec:
         return unflatten({path: v for path, v in flatten(params).items() if path not in trained})
 
     def bind(
-        self, params: Tree, state: AdapterState, *, dropout_key: jax.Array | None = None
+        self,
+        params: Tree,
+        state: AdapterState,
+        *,
+        dropout_key: jax.Array | None = None,
+        recompute: bool = False,
     ) -> Tree:
         """The parameters' tree with an `AdaptedKernel` at each adapted kernel.
 
@@ -198,6 +203,8 @@ class AdapterSpec:
           params: the model's parameters; those of `frozen` do as well.
           state: the adapter's arrays.
           dropout_key: a random key while training with dropout; None otherwise.
+          recompute: keep for the backward pass only what the methods multiply by, and compute again
+            what they made it of. For a rotation's blocks that is several times as much.
 
         Returns:
           A tree for `model(...)`; base arrays are the same objects.
@@ -215,7 +222,9 @@ class AdapterSpec:
                 key = jax.random.fold_in(dropout_key, zlib.crc32(join_path(path).encode()))
                 if is_stacked(path):
                     key = jax.random.split(key, kernel_shape(flat[path])[0])
-            arrays = _prepare(method, learnt[path], fixed.get(path, {}), key, is_stacked(path))
+            arrays = _prepare(
+                method, learnt[path], fixed.get(path, {}), key, is_stacked(path), recompute
+            )
             flat[path] = AdaptedKernel(
                 base=flat[path], arrays=arrays, dropout_key=key, method=method
             )
@@ -284,14 +293,22 @@ def _init_function(method: AdapterMethod, shape: tuple[int, int]):
     return make
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4), inline=True)
-def _prepare(method: AdapterMethod, learnt: Any, fixed: Any, key: jax.Array | None, stacked: bool):
+@functools.partial(jax.jit, static_argnums=(0, 4, 5), inline=True)
+def _prepare(
+    method: AdapterMethod,
+    learnt: Any,
+    fixed: Any,
+    key: jax.Array | None,
+    stacked: bool,
+    recompute: bool,
+):
     def prepare(learnt: Any, fixed: Any, key: jax.Array | None):
         if key is not None:
             key = jax.random.fold_in(key, 1)  # the key itself drops activations
         return method.prepare(learnt, fixed, dropout_key=key)
 
-    return (jax.vmap(prepare) if stacked else prepare)(learnt, fixed, key)
+    prepare_all = jax.vmap(prepare) if stacked else prepare
+    return (jax.checkpoint(prepare_all) if recompute else prepare_all)(learnt, fixed, key)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -7,6 +7,7 @@ usual.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -78,11 +79,19 @@ def _count_equation(equation: Any) -> Count:
             (count_jaxpr(branch.jaxpr) for branch in params["branches"]),
             key=lambda count: count.flops,
         )
+    if name == "kernels_pallas":
+        # Whatever it is lowered to, its arithmetic is that of its plain form.
+        plain = functools.partial(params["operation"].xla, **dict(params["settings"]))
+        return count_arithmetic(plain, *(variable.aval for variable in equation.invars))
+    if name == "custom_linear_solve":
+        # Its other programs are for derivatives.
+        return count_jaxpr(params["jaxprs"].solve.jaxpr)
     if name == "pallas_call":
         grid = params["grid_mapping"].grid
         return count_jaxpr(params["jaxpr"]).times(math.prod(grid))
     if name == "shard_map":
-        devices = math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
+        axes = params["newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"]
+        devices = math.prod(params["mesh"].shape[axis] for axis in axes)
         return count_jaxpr(params["jaxpr"]).times(devices)
     inner = Count(flops=0.0)
     for jaxpr in _inner_jaxprs(params):

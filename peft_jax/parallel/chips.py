@@ -1,8 +1,8 @@
 """What the makers of accelerators state of them, for estimates.
 
 Sources: the TPU system architecture pages of Google Cloud's documentation, "How to Scale Your
-Model" (Austin et al., 2025, chapter 2) for the links, NVIDIA's data sheets (dense bfloat16 products,
-without sparsity). The memory that a program may use is what the TPU compiler allows it, measured
+Model" (Austin et al., 2025, chapter 2) for the links, and NVIDIA's data sheets (bfloat16, dense
+matrices). The memory that a program may use is what the TPU compiler allows it, measured
 with libtpu 0.0.52 on a program that asks for more.
 """
 

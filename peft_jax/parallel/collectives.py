@@ -23,6 +23,7 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _OPERATION = re.compile(rf"\s({'|'.join(KINDS)})(-start)?\(([^)]*)\)")
 _WHILE = re.compile(r"\swhile\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _COMPARED = re.compile(r"ROOT .* compare\(([^)]*)\), direction=(LT|GT)")
 
 
@@ -31,7 +32,7 @@ class Collective:
     """One place of a program where devices exchange something.
 
     Attributes:
-      kind: one of `KINDS`.
+      kind: one of `KINDS`; or, between slices, what the runtime there calls it.
       bytes: what one device receives each time, at least.
       group: how many devices take part.
       times: how often a run of the program comes by.
@@ -87,6 +88,9 @@ def read_collectives(text: str, *, devices_a_slice: int) -> list[Collective]:
                 trips = _trip_count(line, computations[loop[1]])
                 visit(loop[2], times * trips, set())
                 continue
+            if " recv(" in line and (transfer := _BETWEEN_SLICES.search(line)):
+                found.append(_between_slices(line, transfer[1], times))
+                continue
             operation = _OPERATION.search(line)
             if operation is not None:
                 channel = re.search(r"channel_id=(\d+)", line)
@@ -141,6 +145,20 @@ def _trip_count(line: str, condition: _Computation) -> int:
             ends = [constants[name] for name in names if name in constants]
             return ends[0] if ends else 1
     return 1
+
+
+def _between_slices(line: str, kind: str, times: int) -> Collective:
+    """What a TPU's host receives for it from other slices: there, collectives are its business."""
+    result = line.split(" recv(")[0]
+    dtype, shape = _ARRAY.findall(result)[0]
+    slices = re.search(r'_xla_megascale_target="\{([\d,]*)\}', line)
+    return Collective(
+        kind=kind.lower().replace("_", "-"),
+        bytes=float(_size(dtype, shape)),
+        group=len(slices[1].split(",")) if slices else 2,
+        times=times,
+        between_slices=True,
+    )
 
 
 def _collective(

@@ -30,9 +30,9 @@ class LogicalAxisRules:
     is held whole.
 
     Activations are cut along the rows of the batch and, within attention, along "sequence" and
-    heads. Between the blocks the tokens are cut along "tensor" too: there each is on its own (norms,
-    sums, the rotations of the adapters), and of what the backward pass keeps each device holds its
-    part (Korthikanti et al., 2022, arXiv 2205.05198, section 4.2.2).
+    heads. Between the blocks the tokens are cut along "tensor" too: there each is on its own
+    (norms, sums, the rotations of the adapters), and of what the backward pass keeps each device
+    holds its part (Korthikanti et al., 2022, arXiv 2205.05198, section 4.2.2).
 
     Attributes:
       batch: rows of the batch.
@@ -188,8 +188,9 @@ def sharding_tree(
 def check_divides(
     sizes: Mapping[str, int], mesh: Mesh | AbstractMesh, rules: LogicalAxisRules | None = None
 ) -> None:
-    """Refuses a mesh that does not cut these axes into equal parts, where holding them whole would
-    cost what the mesh is there for.
+    """Refuses a mesh that does not cut these axes into equal parts.
+
+    Held whole, they would cost what the mesh is there for.
 
     Args:
       sizes: of logical axes: heads, features, tokens.
@@ -204,8 +205,8 @@ def check_divides(
       >>> from jax.sharding import AbstractMesh
       >>> check_divides({"heads": 12}, AbstractMesh((1, 1, 1, 1, 8), MESH_AXES))
       Traceback (most recent call last):
-      ValueError: tensor=8 does not cut heads of 12 into equal parts; of 8 devices these shapes do:
-      data=2, tensor=4; fsdp=2, tensor=4; sequence=2, tensor=4; slice=2, tensor=4
+      ValueError: tensor=8 does not cut heads of 12 into equal parts; of 8 devices these shapes
+      do: sequence=2, tensor=4; fsdp=2, tensor=4; data=2, tensor=4; slice=2, tensor=4
     """
     rules = LogicalAxisRules() if rules is None else rules
 
@@ -239,6 +240,7 @@ def batch_sharding(
 
 
 def as_tuple(axes: MeshAxes) -> tuple[str, ...]:
+    """The mesh's axes of a rule, however many."""
     if axes is None:
         return ()
     return (axes,) if isinstance(axes, str) else axes

@@ -1,6 +1,7 @@
 """The command that plans, for whichever program has parsed its flags."""
 
 import json
+import sys
 
 import jax
 
@@ -14,7 +15,7 @@ from peft_jax.training.config import RunConfig
 from peft_jax.training.errors import RefusedError
 
 FITS = 0
-DOES_NOT_FIT = 3
+DOES_NOT_FIT = 4
 
 
 def plan_command(config: RunConfig, flags: PlanFlags) -> int:
@@ -28,7 +29,9 @@ def plan_command(config: RunConfig, flags: PlanFlags) -> int:
         # The TPU that this may be started on is not needed, and is not to be taken.
         jax.config.update("jax_platforms", "cpu")
     if flags.search:
-        plan = search(config, name)
+        plan, layout = search(config, name, say=_say)
+        if layout is not None:
+            _say(f"laid out by {layout.flags()}")
     else:
         try:
             topology = find_topology(name)
@@ -37,6 +40,10 @@ def plan_command(config: RunConfig, flags: PlanFlags) -> int:
         plan = make_plan(config, topology)
     print(json.dumps(plan.to_mapping(), indent=2) if flags.json else describe(plan))
     return FITS if plan.fits else DOES_NOT_FIT
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
 
 
 def _platform_here() -> str:

@@ -57,7 +57,7 @@ def estimate_step(
     *,
     devices: int,
     arithmetic: StepArithmetic,
-    parameter_bytes: float,
+    parameter_bytes: int,
     collectives: Sequence[Collective],
 ) -> Estimate:
     """The estimate for one kind of chip; see `ASSUMPTIONS`.

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax.core import Tree
-from peft_jax.data import Batch
-from peft_jax.training.blueprint import Blueprint, step_bytes
+from peft_jax.data import AnyBatch
+from peft_jax.training.blueprint import Blueprint
 from peft_jax.training.state import TrainState
 
 
@@ -52,15 +52,18 @@ def arrays_on_a_device(tree: Tree | TrainState) -> int:
     )
 
 
-def measure_memory(blueprint: Blueprint, compiled: jax.stages.Compiled | None) -> Memory:
-    """The memory of a step, from its shapes and, where it compiled, from its compiled form.
+def measure_memory(blueprint: Blueprint, total: int | None) -> Memory:
+    """The memory of a step by kind.
 
-    The compiler gives one number for all that is neither argument nor result. What the backward
-    pass keeps is counted from the step's program and taken as cut evenly over all devices, as the
-    activations' shardings have it; the rest of that number is temporaries.
+    The compiler gives one number for everything. What the backward pass keeps is counted from the
+    step's program and taken as cut evenly over all devices, as the activations' shardings have it;
+    what is then left is temporaries.
+
+    Args:
+      blueprint: the run's.
+      total: what the compiler says that the step takes on a device; None where it did not say.
     """
     kept, offloaded = _kept(blueprint)
-    total = None if compiled is None else step_bytes(compiled)
     parts = {
         "base": arrays_on_a_device(blueprint.frozen),
         "adapters": arrays_on_a_device(
@@ -84,7 +87,7 @@ def _kept(blueprint: Blueprint) -> tuple[int, int]:
     """What one microbatch's forward pass leaves on a device, and on its host, for the backward."""
     step = blueprint.train_step()
 
-    def left(trainable: Tree, frozen: Tree, constant: Tree, rows: Batch) -> list[Any]:
+    def left(trainable: Tree, frozen: Tree, constant: Tree, rows: AnyBatch) -> list[Any]:
         _, pull_back = jax.vjp(lambda t: step.loss(t, frozen, constant, rows), trainable)
         return jax.tree.leaves(pull_back)
 

@@ -2,30 +2,24 @@
 
 import collections
 import dataclasses
-import re
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import jax
 
 from peft_jax.adapters import count_parameters
 from peft_jax.hub import read_config
 from peft_jax.models import CausalLM, build_model
 from peft_jax.models.architectures import check_architecture, find_architecture
 from peft_jax.parallel import Collective, Topology, make_mesh, read_collectives
+from peft_jax.plan.compiler import Decisions, ask_compiler
 from peft_jax.plan.estimate import Estimate, estimate_step
 from peft_jax.plan.memory import Memory, arrays_on_a_device, measure_memory
 from peft_jax.training.arithmetic import StepArithmetic, count_step
-from peft_jax.training.blueprint import Blueprint, draw_blueprint
+from peft_jax.training.blueprint import Blueprint, draw_blueprint, step_bytes
 from peft_jax.training.config import RunConfig
 from peft_jax.training.errors import RefusedError
 from peft_jax.training.prepare import device_memory
-
-_PROGRAM = "*after_optimizations.txt"
-"""The compiler's last word on the program, among the files it leaves."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,16 +134,21 @@ def plan_blueprint(blueprint: Blueprint, topology: Topology) -> Plan:
     """Compiles the step of a blueprint, drawn for the topology's devices."""
     limit = _limit(topology)
     started = time.perf_counter()
-    compiled, text, reason = _compile(blueprint, topology)
+    if topology.described:
+        decisions = ask_compiler(blueprint.config, blueprint.model, topology.name)
+    else:
+        decisions = _compile_here(blueprint)
     seconds = time.perf_counter() - started
-    memory = measure_memory(blueprint, compiled)
-    if compiled is not None and limit is not None and (memory.total or 0) > limit:
-        reason = f"it takes {gib(memory.total or 0)} on a device, which has {gib(limit)}"
+    memory, reason = measure_memory(blueprint, decisions.total), decisions.out_of_memory
+    if memory.total is not None and limit is not None and memory.total > limit:
+        reason = f"it takes {gib(memory.total)} on a device, which has {gib(limit)}"
     arithmetic = count_step(blueprint)
     devices = len(topology.devices)
     collectives = None
-    if compiled is not None:
-        collectives = tuple(read_collectives(text, devices_a_slice=devices // topology.slices))
+    if decisions.program:
+        collectives = tuple(
+            read_collectives(decisions.program, devices_a_slice=devices // topology.slices)
+        )
     estimate = None
     if topology.chip is not None and collectives is not None:
         estimate = estimate_step(
@@ -187,47 +186,13 @@ def _limit(topology: Topology) -> int | None:
     return memory // len(topology.devices)
 
 
-def _compile(
-    blueprint: Blueprint, topology: Topology
-) -> tuple[jax.stages.Compiled | None, str, str]:
-    """The compiled step, its text, and why there is none, in the compiler's words."""
-    lowered = blueprint.trace_step().lower()
-    with tempfile.TemporaryDirectory(prefix="peft_jax_plan_") as folder:
-        options: dict[str, Any] = {}
-        if topology.described:
-            # The TPU compiler's program cannot be had from JAX; it can be left in a folder.
-            options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-        try:
-            compiled = lowered.compile(compiler_options=options)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            return None, "", _out_of_memory(str(error))
-        if not topology.described:
-            return compiled, compiled.as_text() or "", ""
-        (program,) = Path(folder).glob(_PROGRAM)
-        return compiled, program.read_text(encoding="utf-8"), ""
+def _compile_here(blueprint: Blueprint) -> Decisions:
+    """The step compiled for the devices of this machine."""
+    compiled = blueprint.trace_step().lower().compile()
+    return Decisions(program=compiled.as_text() or "", total=step_bytes(compiled), out_of_memory="")
 
 
-def _out_of_memory(message: str) -> str:
-    """What the compiler says of the memory it would need.
-
-    Example:
-      >>> _out_of_memory("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, "
-      ...     "the total memory required for HLO temporaries (400.00G) exceeds available HBM "
-      ...     "(15.75G). HLO module: jit__lambda.")
-      'it needs 400.00 GiB where 15.75 are available'
-    """
-    for pattern in (
-        r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)",
-        r"Used ([\d.]+)G of ([\d.]+)G hbm",
-    ):
-        if match := re.search(pattern, message):
-            return f"it needs {match[1]} GiB where {match[2]} are available"
-    return message.splitlines()[0]
-
-
-def _parameter_bytes(blueprint: Blueprint) -> float:
+def _parameter_bytes(blueprint: Blueprint) -> int:
     """What one device reads of the parameters in a step: gathered along all axes but "tensor"."""
     shape = blueprint.mesh.shape
     gathered = shape["fsdp"]
@@ -244,7 +209,7 @@ def collective_bytes(found: Sequence[Collective]) -> dict[str, float]:
     return dict(sorted(total.items()))
 
 
-def gib(size: float) -> str:
+def gib(size: float | int) -> str:
     """Bytes in GiB.
 
     Example:

@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from peft_jax.adapters.sketch import kernel_shape
 from peft_jax.core import Path, flatten, is_stacked
+from peft_jax.models import SequenceClassifier
 from peft_jax.models.attention import choose_attention
 from peft_jax.parallel import Count, count_arithmetic, count_jaxpr, find_chip
 from peft_jax.training.blueprint import Blueprint
@@ -40,22 +42,15 @@ class StepArithmetic:
         return self.base + self.attention + self.adapters
 
 
-def count_step(blueprint: Blueprint, traced: jax.stages.Traced | None = None) -> StepArithmetic:
+def count_step(blueprint: Blueprint) -> StepArithmetic:
     """The arithmetic of one step, counted from its program; nothing is compiled.
-
-    Args:
-      blueprint: the run's.
-      traced: the step's program, if there is one already: where it is the plain one, it is counted.
 
     Raises:
       RuntimeError: the program has loops whose number of rounds it computes, which cannot be
         counted.
     """
     remat = blueprint.model.execution.remat
-    if traced is not None and _is_plain(blueprint):
-        total = _known(count_jaxpr(traced.jaxpr.jaxpr))
-    else:
-        total = _count(blueprint, remat="none")
+    total = _count(blueprint, remat="none")
     base, attention = _base(blueprint), _attention(blueprint)
     return StepArithmetic(
         base=base,
@@ -63,6 +58,18 @@ def count_step(blueprint: Blueprint, traced: jax.stages.Traced | None = None) ->
         adapters=total - base - attention,
         computed=total if remat == "none" else _count(blueprint, remat=remat),
     )
+
+
+def count_step_flops(blueprint: Blueprint, traced: jax.stages.Traced) -> float:
+    """`StepArithmetic.total` alone, for a run that has traced its step anyway.
+
+    Args:
+      blueprint: the run's.
+      traced: the step's program; where it is the plain one, it is what is counted.
+    """
+    if _is_plain(blueprint):
+        return _known(count_jaxpr(traced.jaxpr.jaxpr))
+    return _count(blueprint, remat="none")
 
 
 def _is_plain(blueprint: Blueprint) -> bool:
@@ -93,19 +100,27 @@ def _tokens(blueprint: Blueprint) -> int:
     return blueprint.config.train.batch_size * blueprint.config.train.max_length
 
 
+def _inputs(blueprint: Blueprint, path: Path) -> int:
+    """How many vectors a kernel is multiplied by in a step; a classifier's head takes one a row."""
+    if isinstance(blueprint.model, SequenceClassifier) and not is_stacked(path):
+        return blueprint.config.train.batch_size
+    return _tokens(blueprint)
+
+
 def _base(blueprint: Blueprint) -> float:
     """Two or three products for each kernel: its numbers times the tokens times two."""
     flat = flatten(blueprint.params)
     trained = set(blueprint.spec.plan(blueprint.params).trained)
-    passes = 0.0
+    flops = 0.0
     for path, leaf in flat.items():
         if path[-1] == "kernel" or _is_tied_head(blueprint, path):
-            passes += math.prod(kernel_shape(leaf)) * (3 if path in trained else 2)
-    return 2.0 * passes * _tokens(blueprint)
+            products = 3 if path in trained else 2
+            flops += 2.0 * math.prod(kernel_shape(leaf)) * products * _inputs(blueprint, path)
+    return flops
 
 
 def _is_tied_head(blueprint: Blueprint, path: Path) -> bool:
-    tied = blueprint.model.config.tie_word_embeddings
+    tied = getattr(blueprint.model.config, "tie_word_embeddings", False)
     return tied and path[-1] == "embedding" and not is_stacked(path)
 
 
@@ -129,11 +144,9 @@ class Utilization:
     share_of_peak: float | None
 
 
-def measure_utilization(
-    arithmetic: StepArithmetic, seconds: float, devices: list[jax.Device]
-) -> Utilization:
-    """What steps of so many seconds make of the devices they run on."""
-    rate = arithmetic.total / seconds
+def measure_utilization(flops: float, seconds: float, devices: Sequence[jax.Device]) -> Utilization:
+    """What steps of so many FLOPs and seconds make of the devices they run on."""
+    rate = flops / seconds
     chip = find_chip(devices[0].device_kind)
     share = None if chip is None else rate / (chip.flops * len(devices))
     return Utilization(flops_per_second=rate, share_of_peak=share)

@@ -124,7 +124,7 @@ def draw_blueprint(
     spec = config.method.spec if spec is None else spec
     params = model.abstract_params(config.model.dtype)
     adapter = spec.abstract(params)
-    optimizer = _make_optimizer(config)
+    optimizer = optimizer_of(config)
     state = abstract_state(adapter.trainable, optimizer)
 
     rules = LogicalAxisRules()
@@ -161,7 +161,8 @@ def step_bytes(compiled: jax.stages.Compiled) -> int | None:
     )
 
 
-def _make_optimizer(config: RunConfig) -> optax.GradientTransformationExtraArgs:
+def optimizer_of(config: RunConfig) -> optax.GradientTransformationExtraArgs:
+    """The optimiser of a configuration, the hybrid's mixing around it."""
     mixing = config.mixing if isinstance(config.method.method, Hybrid) else None
     return make_optimizer(config.optimizer, config.train.steps, mixing=mixing)
 

@@ -15,6 +15,7 @@ from peft_jax.adapters import AdapterState
 from peft_jax.core import Tree, flatten, unflatten
 from peft_jax.data import AnyBatch
 from peft_jax.hub import load_params
+from peft_jax.training.arithmetic import count_step_flops
 from peft_jax.training.blueprint import step_bytes
 from peft_jax.training.checkpoints import Checkpoints
 from peft_jax.training.clock import Phases, Rate
@@ -256,8 +257,10 @@ class _Run:
 
     def _compile(self) -> jax.stages.Compiled:
         """The step, compiled, if it fits."""
-        compiled = self._job.trace_step().lower().compile()
+        traced = self._job.trace_step()
+        compiled = traced.lower().compile()
         self._check_fits(compiled)
+        self._totals.step_flops = count_step_flops(self._job, traced)
         return compiled
 
     def _check_fits(self, compiled: Any) -> None:
@@ -439,10 +442,21 @@ class _Run:
                 self._reporter.say(f"held-out {name}: {before.get(name, 0.0):.4f} -> {value:.4f}")
         self._reporter.say(
             f"{summary['steps']} steps, {summary['seconds_per_step']:.3g} s a step, "
-            f"{summary['tokens_per_second']:.4g} tokens/s\n"
+            f"{summary['tokens_per_second']:.4g} tokens/s, {_speed(summary)}\n"
             f"adapter: {self._folder.adapter}\n"
             f"report:  {self._folder.report / 'README.md'}"
         )
+
+
+def _speed(summary: dict[str, Any]) -> str:
+    """What the run computed a second, and of what its devices could.
+
+    Example:
+      >>> _speed({"flops_per_second": 2.5e12, "utilization": 0.4})
+      '2.5 TFLOP/s, 40% of the peak'
+    """
+    rate, share = summary["flops_per_second"] or 0.0, summary["utilization"]
+    return f"{rate / 1e12:.3g} TFLOP/s" + ("" if share is None else f", {share:.0%} of the peak")
 
 
 def _is_multiple(step: int, every: int) -> bool:

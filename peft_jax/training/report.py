@@ -104,6 +104,8 @@ def _costs(summary: Mapping[str, Any]) -> str:
         ("tokens", f"{summary['tokens']:,}"),
         ("tokens a second", _number(summary["tokens_per_second"])),
         ("seconds a step", _number(summary["seconds_per_step"])),
+        ("operations a second", _tera(summary["flops_per_second"])),
+        ("of the devices' peak", _percent(summary["utilization"])),
         ("peak memory of the host", _gib(peak["host"])),
         ("peak memory of a device", _gib(peak["device"])),
         ("memory of the compiled step", _gib(summary["step_memory_bytes"])),
@@ -111,6 +113,14 @@ def _costs(summary: Mapping[str, Any]) -> str:
     ]
     rows += [(f"seconds: {phase}", _number(s)) for phase, s in summary["seconds"].items()]
     return _table([row for row in rows if row[1] is not None])
+
+
+def _tera(rate: float | None) -> str | None:
+    return None if rate is None else f"{rate / 1e12:.3g} T"
+
+
+def _percent(share: float | None) -> str | None:
+    return None if share is None else f"{share:.1%}"
 
 
 def _usage(summary: Mapping[str, Any]) -> str:

@@ -140,7 +140,8 @@ class TrainStep:
           dropout_key: of this microbatch's dropout; None without.
         """
         adapter = AdapterState(trainable=trainable, constant=constant)
-        bound = self.spec.bind(frozen, adapter, dropout_key=dropout_key)
+        remat = self.model.execution.remat != "none"
+        bound = self.spec.bind(frozen, adapter, dropout_key=dropout_key, recompute=remat)
         total, _ = summed_loss(self.model, bound, rows, chunk_size=self.chunk_size)
         return total
 

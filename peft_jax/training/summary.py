@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from peft_jax.models import SequenceClassifier
+from peft_jax.training.arithmetic import measure_utilization
 from peft_jax.training.metrics import HELD_OUT, TRAIN, Record
 from peft_jax.training.prepare import Job
 
@@ -26,10 +27,12 @@ class Totals:
       tokens: tokens read in training steps, padding not counted.
       step_bytes: what the compiled step needs on each device, as the compiler counts it; 0 where it
         does not say.
+      step_flops: what the model and its gradient take in a step, see `StepArithmetic.total`.
     """
 
     tokens: int = 0
     step_bytes: int = 0
+    step_flops: float = 0.0
 
 
 def summarize(
@@ -47,7 +50,9 @@ def summarize(
       "loss_before" and "loss_after" are on held-out data, in nats a token, and None without any;
       so are the measures of the recipe under "before" and "after". "tokens_per_second" and
       "seconds_per_step" are over the training steps, with the waiting for data, without
-      evaluation, checkpoints and compilation.
+      evaluation, checkpoints and compilation. "flops_per_second" is over the same, of what the
+      model and its gradient take (padding included), and "utilization" its share of what the
+      devices' makers state for bfloat16; None where that is not known.
     """
     steps = job.config.train.steps
     before, after = _measures(records, 0), _measures(records, steps)
@@ -67,6 +72,8 @@ def summarize(
         "tokens": totals.tokens,
         "tokens_per_second": round(totals.tokens / training, 2) if training else None,
         "seconds_per_step": round(training / steps, 6),
+        "flops_per_step": totals.step_flops,
+        **_utilization(job, totals.step_flops, training / steps),
         "seconds": {phase: round(spent, 3) for phase, spent in seconds.items()},
         "peak_memory_bytes": peak_memory(),
         "step_memory_bytes": totals.step_bytes or None,
@@ -76,6 +83,16 @@ def summarize(
         "labels": job.model.num_labels if isinstance(job.model, SequenceClassifier) else None,
         "devices": [f"{device.device_kind} {device.id}" for device in jax.devices()],
         "versions": versions(),
+    }
+
+
+def _utilization(job: Job, flops: float, seconds: float) -> dict[str, float | None]:
+    if not seconds:
+        return {"flops_per_second": None, "utilization": None}
+    measured = measure_utilization(flops, seconds, list(job.mesh.devices.flat))
+    return {
+        "flops_per_second": measured.flops_per_second,
+        "utilization": measured.share_of_peak,
     }
 
 

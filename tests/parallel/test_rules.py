@@ -8,6 +8,7 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from peft_jax.parallel import (
+    MESH_AXES,
     LogicalAxisRules,
     MeshSettings,
     batch_sharding,
@@ -47,7 +48,7 @@ def test_specs_follow_the_rules():
     assert specs["layers"]["o_proj"]["kernel"] == P(None, "tensor", "fsdp")
     assert specs["layers"]["down_proj"]["kernel"]["b"] == P(None, None, "fsdp")
     assert specs["layers"]["input_layernorm"]["scale"] == P(None, None)
-    assert batch_sharding(mesh).spec == P(("data", "fsdp"))
+    assert batch_sharding(mesh).spec == P(("slice", "data", "fsdp"))
 
 
 def test_arrays_are_placed_as_the_shardings_say():
@@ -74,16 +75,18 @@ def test_a_product_over_the_mesh_is_the_product():
     np.testing.assert_allclose(product, x @ w, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(1, 128, 1), (1, 16, 8), (2, 8, 8), (4, 4, 8), (8, 16, 1)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 128, 1, 1), (1, 1, 16, 1, 8), (2, 1, 8, 1, 8), (1, 1, 8, 2, 8)]
+)
 def test_llama_405b_divides_over_128_chips(shape, caplog):
     """Every axis that is to be cut can be: 1/(fsdp·tensor) of the kernels on each chip."""
-    mesh = AbstractMesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    mesh = AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 5)
     with caplog.at_level(logging.WARNING):
         shardings = sharding_tree(AXES, mesh, LogicalAxisRules(), LLAMA_405B)
     assert not caplog.records
     kernel, sharding = (t["layers"]["q_proj"]["kernel"] for t in (LLAMA_405B, shardings))
     part = np.prod(sharding.shard_shape(kernel.shape))
-    assert part * shape[1] * shape[2] == np.prod(kernel.shape)
+    assert part * mesh.shape["fsdp"] * mesh.shape["tensor"] == np.prod(kernel.shape)
 
 
 def test_what_does_not_divide_is_held_whole_and_named(caplog):

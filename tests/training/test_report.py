@@ -105,6 +105,8 @@ def test_the_page_names_its_pictures_and_its_numbers(tmp_path):
         "tokens": 480,
         "tokens_per_second": 100.0,
         "seconds_per_step": 0.4,
+        "flops_per_second": 3.2e12,
+        "utilization": None,
         "seconds": {"train": 4.8},
         "peak_memory_bytes": {"host": 2**30, "device": None},
         "step_memory_bytes": 2**29,
@@ -123,9 +125,11 @@ def test_the_page_names_its_pictures_and_its_numbers(tmp_path):
         "| accuracy | 0.25 | 0.75 |",
         "1,234",
         "1.00 GiB",
+        "| operations a second | 3.2 T |",
     ):
         assert expected in text
     assert "peak memory of a device" not in text
+    assert "devices' peak" not in text
     assert json.loads(text.split("```json\n")[1].split("```")[0]) == {"seed": 3}
     for line in text.splitlines():
         if line.startswith("!["):

@@ -1,0 +1,84 @@
+r"""Memory and arithmetic of every method on the four large models, compiled without hardware.
+
+    python -m benchmarks.plans --out=out/plans
+
+plans each configuration with each method on its topology, and prints the table of
+docs/planning.md. What is planned already, as `out/plans/MODEL-METHOD.json`, is not planned again.
+"""
+
+import argparse
+import importlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from peft_jax.parallel import find_topology
+from peft_jax.plan import make_plan
+from peft_jax.plan.text import table
+from peft_jax.training import from_config_dict
+
+TOPOLOGIES = {
+    "hybrid_405b": "v5p:4x4x8",
+    "hybrid_70b": "v5p:4x4x4",
+    "hybrid_30b": "v5p:2x4x4",
+    "hybrid_7b": "v5e:4x4",
+}
+METHODS = ("full", "lora", "lora_ga", "boft", "unitary", "hybrid")
+
+
+def plan_all(folder: Path) -> dict[str, dict[str, Any]]:
+    """The plans by configuration and method; each is written down as soon as it is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plans: dict[str, dict[str, Any]] = {}
+    for name, topology in TOPOLOGIES.items():
+        for method in METHODS:
+            file = folder / f"{name}-{method}.json"
+            if not file.is_file():
+                started = time.perf_counter()
+                module = importlib.import_module(f"configs.{name}")
+                config = from_config_dict(module.get_config(f"method={method}"))
+                plan = make_plan(config, find_topology(topology)).to_mapping()
+                plan["planning_seconds"] = round(time.perf_counter() - started, 1)
+                file.write_text(json.dumps(plan, indent=2), encoding="utf-8")
+            plans.setdefault(name, {})[method] = json.loads(file.read_text(encoding="utf-8"))
+    return plans
+
+
+def rows_of(plans: dict[str, Any]) -> list[list[str]]:
+    """The rows of one model's table, each beside full fine-tuning."""
+    head = ["method", "GiB a chip", "of full", "TFLOP a step", "of full", "s a step", "times less"]
+    full = plans["full"]
+    rows = [head]
+    for method, plan in plans.items():
+        memory, time_ = plan["memory_a_device"]["total"], plan["estimate"]
+        flops = plan["flops_a_step"]["total"]
+        own = [method]
+        if memory is None:
+            own += ["does not fit", ""]
+        else:
+            whole = full["memory_a_device"]["total"]
+            own += [f"{memory / 2**30:.1f}", f"{memory / whole:.0%}" if whole else ""]
+        own += [f"{flops / 1e12:,.0f}", f"{flops / full['flops_a_step']['total']:.0%}"]
+        if time_ is None or full["estimate"] is None:
+            own += ["" if time_ is None else f"{time_['seconds']:.2f}", ""]
+        else:
+            ratio = full["estimate"]["seconds"] / time_["seconds"]
+            own += [f"{time_['seconds']:.2f}", f"{ratio:.2f}"]
+        rows.append(own)
+    return rows
+
+
+def main() -> None:
+    """Plans what is not planned yet, and prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("out/plans"))
+    for name, plans in plan_all(parser.parse_args().out).items():
+        one = plans["full"]
+        tokens = f"{one['batch_size']} rows of {one['max_length']} tokens"
+        print(f"\n**{one['model']}** on {one['topology']}, {tokens} (configs/{name}.py)\n")
+        print(table(rows_of(plans)))
+
+
+if __name__ == "__main__":
+    main()

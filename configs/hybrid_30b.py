@@ -1,0 +1,29 @@
+r"""Wizard-Vicuna 30B on 32 chips of TPU v5p.
+
+    python train.py --config=configs/hybrid_30b.py --distributed --workdir=gs://bucket/runs/30b \
+        --config.model.path=/path/to/Wizard-Vicuna-30B --config.data.path=rows.jsonl
+
+on every host; and before, on any machine, without the checkpoint:
+
+    python train.py --config=configs/hybrid_30b.py --plan --topology=v5p:2x4x4
+
+The argument names another method: `configs/hybrid_30b.py:method=lora`. The model's 52 heads can be
+cut along "tensor" by 4 at most: the next divisors are 13 and 26.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    options = common.parse_arg(arg, method="hybrid")
+    config = common.large_model(options.method)
+    config.model.path = "QuixiAI/Wizard-Vicuna-30B-Uncensored"
+    config.model.architecture = "wizard-vicuna-30b"
+    config.train.batch_size = 64
+    config.train.gradient_accumulation = 1
+    config.train.max_length = 2048
+    config.parallel.fsdp = 8
+    config.parallel.tensor = 4
+    return config

@@ -1,0 +1,28 @@
+r"""Llama 3.3 70B on 64 chips of TPU v5p.
+
+    python train.py --config=configs/hybrid_70b.py --distributed --workdir=gs://bucket/runs/70b \
+        --config.model.path=/path/to/Llama-3.3-70B-Instruct --config.data.path=rows.jsonl
+
+on every host; and before, on any machine, without the checkpoint:
+
+    python train.py --config=configs/hybrid_70b.py --plan --topology=v5p:4x4x4
+
+The argument names another method: `configs/hybrid_70b.py:method=lora`.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    options = common.parse_arg(arg, method="hybrid")
+    config = common.large_model(options.method)
+    config.model.path = "meta-llama/Llama-3.3-70B-Instruct"
+    config.model.architecture = "llama-3.3-70b"
+    config.train.batch_size = 64
+    config.train.gradient_accumulation = 1
+    config.train.max_length = 4096
+    config.parallel.fsdp = 16
+    config.parallel.tensor = 4
+    return config

@@ -1,0 +1,27 @@
+r"""BLOOMZ 7B1 on sixteen chips of TPU v5e.
+
+    python train.py --config=configs/hybrid_7b.py --distributed --workdir=gs://bucket/runs/7b \
+        --config.model.path=/path/to/bloomz-7b1 --config.data.path=rows.jsonl
+
+on every host; and before, on any machine, without the checkpoint:
+
+    python train.py --config=configs/hybrid_7b.py --plan --topology=v5e:4x4
+
+The argument names another method: `configs/hybrid_7b.py:method=lora`.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    options = common.parse_arg(arg, method="hybrid")
+    config = common.large_model(options.method)
+    config.model.path = "bigscience/bloomz-7b1"
+    config.model.architecture = "bloomz-7b1"
+    config.train.batch_size = 64
+    config.train.gradient_accumulation = 2
+    config.train.max_length = 2048
+    config.parallel.fsdp = 16
+    return config

@@ -1,0 +1,247 @@
+"""Plans beside what is true: of a compiled step, of a formula, of a run."""
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from configs import colab, common, hybrid_7b, hybrid_30b, hybrid_70b, hybrid_405b
+from peft_jax.adapters import METHODS
+from peft_jax.core import flatten
+from peft_jax.models import build_model
+from peft_jax.models.architectures import (
+    ARCHITECTURES,
+    check_architecture,
+    find_architecture,
+)
+from peft_jax.parallel import MeshSettings, find_topology, make_mesh
+from peft_jax.plan import describe, make_plan
+from peft_jax.plan.compiler import read_out_of_memory
+from peft_jax.training import RefusedError, RunConfig, from_config_dict
+from peft_jax.training.arithmetic import count_step
+from peft_jax.training.blueprint import draw_blueprint, step_bytes
+
+ROOT = Path(__file__).parents[2]
+GIB = 2**30
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+SMALL = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def small(tmp_path: Path, method: str = "lora", **changes) -> RunConfig:
+    """A run of a small model, whose folder has a config.json and nothing else."""
+    (tmp_path / "config.json").write_text(json.dumps(SMALL))
+    config = common.base(method=method, precision="float32")
+    config.model.path = str(tmp_path)
+    config.data.recipe = "alpaca"
+    config.train.steps, config.train.batch_size, config.train.max_length = 3, 8, 32
+    if method in ("lora", "lora_ga", "hybrid"):
+        config.method.rank = 4
+    for name, value in changes.items():
+        section, key = name.split("__")
+        config[section][key] = value
+    return from_config_dict(config)
+
+
+def test_a_plan_needs_the_dimensions_alone_and_agrees_with_the_compiled_step(tmp_path):
+    """Without weights, tokenizer or data."""
+    config = small(tmp_path, "lora_ga", parallel__fsdp=4)
+    plan = make_plan(config, find_topology("cpu"))
+    assert plan.fits
+    model = build_model(SMALL, config.execution)
+    blueprint = draw_blueprint(config, model, make_mesh(config.parallel))
+    compiled = blueprint.trace_step().lower().compile()
+    memory = plan.memory
+    assert memory.total == step_bytes(compiled)
+    parts = memory.base + memory.adapters + memory.optimizer
+    assert parts + memory.activations + memory.temporaries == memory.total
+
+    def share(tree):
+        return sum(
+            leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
+            for leaf in jax.tree.leaves(tree)
+        )
+
+    assert memory.base == share(blueprint.frozen)
+    # What the step is given is what the kinds add up to, but for the step's number and the batch.
+    given = share(blueprint.state) + share(blueprint.constant) + share(blueprint.frozen)
+    assert parts == given - 4
+    assert compiled.memory_analysis().argument_size_in_bytes >= given
+    assert json.loads(json.dumps(plan.to_mapping()))["fits"] is True
+    assert "yes: it fits" in describe(plan)
+
+
+def test_a_frozen_base_takes_part_in_two_products_and_a_trained_one_in_three(tmp_path):
+    """4 N a token and LoRA's 6 r (d_in + d_out) for an adapter, and 6 N in full fine-tuning."""
+    counts = {}
+    for method in ("lora", "full"):
+        config = small(tmp_path, method)
+        model = build_model(SMALL, config.execution)
+        blueprint = draw_blueprint(config, model, make_mesh(MeshSettings(devices=1)))
+        counts[method] = count_step(blueprint)
+    kernels = {p: x.shape for p, x in flatten(model.abstract_params()).items() if p[-1] == "kernel"}
+    numbers = sum(math.prod(shape) for shape in kernels.values())
+    tokens = 8 * 32
+    adapted = [shape for path, shape in kernels.items() if path[0] == "layers"]
+    lora = sum(6 * 4 * layers * (d_in + d_out) for layers, d_in, d_out in adapted)
+    attention = 12 * 2 * 32 * 32
+    assert counts["lora"].total == tokens * (4 * numbers + lora + attention)
+    assert counts["full"].total == tokens * (6 * numbers + attention)
+    assert counts["lora"].adapters == tokens * lora
+    assert counts["full"].adapters == 0
+    assert counts["lora"].computed == counts["lora"].total
+
+
+def test_what_is_computed_again_is_not_the_models(tmp_path):
+    def count(remat):
+        config = small(tmp_path, execution__remat=remat)
+        model = build_model(SMALL, config.execution)
+        return count_step(draw_blueprint(config, model, make_mesh(MeshSettings(devices=1))))
+
+    plain, again = count("none"), count("full")
+    assert plain.total == again.total
+    assert again.computed > plain.computed
+
+
+CONFIGS = {
+    "7b": (hybrid_7b, 7.069e9),
+    "30b": (hybrid_30b, 32.529e9),
+    "70b": (hybrid_70b, 70.554e9),
+    "405b": (hybrid_405b, 405.853e9),
+    "colab": (colab, 1.544e9),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configurations_are_of_models_of_the_right_size(name):
+    module, parameters = CONFIGS[name]
+    config = from_config_dict(module.get_config(""))
+    model = build_model(find_architecture(config.model.architecture), config.execution)
+    count = sum(x.size for x in jax.tree.leaves(model.abstract_params()))
+    assert count == pytest.approx(parameters, rel=1e-3)
+    assert config.method.name == "hybrid"
+    assert "--plan --topology=" in module.__doc__
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_their_argument_names_any_method(method):
+    for module, _ in CONFIGS.values():
+        assert from_config_dict(module.get_config(f"method={method}")).method.name == method
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_config_json_has_to_agree_with_the_architecture(name):
+    hf_config = find_architecture(name)
+    check_architecture(name, build_model(hf_config).config)
+    key = "n_layer" if "n_layer" in hf_config else "num_hidden_layers"
+    other = build_model(hf_config | {key: 3})
+    with pytest.raises(ValueError, match=f"is no {name}.*num_layers is 3, and of {name} it is"):
+        check_architecture(name, other.config)
+    with pytest.raises(ValueError, match="did you mean"):
+        find_architecture(name[:-1] + "x")
+
+
+def test_another_checkpoint_than_the_configurations_is_refused(tmp_path):
+    config = small(tmp_path, model__architecture="llama-3.1-405b")
+    with pytest.raises(RefusedError, match=r"the checkpoint is no llama-3\.1-405b"):
+        make_plan(config, find_topology("cpu"))
+
+
+def test_planning_downloads_nothing(tmp_path):
+    config = small(tmp_path, model__path="meta-llama/Llama-3.1-405B")
+    with pytest.raises(RefusedError, match=r"planning downloads nothing: set model\.architecture"):
+        make_plan(config, find_topology("cpu"))
+
+
+def test_both_forms_of_running_out_of_memory_are_understood():
+    said = "RESOURCE_EXHAUSTED: Ran out of memory. Used 20.10G of 15.75G hbm. Exceeded by 4.35G."
+    assert read_out_of_memory(said) == "it needs 20.10 GiB where 15.75 are available"
+    assert read_out_of_memory("x RESOURCE_EXHAUSTED: more\nthan that") == "RESOURCE_EXHAUSTED: more"
+
+
+@needs_libtpu
+def test_on_a_tpu_that_is_not_there(tmp_path):
+    """Two slices: what goes between them is the sum of the adapters' gradients, and no weights."""
+    config = small(
+        tmp_path, model__dtype="bfloat16", parallel__slice=2, parallel__fsdp=2, parallel__tensor=2
+    )
+    plan = make_plan(config, find_topology("v5e:2x2*2"))
+    assert plan.fits
+    assert plan.limit == int(15.75 * GIB)
+    assert 0 < plan.memory.total < GIB
+    between = sum(one.total for one in plan.collectives if one.between_slices)
+    trained = plan.memory.adapters
+    assert 0 < between < 8 * trained + 4096
+    assert plan.estimate.network > 0
+    text = describe(plan)
+    assert "on v5e:2x2*2 (8 chips): slice=2, fsdp=2, tensor=2" in text
+    assert "between slices" in text
+
+
+def run_plan(*flags: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "peft_jax.plan", *flags],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+
+
+def test_the_command_refuses_with_one_message():
+    result = run_plan("--config=configs/hybrid_405b.py", "--topology=v5q:2x2")
+    assert result.returncode == 2
+    assert "there is no TPU 'v5q'; did you mean" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_405b_at_half_of_full_fine_tunings_memory_and_the_exit_code_says_so():
+    memory = {}
+    for method in ("full", "hybrid"):
+        result = run_plan(
+            f"--config=configs/hybrid_405b.py:method={method}", "--topology=v5p:4x4x8", "--json"
+        )
+        assert result.returncode == 0, result.stderr
+        plan = json.loads(result.stdout)
+        memory[method] = plan["memory_a_device"]["total"]
+    assert memory["hybrid"] <= 0.5 * memory["full"]
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_what_does_not_fit_is_no_and_says_what_it_needs():
+    result = run_plan(
+        "--config=configs/hybrid_70b.py",
+        "--topology=v5e:4x4",
+        "--config.parallel.fsdp=16",
+        "--config.parallel.tensor=1",
+    )
+    assert result.returncode == 4, result.stderr
+    assert "no: it needs" in result.stdout
+    assert "where 15.75 are available" in result.stdout
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_the_search_finds_the_smallest_that_fits():
+    """The 1.5B model of configs/colab.py fits one chip; 7B of bfloat16 weights are 13 GiB."""
+    result = run_plan("--config=configs/colab.py", "--search", "--topology=v5e", "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["topology"] == "v5e:1x1"
+    assert "laid out by --config.parallel.data=1" in result.stderr

@@ -1,0 +1,208 @@
+"""A step on a mesh is the step on one device: every method, every axis of the mesh."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from peft_jax.adapters import METHODS
+from peft_jax.core import flatten
+from peft_jax.data import Batch
+from peft_jax.models import build_model
+from peft_jax.parallel import MESH_AXES, MeshSettings, make_mesh
+from peft_jax.training.blueprint import draw_blueprint
+from peft_jax.training.state import TrainState
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+BLOOM = {
+    "model_type": "bloom",
+    "vocab_size": 40,
+    "n_embed": 32,
+    "n_layer": 2,
+    "num_attention_heads": 4,
+}
+ROWS, TOKENS, STEPS = 16, 16, 2
+INNER = MeshSettings(data=1, fsdp=2, sequence=2, tensor=2)
+OUTER = MeshSettings(slice=2, data=2, fsdp=2)
+SETTINGS = {
+    "lora": {"rank": 2},
+    "lora_ga": {"rank": 2},
+    "boft": {"block_size": 4},
+    "hybrid": {"rank": 2, "block_size": 4},
+}
+
+
+def batch(microbatches: int) -> Batch:
+    """Rows with two texts packed into each, and padding, of which some tokens are to be learnt."""
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, 40, (ROWS, TOKENS + 1)).astype(np.int32)
+    ends = np.sort(random.integers(2, TOKENS + 1, (ROWS, 2)), axis=1)
+    index = np.arange(TOKENS)[None]
+    segments = np.where(index < ends[:, :1], 1, np.where(index < ends[:, 1:], 2, 0))
+    positions = np.where(segments == 2, index - ends[:, :1], index)
+    rows = Batch(
+        tokens=tokens[:, :-1],
+        targets=tokens[:, 1:],
+        loss_mask=((segments > 0) & (random.random((ROWS, TOKENS)) < 0.7)).astype(np.float32),
+        positions=positions.astype(np.int32),
+        segment_ids=segments.astype(np.int32),
+    )
+    return jax.tree.map(lambda x: x.reshape(microbatches, -1, TOKENS), rows)
+
+
+@pytest.fixture(scope="module")
+def take_steps(tiny):
+    """A function that takes steps from the same start on any mesh, and gives state and metrics."""
+
+    @functools.cache
+    def run(method: str, mesh: MeshSettings, family: str = "llama", **changes):
+        settings = {
+            "method.name": method,
+            "method.target_modules": "all-linear",
+            "optimizer.name": "sgd",
+            "train.learning_rate": 0.5,
+            "train.batch_size": ROWS,
+            "train.gradient_accumulation": 2,
+            "train.max_length": TOKENS,
+            "train.loss_chunk": 32,
+        }
+        settings |= {f"method.{name}": value for name, value in SETTINGS.get(method, {}).items()}
+        config = tiny(**settings | changes)
+        model = build_model(LLAMA if family == "llama" else BLOOM, config.execution)
+        blueprint = draw_blueprint(config, model, make_mesh(mesh))
+        random = np.random.default_rng(1)
+
+        def draw(path, leaf):
+            """The start: away from zero, where an adapter of zeros would have no gradient."""
+            small = 0.1 * random.standard_normal(leaf.shape)
+            return (small + ("scale" in path)).astype(np.float32)
+
+        def place(shapes):
+            flat = {path: draw(path, leaf) for path, leaf in flatten(shapes).items()}
+            arrays = jax.tree.unflatten(jax.tree.structure(shapes), list(flat.values()))
+            return jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), arrays, shapes)
+
+        sort = functools.partial(jax.tree.map, lambda leaf: leaf)
+        params = place(sort(blueprint.params))
+        trainable = place(sort(blueprint.state.trainable))
+        constant = place(sort(blueprint.constant))
+        frozen = blueprint.spec.frozen(params)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, blueprint.state)
+        state = jax.jit(
+            functools.partial(TrainState.create, optimizer=blueprint.optimizer),
+            out_shardings=shardings,
+        )(trainable)
+        rows = jax.tree.map(lambda x: jax.device_put(x, blueprint.placement.microbatches), batch(2))
+        step = blueprint.trace_step().lower().compile()
+        for _ in range(STEPS):
+            state, metrics = step(state, frozen, constant, rows)
+        return blueprint, state, metrics
+
+    return run
+
+
+def assert_same(found, expected) -> None:
+    _, state, metrics = found
+    _, other, reference = expected
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-6), metrics, reference
+    )
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-6),
+        state.trainable,
+        other.trainable,
+    )
+
+
+ONE = MeshSettings(devices=1)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [m if m in ("full", "hybrid") else pytest.param(m, marks=pytest.mark.slow) for m in METHODS],
+)
+def test_every_method_is_the_same_on_a_mesh(take_steps, method):
+    """Losses, gradients' norms, λ and everything trained, after two steps of two microbatches."""
+    sharded = take_steps(method, INNER)
+    assert_same(sharded, take_steps(method, ONE))
+    _, _, metrics = sharded
+    assert bool(metrics["finite"])
+    assert bool(metrics["lambda"]) == (method == "hybrid")
+
+
+def test_the_outer_axes_too(take_steps):
+    assert_same(take_steps("full", OUTER), take_steps("full", ONE))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("axis", MESH_AXES)
+def test_every_axis_by_itself(take_steps, axis, method):
+    sizes = {"data": 1, axis: 2}
+    assert_same(take_steps(method, MeshSettings(devices=2, **sizes)), take_steps(method, ONE))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "unitary"])
+def test_with_distance_biases_too(take_steps, method):
+    assert_same(take_steps(method, INNER, "bloom"), take_steps(method, ONE, "bloom"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"execution.remat": "full"},
+        {"execution.remat": "dots", "execution.attention": "chunked"},
+        {"execution.scan_layers": False},
+    ],
+    ids=str,
+)
+def test_however_it_is_computed(take_steps, changes):
+    assert_same(take_steps("hybrid", INNER, **changes), take_steps("hybrid", ONE))
+
+
+def test_adapters_and_optimizer_are_cut_like_what_they_belong_to(take_steps):
+    """Nothing of any size is whole on a device: a device's share is near an even one."""
+    blueprint, state, _ = take_steps("hybrid", INNER)
+
+    def share(tree):
+        leaves = jax.tree.leaves(tree)
+        whole = sum(x.nbytes for x in leaves)
+        return sum(x.addressable_shards[0].data.nbytes for x in leaves) / whole
+
+    # Along "sequence" parameters are repeated, and a low-rank factor is cut along one axis alone.
+    assert share(state.trainable) < 0.6
+    kernel = state.trainable["layers"]["mlp"]["up_proj"]["kernel"]
+    cut = {name: leaf.sharding.spec for name, leaf in flatten(kernel).items()}
+    assert cut["low_rank", "a"] == jax.P(None, "fsdp", None)
+    assert cut["low_rank", "b"] == jax.P(None, None, "tensor")
+    assert cut["rotation", "r"] == jax.P(None, None, "fsdp", None)
+    moments = [leaf.sharding.spec for leaf in jax.tree.leaves(blueprint.state.opt_state)]
+    assert all(isinstance(spec, jax.sharding.PartitionSpec) for spec in moments)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        (MeshSettings(data=1, tensor=8), r"tensor=8 does not cut heads of 4 and kv_heads of 2"),
+        (MeshSettings(data=1, fsdp=-1, devices=3), "the batch size must be a multiple of 6"),
+        (MeshSettings(data=1, sequence=-1, devices=5), "sequence=5 does not cut sequence of 16"),
+    ],
+)
+def test_meshes_that_do_not_divide_are_refused(tiny, mesh, message):
+    config = tiny(**{"train.batch_size": 16, "train.gradient_accumulation": 2})
+    model = build_model(LLAMA, config.execution)
+    with pytest.raises(ValueError, match=message) as refusal:
+        draw_blueprint(dataclasses.replace(config, parallel=mesh), model, make_mesh(mesh))
+    assert "these shapes do" in str(refusal.value) or "multiple" in str(refusal.value)
