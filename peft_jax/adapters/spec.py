@@ -115,6 +115,7 @@ class AdapterSpec:
         *,
         loss_fn: LossFn | None = None,
         batches: Sequence[Any] | None = None,
+        factors: Mapping[Path, GradientFactors] | None = None,
     ) -> AdapterState:
         """The adapter's first arrays; the adapted model computes what the base model does.
 
@@ -123,14 +124,15 @@ class AdapterSpec:
           params: the model's parameters.
           loss_fn: the loss of (parameters, one batch), for methods that start from gradients.
           batches: the first batches, likewise.
+          factors: the gradients' directions (`peft_jax.adapters.sketch.gradient_factors`) where
+            they are known already, in place of loss and batches.
 
         Raises:
           ValueError: as `plan`; or when a method needs gradients and no loss or batches are given.
         """
         plan = self.plan(params)
         ranks = {path: m.gradient_rank for path, m in plan.adapted.items() if m.gradient_rank}
-        factors: dict[Path, GradientFactors] = {}
-        if ranks:
+        if ranks and factors is None:
             if loss_fn is None or not batches:
                 raise ValueError(
                     f"{self.method.name} starts from the gradient on the first batches; give"
@@ -138,7 +140,7 @@ class AdapterSpec:
                 )
             sketch_key = jax.random.fold_in(key, zlib.crc32(b"gradient sketch"))
             factors = gradient_factors(loss_fn, params, ranks, batches, sketch_key)
-        return self._init(key, params, plan, factors)
+        return self._init(key, params, plan, factors or {})
 
     def abstract(self, params: Tree) -> AdapterState:
         """The shapes and dtypes of what `init` makes, without making it or needing a gradient."""
