@@ -16,7 +16,6 @@ from jaxtyping import Array, Float
 from eval.study.settings import ArmSettings, TaskSettings
 from peft_jax.adapters import AdapterSpec, AdapterState, Hybrid
 from peft_jax.adapters.method import GradientFactors
-from peft_jax.adapters.sketch import gradient_factors
 from peft_jax.core import Path as TreePath
 from peft_jax.core import Tree, flatten, unflatten
 from peft_jax.data import AnyBatch, DataSettings, EvalData, LabelledBatch, build_data
@@ -109,6 +108,7 @@ class Bench:
         self._rows = {name: self._gather(data) for name, data in self._held_out.items()}
         self._programs: dict[str, Program] = {}
         self._evaluations: dict[str, Any] = {}
+        self._factors: dict[tuple[int, int, int], dict[TreePath, GradientFactors]] = {}
         self._own: Any = None
 
     # Data.
@@ -162,36 +162,37 @@ class Bench:
         return spec
 
     def initialise(self, config: RunConfig) -> AdapterState:
-        """The adapter's first arrays, as `peft_jax.training.run` makes them."""
+        """The adapter's first arrays, just as `peft_jax.training.run` makes them."""
         spec, params = self.spec(config), self.params(config.seed)
         key = jax.random.fold_in(jax.random.key(config.seed), 0)
-        rank = getattr(config.method.method, "gradient_rank", 0)
-        factors = self._factors(config.seed, rank, config.method.init_batches) if rank else None
-        state = spec.init(key, params, factors=factors)
+        state = spec.init(key, params, factors=self._gradient_factors(spec, config, key))
         # Copied: the step is given the buffers of what is trained.
         return AdapterState(
             trainable=jax.tree.map(jnp.copy, state.trainable),
             constant=jax.tree.map(jnp.copy, unflatten(flatten(state.constant))),
         )
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019
-    def _factors(self, seed: int, rank: int, count: int) -> dict[TreePath, GradientFactors]:
-        """The gradient's directions on the first batches; arms with one rank share them."""
-        batches = [jax.tree.map(jnp.asarray, batch) for batch in self.batches(seed)[:count]]
-        targets = sum(float(jnp.sum(batch.loss_mask)) for batch in batches)
-        chunk = self._config.train.loss_chunk
+    def _gradient_factors(
+        self, spec: AdapterSpec, config: RunConfig, key: jax.Array
+    ) -> dict[TreePath, GradientFactors]:
+        """The gradient's directions on the first batches; arms with the same ranks share them."""
+        rank = getattr(config.method.method, "gradient_rank", 0)
+        if not rank:
+            return {}
+        place = (config.seed, rank, config.method.init_batches)
+        if place not in self._factors:
+            batches = self.batches(config.seed)[: config.method.init_batches]
+            placed = [jax.tree.map(jnp.asarray, batch) for batch in batches]
+            targets = sum(float(np.sum(batch.loss_mask)) for batch in batches)
 
-        def loss_fn(bound: Tree, batch: AnyBatch) -> jax.Array:
-            total, _ = summed_loss(self.model, bound, batch, chunk_size=chunk)
-            return total / targets
+            def loss_fn(bound: Tree, batch: AnyBatch) -> jax.Array:
+                total, _ = summed_loss(self.model, bound, batch, chunk_size=config.train.loss_chunk)
+                return total / targets
 
-        params = self.params(seed)
-        heads = ("lm_head", "classifier")
-        ranks = {
-            path: rank for path in flatten(params) if path[-1] == "kernel" and path[0] not in heads
-        }
-        key = jax.random.fold_in(jax.random.key(seed), 3)
-        return gradient_factors(loss_fn, params, ranks, batches, key)
+            self._factors[place] = spec.gradient_factors(
+                key, self.params(config.seed), loss_fn=loss_fn, batches=placed
+            )
+        return self._factors[place]
 
     # Programs.
 
@@ -256,12 +257,15 @@ class Bench:
             measures = recipe.metrics(answers, data.examples)
         return Measured(losses=losses[there], targets=targets[there], measures=measures)
 
-    def forgetting(self, config: RunConfig, adapter: AdapterState) -> float:
+    def forgetting(self, config: RunConfig, adapter: AdapterState) -> float | None:
         """How far the adapted model has gone from the base on text that the base is at home with.
 
         For a causal model the loss on text the base wrote itself, less the base's own, in nats a
-        token. For an encoder one less the cosine of a text's mean hidden states before and after.
+        token. For an encoder one less the cosine of a text's mean hidden states before and after;
+        None where the task names no texts.
         """
+        if not isinstance(self.model, CausalLM) and not self.task.own_text:
+            return None
         params = self.params(config.seed)
         if self._own is None:
             self._own = _own_text(self, params)

@@ -106,5 +106,7 @@ def _by_step(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _rounded(value: Any) -> float | None:
     """A number with five significant digits, or None where it is not finite."""
+    if value is None:
+        return None
     value = float(value)
     return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None

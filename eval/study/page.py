@@ -214,7 +214,7 @@ def _methods(task: TaskSettings, entries: Sequence[Entry]) -> str:
             f"{cells[0]['trainable_parameters']:,}",
             f"{cells[0]['step_bytes'] / 2**20:.0f}",
             _pm([cell["seconds_per_step"] for cell in cells], 3),
-            _pm([cell["forgetting"] for cell in cells], 3),
+            "" if cells[0]["forgetting"] is None else _pm([c["forgetting"] for c in cells], 3),
         ]
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
