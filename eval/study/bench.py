@@ -94,6 +94,12 @@ class Bench:
     Args:
       task: the task.
       arm: any of the arms; what is loaded does not depend on it.
+
+    Attributes:
+      task: the task.
+      model: its model, of the size of head that the task wants.
+      tokenizer: the model's.
+      held_out: the rows rates are chosen on, "tuning", and those of the final measurement, "test".
     """
 
     def __init__(self, task: TaskSettings, arm: ArmSettings):
@@ -104,8 +110,12 @@ class Bench:
         self.model, self.tokenizer, self._folder = job.model, job.tokenizer, job.folder
         self._config = config
         self._new_head = job.new_head
-        self._held_out = {"tuning": job.held_out, "test": self._test_data(config)}
-        self._rows = {name: self._gather(data) for name, data in self._held_out.items()}
+        self.held_out = {"tuning": job.held_out, "test": self._test_data(config)}
+        self._rows = {
+            name: [jax.tree.map(jnp.asarray, batch) for batch in data]
+            for name, data in self.held_out.items()
+        }
+        self._batches: dict[int, list[AnyBatch]] = {}
         self._programs: dict[str, Program] = {}
         self._evaluations: dict[str, Any] = {}
         self._factors: dict[tuple[int, int, int], dict[TreePath, GradientFactors]] = {}
@@ -115,16 +125,11 @@ class Bench:
 
     def batches(self, seed: int) -> list[AnyBatch]:
         """The batches of all steps, the same for every arm."""
-        return self._batches(seed)[0]
-
-    @functools.lru_cache(maxsize=2)  # noqa: B019
-    def _batches(self, seed: int) -> tuple[list[AnyBatch]]:
-        train, _ = self._build(dataclasses.replace(self._config.data, eval_rows=1), seed)
-        try:
-            steps = list(itertools.islice(train, self._config.train.steps))
-        finally:
+        if seed not in self._batches:
+            train, _ = self._build(dataclasses.replace(self._config.data, eval_rows=1), seed)
+            self._batches[seed] = list(itertools.islice(train, self._config.train.steps))
             train.close()
-        return (steps,)
+        return self._batches[seed]
 
     def _build(self, settings: DataSettings, seed: int) -> tuple[Any, EvalData]:
         return build_data(
@@ -137,13 +142,11 @@ class Bench:
         )
 
     def _test_data(self, config: RunConfig) -> EvalData:
-        changes = {"hold_out": None, **self.task.test}
+        # Not packed: a row is one example, and examples are what the test of significance is over.
+        changes = {"hold_out": None, "packing": False, **self.task.test}
         train, test = self._build(dataclasses.replace(config.data, **changes), 0)
         train.close()
         return test
-
-    def _gather(self, data: EvalData) -> list[AnyBatch]:
-        return [jax.tree.map(jnp.asarray, batch) for batch in data]
 
     # Parameters.
 
@@ -250,7 +253,7 @@ class Bench:
         )
         there = targets > 0
         measures = {}
-        data = self._held_out[which]
+        data = self.held_out[which]
         if outputs:
             recipe = data.recipe
             answers = [recipe.answer_of(float(x)) for x in outputs[0][there]]

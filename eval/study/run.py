@@ -1,6 +1,7 @@
 """All cells of a study that are missing."""
 
 import dataclasses
+import functools
 import math
 import re
 import time
@@ -43,7 +44,9 @@ def choose_rate(rates: Sequence[float], cells: Sequence[Cell]) -> Choice | None:
     return Choice(rate=rates[best], at_edge=edge)
 
 
-def tuned(study: StudySettings, store: Store, task: TaskSettings, arm: ArmSettings):
+def tuned(
+    study: StudySettings, store: Store, task: TaskSettings, arm: ArmSettings
+) -> Choice | None:
     """The `Choice` of an arm on a task, or None while its grid is not finished."""
     rates = task.rates(arm)
     cells = [
@@ -93,19 +96,10 @@ def run_study(
       until: the time (as `time.time`) after which no cell is begun.
       say: told of each cell.
     """
-    benches: dict[str, Bench] = {}
+    runner = _Runner(study=study, store=store, until=until, say=say)
     for task, arm in _pairs(study):
-        if only and not re.search(only, f"{task.name}/{arm.name}"):
-            continue
-        for rate in task.rates(arm):
-            _fill(study, store, benches, task, arm, rate, study.tune_seed, False, until, say)
-        choice = tuned(study, store, task, arm)
-        if choice is None:
-            continue
-        for seed in study.seeds:
-            _fill(study, store, benches, task, arm, choice.rate, seed, True, until, say)
-        if time.time() > until:
-            return
+        if re.search(only, f"{task.name}/{arm.name}"):
+            runner.run(task, arm)
 
 
 def _pairs(study: StudySettings) -> Iterator[tuple[TaskSettings, ArmSettings]]:
@@ -116,30 +110,55 @@ def _pairs(study: StudySettings) -> Iterator[tuple[TaskSettings, ArmSettings]]:
                     yield task, arm
 
 
-def _fill(
-    study: StudySettings,
-    store: Store,
-    benches: dict[str, Bench],
-    task: TaskSettings,
-    arm: ArmSettings,
-    rate: float,
-    seed: int,
-    final: bool,
-    until: float,
-    say: Callable[[str], None],
-) -> None:
-    """Runs one cell, unless it is there or another process has it."""
-    place = {"learning_rate": rate, "seed": seed, "final": final}
-    if store.read(task, arm, **place) is not None or time.time() > until:
-        return
-    with store.claim(store.path(task, arm, **place)) as mine:
-        if not mine or store.read(task, arm, **place) is not None:
+@dataclasses.dataclass
+class _Runner:
+    """Runs cells, with what they share kept between them; see `run_study` for the attributes."""
+
+    study: StudySettings
+    store: Store
+    until: float
+    say: Callable[[str], None]
+    _benches: dict[str, Bench] = dataclasses.field(default_factory=dict)
+
+    def run(self, task: TaskSettings, arm: ArmSettings) -> None:
+        """The cells of an arm on a task that are missing."""
+        for rate in task.rates(arm):
+            self._fill(task, arm, learning_rate=rate, seed=self.study.tune_seed, final=False)
+        choice = tuned(self.study, self.store, task, arm)
+        if choice is None:
             return
-        started = time.time()
-        if task.name not in benches:
-            benches[task.name] = Bench(task, study.arms[0])
-        cell = train_cell(benches[task.name], arm, **place)
-        store.write(task, arm, cell, final=final)
+        for seed in self.study.seeds:
+            self._fill(task, arm, learning_rate=choice.rate, seed=seed, final=True)
+
+    def _fill(
+        self,
+        task: TaskSettings,
+        arm: ArmSettings,
+        *,
+        learning_rate: float,
+        seed: int,
+        final: bool,
+    ) -> None:
+        """Runs one cell, unless it is there, another process has it, or time is over."""
+        read = functools.partial(
+            self.store.read, task, arm, learning_rate=learning_rate, seed=seed, final=final
+        )
+        if read() is not None or time.time() > self.until:
+            return
+        path = self.store.path(task, arm, learning_rate=learning_rate, seed=seed, final=final)
+        with self.store.claim(path) as mine:
+            if not mine or read() is not None:
+                return
+            started = time.time()
+            if task.name not in self._benches:
+                self._benches[task.name] = Bench(task, self.study.arms[0])
+            cell = train_cell(
+                self._benches[task.name], arm, learning_rate=learning_rate, seed=seed, final=final
+            )
+            self.store.write(task, arm, cell, final=final)
         kind = f"seed {seed}" if final else "grid"
         loss = "diverged" if cell["loss"] is None else f"loss {cell['loss']:.4f}"
-        say(f"{task.name}/{arm.name} {kind} rate {rate:g}: {loss}, {time.time() - started:.0f} s")
+        self.say(
+            f"{task.name}/{arm.name} {kind} rate {learning_rate:g}: {loss},"
+            f" {time.time() - started:.0f} s"
+        )

@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from peft_jax.core.checks import check_positive, check_positive_int
-from peft_jax.training import RunConfig, from_config_dict
+from peft_jax.training import RunConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,13 +56,12 @@ class TaskSettings:
 
     def run_config(self, arm: "ArmSettings", *, learning_rate: float, seed: int) -> RunConfig:
         """The configuration of one run of an arm."""
-        config = ConfigDict(self.config.to_dict())
-        config.seed = seed
-        config.train.learning_rate = learning_rate
-        for section, changes in (("method", arm.method), ("mixing", arm.mixing)):
-            for name, value in changes.items():
-                config[section][name] = value
-        return from_config_dict(config)
+        mapping = self.config.to_dict()
+        mapping["seed"] = seed
+        mapping["train"]["learning_rate"] = learning_rate
+        mapping["method"] |= arm.method
+        mapping["mixing"] |= arm.mixing
+        return RunConfig.from_mapping(mapping)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -97,8 +97,8 @@ def study(checkpoint, rows):
     )
     rates = (1e-3, 1e-2)
 
-    def arm(name, **method):
-        return ArmSettings(name=name, title=name, method=method, learning_rates=rates)
+    def arm(title, /, **method):
+        return ArmSettings(name=title, title=title, method=method, learning_rates=rates)
 
     return StudySettings(
         name="small",
@@ -173,7 +173,7 @@ def test_all_arms_see_the_same_batches_and_measure_the_same_rows(study):
     different = one.batches(2)
     assert not np.array_equal(one.batches(1)[0].tokens, different[0].tokens)
     texts = {
-        name: {example.prompt + example.completion for example in one._held_out[name].examples}
+        name: {example.prompt + example.completion for example in one.held_out[name].examples}
         for name in ("tuning", "test")
     }
     assert all(texts.values())
