@@ -7,5 +7,6 @@ Not installed with the library; it needs `pip install -e ".[eval]"`.
 - [`tasks`][eval.tasks]: what can be evaluated, with data from the hub or from local files.
 - [`humaneval`][eval.humaneval]: HumanEval, pass@k.
 - [`sandbox`][eval.sandbox]: where generated code is run.
+- [`study`][eval.study]: the study that compares the methods.
 - [`mt_bench`][eval.mt_bench]: MT-Bench, with a judge.
 """

@@ -115,6 +115,7 @@ class AdapterSpec:
         *,
         loss_fn: LossFn | None = None,
         batches: Sequence[Any] | None = None,
+        factors: Mapping[Path, GradientFactors] | None = None,
     ) -> AdapterState:
         """The adapter's first arrays; the adapted model computes what the base model does.
 
@@ -123,22 +124,39 @@ class AdapterSpec:
           params: the model's parameters.
           loss_fn: the loss of (parameters, one batch), for methods that start from gradients.
           batches: the first batches, likewise.
+          factors: what `gradient_factors` gives for them, where it is known already.
 
         Raises:
           ValueError: as `plan`; or when a method needs gradients and no loss or batches are given.
         """
+        if factors is None:
+            factors = self.gradient_factors(key, params, loss_fn=loss_fn, batches=batches)
+        return self._init(key, params, self.plan(params), factors)
+
+    def gradient_factors(
+        self,
+        key: jax.Array,
+        params: Tree,
+        *,
+        loss_fn: LossFn | None = None,
+        batches: Sequence[Any] | None = None,
+    ) -> dict[Path, GradientFactors]:
+        """The directions of the gradients that adapters start along; none where none are needed.
+
+        They depend on the settings only by the ranks: specifications with the same ranks on the
+        same kernels may share them. Arguments and errors as for `init`.
+        """
         plan = self.plan(params)
         ranks = {path: m.gradient_rank for path, m in plan.adapted.items() if m.gradient_rank}
-        factors: dict[Path, GradientFactors] = {}
-        if ranks:
-            if loss_fn is None or not batches:
-                raise ValueError(
-                    f"{self.method.name} starts from the gradient on the first batches; give"
-                    " loss_fn and batches"
-                )
-            sketch_key = jax.random.fold_in(key, zlib.crc32(b"gradient sketch"))
-            factors = gradient_factors(loss_fn, params, ranks, batches, sketch_key)
-        return self._init(key, params, plan, factors)
+        if not ranks:
+            return {}
+        if loss_fn is None or not batches:
+            raise ValueError(
+                f"{self.method.name} starts from the gradient on the first batches; give"
+                " loss_fn and batches"
+            )
+        sketch_key = jax.random.fold_in(key, zlib.crc32(b"gradient sketch"))
+        return gradient_factors(loss_fn, params, ranks, batches, sketch_key)
 
     def abstract(self, params: Tree) -> AdapterState:
         """The shapes and dtypes of what `init` makes, without making it or needing a gradient."""

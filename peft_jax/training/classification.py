@@ -53,6 +53,7 @@ class ClassifierEvaluator:
       spec: what is adapted.
       data: the held-out data; it may be empty.
       placement: where rows go.
+      microbatches: into how many microbatches the data's batches are cut.
     """
 
     def __init__(
@@ -62,14 +63,16 @@ class ClassifierEvaluator:
         data: EvalData,
         *,
         placement: RowPlacement,
+        microbatches: int = 1,
     ):
         self._data = data
         self._placement = placement
+        self._microbatches = microbatches
         self._regression = model.num_labels == 1
 
         def measure(frozen: Tree, adapter: AdapterState, batch: LabelledBatch):
-            outputs, losses = classifier_outputs(model, spec.bind(frozen, adapter), batch)
-            return outputs, losses
+            bound = spec.bind(frozen, adapter)
+            return jax.lax.map(lambda rows: classifier_outputs(model, bound, rows), batch)
 
         everywhere = jax.NamedSharding(placement.rows.mesh, jax.P())
         self._measure = jax.jit(measure, out_shardings=everywhere)
@@ -102,11 +105,11 @@ class ClassifierEvaluator:
         for batch in self._data:
             if stop():
                 return None
-            found.append(self._measure(frozen, adapter, self._placement.put(batch)))
-        # Every process has all rows of a batch; the last batch's are filled up after the examples.
-        outputs, losses = (
-            np.concatenate(parts) for parts in zip(*jax.device_get(found), strict=True)
-        )
+            placed = self._placement.put_microbatches(batch, self._microbatches)
+            found.append(self._measure(frozen, adapter, placed))
+        columns = zip(*jax.device_get(found), strict=True)
+        outputs, losses = (np.concatenate([_in_order(p) for p in parts]) for parts in columns)
+        # The last batch is filled up with rows after those of the examples.
         examples = self._data.examples
         measured = {
             "loss": float(np.sum(losses, dtype=np.float64) / len(examples)),
@@ -118,3 +121,14 @@ class ClassifierEvaluator:
     def _answers(self, outputs: np.ndarray) -> Sequence[str]:
         values = outputs[:, 0] if self._regression else np.argmax(outputs, axis=-1)
         return [self._data.recipe.answer_of(float(value)) for value in values.tolist()]
+
+
+def _in_order(rows: np.ndarray) -> np.ndarray:
+    """What was measured of one batch, [microbatches, B, ...], by row in the data's order.
+
+    A batch is shared out over processes first, and each cuts its own part into microbatches.
+    """
+    count, size, *rest = rows.shape
+    processes = jax.process_count()
+    by_process = rows.reshape(count, processes, size // processes, *rest).swapaxes(0, 1)
+    return by_process.reshape(count * size, *rest)

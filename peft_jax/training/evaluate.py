@@ -163,7 +163,13 @@ AnyEvaluator = Evaluator | ClassifierEvaluator
 def make_evaluator(job: Job) -> AnyEvaluator:
     """What measures a run's model on its held-out data."""
     if isinstance(job.model, SequenceClassifier):
-        return ClassifierEvaluator(job.model, job.spec, job.held_out, placement=job.placement)
+        return ClassifierEvaluator(
+            job.model,
+            job.spec,
+            job.held_out,
+            placement=job.placement,
+            microbatches=job.config.train.gradient_accumulation,
+        )
     assert isinstance(job.model, CausalLM)
     return Evaluator(
         job.model,

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from peft_jax.training.files import write_atomically
 from peft_jax.training.metrics import HELD_OUT, TRAIN, Record
 
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "figure.dpi": 150,
     "font.size": 10,
     "axes.titlesize": 11,
@@ -64,7 +64,7 @@ def draw_all(records: Sequence[Record], folder: Path) -> dict[str, Path]:
     if any(record.get("lambda") for record in train):
         pictures["lambda"] = lambda: _draw_lambda(train)
     written = {}
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         for name, draw in pictures.items():
             written[name] = folder / f"{name}.png"
             write_atomically(written[name], functools.partial(_save, draw()))

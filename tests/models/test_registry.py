@@ -280,7 +280,7 @@ def test_random_parameters_start_as_said(key):
 
 
 def test_random_parameters_drawn_in_several_goes_are_all_different(key, monkeypatch):
-    monkeypatch.setattr("peft_jax.models.causal_lm._DRAWN_AT_ONCE", 600)
+    monkeypatch.setattr("peft_jax.models.model._DRAWN_AT_ONCE", 600)
     params = build_model(LLAMA | {"vocab_size": 33}).init_params(key)
     leaves = [leaf for leaf in jax.tree.leaves(params) if leaf.std() > 0]
     assert all(abs(leaf.std() - 0.02) < 0.01 for leaf in leaves)

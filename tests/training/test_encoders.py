@@ -133,7 +133,8 @@ def test_the_adapter_with_its_head_comes_back(finished, encoded, encoder):
     assert spec.modules_to_save == ("classifier",)
     data = held_out(encoded(), encoder)
     rows = batch_sharding(make_mesh(MeshSettings(devices=1)))
-    placement = RowPlacement(rows=rows, microbatches=rows)
+    whole = jax.NamedSharding(rows.mesh, jax.P())
+    placement = RowPlacement(rows=rows, microbatches=whole)
     measured = ClassifierEvaluator(model, spec, data, placement=placement)(
         spec.frozen(params), state
     )

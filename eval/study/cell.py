@@ -1,0 +1,112 @@
+"""One cell of the study: one arm on one task, with one learning rate and one seed."""
+
+import math
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eval.study.bench import Bench, microbatches
+from eval.study.settings import ArmSettings, digest
+from peft_jax.adapters import AdapterState, count_parameters
+from peft_jax.training import TrainState
+
+Cell = dict[str, Any]
+"""What a cell measured; JSON can hold it."""
+
+_DIGITS = 5
+
+
+def train_cell(
+    bench: Bench, arm: ArmSettings, *, learning_rate: float, seed: int, final: bool
+) -> Cell:
+    """Trains and measures.
+
+    Args:
+      bench: the task.
+      arm: what is trained.
+      learning_rate: the peak of the schedule.
+      seed: of the data's order, of a new head and of the adapter.
+      final: measure on the test rows, with forgetting, and keep what went on step by step;
+        otherwise on the rows that rates are chosen on.
+
+    Returns:
+      The measurements. A run whose loss became infinite or NaN has "diverged" true, and the loss of
+      its rows is infinite, which JSON holds as None.
+    """
+    config = bench.task.run_config(arm, learning_rate=learning_rate, seed=seed)
+    adapter = bench.initialise(config)
+    program = bench.program(arm, config, adapter)
+    spec = bench.spec(config)
+    frozen = spec.frozen(bench.params(seed))
+    count = count_parameters(spec, bench.params(seed), adapter)
+    state = TrainState.create(adapter.trainable, program.optimizer)
+    state = _set_rate(state, learning_rate)
+    records, seconds = [], []
+    for batch in bench.batches(seed):
+        placed = microbatches(batch)
+        started = time.perf_counter()
+        state, metrics = program.step(state, frozen, adapter.constant, placed)
+        metrics = jax.device_get(metrics)
+        seconds.append(time.perf_counter() - started)
+        records.append(metrics)
+        if not metrics["finite"]:
+            break
+    trained = AdapterState(trainable=state.trainable, constant=adapter.constant)
+    cell: Cell = {
+        "task": bench.task.name,
+        "arm": arm.name,
+        "digest": digest(config, bench.task),
+        "learning_rate": learning_rate,
+        "seed": seed,
+        "diverged": not all(bool(metrics["finite"]) for metrics in records),
+        "train_loss": [_rounded(metrics["loss"]) for metrics in records],
+        "trainable_parameters": count.trainable,
+        "step_bytes": program.step_bytes,
+        "seconds_per_step": _rounded(float(np.median(seconds))),
+    }
+    measured = bench.measure(arm, config, trained, "test" if final else "tuning")
+    cell["loss"] = _rounded(measured.loss)
+    cell["measures"] = {name: _rounded(value) for name, value in measured.measures.items()}
+    cell["diverged"] |= cell["loss"] is None
+    if final:
+        cell["row_losses"] = [_rounded(x) for x in measured.losses]
+        cell["row_targets"] = measured.targets.astype(int).tolist()
+        cell["forgetting"] = _rounded(bench.forgetting(config, trained))
+        cell["steps"] = _by_step(records)
+    return cell
+
+
+def _set_rate(state: TrainState, rate: float) -> TrainState:
+    """The state with the rate of `with_rate` in it."""
+    opt_state = {**state.opt_state, "rate": jnp.asarray(rate, jnp.float32)}
+    return TrainState(step=state.step, trainable=state.trainable, opt_state=opt_state)
+
+
+def _by_step(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """What went on: norms of gradients as a whole and by branch and layer, and λ by layer."""
+    branches = records[0]["grad_norm_by_layer"]
+    groups = records[0]["lambda"]
+    return {
+        "grad_norm": [_rounded(metrics["grad_norm"]) for metrics in records],
+        "grad_norm_by_layer": {
+            branch: [
+                [_rounded(x) for x in np.ravel(m["grad_norm_by_layer"][branch])] for m in records
+            ]
+            for branch in branches
+        },
+        "lambda": {
+            group: [[_rounded(x) for x in np.ravel(m["lambda"][group])] for m in records]
+            for group in groups
+        },
+    }
+
+
+def _rounded(value: Any) -> float | None:
+    """A number with five significant digits, or None where it is not finite."""
+    if value is None:
+        return None
+    value = float(value)
+    return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None

@@ -1,0 +1,293 @@
+"""The page that a study leaves: tables and pictures of the cells that are finished."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+
+from eval.study.cell import Cell
+from eval.study.pictures import draw_gradients, draw_losses, draw_mixing
+from eval.study.run import Choice, count_cells, measured, tuned
+from eval.study.settings import ArmSettings, StudySettings, TaskSettings
+from eval.study.statistics import Comparison, compare, holm, mean_and_deviation
+from eval.study.store import Store
+from peft_jax.training.files import write_text
+from peft_jax.training.summary import versions
+
+SIGNIFICANT = 0.05
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One arm on one task, all of its seeds finished.
+
+    Attributes:
+      arm: the arm.
+      choice: its learning rate.
+      cells: its measured runs.
+    """
+
+    arm: ArmSettings
+    choice: Choice
+    cells: list[Cell]
+
+    @property
+    def loss(self) -> float:
+        """The mean test loss over seeds; infinite where one diverged."""
+        losses = [math.inf if cell["loss"] is None else cell["loss"] for cell in self.cells]
+        return mean_and_deviation(losses)[0]
+
+
+Finished = dict[str, dict[str, Entry]]
+"""By task's and arm's name."""
+
+
+def collect(study: StudySettings, store: Store) -> Finished:
+    """What is finished."""
+    found: Finished = {}
+    for task in study.tasks:
+        found[task.name] = {}
+        for arm in study.arms:
+            choice = tuned(study, store, task, arm)
+            cells = measured(study, store, task, arm)
+            if choice is not None and len(cells) == len(study.seeds):
+                found[task.name][arm.name] = Entry(arm=arm, choice=choice, cells=cells)
+    return found
+
+
+def count_finished(study: StudySettings, store: Store) -> int:
+    """How many cells are finished."""
+    total = 0
+    for task in study.tasks:
+        for arm in study.arms:
+            total += len(measured(study, store, task, arm))
+            total += sum(
+                store.read(task, arm, learning_rate=rate, seed=study.tune_seed, final=False)
+                is not None
+                for rate in task.rates(arm)
+            )
+    return total
+
+
+def write_page(study: StudySettings, store: Store, folder: Path) -> Path:
+    """Writes `README.md` and its pictures.
+
+    Returns:
+      The page.
+    """
+    finished = collect(study, store)
+    pictures = _draw(study, finished, folder)
+    parts = _sections(study, store, finished, pictures)
+    page = folder / "README.md"
+    write_text(page, "\n\n".join(parts) + "\n")
+    return page
+
+
+def _draw(study: StudySettings, finished: Finished, folder: Path) -> dict[str, str]:
+    """The pictures there is something for; file names by picture."""
+    methods = {
+        task.title: {
+            entry.arm.title: entry.cells
+            for entry in finished[task.name].values()
+            if not entry.arm.ablation and not any(cell["diverged"] for cell in entry.cells)
+        }
+        for task in study.tasks
+    }
+    methods = {task: arms for task, arms in methods.items() if arms}
+    hybrid = {
+        task.title: finished[task.name][study.hybrid].cells
+        for task in study.tasks
+        if study.hybrid in finished[task.name]
+    }
+    pictures = {}
+    if methods:
+        draw_losses(methods, folder / "losses.png")
+        draw_gradients(methods, folder / "gradients.png")
+        pictures |= {"losses": "losses.png", "gradients": "gradients.png"}
+    if hybrid:
+        draw_mixing(hybrid, folder / "lambda.png")
+        pictures["lambda"] = "lambda.png"
+    return pictures
+
+
+def _sections(
+    study: StudySettings, store: Store, finished: Finished, pictures: dict[str, str]
+) -> Iterator[str]:
+    yield f"# {study.title}"
+    yield from study.about
+    done, total = count_finished(study, store), count_cells(study)
+    state = "All" if done == total else f"**Not finished:** {done} of"
+    yield f"{state} {total} cells are done." + _missing(study, finished)
+    yield "## Does the hybrid beat its better branch?"
+    yield _verdict(study, finished)
+    yield "## Methods"
+    for task in study.tasks:
+        if rows := [e for e in finished[task.name].values() if not e.arm.ablation]:
+            yield f"### {task.title}"
+            yield _methods(task, rows)
+    yield _LEGEND
+    if "losses" in pictures:
+        yield f"![Training loss]({pictures['losses']})"
+        yield "The training loss against steps and against seconds, mean over seeds, smoothed."
+    yield "## The hybrid's parts"
+    yield _ablations(study, finished)
+    if "lambda" in pictures:
+        yield f"![λ by layer]({pictures['lambda']})"
+        yield "λ of each layer over the steps, for the hybrid as it is by default."
+    if "gradients" in pictures:
+        yield f"![Norms of gradients]({pictures['gradients']})"
+    yield "## Protocol"
+    yield _protocol(study)
+
+
+def _missing(study: StudySettings, finished: Finished) -> str:
+    names = [
+        f"{task.name}: {', '.join(left)}"
+        for task in study.tasks
+        if (left := [arm.name for arm in study.arms if arm.name not in finished[task.name]])
+    ]
+    return f" Missing, in whole or in part: {'; '.join(names)}." if names else ""
+
+
+def comparisons(study: StudySettings, finished: Finished) -> dict[str, tuple[str, Comparison]]:
+    """By task's name the better branch's name, and the hybrid against it."""
+    found = {}
+    for task in study.tasks:
+        entries = finished[task.name]
+        if not all(name in entries for name in (study.hybrid, *study.branches)):
+            continue
+        best = min(study.branches, key=lambda name: entries[name].loss)
+        if not any(c["diverged"] for n in (best, study.hybrid) for c in entries[n].cells):
+            found[task.name] = (best, compare(entries[study.hybrid].cells, entries[best].cells))
+    return found
+
+
+def _verdict(study: StudySettings, finished: Finished) -> str:
+    found = comparisons(study, finished)
+    if not found:
+        return "Not known yet: no task has the hybrid and both of its branches finished."
+    corrected = dict(zip(found, holm([c.p for _, c in found.values()]), strict=True))
+    lines = [
+        "| task | better branch | hybrid's loss less its | p (Holm) | seeds ahead | |",
+        "| --- | --- | ---: | ---: | ---: | --- |",
+    ]
+    wins = losses = 0
+    for task in study.tasks:
+        if task.name not in found:
+            continue
+        best, result = found[task.name]
+        significant = corrected[task.name] < SIGNIFICANT
+        wins += significant and result.difference < 0
+        losses += significant and result.difference > 0
+        verdict = "no difference shown"
+        if significant:
+            verdict = "**hybrid better**" if result.difference < 0 else "hybrid worse"
+        lines.append(
+            f"| {task.title} | {study.arm(best).title} | {result.difference:+.4f} |"
+            f" {corrected[task.name]:.2g} | {result.seeds_ahead} of {result.seeds} | {verdict} |"
+        )
+    head = (
+        f"Better with significance on {wins} of {len(found)} tasks, worse on {losses}. Losses are"
+        " on test rows; p of a paired permutation test over rows, with the losses of a row averaged"
+        " over seeds, corrected for the number of tasks by Holm's method."
+    )
+    return "\n".join([head, "", *lines])
+
+
+def _methods(task: TaskSettings, entries: Sequence[Entry]) -> str:
+    metric = task.metric.replace("_", " ")
+    head = ["method", "test loss"]
+    head += [metric] if metric else []
+    head += ["rate", "trained", "step, MiB", "s a step", "forgetting"]
+    lines = [f"| {' | '.join(head)} |", f"| --- {'| ---: ' * (len(head) - 1)}|"]
+    best = min(entry.loss for entry in entries)
+    for entry in entries:
+        cells = entry.cells
+        loss = _pm([cell["loss"] for cell in cells], 4)
+        row = [entry.arm.title, f"**{loss}**" if entry.loss == best else loss]
+        if metric:
+            row.append(_pm([cell["measures"].get(task.metric) for cell in cells], 3))
+        row += [
+            f"{entry.choice.rate:g}{'*' if entry.choice.at_edge else ''}",
+            f"{cells[0]['trainable_parameters']:,}",
+            f"{cells[0]['step_bytes'] / 2**20:.0f}",
+            _pm([cell["seconds_per_step"] for cell in cells], 3),
+            "" if cells[0]["forgetting"] is None else _pm([c["forgetting"] for c in cells], 3),
+        ]
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+_LEGEND = (
+    "Mean ± standard deviation over seeds; the lowest loss in bold. *rate*: the learning rate that"
+    " the tuning rows chose; * it is at the end of its grid. *step*: memory of the compiled step,"
+    " as the compiler counts it. *s a step*: median within a run; the machine was not idle, compare"
+    " with care. *forgetting*: for the language model, how much the loss rose on text the base"
+    " wrote itself; for the encoder, one less the cosine between a text's mean hidden states before"
+    " and after."
+)
+
+
+def _ablations(study: StudySettings, finished: Finished) -> str:
+    """Each variant's loss less the default hybrid's, by task."""
+    tasks = [task for task in study.tasks if study.hybrid in finished[task.name]]
+    if not tasks:
+        return "Not known yet: the hybrid itself is not finished on any task."
+    names = [arm.name for arm in study.arms if arm.ablation or arm.name in study.branches]
+    lines = [
+        f"| variant | {' | '.join(task.title for task in tasks)} |",
+        f"| --- {'| ---: ' * len(tasks)}|",
+    ]
+    default = [f"{finished[task.name][study.hybrid].loss:.4f}" for task in tasks]
+    lines.append(f"| {study.arm(study.hybrid).title}: loss | {' | '.join(default)} |")
+    for name in names:
+        row = []
+        for task in tasks:
+            entries = finished[task.name]
+            if name not in entries:
+                row.append("not done")
+            elif any(cell["diverged"] for cell in entries[name].cells):
+                row.append("diverged")
+            else:
+                result = compare(entries[name].cells, entries[study.hybrid].cells)
+                sign = "**" if result.p < SIGNIFICANT else ""
+                row.append(f"{sign}{result.difference:+.4f}{sign}")
+        lines.append(f"| {study.arm(name).title} | {' | '.join(row)} |")
+    head = (
+        "Each variant's test loss less the default hybrid's: above 0 the variant is worse. Bold: p"
+        " < 0.05 of the same test, here not corrected for the number of variants."
+    )
+    return "\n".join([head, "", *lines])
+
+
+def _protocol(study: StudySettings) -> str:
+    rows = []
+    for task in study.tasks:
+        train = task.config.train
+        rows.append(
+            f"- {task.title}: {train.steps} steps of {train.batch_size} rows of at most"
+            f" {train.max_length} tokens."
+        )
+    grid = len(study.arms[0].learning_rates)
+    text = (
+        f"Every arm has a grid of {grid} learning rates, tried with seed {study.tune_seed}; the"
+        " lowest loss on rows held out of the training rows decides. With it,"
+        f" {len(study.seeds)} further seeds are trained and measured on test rows that nothing was"
+        " chosen by. For one seed all arms see the same batches in the same order and, on"
+        " encoders, begin with the same head. AdamW, one learning rate for everything that is"
+        " trained, gradients clipped to norm 1."
+    )
+    used = ", ".join(f"{name} {version}" for name, version in versions().items())
+    device = jax.devices()[0].device_kind
+    return "\n".join([text, "", *rows, "", f"Drawn up with {used}, on {device}."])
+
+
+def _pm(values: Sequence[float | None], digits: int) -> str:
+    """Mean ± deviation; what diverged says so."""
+    numbers = [value for value in values if value is not None]
+    if len(numbers) < len(values):
+        return "diverged" if not numbers else f"{len(values) - len(numbers)} diverged"
+    mean, deviation = mean_and_deviation(numbers)
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"

@@ -1,0 +1,164 @@
+"""All cells of a study that are missing."""
+
+import dataclasses
+import functools
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from eval.study.bench import Bench
+from eval.study.cell import Cell, train_cell
+from eval.study.settings import ArmSettings, StudySettings, TaskSettings
+from eval.study.store import Store
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The learning rate of an arm on a task.
+
+    Attributes:
+      rate: the one with the lowest loss on the rows that rates are chosen on.
+      at_edge: whether it is the grid's first or last, so that a better one may lie beyond.
+    """
+
+    rate: float
+    at_edge: bool
+
+
+def choose_rate(rates: Sequence[float], cells: Sequence[Cell]) -> Choice | None:
+    """The rate that a finished grid speaks for.
+
+    Args:
+      rates: the grid.
+      cells: its runs, in the order of the rates.
+
+    Returns:
+      None where no rate led anywhere.
+    """
+    losses = [math.inf if cell["loss"] is None else cell["loss"] for cell in cells]
+    best = min(range(len(losses)), key=losses.__getitem__)
+    if math.isinf(losses[best]):
+        return None
+    edge = len(losses) > 1 and best in (0, len(losses) - 1)
+    return Choice(rate=rates[best], at_edge=edge)
+
+
+def tuned(
+    study: StudySettings, store: Store, task: TaskSettings, arm: ArmSettings
+) -> Choice | None:
+    """The `Choice` of an arm on a task, or None while its grid is not finished."""
+    rates = task.rates(arm)
+    cells = [
+        store.read(task, arm, learning_rate=rate, seed=study.tune_seed, final=False)
+        for rate in rates
+    ]
+    found = [cell for cell in cells if cell is not None]
+    return choose_rate(rates, found) if len(found) == len(cells) else None
+
+
+def measured(
+    study: StudySettings, store: Store, task: TaskSettings, arm: ArmSettings
+) -> list[Cell]:
+    """The finished measured runs of an arm on a task, by seed."""
+    choice = tuned(study, store, task, arm)
+    if choice is None:
+        return []
+    cells = [
+        store.read(task, arm, learning_rate=choice.rate, seed=seed, final=True)
+        for seed in study.seeds
+    ]
+    return [cell for cell in cells if cell is not None]
+
+
+def count_cells(study: StudySettings) -> int:
+    """How many cells a study has."""
+    per_pair = len(study.arms[0].learning_rates) + len(study.seeds)
+    return len(study.tasks) * len(study.arms) * per_pair
+
+
+def run_study(
+    study: StudySettings,
+    store: Store,
+    *,
+    only: str = "",
+    until: float = math.inf,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Runs what is missing; several processes may, each takes cells that no other has.
+
+    Methods come before the hybrid's ablations, and each arm's grid before its measured runs.
+
+    Args:
+      study: what is compared.
+      store: where cells are.
+      only: a regular expression; cells whose "task/arm" it does not match are left.
+      until: the time (as `time.time`) after which no cell is begun.
+      say: told of each cell.
+    """
+    runner = _Runner(study=study, store=store, until=until, say=say)
+    for task, arm in _pairs(study):
+        if re.search(only, f"{task.name}/{arm.name}"):
+            runner.run(task, arm)
+
+
+def _pairs(study: StudySettings) -> Iterator[tuple[TaskSettings, ArmSettings]]:
+    for ablation in (False, True):
+        for task in study.tasks:
+            for arm in study.arms:
+                if arm.ablation == ablation:
+                    yield task, arm
+
+
+@dataclasses.dataclass
+class _Runner:
+    """Runs cells, with what they share kept between them; see `run_study` for the attributes."""
+
+    study: StudySettings
+    store: Store
+    until: float
+    say: Callable[[str], None]
+    _benches: dict[str, Bench] = dataclasses.field(default_factory=dict)
+
+    def run(self, task: TaskSettings, arm: ArmSettings) -> None:
+        """The cells of an arm on a task that are missing."""
+        for rate in task.rates(arm):
+            self._fill(task, arm, learning_rate=rate, seed=self.study.tune_seed, final=False)
+        choice = tuned(self.study, self.store, task, arm)
+        if choice is None:
+            return
+        for seed in self.study.seeds:
+            self._fill(task, arm, learning_rate=choice.rate, seed=seed, final=True)
+
+    def _fill(
+        self,
+        task: TaskSettings,
+        arm: ArmSettings,
+        *,
+        learning_rate: float,
+        seed: int,
+        final: bool,
+    ) -> None:
+        """Runs one cell, unless it is there, another process has it, or time is over."""
+        read = functools.partial(
+            self.store.read, task, arm, learning_rate=learning_rate, seed=seed, final=final
+        )
+        if read() is not None or time.time() > self.until:
+            return
+        path = self.store.path(task, arm, learning_rate=learning_rate, seed=seed, final=final)
+        with self.store.claim(path) as mine:
+            if not mine or read() is not None:
+                return
+            started = time.time()
+            if task.name not in self._benches:
+                self._benches[task.name] = Bench(task, self.study.arms[0])
+            cell = train_cell(
+                self._benches[task.name], arm, learning_rate=learning_rate, seed=seed, final=final
+            )
+            self.store.write(task, arm, cell, final=final)
+        kind = f"seed {seed}" if final else "grid"
+        loss = "diverged" if cell["loss"] is None else f"loss {cell['loss']:.4f}"
+        self.say(
+            f"{task.name}/{arm.name} {kind} rate {learning_rate:g}: {loss},"
+            f" {time.time() - started:.0f} s"
+        )

@@ -1,0 +1,160 @@
+"""What a study compares, on what, and by which protocol."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from peft_jax.core.checks import check_positive, check_positive_int
+from peft_jax.training import RunConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskSettings:
+    """One task: a model, data to train on, data to choose learning rates on, data to measure on.
+
+    Attributes:
+      name: in cells' names.
+      title: on the page.
+      config: a run's configuration with model, data, batch and steps, without a method. Its
+        held-out rows are taken from the training rows (`data.hold_out`): learning rates are chosen
+        on them, and nothing else.
+      test: settings of `data` that give the rows for the final measurement in place of `hold_out`.
+      metric: the task's own measure, as the recipe calls it; empty for none.
+      own_text: a file, a line a text, that the base is at home with, for forgetting; empty for
+        text that a causal base writes itself.
+      own_texts: how many texts of it.
+      rate_scale: every arm's grid of rates is multiplied by it: one base wants smaller steps than
+        another, whatever the method.
+    """
+
+    name: str
+    title: str
+    config: ConfigDict
+    test: Mapping[str, Any]
+    metric: str = ""
+    own_text: str = ""
+    own_texts: int = 64
+    rate_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_positive_int("own_texts", self.own_texts)
+        check_positive("rate_scale", self.rate_scale)
+        if not self.config.data.hold_out:
+            raise ValueError(
+                f"task {self.name!r}: data.hold_out must be set, for rows to choose rates on that"
+                " are not those of the final measurement"
+            )
+
+    def rates(self, arm: "ArmSettings") -> tuple[float, ...]:
+        """The grid of an arm on this task."""
+        return tuple(float(f"{self.rate_scale * rate:.6g}") for rate in arm.learning_rates)
+
+    def run_config(self, arm: "ArmSettings", *, learning_rate: float, seed: int) -> RunConfig:
+        """The configuration of one run of an arm."""
+        mapping = self.config.to_dict()
+        mapping["seed"] = seed
+        mapping["train"]["learning_rate"] = learning_rate
+        mapping["method"] |= arm.method
+        mapping["mixing"] |= arm.mixing
+        return RunConfig.from_mapping(mapping)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArmSettings:
+    """One thing that is compared: a method with its settings, and the rates it may have.
+
+    Attributes:
+      name: in cells' names.
+      title: on the page.
+      method: settings of `method`, the name included.
+      mixing: settings of `mixing`, for the hybrid.
+      learning_rates: the grid its rate is chosen from; of the same size for all arms.
+      ablation: whether it varies the hybrid rather than being a method of its own.
+    """
+
+    name: str
+    title: str
+    method: Mapping[str, Any]
+    mixing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    learning_rates: tuple[float, ...]
+    ablation: bool = False
+
+    def __post_init__(self) -> None:
+        for rate in self.learning_rates:
+            check_positive("learning_rates", rate)
+        if list(self.learning_rates) != sorted(set(self.learning_rates)):
+            raise ValueError(f"arm {self.name!r}: learning_rates must rise, without repetition")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StudySettings:
+    """A whole study.
+
+    Attributes:
+      name: of the study.
+      title: on the page.
+      tasks: what is learnt.
+      arms: what is compared.
+      hybrid: the arm whose claim is tested.
+      branches: the arms of the hybrid's branches alone; the better of them is its measure.
+      tune_seed: of the runs that learning rates are chosen by; not among `seeds`.
+      seeds: of the runs that are measured.
+      about: paragraphs for the page.
+
+    Raises:
+      ValueError: names are not unique or not known, or grids differ in size.
+    """
+
+    name: str
+    title: str
+    tasks: tuple[TaskSettings, ...]
+    arms: tuple[ArmSettings, ...]
+    hybrid: str
+    branches: tuple[str, ...]
+    tune_seed: int = 0
+    seeds: tuple[int, ...] = (1, 2, 3)
+    about: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for what, items in (("task", self.tasks), ("arm", self.arms)):
+            names = [item.name for item in items]
+            if not names or len(set(names)) < len(names):
+                raise ValueError(f"the {what}s' names must differ, and there must be one: {names}")
+        sizes = {len(arm.learning_rates) for arm in self.arms}
+        if len(sizes) != 1:
+            raise ValueError(f"every arm's grid of learning rates must be as large: {sizes}")
+        for name in (self.hybrid, *self.branches):
+            self.arm(name)
+        if self.tune_seed in self.seeds:
+            raise ValueError(f"tune_seed {self.tune_seed} is among the seeds {self.seeds}")
+        if len(self.seeds) < 2:
+            raise ValueError("a standard deviation needs at least two seeds")
+
+    def arm(self, name: str) -> ArmSettings:
+        """The arm of that name.
+
+        Raises:
+          ValueError: there is none.
+        """
+        for arm in self.arms:
+            if arm.name == name:
+                return arm
+        raise ValueError(f"there is no arm {name!r}; known: {[arm.name for arm in self.arms]}")
+
+
+def digest(config: RunConfig, task: TaskSettings) -> str:
+    """A short name of everything that decides a cell's numbers."""
+    mapping = config.to_mapping()
+    for section in ("logging", "checkpoint", "evaluate", "export", "parallel"):
+        del mapping[section]
+    # Where a file lies does not matter, and what it is called does.
+    for section, name in (("model", "path"), ("data", "path")):
+        mapping[section][name] = Path(mapping[section][name]).name
+    rest = [dict(task.test), Path(task.own_text).name, task.own_texts]
+    text = json.dumps([mapping, rest], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,64 @@
+"""Cells on disk: one JSON file each, so that a study is gone on with in any order."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from eval.study.cell import Cell
+from eval.study.settings import ArmSettings, TaskSettings, digest
+from peft_jax.training.errors import RefusedError
+from peft_jax.training.files import locked, write_text
+
+
+class Store:
+    """The cells of a study.
+
+        cells/TASK/ARM/tune-RATE.json   a run that rates are chosen by
+        cells/TASK/ARM/seed-N.json      a run that is measured, with the rate that was chosen
+
+    Args:
+      workdir: where `cells/` is.
+    """
+
+    def __init__(self, workdir: Path):
+        self._folder = workdir / "cells"
+
+    def path(
+        self, task: TaskSettings, arm: ArmSettings, *, learning_rate: float, seed: int, final: bool
+    ) -> Path:
+        """The file of one cell."""
+        name = f"seed-{seed}" if final else f"tune-{learning_rate:g}"
+        return self._folder / task.name / arm.name / f"{name}.json"
+
+    def read(
+        self, task: TaskSettings, arm: ArmSettings, *, learning_rate: float, seed: int, final: bool
+    ) -> Cell | None:
+        """A cell that was measured with just these settings; None where there is none."""
+        place: dict[str, Any] = {"learning_rate": learning_rate, "seed": seed}
+        file = self.path(task, arm, final=final, **place)
+        if not file.is_file():
+            return None
+        cell = json.loads(file.read_text(encoding="utf-8"))
+        wanted = digest(task.run_config(arm, **place), task)
+        return cell if cell["digest"] == wanted else None
+
+    def write(self, task: TaskSettings, arm: ArmSettings, cell: Cell, *, final: bool) -> None:
+        """Writes a cell; a file that is there is whole."""
+        file = self.path(
+            task, arm, learning_rate=cell["learning_rate"], seed=cell["seed"], final=final
+        )
+        write_text(file, json.dumps(cell, allow_nan=False) + "\n")
+
+    @contextlib.contextmanager
+    def claim(self, path: Path) -> Iterator[bool]:
+        """Whether this process may work on a cell; false while another one does."""
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(locked(path.with_suffix(".lock")))
+            except RefusedError:
+                yield False
+            else:
+                yield True
+                path.with_suffix(".lock").unlink(missing_ok=True)

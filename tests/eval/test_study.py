@@ -1,0 +1,340 @@
+"""A whole small study: its protocol, its cells on disk, and its page."""
+
+import json
+
+import jax
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+from scipy import stats
+
+from configs import common
+from eval.study.bench import Bench, with_rate
+from eval.study.cell import train_cell
+from eval.study.page import collect, comparisons, count_finished, write_page
+from eval.study.run import choose_rate, count_cells, run_study
+from eval.study.settings import ArmSettings, StudySettings, TaskSettings
+from eval.study.statistics import compare, holm, mean_and_deviation, sign_flip_p
+from eval.study.store import Store
+from peft_jax.optim import OptimizerSettings, make_optimizer
+from peft_jax.training import run
+from peft_jax.training.metrics import read_records
+
+WORDS = [f"w{number}" for number in range(20)]
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}
+SMALL = {"rank": 2, "target_modules": ("q_proj", "down_proj")}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from peft_jax.hub import save_model
+    from peft_jax.models import build_model
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    words = ["<pad>", "</s>", "<s>", "<unk>", *WORDS]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        bos_token="<s>",
+        unk_token="<unk>",
+    ).save_pretrained(folder)
+    config = {**LLAMA, "vocab_size": len(words), "bos_token_id": 2, "eos_token_id": 1}
+    model = build_model(config)
+    save_model(folder, model, model.init_params(jax.random.key(0)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Each word is answered by the one after the next."""
+    folder = tmp_path_factory.mktemp("rows")
+    generator = np.random.default_rng(0)
+    for name, count in (("train", 80), ("test", 12)):
+        lines = []
+        for at in generator.integers(0, len(WORDS) - 2, count):
+            lines.append({"instruction": WORDS[at], "input": "", "output": WORDS[at + 2]})
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def study(checkpoint, rows):
+    config = common.base(method="lora", precision="float32")
+    config.model.path = str(checkpoint)
+    config.data.recipe = "alpaca"
+    config.data.path = str(rows)
+    config.data.prompt_template = "{instruction}"
+    config.data.completion_template = " {output}"
+    config.data.hold_out = 16
+    config.data.prefetch = 0
+    config.data.packing = False
+    config.train.steps = 5
+    config.train.batch_size = 4
+    config.train.max_length = 4
+    config.optimizer.schedule.name = "cosine"
+    config.parallel.devices = 1
+    task = TaskSettings(
+        name="words",
+        title="Words",
+        config=config,
+        test={"eval_split": "test"},
+        own_texts=4,
+    )
+    rates = (1e-3, 1e-2)
+
+    def arm(title, /, **method):
+        return ArmSettings(name=title, title=title, method=method, learning_rates=rates)
+
+    return StudySettings(
+        name="small",
+        title="A small study",
+        tasks=(task,),
+        arms=(
+            arm("low", name="lora_ga", **SMALL),
+            arm("turn", name="boft", block_size=4, target_modules=SMALL["target_modules"]),
+            arm("both", name="hybrid", block_size=4, **SMALL),
+        ),
+        hybrid="both",
+        branches=("low", "turn"),
+        tune_seed=0,
+        seeds=(1, 2),
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(study, tmp_path_factory):
+    """A study that was stopped after one arm, and gone on with in another order."""
+    store = Store(tmp_path_factory.mktemp("study"))
+    said: list[str] = []
+    run_study(study, store, only="/both$", say=said.append)
+    assert len(said) == 4
+    run_study(study, store, say=said.append)
+    return store, said
+
+
+def test_every_cell_is_run_once(study, finished):
+    store, said = finished
+    assert len(said) == count_cells(study) == count_finished(study, store) == 12
+    again: list[str] = []
+    run_study(study, store, say=again.append)
+    assert again == []
+
+
+def test_a_cell_of_other_settings_is_run_again(study, finished, tmp_path):
+    import dataclasses
+
+    store, _ = finished
+    (task,) = study.tasks
+    longer = ConfigDict(task.config.to_dict())
+    longer.train.steps = 6
+    other = dataclasses.replace(task, config=longer)
+    place = {"learning_rate": 1e-3, "seed": 0, "final": False}
+    assert store.read(task, study.arms[0], **place) is not None
+    assert store.read(other, study.arms[0], **place) is None
+
+
+def test_rates_are_chosen_by_the_tuning_rows(study, finished):
+    store, _ = finished
+    (task,) = study.tasks
+    for arm in study.arms:
+        grid = [
+            store.read(task, arm, learning_rate=rate, seed=0, final=False)
+            for rate in arm.learning_rates
+        ]
+        entry = collect(study, store)["words"][arm.name]
+        best = min(grid, key=lambda cell: cell["loss"])
+        assert entry.choice.rate == best["learning_rate"]
+        assert all(cell["learning_rate"] == best["learning_rate"] for cell in entry.cells)
+        assert [cell["seed"] for cell in entry.cells] == [1, 2]
+        assert "row_losses" not in grid[0]
+        assert len(entry.cells[0]["row_losses"]) == 12
+
+
+def test_all_arms_see_the_same_batches_and_measure_the_same_rows(study):
+    (task,) = study.tasks
+    one, other = Bench(task, study.arms[0]), Bench(task, study.arms[2])
+    for a, b in zip(one.batches(1), other.batches(1), strict=True):
+        assert all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
+    different = one.batches(2)
+    assert not np.array_equal(one.batches(1)[0].tokens, different[0].tokens)
+    texts = {
+        name: {example.prompt + example.completion for example in one.held_out[name].examples}
+        for name in ("tuning", "test")
+    }
+    assert all(texts.values())
+
+
+@pytest.mark.parametrize("index", [0, 2], ids=["lora_ga", "hybrid"])
+def test_a_cell_trains_as_a_run_does(index, study, tmp_path):
+    """The rate that is data, shared programs and shared starts change nothing."""
+    (task,) = study.tasks
+    arm = study.arms[index]
+    bench = Bench(task, arm)
+    train_cell(bench, arm, learning_rate=1e-3, seed=0, final=False)
+    cell = train_cell(bench, arm, learning_rate=1e-2, seed=1, final=True)
+    config = task.run_config(arm, learning_rate=1e-2, seed=1)
+    run(config, tmp_path / "run")
+    records = [r for r in read_records(tmp_path / "run" / "metrics.jsonl") if r["split"] == "train"]
+    expected = [record["loss"] for record in records]
+    np.testing.assert_allclose(cell["train_loss"], expected, rtol=2e-4)
+    if index == 2:
+        assert np.shape(cell["steps"]["lambda"]["layers"]) == (5, 2)
+        found = [record["lambda"]["layers"] for record in records]
+        np.testing.assert_allclose(cell["steps"]["lambda"]["layers"], found, rtol=1e-3)
+
+
+def test_a_rate_in_the_state_is_the_learning_rate():
+    settings = OptimizerSettings(learning_rate=1.0, weight_decay=0.1)
+    plain = OptimizerSettings(learning_rate=0.03, weight_decay=0.1)
+    one = with_rate(make_optimizer(settings, 10), 0.03)
+    other = make_optimizer(plain, 10)
+    params = {"w": jax.numpy.arange(3.0)}
+    states = [one.init(params), other.init(params)]
+    for step in range(3):
+        gradients = {"w": jax.numpy.asarray([1.0, -2.0, 0.3]) * (step + 1)}
+        updates = []
+        for index, optimizer in enumerate((one, other)):
+            found, states[index] = optimizer.update(gradients, states[index], params)
+            updates.append(found["w"])
+        np.testing.assert_allclose(*updates, rtol=1e-6)
+        params = optax.apply_updates(params, {"w": updates[0]})
+
+
+def test_the_page_says_what_the_cells_say(study, finished, tmp_path):
+    store, _ = finished
+    page = write_page(study, store, tmp_path)
+    text = page.read_text()
+    assert "All 12 cells are done." in text
+    entries = collect(study, store)["words"]
+    for entry in entries.values():
+        mean = np.mean([cell["loss"] for cell in entry.cells])
+        deviation = np.std([cell["loss"] for cell in entry.cells], ddof=1)
+        assert f"{mean:.4f} ± {deviation:.4f}" in text
+    best, result = comparisons(study, collect(study, store))["words"]
+    assert best in ("low", "turn")
+    difference = entries["both"].loss - entries[best].loss
+    assert result.difference == pytest.approx(difference, abs=1e-4)
+    assert f"{result.difference:+.4f}" in text
+    for picture in ("losses", "lambda", "gradients"):
+        assert (tmp_path / f"{picture}.png").stat().st_size > 3000
+        assert f"({picture}.png)" in text
+
+
+def test_a_page_of_an_unfinished_study_says_so(study, finished, tmp_path):
+    store, _ = finished
+    part = Store(tmp_path / "part")
+    (task,) = study.tasks
+    for arm in study.arms[:1]:
+        for final, seeds in ((False, (0,)), (True, (1, 2))):
+            for seed in seeds:
+                for rate in arm.learning_rates:
+                    cell = store.read(task, arm, learning_rate=rate, seed=seed, final=final)
+                    if cell is not None:
+                        part.write(task, arm, cell, final=final)
+    text = write_page(study, part, tmp_path / "page").read_text()
+    assert "**Not finished:** 4 of 12 cells are done." in text
+    assert "words: turn, both" in text
+    assert "Not known yet" in text
+
+
+def test_a_claimed_cell_is_left_to_its_owner(study, tmp_path):
+    store = Store(tmp_path)
+    (task,) = study.tasks
+    path = store.path(task, study.arms[0], learning_rate=1e-3, seed=0, final=False)
+    with store.claim(path) as mine:
+        assert mine
+        with Store(tmp_path).claim(path) as other:
+            assert not other
+    with store.claim(path) as mine:
+        assert mine
+
+
+def test_choosing_a_rate():
+    rates = (1.0, 2.0, 3.0)
+
+    def cells(*losses):
+        return [{"loss": loss} for loss in losses]
+
+    assert choose_rate(rates, cells(3.0, 1.0, None)).rate == 2.0
+    assert not choose_rate(rates, cells(3.0, 1.0, None)).at_edge
+    assert choose_rate(rates, cells(0.5, 1.0, None)).at_edge
+    assert choose_rate(rates, cells(None, None, None)) is None
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.2, 1.0])
+def test_the_permutation_test_agrees_with_scipys(shift):
+    differences = np.random.default_rng(3).normal(shift, 1.0, 40)
+    expected = stats.permutation_test(
+        (differences,),
+        np.sum,
+        permutation_type="samples",
+        n_resamples=20_000,
+        rng=np.random.default_rng(1),
+    ).pvalue
+    assert sign_flip_p(differences) == pytest.approx(expected, abs=0.015)
+
+
+def test_the_permutation_test_keeps_its_level():
+    """Of 200 tests where nothing differs about one in twenty is below 0.05."""
+    generator = np.random.default_rng(0)
+    found = [sign_flip_p(generator.normal(size=15), rounds=500) for _ in range(200)]
+    assert 0.01 <= np.mean(np.asarray(found) < 0.05) <= 0.1
+
+
+def test_holm_and_deviation():
+    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    mean, deviation = mean_and_deviation([1.0, 3.0, 5.0])
+    assert (mean, deviation) == (3.0, 2.0)
+
+
+def test_arms_are_compared_on_the_same_rows_only():
+    cell = {"seed": 1, "loss": 1.0, "row_losses": [1.0, 1.0], "row_targets": [1, 1]}
+    with pytest.raises(ValueError, match="same seeds"):
+        compare([cell], [{**cell, "seed": 2}])
+    with pytest.raises(ValueError, match="same rows"):
+        compare([cell], [{**cell, "row_targets": [1, 2]}])
+    result = compare([cell], [{**cell, "loss": 2.0, "row_losses": [2.0, 2.0]}])
+    assert (result.difference, result.seeds_ahead) == (-1.0, 1)
+
+
+def test_settings_that_would_not_be_fair_are_refused(study):
+    import dataclasses
+
+    longer = dataclasses.replace(study.arms[0], learning_rates=(1.0, 2.0, 3.0))
+    with pytest.raises(ValueError, match="as large"):
+        dataclasses.replace(study, arms=(longer, *study.arms[1:]))
+    with pytest.raises(ValueError, match="among the seeds"):
+        dataclasses.replace(study, tune_seed=1)
+    with pytest.raises(ValueError, match="no arm"):
+        dataclasses.replace(study, hybrid="neither")
+    config = ConfigDict(study.tasks[0].config.to_dict())
+    config.data.hold_out = None
+    with pytest.raises(ValueError, match="hold_out"):
+        dataclasses.replace(study.tasks[0], config=config)
+
+
+def test_the_committed_study_is_well_formed():
+    from configs.study_cpu import get_config
+
+    for data in ("", "/data"):
+        study = get_config(data)
+        for task in study.tasks:
+            for arm in study.arms:
+                config = task.run_config(arm, learning_rate=task.rates(arm)[0], seed=1)
+                assert config.method.name == arm.method["name"]
