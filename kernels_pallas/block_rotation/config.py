@@ -20,15 +20,15 @@ MAX_MATRIX = 640
 2 · 640 / 4 operations a byte moved in bfloat16, take longer than moving the activations."""
 
 MAX_FEATURES = 1024
-"""Features of a tile at most: a row of it is 2 kB, enough to be moved at the memory's full rate, and
-the matrices for so many features are few."""
+"""Features of a tile at most: a row of it is 2 kB, enough to be moved at the memory's full rate,
+and the matrices for so many features are few."""
 
 TOKEN_TILES = (1024, 512, 256, 128, 64, 32, 16)
 """A bfloat16 tile of 512 x 1024 is 1 MiB; a step's fixed cost (about 0.3 µs) is then a few percent
 of the time it takes to move it. All are multiples of 16, the rows that 16-bit numbers come in."""
 
 BUDGET_BYTES = SMALLEST_VMEM_BYTES // 2
-"""Of the vector memory of the smallest chip, half: the rest is left for what the compiler spills."""
+"""Half the vector memory of the smallest chip: the rest is left for what the compiler spills."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

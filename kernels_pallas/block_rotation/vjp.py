@@ -60,7 +60,7 @@ def rotate(
     precision: jax.lax.Precision | None,
     implementation: str,
 ) -> Float[Array, "*batch d"]:
-    """y = x blockdiag(blocks), as `block_rotation`; all arguments by position."""
+    """What `block_rotation` returns; all arguments by position."""
     return FORWARD(x, blocks, precision=precision, implementation=implementation)[0]
 
 

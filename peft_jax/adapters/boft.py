@@ -127,7 +127,10 @@ class BOFT(AdapterMethod):
         # The rows of Wᵀ through the transposed map are the columns of M W.
         columns = base.astype(jnp.float32).T
         _, transposed = jax.vjp(
-            lambda x: self._rotate(x, arrays, precision=jax.lax.Precision.HIGHEST), columns
+            lambda x: self._rotate(
+                x, arrays, precision=jax.lax.Precision.HIGHEST, implementation="xla"
+            ),
+            columns,
         )
         return transposed(columns)[0].T * arrays["scale"].astype(jnp.float32)
 
@@ -137,7 +140,11 @@ class BOFT(AdapterMethod):
         arrays: Arrays,
         *,
         precision: jax.lax.Precision | None = None,
+        implementation: str | None = None,
     ) -> Float[Array, "*batch d_in"]:
-        if "blocks" in arrays:
-            return block_rotation(x, arrays["blocks"], precision=precision)
-        return butterfly_rotation(x, arrays["factors"], precision=precision)
+        rotate, turns = (
+            (block_rotation, arrays["blocks"])
+            if "blocks" in arrays
+            else (butterfly_rotation, arrays["factors"])
+        )
+        return rotate(x, turns, precision=precision, implementation=implementation)

@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
+from kernels_pallas.dispatch import using
 from peft_jax.core import (
     STACKED,
     Kernel,
@@ -143,7 +144,8 @@ class CausalLM:
             cache = cache.admit(positions, segment_ids)
         elif positions is None:
             positions = default_positions(tokens, segment_ids)
-        return self._bound(params)(tokens, positions, segment_ids, cache)
+        with using(self.execution.kernels):
+            return self._bound(params)(tokens, positions, segment_ids, cache)
 
     def head_kernel(self, params: Tree) -> Kernel:
         """The map from hidden states to logits, [D, V]; if tied, the transposed embedding."""

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from peft_jax.core import linear
+from peft_jax.core.activations import input_axis
 
 
 def parameter(
@@ -49,10 +50,12 @@ class Linear(nnx.Module):
     def __init__(self, d_in: int, d_out: int, *, axes: tuple[str, str], bias: bool, stddev: float):
         self.kernel = parameter((d_in, d_out), axes, stddev=stddev)
         self.bias = parameter((d_out,), axes[1:]) if bias else nnx.data(None)
+        self.input_axis = axes[0]
 
     def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
         """The map of `x`, in the dtype of `x`."""
-        y = linear(x, self.kernel.get_value())
+        with input_axis(self.input_axis):
+            y = linear(x, self.kernel.get_value())
         return y if self.bias is None else y + self.bias.get_value().astype(y.dtype)
 
 

@@ -51,7 +51,7 @@ class LogicalAxisRules:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            axes = _as_tuple(getattr(self, field.name))
+            axes = as_tuple(getattr(self, field.name))
             for axis in axes:
                 if axis not in MESH_AXES:
                     raise ValueError(
@@ -92,7 +92,7 @@ class LogicalAxisRules:
         spec = [self.mesh_axes(axis) for axis in logical]
         taken: dict[str, str | None] = {}
         for axis, mesh_axes in zip(logical, spec, strict=True):
-            for mesh_axis in _as_tuple(mesh_axes):
+            for mesh_axis in as_tuple(mesh_axes):
                 if mesh_axis in taken:
                     raise ValueError(
                         f"of the axes {logical}, {taken[mesh_axis]!r} and {axis!r} would both be "
@@ -181,7 +181,8 @@ def batch_sharding(
     return NamedSharding(mesh, rules.partition_spec(("batch",)))
 
 
-def _as_tuple(axes: MeshAxes) -> tuple[str, ...]:
+def as_tuple(axes: MeshAxes) -> tuple[str, ...]:
+    """The axes as a tuple, whichever way they are given."""
     if axes is None:
         return ()
     return (axes,) if isinstance(axes, str) else axes
@@ -195,7 +196,7 @@ def _dividing(size: int, axes: MeshAxes, mesh: Mesh | AbstractMesh) -> MeshAxes:
     """As many of the mesh axes, from the first, as together divide the size; all, if they do."""
     kept: list[str] = []
     parts = 1
-    for axis in _as_tuple(axes):
+    for axis in as_tuple(axes):
         parts *= mesh.shape[axis]
         if size % parts:
             break
