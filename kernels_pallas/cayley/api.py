@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from kernels_pallas.block_rotation.api import butterfly_rotation
+from kernels_pallas.butterfly.api import butterfly_rotation
 
 UNROLLED_BLOCK_SIZE = 32
 """Up to this size blocks are inverted all at once by an unrolled elimination, which has no pivots
