@@ -31,6 +31,15 @@ BUDGET_BYTES = SMALLEST_VMEM_BYTES // 2
 """Half the vector memory of the smallest chip: the rest is left for what the compiler spills."""
 
 
+GPU_TOKENS = 64
+"""Rows of a tile on a GPU: what one warpgroup's matrix instruction takes, so that the float32
+product of a tile and the gradient of a matrix fit its registers together."""
+
+GPU_MATRICES = (64, 128)
+"""Sizes of matrices on a GPU: rows of 128 bytes at least, as shared memory is laid out for the
+matrix instructions; a float32 gradient of 128 x 128 takes half of a warpgroup's registers."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RotationConfig:
     """The tile that one step works on.
@@ -102,6 +111,24 @@ def matrix_size(block_size: int) -> int:
       (128, 128, 384, 256)
     """
     return math.lcm(block_size, LANES)
+
+
+def gpu_matrix_size(block_size: int) -> int:
+    """The size of the matrices that hold whole blocks on a GPU.
+
+    Raises:
+      ValueError: there is none.
+
+    Example:
+      >>> gpu_matrix_size(16), gpu_matrix_size(128)
+      (64, 128)
+    """
+    for size in GPU_MATRICES:
+        if size % block_size == 0:
+            return size
+    raise ValueError(
+        f"blocks of {block_size} do not fill matrices of {' or '.join(map(str, GPU_MATRICES))}"
+    )
 
 
 def choose_config(

@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from kernels_pallas.block_rotation.config import RotationConfig, choose_config
+from kernels_pallas.block_rotation.matrices import from_matrices, to_matrices
 from kernels_pallas.chips import target_vmem_bytes
 
 _DIMENSIONS = {
@@ -62,7 +63,7 @@ def forward(
         interpret=interpret,
         name="block_rotation",
     )
-    return (call(rows, to_matrices(blocks, config, x.dtype)).reshape(x.shape),)
+    return (call(rows, _pack(blocks, rows, config)).reshape(x.shape),)
 
 
 def backward(
@@ -80,7 +81,7 @@ def backward(
     rows = as_rows(x)
     config = _checked(config, rows, blocks, backward=True)
     grid, tile, matrices = _specs(rows, config)
-    packed = to_matrices(blocks, config, x.dtype)
+    packed = _pack(blocks, rows, config)
     call = pl.pallas_call(
         functools.partial(
             _backward_step,
@@ -101,7 +102,7 @@ def backward(
         name="block_rotation_backward",
     )
     dx, dmatrices = call(rows, as_rows(g), packed)
-    return dx.reshape(x.shape), from_matrices(dmatrices, blocks).astype(blocks.dtype)
+    return dx.reshape(x.shape), from_matrices(dmatrices, blocks.shape).astype(blocks.dtype)
 
 
 def _forward_step(
@@ -204,6 +205,12 @@ def _checked(
     return config
 
 
+def _pack(blocks: jax.Array, rows: jax.Array, config: RotationConfig) -> jax.Array:
+    """The blocks as matrices, for whole tiles of features."""
+    features = pl.cdiv(rows.shape[2], config.features) * config.features
+    return to_matrices(blocks, config.matrix, features, rows.dtype)
+
+
 def _cost(rows: jax.Array, config: RotationConfig, *, passes: int) -> pl.CostEstimate:
     """For the compiler's schedule and its `cost_analysis`.
 
@@ -236,31 +243,3 @@ def like(x: jax.Array, dtype: Any = None) -> jax.ShapeDtypeStruct:
     """The shape of a result of a kernel that is as `x` is."""
     varying = jax.typeof(x).manual_axis_type
     return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, manual_axis_type=varying)
-
-
-def to_matrices(
-    blocks: Float[Array, "n B B"], config: RotationConfig, dtype: Any
-) -> Float[Array, "matrices M M"]:
-    """Matrices with groups of blocks on their diagonals, zeros after the last block."""
-    n, size, _ = blocks.shape
-    group = config.matrix // size
-    of_tile = config.features // size
-    padded = jnp.pad(blocks.astype(dtype), ((0, -n % of_tile), (0, 0), (0, 0)))
-    if group == 1:
-        return padded
-    apart = padded.reshape(-1, group, size, 1, size)
-    eye = jnp.eye(group, dtype=dtype)[:, None, :, None]
-    return (apart * eye).reshape(-1, config.matrix, config.matrix)
-
-
-def from_matrices(
-    matrices: Float[Array, "matrices M M"], blocks: Float[Array, "n B B"]
-) -> Float[Array, "n B B"]:
-    """The blocks on the matrices' diagonals: `to_matrices`'s transpose."""
-    n, size, _ = blocks.shape
-    group = matrices.shape[-1] // size
-    if group == 1:
-        return matrices[:n]
-    apart = matrices.reshape(-1, group, size, group, size)
-    eye = jnp.eye(group, dtype=matrices.dtype)[:, None, :, None]
-    return jnp.sum(apart * eye, axis=3).reshape(-1, size, size)[:n]

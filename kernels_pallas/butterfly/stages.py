@@ -92,24 +92,35 @@ def to_matrices(
     from kernels_pallas.cayley import compose_butterfly
 
     low = compose_butterfly(factors[: stages.low])
-    m, n, b, _ = factors.shape
-    half, group = b // 2, 2 * stages.matrix // b
-    high = []
-    for level in range(stages.low, m):
-        stride = 2**level
-        # [pairs of runs, tiles of a run, halves of a tile, from, rows, to, columns]
-        parts = factors[level].reshape(n // stride, stride // group, group, 2, half, 2, half)
-        same = jnp.stack([parts[..., side, :, side, :] for side in (0, 1)], axis=1)
-        cross = jnp.stack([parts[..., 1 - side, :, side, :] for side in (0, 1)], axis=1)
-        both = jnp.stack([_on_diagonal(same), _on_diagonal(cross)], axis=-3)
-        high.append(both.reshape(-1, *both.shape[-3:]))
+    m = factors.shape[0]
+    high = [_two_a_tile(factors[level], level, stages.matrix) for level in range(stages.low, m)]
     empty = jnp.zeros((0, low.shape[0], 2, *low.shape[1:]), factors.dtype)
     return (jnp.stack(high) if high else empty), low
 
 
-def _on_diagonal(parts: jax.Array) -> jax.Array:
-    """[..., group, half, half] as [..., group half, group half]."""
-    group, half = parts.shape[-3:-1]
-    eye = jnp.eye(group, dtype=parts.dtype)[:, None, :, None]
-    apart = parts[..., :, :, None, :] * eye
-    return apart.reshape(*parts.shape[:-3], group * half, group * half)
+def _two_a_tile(
+    blocks: Float[Array, "n b b"], level: int, size: int
+) -> Float[Array, "tiles 2 M M"]:
+    """One high level's matrices: what a tile makes of itself, and what of its partner.
+
+    Columns are put in place by products with zeros and ones, exactly; by reshapes a TPU would store
+    the few columns of half a block padded to all its lanes.
+    """
+    n, b, _ = blocks.shape
+    half, stride = b // 2, 2**level
+    group = size // half
+    pairs, tiles = n // stride, stride // group
+    rows = blocks.reshape(n * b, b)
+    block = jnp.arange(n * b) // b % group
+    inside = block[:, None] == jnp.arange(size)[None] // half
+    placed = []
+    for side in (0, 1):
+        repeat = jnp.tile(jnp.eye(b, dtype=blocks.dtype)[:, side * half : (side + 1) * half], group)
+        whole = jnp.matmul(rows, repeat, precision=jax.lax.Precision.HIGHEST)
+        whole = jnp.where(inside, whole, jnp.zeros_like(whole))
+        # Rows are [pairs of runs, tiles of a run, blocks of a tile, their two sides, half].
+        whole = whole.reshape(pairs, tiles, group, 2, half, size)
+        placed.append(jnp.moveaxis(whole, 3, 1).reshape(pairs, 2, tiles, size, size))
+    same = jnp.stack([placed[side][:, side] for side in (0, 1)], axis=1)
+    cross = jnp.stack([placed[side][:, 1 - side] for side in (0, 1)], axis=1)
+    return jnp.stack([same, cross], axis=-3).reshape(-1, 2, size, size)
