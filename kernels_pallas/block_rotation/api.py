@@ -19,7 +19,8 @@ def block_rotation(
 
     Args:
       x: activations [..., d] with d = n B.
-      blocks: [n, B, B]; cast to the dtype of `x`. Their gradient is summed over tokens in float32.
+      blocks: [n, B, B]; cast to the dtype of `x`. Their gradient is summed over tokens in float32
+        (and, with "xla", then rounded to that dtype).
       precision: of the product; the platform's default, which on accelerators may round float32
         inputs to fewer bits, unless given.
       implementation: one of `kernels_pallas.dispatch.IMPLEMENTATIONS`; by default what

@@ -11,7 +11,7 @@ from kernels_pallas.block_rotation import config, xla
 from kernels_pallas.chips import UNMEASURED, refuse_generation
 from kernels_pallas.dispatch import Operation
 
-Residuals = tuple[jax.Array, jax.Array]
+Residuals = tuple[Any, Any]
 
 
 def _tpu(name: str, *arrays: jax.Array, **settings: Any) -> tuple[jax.Array, ...]:
@@ -92,7 +92,7 @@ def rotate(
 
 
 def _forward(
-    x: jax.Array, blocks: jax.Array, precision: Any, implementation: str
+    x: Any, blocks: Any, precision: Any, implementation: str
 ) -> tuple[jax.Array, Residuals]:
     return rotate(x, blocks, precision, implementation), (x, blocks)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from kernels_pallas.block_rotation.config import LANES, MAX_MATRIX
@@ -86,12 +87,16 @@ def split(block_size: int, levels: int) -> Stages:
 
 
 def to_matrices(
-    factors: Float[Array, "m n b b"], stages: Stages
+    factors: Float[Array, "m n b b"], stages: Stages, dtype: DTypeLike
 ) -> tuple[Float[Array, "high tiles 2 M M"], Float[Array, "tiles M M"]]:
-    """The matrices of all tiles: (same and cross of the high levels, lowest first; low)."""
+    """The matrices of all tiles: (same and cross of the high levels, lowest first; low).
+
+    The low ones are composed in the dtype of the factors.
+    """
     from kernels_pallas.cayley import compose_butterfly
 
-    low = compose_butterfly(factors[: stages.low])
+    low = compose_butterfly(factors[: stages.low]).astype(dtype)
+    factors = factors.astype(dtype)
     m = factors.shape[0]
     high = [_two_a_tile(factors[level], level, stages.matrix) for level in range(stages.low, m)]
     empty = jnp.zeros((0, low.shape[0], 2, *low.shape[1:]), factors.dtype)

@@ -59,8 +59,7 @@ def forward(
         interpret=interpret,
         name="butterfly_rotation",
     )
-    matrices = [m.astype(x.dtype) for m in to_matrices(factors, stages)]
-    return (call(rows, *matrices).reshape(x.shape),)
+    return (call(rows, *to_matrices(factors, stages, x.dtype)).reshape(x.shape),)
 
 
 def backward(
@@ -84,8 +83,11 @@ def backward(
     tokens = _tokens(rows, stages, backward=True)
     grid, tile, high, low = _specs(rows, stages, tokens, once=True)
     _, _, *gradients = _specs(rows, stages, tokens, once=False)
-    matrices, to_factors = jax.vjp(lambda f: to_matrices(f, stages), factors.astype(jnp.float32))
-    packed = [m.astype(x.dtype) for m in matrices]
+    packed = to_matrices(factors, stages, x.dtype)
+    # The gradients of the matrices are float32, and so is the way back from them to the factors.
+    _, to_factors = jax.vjp(
+        lambda f: to_matrices(f, stages, jnp.float32), factors.astype(jnp.float32)
+    )
     call = pl.pallas_call(
         functools.partial(
             _backward_step,

@@ -10,7 +10,7 @@ from kernels_pallas.butterfly import config, stages, xla
 from kernels_pallas.chips import target_vmem_bytes
 from kernels_pallas.dispatch import Operation
 
-Residuals = tuple[jax.Array, jax.Array]
+Residuals = tuple[Any, Any]
 
 
 def _tpu(name: str, *arrays: jax.Array, **settings: Any) -> tuple[jax.Array, ...]:
@@ -67,7 +67,7 @@ def rotate(
 
 
 def _forward(
-    x: jax.Array, factors: jax.Array, precision: Any, implementation: str
+    x: Any, factors: Any, precision: Any, implementation: str
 ) -> tuple[jax.Array, Residuals]:
     return rotate(x, factors, precision, implementation), (x, factors)
 

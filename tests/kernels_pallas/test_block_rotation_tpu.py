@@ -27,8 +27,8 @@ def expect(found, x, g, blocks) -> None:
 @pytest.mark.parametrize("case", ["ragged tokens, each row its own", "blocks that straddle lanes"])
 def test_on_a_simulated_tpu_nothing_races_and_nothing_unwritten_is_used(simulated_tpu, case):
     x, g, blocks = CASES[case].arrays()
-    y, transpose = jax.vjp(block_rotation, x, blocks)
-    expect((y, *transpose(g)), x, g, blocks)
+    y, transpose = jax.vjp(block_rotation, jnp.asarray(x), jnp.asarray(blocks))
+    expect((y, *transpose(jnp.asarray(g))), x, g, blocks)
 
 
 def test_many_tiles_add_up():
