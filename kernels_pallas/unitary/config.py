@@ -13,6 +13,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from kernels_pallas.chips import MIB, RESERVED_BYTES, SMALLEST_VMEM_BYTES
 
@@ -37,9 +38,12 @@ spilled from registers, and the program takes long to compile. By the schedules 
 compiler (v5e, bfloat16, n = 4096) a row takes 543 cycles forwards one at a time, 408 two, 334 four
 and 288 eight at a time."""
 
-SPILLED_VALUES = {False: 6, True: 16}
+SPILLED_VALUES = {False: 6, True: 10}
 """Complex float32 values of the rows turned at once that the compiler spills to vector memory at
-most, forwards and backwards: what it reported, rounded up."""
+most, forwards and backwards: what it reported for v4 (5.4 and 7.5), rounded up."""
+
+SPILLED_VALUES_HIGHEST = {False: 6, True: 16}
+"""The same where the transforms are multiplied in `HIGHEST` (5.4 and 15.4)."""
 
 PARAMETER_TABLES = 10
 """Real tables of n numbers that a kernel reads: D₁, D₂, D₃, v₁ and v₂, real and imaginary."""
@@ -97,7 +101,7 @@ class UnitaryConfig:
         """
         return self.padded + 1
 
-    def vmem_bytes(self, dtype: jnp.dtype, *, backward: bool, precision: jax.lax.Precision) -> int:
+    def vmem_bytes(self, dtype: DTypeLike, *, backward: bool, precision: jax.lax.Precision) -> int:
         """The vector memory of a step, in bytes.
 
         Args:
@@ -113,12 +117,14 @@ class UnitaryConfig:
         numbers = (2 * self.padded) ** 2 + (2 * LANES) ** 2
         matrices = numbers * (2 if precision == jax.lax.Precision.DEFAULT else 4)
         tables = (PARAMETER_TABLES + 2 + (2 * GRADIENT_TABLES if backward else 0)) * table
-        spilled = SPILLED_VALUES[backward] * 2 * table * self.at_once
+        highest = precision == jax.lax.Precision.HIGHEST
+        values = (SPILLED_VALUES_HIGHEST if highest else SPILLED_VALUES)[backward]
+        spilled = values * 2 * table * self.at_once
         return blocks + scratch + matrices + tables + spilled
 
     def check(
         self,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         *,
         backward: bool,
         precision: jax.lax.Precision,
@@ -145,7 +151,7 @@ class UnitaryConfig:
             )
 
 
-def resolve_precision(precision: jax.lax.Precision | None, dtype: jnp.dtype) -> jax.lax.Precision:
+def resolve_precision(precision: jax.lax.Precision | None, dtype: DTypeLike) -> jax.lax.Precision:
     """What the transforms are multiplied in: by default, as good as float32 for these activations.
 
     A TPU multiplies bfloat16 numbers. `DEFAULT` rounds to them once; `HIGH` takes each number as a
@@ -168,7 +174,7 @@ def choose_config(
     *,
     n: int,
     rows: int,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     backward: bool,
     precision: jax.lax.Precision,
     vmem_bytes: int = SMALLEST_VMEM_BYTES,

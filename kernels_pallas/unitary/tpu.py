@@ -56,12 +56,15 @@ def forward(
       precision: of the transforms.
       interpret: for `pallas_call`.
       config: what a step works on, instead of the chosen one.
+
+    Raises:
+      ValueError: the chip has not room for the configuration.
     """
     if not x.size:
         return (x,)
     rows = x.reshape(-1, x.shape[-1])
     precision = resolve_precision(precision, x.dtype)
-    config = config or _choose(rows, precision, backward=False)
+    config = _checked(config, rows, precision, backward=False)
     constants = _constants(_tables(phases, reflections, config), config, precision)
     block = pl.BlockSpec((config.rows, rows.shape[1]), lambda i: (i, 0))
     incoming = _incoming(block, config)
@@ -95,7 +98,7 @@ def backward(
         return x, jnp.zeros_like(phases), jnp.zeros_like(reflections)
     rows = x.reshape(-1, x.shape[-1])
     precision = resolve_precision(precision, x.dtype)
-    config = config or _choose(rows, precision, backward=True)
+    config = _checked(config, rows, precision, backward=True)
     constants = _constants(_tables(phases, reflections, config), config, precision)
     steps = pl.cdiv(rows.shape[0], config.rows)
     # Chips with two cores split the first axis of the grid among them; each sums on its own.
@@ -220,7 +223,7 @@ def _backward_step(
 def _lay_out(
     x_ref: Any, z_ref: Any, first: jax.Array, *, total: int, config: UnitaryConfig
 ) -> None:
-    """[rows, features] to [2, row · pitch + piece, 128] in float32; zeros in the padding.
+    """[rows, features] to [(part, row) · pitch + piece, 128] in float32; zeros in the padding.
 
     Rows beyond the last, which may be anything, become zeros too.
     """
@@ -232,13 +235,12 @@ def _lay_out(
             if total % config.rows:
                 row = first + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
                 values = jnp.where(row < total, values, 0.0)
-            z_ref[part, pl.ds(piece, config.rows, stride=config.pitch), :] = values
+            z_ref[_piece_of_rows(part, piece, config), :] = values
 
     _for_each(config.n1, move)
     for piece in range(config.n1, config.padded):
         for part in range(2):
-            padding = pl.ds(piece, config.rows, stride=config.pitch)
-            z_ref[part, padding, :] = jnp.zeros(shape, jnp.float32)
+            z_ref[_piece_of_rows(part, piece, config), :] = jnp.zeros(shape, jnp.float32)
 
 
 def _lay_back(z_ref: Any, y_ref: Any, config: UnitaryConfig) -> None:
@@ -246,7 +248,7 @@ def _lay_back(z_ref: Any, y_ref: Any, config: UnitaryConfig) -> None:
 
     def move(piece: jax.Array) -> None:
         for part in range(2):
-            values = z_ref[part, pl.ds(piece, config.rows, stride=config.pitch), :]
+            values = z_ref[_piece_of_rows(part, piece, config), :]
             y_ref[:, _lanes(part, piece, config)] = values.astype(y_ref.dtype)
 
     _for_each(config.n1, move)
@@ -257,19 +259,28 @@ def _lanes(part: int, piece: jax.Array, config: UnitaryConfig) -> Any:
 
 
 def _read(z_ref: Any, first: jax.Array, config: UnitaryConfig) -> Complex:
-    rows = [_pieces(first + i, config) for i in range(config.at_once)]
-    real, imaginary = (jnp.stack([z_ref[part, row, :] for row in rows]) for part in range(2))
+    real, imaginary = (
+        jnp.stack([z_ref[_pieces(part, first + i, config), :] for i in range(config.at_once)])
+        for part in range(2)
+    )
     return real, imaginary
 
 
 def _write(z_ref: Any, first: jax.Array, z: Complex, config: UnitaryConfig) -> None:
     for part in range(2):
         for i in range(config.at_once):
-            z_ref[part, _pieces(first + i, config), :] = z[part][i]
+            z_ref[_pieces(part, first + i, config), :] = z[part][i]
 
 
-def _pieces(row: jax.Array, config: UnitaryConfig) -> Any:
-    return pl.ds(row * config.pitch, config.padded)
+def _piece_of_rows(part: int, piece: Any, config: UnitaryConfig) -> Any:
+    """Where one piece of every row is in the scratch buffer."""
+    start = part * config.rows * config.pitch + piece
+    return pl.ds(start, config.rows, stride=config.pitch)
+
+
+def _pieces(part: int, row: jax.Array, config: UnitaryConfig) -> Any:
+    """Where all pieces of one row are."""
+    return pl.ds((part * config.rows + row) * config.pitch, config.padded)
 
 
 def _for_each(count: int, body: Callable[[jax.Array], None]) -> None:
@@ -376,7 +387,19 @@ def _dot(
 # What the kernels are given.
 
 
-def _choose(rows: jax.Array, precision: jax.lax.Precision, *, backward: bool) -> UnitaryConfig:
+def _checked(
+    config: UnitaryConfig | None,
+    rows: jax.Array,
+    precision: jax.lax.Precision,
+    *,
+    backward: bool,
+) -> UnitaryConfig:
+    """The given or the chosen configuration, which fits the chip that is lowered for."""
+    if config is not None:
+        config.check(
+            rows.dtype, backward=backward, precision=precision, vmem_bytes=target_vmem_bytes()
+        )
+        return config
     return choose_config(
         n=rows.shape[1] // 2,
         rows=rows.shape[0],
@@ -475,7 +498,7 @@ def _whole(array: jax.Array) -> pl.BlockSpec:
 
 
 def _scratch(config: UnitaryConfig) -> Any:
-    return pltpu.VMEM((2, config.rows * config.pitch, LANES), jnp.float32)
+    return pltpu.VMEM((2 * config.rows * config.pitch, LANES), jnp.float32)
 
 
 def _like(x: jax.Array, shape: tuple[int, ...], dtype: Any = None) -> jax.ShapeDtypeStruct:
