@@ -1,20 +1,23 @@
-"""Training steps beside Hugging Face PEFT's: `make bench`, or `python -m benchmarks.run`.
+"""Speed beside Hugging Face PEFT's: `make bench`, or `python -m benchmarks.run`.
 
-Each comparison starts two processes, lets both compile and warm up, and runs them in turn, so that
-a change in the machine's speed meets both. What counts is the ratio, pair by pair.
+First the rotation by itself, over widths and tokens (`benchmarks.rotation`), then training steps.
+Each comparison of steps starts two processes, lets both compile and warm up, and runs them in turn,
+so that a change in the machine's speed meets both. What counts is the ratio, pair by pair.
 """
 
 import argparse
 import json
 import os
 import platform
+import subprocess
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.compare import Comparison, compare, table
+from benchmarks.compare import ROOT, Comparison, compare, table
 
+ROTATION = "rotation"
 OURS, THEIRS = "benchmarks.step_ours", "benchmarks.step_peft"
 COMPARISONS = {
     "full": ("full / PEFT full", (OURS, "full"), (THEIRS, "full")),
@@ -28,13 +31,26 @@ COMPARISONS = {
 def main() -> None:
     """Runs the comparisons and writes what came out."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=COMPARISONS, default=list(COMPARISONS))
+    known = [ROTATION, *COMPARISONS]
+    parser.add_argument("--only", nargs="+", choices=known, default=known)
     parser.add_argument("--rounds", type=int, default=5, help="pairs a comparison (5)")
     parser.add_argument("--steps", type=int, default=2, help="steps in each half of a pair (2)")
     parser.add_argument("--output", type=Path, default=Path("out/bench"))
     options = parser.parse_args()
+    if ROTATION in options.only:
+        # In a process of its own, which alone has the threads of both libraries.
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.rotation",
+            "--output",
+            str(options.output.absolute()),
+        ]
+        subprocess.run(command, cwd=ROOT, check=True)
     done: list[Comparison] = []
     for key in options.only:
+        if key == ROTATION:
+            continue
         name, ours, theirs = COMPARISONS[key]
         print(f"{name} …", file=sys.stderr, flush=True)
         done.append(compare(name, ours, theirs, rounds=options.rounds, steps=options.steps))
@@ -43,6 +59,8 @@ def main() -> None:
             file=sys.stderr,
             flush=True,
         )
+    if not done:
+        return
     text = f"{_machine()}\n\n{table(done)}\n"
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "steps.md").write_text(text)

@@ -1,6 +1,7 @@
 """The orthogonal and unitary products, one folder a kernel.
 
-- `block_rotation`: activations times a block-diagonal matrix, and the staged butterfly.
+- `block_rotation`: activations times a block-diagonal matrix.
+- `butterfly`: activations times a product of butterfly factors too large to be made one.
 - `cayley`: orthogonal blocks from the free entries of skew-symmetric ones, and their composition.
 - `unitary`: the unitary product of phases, Fourier transforms and reflections.
 

@@ -1,4 +1,6 @@
-"""The memory on the chip that a kernel may fill, by generation of TPU."""
+"""What kernels must know of the chips: memory on a TPU's, and which GPUs have kernels at all."""
+
+import jax
 
 MIB = 2**20
 
@@ -22,3 +24,24 @@ def target_vmem_bytes() -> int:
         return pltpu.get_tpu_info().vmem_capacity_bytes
     except ValueError:
         return SMALLEST_VMEM_BYTES
+
+
+HOPPER = "9.0"
+"""The compute capability of the GPUs whose matrix instructions the GPU kernels use."""
+
+UNMEASURED = (
+    "the GPU kernel has been interpreted and lowered, but never run on a GPU; 'pallas' asks for it"
+)
+"""Why "auto" does not take a GPU kernel yet."""
+
+
+def refuse_generation() -> str | None:
+    """Why the GPUs of this machine cannot run the GPU kernels; None if they can, or are none."""
+    try:
+        found = {device.compute_capability for device in jax.devices("cuda")}
+    except RuntimeError:
+        return None
+    other = sorted(found - {HOPPER})
+    if other:
+        return f"it is for GPUs of compute capability {HOPPER}, and this machine has {other[0]}"
+    return None

@@ -106,7 +106,7 @@ class Operation:
     rowwise: tuple[int, ...] = ()
 
     def __call__(
-        self, *arrays: jax.Array, implementation: str, **settings: Any
+        self, *arrays: Any, implementation: str, **settings: Any
     ) -> tuple[jax.Array, ...]:
         """The results.
 
@@ -128,7 +128,7 @@ class Operation:
         )
         return tuple(found)
 
-    def _interpret(self, *arrays: jax.Array, **settings: Any) -> tuple[jax.Array, ...]:
+    def _interpret(self, *arrays: Any, **settings: Any) -> tuple[jax.Array, ...]:
         """The TPU's kernel, interpreted; as it is traced, since its effects must be seen by JAX."""
         shapes = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays)
         choice = choose(self, "interpret", shapes, settings, platform="tpu", parts=1)
@@ -255,7 +255,7 @@ def _abstract(*avals: Any, operation: Operation, implementation: str, settings: 
     ]
 
 
-def _run(*arrays: jax.Array, **params: Any) -> list[jax.Array]:
+def _run(*arrays: Any, **params: Any) -> list[jax.Array]:
     """Outside of `jax.jit`."""
     return _compiled(tuple(sorted(params.items(), key=lambda item: item[0])))(*arrays)
 

@@ -65,7 +65,8 @@ def spread(
       x: [rows, ..., features].
       parameters: what the rows are multiplied by.
       blocks: into how many independent blocks of features the function falls apart; 1 if it mixes
-        all of them.
+        all of them. Then features that are cut are brought together, and the devices that shared
+        them share the tokens instead.
       feature_axes: for each parameter, its axis that goes along the blocks, or None.
       implementation: which one the function asks for, since Pallas's interpreter does not keep
         track of what differs over the mesh.
@@ -78,9 +79,15 @@ def spread(
         return function(x, *parameters)
     rows = tuple(axis for axis in layout.rows if axis in mesh.shape)
     features = tuple(axis for axis in layout.features if axis in mesh.shape)
-    if x.shape[0] % _size(mesh, rows) or blocks % _size(mesh, features):
+    if x.shape[0] % _size(mesh, rows) or (blocks > 1 and blocks % _size(mesh, features)):
         return function(x, *parameters)
-    whole = (None,) * (x.ndim - 2)
+    whole: tuple[Any, ...] = (None,) * (x.ndim - 2)
+    if features and blocks == 1:
+        if x.ndim > 2 and x.shape[1] % _size(mesh, features) == 0:
+            whole = (features, *whole[1:])
+        elif x.shape[0] % _size(mesh, (*rows, *features)) == 0:
+            rows = (*rows, *features)
+        features = ()
     activations = PartitionSpec(rows or None, *whole, features or None)
     specs = [
         PartitionSpec() if axis is None else PartitionSpec(*(None,) * axis, features or None)

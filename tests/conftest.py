@@ -1,6 +1,8 @@
 """Settings every test runs under: eight virtual devices, strict dtypes, checked array types."""
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before JAX is imported anywhere: tests run on the CPU, as eight devices, whatever else is there.
@@ -25,6 +27,8 @@ install_import_hook(["peft_jax", "kernels_pallas"], "beartype.beartype").__enter
 import jax
 import pytest
 
+from kernels_pallas import dispatch
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # Looking for doctests in them would import several modules by the one name.
@@ -34,6 +38,22 @@ collect_ignore_glob = ["conftest.py", "*/conftest.py"]
 @pytest.fixture
 def key() -> jax.Array:
     return jax.random.key(0)
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """What the kernels' dispatch says while the test runs, also what it has said before."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = logging.getLogger("kernels_pallas")
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    dispatch._say_once.cache_clear()
+    yield lines
+    logger.removeHandler(handler)
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,5 @@
-"""Activations times a block-diagonal matrix, and a product of butterfly factors."""
+"""Activations times a block-diagonal matrix."""
 
-from kernels_pallas.block_rotation.api import block_rotation, butterfly_rotation
+from kernels_pallas.block_rotation.api import block_rotation
 
-__all__ = ["block_rotation", "butterfly_rotation"]
+__all__ = ["block_rotation"]

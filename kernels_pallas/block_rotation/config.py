@@ -20,15 +20,24 @@ MAX_MATRIX = 640
 2 · 640 / 4 operations a byte moved in bfloat16, take longer than moving the activations."""
 
 MAX_FEATURES = 1024
-"""Features of a tile at most: a row of it is 2 kB, enough to be moved at the memory's full rate, and
-the matrices for so many features are few."""
+"""Features of a tile at most: a row of it is 2 kB, enough to be moved at the memory's full rate,
+and the matrices for so many features are few."""
 
 TOKEN_TILES = (1024, 512, 256, 128, 64, 32, 16)
 """A bfloat16 tile of 512 x 1024 is 1 MiB; a step's fixed cost (about 0.3 µs) is then a few percent
 of the time it takes to move it. All are multiples of 16, the rows that 16-bit numbers come in."""
 
 BUDGET_BYTES = SMALLEST_VMEM_BYTES // 2
-"""Of the vector memory of the smallest chip, half: the rest is left for what the compiler spills."""
+"""Half the vector memory of the smallest chip: the rest is left for what the compiler spills."""
+
+
+GPU_TOKENS = 64
+"""Rows of a tile on a GPU: what one warpgroup's matrix instruction takes, so that the float32
+product of a tile and the gradient of a matrix fit its registers together."""
+
+GPU_MATRICES = (64, 128)
+"""Sizes of matrices on a GPU: rows of 128 bytes at least, as shared memory is laid out for the
+matrix instructions; a float32 gradient of 128 x 128 takes half of a warpgroup's registers."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,6 +111,24 @@ def matrix_size(block_size: int) -> int:
       (128, 128, 384, 256)
     """
     return math.lcm(block_size, LANES)
+
+
+def gpu_matrix_size(block_size: int) -> int:
+    """The size of the matrices that hold whole blocks on a GPU.
+
+    Raises:
+      ValueError: there is none.
+
+    Example:
+      >>> gpu_matrix_size(16), gpu_matrix_size(128)
+      (64, 128)
+    """
+    for size in GPU_MATRICES:
+        if size % block_size == 0:
+            return size
+    raise ValueError(
+        f"blocks of {block_size} do not fill matrices of {' or '.join(map(str, GPU_MATRICES))}"
+    )
 
 
 def choose_config(

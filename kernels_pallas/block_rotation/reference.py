@@ -17,7 +17,7 @@ def dense(blocks: np.ndarray) -> np.ndarray:
 
 
 def forward(x: np.ndarray, blocks: np.ndarray) -> np.ndarray:
-    """y = x blockdiag(blocks) [..., d], float64."""
+    """The product y = x blockdiag(blocks) [..., d], float64."""
     return np.asarray(x, np.float64) @ dense(blocks)
 
 

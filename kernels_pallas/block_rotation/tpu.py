@@ -15,10 +15,14 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from kernels_pallas.block_rotation.config import RotationConfig, choose_config
+from kernels_pallas.block_rotation.matrices import from_matrices, to_matrices
+from kernels_pallas.chips import target_vmem_bytes
 
-_IN_ROWS = (((1,), (0,)), ((), ()))  # a b
-_IN_COLUMNS = (((1,), (1,)), ((), ()))  # a bᵀ
-_OVER_ROWS = (((0,), (0,)), ((), ()))  # aᵀ b
+_DIMENSIONS = {
+    "ab": (((1,), (0,)), ((), ())),
+    "abT": (((1,), (1,)), ((), ())),
+    "aTb": (((0,), (0,)), ((), ())),
+}
 
 
 def forward(
@@ -37,25 +41,29 @@ def forward(
       precision: of the products.
       interpret: for `pallas_call`.
       config: the tile, instead of the chosen one.
+
+    Raises:
+      ValueError: the chip has not room for the tile.
     """
     if not x.size:
         return (x,)
-    rows = _as_rows(x)
-    config = config or _choose(rows, blocks, backward=False)
+    rows = as_rows(x)
+    config = _checked(config, rows, blocks, backward=False)
     grid, tile, matrices = _specs(rows, config)
     call = pl.pallas_call(
         functools.partial(_forward_step, d=x.shape[-1], config=config, precision=precision),
         grid=grid,
         in_specs=[tile, matrices],
         out_specs=tile,
-        out_shape=_like(rows),
+        out_shape=like(rows),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel")
         ),
+        cost_estimate=_cost(rows, config, passes=2),
         interpret=interpret,
         name="block_rotation",
     )
-    return (call(rows, to_matrices(blocks, config, x.dtype)).reshape(x.shape),)
+    return (call(rows, _pack(blocks, rows, config)).reshape(x.shape),)
 
 
 def backward(
@@ -70,10 +78,10 @@ def backward(
     """(dx, dblocks) for the gradient g of y, in one pass over x and g; arguments as `forward`'s."""
     if not x.size:
         return x, jnp.zeros_like(blocks)
-    rows = _as_rows(x)
-    config = config or _choose(rows, blocks, backward=True)
+    rows = as_rows(x)
+    config = _checked(config, rows, blocks, backward=True)
     grid, tile, matrices = _specs(rows, config)
-    packed = to_matrices(blocks, config, x.dtype)
+    packed = _pack(blocks, rows, config)
     call = pl.pallas_call(
         functools.partial(
             _backward_step,
@@ -85,15 +93,16 @@ def backward(
         grid=grid,
         in_specs=[tile, tile, matrices],
         out_specs=[tile, matrices],
-        out_shape=[_like(rows), _like(packed, jnp.float32)],
+        out_shape=[like(rows), like(packed, jnp.float32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary")
         ),
+        cost_estimate=_cost(rows, config, passes=3),
         interpret=interpret,
         name="block_rotation_backward",
     )
-    dx, dmatrices = call(rows, _as_rows(g), packed)
-    return dx.reshape(x.shape), from_matrices(dmatrices, blocks).astype(blocks.dtype)
+    dx, dmatrices = call(rows, as_rows(g), packed)
+    return dx.reshape(x.shape), from_matrices(dmatrices, blocks.shape).astype(blocks.dtype)
 
 
 def _forward_step(
@@ -107,7 +116,7 @@ def _forward_step(
 ) -> None:
     for index, at in _columns(config):
         x = _inside_columns(x_ref[0, :, at], at, d=d, config=config)
-        y_ref[0, :, at] = _dot(x, matrices_ref[index], _IN_ROWS, precision).astype(y_ref.dtype)
+        y_ref[0, :, at] = dot(x, matrices_ref[index], "ab", precision).astype(y_ref.dtype)
 
 
 def _backward_step(
@@ -133,9 +142,9 @@ def _backward_step(
             )
             for ref in (x_ref, g_ref)
         )
-        dx = _dot(g, matrices_ref[index], _IN_COLUMNS, precision)
+        dx = dot(g, matrices_ref[index], "abT", precision)
         dx_ref[0, :, at] = dx.astype(dx_ref.dtype)
-        dmatrices_ref[index] += _dot(x, g, _OVER_ROWS, precision)
+        dmatrices_ref[index] += dot(x, g, "aTb", precision)
 
 
 def _columns(config: RotationConfig) -> list[tuple[int, slice]]:
@@ -162,15 +171,14 @@ def _inside_rows(x: jax.Array, *, tokens: int, config: RotationConfig) -> jax.Ar
     return jnp.where(row < tokens, x, jnp.zeros_like(x))
 
 
-def _dot(
-    a: jax.Array, b: jax.Array, dimensions: Any, precision: jax.lax.Precision | None
-) -> jax.Array:
+def dot(a: jax.Array, b: jax.Array, product: str, precision: jax.lax.Precision | None) -> jax.Array:
+    """The float32 product a b ("ab"), a bᵀ ("abT") or aᵀ b ("aTb") of two matrices on the chip."""
     return jax.lax.dot_general(
-        a, b, dimensions, precision=precision, preferred_element_type=jnp.float32
+        a, b, _DIMENSIONS[product], precision=precision, preferred_element_type=jnp.float32
     )
 
 
-def _as_rows(x: Float[Array, "*batch d"]) -> Float[Array, "rows tokens d"]:
+def as_rows(x: Float[Array, "*batch d"]) -> Float[Array, "rows tokens d"]:
     """[rows, tokens, d] with as few rows as can be had without moving anything.
 
     In memory tokens come in groups of eight (sixteen of 16 bits), so only axes before those can be
@@ -182,13 +190,40 @@ def _as_rows(x: Float[Array, "*batch d"]) -> Float[Array, "rows tokens d"]:
     return x.reshape(-1, *x.shape[-2:])
 
 
-def _choose(rows: jax.Array, blocks: jax.Array, *, backward: bool) -> RotationConfig:
-    return choose_config(
+def _checked(
+    config: RotationConfig | None, rows: jax.Array, blocks: jax.Array, *, backward: bool
+) -> RotationConfig:
+    """The given tile, or the chosen one, if the chip has room for it."""
+    config = config or choose_config(
         tokens=rows.shape[1],
         features=rows.shape[2],
         block_size=blocks.shape[-1],
         dtype=rows.dtype,
         backward=backward,
+    )
+    config.check(rows.dtype, backward=backward, vmem_bytes=target_vmem_bytes())
+    return config
+
+
+def _pack(blocks: jax.Array, rows: jax.Array, config: RotationConfig) -> jax.Array:
+    """The blocks as matrices, for whole tiles of features."""
+    features = pl.cdiv(rows.shape[2], config.features) * config.features
+    return to_matrices(blocks, config.matrix, features, rows.dtype)
+
+
+def _cost(rows: jax.Array, config: RotationConfig, *, passes: int) -> pl.CostEstimate:
+    """For the compiler's schedule and its `cost_analysis`.
+
+    Args:
+      rows: the activations.
+      config: the tile.
+      passes: how many arrays of their size are moved; one product fewer is made.
+    """
+    matrices = rows.shape[2] * config.matrix * (rows.dtype.itemsize + 4 * (passes - 2))
+    return pl.CostEstimate(
+        flops=2 * (passes - 1) * rows.size * config.matrix,
+        bytes_accessed=passes * rows.size * rows.dtype.itemsize + matrices,
+        transcendentals=0,
     )
 
 
@@ -204,34 +239,7 @@ def _specs(
     return grid, tile, matrices
 
 
-def _like(x: jax.Array, dtype: Any = None) -> jax.ShapeDtypeStruct:
+def like(x: jax.Array, dtype: Any = None) -> jax.ShapeDtypeStruct:
+    """The shape of a result of a kernel that is as `x` is."""
     varying = jax.typeof(x).manual_axis_type
     return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, manual_axis_type=varying)
-
-
-def to_matrices(
-    blocks: Float[Array, "n B B"], config: RotationConfig, dtype: Any
-) -> Float[Array, "matrices M M"]:
-    """Matrices with groups of blocks on their diagonals, zeros after the last block."""
-    n, size, _ = blocks.shape
-    group = config.matrix // size
-    of_tile = config.features // size
-    padded = jnp.pad(blocks.astype(dtype), ((0, -n % of_tile), (0, 0), (0, 0)))
-    if group == 1:
-        return padded
-    apart = padded.reshape(-1, group, size, 1, size)
-    eye = jnp.eye(group, dtype=dtype)[:, None, :, None]
-    return (apart * eye).reshape(-1, config.matrix, config.matrix)
-
-
-def from_matrices(
-    matrices: Float[Array, "matrices M M"], blocks: Float[Array, "n B B"]
-) -> Float[Array, "n B B"]:
-    """The blocks on the matrices' diagonals: `to_matrices`'s transpose."""
-    n, size, _ = blocks.shape
-    group = matrices.shape[-1] // size
-    if group == 1:
-        return matrices[:n]
-    apart = matrices.reshape(-1, group, size, group, size)
-    eye = jnp.eye(group, dtype=matrices.dtype)[:, None, :, None]
-    return jnp.sum(apart * eye, axis=3).reshape(-1, size, size)[:n]

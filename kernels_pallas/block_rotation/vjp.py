@@ -4,12 +4,14 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels_pallas.block_rotation import config, xla
+from kernels_pallas.chips import UNMEASURED, refuse_generation
 from kernels_pallas.dispatch import Operation
 
-Residuals = tuple[jax.Array, jax.Array]
+Residuals = tuple[Any, Any]
 
 
 def _tpu(name: str, *arrays: jax.Array, **settings: Any) -> tuple[jax.Array, ...]:
@@ -18,11 +20,19 @@ def _tpu(name: str, *arrays: jax.Array, **settings: Any) -> tuple[jax.Array, ...
     return getattr(tpu, name)(*arrays, **settings)
 
 
+def _gpu(name: str, *arrays: jax.Array, **settings: Any) -> tuple[jax.Array, ...]:
+    from kernels_pallas.block_rotation import gpu
+
+    return getattr(gpu, name)(*arrays, **settings)
+
+
 def _refuse(platform: str, *shapes: jax.ShapeDtypeStruct, **settings: Any) -> str | None:
     """Why no kernel can turn arrays of these shapes."""
     del settings
     x, blocks = shapes[0], shapes[-1]
     try:
+        if platform == "gpu":
+            return _refuse_on_gpu(x, config.gpu_matrix_size(blocks.shape[-1]))
         config.choose_config(
             tokens=1,
             features=x.shape[-1],
@@ -35,11 +45,26 @@ def _refuse(platform: str, *shapes: jax.ShapeDtypeStruct, **settings: Any) -> st
     return None
 
 
+def _refuse_on_gpu(x: jax.ShapeDtypeStruct, matrix: int) -> str | None:
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"a GPU's matrix instructions would round {x.dtype.name}"
+    if x.shape[-1] % matrix:
+        return f"{x.shape[-1]} features are not a whole number of matrices of {matrix}"
+    return refuse_generation()
+
+
+def _hesitate(platform: str, *shapes: jax.ShapeDtypeStruct, **settings: Any) -> str | None:
+    del shapes, settings
+    return UNMEASURED if platform == "gpu" else None
+
+
 FORWARD = Operation(
     name="block_rotation",
     xla=xla.forward,
     tpu=functools.partial(_tpu, "forward"),
+    gpu=functools.partial(_gpu, "forward"),
     refuse=_refuse,
+    hesitate=_hesitate,
     rowwise=(0,),
 )
 """(x, blocks) to (y,)."""
@@ -48,7 +73,9 @@ BACKWARD = Operation(
     name="block_rotation_backward",
     xla=xla.backward,
     tpu=functools.partial(_tpu, "backward"),
+    gpu=functools.partial(_gpu, "backward"),
     refuse=_refuse,
+    hesitate=_hesitate,
 )
 """(x, g, blocks) to (dx, dblocks)."""
 
@@ -60,12 +87,12 @@ def rotate(
     precision: jax.lax.Precision | None,
     implementation: str,
 ) -> Float[Array, "*batch d"]:
-    """y = x blockdiag(blocks), as `block_rotation`; all arguments by position."""
+    """What `block_rotation` returns; all arguments by position."""
     return FORWARD(x, blocks, precision=precision, implementation=implementation)[0]
 
 
 def _forward(
-    x: jax.Array, blocks: jax.Array, precision: Any, implementation: str
+    x: Any, blocks: Any, precision: Any, implementation: str
 ) -> tuple[jax.Array, Residuals]:
     return rotate(x, blocks, precision, implementation), (x, blocks)
 

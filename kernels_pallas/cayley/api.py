@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from kernels_pallas.block_rotation.api import butterfly_rotation
+from kernels_pallas.butterfly.api import butterfly_rotation
 
 UNROLLED_BLOCK_SIZE = 32
 """Up to this size blocks are inverted all at once by an unrolled elimination, which has no pivots
@@ -99,8 +99,12 @@ def compose_butterfly(factors: Float[Array, "m n b b"]) -> Float[Array, "blocks 
     size = b * 2 ** (m - 1)
     blocks = n * b // size
     unit = jnp.broadcast_to(jnp.eye(size, dtype=factors.dtype)[:, None], (size, blocks, size))
+    # Once a step over few rows, for all layers at once: nothing that a kernel would make faster.
     images = butterfly_rotation(
-        unit.reshape(size, n * b), factors, precision=jax.lax.Precision.HIGHEST
+        unit.reshape(size, n * b),
+        factors,
+        precision=jax.lax.Precision.HIGHEST,
+        implementation="xla",
     )
     return jnp.swapaxes(images.reshape(size, blocks, size), 0, 1)
 

@@ -1,14 +1,20 @@
 """The unitary product's public function."""
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Complex, Float
+from jaxtyping import Array, Float
+
+from kernels_pallas.dispatch import resolve
+from kernels_pallas.layout import spread
+from kernels_pallas.unitary import vjp, xla
 
 
 def unitary_product(
     x: Float[Array, "*batch d"],
     phases: Float[Array, "3 n"],
     reflections: Float[Array, "2 2 n"],
+    *,
+    precision: jax.lax.Precision | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "*batch d"]:
     """The unitary map U = D₃ R₂ F⁻¹ D₂ R₁ F D₁ of complex vectors held as real ones.
 
@@ -22,27 +28,33 @@ def unitary_product(
       x: activations [..., d], d even.
       phases: the angles of D₁, D₂, D₃, radians, [3, n], float32.
       reflections: the vectors of R₁ and R₂, real parts and imaginary parts, [2, 2, n], float32;
-        their lengths do not matter.
+        their lengths do not matter, as long as they are not zero.
+      precision: of the transforms in the Pallas kernels; by default as good as float32 for the
+        dtype of `x` (`kernels_pallas.unitary.config.resolve_precision`). XLA's form is always in
+        float32.
+      implementation: one of `kernels_pallas.dispatch.IMPLEMENTATIONS`; by default what
+        `kernels_pallas.dispatch.using` says, or "auto". "xla" can be differentiated any number of
+        times and forwards, the others once and backwards.
 
     Returns:
-      [..., d] in the dtype of `x`; computed in float32. Norms are preserved.
+      [..., d] in the dtype of `x`. Norms are preserved.
 
     Raises:
       ValueError: when d is not 2 n.
+      KernelError: the implementation asked for cannot work where this is lowered.
     """
     n = phases.shape[-1]
     if x.shape[-1] != 2 * n:
         raise ValueError(f"{n} complex features are {2 * n} real ones; the input has {x.shape[-1]}")
-    d1, d2, d3 = jax.lax.complex(jnp.cos(phases), jnp.sin(phases))
-    v1, v2 = jax.lax.complex(reflections[:, 0], reflections[:, 1])
-    z = jax.lax.complex(*jnp.split(x.astype(jnp.float32), 2, axis=-1))
-    z = _reflect(jnp.fft.fft(z * d1, norm="ortho"), v1)
-    z = _reflect(jnp.fft.ifft(z * d2, norm="ortho"), v2) * d3
-    return jnp.concatenate([z.real, z.imag], axis=-1).astype(x.dtype)
-
-
-def _reflect(z: Complex[Array, "*batch n"], v: Complex[Array, " n"]) -> Complex[Array, "*batch n"]:
-    """The Householder reflection z - 2 v (v* z) / (v* v) of each row."""
-    squared = jnp.sum(jnp.real(v * jnp.conj(v)))
-    along = jnp.sum(z * jnp.conj(v), axis=-1, keepdims=True)
-    return z - (2.0 / squared).astype(z.dtype) * along * v
+    chosen = resolve(implementation)
+    if chosen == "xla":
+        return xla.forward(x, phases, reflections, precision=precision)[0]
+    return spread(
+        lambda *arrays: vjp.turn(*arrays, precision, chosen),
+        x,
+        phases,
+        reflections,
+        blocks=1,
+        feature_axes=(None, None),
+        implementation=chosen,
+    )

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels_pallas.block_rotation import block_rotation, butterfly_rotation
+from kernels_pallas.block_rotation import block_rotation
+from kernels_pallas.butterfly import butterfly_rotation
 from kernels_pallas.cayley import cayley, compose_butterfly
 from peft_jax.adapters.method import AdapterMethod, Arrays, Axes, GradientFactors
 from peft_jax.core import Kernel, linear
@@ -23,7 +24,7 @@ class BOFT(AdapterMethod):
     """Orthogonal butterfly fine-tuning, y = ((x M) W) ⊙ scale with M = F_{m-1} ... F_0.
 
     Each factor is block-diagonal (after a permutation) with blocks Q = (I - S)(I + S)⁻¹ of
-    skew-symmetric S; see `kernels_pallas.block_rotation.butterfly_rotation`. Only the
+    skew-symmetric S; see `kernels_pallas.butterfly.butterfly_rotation`. Only the
     b (b - 1) / 2 free entries of each S are stored, where Hugging Face PEFT stores b² and projects.
     Trained: `r` [m, d_in / b, b (b - 1) / 2], zeros at first, and `scale` [d_out], ones at first.
 
@@ -128,7 +129,10 @@ class BOFT(AdapterMethod):
         # The rows of Wᵀ through the transposed map are the columns of M W.
         columns = base.astype(jnp.float32).T
         _, transposed = jax.vjp(
-            lambda x: self._rotate(x, arrays, precision=jax.lax.Precision.HIGHEST), columns
+            lambda x: self._rotate(
+                x, arrays, precision=jax.lax.Precision.HIGHEST, implementation="xla"
+            ),
+            columns,
         )
         return transposed(columns)[0].T * arrays["scale"].astype(jnp.float32)
 
@@ -138,7 +142,11 @@ class BOFT(AdapterMethod):
         arrays: Arrays,
         *,
         precision: jax.lax.Precision | None = None,
+        implementation: str | None = None,
     ) -> Float[Array, "*batch d_in"]:
-        if "blocks" in arrays:
-            return block_rotation(x, arrays["blocks"], precision=precision)
-        return butterfly_rotation(x, arrays["factors"], precision=precision)
+        rotate, turns = (
+            (block_rotation, arrays["blocks"])
+            if "blocks" in arrays
+            else (butterfly_rotation, arrays["factors"])
+        )
+        return rotate(x, turns, precision=precision, implementation=implementation)

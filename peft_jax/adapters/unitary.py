@@ -73,8 +73,12 @@ class Unitary(AdapterMethod):
 
     def merge(self, base: Float[Array, "d_in d_out"], arrays: Arrays) -> Float[Array, "d_in d_out"]:
         """U, as a real orthogonal map of row vectors, times W."""
+        # The rows of Wᵀ through the transposed map are the columns of U W.
         columns = base.astype(jnp.float32).T
         _, transposed = jax.vjp(
-            lambda x: unitary_product(x, arrays["phases"], arrays["reflections"]), columns
+            lambda x: unitary_product(
+                x, arrays["phases"], arrays["reflections"], implementation="xla"
+            ),
+            columns,
         )
         return transposed(columns)[0].T

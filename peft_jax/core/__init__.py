@@ -1,5 +1,6 @@
 """What every other part stands on: kernels that know how to multiply, and trees addressed by path.
 
+- [`activations`][peft_jax.core.activations]: how activations lie on a mesh, for kernels.
 - [`kernel`][peft_jax.core.kernel]: `AdaptedKernel`, `linear`.
 - [`trees`][peft_jax.core.trees]: nested dictionaries of arrays as flat paths, and back.
 - [`suggest`][peft_jax.core.suggest]: the nearest known name, for error messages.

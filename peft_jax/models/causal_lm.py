@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
+from kernels_pallas.dispatch import using
 from peft_jax.core import Kernel, Tree, linear
 from peft_jax.models.cache import KVCache
 from peft_jax.models.model import Model
@@ -56,7 +57,8 @@ class CausalLM(Model):
             cache = cache.admit(positions, segment_ids)
         elif positions is None:
             positions = default_positions(tokens, segment_ids)
-        return self._bound(params)(tokens, positions, segment_ids, cache)
+        with using(self.execution.kernels):
+            return self._bound(params)(tokens, positions, segment_ids, cache)
 
     def head_kernel(self, params: Tree) -> Kernel:
         """The map from hidden states to logits, [D, V]; if tied, the transposed embedding."""

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from kernels_pallas.dispatch import IMPLEMENTATIONS
 from peft_jax.core.checks import check_choice
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
@@ -26,6 +27,10 @@ class ExecutionSettings:
       attention: "dense" holds all scores; "chunked" holds one block of scores at a time and
         computes them again in the backward pass; "auto" is dense for short rows and chunked for
         long ones (`peft_jax.models.attention.choose_attention`).
+      kernels: how adapters' rotations are multiplied by: "xla"; "pallas", an error where there is
+        no Pallas kernel; "auto", Pallas where there is a kernel for the platform and the shapes,
+        else XLA, with a line in the log that says why; "interpret", Pallas's TPU kernels
+        interpreted, very slowly, to look for mistakes.
 
     Raises:
       ValueError: a value that is not known; near matches are named.
@@ -39,11 +44,13 @@ class ExecutionSettings:
     remat: str = "none"
     scan_layers: bool = True
     attention: str = "auto"
+    kernels: str = "auto"
 
     def __post_init__(self) -> None:
         check_choice("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
         check_choice("remat", self.remat, REMAT)
         check_choice("attention", self.attention, ATTENTION)
+        check_choice("kernels", self.kernels, IMPLEMENTATIONS)
         if not isinstance(self.scan_layers, bool):
             raise ValueError(f"scan_layers must be True or False, but is {self.scan_layers!r}")
 

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from peft_jax.core import linear
+from peft_jax.core.activations import input_axis
 from peft_jax.parallel import constrain_features
 
 
@@ -51,10 +52,12 @@ class Linear(nnx.Module):
         self.features = axes[1]
         self.kernel = parameter((d_in, d_out), axes, stddev=stddev)
         self.bias = parameter((d_out,), axes[1:]) if bias else nnx.data(None)
+        self.input_axis = axes[0]
 
     def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
         """The map of `x`, in the dtype of `x`."""
-        y = constrain_features(linear(x, self.kernel.get_value()), self.features)
+        with input_axis(self.input_axis):
+            y = constrain_features(linear(x, self.kernel.get_value()), self.features)
         return y if self.bias is None else y + self.bias.get_value().astype(y.dtype)
 
 

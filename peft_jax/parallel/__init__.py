@@ -3,6 +3,7 @@
 - [`mesh`][peft_jax.parallel.mesh]: `make_mesh`, `MeshSettings`.
 - [`rules`][peft_jax.parallel.rules]: `LogicalAxisRules`, `sharding_tree`, `batch_sharding`.
 - [`activations`][peft_jax.parallel.activations]: `constrain`, `over_shards`.
+- [`running`][peft_jax.parallel.running]: `on_mesh`, within which programs are traced.
 - [`topology`][peft_jax.parallel.topology]: `find_topology`, devices that need not be there.
 - [`chips`][peft_jax.parallel.chips]: `find_chip`, what their makers state.
 - [`arithmetic`][peft_jax.parallel.arithmetic]: `count_arithmetic` of a program.
@@ -20,6 +21,7 @@ from peft_jax.parallel.arithmetic import Count, count_arithmetic, count_jaxpr
 from peft_jax.parallel.chips import Chip, find_chip
 from peft_jax.parallel.collectives import Collective, read_collectives
 from peft_jax.parallel.mesh import MESH_AXES, MeshSettings, make_mesh
+from peft_jax.parallel.running import on_mesh
 from peft_jax.parallel.rules import (
     LogicalAxisRules,
     batch_sharding,
@@ -47,6 +49,7 @@ __all__ = [
     "find_chip",
     "find_topology",
     "make_mesh",
+    "on_mesh",
     "over_shards",
     "read_collectives",
     "sharding_tree",

@@ -92,7 +92,7 @@ def _kept(blueprint: Blueprint) -> tuple[int, int]:
         return jax.tree.leaves(pull_back)
 
     rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), blueprint.batch)
-    with jax.set_mesh(blueprint.mesh):
+    with on_mesh(blueprint.mesh):
         jaxpr = jax.make_jaxpr(left)(
             blueprint.state.trainable, blueprint.frozen, blueprint.constant, rows
         ).jaxpr

@@ -17,7 +17,13 @@ from peft_jax.core import Tree, flatten, unflatten
 from peft_jax.data import AnyBatch, Batch, LabelledBatch, abstract_batch
 from peft_jax.models import Model, SequenceClassifier
 from peft_jax.optim import learning_rate_schedule, make_optimizer
-from peft_jax.parallel import LogicalAxisRules, batch_sharding, check_divides, sharding_tree
+from peft_jax.parallel import (
+    LogicalAxisRules,
+    batch_sharding,
+    check_divides,
+    on_mesh,
+    sharding_tree,
+)
 from peft_jax.training.config import RunConfig
 from peft_jax.training.placement import RowPlacement
 from peft_jax.training.state import TrainState, abstract_state
@@ -102,7 +108,7 @@ class Blueprint:
             donate_argnums=0,
             out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, self.state), everywhere),
         )
-        with jax.set_mesh(self.mesh):
+        with on_mesh(self.mesh):
             return jitted.trace(self.state, self.frozen, self.constant, self.batch)
 
 

@@ -15,6 +15,7 @@ from peft_jax.adapters import AdapterState
 from peft_jax.core import Tree, flatten, unflatten
 from peft_jax.data import AnyBatch
 from peft_jax.hub import load_params
+from peft_jax.parallel import on_mesh
 from peft_jax.training.arithmetic import count_step_flops
 from peft_jax.training.blueprint import step_bytes
 from peft_jax.training.checkpoints import Checkpoints
@@ -90,7 +91,7 @@ def run(
                 asynchronous=config.checkpoint.asynchronous,
             )
         )
-        stack.enter_context(jax.set_mesh(job.mesh))
+        stack.enter_context(on_mesh(job.mesh))
         return _Run(job, folder, reporter, interruption, checkpoints, phases).go()
 
 

@@ -1,18 +1,8 @@
-import logging
 from collections.abc import Iterator
 
 import pytest
 
 from kernels_pallas import dispatch, tpu_compiler
-
-
-@pytest.fixture
-def said(caplog) -> Iterator[list[str]]:
-    """What dispatch says while the test runs, also what it has said before."""
-    dispatch._say_once.cache_clear()
-    with caplog.at_level(logging.INFO, "kernels_pallas"):
-        yield caplog.messages
-    dispatch._say_once.cache_clear()
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +11,23 @@ def tpu():
     if not tpu_compiler.available():
         pytest.skip("libtpu is not installed")
     return tpu_compiler
+
+
+@pytest.fixture
+def simulated_tpu() -> Iterator[None]:
+    """Kernels called with "interpret" run on a simulated TPU.
+
+    Its memory is full of NaN until it is written, and accesses that race fail the test.
+    """
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+    from jax.experimental.pallas import tpu as pltpu
+
+    params = pltpu.InterpretParams(
+        detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="uninitialized"
+    )
+    with dispatch.using("interpret", interpreter=params):
+        yield
+    races = interpret_pallas_call.races
+    assert races is not None, "nothing was run on the simulated TPU"
+    assert not races.races_found
+    pltpu.reset_tpu_interpret_mode_state()

@@ -1,4 +1,6 @@
-"""Block-diagonal products against dense ones in float64."""
+"""Block-diagonal products against dense ones in float64: XLA's form, and the TPU's kernel."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -7,28 +9,175 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas.block_rotation import block_rotation, butterfly_rotation
+from kernels_pallas.block_rotation import block_rotation, reference
+from kernels_pallas.block_rotation.cases import CASES, Case
+from kernels_pallas.cases import tolerance
+
+IMPLEMENTATIONS = ["auto", "xla", "interpret"]
+DTYPES = [jnp.float32, jnp.bfloat16]
+HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def random(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
-@settings(max_examples=6, deadline=None)
+@functools.partial(jax.jit, static_argnums=3)
+def value_and_gradients(x, g, blocks, implementation):
+    def rotate(x, blocks):
+        return block_rotation(x, blocks, implementation=implementation)
+
+    y, transpose = jax.vjp(rotate, x, blocks)
+    return y, *transpose(g)
+
+
+def check(case: Case, dtype, implementation: str) -> None:
+    """Forwards and backwards against the reference, as closely as the dtype allows."""
+    x, g, blocks = case.arrays()
+    found = value_and_gradients(*(jnp.asarray(a, dtype) for a in (x, g)), blocks, implementation)
+    expected = reference.forward(x, blocks), *reference.backward(x, g, blocks)
+    tokens = max(int(np.prod(case.batch)), 1)
+    # The gradient of float32 blocks is summed in float32 whatever the activations are; XLA's own
+    # derivative then rounds it as it does them.
+    summed_to = dtype if implementation == "xla" else jnp.float32
+    for name, y, wanted, rounded_to, length in zip(
+        ("y", "dx", "dblocks"),
+        found,
+        expected,
+        (dtype, dtype, summed_to),
+        (case.block_size, case.block_size, tokens),
+        strict=True,
+    ):
+        assert y.shape == wanted.shape, name
+        assert y.dtype == (jnp.float32 if name == "dblocks" else dtype), name
+        allowed = tolerance(rounded_to, length) * np.abs(wanted).max(initial=0.0)
+        error = np.abs(np.asarray(y, np.float64) - wanted).max(initial=0.0)
+        assert error <= allowed, f"{name}: {error} > {allowed}"
+
+
+@pytest.mark.parametrize("implementation", ["auto", "interpret"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_value_and_gradients_in_every_kind_of_shape(case, dtype, implementation):
+    check(case, dtype, implementation)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@settings(max_examples=4, deadline=None)
 @given(
-    batch=st.lists(st.integers(0, 3), max_size=3),
-    blocks=st.integers(1, 4),
-    size=st.integers(1, 6),
+    batch=st.lists(st.integers(0, 19), max_size=3),
+    blocks=st.integers(1, 9),
+    size=st.sampled_from([1, 2, 3, 5, 8, 20, 64]),
+    dtype=st.sampled_from(DTYPES),
 )
-def test_it_is_the_block_diagonal_product(batch, blocks, size):
-    x, parts = random(*batch, blocks * size), random(blocks, size, size)
-    dense = np.zeros((blocks * size, blocks * size))
-    for index, part in enumerate(parts):
-        at = slice(index * size, (index + 1) * size)
-        dense[at, at] = part
-    found = jax.jit(block_rotation)(x, parts)
-    assert found.shape == x.shape
-    np.testing.assert_allclose(found, x.astype(np.float64) @ dense, atol=1e-5)
+def test_value_and_gradients_in_any_shape(implementation, batch, blocks, size, dtype):
+    check(Case(tuple(batch), blocks, size), dtype, implementation)
+
+
+@pytest.mark.parametrize("argument", [0, 1])
+def test_the_reference_gradients_are_its_slopes(argument):
+    case = Case((2, 3), 2, 3)
+    x, g, blocks = (a.astype(np.float64) for a in case.arrays())
+    gradient = reference.backward(x, g, blocks)[argument]
+    direction = np.random.default_rng(1).normal(size=gradient.shape)
+    ends = []
+    for step in (1e-4, -1e-4):
+        moved = [x, blocks]
+        moved[argument] = moved[argument] + step * direction
+        ends.append(np.sum(reference.forward(*moved) * g))
+    np.testing.assert_allclose((ends[0] - ends[1]) / 2e-4, np.sum(gradient * direction), rtol=1e-8)
+
+
+# Under transformations; small, so that the interpreter is quick.
+
+SMALL = Case((4, 6), 3, 8)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """(x, g, blocks) and what the reference makes of them."""
+    x, g, blocks = SMALL.arrays()
+    return (x, g, blocks), (reference.forward(x, blocks), *reference.backward(x, g, blocks))
+
+
+def close(found, expected, atol: float = 1e-4) -> None:
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=atol)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("mapped", ["rows", "blocks", "both"])
+def test_under_vmap(small, implementation, mapped):
+    (x, g, blocks), expected = small
+    axes = {"rows": (0, 0, None), "blocks": (None, None, 0), "both": (0, 0, 0)}[mapped]
+    given = [x, g, blocks]
+    if mapped != "rows":
+        given[2] = np.stack([blocks + i for i in range(4)])
+    found = jax.vmap(
+        functools.partial(value_and_gradients, implementation=implementation), in_axes=axes
+    )(*given)
+    for index in range(4):
+        one = [a[index] if axis == 0 else a for a, axis in zip(given, axes, strict=True)]
+        x1, g1, blocks1 = one
+        expected = reference.forward(x1, blocks1), *reference.backward(x1, g1, blocks1)
+        close([part[index] for part in found], expected)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_under_scan_and_remat(small, implementation):
+    (x, g, blocks), _ = small
+
+    def turned_twice(x, blocks):
+        @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
+        def body(carry, _):
+            return block_rotation(carry, blocks, implementation=implementation), None
+
+        return jax.lax.scan(body, x, None, length=2)[0]
+
+    y, transpose = jax.jit(lambda *a: jax.vjp(turned_twice, *a))(x, blocks)
+    once = reference.forward(x, blocks)
+    back, second = reference.backward(once, g, blocks)
+    dx, first = reference.backward(x, back, blocks)
+    close((y, *transpose(g)), (reference.forward(once, blocks), dx, first + second), atol=2e-2)
+
+
+@pytest.mark.parametrize("implementation", ["auto", "xla"])
+def test_inside_shard_map(small, implementation):
+    """Rows over four devices and features over two; blocks of the rows' devices are the same."""
+    (x, g, blocks), expected = small
+    blocks = np.concatenate([blocks, blocks + 1])
+    x, g = (np.concatenate([a, a], axis=-1) for a in (x, g))
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((4, 2), ("rows", "columns"), axis_types=auto)
+    spec = jax.P("rows", None, "columns")
+
+    def rotate(x, blocks):
+        return jax.shard_map(
+            functools.partial(block_rotation, implementation=implementation),
+            mesh=mesh,
+            in_specs=(spec, jax.P("columns")),
+            out_specs=spec,
+        )(x, blocks)
+
+    @jax.jit
+    def run(x, g, blocks):
+        y, transpose = jax.vjp(rotate, x, blocks)
+        return y, *transpose(g)
+
+    expected = reference.forward(x, blocks), *reference.backward(x, g, blocks)
+    close(run(x, g, blocks), expected)
+
+
+def test_what_xla_computes_can_be_differentiated_twice(small):
+    (x, g, blocks), _ = small
+    over = jnp.asarray(blocks)
+
+    def energy(x):
+        return jnp.sum(block_rotation(x, over, precision=HIGHEST, implementation="xla") ** 2)
+
+    found = jax.jvp(jax.grad(energy), (x,), (g,))[1]
+    turned = reference.forward(g, blocks)
+    np.testing.assert_allclose(found, 2 * turned @ reference.dense(blocks).T, atol=1e-3)
 
 
 def test_the_result_has_the_activations_dtype():
@@ -40,26 +189,15 @@ def test_the_result_has_the_activations_dtype():
     assert 0 < float(error) < 2**-7
 
 
-def test_factors_act_from_the_last_to_the_first():
-    # Two factors of 2 x 2 blocks over 4 features: the second pairs 0 with 2 and 1 with 3.
-    swap = np.array([[0.0, 1.0], [1.0, 0.0]])
-    factors = jnp.asarray([[swap, np.eye(2)], [swap, np.eye(2)]], jnp.float32)
-    x = jnp.asarray([1.0, 2.0, 3.0, 4.0])
-    # F₁ swaps features 0 and 2, then F₀ swaps 0 and 1.
-    np.testing.assert_array_equal(butterfly_rotation(x, factors), [2.0, 3.0, 1.0, 4.0])
-
-
 def test_widths_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="cover 8 features, but the activations have 9"):
         block_rotation(jnp.zeros((2, 9)), jnp.zeros((2, 4, 4)))
-    with pytest.raises(ValueError, match="cover 8 features, but the activations have 6"):
-        butterfly_rotation(jnp.zeros((6,)), jnp.zeros((2, 4, 2, 2)))
 
 
 def test_orthogonal_blocks_keep_norms_and_are_undone_by_their_transposes():
     parts = jnp.linalg.qr(jnp.asarray(random(4, 8, 8)))[0]
     x = jnp.asarray(random(10, 32))
-    turned = block_rotation(x, parts, precision=jax.lax.Precision.HIGHEST)
+    turned = block_rotation(x, parts, precision=HIGHEST)
     norms = (np.linalg.norm(a, axis=-1) for a in (turned, x))
     np.testing.assert_allclose(*norms, rtol=1e-6)
     back = block_rotation(turned, jnp.swapaxes(parts, -1, -2))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas.block_rotation import butterfly_rotation
+from kernels_pallas.butterfly import butterfly_rotation
 from kernels_pallas.cayley import cayley, compose_butterfly, skew_entries, skew_symmetric
 
 EPSILON = 2.0**-23

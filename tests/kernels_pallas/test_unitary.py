@@ -1,4 +1,4 @@
-"""The unitary product against dense complex matrices in double precision."""
+"""The unitary product and its gradients against dense complex matrices in float64."""
 
 import functools
 
@@ -9,116 +9,230 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas.unitary import unitary_product
+from kernels_pallas.cases import tolerance
+from kernels_pallas.layout import Layout, laid_out
+from kernels_pallas.unitary import reference, unitary_product
+from kernels_pallas.unitary.cases import XLA_CASES, Case
 
-compiled = jax.jit(unitary_product)
-
-WIDTHS = [1, 2, 7, 12, 30, 64]
-"""Complex features: powers of two, primes, and products of both."""
-
-
-def random_parts(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return rng.uniform(-3, 3, (3, n)), rng.normal(size=(2, 2, n))
-
-
-def dense(phases: np.ndarray, reflections: np.ndarray) -> np.ndarray:
-    """U = D₃ R₂ F⁻¹ D₂ R₁ F D₁ [n, n], complex128, acting on columns."""
-    n = phases.shape[-1]
-    index = np.arange(n)
-    fourier = np.exp(-2j * np.pi * np.outer(index, index) / n) / np.sqrt(n)
-    d1, d2, d3 = (np.diag(np.exp(1j * phase)) for phase in phases)
-
-    def householder(parts: np.ndarray) -> np.ndarray:
-        v = parts[0] + 1j * parts[1]
-        return np.eye(n) - 2 * np.outer(v, v.conj()) / np.vdot(v, v).real
-
-    r1, r2 = map(householder, reflections)
-    return d3 @ r2 @ fourier.conj().T @ d2 @ r1 @ fourier @ d1
-
-
-def apply_dense(x: np.ndarray, phases: np.ndarray, reflections: np.ndarray) -> np.ndarray:
-    n = phases.shape[-1]
-    z = (x[..., :n] + 1j * x[..., n:]) @ dense(phases, reflections).T
-    return np.concatenate([z.real, z.imag], axis=-1)
+DTYPES = (jnp.float32, jnp.bfloat16)
 
 
 def single(*arrays: np.ndarray) -> list[jax.Array]:
     return [jnp.asarray(array, jnp.float32) for array in arrays]
 
 
-@pytest.mark.parametrize("n", WIDTHS)
-def test_it_is_the_dense_product(n):
-    parts = random_parts(n)
-    x = np.random.default_rng(1).normal(size=(2, 3, 2 * n))
-    found = compiled(*single(x, *parts))
-    expected = apply_dense(x, *parts)
-    assert np.abs(found - expected).max() < 2e-6 * np.abs(expected).max()
+def product_and_gradients(case: Case, dtype, **options) -> tuple[list, list]:
+    """y, dx, dphases, dreflections: found, and by the reference."""
+    x, g, phases, reflections = case.arrays()
+
+    @jax.jit
+    def both(x, g, *parameters):
+        y, transpose = jax.vjp(lambda *a: unitary_product(*a, **options), x, *parameters)
+        return y, *transpose(g)
+
+    found = both(jnp.asarray(x, dtype), jnp.asarray(g, dtype), *single(phases, reflections))
+    expected = [reference.forward(x, phases, reflections)]
+    expected += reference.backward(x, g, phases, reflections)
+    return list(found), expected
+
+
+def expect(found: list, expected: list, dtype, n: int) -> None:
+    for index, (one, wanted) in enumerate(zip(found, expected, strict=True)):
+        assert one.shape == wanted.shape
+        # y and dx are rounded to the activations' dtype; the parameters' gradients are not.
+        assert one.dtype == (dtype if index < 2 else jnp.float32)
+        if wanted.size:
+            # What cancels in a gradient leaves the error of what it was made of, which is about 1.
+            allowed = 4 * tolerance(one.dtype, n) * max(1.0, np.abs(wanted).max())
+            np.testing.assert_allclose(np.asarray(one, np.float64), wanted, atol=allowed, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", XLA_CASES)
+def test_the_product_and_every_gradient(case, dtype):
+    expect(*product_and_gradients(XLA_CASES[case], dtype), dtype, XLA_CASES[case].n)
+
+
+def test_what_is_differentiated_by_jax_is_the_same():
+    """Asked for by name, XLA's form keeps JAX's own derivative, forwards too."""
+    case = XLA_CASES["even"]
+    found, expected = product_and_gradients(case, jnp.float32, implementation="xla")
+    expect(found, expected, jnp.float32, case.n)
+    x, g, *parameters = case.arrays()
+    product = functools.partial(unitary_product, implementation="xla")
+    _, slope = jax.jvp(lambda x: product(x, *single(*parameters)), single(x), single(g))
+    turned = reference.forward(g, *parameters)
+    np.testing.assert_allclose(slope, turned, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["a prime", "even"])
+def test_the_reference_against_finite_differences(case):
+    x, weights, *parameters = XLA_CASES[case].arrays()
+    here = [x, *parameters]
+    gradients = reference.backward(x, weights, *parameters)
+    rng = np.random.default_rng(1)
+    for argument in range(3):
+        direction = rng.normal(size=here[argument].shape)
+        ends = []
+        for step in (1e-5, -1e-5):
+            moved = list(map(np.float64, here))
+            moved[argument] = moved[argument] + step * direction
+            ends.append(np.sum(reference.forward(*moved) * weights))
+        slope = (ends[0] - ends[1]) / 2e-5
+        np.testing.assert_allclose(np.sum(gradients[argument] * direction), slope, rtol=1e-7)
+
+
+def test_the_reference_is_unitary():
+    _, _, phases, reflections = Case((), 30).arrays()
+    u = reference.dense(phases, reflections)
+    np.testing.assert_allclose(u @ u.conj().T, np.eye(30), atol=1e-13)
 
 
 @settings(max_examples=5, deadline=None)
 @given(n=st.integers(1, 20), batch=st.lists(st.integers(0, 3), max_size=2))
 def test_norms_are_preserved(n, batch):
-    x = np.random.default_rng(1).normal(size=(*batch, 2 * n))
-    found = compiled(*single(x, *random_parts(n)))
+    x, _, *parameters = Case(tuple(batch), n).arrays()
+    found = jax.jit(unitary_product)(*single(x, *parameters))
     assert found.shape == x.shape
     np.testing.assert_allclose(
         np.linalg.norm(found, axis=-1), np.linalg.norm(x, axis=-1), rtol=2e-6
     )
 
 
-@pytest.mark.parametrize("n", [12, 30])
-def test_the_map_is_orthogonal_over_the_reals(n):
-    u = np.asarray(compiled(*single(np.eye(2 * n), *random_parts(n))), np.float64)
-    np.testing.assert_allclose(u @ u.T, np.eye(2 * n), atol=1e-6)
+def test_the_map_is_orthogonal_over_the_reals():
+    parameters = Case((), 30).arrays()[2:]
+    u = np.asarray(unitary_product(*single(np.eye(60), *parameters)), np.float64)
+    np.testing.assert_allclose(u @ u.T, np.eye(60), atol=1e-6)
 
 
 def test_the_lengths_of_the_reflections_do_not_matter():
-    phases, reflections = random_parts(12)
-    x = np.random.default_rng(1).normal(size=(4, 24))
-    one = compiled(*single(x, phases, reflections))
+    x, _, phases, reflections = Case((4,), 12).arrays()
+    one = unitary_product(*single(x, phases, reflections))
     scaled = reflections * np.array([0.01, 50.0])[:, None, None]
-    np.testing.assert_allclose(compiled(*single(x, phases, scaled)), one, atol=5e-6)
-
-
-@pytest.mark.parametrize("n", [7, 12])
-def test_gradients_against_finite_differences_in_double_precision(n):
-    phases, reflections = random_parts(n)
-    rng = np.random.default_rng(1)
-    x, weights = rng.normal(size=(2, 4, 2 * n))
-
-    def total(x: np.ndarray, phases: np.ndarray, reflections: np.ndarray) -> float:
-        return np.sum(apply_dense(x, phases, reflections) * weights)
-
-    @functools.partial(jax.jit)
-    @functools.partial(jax.grad, argnums=(0, 1, 2))
-    def gradient(*arrays: jax.Array) -> jax.Array:
-        return jnp.sum(unitary_product(*arrays) * jnp.asarray(weights, jnp.float32))
-
-    here = [x, phases, reflections]
-    found = gradient(*single(*here))
-    for argument in range(3):
-        direction = rng.normal(size=here[argument].shape)
-        step = 1e-6
-        ends = []
-        for sign in (1, -1):
-            moved = list(here)
-            moved[argument] = here[argument] + sign * step * direction
-            ends.append(total(*moved))
-        slope = (ends[0] - ends[1]) / (2 * step)
-        found_slope = np.sum(np.asarray(found[argument], np.float64) * direction)
-        np.testing.assert_allclose(found_slope, slope, rtol=2e-4, atol=1e-3)
+    np.testing.assert_allclose(unitary_product(*single(x, phases, scaled)), one, atol=5e-6)
 
 
 def test_half_precision_activations_are_turned_in_single_precision():
-    parts = single(*random_parts(16))
-    x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 32)), jnp.bfloat16)
-    found = unitary_product(x, *parts)
-    assert found.dtype == jnp.bfloat16
-    exact = unitary_product(x.astype(jnp.float32), *parts)
+    x, _, *parameters = Case((4,), 16).arrays()
+    found = unitary_product(jnp.asarray(x, jnp.bfloat16), *single(*parameters))
+    exact = unitary_product(*single(x, *parameters))
     np.testing.assert_array_equal(found, exact.astype(jnp.bfloat16))
 
 
 def test_widths_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="6 complex features are 12 real ones; the input has 14"):
-        unitary_product(jnp.zeros((2, 14)), *single(*random_parts(6)))
+        unitary_product(jnp.zeros((2, 14)), *single(*Case((), 6).arrays()[2:]))
+
+
+# Inside of what JAX makes of it.
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """Rows, gradients, parameters, and what the plain call makes of them."""
+    x, g, *parameters = single(*Case((8, 4), 12).arrays())
+    y, transpose = jax.vjp(unitary_product, x, *parameters)
+    return x, g, parameters, (y, *transpose(g))
+
+
+def same(found, expected) -> None:
+    for one, wanted in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, wanted, atol=1e-5)
+
+
+def test_under_vmap_over_rows_and_over_parameters(whole):
+    x, g, parameters, expected = whole
+
+    def gradients(x, g, *parameters):
+        y, transpose = jax.vjp(unitary_product, x, *parameters)
+        return y, *transpose(g)
+
+    y, dx, *summed = jax.jit(jax.vmap(gradients, in_axes=(0, 0, None, None)))(x, g, *parameters)
+    same((y, dx, *(jnp.sum(s, axis=0) for s in summed)), expected)
+    twice = [jnp.stack([p, -2.0 * p]) for p in parameters]
+    found = jax.jit(jax.vmap(gradients, in_axes=(None, None, 0, 0)))(x, g, *twice)
+    same([f[0] for f in found], expected)
+    same([f[1] for f in found], gradients(x, g, *(-2.0 * p for p in parameters)))
+
+
+def test_under_scan_and_remat(whole):
+    x, g, parameters, _ = whole
+    layers = [jnp.stack([p, 0.5 * p, p + 1.0]) for p in parameters]
+
+    def stacked(x, *layers):
+        step = jax.checkpoint(lambda x, layer: (unitary_product(x, *layer), None))
+        return jax.lax.scan(step, x, layers)[0]
+
+    def unrolled(x, *layers):
+        for layer in range(3):
+            x = unitary_product(x, *(p[layer] for p in layers))
+        return x
+
+    def gradients(function):
+        y, transpose = jax.vjp(function, x, *layers)
+        return y, *transpose(g)
+
+    same(jax.jit(functools.partial(gradients, stacked))(), gradients(unrolled))
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_within_shard_map_on_eight_devices(whole, check_vma):
+    x, g, parameters, expected = whole
+    mesh = jax.make_mesh((8,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def gradients(x, g, *parameters):
+        y, transpose = jax.vjp(unitary_product, x, *parameters)
+        dx, *summed = transpose(g)
+        if not check_vma:
+            summed = [jax.lax.psum(s, "rows") for s in summed]
+        return y, dx, *summed
+
+    rows, everywhere = jax.P("rows"), jax.P()
+    found = jax.jit(
+        jax.shard_map(
+            gradients,
+            mesh=mesh,
+            in_specs=(rows, rows, everywhere, everywhere),
+            out_specs=(rows, rows, everywhere, everywhere),
+            check_vma=check_vma,
+        )
+    )(x, g, *parameters)
+    same(found, expected)
+
+
+def test_spread_by_the_compiler(whole):
+    x, g, parameters, expected = whole
+    mesh = jax.make_mesh((4, 2), ("rows", "columns"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    placed = jax.device_put((x, g), jax.NamedSharding(mesh, jax.P("rows", None, "columns")))
+
+    @jax.jit
+    def gradients(x, g, *parameters):
+        y, transpose = jax.vjp(unitary_product, x, *parameters)
+        return y, *transpose(g)
+
+    same(gradients(*placed, *parameters), expected)
+
+
+@pytest.mark.parametrize("tokens", [4, 3], ids=["tokens are shared out", "every device has them"])
+def test_features_that_are_cut_are_brought_together(tokens):
+    """Rows over four devices and features over two, as the inputs of a second linear map lie."""
+    case = Case((4, tokens), 12)
+    x, g, *parameters = single(*case.arrays())
+    mesh = jax.make_mesh((4, 2), ("rows", "columns"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    placed = jax.device_put((x, g), jax.NamedSharding(mesh, jax.P("rows", None, "columns")))
+
+    def gradients(x, g, *parameters):
+        y, transpose = jax.vjp(unitary_product, x, *parameters)
+        return y, *transpose(g)
+
+    with jax.set_mesh(mesh), laid_out(Layout(("rows",), ("columns",))):
+        text = str(jax.make_jaxpr(gradients)(*placed, *parameters))
+        found = jax.jit(gradients)(*placed, *parameters)
+    assert "shard_map" in text
+    assert f"[1,{tokens // 2 if tokens % 2 == 0 else tokens},24]" in text
+    x, g, phases, reflections = case.arrays()
+    expected = (
+        reference.forward(x, phases, reflections),
+        *reference.backward(x, g, phases, reflections),
+    )
+    same(found, expected)

@@ -1,0 +1,206 @@
+"""The rotation on an NVIDIA GPU of the Hopper generation, by Pallas's Mosaic GPU.
+
+Why Mosaic GPU: Pallas's other way to a GPU, through Triton, is deprecated from JAX 0.11 on. Why
+Hopper: its matrix instructions (wgmma) take both factors from shared memory; earlier generations
+do not have them, and the next one has others. There XLA's form runs.
+
+A block of threads turns the features of one matrix. It loads the matrix once, and tiles of tokens
+pass through shared memory, some on their way in while others are multiplied. The tokens are shared
+out over several blocks of threads, so that there are enough for the whole GPU; the gradient of a
+matrix is then summed over those. What a tile has beyond the last token is read as zeros and not
+written.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from kernels_pallas.block_rotation.config import GPU_TOKENS, gpu_matrix_size
+from kernels_pallas.block_rotation.matrices import from_matrices, to_matrices
+
+CONCURRENT_STEPS = 4
+"""Tiles in shared memory at a time: 4 x (16 KiB in + 16 KiB out) of a Hopper's 227 KiB, which is
+enough on its way to keep memory busy, and leaves room for a second block of threads."""
+
+BLOCKS_OF_THREADS = 2 * 132
+"""At least so many where the tokens allow it: two for each of an H100's 132 multiprocessors."""
+
+
+def forward(
+    x: Float[Array, "*batch d"],
+    blocks: Float[Array, "n B B"],
+    *,
+    precision: jax.lax.Precision | None,
+    interpret: Any = None,
+) -> tuple[Float[Array, "*batch d"]]:
+    """(y,), y = x blockdiag(blocks).
+
+    Args:
+      x: activations, bfloat16 or float16.
+      blocks: [n, B, B].
+      precision: of no consequence: products of 16-bit numbers are exact in float32.
+      interpret: for `plgpu.kernel`.
+    """
+    del precision
+    if not x.size:
+        return (x,)
+    rows = x.reshape(-1, x.shape[-1])
+    size, (parts, tiles) = gpu_matrix_size(blocks.shape[-1]), _share_out(rows, blocks)
+    tile = _tile(size, x.dtype)
+
+    def body(x_gmem: Any, matrices_gmem: Any, y_gmem: Any, matrix_smem: Any, arrived: Any) -> None:
+        feature, part = jax.lax.axis_index("feature"), jax.lax.axis_index("part")
+        _load(matrices_gmem.at[feature], matrix_smem, arrived)
+
+        def step(_: Any, x_smem: Any, y_smem: Any) -> None:
+            y_smem[...] = _product(x_smem, matrix_smem).astype(y_smem.dtype)
+
+        here = _at(part, tiles, feature)
+        plgpu.emit_pipeline(
+            step,
+            grid=(tiles,),
+            in_specs=[plgpu.BlockSpec(index_map=here, **tile)],
+            out_specs=[plgpu.BlockSpec(index_map=here, **tile)],
+            max_concurrent_steps=CONCURRENT_STEPS,
+        )(x_gmem, y_gmem)
+
+    run = _kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct(rows.shape, rows.dtype),
+        scratch_types=[_matrix(size, x.dtype), plgpu.Barrier()],
+        grid=(rows.shape[1] // size, parts),
+        interpret=interpret,
+    )
+    y = run(rows, to_matrices(blocks, size, rows.shape[1], x.dtype))
+    return (y.reshape(x.shape),)
+
+
+def backward(
+    x: Float[Array, "*batch d"],
+    g: Float[Array, "*batch d"],
+    blocks: Float[Array, "n B B"],
+    *,
+    precision: jax.lax.Precision | None,
+    interpret: Any = None,
+) -> tuple[Float[Array, "*batch d"], Float[Array, "n B B"]]:
+    """(dx, dblocks) for the gradient g of y, in one pass over x and g; arguments as `forward`'s."""
+    del precision
+    if not x.size:
+        return x, jnp.zeros_like(blocks)
+    rows = x.reshape(-1, x.shape[-1])
+    size, (parts, tiles) = gpu_matrix_size(blocks.shape[-1]), _share_out(rows, blocks)
+    tile = _tile(size, x.dtype)
+
+    def body(
+        x_gmem: Any,
+        g_gmem: Any,
+        matrices_gmem: Any,
+        dx_gmem: Any,
+        dmatrices_gmem: Any,
+        matrix_smem: Any,
+        dmatrix_smem: Any,
+        arrived: Any,
+    ) -> None:
+        feature, part = jax.lax.axis_index("feature"), jax.lax.axis_index("part")
+        _load(matrices_gmem.at[feature], matrix_smem, arrived)
+
+        def sum_over_tokens(dmatrix: Any) -> jax.Array:
+            def step(_: Any, x_smem: Any, g_smem: Any, dx_smem: Any) -> None:
+                plgpu.wgmma(dmatrix, plgpu.transpose_ref(x_smem, (1, 0)), g_smem)
+                dx = _product(g_smem, plgpu.transpose_ref(matrix_smem, (1, 0)))
+                dx_smem[...] = dx.astype(dx_smem.dtype)
+
+            here = _at(part, tiles, feature)
+            plgpu.emit_pipeline(
+                step,
+                grid=(tiles,),
+                in_specs=[plgpu.BlockSpec(index_map=here, **tile) for _ in range(2)],
+                out_specs=[plgpu.BlockSpec(index_map=here, **tile)],
+                max_concurrent_steps=CONCURRENT_STEPS,
+            )(x_gmem, g_gmem, dx_gmem)
+            return dmatrix[...]
+
+        dmatrix_smem[...] = pl.run_scoped(sum_over_tokens, plgpu.ACC((size, size), jnp.float32))
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(dmatrix_smem, dmatrices_gmem.at[part, feature])
+        plgpu.wait_smem_to_gmem(0)
+
+    features = rows.shape[1] // size
+    run = _kernel(
+        body,
+        out_type=[
+            jax.ShapeDtypeStruct(rows.shape, rows.dtype),
+            jax.ShapeDtypeStruct((parts, features, size, size), jnp.float32),
+        ],
+        scratch_types=[
+            _matrix(size, x.dtype),
+            plgpu.SMEM((size, size), jnp.float32),
+            plgpu.Barrier(),
+        ],
+        grid=(features, parts),
+        interpret=interpret,
+    )
+    matrices = to_matrices(blocks, size, rows.shape[1], x.dtype)
+    dx, dmatrices = run(rows, g.reshape(rows.shape), matrices)
+    dblocks = from_matrices(jnp.sum(dmatrices, axis=0), blocks.shape)
+    return dx.reshape(x.shape), dblocks.astype(blocks.dtype)
+
+
+def _product(a_smem: Any, b_smem: Any) -> jax.Array:
+    """The float32 product of two matrices in shared memory."""
+
+    def multiply(product: Any) -> jax.Array:
+        plgpu.wgmma(product, a_smem, b_smem)
+        return product[...]  # which waits for it
+
+    shape = (a_smem.shape[0], b_smem.shape[1])
+    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+
+
+def _load(source: Any, target: Any, arrived: Any) -> None:
+    plgpu.copy_gmem_to_smem(source, target, arrived)
+    plgpu.barrier_wait(arrived)
+
+
+def _at(part: Any, tiles: int, feature: Any) -> Any:
+    """Where a part's tiles are, in units of tiles."""
+    return lambda tile: (part * tiles + tile, feature)
+
+
+def _share_out(rows: jax.Array, blocks: jax.Array) -> tuple[int, int]:
+    """Into how many parts the tiles of tokens go, and how many each has."""
+    features = rows.shape[1] // gpu_matrix_size(blocks.shape[-1])
+    tiles = pl.cdiv(rows.shape[0], GPU_TOKENS)
+    wanted = pl.cdiv(BLOCKS_OF_THREADS, features)
+    parts = next(n for n in range(min(wanted, tiles), 0, -1) if tiles % n == 0)
+    return parts, tiles // parts
+
+
+def _transforms(columns: int, dtype: Any) -> tuple[Any, ...]:
+    """How a matrix lies in shared memory, so that the matrix instructions can read it."""
+    width = jnp.dtype(dtype).itemsize
+    swizzle = plgpu.find_swizzle(columns * width * 8)
+    return plgpu.TilingTransform((8, swizzle // width)), plgpu.SwizzleTransform(swizzle)
+
+
+def _tile(size: int, dtype: Any) -> dict[str, Any]:
+    return {"block_shape": (GPU_TOKENS, size), "transforms": _transforms(size, dtype)}
+
+
+def _matrix(size: int, dtype: Any) -> Any:
+    return plgpu.SMEM((size, size), dtype, transforms=_transforms(size, dtype))
+
+
+def _kernel(body: Any, *, grid: tuple[int, int], interpret: Any, **settings: Any) -> Any:
+    return functools.partial(plgpu.kernel, interpret=interpret)(
+        body,
+        grid=grid,
+        grid_names=("feature", "part"),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        **settings,
+    )

@@ -1,0 +1,46 @@
+"""The unitary product with XLA's Fourier transform: for CPUs, and wherever no kernel runs."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Complex, Float
+
+Gradients = tuple[Float[Array, "*batch d"], Float[Array, "3 n"], Float[Array, "2 2 n"]]
+
+
+def forward(
+    x: Float[Array, "*batch d"],
+    phases: Float[Array, "3 n"],
+    reflections: Float[Array, "2 2 n"],
+    *,
+    precision: jax.lax.Precision | None,
+) -> tuple[Float[Array, "*batch d"]]:
+    """(y,), y = U x, in float32 whatever the precision."""
+    del precision
+    d1, d2, d3 = jax.lax.complex(jnp.cos(phases), jnp.sin(phases))
+    v1, v2 = jax.lax.complex(reflections[:, 0], reflections[:, 1])
+    z = jax.lax.complex(*jnp.split(x.astype(jnp.float32), 2, axis=-1))
+    z = _reflect(jnp.fft.fft(z * d1, norm="ortho"), v1)
+    z = _reflect(jnp.fft.ifft(z * d2, norm="ortho"), v2) * d3
+    return (jnp.concatenate([z.real, z.imag], axis=-1).astype(x.dtype),)
+
+
+def backward(
+    x: Float[Array, "*batch d"],
+    g: Float[Array, "*batch d"],
+    phases: Float[Array, "3 n"],
+    reflections: Float[Array, "2 2 n"],
+    *,
+    precision: jax.lax.Precision | None,
+) -> Gradients:
+    """(dx, dphases, dreflections) for the gradient g of y; the product is computed once more."""
+    _, transposed = jax.vjp(
+        lambda *arrays: forward(*arrays, precision=precision)[0], x, phases, reflections
+    )
+    return transposed(g)
+
+
+def _reflect(z: Complex[Array, "*batch n"], v: Complex[Array, " n"]) -> Complex[Array, "*batch n"]:
+    """The Householder reflection z - 2 v (v* z) / (v* v) of each row."""
+    squared = jnp.sum(jnp.real(v * jnp.conj(v)))
+    along = jnp.sum(z * jnp.conj(v), axis=-1, keepdims=True)
+    return z - (2.0 / squared).astype(z.dtype) * along * v

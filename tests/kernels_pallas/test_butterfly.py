@@ -1,0 +1,149 @@
+"""Butterfly products against dense ones in float64: XLA's form, and the TPU's kernel."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas.butterfly import butterfly_rotation, reference
+from kernels_pallas.butterfly.cases import CASES, Case
+from kernels_pallas.butterfly.config import choose_tokens, vmem_bytes
+from kernels_pallas.butterfly.stages import split
+from kernels_pallas.chips import MIB, VMEM_BYTES
+from kernels_pallas.tpu_compiler import TOPOLOGIES, compile_for, traffic
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def value_and_gradients(x, g, factors, implementation):
+    def rotate(x, factors):
+        return butterfly_rotation(x, factors, implementation=implementation)
+
+    y, transpose = jax.vjp(rotate, x, factors)
+    return y, *transpose(g)
+
+
+def reference_gradients(x, g, factors):
+    """(dx, dfactors) in float64, from the factors' matrices; none of the implementations' code."""
+    x, g = (np.asarray(a, np.float64).reshape(-1, x.shape[-1]) for a in (x, g))
+    levels = [None] if len(factors) == 1 else range(len(factors))
+    matrices = [reference.factor(f, level) for f, level in zip(factors, levels, strict=True)]
+    inputs = [x]
+    for matrix in reversed(matrices):
+        inputs.append(inputs[-1] @ matrix)
+    dfactors = np.zeros(factors.shape)
+    for level, matrix in enumerate(matrices):
+        whole = inputs[len(matrices) - 1 - level].T @ g
+        # A block's entries are found in a matrix by putting numbers in their places.
+        index = np.arange(1, factors[level].size + 1, dtype=np.float64)
+        places = reference.factor(index.reshape(factors[level].shape), levels[level])
+        at = np.nonzero(places)
+        dfactors[level].reshape(-1)[places[at].astype(int) - 1] = whole[at]
+        g = g @ matrix.T
+    return g, dfactors
+
+
+def check(case: Case, dtype, implementation: str, tolerance: float) -> None:
+    x, g, factors = case.arrays()
+    rounded = [np.asarray(jnp.asarray(a, dtype), np.float64) for a in (x, g)]
+    found = value_and_gradients(*(jnp.asarray(a, dtype) for a in rounded), factors, implementation)
+    dx, dfactors = reference_gradients(*rounded, factors)
+    expected = reference.forward(rounded[0], factors), dx.reshape(x.shape), dfactors
+    for name, y, wanted in zip(("y", "dx", "dfactors"), found, expected, strict=True):
+        assert y.shape == wanted.shape, name
+        error = np.linalg.norm(np.asarray(y, np.float64) - wanted) / np.linalg.norm(wanted)
+        assert error < tolerance, f"{name}: {error}"
+
+
+@pytest.mark.parametrize("implementation", ["auto", "interpret"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_value_and_gradients(case, implementation):
+    check(case, jnp.float32, implementation, 2e-6)
+
+
+@pytest.mark.parametrize("implementation", ["auto", "xla", "interpret"])
+def test_half_precision(implementation):
+    """Every stage rounds what it passes on to 8 bits."""
+    check(CASES["one high level"], jnp.bfloat16, implementation, 2e-2)
+
+
+def test_the_reference_gradients_are_its_slopes():
+    case = Case((3,), 4, 3)
+    x, g, factors = (a.astype(np.float64) for a in case.arrays())
+    dx, dfactors = reference_gradients(x, g, factors)
+    rng = np.random.default_rng(1)
+    for argument, gradient in ((0, dx), (1, dfactors)):
+        direction = rng.normal(size=gradient.shape)
+        ends = []
+        for step in (1e-5, -1e-5):
+            moved = [x, factors]
+            moved[argument] = moved[argument] + step * direction
+            ends.append(np.sum(reference.forward(*moved) * g))
+        slope = (ends[0] - ends[1]) / 2e-5
+        np.testing.assert_allclose(slope, np.sum(gradient * direction), rtol=1e-7)
+
+
+def test_on_a_simulated_tpu_nothing_races_and_nothing_unwritten_is_used(simulated_tpu):
+    case = Case((21,), 64, 4)
+    x, g, factors = case.arrays()
+    y, transpose = jax.vjp(butterfly_rotation, jnp.asarray(x), jnp.asarray(factors))
+    expected = reference.forward(x, factors), *reference_gradients(x, g, factors)
+    for found, wanted in zip((y, *transpose(jnp.asarray(g))), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_the_kernel_is_what_runs():
+    x, _, factors = CASES["one high level"].arrays()
+
+    def text(implementation: str) -> str:
+        return str(
+            jax.make_jaxpr(value_and_gradients, static_argnums=3)(x, x, factors, implementation)
+        )
+
+    assert text("interpret").count("pallas_call[") == 2
+    assert "pallas_call" not in text("auto") + text("xla")
+
+
+def test_factors_act_from_the_last_to_the_first():
+    # Two factors of 2 x 2 blocks over 4 features: the second pairs 0 with 2 and 1 with 3.
+    swap = np.array([[0.0, 1.0], [1.0, 0.0]])
+    factors = jnp.asarray([[swap, np.eye(2)], [swap, np.eye(2)]], jnp.float32)
+    x = jnp.asarray([1.0, 2.0, 3.0, 4.0])
+    # F₁ swaps features 0 and 2, then F₀ swaps 0 and 1.
+    np.testing.assert_array_equal(butterfly_rotation(x, factors), [2.0, 3.0, 1.0, 4.0])
+
+
+def test_widths_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="cover 8 features, but the activations have 6"):
+        butterfly_rotation(jnp.zeros((6,)), jnp.zeros((2, 4, 2, 2)))
+
+
+@pytest.mark.parametrize(
+    "chip", ["v5p", *(pytest.param(c, marks=pytest.mark.slow) for c in TOPOLOGIES)]
+)
+def test_compiles_with_one_read_and_one_write(tpu, chip):
+    tokens, d = 8192, 4096
+    x = jax.ShapeDtypeStruct((tokens, d), jnp.bfloat16)
+    factors = jax.ShapeDtypeStruct((8, d // 8, 8, 8), jnp.float32)  # blocks of 1024 mix
+
+    def backward(x, g, factors):
+        return jax.vjp(butterfly_rotation, x, factors)[1](g)
+
+    forwards = compile_for(chip, butterfly_rotation, x, factors)
+    backwards = compile_for(chip, backward, x, x, factors)
+    least = 2 * tokens * d * 2
+    assert tpu.runs_pallas(forwards)
+    assert tpu.runs_pallas(backwards)
+    # Beside the activations there are matrices for seven sets of 128 x 128, a fixed amount.
+    assert traffic(forwards).total < 1.2 * least
+    assert traffic(backwards).total < 1.5 * 1.5 * least
+
+
+def test_what_a_chip_has_no_room_for_is_refused():
+    stages = split(8, 10)
+    dtype = jnp.dtype(jnp.float32)
+    with pytest.raises(ValueError, match=r"4096 features that all mix.* has 14.0 MiB to spare"):
+        choose_tokens(stages, 4096, dtype, backward=True, there=VMEM_BYTES["v4"])
+    tokens = choose_tokens(stages, 4096, dtype, backward=True, there=VMEM_BYTES["v6e"])
+    assert vmem_bytes(stages, tokens, dtype, backward=True) < VMEM_BYTES["v6e"] - 2 * MIB
