@@ -14,6 +14,7 @@ Exit codes: 0 done; 2 refused; 130 stopped by Ctrl-C.
 """
 
 import argparse
+import functools
 import importlib.util
 import os
 import sys
@@ -31,9 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The harness draws a bar for every small step; those that matter are drawn here.
     os.environ.setdefault("TQDM_DISABLE", "1")
     # Imported here, so that a mistyped flag is refused at once and not after JAX has started.
+    from eval.humaneval.task import HumanEvalSettings, make_job
     from eval.run import run
+    from eval.sandbox import SandboxLimits
     from eval.settings import EvalSettings
-    from eval.tasks.names import listing
+    from eval.tasks.names import HUMANEVAL, listing
     from peft_jax.parallel import MeshSettings
     from peft_jax.training.errors import RefusedError
 
@@ -62,7 +65,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             seed=given.seed,
             mesh=MeshSettings(fsdp=given.fsdp, tensor=given.tensor, devices=given.devices),
         )
-        print(run(settings, allow_unsafe=given.allow_unisolated_code), end="")
+        code = HumanEvalSettings(
+            allowed=given.allow_code_execution or given.allow_unisolated_code,
+            unisolated=given.allow_unisolated_code,
+            samples=given.samples_per_problem,
+            pass_at=tuple(int(k) for k in given.pass_at.split(",")),
+            temperature=given.temperature,
+            limits=SandboxLimits(seconds=given.code_seconds, memory_mib=given.code_memory_mib),
+            workers=given.code_workers,
+        )
+        makers = {HUMANEVAL: functools.partial(make_job, settings=settings, code=code)}
+        print(run(settings, makers=makers, allow_unsafe=given.allow_unisolated_code), end="")
     except (RefusedError, ValueError, FloatingPointError) as error:
         return _refuse(str(error))
     except KeyboardInterrupt:
@@ -112,9 +125,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--tensor", type=int, default=1, help="devices that single layers are cut over")
     add("--devices", type=int, default=0, help="use only so many devices; 0 for all")
     add = parser.add_argument_group("generated code (humaneval)").add_argument
+    add("--allow_code_execution", action="store_true", help="run it, in a sandbox")
     add(
         "--allow_unisolated_code",
         action="store_true",
-        help="run generated code even where it cannot be kept apart from this machine",
+        help="run it without the sandbox's isolation, with the rights of your user",
     )
+    add("--samples_per_problem", type=int, default=1, help="completions of each problem")
+    add("--pass_at", default="1", help="the k of pass@k, parted by commas")
+    add("--temperature", type=float, help="of completions; else 0 for one sample, 0.8 for several")
+    add("--code_seconds", type=float, default=10.0, help="how long a program may run")
+    add("--code_memory_mib", type=int, default=1024, help="how much memory it may take")
+    add("--code_workers", type=int, default=0, help="programs at a time; 0: up to four")
     return parser
