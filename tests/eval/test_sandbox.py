@@ -306,10 +306,10 @@ def test_the_channel_of_results_is_limited_and_believed_in_nothing(sandbox):
         """
     assert run(sandbox, found.format(do="os.write(fd, b'x' * 100000)")).verdict == "output"
     lie = 'os.write(fd, b\'{"not_isolated": "lie"}\\n\')'
-    outcome = run(sandbox, found.format(do=lie) + "        os._exit(3)\n")
+    outcome = run(sandbox, found.format(do=lie) + "os._exit(3)\n")
     assert (outcome.verdict, outcome.detail) == ("failed", "it left before its end")
     lie = lie.replace("not_isolated", "token")
-    outcome = run(sandbox, found.format(do=lie) + "        os._exit(0)\n")
+    outcome = run(sandbox, found.format(do=lie) + "os._exit(0)\n")
     assert (outcome.verdict, outcome.detail) == ("failed", "it left before its end")
     still_works(sandbox)
 
