@@ -135,6 +135,7 @@ def run(
     folder = OutputFolder(settings.output_folder)
     with locked(folder.path / ".lock"):
         try:
+            _ = settings.source  # A run that is not finished is refused before data are fetched.
             jobs = _build(settings, makers or {}, folder, reporter, allow_unsafe)
             files = find_model(settings)
             if any(job.needs_chat for job in jobs) and not files.tokenizer.chat_template:
