@@ -10,17 +10,20 @@ the Hugging Face hub, or with --data from a folder of local files.
 Results go to --output, as results.json and results.md; by default to eval/ in the run's folder. The
 same command again goes on where it was stopped, and does no task twice.
 
-Exit codes: 0 done; 2 refused; 130 stopped by Ctrl-C.
+Exit codes: 0 done; 2 refused; 1 the judge of mt_bench failed; 130 stopped by Ctrl-C.
 """
 
 import argparse
+import functools
 import importlib.util
+import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-_REFUSED, _INTERRUPTED = 2, 130
+_FAILED, _REFUSED, _INTERRUPTED = 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,9 +34,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The harness draws a bar for every small step; those that matter are drawn here.
     os.environ.setdefault("TQDM_DISABLE", "1")
     # Imported here, so that a mistyped flag is refused at once and not after JAX has started.
+    from eval.humaneval import task as humaneval
+    from eval.humaneval.task import HumanEvalSettings
+    from eval.mt_bench import task as mt_bench
+    from eval.mt_bench.judges import JudgeError
+    from eval.mt_bench.task import MTBenchSettings
+    from eval.progress import Reporter
     from eval.run import run
+    from eval.sandbox import SandboxLimits
     from eval.settings import EvalSettings
-    from eval.tasks.names import listing
+    from eval.tasks.names import HUMANEVAL, MT_BENCH, listing
     from peft_jax.parallel import MeshSettings
     from peft_jax.training.errors import RefusedError
 
@@ -56,13 +66,44 @@ def main(argv: Sequence[str] | None = None) -> int:
             num_fewshot=given.num_fewshot,
             max_new_tokens=given.max_new_tokens,
             chat=given.chat,
+            chat_template=given.chat_template,
             system=given.system,
             batch_size=given.batch_size,
             max_length=given.max_length,
             seed=given.seed,
             mesh=MeshSettings(fsdp=given.fsdp, tensor=given.tensor, devices=given.devices),
         )
-        print(run(settings, allow_unsafe=given.allow_unisolated_code), end="")
+        code = HumanEvalSettings(
+            allowed=given.allow_code_execution or given.allow_unisolated_code,
+            unisolated=given.allow_unisolated_code,
+            samples=given.samples_per_problem,
+            pass_at=tuple(map(int, _numbers("--pass_at", given.pass_at) or ())),
+            temperature=given.temperature,
+            limits=SandboxLimits(seconds=given.code_seconds, memory_mib=given.code_memory_mib),
+            workers=given.code_workers,
+        )
+        judging = MTBenchSettings(
+            judge=given.judge,
+            model=given.judge_model,
+            key=os.environ.get(given.judge_key_variable, ""),
+            options=_json_object("--judge_options", given.judge_options),
+            prices=_numbers("--judge_prices", given.judge_prices),  # type: ignore[arg-type]
+            budget=given.judge_budget,
+            retries=given.judge_retries,
+            workers=given.judge_workers,
+        )
+        reporter = Reporter()
+        makers = {
+            HUMANEVAL: functools.partial(humaneval.make_job, settings=settings, code=code),
+            MT_BENCH: functools.partial(
+                mt_bench.make_job, settings=settings, judging=judging, reporter=reporter
+            ),
+        }
+        allow_unsafe = given.allow_unisolated_code
+        print(run(settings, makers=makers, reporter=reporter, allow_unsafe=allow_unsafe), end="")
+    except JudgeError as error:
+        print(f"eval: {error}", file=sys.stderr)
+        return _FAILED
     except (RefusedError, ValueError, FloatingPointError) as error:
         return _refuse(str(error))
     except KeyboardInterrupt:
@@ -75,6 +116,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _refuse(message: str) -> int:
     print(f"eval: {message}", file=sys.stderr)
     return _REFUSED
+
+
+def _numbers(flag: str, text: str) -> tuple[float, ...] | None:
+    """Numbers parted by commas; None where there is nothing.
+
+    Raises:
+      ValueError: something else.
+    """
+    if not text:
+        return None
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError as error:
+        raise ValueError(f"{flag} should be numbers parted by commas, but is {text!r}") from error
+
+
+def _json_object(flag: str, text: str) -> dict[str, Any]:
+    """An object in JSON.
+
+    Raises:
+      ValueError: something else.
+    """
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{flag} is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{flag} should be a JSON object, but is {text!r}")
+    return value
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -102,7 +172,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--num_fewshot", type=int, help="examples put before each question; else as the task says")
     add("--max_new_tokens", type=int, help="the most new tokens; else as the task says")
     add("--chat", action="store_true", help="put the tokenizer's chat template around prompts")
-    add("--system", default="", help="with --chat, what the system says first")
+    add("--chat_template", type=Path, help="a file with a Jinja template; else the tokenizer's own")
+    add("--system", default="", help="in a chat, what the system says first")
     add = parser.add_argument_group("how").add_argument
     add("--output", type=Path, help="where results go")
     add("--batch_size", type=int, default=16, help="rows of a batch")
@@ -112,9 +183,25 @@ def _parser() -> argparse.ArgumentParser:
     add("--tensor", type=int, default=1, help="devices that single layers are cut over")
     add("--devices", type=int, default=0, help="use only so many devices; 0 for all")
     add = parser.add_argument_group("generated code (humaneval)").add_argument
+    add("--allow_code_execution", action="store_true", help="run it, in a sandbox")
     add(
         "--allow_unisolated_code",
         action="store_true",
-        help="run generated code even where it cannot be kept apart from this machine",
+        help="run it without the sandbox's isolation, with the rights of your user",
     )
+    add("--samples_per_problem", type=int, default=1, help="completions of each problem")
+    add("--pass_at", default="1", help="the k of pass@k, parted by commas")
+    add("--temperature", type=float, help="of completions; else 0 for one sample, 0.8 for several")
+    add("--code_seconds", type=float, default=10.0, help="how long a program may run")
+    add("--code_memory_mib", type=int, default=1024, help="how much memory it may take")
+    add("--code_workers", type=int, default=0, help="programs at a time; 0: up to four")
+    add = parser.add_argument_group("the judge (mt_bench)").add_argument
+    add("--judge", default="", help="https://…/v1, an endpoint of OpenAI's protocol; local:FOLDER")
+    add("--judge_model", default="", help="the model that the endpoint is asked for")
+    add("--judge_key_variable", default="OPENAI_API_KEY", help="the environment's name of its key")
+    add("--judge_options", default="{}", help="fields of each request in JSON; null takes one away")
+    add("--judge_prices", default="", help="of a million tokens of prompts, and of answers: 2.5,10")
+    add("--judge_budget", type=float, help="what it may cost at most, by those prices")
+    add("--judge_retries", type=int, default=5, help="how often a failed request is made again")
+    add("--judge_workers", type=int, default=4, help="requests at a time")
     return parser

@@ -61,8 +61,13 @@ def find_model(settings: EvalSettings) -> ModelFiles:
     match_tensors(open_checkpoint(folder), build_model(read_config(folder), None))
     with_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(adapter if with_tokenizer and adapter else folder)
+    if settings.chat_template is not None:
+        tokenizer.chat_template = settings.chat_template.read_text(encoding="utf-8")
     if settings.chat and not tokenizer.chat_template:
-        raise ValueError(f"--chat: the tokenizer of {folder} has no chat template")
+        raise ValueError(
+            f"--chat: the tokenizer of {folder} has no chat template: name a file with one in"
+            " --chat_template"
+        )
     return ModelFiles(model=folder, adapter=adapter, tokenizer=tokenizer)
 
 
@@ -79,7 +84,8 @@ def load(settings: EvalSettings, files: ModelFiles) -> tuple[Loaded, jax.shardin
     loaded = load_for_generation(
         files.model, files.adapter, merge=settings.merge, dtype=settings.dtype, mesh=mesh
     )
-    return loaded, batch_sharding(mesh)
+    # The one that was looked at, with the chat template it was given.
+    return dataclasses.replace(loaded, tokenizer=files.tokenizer), batch_sharding(mesh)
 
 
 def _digest(folder: Path) -> str:

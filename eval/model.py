@@ -89,8 +89,8 @@ class HarnessModel(TemplateLM):
         self._row_sharding = row_sharding
         self._batch_size = batch_size
         self._seed = seed
-        self._store = store if store is not None else ResponseStore()
-        self._reporter = reporter or Reporter()
+        self.store = store if store is not None else ResponseStore()
+        self.reporter = reporter or Reporter()
         self._scorer = TokenScorer(
             loaded.model, loaded.params, row_sharding=row_sharding, batch_size=batch_size
         )
@@ -162,7 +162,7 @@ class HarnessModel(TemplateLM):
         totals = {
             text: known
             for text in dict.fromkeys(texts)
-            if (known := self._store.get("rolling", text)) is not None
+            if (known := self.store.get("rolling", text)) is not None
         }
         windows = {
             text: [make_disjoint_window(window) for window in self._windows(text)]
@@ -181,7 +181,7 @@ class HarnessModel(TemplateLM):
                 missing[text] -= 1
                 if not missing[text]:
                     totals[text] = sums[text]
-                    self._store.add(sums[text], "rolling", text)
+                    self.store.add(sums[text], "rolling", text)
         return [totals[text] for text in texts]
 
     def _windows(self, text: str) -> Iterable[tuple[list[int], list[int]]]:
@@ -197,7 +197,7 @@ class HarnessModel(TemplateLM):
     ) -> list[Score]:
         found: dict[int, Score] = {}
         for index, (texts, _, _) in enumerate(requests):
-            known = self._store.get("loglikelihood", *texts)
+            known = self.store.get("loglikelihood", *texts)
             if known is not None:
                 found[index] = (float(known[0]), bool(known[1]))
         waiting = [index for index in range(len(requests)) if index not in found]
@@ -216,7 +216,7 @@ class HarnessModel(TemplateLM):
             for place, score in scored.items():
                 index = waiting[place]
                 found[index] = score
-                self._store.add(list(score), "loglikelihood", *requests[index][0])
+                self.store.add(list(score), "loglikelihood", *requests[index][0])
         return [found[index] for index in range(len(requests))]
 
     def _score(
@@ -242,7 +242,7 @@ class HarnessModel(TemplateLM):
             _row(read, [pairs[index][1] for index in indices])
             for (read, _), indices in groups.items()
         ]
-        with self._reporter.counting(what, len(pairs)) as counter:
+        with self.reporter.counting(what, len(pairs)) as counter:
             for batch in self._scorer(rows):
                 scores: dict[int, Score] = {}
                 for number, scored in batch.items():
@@ -312,18 +312,18 @@ class HarnessModel(TemplateLM):
             repetition = 0 if settings.greedy else seen[text, settings]
             seen[text, settings] += 1
             keys.append(("generate", text, _record(settings), repetition))
-            known = self._store.get(*keys[index])
+            known = self.store.get(*keys[index])
             if known is not None:
                 found[index] = known
             else:
                 groups[settings, repetition].append(index)
         waiting = sum(map(len, groups.values()))
-        with self._reporter.counting("generated", waiting) as counter:
+        with self.reporter.counting("generated", waiting) as counter:
             for (settings, repetition), indices in groups.items():
                 for batch, texts in self._complete_alike(requests, indices, settings, repetition):
                     for index, text in zip(batch, texts, strict=True):
                         found[index] = text
-                        self._store.add(text, *keys[index])
+                        self.store.add(text, *keys[index])
                     counter.advance(len(batch))
         return [found[index] for index in range(len(requests))]
 

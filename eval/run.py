@@ -35,11 +35,13 @@ class Job:
       wanted: the task.
       asked: what its result depends on besides the model, as JSON can hold it.
       evaluate: does it.
+      needs_chat: whether it is a conversation, which takes a chat template.
     """
 
     wanted: Wanted
     asked: Mapping[str, Any]
     evaluate: Evaluate
+    needs_chat: bool = False
 
 
 Maker = Callable[[Wanted, Path], Job]
@@ -133,8 +135,14 @@ def run(
     folder = OutputFolder(settings.output_folder)
     with locked(folder.path / ".lock"):
         try:
+            _ = settings.source  # A run that is not finished is refused before data are fetched.
             jobs = _build(settings, makers or {}, folder, reporter, allow_unsafe)
             files = find_model(settings)
+            if any(job.needs_chat for job in jobs) and not files.tokenizer.chat_template:
+                raise ValueError(
+                    f"{MT_BENCH} is a conversation, and the tokenizer of {files.model} has no chat"
+                    " template: name a file with one in --chat_template"
+                )
             folder.claim({**files.identity(), **settings.identity()})
         except (ValueError, OSError) as error:
             raise RefusedError(str(error)) from error
@@ -272,6 +280,8 @@ def _done(job: Job, results: Mapping[str, TaskResult], reporter: Reporter) -> bo
     """Whether a task's result is there, of the same settings."""
     before = results.get(job.wanted.name)
     if before is None or before.details.get("asked") != job.asked:
+        return False
+    if before.details.get("incomplete"):
         return False
     reporter.say(f"{job.wanted.name}: done before")
     return True

@@ -31,7 +31,8 @@ class EvalSettings:
       num_fewshot: how many examples are put before each question; None: as the task says.
       max_new_tokens: the most new tokens of an answer; None: as the task says.
       chat: put the tokenizer's chat template around prompts.
-      system: with `chat`, what the system says first.
+      chat_template: a file with a Jinja chat template, used in place of the tokenizer's own.
+      system: in a chat, what the system says first.
       batch_size: rows of a batch.
       max_length: the longest text in tokens; None: what the model was made for.
       seed: of sampling.
@@ -54,6 +55,7 @@ class EvalSettings:
     num_fewshot: int | None = None
     max_new_tokens: int | None = None
     chat: bool = False
+    chat_template: Path | None = None
     system: str = ""
     batch_size: int = 16
     max_length: int | None = None
@@ -85,8 +87,10 @@ class EvalSettings:
             raise ValueError(
                 f"limit must be a number of rows, or a share of them below 1, but is {self.limit}"
             )
-        if self.system and not self.chat:
+        if self.system and not self.chat and "mt_bench" not in self.tasks:
             raise ValueError("--system is what the system says in a chat: give --chat as well")
+        if self.chat_template is not None and not self.chat_template.is_file():
+            raise ValueError(f"--chat_template: there is no file {self.chat_template}")
 
     @property
     def source(self) -> tuple[str | None, str | None]:
@@ -133,5 +137,7 @@ class EvalSettings:
     def asked(self) -> dict[str, Any]:
         """What a task's result depends on besides, as JSON can hold it."""
         names = ("limit", "prompts", "num_fewshot", "max_new_tokens", "chat", "system")
+        asked = {name: getattr(self, name) for name in names}
+        template = str(self.chat_template.resolve()) if self.chat_template else ""
         data = str(self.data.resolve()) if self.data else "hub"
-        return {**{name: getattr(self, name) for name in names}, "data": data}
+        return {**asked, "chat_template": template, "data": data}

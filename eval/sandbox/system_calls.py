@@ -1,0 +1,133 @@
+"""The system calls that sandboxed code may not make, as a filter for the kernel (seccomp).
+
+The namespaces of the jail are what keeps the code apart; the filter closes what they leave open:
+memory that no limit counts, and parts of the kernel that such code has no business with. Only the
+standard library is used here: the jail runs this before anything else is there.
+"""
+
+import ctypes
+import errno
+import platform
+import struct
+
+_X86_64, _AARCH64 = 0xC000003E, 0xC00000B7
+_ARCHITECTURES = {"x86_64": _X86_64, "aarch64": _AARCH64}
+_X32_BIT = 0x40000000
+
+# Name: (number on x86_64, number on aarch64); None where there is none.
+_REFUSED: dict[str, tuple[int | None, int | None]] = {
+    "socket": (41, 198),
+    "ptrace": (101, 117),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "pidfd_getfd": (438, 438),
+    "unshare": (272, 97),
+    "setns": (308, 268),
+    "mount": (165, 40),
+    "umount2": (166, 39),
+    "pivot_root": (155, 41),
+    "chroot": (161, 51),
+    "open_tree": (428, 428),
+    "move_mount": (429, 429),
+    "fsopen": (430, 430),
+    "fsmount": (432, 432),
+    "mount_setattr": (442, 442),
+    "open_by_handle_at": (304, 265),
+    # Memory that belongs to no process, and so is under no limit of one.
+    "shmget": (29, 194),
+    "msgget": (68, 186),
+    "semget": (64, 190),
+    "mq_open": (240, 180),
+    "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
+    # Parts of the kernel with a long record of faults.
+    "bpf": (321, 280),
+    "perf_event_open": (298, 241),
+    "userfaultfd": (323, 282),
+    "io_uring_setup": (425, 425),
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "keyctl": (250, 219),
+    "init_module": (175, 105),
+    "finit_module": (313, 273),
+    "kexec_load": (246, 104),
+    "reboot": (169, 142),
+    "swapon": (167, 224),
+    "acct": (163, 89),
+    "quotactl": (179, 60),
+}
+
+_CLONE, _CLONE3 = (56, 220), 435
+_NEW_NAMESPACES = 0x7E020080
+"""The flags of clone that make namespaces: CLONE_NEWTIME, NEWNS, NEWCGROUP, NEWUTS, … NEWNET."""
+
+# Instructions of the filter: load a word, jump on equality, on a set bit, on at least; return.
+_LOAD, _IF_EQUAL, _IF_ANY_BIT, _IF_AT_LEAST, _RETURN = 0x20, 0x15, 0x45, 0x35, 0x06
+_ALLOW, _KILL, _FAIL = 0x7FFF0000, 0x80000000, 0x00050000
+_NUMBER_AT, _ARCHITECTURE_AT, _FIRST_ARGUMENT_AT = 0, 4, 16
+
+_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
+
+
+class _Program(ctypes.Structure):
+    """`struct sock_fprog`."""
+
+    _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
+
+
+def refuse_system_calls(libc: ctypes.CDLL) -> None:
+    """Puts the filter on this process and all that come of it; for good.
+
+    Args:
+      libc: the C library. `PR_SET_NO_NEW_PRIVS` has to be set.
+
+    Raises:
+      OSError: the kernel does not take the filter, or the machine's architecture is not known here.
+    """
+    code = filter_program(platform.machine())
+    program = _Program(len(code) // 8, code)
+    if libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0):
+        number = ctypes.get_errno()
+        raise OSError(number, f"no filter of system calls: {errno.errorcode.get(number, number)}")
+
+
+def filter_program(machine: str) -> bytes:
+    """The filter's instructions, 8 bytes each.
+
+    Args:
+      machine: the architecture, as `platform.machine` names it.
+
+    Raises:
+      OSError: it is not known here.
+    """
+    if machine not in _ARCHITECTURES:
+        raise OSError(errno.ENOSYS, f"system calls are not known for {machine}")
+    column = list(_ARCHITECTURES).index(machine)
+    code = [
+        _instruction(_LOAD, _ARCHITECTURE_AT),
+        _instruction(_IF_EQUAL, _ARCHITECTURES[machine], 1, 0),
+        _instruction(_RETURN, _KILL),
+        _instruction(_LOAD, _NUMBER_AT),
+        _instruction(_IF_AT_LEAST, _X32_BIT, 0, 1),
+        _instruction(_RETURN, _KILL),
+        # The C library does without clone3, whose flags a filter cannot see.
+        _instruction(_IF_EQUAL, _CLONE3, 0, 1),
+        _instruction(_RETURN, _FAIL | errno.ENOSYS),
+    ]
+    for numbers in _REFUSED.values():
+        if (number := numbers[column]) is not None:
+            code.append(_instruction(_IF_EQUAL, number, 0, 1))
+            code.append(_instruction(_RETURN, _FAIL | errno.EPERM))
+    code += [
+        _instruction(_IF_EQUAL, _CLONE[column], 0, 3),
+        _instruction(_LOAD, _FIRST_ARGUMENT_AT),
+        _instruction(_IF_ANY_BIT, _NEW_NAMESPACES, 0, 1),
+        _instruction(_RETURN, _FAIL | errno.EPERM),
+        _instruction(_RETURN, _ALLOW),
+    ]
+    return b"".join(code)
+
+
+def _instruction(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
+    """`struct sock_filter`: what to do, and how many instructions to skip."""
+    return struct.pack("HBBI", code, if_true, if_false, value)

@@ -1,0 +1,438 @@
+"""MT-Bench with a judge on this machine that answers as it is told."""
+
+import http.server
+import json
+import re
+import threading
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from eval.mt_bench.files import TEMPERATURES, read_benchmark
+from eval.mt_bench.judges import EndpointJudge, HopelessJudgeError, JudgeError
+from eval.mt_bench.rating import find_rating
+from eval.mt_bench.requests import JudgeRequest, estimate, judge_requests
+from eval.mt_bench.task import MTBenchSettings, make_job
+from eval.progress import Reporter
+from eval.responses import ResponseStore
+from eval.settings import EvalSettings
+from eval.tasks.names import Wanted
+
+REQUEST = JudgeRequest(81, "writing", 1, "Be fair.", "Rate this.")
+WANTED = Wanted("mt_bench")
+
+
+class JudgeServer:
+    """An endpoint of OpenAI's protocol; `answer` gives (status, body, headers) for each request."""
+
+    def __init__(self):
+        self.requests = []
+        self.answer = lambda body: (200, said("Rating: [[5]]"), {})
+        self.models = 200
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.reply(outer.models, {"data": []}, {})
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                outer.requests.append((self.path, dict(self.headers), body))
+                self.reply(*outer.answer(body))
+
+            def reply(self, status, body, headers):
+                data = body if isinstance(body, bytes) else json.dumps(body).encode()
+                self.send_response(status)
+                for key, value in {"Content-Length": str(len(data)), **headers}.items():
+                    self.send_header(key, value)
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *args):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def said(text):
+    return {"choices": [{"message": {"role": "assistant", "content": text}}]}
+
+
+@pytest.fixture
+def server():
+    made = JudgeServer()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def waits():
+    return []
+
+
+@pytest.fixture
+def judge(server, waits):
+    return EndpointJudge(
+        url=server.url, name="judge-1", key="sk-secret", retries=3, sleep=waits.append
+    )
+
+
+# FastChat's files.
+
+
+@pytest.fixture(scope="module")
+def benchmark(shared_data):
+    return read_benchmark(shared_data / "mt_bench")
+
+
+def test_fastchats_files(benchmark):
+    assert len(benchmark.questions) == 80
+    assert set(Counter(q.category for q in benchmark.questions).values()) == {10}
+    with_reference = {q.category for q in benchmark.questions if q.reference}
+    assert with_reference == {"math", "reasoning", "coding"}
+    temperatures = {q.category: q.temperature for q in benchmark.questions}
+    assert temperatures == {category: TEMPERATURES[category] for category in temperatures}
+    assert temperatures["writing"] == 0.7
+    assert temperatures["stem"] == 0.1
+    assert temperatures["coding"] == 0.0
+
+
+def test_the_judge_is_asked_in_fastchats_words(benchmark, shared_data):
+    lines = (shared_data / "mt_bench" / "judge_prompts.jsonl").read_text().splitlines()
+    templates = {row["name"]: row for row in map(json.loads, lines)}
+    answers = ("first {answer}", "second")
+    plain = benchmark.questions[0]
+    first, second = judge_requests(benchmark, plain, answers)
+    assert first.prompt == templates["single-v1"]["prompt_template"].format(
+        question=plain.turns[0], answer=answers[0]
+    )
+    assert first.system == templates["single-v1"]["system_prompt"]
+    assert second.prompt == templates["single-v1-multi-turn"]["prompt_template"].format(
+        question_1=plain.turns[0],
+        question_2=plain.turns[1],
+        answer_1=answers[0],
+        answer_2=answers[1],
+    )
+    math = next(q for q in benchmark.questions if q.category == "math")
+    first, second = judge_requests(benchmark, math, answers)
+    assert first.prompt == templates["single-math-v1"]["prompt_template"].format(
+        question=math.turns[0], answer=answers[0], ref_answer_1=math.reference[0]
+    )
+    assert second.system == templates["single-math-v1-multi-turn"]["system_prompt"]
+    assert math.reference[1] in second.prompt
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: (f / "question.jsonl").unlink(), "lacks question.jsonl: copy FastChat's"),
+        (lambda f: (f / "question.jsonl").write_text("{"), r"question.jsonl:1: broken JSON"),
+        (lambda f: (f / "question.jsonl").write_text("[]"), "should be a JSON object"),
+        (lambda f: (f / "question.jsonl").write_text(""), "has no questions"),
+        (
+            lambda f: (f / "question.jsonl").write_text(
+                '{"question_id": 1, "category": "writing", "turns": ["one"]}'
+            ),
+            "question 1 should have 2 turns",
+        ),
+        (
+            lambda f: (f / "question.jsonl").write_text(
+                '{"question_id": 1, "category": "math", "turns": ["one", "two"]}'
+            ),
+            "sees a reference answer, and there is none",
+        ),
+        (lambda f: (f / "reference_answer_gpt-4.jsonl").unlink(), "lacks reference answers"),
+        (lambda f: (f / "judge_prompts.jsonl").write_text("{}"), "lacks the prompt 'single-v1'"),
+    ],
+)
+def test_broken_files_are_refused(shared_data, tmp_path, change, message):
+    for file in (shared_data / "mt_bench").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    change(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        read_benchmark(tmp_path)
+
+
+# Ratings.
+
+
+@pytest.mark.parametrize(
+    ("judgment", "rating"),
+    [
+        ("Good. Rating: [[8]]", 8.0),
+        ("[[10]]", 10.0),
+        ("[[1]]", 1.0),
+        ("[[6.5]]", 6.5),
+        ("Rating: [[7]]. So my rating is [[7]].", 7.0),
+        ("[[10.5]]", None),
+        ("[[0]]", None),
+        ("[[-3]]", None),
+        ("[[100]]", None),
+        ("[[8/10]]", None),
+        ("[[rating]]", None),
+        ("[[ 8 ]]", None),
+        ("Rating: 8", None),
+        ("[8]", None),
+        ("[[8]] or [[9]]", None),
+        ("[[A]]", None),
+        ("[[1e9]]", None),
+        ("", None),
+    ],
+)
+def test_ratings_are_read_strictly(judgment, rating):
+    assert find_rating(judgment) == rating
+
+
+# The endpoint.
+
+
+def test_a_request(server, judge):
+    assert judge(REQUEST) == "Rating: [[5]]"
+    (path, headers, body), *_ = server.requests
+    assert path == "/v1/chat/completions"
+    assert headers["Authorization"] == "Bearer sk-secret"
+    assert body == {
+        "model": "judge-1",
+        "messages": [
+            {"role": "system", "content": "Be fair."},
+            {"role": "user", "content": "Rate this."},
+        ],
+        "temperature": 0,
+        "max_tokens": 2048,
+    }
+
+
+def test_options_are_added_and_taken_away(server):
+    options = {"max_tokens": None, "max_completion_tokens": 100}
+    EndpointJudge(url=server.url, name="m", options=options)(REQUEST)
+    body = server.requests[0][2]
+    assert "max_tokens" not in body
+    assert body["max_completion_tokens"] == 100
+
+
+def test_passing_failures_are_tried_again_with_longer_and_longer_waits(server, judge, waits):
+    statuses = iter([429, 500, 503, 200])
+
+    def answer(body):
+        status = next(statuses)
+        return status, said("[[5]]") if status == 200 else {"error": "busy"}, {}
+
+    server.answer = answer
+    assert judge(REQUEST) == "[[5]]"
+    assert waits == [1.0, 2.0, 4.0]
+
+
+def test_an_endpoint_says_how_long_to_wait(server, judge, waits):
+    statuses = iter([429, 200])
+    server.answer = lambda body: (next(statuses), said("[[5]]"), {"Retry-After": "7"})
+    judge(REQUEST)
+    assert waits == [7.0]
+
+
+def test_failures_that_last_are_errors(server, judge, waits):
+    server.answer = lambda body: (500, {"error": "down"}, {})
+    with pytest.raises(JudgeError, match=r"500 Internal Server Error.*after 3 retries"):
+        judge(REQUEST)
+    assert len(server.requests) == 4
+    server.answer = lambda body: (400, {"error": "too long"}, {})
+    with pytest.raises(JudgeError, match=r"400 Bad Request.*too long"):
+        judge(REQUEST)
+    assert len(server.requests) == 5, "a wrong request stays wrong"
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_hopeless_failures_are_told_apart_and_keep_the_key(server, judge, status):
+    server.answer = lambda body: (status, {"error": "no such key: sk-secret"}, {})
+    with pytest.raises(HopelessJudgeError) as caught:
+        judge(REQUEST)
+    assert "sk-secret" not in str(caught.value)
+    assert "sk-secret" not in repr(judge)
+
+
+@pytest.mark.parametrize("body", [b"no JSON", {"choices": []}, said(""), said(None), []])
+def test_answers_of_another_form_are_errors(server, judge, body):
+    server.answer = lambda _: (200, body, {})
+    with pytest.raises(JudgeError, match="cannot be read"):
+        judge(REQUEST)
+
+
+def test_an_endpoint_that_is_not_there_is_noticed_at_once(server, judge):
+    judge.check()
+    server.models = 404
+    judge.check()  # it has no list of models
+    server.models = 401
+    with pytest.raises(HopelessJudgeError, match="401"):
+        judge.check()
+    absent = EndpointJudge(url="http://127.0.0.1:9/v1", name="m", retries=0)
+    with pytest.raises(HopelessJudgeError, match="cannot be reached"):
+        absent.check()
+    with pytest.raises(JudgeError, match="after 0 retries"):
+        absent(REQUEST)
+
+
+# The evaluation.
+
+
+class Speaker:
+    """A model whose answers tell what it was asked, at which temperature."""
+
+    def __init__(self):
+        self.store = ResponseStore()
+        self.reporter = Reporter()
+        self.truncated = 0
+        self.asked = []
+
+    def settings_of(self, gen_kwargs):
+        return gen_kwargs
+
+    def apply_chat_template(self, chat):
+        return json.dumps(chat)
+
+    def complete(self, requests):
+        self.asked += requests
+        return [f" turn {len(json.loads(text)) // 2 + 1} " for text, _ in requests]
+
+
+class Silent(Reporter):
+    def __init__(self):
+        super().__init__()
+        self.said = []
+
+    def say(self, message):
+        self.said.append(message)
+
+    warn = say
+
+
+@pytest.fixture
+def reporter():
+    return Silent()
+
+
+def build(server, shared_data, tmp_path, reporter, *, limit=None, **judging):
+    settings = EvalSettings(tasks=("mt_bench",), model="none", data=shared_data, limit=limit)
+    judging = {"judge": server.url, "model": "judge-1", "retries": 0, **judging}
+    return make_job(WANTED, tmp_path, settings, MTBenchSettings(**judging), reporter)
+
+
+def rate_by_turn(body):
+    """The first turn gets 8, the second 4."""
+    second = "### Assistant A:\nturn 2" in body["messages"][1]["content"]
+    return 200, said(f"Rating: [[{4 if second else 8}]]"), {}
+
+
+def test_the_whole_benchmark(server, shared_data, tmp_path, reporter, benchmark):
+    server.answer = rate_by_turn
+    job = build(server, shared_data, tmp_path, reporter, prices=(2.5, 10.0))
+    assert re.search(r"at most 160 requests .* by the prices given", reporter.said[0])
+    model = Speaker()
+    result = job.evaluate(model)
+    values = {metric.name: metric.value for metric in result.metrics}
+    assert values["MT-Bench"] == 6.0
+    assert (values["turn 1"], values["turn 2"]) == (8.0, 4.0)
+    assert {metric.variant for metric in result.metrics} == {"judge: judge-1"}
+    assert len(values) == 3 + 8
+    assert len(server.requests) == 160
+    # Both turns are answered, the second with the first before it, at the category's temperature.
+    assert len(model.asked) == 160
+    for (text, settings), question in zip(model.asked, benchmark.questions * 2, strict=True):
+        assert settings["temperature"] == question.temperature
+        assert settings["do_sample"] == (question.temperature > 0)
+        assert question.turns[0] in [message["content"] for message in json.loads(text)]
+    second = json.loads(model.asked[80][0])
+    assert [message["role"] for message in second] == ["user", "assistant", "user"]
+    assert second[1]["content"] == "turn 1"
+    samples = [json.loads(line) for line in (tmp_path / "samples/mt_bench.jsonl").open()]
+    assert [sample["rating"] for sample in samples[:2]] == [8.0, 4.0]
+    assert not result.details["incomplete"]
+
+
+def test_a_part_is_not_called_by_the_name(server, shared_data, tmp_path, reporter):
+    result = build(server, shared_data, tmp_path, reporter, limit=3).evaluate(Speaker())
+    assert result.metrics[0].name == "rating"
+    assert (result.rows, result.rows_in_all) == (3, 80)
+
+
+def test_failures_are_counted_shown_and_made_good(server, shared_data, tmp_path, reporter):
+    def answer(body):
+        number = len(server.requests)
+        if number % 4 == 0:
+            return 500, {"error": "down"}, {}
+        return 200, said("Rating: 9" if number % 4 == 1 else "Rating: [[6]]"), {}
+
+    server.answer = answer
+    model = Speaker()
+    job = build(server, shared_data, tmp_path, reporter, limit=8, workers=1)
+    result = job.evaluate(model)
+    assert (result.details["ratings"], result.details["not_given"]) == (8, 4)
+    assert result.details["unreadable"] == 4
+    assert result.details["incomplete"]
+    assert result.metrics[0].value == 6.0
+    assert any("4 were not given" in one and "4 could not be read" in one for one in reporter.said)
+    # The same again asks for those alone that were not given.
+    before = len(server.requests)
+    server.answer = lambda body: (200, said("[[6]]"), {})
+    result = job.evaluate(model)
+    assert len(server.requests) == before + 4
+    assert (result.details["ratings"], result.details["not_given"]) == (12, 0)
+
+
+def test_a_judge_that_is_gone_is_given_up(server, shared_data, tmp_path, reporter):
+    server.answer = lambda body: (500, {"error": "down"}, {})
+    job = build(server, shared_data, tmp_path, reporter, workers=1)
+    with pytest.raises(HopelessJudgeError, match="8 requests in a row"):
+        job.evaluate(Speaker())
+    assert len(server.requests) < 16
+
+
+def test_a_budget_is_kept(server, shared_data, tmp_path, reporter):
+    job = build(server, shared_data, tmp_path, reporter, prices=(1000.0, 1000.0), budget=1.0)
+    with pytest.raises(HopelessJudgeError, match="judge_budget is 1"):
+        job.evaluate(Speaker())
+    assert server.requests == []
+
+
+def test_estimates_are_of_the_right_size(benchmark):
+    """Known texts: the tokens that GPT-2's kind of tokenizer makes of English."""
+    requests = judge_requests(benchmark, benchmark.questions[0], ("word " * 100, "word " * 100))
+    found = estimate(requests, (1.0, 2.0))
+    characters = sum(len(one.system) + len(one.prompt) for one in requests)
+    assert characters / 4.5 < found.prompt_tokens < characters / 3
+    assert found.cost == pytest.approx((found.prompt_tokens + 2 * found.answer_tokens) / 1e6)
+
+
+@pytest.mark.parametrize(
+    ("judging", "message"),
+    [
+        ({"judge": ""}, "give --judge"),
+        ({"judge": "api.openai.com"}, "it should be an address"),
+        ({"model": ""}, "--judge_model"),
+        ({"judge": "local:/nowhere/at/all"}, "there is no folder /nowhere/at/all"),
+        ({"judge": "http://127.0.0.1:9/v1"}, "cannot be reached"),
+        ({"budget": 1.0}, "judge_prices"),
+        ({"prices": (1.0,)}, "give two"),
+        ({"retries": -1}, "judge_retries"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_done(
+    server, shared_data, tmp_path, reporter, judging, message
+):
+    with pytest.raises(ValueError, match=message):
+        build(server, shared_data, tmp_path, reporter, **judging)
+    assert server.requests == []
+
+
+def test_the_standard_error_is_of_questions(server, shared_data, tmp_path, reporter):
+    ratings = iter([9, 9, 1, 1, 5, 5])
+    server.answer = lambda body: (200, said(f"[[{next(ratings)}]]"), {})
+    job = build(server, shared_data, tmp_path, reporter, limit=3, workers=1)
+    metric = job.evaluate(Speaker()).metrics[0]
+    assert metric.value == 5.0
+    assert metric.standard_error == pytest.approx(np.std([9, 1, 5], ddof=1) / np.sqrt(3))

@@ -1,0 +1,465 @@
+"""Programs that try to get out of the sandbox, or to take more than they may. None succeeds."""
+
+import contextlib
+import errno
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from eval.sandbox import IsolationError, Sandbox, SandboxLimits, api
+from eval.sandbox.system_calls import filter_program
+
+LIMITS = SandboxLimits(seconds=20.0, memory_mib=256, processes=6, file_mib=4, output_kib=32)
+
+
+@pytest.fixture(scope="module")
+def sandbox():
+    made = Sandbox(LIMITS)
+    try:
+        made.check()
+    except IsolationError as error:
+        pytest.skip(f"nothing can be kept apart on this machine: {error}")
+    return made
+
+
+def run(sandbox, program):
+    return sandbox.run(textwrap.dedent(program))
+
+
+def still_works(sandbox):
+    """The run goes on: the next program is run as if nothing had been."""
+    assert run(sandbox, "assert sorted([2, 1]) == [1, 2]").verdict == "passed"
+
+
+def test_a_program_passes_only_by_coming_to_its_end(sandbox):
+    passed = run(sandbox, "print('hello')")
+    assert (passed.verdict, passed.output) == ("passed", "hello\n")
+    assert run(sandbox, "assert False, 'wrong'").detail == "AssertionError: wrong"
+    assert run(sandbox, "import os; os._exit(0)").detail == "it left before its end"
+    assert run(sandbox, "import sys; sys.exit(0)").detail == "SystemExit: 0"
+    assert run(sandbox, "def broken(:").detail.startswith("SyntaxError")
+    assert run(sandbox, "import ctypes; ctypes.string_at(0)").detail == "SIGSEGV"
+    assert run(sandbox, "x = '\\ud800'; print(len(x))").verdict == "passed"
+
+
+def test_it_has_the_standard_library_and_nothing_else(sandbox):
+    assert run(sandbox, "import json, math, re, hashlib, typing, collections").passed
+    assert "ModuleNotFoundError" in run(sandbox, "import numpy").detail
+
+
+@pytest.mark.parametrize("program", ["while True: pass", "import time; time.sleep(3600)"])
+def test_an_endless_program_is_ended(sandbox, program):
+    impatient = Sandbox(SandboxLimits(seconds=1.0))
+    outcome = run(impatient, program)
+    assert outcome.verdict == "timeout"
+    assert 1.0 <= outcome.seconds < 15.0
+    still_works(sandbox)
+
+
+def test_an_endless_program_that_cannot_be_interrupted_is_ended():
+    impatient = Sandbox(SandboxLimits(seconds=1.0))
+    program = """
+        import signal
+        for number in range(1, 65):
+            try:
+                signal.signal(number, lambda *_: None)
+            except (OSError, ValueError):
+                pass
+        while True:
+            try:
+                while True:
+                    pass
+            except BaseException:
+                pass
+        """
+    assert run(impatient, program).verdict == "timeout"
+
+
+def test_a_fork_bomb_is_stopped_by_the_limit(sandbox):
+    # Not endless: should the limit fail, 60 sleeping processes are all there are.
+    program = """
+        import os, time
+        made = 0
+        try:
+            for _ in range(60):
+                if os.fork() == 0:
+                    time.sleep(600)
+                    os._exit(0)
+                made += 1
+        except OSError as error:
+            raise RuntimeError(f"{made} and then errno {error.errno}")
+        """
+    outcome = run(sandbox, program)
+    assert outcome.verdict == "failed"
+    made, code = outcome.detail.removeprefix("RuntimeError: ").split(" and then errno ")
+    assert int(made) < LIMITS.processes
+    assert int(code) == errno.EAGAIN
+    still_works(sandbox)
+
+
+def test_threads_count_as_processes(sandbox):
+    program = """
+        import threading, time
+        for _ in range(60):
+            threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+        """
+    assert "can't start new thread" in run(sandbox, program).detail
+
+
+def test_processes_end_with_the_program(sandbox, tmp_path):
+    marker = f"sleeper-{os.getpid()}-{time.monotonic_ns()}"
+    program = f"""
+        import os, time
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0:
+                import ctypes
+                ctypes.CDLL(None).prctl(15, b"{marker[:15]}", 0, 0, 0)
+                time.sleep(600)
+            os._exit(0)
+        time.sleep(0.2)
+        """
+    assert run(sandbox, program).passed
+    names = [
+        path.read_text().strip() for path in Path("/proc").glob("[0-9]*/comm") if path.is_file()
+    ]
+    assert marker[:15] not in names
+
+
+def test_memory_is_limited(sandbox):
+    outcome = run(sandbox, "held = [bytearray(10**7) for _ in range(200)]")
+    assert outcome.verdict == "memory" or outcome.detail.startswith("MemoryError")
+    still_works(sandbox)
+
+
+def test_the_memory_of_all_processes_together_is_limited(sandbox):
+    program = """
+        import os, time
+        for _ in range(3):
+            if os.fork() == 0:
+                held = bytearray(120 << 20)
+                time.sleep(600)
+        time.sleep(600)
+        """
+    assert run(sandbox, program).verdict == "memory"
+    still_works(sandbox)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import os; os.memfd_create('hidden')",
+        "import ctypes; assert ctypes.CDLL(None).shmget(0, 1 << 20, 0o1600) >= 0",
+    ],
+)
+def test_memory_that_no_limit_counts_cannot_be_had(sandbox, program):
+    assert run(sandbox, program).verdict == "failed"
+
+
+def test_nothing_can_be_written_outside(sandbox, tmp_path):
+    outside = tmp_path / "outside"
+    outside.write_text("untouched")
+    outside.chmod(0o666)
+    tmp_path.chmod(0o777)
+    program = f"""
+        import os
+        places = [{str(outside)!r}, "/escaped", "/usr/escaped", "/etc/passwd", "/dev/escaped",
+                  os.__file__, "../escaped", "/proc/self/oom_score_adj", "/root/escaped"]
+        written = []
+        for place in places:
+            try:
+                with open(place, "a") as file:
+                    file.write("!")
+                written.append(place)
+            except OSError:
+                pass
+        assert not written, written
+        with open("/tmp/mine", "w") as file:
+            file.write("its own folder is there")
+        """
+    outcome = run(sandbox, program)
+    assert outcome.passed, outcome
+    assert outside.read_text() == "untouched"
+    assert not list(Path("/tmp").glob("mine"))
+
+
+def test_nothing_can_be_read_outside(sandbox, tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    program = f"""
+        import os
+        assert not os.path.exists({str(secret)!r})
+        assert not os.path.exists("/proc/self")
+        assert not os.path.exists("/etc")
+        assert os.listdir("/tmp") == []
+        assert set(os.environ) == {{"PATH", "HOME", "LANG"}}
+        """
+    os.environ["SANDBOX_SECRET"] = "secret"
+    try:
+        assert run(sandbox, program).passed
+    finally:
+        del os.environ["SANDBOX_SECRET"]
+
+
+def test_each_program_has_a_folder_of_its_own(sandbox):
+    assert run(sandbox, "open('left', 'w').write('x')").passed
+    assert run(sandbox, "import os; assert os.listdir('.') == []").passed
+
+
+def test_files_are_limited_each_and_together(sandbox):
+    big = run(sandbox, "open('big', 'wb').write(bytes(5 << 20))")
+    assert "File too large" in big.detail or "No space left" in big.detail
+    many = """
+        for number in range(8):
+            open(str(number), "wb").write(bytes(1 << 20))
+        """
+    assert "No space left" in run(sandbox, many).detail
+    still_works(sandbox)
+
+
+def test_no_socket_can_be_opened(sandbox):
+    received = []
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        server.settimeout(0.5)
+
+        def accept():
+            with contextlib.suppress(TimeoutError):
+                received.append(server.accept())
+
+        listener = threading.Thread(target=accept)
+        listener.start()
+        program = f"""
+            import socket
+            refused = 0
+            for family in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX, socket.AF_NETLINK):
+                for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_RAW):
+                    try:
+                        socket.socket(family, kind)
+                    except OSError:
+                        refused += 1
+            assert refused == 12, refused
+            import urllib.request
+            try:
+                urllib.request.urlopen("http://127.0.0.1:{server.getsockname()[1]}", timeout=5)
+            except OSError:
+                pass
+            else:
+                raise AssertionError("connected")
+            """
+        outcome = run(sandbox, program)
+        listener.join()
+    assert outcome.passed, outcome
+    assert received == []
+
+
+def test_neither_the_parent_nor_any_other_process_can_be_killed(sandbox):
+    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        program = f"""
+            import os, signal
+            assert os.getppid() == 1
+            os.kill(1, signal.SIGKILL)  # the first process of its own namespace takes no harm
+            for target in ({os.getpid()}, {bystander.pid}):
+                try:
+                    os.kill(target, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+                raise AssertionError("it sees other processes")
+            try:
+                os.kill(-1, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            """
+        assert run(sandbox, program).passed
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+    still_works(sandbox)
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_output_is_limited(sandbox, stream):
+    outcome = run(sandbox, f"import sys\nwhile True: sys.{stream}.write('x' * 10000)")
+    assert outcome.verdict == "output"
+    assert len(outcome.output) == LIMITS.output_kib << 10
+    still_works(sandbox)
+
+
+def test_the_channel_of_results_is_limited_and_believed_in_nothing(sandbox):
+    found = """
+        import os
+        for fd in range(3, 64):
+            try:
+                {do}
+            except OSError:
+                continue
+        """
+    assert run(sandbox, found.format(do="os.write(fd, b'x' * 100000)")).verdict == "output"
+    lie = 'os.write(fd, b\'{"not_isolated": "lie"}\\n\')'
+    outcome = run(sandbox, found.format(do=lie) + "os._exit(3)\n")
+    assert (outcome.verdict, outcome.detail) == ("failed", "it left before its end")
+    lie = lie.replace("not_isolated", "token")
+    outcome = run(sandbox, found.format(do=lie) + "os._exit(0)\n")
+    assert (outcome.verdict, outcome.detail) == ("failed", "it left before its end")
+    still_works(sandbox)
+
+
+def test_no_privilege_can_be_had(sandbox):
+    program = """
+        import ctypes, os
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.unshare(0x10000000) == -1
+        assert libc.mount(b"none", b"/tmp", b"tmpfs", 0, None) == -1
+        assert libc.ptrace(16, 1, 0, 0) == -1
+        assert libc.chroot(b"/tmp") == -1
+        class Header(ctypes.Structure):
+            _fields_ = [("version", ctypes.c_uint32), ("pid", ctypes.c_int)]
+        data = (ctypes.c_uint32 * 6)()
+        assert libc.capget(ctypes.byref(Header(0x20080522, 0)), data) == 0
+        assert not any(data), list(data)
+        for change in (os.setuid, os.setgid):
+            try:
+                change(12345)
+            except OSError:
+                continue
+            raise AssertionError("it can become someone else")
+        assert os.system("test 1") in (0, 32512)
+        """
+    outcome = run(sandbox, program)
+    assert outcome.passed, outcome
+
+
+def test_the_program_ends_when_who_runs_it_is_killed(sandbox, tmp_path):
+    script = tmp_path / "runs.py"
+    script.write_text(
+        "from eval.sandbox import Sandbox, SandboxLimits\n"
+        "print('begun', flush=True)\n"
+        "Sandbox(SandboxLimits(seconds=60.0)).run('while True: pass')\n"
+    )
+    root = Path(__file__).parents[2]
+    runner = subprocess.Popen(
+        [sys.executable, script],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    assert runner.stdout.readline() == b"begun\n"
+    jails = []
+    for _ in range(300):
+        jails = jail_processes(runner.pid)
+        if len(jails) >= 3:
+            break
+        time.sleep(0.1)
+    assert len(jails) >= 3, "the jail, its first process and the program"
+    runner.kill()
+    runner.wait()
+    runner.stdout.close()
+    for _ in range(100):
+        if not any(alive(pid) for pid in jails):
+            break
+        time.sleep(0.1)
+    assert not [pid for pid in jails if alive(pid)]
+
+
+def jail_processes(pid):
+    """All that come of a process."""
+    found = []
+    try:
+        for children in Path(f"/proc/{pid}/task").glob("*/children"):
+            for child in map(int, children.read_text().split()):
+                found += [child, *jail_processes(child)]
+    except OSError:
+        pass
+    return found
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes root to become another user")
+def test_it_is_as_sound_for_a_user_without_rights(monkeypatch):
+    python = "/usr/bin/python3"
+    if not Path(python).exists():
+        pytest.skip("there is no Python that every user can run")
+    popen = subprocess.Popen
+
+    def as_nobody(*args, **kwargs):
+        return popen(*args, user=65534, group=65534, extra_groups=[], **kwargs)
+
+    monkeypatch.setattr(api, "_interpreter", lambda: python)
+    monkeypatch.setattr(api.subprocess, "Popen", as_nobody)
+    sandbox = Sandbox(LIMITS)
+    try:
+        sandbox.check()
+    except IsolationError as error:
+        pytest.skip(f"users cannot be kept apart on this machine: {error}")
+    for test in (
+        test_a_fork_bomb_is_stopped_by_the_limit,
+        test_no_privilege_can_be_had,
+        test_files_are_limited_each_and_together,
+    ):
+        test(sandbox)
+    assert run(sandbox, "import os; assert os.getppid() == 1; os.kill(1, 9)").passed
+
+
+def test_without_isolation_nothing_is_run(monkeypatch, tmp_path):
+    mark = tmp_path / "ran"
+    program = f"open({str(mark)!r}, 'w')"
+    monkeypatch.setattr(api, "_interpreter", lambda: "/bin/false")
+    with pytest.raises(IsolationError, match="cannot be kept apart"):
+        Sandbox(LIMITS).run(program)
+    monkeypatch.setattr(api.sys, "platform", "darwin")
+    with pytest.raises(IsolationError, match="Linux only, not on darwin"):
+        Sandbox(LIMITS).run(program)
+    assert not mark.exists()
+
+
+def test_unisolated_programs_still_have_limits():
+    sandbox = Sandbox(SandboxLimits(seconds=1.0, file_mib=1), isolated=False)
+    sandbox.check()
+    assert run(sandbox, "print(1)").passed
+    assert run(sandbox, "while True: pass").verdict == "timeout"
+    assert "File too large" in run(sandbox, "open('big', 'wb').write(bytes(2 << 20))").detail
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_the_filter_is_well_formed(machine):
+    code = filter_program(machine)
+    assert len(code) % 8 == 0
+    count = len(code) // 8
+    for at in range(count):
+        kind, if_true, if_false = code[at * 8], code[at * 8 + 2], code[at * 8 + 3]
+        if kind & 0x07 == 0x05:
+            assert at + 1 + max(if_true, if_false) < count, "no jump leads out of the program"
+    assert code[-8] == 0x06, "the last instruction returns"
+
+
+def test_an_unknown_architecture_is_refused():
+    with pytest.raises(OSError, match="not known for riscv64"):
+        filter_program("riscv64")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"seconds": 0}, "seconds must be a number above 0"),
+        ({"memory_mib": 10}, "Python itself wants 64"),
+        ({"processes": 0}, "processes must be a whole number"),
+    ],
+)
+def test_impossible_limits_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SandboxLimits(**settings)
