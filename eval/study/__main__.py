@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
     from eval.study.store import Store
     from peft_jax.training.errors import RefusedError
 
-    file = Path(_CONFIG.value)
+    file = Path(str(_CONFIG.value))
     workdir = Path(_WORKDIR.value or Path("runs") / file.stem)
     # Cells of one arm are one program: it is compiled once, in whichever process comes first.
     jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))

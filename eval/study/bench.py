@@ -24,6 +24,7 @@ from peft_jax.hub import load_params
 from peft_jax.models import CausalLM, SequenceClassifier
 from peft_jax.optim import make_optimizer
 from peft_jax.training import RunConfig, TrainState, TrainStep
+from peft_jax.training.blueprint import step_bytes
 from peft_jax.training.classification import classifier_outputs
 from peft_jax.training.losses import chunked_token_scores
 from peft_jax.training.prepare import prepare
@@ -224,14 +225,7 @@ class Bench:
             state, frozen, adapter.constant, microbatches(self.batches(config.seed)[0])
         )
         compiled = lowered.compile()
-        analysis = compiled.memory_analysis()
-        needed = (
-            analysis.argument_size_in_bytes
-            + analysis.output_size_in_bytes
-            - analysis.alias_size_in_bytes
-            + analysis.temp_size_in_bytes
-        )
-        return Program(step=compiled, optimizer=optimizer, step_bytes=int(needed))
+        return Program(step=compiled, optimizer=optimizer, step_bytes=step_bytes(compiled) or 0)
 
     # Measuring.
 
@@ -338,7 +332,8 @@ def _story_loss(bench: Bench, model: CausalLM, params: Tree) -> Any:
 def _embedding_drift(bench: Bench, params: Tree) -> Any:
     """One less the cosine between a text's mean hidden states and the base's, mean over texts."""
     lines = Path(bench.task.own_text).read_text(encoding="utf-8").splitlines()
-    length = bench.model.max_tokens
+    model: Any = bench.model
+    length = model.max_tokens
     ids = [
         np.asarray(bench.tokenizer(line, truncation=True, max_length=length)["input_ids"], np.int32)
         for line in lines[: bench.task.own_texts]
@@ -347,7 +342,7 @@ def _embedding_drift(bench: Bench, params: Tree) -> Any:
 
     @jax.jit
     def embed(bound: Tree) -> jax.Array:
-        hidden = bench.model.hidden_states(bound, tokens, segment_ids=segments)
+        hidden = model.hidden_states(bound, tokens, segment_ids=segments)
         mask = segments[..., None].astype(hidden.dtype)
         mean = jnp.sum(hidden * mask, axis=1) / jnp.sum(mask, axis=1)
         return mean / jnp.linalg.norm(mean, axis=-1, keepdims=True)

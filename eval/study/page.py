@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -101,7 +102,7 @@ def _draw(study: StudySettings, finished: Finished, folder: Path) -> dict[str, s
         for task in study.tasks
         if study.hybrid in finished[task.name]
     }
-    pictures = {}
+    pictures: dict[str, Any] = {}
     if methods:
         draw_losses(methods, folder / "losses.png")
         draw_gradients(methods, folder / "gradients.png")

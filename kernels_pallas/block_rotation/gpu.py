@@ -147,7 +147,8 @@ def backward(
     )
     matrices = to_matrices(blocks, size, rows.shape[1], x.dtype)
     dx, dmatrices = run(rows, g.reshape(rows.shape), matrices)
-    dblocks = from_matrices(jnp.sum(dmatrices, axis=0), blocks.shape)
+    n, size, _ = blocks.shape
+    dblocks = from_matrices(jnp.sum(dmatrices, axis=0), (n, size, size))
     return dx.reshape(x.shape), dblocks.astype(blocks.dtype)
 
 

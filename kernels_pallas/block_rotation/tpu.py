@@ -102,7 +102,8 @@ def backward(
         name="block_rotation_backward",
     )
     dx, dmatrices = call(rows, as_rows(g), packed)
-    return dx.reshape(x.shape), from_matrices(dmatrices, blocks.shape).astype(blocks.dtype)
+    n, size, _ = blocks.shape
+    return dx.reshape(x.shape), from_matrices(dmatrices, (n, size, size)).astype(blocks.dtype)
 
 
 def _forward_step(

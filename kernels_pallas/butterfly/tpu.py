@@ -5,7 +5,7 @@ stage (see `stages`) on the chip. On the way back the stages' inputs are compute
 """
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -248,7 +248,7 @@ def _specs(
 def _params(
     rows: jax.Array, stages: Stages, tokens: int, *, backward: bool
 ) -> pltpu.CompilerParams:
-    over_tokens = "arbitrary" if backward else "parallel"
+    over_tokens: Literal["arbitrary", "parallel"] = "arbitrary" if backward else "parallel"
     needed = vmem_bytes(stages, tokens, rows.dtype, backward=backward)
     return pltpu.CompilerParams(
         dimension_semantics=("parallel", over_tokens, over_tokens),

@@ -21,13 +21,13 @@ from peft_jax.parallel.arithmetic import Count, count_arithmetic, count_jaxpr
 from peft_jax.parallel.chips import Chip, find_chip
 from peft_jax.parallel.collectives import Collective, read_collectives
 from peft_jax.parallel.mesh import MESH_AXES, MeshSettings, make_mesh
-from peft_jax.parallel.running import on_mesh
 from peft_jax.parallel.rules import (
     LogicalAxisRules,
     batch_sharding,
     check_divides,
     sharding_tree,
 )
+from peft_jax.parallel.running import on_mesh
 from peft_jax.parallel.topology import TOPOLOGIES, Topology, find_topology
 
 __all__ = [
