@@ -148,8 +148,8 @@ def choose_config(
 
     Example:
       >>> choose_config(
-      ...     tokens=4096, features=11008, block_size=32, dtype=jnp.bfloat16, backward=False
-      ... )
+      ...     tokens=4096, features=11008, block_size=32, dtype=jnp.dtype("bfloat16"),
+      ...     backward=False)
       RotationConfig(tokens=1024, features=256, matrix=128)
     """
     matrix = matrix_size(block_size)

@@ -82,7 +82,9 @@ def _count_equation(equation: Any) -> Count:
     if name == "kernels_pallas":
         # Whatever it is lowered to, its arithmetic is that of its plain form.
         plain = functools.partial(params["operation"].xla, **dict(params["settings"]))
-        return count_arithmetic(plain, *(variable.aval for variable in equation.invars))
+        # By shape and dtype alone: within a `shard_map` the operands also carry its mesh.
+        shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars]
+        return count_arithmetic(plain, *shapes)
     if name == "custom_linear_solve":
         # Its other programs are for derivatives.
         return count_jaxpr(params["jaxprs"].solve.jaxpr)

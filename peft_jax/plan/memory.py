@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from peft_jax.core import Tree
 from peft_jax.data import AnyBatch
+from peft_jax.parallel import on_mesh
 from peft_jax.training.blueprint import Blueprint
 from peft_jax.training.state import TrainState
 

@@ -194,7 +194,7 @@ def _parts(sharding: jax.sharding.NamedSharding) -> int:
     """Into how many parts the leading axis is cut.
 
     Example:
-      >>> from peft_jax.parallel import MeshSettings
+      >>> from peft_jax.parallel import MeshSettings, make_mesh
       >>> mesh = make_mesh(MeshSettings(devices=1))
       >>> _parts(jax.NamedSharding(mesh, jax.P(("data", "fsdp"))))
       1

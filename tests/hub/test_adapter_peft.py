@@ -269,7 +269,10 @@ def test_settings_and_methods_that_are_not_known_are_refused(base, tmp_path):
         ({"use_new_trick": True}, r"sets use_new_trick = True, a setting that is not known here"),
         ({"fan_in_fan_out": True}, r"sets fan_in_fan_out = True"),
         ({"peft_type": "IA3"}, r"peft_type 'IA3', which is not read.*BOFT, LORA"),
-        ({"task_type": "SEQ_CLS"}, r"task_type = 'SEQ_CLS'.*only adapters of causal"),
+        (
+            {"task_type": "FEATURE_EXTRACTION"},
+            r"task_type = 'FEATURE_EXTRACTION'.*only adapters of causal",
+        ),
     ):
         file.write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match=message):
