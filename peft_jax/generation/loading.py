@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from peft_jax.core import Tree
+from peft_jax.core import FORMATS, Tree
 from peft_jax.core.checks import check_choice
 from peft_jax.generation.ends import end_tokens
 from peft_jax.hub import find_folder, load_adapter, load_model
@@ -39,6 +39,7 @@ def load_for_generation(
     *,
     merge: bool = False,
     dtype: str = "float32",
+    quantization: str = "none",
 ) -> Loaded:
     """A model, with or without an adapter, ready to generate.
 
@@ -49,11 +50,14 @@ def load_for_generation(
       merge: whether the adapter is merged into the parameters, which takes their memory once more
         while it is done and makes each token cheaper, instead of bound.
       dtype: of the parameters and of what is computed, "float32" or "bfloat16".
+      quantization: the blocks' kernels as "int8" or "nf4": what an adapter was trained on may be
+        what it is used on; "none" for as they are. Merging makes them arrays of `dtype` again.
 
     Raises:
       ValueError: neither is given, or one of them cannot be loaded.
     """
     check_choice("dtype", dtype, ("float32", "bfloat16"))
+    check_choice("quantization", quantization, FORMATS)
     adapter_folder = None if adapter is None else find_folder(adapter)
     if model is None:
         if adapter_folder is None:
@@ -61,7 +65,9 @@ def load_for_generation(
         model = base_of(adapter_folder)
     folder = find_folder(model)
     execution = ExecutionSettings(compute_dtype=dtype)
-    causal_lm, params = load_model(folder, dtype=dtype, execution=execution)
+    causal_lm, params = load_model(
+        folder, dtype=dtype, execution=execution, quantization=quantization
+    )
     with_tokenizer = folder
     if adapter_folder is not None:
         spec, state = load_adapter(adapter_folder, causal_lm, params)

@@ -1,11 +1,10 @@
 """Loading a Hugging Face checkpoint straight into stacked, sharded arrays.
 
-Tensors are read a piece at a time into the arrays of the wanted dtype, so the host never holds more
-than the model and one tensor.
+Tensors are read a piece at a time into the arrays of the wanted dtype, or quantised on the way, so
+the host never holds more than its share of the model and one tensor. Of a tensor only the part is
+read that this process's devices hold.
 """
 
-import functools
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path as FilePath
@@ -18,6 +17,8 @@ import numpy as np
 from peft_jax.core import Path, Tree, did_you_mean, flatten, is_stacked, unflatten
 from peft_jax.hub.checkpoint import Checkpoint, open_checkpoint, read_config
 from peft_jax.hub.fetch import find_folder
+from peft_jax.hub.leaves import LeafSource, StoredLeaf
+from peft_jax.hub.place import place
 from peft_jax.hub.tensors import StoredTensor
 from peft_jax.models import CausalLM, ExecutionSettings, build_model
 
@@ -28,7 +29,6 @@ _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")
 """Tensors of old checkpoints that only repeat what config.json says."""
 
 _HEAD = "lm_head.weight"
-_ALIGNMENT = 64
 _NAMED_AT_MOST = 8
 
 
@@ -37,6 +37,7 @@ def load_model(
     *,
     dtype: Any = jnp.float32,
     execution: ExecutionSettings | None = None,
+    quantization: str = "none",
     sharding: Shardings | None = None,
     revision: str | None = None,
 ) -> tuple[CausalLM, Tree]:
@@ -46,6 +47,8 @@ def load_model(
       path: a folder with `config.json` and safetensors, or a name on the hub.
       dtype: of the parameters, whatever the files have.
       execution: how the model is computed.
+      quantization: "none", or what the blocks' kernels are held as, "int8" or "nf4"; see
+        `CausalLM.abstract_params`.
       sharding: how the parameters are laid out over devices; by default on the first.
       revision: a branch, tag or commit on the hub.
 
@@ -58,7 +61,9 @@ def load_model(
     """
     folder = find_folder(path, revision=revision)
     model = build_model(read_config(folder), execution)
-    return model, load_params(folder, model, dtype=dtype, sharding=sharding)
+    return model, load_params(
+        folder, model, dtype=dtype, quantization=quantization, sharding=sharding
+    )
 
 
 def load_params(
@@ -66,27 +71,37 @@ def load_params(
     model: CausalLM,
     *,
     dtype: Any = jnp.float32,
+    quantization: str = "none",
     sharding: Shardings | None = None,
 ) -> Tree:
     """The parameters of `model` from a checkpoint's folder; arguments as for `load_model`."""
     if callable(sharding):
         sharding = sharding(model)
-    shapes = flatten(model.abstract_params(dtype))
-    sources = match_tensors(open_checkpoint(folder), model)
+    shapes = flatten(model.abstract_params(dtype, quantization))
+    sources = open_sources(folder, model)
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     if isinstance(sharding, jax.sharding.Sharding):
-        shardings = dict.fromkeys(shapes, sharding)
+        whole = sharding
+        shardings = {path: jax.tree.map(lambda _: whole, leaf) for path, leaf in shapes.items()}
     else:
         shardings = flatten(sharding)
     return unflatten(
-        {
-            path: jax.make_array_from_callback(
-                leaf.shape, shardings[path], _reader(path, leaf, sources[path])
-            )
-            for path, leaf in shapes.items()
-        }
+        {path: place(leaf, shardings[path], sources[path]) for path, leaf in shapes.items()}
     )
+
+
+def open_sources(folder: FilePath, model: CausalLM) -> dict[Path, LeafSource]:
+    """Where the numbers of every leaf are read from; nothing but headers has been read.
+
+    Raises:
+      ValueError: as `match_tensors`.
+    """
+    names = model.hf_names()
+    return {
+        path: StoredLeaf(tensors, stacked=is_stacked(path), transposed=names[path].transposed)
+        for path, tensors in match_tensors(open_checkpoint(folder), model).items()
+    }
 
 
 def match_tensors(checkpoint: Checkpoint, model: CausalLM) -> dict[Path, list[StoredTensor]]:
@@ -185,54 +200,3 @@ def _unmatched(folder: FilePath, missing: list[str], extra: list[str]) -> str:
 def _listing(names: list[str]) -> str:
     more = len(names) - _NAMED_AT_MOST
     return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
-
-
-def _reader(
-    path: Path, leaf: jax.ShapeDtypeStruct, tensors: list[StoredTensor]
-) -> Callable[[Any], np.ndarray]:
-    """What reads one shard of a leaf, given its place in the whole as a tuple of slices.
-
-    A shard that several devices hold is read once.
-    """
-
-    @functools.cache
-    def read(*ranges: tuple[int, int]) -> np.ndarray:
-        shard = _aligned_empty(tuple(stop - start for start, stop in ranges), leaf.dtype)
-        transposed = path[-1] == "kernel"
-        if is_stacked(path):
-            for target, layer in zip(shard, range(*ranges[0]), strict=True):
-                _fill(target, tensors[layer], ranges[1:], transposed=transposed)
-        else:
-            _fill(shard, tensors[0], ranges, transposed=transposed)
-        return shard
-
-    def read_index(index: tuple[slice, ...]) -> np.ndarray:
-        ends = (part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
-        return read(*ends)
-
-    return read_index
-
-
-def _fill(
-    target: np.ndarray,
-    tensor: StoredTensor,
-    ranges: tuple[tuple[int, int], ...],
-    *,
-    transposed: bool,
-) -> None:
-    """Fills a shard from a tensor, which is stored transposed or as it is."""
-    if transposed:
-        target, ranges = target.T, ranges[::-1]
-    (first, last), *others = ranges
-    columns = tuple(slice(*ends) for ends in others)
-    for rows, values in tensor.pieces(slice(first, last)):
-        target[rows.start - first : rows.stop - first] = values[(slice(None), *columns)]
-
-
-def _aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array that the CPU backend takes over as it is: others it copies."""
-    dtype = np.dtype(dtype)
-    size = dtype.itemsize * math.prod(shape)
-    buffer = np.empty(size + _ALIGNMENT, np.uint8)
-    offset = -buffer.ctypes.data % _ALIGNMENT
-    return buffer[offset : offset + size].view(dtype).reshape(shape)

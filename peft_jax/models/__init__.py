@@ -8,9 +8,17 @@
 """
 
 from peft_jax.models.cache import KVCache
-from peft_jax.models.causal_lm import CausalLM
+from peft_jax.models.causal_lm import CausalLM, quantise_params
 from peft_jax.models.execution import ExecutionSettings
 from peft_jax.models.naming import HFTensor
 from peft_jax.models.registry import FAMILIES, build_model
 
-__all__ = ["FAMILIES", "CausalLM", "ExecutionSettings", "HFTensor", "KVCache", "build_model"]
+__all__ = [
+    "FAMILIES",
+    "CausalLM",
+    "ExecutionSettings",
+    "HFTensor",
+    "KVCache",
+    "build_model",
+    "quantise_params",
+]

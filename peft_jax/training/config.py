@@ -41,6 +41,9 @@ class ModelSettings:
       revision: a branch, tag or commit on the hub; empty: the newest.
       dtype: how the base's weights are held. What is trained is float32 unless `method.dtype` says
         otherwise.
+      quantization: the frozen kernels of the transformer blocks in fewer bits, quantised while they
+        are loaded: "int8", or "nf4" (4 bits); "none": as `dtype` says. Embeddings, head and norms
+        stay in `dtype`, which is the scales' too.
       weights: "checkpoint", or "random": new weights for the architecture that config.json
         describes, for training from scratch; then no safetensors are needed.
     """
@@ -48,6 +51,7 @@ class ModelSettings:
     path: str
     revision: str = ""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    quantization: Literal["none", "int8", "nf4"] = "none"
     weights: Literal["checkpoint", "random"] = "checkpoint"
 
     def __post_init__(self) -> None:
@@ -256,6 +260,12 @@ class RunConfig:
             raise ValueError(f"seed is {self.seed}; it must lie between 0 and 2³² - 1")
         optimizer = dataclasses.replace(self.optimizer, learning_rate=self.train.learning_rate)
         object.__setattr__(self, "optimizer", optimizer)
+        if self.model.quantization != "none" and isinstance(self.method.method, Full):
+            raise ValueError(
+                f"model.quantization is {self.model.quantization!r}, and method.name 'full', which"
+                " trains every parameter: what is quantised cannot be trained; use an adapter's"
+                " method, or model.quantization none"
+            )
         if not isinstance(self.method.method, Hybrid):
             changed = differences(to_mapping(MixingSettings()), to_mapping(self.mixing))
             for name in changed:

@@ -197,9 +197,16 @@ class _Run:
         job, model = self._job, self._config.model
         shardings = jax.tree.map(lambda leaf: leaf.sharding, job.params)
         if model.weights == "checkpoint":
-            return load_params(job.folder, job.model, dtype=model.dtype, sharding=shardings)
+            return load_params(
+                job.folder,
+                job.model,
+                dtype=model.dtype,
+                quantization=model.quantization,
+                sharding=shardings,
+            )
         make = jax.jit(
-            lambda key: job.model.init_params(key, jnp.dtype(model.dtype)), out_shardings=shardings
+            lambda key: job.model.init_params(key, model.dtype, model.quantization),
+            out_shardings=shardings,
         )
         return make(jax.random.fold_in(jax.random.key(self._config.seed), 1))
 

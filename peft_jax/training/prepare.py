@@ -103,7 +103,8 @@ def _prepare(config: RunConfig, say: Callable[[str], None]) -> Job:
     if config.model.weights == "checkpoint":
         match_tensors(open_checkpoint(folder), model)
     spec = config.method.spec
-    params = model.abstract_params(config.model.dtype)
+    quantization = config.model.quantization
+    params = model.abstract_params(config.model.dtype, quantization)
     adapter = spec.abstract(params)
     optimizer = _make_optimizer(config)
     state = abstract_state(adapter.trainable, optimizer)
@@ -112,9 +113,8 @@ def _prepare(config: RunConfig, say: Callable[[str], None]) -> Job:
     rules = LogicalAxisRules()
     placement = _place_rows(mesh, rules)
     _check_rows(config, model, placement)
-    axes = model.logical_axes()
-    adapter_axes = spec.axes(params, axes)
-    params = _with_shardings(params, axes, mesh, rules)
+    adapter_axes = spec.axes(params, model.logical_axes())
+    params = _with_shardings(params, model.logical_axes(quantization), mesh, rules)
     adapter = AdapterState(
         trainable=_with_shardings(adapter.trainable, adapter_axes.trainable, mesh, rules),
         constant=_with_shardings(adapter.constant, adapter_axes.constant, mesh, rules),
