@@ -9,20 +9,24 @@ Any setting in it can be changed: --config.method.rank=16, --config.train.learni
 --workdir is where everything goes that the run writes. The same command again goes on from the last
 checkpoint there, wherever the run was stopped.
 
-Exit codes: 0 finished; 2 refused, nothing was done; 1 failed; 143 or 130 stopped by SIGTERM or
-Ctrl-C, with a checkpoint to go on from.
+On a pod the same command runs on every host, with --distributed; see docs/pods.md.
+
+Exit codes: 0 finished; 2 refused, nothing was done; 1 failed; 3 another process is gone; 143 or 130
+stopped by SIGTERM or Ctrl-C, with a checkpoint to go on from.
 """
 
-import os
 import re
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
+
+if TYPE_CHECKING:
+    from peft_jax.training.processes import Contact
 
 # Unknown keys are let through here: the conversion refuses them, and names the nearest known one.
 _CONFIG = config_flags.DEFINE_config_file(
@@ -43,8 +47,23 @@ _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     False,
     "One of several processes that train together, as on a pod: the same command on every host. "
-    "On TPU pods, SLURM and Open MPI they find each other; elsewhere set JAX_COORDINATOR_ADDRESS, "
-    "JAX_NUM_PROCESSES and JAX_PROCESS_ID.",
+    "On TPU pods, SLURM and Open MPI they find each other; elsewhere give the next three.",
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    None,
+    "host:port of the first process, which all can reach; or JAX_COORDINATOR_ADDRESS.",
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "How many processes train together; or JAX_NUM_PROCESSES."
+)
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Which of them this is, from 0; or JAX_PROCESS_ID."
+)
+_CONTACT_TIMEOUT = flags.DEFINE_integer(
+    "contact_timeout",
+    None,
+    "Seconds after which a process that is not heard of ends the others; 40 by default.",
 )
 
 _REFUSED = 2
@@ -63,8 +82,7 @@ def main(argv: Sequence[str]) -> None:
         _refuse(f"{_config_name()}: get_config must return a ConfigDict")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
-    if _DISTRIBUTED.value:
-        _join_processes()
+    contact = _join_processes()
     # Imported here, so that a mistyped flag is refused at once and not after JAX has started.
     from peft_jax.training.config import from_config_dict
     from peft_jax.training.errors import InterruptedRunError, NonFiniteError, RefusedError
@@ -76,19 +94,46 @@ def main(argv: Sequence[str]) -> None:
         except ValueError as error:
             raise RefusedError(str(error)) from error
         run(config, Path(_WORKDIR.value or _default_workdir()))
-    except (RefusedError, NonFiniteError, InterruptedRunError) as error:
+    except (RefusedError, NonFiniteError) as error:
         if _TRACEBACK.value:
             traceback.print_exc()
+        if contact is not None:
+            _say(str(error))
+            contact.leave(str(error), error.exit_code)
         _leave(str(error), error.exit_code)
+    except InterruptedRunError as error:
+        # All processes stop at the same step.
+        if contact is not None:
+            contact.closing()
+        _leave(str(error), error.exit_code)
+    except Exception as error:
+        if contact is None:
+            raise
+        traceback.print_exc()
+        contact.fail(error)
+    if contact is not None:
+        contact.closing()
 
 
-def _join_processes() -> None:
-    """Connects this process with the others; nothing of JAX may have been used before."""
-    import jax
+def _join_processes() -> "Contact | None":
+    """Connects this process with the others, where there are any."""
+    given = {
+        "coordinator": _COORDINATOR.value,
+        "count": _NUM_PROCESSES.value,
+        "index": _PROCESS_ID.value,
+    }
+    if not _DISTRIBUTED.value and all(value is None for value in given.values()):
+        return None
+    from peft_jax.training.errors import RefusedError
+    from peft_jax.training.processes import ProcessSettings, join_processes
 
-    numbers = [os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")]
-    count, index = (None if number is None else int(number) for number in numbers)
-    jax.distributed.initialize(num_processes=count, process_id=index)
+    try:
+        settings = ProcessSettings.from_environment(
+            **given, contact_timeout=_CONTACT_TIMEOUT.value
+        )
+        return join_processes(settings, say=_say)
+    except (ValueError, RefusedError) as error:
+        _refuse(str(error))
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
@@ -134,8 +179,12 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _leave(message: str, code: int) -> NoReturn:
-    print(f"train.py: {message}", file=sys.stderr)
+    _say(message)
     sys.exit(code)
+
+
+def _say(message: str) -> None:
+    print(f"train.py: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

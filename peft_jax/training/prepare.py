@@ -135,8 +135,6 @@ def _prepare(config: RunConfig, say: Callable[[str], None]) -> Job:
         batch_size=config.train.batch_size,
         max_length=config.train.max_length,
         seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
     )
     return Job(
         config=config,
