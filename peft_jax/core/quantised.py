@@ -6,7 +6,8 @@ each other, a part of a kernel can be quantised, multiplied and held by a device
 
 - "int8": whole numbers from -127 to 127, times the scale.
 - "nf4": one of the 16 levels of the 4-bit normal float, times the scale (Dettmers et al., 2023,
-  arXiv 2305.14314, appendix E). A TPU holds two in a byte; JAX on a CPU takes a byte for each.
+  arXiv 2305.14314, appendix E). Accelerators hold two in a byte. JAX on a CPU would take a byte for
+  each, and its compiled programs refuse arguments of four bits, so there a byte is what they are.
 
 Numbers are rounded against the scale as it is stored, in the dtype of the kernel, so that rounding
 the scale adds no error of its own.
@@ -52,6 +53,8 @@ _NF4 = (
     1.0,
 )
 _STORED = {"int8": jnp.int8, "nf4": jnp.uint4}
+"""What values are held as on accelerators."""
+
 _QTYPE = {"int8": jnp.dtype(jnp.int8), "nf4": "nf4"}
 _LARGEST = {"int8": 127.0, "nf4": 1.0}
 
@@ -127,10 +130,17 @@ def quantise(kernel: Float[Array, "*stack d_in d_out"], quantization: str) -> QA
     scale = jnp.where(scale == 0, jnp.ones_like(scale), scale)
     parts = kernel.astype(jnp.float32) / _by_row(scale.astype(jnp.float32), kernel.shape[-2])
     if quantization == "int8":
-        values = jnp.clip(jnp.round(parts), -127, 127).astype(jnp.int8)
+        values = jnp.clip(jnp.round(parts), -127, 127)
     else:
-        values = _nearest_level(parts).astype(jnp.uint4)
-    return QArray(values, scale, None, _QTYPE[quantization])
+        values = _nearest_level(parts)
+    return QArray(values.astype(held_dtype(quantization)), scale, None, _QTYPE[quantization])
+
+
+def held_dtype(quantization: str) -> Any:
+    """What the values of a quantised kernel are held as on the devices of this process."""
+    if quantization == "nf4" and jax.default_backend() == "cpu":
+        return jnp.uint8
+    return _STORED[quantization]
 
 
 def dequantise(kernel: QArray, dtype: Any = None) -> Float[Array, "*stack d_in d_out"]:
@@ -161,7 +171,7 @@ def quantised_product(
 
 
 def abstract_quantised(kernel: jax.ShapeDtypeStruct, quantization: str) -> QArray:
-    """The shapes and dtypes of what `quantise` makes of a kernel.
+    """The shapes and dtypes of what `quantise` makes of a kernel on an accelerator.
 
     Raises:
       ValueError: as `quantise`.
@@ -197,7 +207,8 @@ def bytes_of(tree: Any) -> int:
     """The bytes of all numbers of a tree, with two to a byte where they have four bits.
 
     Example:
-      >>> bytes_of(quantise(jnp.ones((128, 32), jnp.bfloat16), "nf4"))  # 2048 and 2 * 32 * 2
+      >>> kernel = jax.ShapeDtypeStruct((128, 32), jnp.bfloat16)
+      >>> bytes_of(abstract_quantised(kernel, "nf4"))  # 128 * 32 / 2, and 2 * 32 * 2 of scales
       2176
     """
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Sharding
 from qwix import QArray
 
-from peft_jax.core import format_of, quantise
+from peft_jax.core import format_of, held_dtype, quantise
 from peft_jax.hub.leaves import LeafSource, Ranges
 
 _ALIGNMENT = 64
@@ -85,7 +85,7 @@ def _quantise_part(
     dtype = leaf.scale.dtype
     at_once = max(1, _PIECE // (tile * (columns[1] - columns[0]) * dtype.itemsize))
     held = (
-        jnp.zeros(_shape(values), leaf.qvalue.dtype, device=device),
+        jnp.zeros(_shape(values), held_dtype(format_of(leaf)), device=device),
         jnp.zeros(_shape(scales), dtype, device=device),
     )
     first, last = min(rows[0] // tile, tiles[0]), max(-(-rows[1] // tile), tiles[1])
