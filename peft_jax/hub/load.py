@@ -16,6 +16,7 @@ import numpy as np
 
 from peft_jax.core import Path, Tree, did_you_mean, flatten, is_stacked, unflatten
 from peft_jax.hub.checkpoint import Checkpoint, open_checkpoint, read_config
+from peft_jax.hub.converted import is_converted, open_converted
 from peft_jax.hub.fetch import find_folder
 from peft_jax.hub.leaves import LeafSource, StoredLeaf
 from peft_jax.hub.place import place
@@ -44,7 +45,8 @@ def load_model(
     """A model and its parameters from a folder, or from the Hugging Face hub.
 
     Args:
-      path: a folder with `config.json` and safetensors, or a name on the hub.
+      path: a folder with `config.json` and safetensors, a name on the hub, or the place of a
+        converted checkpoint (`python -m peft_jax.convert`).
       dtype: of the parameters, whatever the files have.
       execution: how the model is computed.
       quantization: "none", or what the blocks' kernels are held as, "int8" or "nf4"; see
@@ -95,8 +97,10 @@ def open_sources(folder: FilePath, model: CausalLM) -> dict[Path, LeafSource]:
     """Where the numbers of every leaf are read from; nothing but headers has been read.
 
     Raises:
-      ValueError: as `match_tensors`.
+      ValueError: as `match_tensors`, or as `open_converted`.
     """
+    if is_converted(folder):
+        return open_converted(folder, model)
     names = model.hf_names()
     return {
         path: StoredLeaf(tensors, stacked=is_stacked(path), transposed=names[path].transposed)

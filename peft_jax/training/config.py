@@ -36,8 +36,9 @@ class ModelSettings:
     """The checkpoint that is fine-tuned.
 
     Attributes:
-      path: a folder in Hugging Face's format (config.json, safetensors, a tokenizer), or a name on
-        the Hugging Face hub.
+      path: a folder in Hugging Face's format (config.json, safetensors, a tokenizer), a name on the
+        Hugging Face hub, or the place of a converted checkpoint ("gs://bucket/model"; see
+        `peft_jax/convert.py`).
       revision: a branch, tag or commit on the hub; empty: the newest.
       dtype: how the base's weights are held. What is trained is float32 unless `method.dtype` says
         otherwise.

@@ -21,8 +21,8 @@ from peft_jax.adapters import (
 )
 from peft_jax.core import Tree, flatten, unflatten
 from peft_jax.data import EvalData, TrainData, build_data
-from peft_jax.hub import find_folder, open_checkpoint, read_config
-from peft_jax.hub.load import match_tensors
+from peft_jax.hub import find_folder, read_config
+from peft_jax.hub.load import open_sources
 from peft_jax.models import CausalLM, build_model
 from peft_jax.optim import learning_rate_schedule, make_optimizer
 from peft_jax.parallel import LogicalAxisRules, batch_sharding, make_mesh, sharding_tree
@@ -101,7 +101,7 @@ def _prepare(config: RunConfig, say: Callable[[str], None]) -> Job:
     folder = find_folder(config.model.path, revision=config.model.revision or None)
     model = build_model(read_config(folder), config.execution)
     if config.model.weights == "checkpoint":
-        match_tensors(open_checkpoint(folder), model)
+        open_sources(folder, model)
     spec = config.method.spec
     quantization = config.model.quantization
     params = model.abstract_params(config.model.dtype, quantization)
