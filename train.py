@@ -128,9 +128,7 @@ def _join_processes() -> "Contact | None":
     from peft_jax.training.processes import ProcessSettings, join_processes
 
     try:
-        settings = ProcessSettings.from_environment(
-            **given, contact_timeout=_CONTACT_TIMEOUT.value
-        )
+        settings = ProcessSettings.from_environment(**given, contact_timeout=_CONTACT_TIMEOUT.value)
         return join_processes(settings, say=_say)
     except (ValueError, RefusedError) as error:
         _refuse(str(error))

@@ -178,8 +178,8 @@ def abstract_quantised(kernel: jax.ShapeDtypeStruct, quantization: str) -> QArra
     """
     check_choice("quantization", quantization, FORMATS[1:])
     return QArray(
-        jax.ShapeDtypeStruct(kernel.shape, _STORED[quantization]),  # type: ignore[arg-type]
-        jax.ShapeDtypeStruct(scale_shape(kernel.shape), kernel.dtype),  # type: ignore[arg-type]
+        jax.ShapeDtypeStruct(kernel.shape, _STORED[quantization]),
+        jax.ShapeDtypeStruct(scale_shape(kernel.shape), kernel.dtype),
         None,
         _QTYPE[quantization],
     )
@@ -190,7 +190,7 @@ def quantised_axes(axes: tuple[str | None, ...], quantization: str) -> QArray:
 
     Tiles are rows next to each other, so they are cut over devices as rows are.
     """
-    return QArray(axes, axes, None, _QTYPE[quantization])  # type: ignore[arg-type]
+    return QArray(axes, axes, None, _QTYPE[quantization])
 
 
 def format_of(kernel: QArray) -> str:
@@ -247,7 +247,6 @@ def _level(index: Array, dtype: Any) -> Array:
     for bit in range(4):
         upper = (bits & jnp.uint8(1 << bit)) != 0
         found = [
-            jnp.where(upper, one, zero)
-            for zero, one in zip(found[::2], found[1::2], strict=True)
+            jnp.where(upper, one, zero) for zero, one in zip(found[::2], found[1::2], strict=True)
         ]
     return found[0]

@@ -156,8 +156,10 @@ class TrainData(Iterator[Batch]):
         }
         order = grain.MapDataset.range(len(table)).seed(seed % 2**32)
         order = order.shuffle() if settings.shuffle else order
-        sequences = order.repeat().map(self._encode).to_iter_dataset(
-            grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        sequences = (
+            order.repeat()
+            .map(self._encode)
+            .to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
         )
         rows = RowsDataset(
             sequences,

@@ -280,7 +280,7 @@ def _open_array(
     location: str, name: str, *, shape: tuple[int, ...] | None = None, dtype: str = ""
 ) -> ts.TensorStore:
     """The array of one leaf; with a shape, one that may have to be made."""
-    spec = {"driver": "zarr3", "kvstore": f"{_url(location)}{_ARRAYS}{name}/"}
+    spec: dict[str, Any] = {"driver": "zarr3", "kvstore": f"{_url(location)}{_ARRAYS}{name}/"}
     if shape is None:
         return ts.open(spec, read=True).result()
     chunks = [min(most, size) for most, size in zip(_CHUNK[-len(shape) :], shape, strict=True)]

@@ -26,6 +26,7 @@ _BEAT = "peft_jax/beat/"
 _ENDED = "peft_jax/ended/"
 _SEEN = "peft_jax/seen/"
 _FAREWELL_SECONDS = 10.0
+_GRACE_SECONDS = 15
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,7 +111,7 @@ def join_processes(settings: ProcessSettings, *, say: Callable[[str], None]) -> 
             process_id=settings.index,
             initialization_timeout=settings.start_timeout,
             # JAX's own watch kills without a word that names anybody; it comes last.
-            heartbeat_timeout_seconds=2 * settings.contact_timeout,
+            heartbeat_timeout_seconds=settings.contact_timeout + _GRACE_SECONDS,
         )
     except (ValueError, RuntimeError) as error:
         raise RefusedError(
@@ -167,6 +168,8 @@ class Contact:
         self._beat()
         self._thread = threading.Thread(target=self._watch, name="contact", daemon=True)
         self._thread.start()
+        # A call to a coordinator that hangs does not come back: another thread has to notice.
+        threading.Thread(target=self._watch_coordinator, name="coordinator", daemon=True).start()
 
     def leave(self, reason: str, code: int) -> NoReturn:
         """Ends this process because of an error, and thereby the others, which are told why."""
@@ -245,6 +248,12 @@ class Contact:
         if silent > self._timeout / 2:
             self._say(_first_line(error))
             self._lost(f"process 0 of {self._count}, the coordinator", silent)
+
+    def _watch_coordinator(self) -> None:
+        while not self._leaving.wait(self._pause):
+            silent = time.monotonic() - self._answered
+            if silent > self._timeout:
+                self._lost(f"process 0 of {self._count}, the coordinator", silent)
 
     def _lost(self, who: str, seconds: float) -> None:
         self._stop(

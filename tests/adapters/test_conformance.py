@@ -295,12 +295,12 @@ def test_frozen_holds_nothing_that_is_trained() -> None:
 
 def test_what_is_quantised_is_not_trained_itself() -> None:
     params = quantise_params(make_params(jax.random.key(0)), "int8")
-    with pytest.raises(ValueError, match=r"layers\.down, layers\.up would be trained itself, and is"):
+    with pytest.raises(ValueError, match=r"layers\.down, layers\.up would be trained itself"):
         AdapterSpec(method=Full()).plan(params)
     with pytest.raises(ValueError, match=r"layers\.up would be trained itself, and is quantised"):
-        AdapterSpec(
-            method=LoRA(rank=2), target_modules=("down",), modules_to_save=("up",)
-        ).plan(params)
+        AdapterSpec(method=LoRA(rank=2), target_modules=("down",), modules_to_save=("up",)).plan(
+            params
+        )
 
 
 def train(problem: Problem, *, steps: int) -> tuple[Tree, int]:

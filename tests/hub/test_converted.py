@@ -86,7 +86,7 @@ def test_a_stopped_conversion_goes_on_and_ends_the_same(saved, tmp_path, monkeyp
     monkeypatch.setattr(converted, "_copy", copy)
     with pytest.raises(KeyboardInterrupt):
         command.convert_checkpoint(str(folder), str(tmp_path), dtype="float32")
-    with pytest.raises(ValueError, match="no config.json"):
+    with pytest.raises(ValueError, match=r"no config\.json"):
         load_model(tmp_path)
     with pytest.raises(ValueError, match="beginning of another conversion"):
         command.convert_checkpoint(str(folder), str(tmp_path), dtype="bfloat16")

@@ -134,8 +134,8 @@ def test_two_processes_do_what_one_does(flags, alone, tmp_path):
     assert [code for code, _, _ in ended] == [0, 0], ended
     assert_same_losses(alone, tmp_path / "run")
     # One speaks, and what is written is written once.
-    assert "held-out loss" in ended[0][1]
-    assert ended[1][1] == ""
+    assert "held-out loss" in ended[0][2]
+    assert "held-out loss" not in ended[1][2]
     steps = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert sorted(steps) == ["0", "2", "4"]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -195,7 +195,7 @@ def test_a_preempted_run_goes_on_with_any_number_of_processes(flags, tmp_path):
     with Processes(flags(broken, steps, **{"parallel.tensor": 2}), 4, devices=1) as four:
         ended = four.finish()
     assert [code for code, _, _ in ended] == [0] * 4, ended
-    assert "going on from step" in ended[0][1]
+    assert "going on from step" in ended[0][2]
     assert_same_losses(straight, broken)
 
 
@@ -215,14 +215,18 @@ def test_who_is_lost_ends_the_others_and_the_run_goes_on(flags, tmp_path, number
         seconds = time.monotonic() - began
     assert survivor.returncode not in (0, None)
     assert seconds < 60, said
-    assert f"lost contact with process {lost} of 2" in said, said
-    assert survivor.returncode == LOST_CONTACT
+    if number == signal.SIGKILL and lost == 0:
+        # Without its coordinator JAX ends a process at once, with a message of its own.
+        assert "leader task was preempted/died/restarted unexpectedly" in said, said
+    else:
+        assert f"lost contact with process {lost} of 2" in said, said
+        assert survivor.returncode == LOST_CONTACT
     with Processes(flags(workdir, 5000), 2, devices=1) as again:
         again.wait_for(workdir / "metrics.jsonl", 5)
         again.processes[0].send_signal(signal.SIGTERM)
         ended = again.finish()
     assert [code for code, _, _ in ended] == [143, 143], ended
-    assert "going on from step" in ended[0][1]
+    assert "going on from step" in ended[0][2]
 
 
 @pytest.mark.slow
@@ -335,9 +339,7 @@ def test_the_others_are_told_why_one_ends():
         other.leave("there is no such data", 2)
     one.wait()
     assert (one.codes, other.codes) == ([2], [2])
-    assert one.said == [
-        f"process 1 of 2, on {socket.gethostname()}, ended: there is no such data"
-    ]
+    assert one.said == [f"process 1 of 2, on {socket.gethostname()}, ended: there is no such data"]
 
 
 def test_who_has_finished_misses_nobody():
