@@ -14,6 +14,7 @@ the scale adds no error of its own.
 """
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -235,7 +236,7 @@ def _by_row(scale: Array, d_in: int) -> Array:
 def _nearest_level(parts: Array) -> Array:
     """The number of the nearest of the 16 levels: how many midpoints between levels lie below."""
     index = jnp.zeros(parts.shape, jnp.int32)
-    for low, high in zip(_NF4, _NF4[1:], strict=False):
+    for low, high in itertools.pairwise(_NF4):
         index += (parts > (low + high) / 2).astype(jnp.int32)
     return index
 
