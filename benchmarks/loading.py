@@ -3,9 +3,9 @@
     python -m benchmarks.loading --gib=4
 
 Makes a synthetic Llama checkpoint in files of half a gigabyte, in a temporary folder that is
-deleted afterwards, and loads it in processes of their own: whole; as each of two hosts that hold half of
-every kernel; quantised on the way; converted first. Before each, the same bytes are copied, file to
-file, and the pages of the files are given back, so that both read from the disk.
+deleted afterwards, and loads it in processes of their own: whole; as each of two hosts that hold
+half of every kernel; quantised on the way; converted first. Before each, the same bytes are copied,
+file to file, and the pages of the files are given back, so that both read from the disk.
 
 Peak memory is the largest resident set while loading, beyond what the process took before; the
 share is what the process's own devices hold at the end.

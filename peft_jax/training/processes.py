@@ -178,16 +178,19 @@ class Contact:
             self._client.key_value_set(
                 f"{_ENDED}{self._index}", f"{code} {self._host} {reason}", allow_overwrite=True
             )
-            # The coordinator goes with the first process: the others must have read it by then.
-            deadline = time.monotonic() + _FAREWELL_SECONDS
-            while time.monotonic() < deadline and self._count > 1:
-                if len(self._client.key_value_dir_get(_SEEN)) >= self._count - 1:
-                    break
-                time.sleep(0.1)
+            self._wait_until_seen()
         except Exception as error:
             # The coordinator is gone, or refuses: the others notice that by themselves.
             self._say(f"the other processes could not be told: {_first_line(error)}")
         self._exit(code)
+
+    def _wait_until_seen(self) -> None:
+        """Waits until all others have read why one ends: the coordinator goes with the first."""
+        deadline = time.monotonic() + _FAREWELL_SECONDS
+        while time.monotonic() < deadline:
+            if len(self._client.key_value_dir_get(_SEEN)) >= self._count - 1:
+                return
+            time.sleep(0.1)
 
     def closing(self) -> None:
         """The run ended well: from now on it is no fault if others are gone."""
@@ -229,6 +232,9 @@ class Contact:
         for key, text in self._client.key_value_dir_get(_ENDED):
             code, host, reason = text.split(" ", 2)
             self._client.key_value_set(f"{_SEEN}{self._index}", "", allow_overwrite=True)
+            if self._index == 0:
+                self._wait_until_seen()
+                time.sleep(1.0)  # in which the one that ends sees that, and is gone
             self._stop(
                 f"process {key.rpartition('/')[2]} of {self._count}, on {host}, ended: {reason}",
                 int(code),
