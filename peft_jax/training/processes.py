@@ -168,8 +168,10 @@ class Contact:
         self._beat()
         self._thread = threading.Thread(target=self._watch, name="contact", daemon=True)
         self._thread.start()
-        # A call to a coordinator that hangs does not come back: another thread has to notice.
-        threading.Thread(target=self._watch_coordinator, name="coordinator", daemon=True).start()
+        if index != 0:
+            # A call to a coordinator that hangs does not come back: another thread has to notice.
+            watch = threading.Thread(target=self._watch_coordinator, daemon=True)
+            watch.start()
 
     def leave(self, reason: str, code: int) -> NoReturn:
         """Ends this process because of an error, and thereby the others, which are told why."""
