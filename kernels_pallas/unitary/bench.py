@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from kernels_pallas.traffic import Program
 from kernels_pallas.unitary.api import unitary_product
 from kernels_pallas.unitary.cases import MODEL_WIDTHS
+from kernels_pallas.unitary.config import choose_config, resolve_precision
 
 ROWS = 8192
 """Tokens of a microbatch on one device."""
@@ -20,7 +21,7 @@ def programs(
     dtypes: Sequence[DTypeLike] = (jnp.bfloat16, jnp.float32),
     rows: int = ROWS,
 ) -> list[Program]:
-    """Forwards and backwards at every width and dtype.
+    """Forwards and backwards at every width and dtype, where the chip with the least memory can.
 
     Args:
       widths: real features d.
@@ -47,8 +48,23 @@ def programs(
                     ("forwards", _forwards, (x, *parameters)),
                     ("backwards", _backwards, (x, x, *parameters)),
                 )
+                if _fits_every_chip(x, backward=direction == "backwards")
             ]
     return made
+
+
+def _fits_every_chip(x: jax.ShapeDtypeStruct, *, backward: bool) -> bool:
+    try:
+        choose_config(
+            n=x.shape[1] // 2,
+            rows=x.shape[0],
+            dtype=x.dtype,
+            backward=backward,
+            precision=resolve_precision(None, x.dtype),
+        )
+    except ValueError:
+        return False
+    return True
 
 
 def _forwards(
