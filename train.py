@@ -13,19 +13,25 @@ does: docs/planning.md.
 --workdir is where everything goes that the run writes. The same command again goes on from the last
 checkpoint there, wherever the run was stopped.
 
+On a pod the same command runs on every host, with --distributed; see docs/pods.md.
+
 Exit codes: 0 finished (or, with --plan, it fits); 2 refused, nothing was done; 4 planned, and it
-does not fit; 1 failed; 143 or 130 stopped by SIGTERM or Ctrl-C, with a checkpoint to go on from.
+does not fit; 1 failed; 3 another process is gone; 143 or 130 stopped by SIGTERM or Ctrl-C, with a
+checkpoint to go on from.
 """
 
-import os
 import re
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import app, flags, logging
 
 from peft_jax import command_line
+
+if TYPE_CHECKING:
+    from peft_jax.training.processes import Contact
 
 _CONFIG = command_line.define_config()
 _WORKDIR = flags.DEFINE_string(
@@ -38,8 +44,23 @@ _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     False,
     "One of several processes that train together, as on a pod: the same command on every host. "
-    "On TPU pods, SLURM and Open MPI they find each other; elsewhere set JAX_COORDINATOR_ADDRESS, "
-    "JAX_NUM_PROCESSES and JAX_PROCESS_ID.",
+    "On TPU pods, SLURM and Open MPI they find each other; elsewhere give the next three.",
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    None,
+    "host:port of the first process, which all can reach; or JAX_COORDINATOR_ADDRESS.",
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "How many processes train together; or JAX_NUM_PROCESSES."
+)
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Which of them this is, from 0; or JAX_PROCESS_ID."
+)
+_CONTACT_TIMEOUT = flags.DEFINE_integer(
+    "contact_timeout",
+    None,
+    "Seconds after which a process that is not heard of ends the others; 40 by default.",
 )
 
 
@@ -48,8 +69,7 @@ def main(argv: Sequence[str]) -> None:
     given = command_line.check_config(argv, _CONFIG.value)
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
-    if _DISTRIBUTED.value and not _PLAN.wanted:
-        _join_processes()
+    contact = None if _PLAN.wanted else _join_processes()
     # Imported here, so that a mistyped flag is refused at once and not after JAX has started.
     from peft_jax.training.config import from_config_dict
     from peft_jax.training.errors import InterruptedRunError, NonFiniteError, RefusedError
@@ -65,19 +85,44 @@ def main(argv: Sequence[str]) -> None:
 
             raise SystemExit(plan_command(config, _PLAN))
         run(config, Path(_WORKDIR.value or _default_workdir()))
-    except (RefusedError, NonFiniteError, InterruptedRunError) as error:
+    except (RefusedError, NonFiniteError) as error:
         if _TRACEBACK.value:
             traceback.print_exc()
+        if contact is not None:
+            command_line.say(str(error))
+            contact.leave(str(error), error.exit_code)
         command_line.leave(str(error), error.exit_code)
+    except InterruptedRunError as error:
+        # All processes stop at the same step.
+        if contact is not None:
+            contact.closing()
+        command_line.leave(str(error), error.exit_code)
+    except Exception as error:
+        if contact is None:
+            raise
+        traceback.print_exc()
+        contact.fail(error)
+    if contact is not None:
+        contact.closing()
 
 
-def _join_processes() -> None:
-    """Connects this process with the others; nothing of JAX may have been used before."""
-    import jax
+def _join_processes() -> "Contact | None":
+    """Connects this process with the others, where there are any."""
+    given = {
+        "coordinator": _COORDINATOR.value,
+        "count": _NUM_PROCESSES.value,
+        "index": _PROCESS_ID.value,
+    }
+    if not _DISTRIBUTED.value and all(value is None for value in given.values()):
+        return None
+    from peft_jax.training.errors import RefusedError
+    from peft_jax.training.processes import ProcessSettings, join_processes
 
-    numbers = [os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")]
-    count, index = (None if number is None else int(number) for number in numbers)
-    jax.distributed.initialize(num_processes=count, process_id=index)
+    try:
+        settings = ProcessSettings.from_environment(**given, contact_timeout=_CONTACT_TIMEOUT.value)
+        return join_processes(settings, say=command_line.say)
+    except (ValueError, RefusedError) as error:
+        command_line.refuse(str(error))
 
 
 def _default_workdir() -> str:

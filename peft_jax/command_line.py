@@ -129,8 +129,13 @@ def refuse(message: str) -> NoReturn:
 
 def leave(message: str, code: int) -> NoReturn:
     """Ends the program with one message."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    say(message)
     sys.exit(code)
+
+
+def say(message: str) -> None:
+    """Tells the user, in the program's name."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
 
 
 def _explain(error: Exception) -> str:

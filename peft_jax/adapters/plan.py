@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from qwix import QArray
+
 from peft_jax.adapters.full import Full
 from peft_jax.adapters.method import AdapterMethod
 from peft_jax.adapters.names import matches_name, matches_pattern, select_modules
@@ -61,7 +63,9 @@ def make_plan(
             n_layers,
         )
         modules = sorted({*chosen, *saved})
-        return Plan({}, tuple(path for module in modules for path in leaves[module]))
+        trained = tuple(path for module in modules for path in leaves[module])
+        _refuse_quantised(trained, flat)
+        return Plan({}, trained)
 
     kernels = {join_path(path[:-1]): path for path in flat if path[-1] == "kernel"}
     if target_modules == ALL_LINEAR:
@@ -88,7 +92,9 @@ def make_plan(
         d_in, d_out = kernel_shape(flat[kernels[module]])[-2:]
         own.check_kernel(module, (d_in, d_out))
         adapted[kernels[module]] = own
-    return Plan(adapted, tuple(path for module in sorted(saved) for path in leaves[module]))
+    trained = tuple(path for module in sorted(saved) for path in leaves[module])
+    _refuse_quantised(trained, flat)
+    return Plan(adapted, trained)
 
 
 def _leaves_by_module(flat: Mapping[Path, Any]) -> dict[str, list[Path]]:
@@ -114,6 +120,16 @@ def _without(
     if not left:
         raise ValueError(f"exclude_modules {excluded!r} leaves nothing to train")
     return left
+
+
+def _refuse_quantised(trained: Collection[Path], flat: Mapping[Path, Any]) -> None:
+    """Numbers of 8 or 4 bits take no small updates."""
+    quantised = [join_path(path[:-1]) for path in trained if isinstance(flat[path], QArray)]
+    if quantised:
+        raise ValueError(
+            f"{', '.join(quantised)} would be trained itself, and is quantised: adapt it, take it"
+            ' out of what is trained, or load the base with quantization "none"'
+        )
 
 
 def _refuse_embeddings(targets: str | Collection[str], flat: Mapping[Path, Any]) -> None:

@@ -9,12 +9,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from qwix import QArray
 
 from peft_jax.adapters.full import Full
 from peft_jax.adapters.method import AdapterMethod, GradientFactors
 from peft_jax.adapters.plan import ALL_LINEAR, Plan, make_plan
 from peft_jax.adapters.sketch import LossFn, gradient_factors, kernel_shape
-from peft_jax.core import AdaptedKernel, Path, Tree, flatten, is_stacked, join_path, unflatten
+from peft_jax.core import (
+    AdaptedKernel,
+    Path,
+    Tree,
+    dense,
+    flatten,
+    is_stacked,
+    join_path,
+    unflatten,
+)
 from peft_jax.core.checks import check_choice, check_positive, check_positive_int
 
 
@@ -256,7 +266,9 @@ class AdapterSpec:
           state: the adapter's arrays.
 
         Returns:
-          A new tree; merged kernels have the dtype of the base's.
+          A new tree of arrays; merged kernels have the dtype of the base's. Of a quantised base it
+          is what its values stand for, in the dtype of its scales: what the adapter was trained
+          on.
 
         Raises:
           ValueError: when a merged kernel, or a leaf that was trained itself, is not finite; it
@@ -267,6 +279,8 @@ class AdapterSpec:
         for path, leaf in merged.items():
             if isinstance(leaf, AdaptedKernel):
                 merged[path] = _merge(leaf, is_stacked(path))
+            elif isinstance(leaf, QArray):
+                merged[path] = _dense(leaf)
             elif path not in trained:
                 continue
             if not bool(jnp.isfinite(merged[path]).all()):
@@ -332,11 +346,15 @@ def _prepare(
 @functools.partial(jax.jit, static_argnums=1)
 def _merge(kernel: AdaptedKernel, stacked: bool) -> jax.Array:
     def merge(kernel: AdaptedKernel) -> jax.Array:
-        base = merge(kernel.base) if isinstance(kernel.base, AdaptedKernel) else kernel.base
+        nested = isinstance(kernel.base, AdaptedKernel)
+        base = merge(kernel.base) if nested else dense(kernel.base)
         return kernel.method.merge(base, kernel.arrays).astype(base.dtype)
 
     # One layer at a time, so that one layer's float32 copy is all that is held beside the result.
     return jax.lax.map(merge, kernel) if stacked else merge(kernel)
+
+
+_dense = jax.jit(dense)
 
 
 def _by_leaf(tree: Tree, paths: Any) -> dict[Path, Any]:

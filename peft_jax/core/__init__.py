@@ -2,11 +2,23 @@
 
 - [`activations`][peft_jax.core.activations]: how activations lie on a mesh, for kernels.
 - [`kernel`][peft_jax.core.kernel]: `AdaptedKernel`, `linear`.
+- [`quantised`][peft_jax.core.quantised]: frozen kernels in 8 or 4 bits, `quantise`, `dequantise`.
 - [`trees`][peft_jax.core.trees]: nested dictionaries of arrays as flat paths, and back.
 - [`suggest`][peft_jax.core.suggest]: the nearest known name, for error messages.
 """
 
-from peft_jax.core.kernel import AdaptedKernel, Kernel, Method, linear
+from peft_jax.core.kernel import AdaptedKernel, Kernel, Method, dense, linear
+from peft_jax.core.quantised import (
+    FORMATS,
+    abstract_quantised,
+    bytes_of,
+    dequantise,
+    format_of,
+    held_dtype,
+    is_quantised_leaf,
+    quantise,
+    quantised_axes,
+)
 from peft_jax.core.suggest import did_you_mean
 from peft_jax.core.trees import (
     STACKED,
@@ -19,16 +31,26 @@ from peft_jax.core.trees import (
 )
 
 __all__ = [
+    "FORMATS",
     "STACKED",
     "AdaptedKernel",
     "Kernel",
     "Method",
     "Path",
     "Tree",
+    "abstract_quantised",
+    "bytes_of",
+    "dense",
+    "dequantise",
     "did_you_mean",
     "flatten",
+    "format_of",
+    "held_dtype",
+    "is_quantised_leaf",
     "is_stacked",
     "join_path",
     "linear",
+    "quantise",
+    "quantised_axes",
     "unflatten",
 ]

@@ -1,10 +1,10 @@
 """A kernel is whatever knows how to multiply.
 
-Every linear map of a model goes through `linear(x, kernel)`. A kernel is an array, or an
-`AdaptedKernel`: a pytree node of a frozen base kernel, an adapter's arrays and the method that
-knows what to do with them. Because the node is a pytree it slices under `jax.lax.scan`, shards
-under `jax.jit`, differentiates and checkpoints as any array does, and it nests: an adapter over an
-adapted kernel needs no new code.
+Every linear map of a model goes through `linear(x, kernel)`. A kernel is an array, a quantised
+array (`peft_jax.core.quantised`), or an `AdaptedKernel`: a pytree node of a frozen base kernel, an
+adapter's arrays and the method that knows what to do with them. Because the node is a pytree it
+slices under `jax.lax.scan`, shards under `jax.jit`, differentiates and checkpoints as any array
+does, and it nests: an adapter over an adapted or a quantised kernel needs no new code.
 """
 
 from typing import Any, Protocol, runtime_checkable
@@ -13,9 +13,13 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
+from qwix import QArray
+
+from peft_jax.core.quantised import dequantise, quantised_product
 
 Kernel = Any
-"""An array [in, out] (or stacked [layers, in, out]) or an `AdaptedKernel` over one."""
+"""An array or a `QArray`, [in, out] (or stacked [layers, in, out]), or an `AdaptedKernel` over one.
+"""
 
 
 @runtime_checkable
@@ -58,11 +62,18 @@ def linear(x: Float[Array, "*batch d_in"], kernel: Kernel) -> Float[Array, "*bat
 
     Args:
       x: activations, [..., in].
-      kernel: an array [in, out], cast to the dtype of `x`, or an `AdaptedKernel`.
+      kernel: an array [in, out], cast to the dtype of `x`, a quantised one, or an `AdaptedKernel`.
 
     Returns:
       [..., out] in the dtype of `x`.
     """
     if isinstance(kernel, AdaptedKernel):
         return kernel.method.project(x, kernel.base, kernel.arrays, dropout_key=kernel.dropout_key)
+    if isinstance(kernel, QArray):
+        return quantised_product(x, kernel)
     return jnp.matmul(x, kernel.astype(x.dtype))
+
+
+def dense(kernel: Array | QArray) -> Array:
+    """A kernel without an adapter as one array, in the dtype it is held or scaled in."""
+    return dequantise(kernel) if isinstance(kernel, QArray) else kernel

@@ -21,7 +21,7 @@ from peft_jax.data.settings import DataSettings
 from peft_jax.data.sources import open_sources
 from peft_jax.data.tables import MemoryTable, Table
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 _ROWS_LOOKED_AT = 64
 _ADVICE = (
     "Set data.on_bad_row=skip to go on without such rows; for rows that are too long, set"
@@ -36,39 +36,35 @@ def build_data(
     batch_size: int,
     max_length: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
     labelled: bool = False,
 ) -> tuple["TrainData", "EvalData"]:
     """The training stream and the held-out set of a run.
 
+    Where several processes train together, each of them makes the whole stream and hands its
+    devices their rows of every batch: the batches, and a position in the stream, are then the same
+    for any number of processes and any mesh. What that costs is tokenising, in a background thread.
+
     Args:
       settings: what data, and what is made of it.
       tokenizer: a transformers tokenizer. A copy of it is used, in a background thread.
-      batch_size: the rows of a batch over all processes; each process gets its equal share.
+      batch_size: the rows of a batch, over all devices and processes.
       max_length: T, the positions of a row.
       seed: of the order of the rows.
-      process_index: which process this is.
-      process_count: how many there are. Each epoch, every row goes to exactly one of them.
       labelled: rows for an encoder with a head: `LabelledBatch`es in place of `Batch`es, a text or
         pair of texts to a row (never packed), and long ones truncated where the settings say
         nothing else.
 
     Returns:
-      An endless iterator of `Batch`es of [batch_size / process_count, max_length] whose state can
-      be taken and set; and the held-out batches of the same shape, a sequence that is empty if
-      there are no held-out rows.
+      An endless iterator of `Batch`es of [batch_size, max_length] whose state can be taken and set;
+      and the held-out batches of the same shape, a sequence that is empty if there are no held-out
+      rows.
 
     Raises:
       ValueError: if settings do not fit the data or each other, or bad rows are to stop the run.
       FileNotFoundError: if a path leads nowhere.
     """
-    if batch_size < 1 or batch_size % process_count:
-        raise ValueError(
-            f"batch_size is {batch_size}; it must be a multiple of the {process_count} processes"
-        )
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index is {process_index} of {process_count} processes")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     recipe = get_recipe(settings.recipe).configured(settings)
     sources = open_sources(settings, recipe)
     # Another thread tokenises, and a fast tokenizer that two threads use at once may refuse.
@@ -80,24 +76,13 @@ def build_data(
     else:
         encoder = _make_encoder(settings, recipe, own_tokenizer, max_length)
     reader = _Reader(recipe, encoder, settings)
-    local_rows = batch_size // process_count
     held_out = EvalData(
         sources.held_out or MemoryTable([], "no held-out rows"),
         reader,
         packing=settings.packing,
         batch_size=batch_size,
-        first_row=process_index * local_rows,
-        rows=local_rows,
     )
-    train = TrainData(
-        sources.train,
-        reader,
-        settings,
-        batch_size=batch_size,
-        seed=seed,
-        process_index=process_index,
-        process_count=process_count,
-    )
+    train = TrainData(sources.train, reader, settings, batch_size=batch_size, seed=seed)
     return train, held_out
 
 
@@ -169,8 +154,6 @@ class TrainData(Iterator[AnyBatch]):
         *,
         batch_size: int,
         seed: int,
-        process_index: int,
-        process_count: int,
     ):
         """Checks the first rows and starts the stream; see `build_data` for the arguments."""
         self.bad_rows = BadRows("training rows")
@@ -194,28 +177,24 @@ class TrainData(Iterator[AnyBatch]):
             "max_length": reader.encoder.max_length,
             "packing": settings.packing,
             "packing_window": settings.packing_window,
-            "process_index": process_index,
-            "process_count": process_count,
         }
         order = grain.MapDataset.range(len(table)).seed(seed % 2**32)
         order = order.shuffle() if settings.shuffle else order
-        # Sliced after it repeats: an epoch's rows are dealt out to the last one, whatever the
-        # number of processes.
-        order = order.repeat()[process_index::process_count]
-        sequences = order.map(self._encode).to_iter_dataset(
-            grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        sequences = (
+            order.repeat()
+            .map(self._encode)
+            .to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
         )
-        share = -(-len(table) // process_count)
         rows = RowsDataset(
             sequences,
             max_length=reader.encoder.max_length,
             fill=reader.fill_row,
             packing=settings.packing,
-            window=min(settings.packing_window, share),
+            window=min(settings.packing_window, len(table)),
             shuffle=settings.shuffle,
             seed=seed % 2**32,
         )
-        batches = rows.batch(batch_size // process_count, batch_fn=stack_rows)
+        batches = rows.batch(batch_size, batch_fn=stack_rows)
         if settings.prefetch:
             batches = grain.experimental.ThreadPrefetchIterDataset(
                 batches, prefetch_buffer_size=settings.prefetch
@@ -268,7 +247,7 @@ class TrainData(Iterator[AnyBatch]):
         return self._padding / max(self._batches, 1)
 
     def __len__(self) -> int:
-        """How many rows the data has, over all processes."""
+        """How many rows the data has."""
         return len(self._table)
 
     def _check(self, limit: int | None) -> None:
@@ -348,8 +327,6 @@ class EvalData(Sequence[AnyBatch]):
         *,
         packing: bool,
         batch_size: int,
-        first_row: int,
-        rows: int,
     ):
         """Reads and tokenises every held-out row.
 
@@ -357,17 +334,13 @@ class EvalData(Sequence[AnyBatch]):
           table: the rows.
           reader: makes examples and sequences of them.
           packing: several sequences to a row.
-          batch_size: the rows of a batch over all processes.
-          first_row: this process's first row of each batch.
-          rows: how many of a batch's rows are this process's.
+          batch_size: the rows of a batch.
         """
         self.recipe = reader.recipe
         self.encoder: Any = reader.encoder
         self.bad_rows = BadRows("held-out rows")
         self.examples: list[Example] = []
         self._batch_size = batch_size
-        self._first_row = first_row
-        self._local_rows = rows
         sequences: list[Any] = []
         stops = False
         for index in range(len(table)):
@@ -393,19 +366,19 @@ class EvalData(Sequence[AnyBatch]):
         return -(-len(self._bins) // self._batch_size)
 
     def __getitem__(self, index: Any) -> Any:
-        """One batch, this process's rows of it."""
+        """One batch."""
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(f"batch {index} of {len(self)}")
-        first = (index % len(self)) * self._batch_size + self._first_row
-        bins = self._bins[first : first + self._local_rows]
-        bins = [*bins, *([[]] * (self._local_rows - len(bins)))]
+        first = (index % len(self)) * self._batch_size
+        bins = self._bins[first : first + self._batch_size]
+        bins = [*bins, *([[]] * (self._batch_size - len(bins)))]
         return stack_rows([self._fill_row([self._sequences[item] for item in row]) for row in bins])
 
     @property
     def padding_share(self) -> float:
-        """The share of padding over all batches and processes."""
+        """The share of padding over all batches."""
         tokens = sum(sequence.positions for sequence in self._sequences)
         room = len(self) * self._batch_size * self.encoder.max_length
         return 1 - tokens / room if room else 0.0

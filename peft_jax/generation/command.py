@@ -55,7 +55,13 @@ def _answer(
     given: argparse.Namespace, prompts: Sequence[str], settings: GenerationSettings
 ) -> tuple[TextCompletion, ...]:
     """Loads what was asked for and continues the prompts."""
-    loaded = load_for_generation(given.model, given.adapter, merge=given.merge, dtype=given.dtype)
+    loaded = load_for_generation(
+        given.model,
+        given.adapter,
+        merge=given.merge,
+        dtype=given.dtype,
+        quantization=given.quantization,
+    )
     asked: list[Prompt] = list(prompts)
     if given.chat:
         begin = [{"role": "system", "content": given.system}] if given.system else []
@@ -104,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--adapter", help="an adapter's folder, such as a run's adapter/")
     add("--merge", action="store_true", help="merge the adapter into the parameters first")
     add("--dtype", default="float32", help="of parameters and computation: float32, bfloat16")
+    add("--quantization", default="none", help="the base's kernels in fewer bits: int8, nf4")
     add("--prompt", action="append", help="a prompt; may be given several times")
     add("--chat", action="store_true", help="put the tokenizer's chat template around prompts")
     add("--system", default="", help="with --chat, what the system says first")

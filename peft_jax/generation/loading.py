@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from peft_jax.adapters import AdapterState
-from peft_jax.core import Tree, flatten, unflatten
+from peft_jax.core import FORMATS, Tree, flatten, unflatten
 from peft_jax.core.checks import check_choice
 from peft_jax.generation.ends import end_tokens
 from peft_jax.hub import find_folder, load_adapter, load_model
@@ -45,6 +45,7 @@ def load_for_generation(
     merge: bool = False,
     dtype: str = "float32",
     mesh: jax.sharding.Mesh | None = None,
+    quantization: str = "none",
 ) -> Loaded:
     """A model, with or without an adapter, ready to generate.
 
@@ -57,11 +58,14 @@ def load_for_generation(
       dtype: of the parameters and of what is computed, "float32" or "bfloat16".
       mesh: the devices that the parameters are laid out over, by the rules of `peft_jax.parallel`;
         None: the first device.
+      quantization: the blocks' kernels as "int8" or "nf4": what an adapter was trained on may be
+        what it is used on; "none" for as they are. Merging makes them arrays of `dtype` again.
 
     Raises:
       ValueError: neither is given, or one of them cannot be loaded.
     """
     check_choice("dtype", dtype, ("float32", "bfloat16"))
+    check_choice("quantization", quantization, FORMATS)
     adapter_folder = None if adapter is None else find_folder(adapter)
     if model is None:
         if adapter_folder is None:
@@ -73,6 +77,7 @@ def load_for_generation(
         folder,
         dtype=dtype,
         execution=execution,
+        quantization=quantization,
         sharding=None if mesh is None else functools.partial(_param_shardings, mesh=mesh),
     )
     with_tokenizer = folder

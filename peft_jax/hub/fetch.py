@@ -1,7 +1,10 @@
-"""A checkpoint's folder: one that is there, or one fetched from the Hugging Face hub."""
+"""A checkpoint's folder: one that is there, or fetched from the Hugging Face hub or a bucket."""
 
+import os
 import re
 from pathlib import Path
+
+from peft_jax.hub.converted import fetch_small_files, is_location
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -13,13 +16,17 @@ def find_folder(path: str | Path, *, revision: str | None = None) -> Path:
     """The folder of a checkpoint.
 
     Args:
-      path: a folder, or a name on the Hugging Face hub ("org/model"), which is fetched once into
-        huggingface_hub's cache.
+      path: a folder; a name on the Hugging Face hub ("org/model"), which is fetched once into
+        huggingface_hub's cache; or the place of a converted checkpoint ("gs://bucket/model"), of
+        which all but the arrays is fetched into ~/.cache/peft_jax (or $PEFT_JAX_CACHE).
       revision: a branch, tag or commit on the hub.
 
     Raises:
       ValueError: there is no such folder, and it cannot be fetched by that name.
     """
+    if is_location(str(path)):
+        cache = os.environ.get("PEFT_JAX_CACHE", "~/.cache/peft_jax")
+        return fetch_small_files(str(path), Path(cache).expanduser() / "checkpoints")
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder

@@ -1,11 +1,10 @@
 """Loading a Hugging Face checkpoint straight into stacked, sharded arrays.
 
-Tensors are read a piece at a time into the arrays of the wanted dtype, so the host never holds more
-than the model and one tensor.
+Tensors are read a piece at a time into the arrays of the wanted dtype, or quantised on the way, so
+the host never holds more than its share of the model and one tensor. Of a tensor only the part is
+read that this process's devices hold.
 """
 
-import functools
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path as FilePath
@@ -17,7 +16,10 @@ import numpy as np
 
 from peft_jax.core import Path, Tree, did_you_mean, flatten, is_stacked, unflatten
 from peft_jax.hub.checkpoint import Checkpoint, open_checkpoint, read_config
+from peft_jax.hub.converted import is_converted, open_converted
 from peft_jax.hub.fetch import find_folder
+from peft_jax.hub.leaves import LeafSource, StoredLeaf
+from peft_jax.hub.place import place
 from peft_jax.hub.tensors import StoredTensor
 from peft_jax.models import (
     CausalLM,
@@ -35,7 +37,6 @@ _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")
 """Tensors of old checkpoints that only repeat what config.json says."""
 
 _HEAD = "lm_head.weight"
-_ALIGNMENT = 64
 _NAMED_AT_MOST = 8
 
 
@@ -44,15 +45,19 @@ def load_model(
     *,
     dtype: Any = jnp.float32,
     execution: ExecutionSettings | None = None,
+    quantization: str = "none",
     sharding: Shardings | None = None,
     revision: str | None = None,
 ) -> tuple[CausalLM, Tree]:
     """A model and its parameters from a folder, or from the Hugging Face hub.
 
     Args:
-      path: a folder with `config.json` and safetensors, or a name on the hub.
+      path: a folder with `config.json` and safetensors, a name on the hub, or the place of a
+        converted checkpoint (`python -m peft_jax.convert`).
       dtype: of the parameters, whatever the files have.
       execution: how the model is computed.
+      quantization: "none", or what the blocks' kernels are held as, "int8" or "nf4"; see
+        `CausalLM.abstract_params`.
       sharding: how the parameters are laid out over devices; by default on the first.
       revision: a branch, tag or commit on the hub.
 
@@ -65,7 +70,9 @@ def load_model(
     """
     folder = find_folder(path, revision=revision)
     model = build_model(read_config(folder), execution)
-    return model, load_params(folder, model, dtype=dtype, sharding=sharding)
+    return model, load_params(
+        folder, model, dtype=dtype, quantization=quantization, sharding=sharding
+    )
 
 
 def load_classifier(
@@ -104,6 +111,7 @@ def load_params(
     model: Model,
     *,
     dtype: Any = jnp.float32,
+    quantization: str = "none",
     sharding: Shardings | None = None,
     head_key: jax.Array | None = None,
 ) -> Tree:
@@ -113,27 +121,50 @@ def load_params(
     """
     if callable(sharding):
         sharding = sharding(model)
-    shapes = flatten(model.abstract_params(dtype))
-    sources = match_tensors(open_checkpoint(folder), model, new_head=head_key is not None)
+    shapes = flatten(model.abstract_params(dtype, quantization))
+    sources = open_sources(folder, model, new_head=head_key is not None)
     drawn: dict[Path, jax.Array] = {}
     if head_key is not None:
         drawn = model.init_leaves(head_key, [p for p in shapes if p not in sources], dtype)
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     if isinstance(sharding, jax.sharding.Sharding):
-        shardings = dict.fromkeys(shapes, sharding)
+        whole = sharding
+        shardings = {path: jax.tree.map(lambda _: whole, leaf) for path, leaf in shapes.items()}
     else:
         shardings = flatten(sharding)
     return unflatten(
         {
             path: jax.device_put(drawn[path], shardings[path])
             if path in drawn
-            else jax.make_array_from_callback(
-                leaf.shape, shardings[path], _reader(path, leaf, sources[path])
-            )
+            else place(leaf, shardings[path], sources[path])
             for path, leaf in shapes.items()
         }
     )
+
+
+def open_sources(
+    folder: FilePath, model: Model, *, new_head: bool = False
+) -> dict[Path, LeafSource]:
+    """Where the numbers of every leaf are read from; nothing but headers has been read.
+
+    Args:
+      folder: the checkpoint's.
+      model: what is wanted.
+      new_head: as for `match_tensors`.
+
+    Raises:
+      ValueError: as `match_tensors`, or as `open_converted`.
+    """
+    if is_converted(folder):
+        return open_converted(folder, model)
+    names = model.hf_names()
+    return {
+        path: StoredLeaf(tensors, stacked=is_stacked(path), transposed=names[path].transposed)
+        for path, tensors in match_tensors(
+            open_checkpoint(folder), model, new_head=new_head
+        ).items()
+    }
 
 
 def match_tensors(
@@ -281,54 +312,3 @@ def _unmatched(folder: FilePath, missing: list[str], extra: list[str]) -> str:
 def _listing(names: list[str]) -> str:
     more = len(names) - _NAMED_AT_MOST
     return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
-
-
-def _reader(
-    path: Path, leaf: jax.ShapeDtypeStruct, tensors: list[StoredTensor]
-) -> Callable[[Any], np.ndarray]:
-    """What reads one shard of a leaf, given its place in the whole as a tuple of slices.
-
-    A shard that several devices hold is read once.
-    """
-
-    @functools.cache
-    def read(*ranges: tuple[int, int]) -> np.ndarray:
-        shard = _aligned_empty(tuple(stop - start for start, stop in ranges), leaf.dtype)
-        transposed = path[-1] == "kernel"
-        if is_stacked(path):
-            for target, layer in zip(shard, range(*ranges[0]), strict=True):
-                _fill(target, tensors[layer], ranges[1:], transposed=transposed)
-        else:
-            _fill(shard, tensors[0], ranges, transposed=transposed)
-        return shard
-
-    def read_index(index: tuple[slice, ...]) -> np.ndarray:
-        ends = (part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
-        return read(*ends)
-
-    return read_index
-
-
-def _fill(
-    target: np.ndarray,
-    tensor: StoredTensor,
-    ranges: tuple[tuple[int, int], ...],
-    *,
-    transposed: bool,
-) -> None:
-    """Fills a shard from a tensor, which is stored transposed or as it is."""
-    if transposed:
-        target, ranges = target.T, ranges[::-1]
-    (first, last), *others = ranges
-    columns = tuple(slice(*ends) for ends in others)
-    for rows, values in tensor.pieces(slice(first, last)):
-        target[rows.start - first : rows.stop - first] = values[(slice(None), *columns)]
-
-
-def _aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array that the CPU backend takes over as it is: others it copies."""
-    dtype = np.dtype(dtype)
-    size = dtype.itemsize * math.prod(shape)
-    buffer = np.empty(size + _ALIGNMENT, np.uint8)
-    offset = -buffer.ctypes.data % _ALIGNMENT
-    return buffer[offset : offset + size].view(dtype).reshape(shape)

@@ -9,7 +9,9 @@ ranges, and the bytes (https://huggingface.co/docs/safetensors).
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ml_dtypes
@@ -27,6 +29,12 @@ DTYPES: Mapping[str, np.dtype] = {
 
 _MAX_HEADER = 100_000_000
 _PIECE = 32 * 2**20
+
+_LONG_ROW = 8192
+"""Bytes of a row from which on a part of it is read by itself; disks read pages of 4096."""
+
+_READERS = 8
+"""How many parts of rows are asked for at a time: a disk that is asked for one at a time waits."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,27 +69,40 @@ class StoredTensor:
             )
         return DTYPES[self.dtype]
 
-    def pieces(self, rows: slice | None = None) -> Iterator[tuple[slice, np.ndarray]]:
+    def pieces(
+        self, rows: slice | None = None, columns: slice | None = None
+    ) -> Iterator[tuple[slice, np.ndarray]]:
         """The tensor along its leading axis, some rows at a time (of about 32 MiB).
 
         Args:
           rows: which rows are wanted, a slice without step; all by default.
+          columns: which part of the second axis is wanted, likewise. Where that is less than half
+            of long rows, nothing else is read from the file.
 
         Yields:
-          The rows' place along the leading axis, and their values [rows, ...].
+          The rows' place along the leading axis, and their values [rows, columns, ...].
         """
         if not self.shape:
             raise ValueError(f"{self.name} in {self.file} is a scalar, which no model has")
         first, last, _ = (rows or slice(None)).indices(self.shape[0])
         row_bytes = self.numpy_dtype.itemsize * math.prod(self.shape[1:])
-        step = max(1, _PIECE // max(row_bytes, 1))
+        left, width, inside = 0, self.shape[1:2], slice(None)
+        if columns is not None:
+            left, right, _ = columns.indices(self.shape[1])
+            width = (right - left,)
+            if row_bytes >= _LONG_ROW and 2 * width[0] <= self.shape[1]:
+                left *= row_bytes // self.shape[1]
+            else:
+                left, width, inside = 0, self.shape[1:2], slice(left, right)
+        shape = (*width, *self.shape[2:])
+        step = max(1, _PIECE // max(self.numpy_dtype.itemsize * math.prod(shape), 1))
         with self.file.open("rb", buffering=0) as stream:
             for begin in range(first, last, step):
                 end = min(begin + step, last)
-                piece = np.empty((end - begin, *self.shape[1:]), self.numpy_dtype)
-                stream.seek(self.start + begin * row_bytes)
-                _read_into(stream, piece, self.file)
-                yield slice(begin, end), piece
+                piece = np.empty((end - begin, *shape), self.numpy_dtype)
+                start = self.start + begin * row_bytes + left
+                _read_rows(stream.fileno(), piece, start, row_bytes, self.file)
+                yield slice(begin, end), piece[:, inside] if columns is not None else piece
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
@@ -190,11 +211,31 @@ def _as_bytes(array: np.ndarray) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
 
-def _read_into(stream, array: np.ndarray, file: Path) -> None:
-    """Fills an array from the stream's next bytes."""
-    view = _as_bytes(array)
+def _read_rows(descriptor: int, piece: np.ndarray, start: int, stride: int, file: Path) -> None:
+    """Fills an array from a file: its first row from `start` on, and each `stride` bytes later."""
+    if not piece.size:
+        return
+    row_bytes = piece.nbytes // len(piece)
+    if row_bytes == stride:
+        _read_into(descriptor, _as_bytes(piece), start, file)
+        return
+    rows = _as_bytes(piece)
+
+    def read(first: int) -> None:
+        for row in range(first, len(piece), _READERS):
+            part = rows[row * row_bytes : (row + 1) * row_bytes]
+            _read_into(descriptor, part, start + row * stride, file)
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        for _ in pool.map(read, range(_READERS)):
+            pass
+
+
+def _read_into(descriptor: int, view: memoryview, start: int, file: Path) -> None:
+    """Fills a buffer from a file's bytes from `start` on."""
     while len(view):
-        count = stream.readinto(view)
+        count = os.preadv(descriptor, [view], start)
         if not count:
             raise ValueError(f"{file} is cut short")
         view = view[count:]
+        start += count

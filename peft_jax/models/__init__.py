@@ -18,7 +18,7 @@ from peft_jax.models.classifier import (
     is_encoder,
 )
 from peft_jax.models.execution import ExecutionSettings
-from peft_jax.models.model import Model
+from peft_jax.models.model import Model, quantise_params
 from peft_jax.models.naming import HFTensor
 from peft_jax.models.registry import FAMILIES, build_model
 
@@ -34,4 +34,5 @@ __all__ = [
     "build_classifier",
     "build_model",
     "is_encoder",
+    "quantise_params",
 ]

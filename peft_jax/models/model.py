@@ -12,7 +12,22 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from peft_jax.core import STACKED, Path, Tree, did_you_mean, flatten, is_stacked, unflatten
+from peft_jax.core import (
+    FORMATS,
+    STACKED,
+    Path,
+    Tree,
+    abstract_quantised,
+    did_you_mean,
+    flatten,
+    is_quantised_leaf,
+    is_stacked,
+    join_path,
+    quantise,
+    quantised_axes,
+    unflatten,
+)
+from peft_jax.core.checks import check_choice
 from peft_jax.models.execution import ExecutionSettings
 from peft_jax.models.family import Family, ModelConfig
 from peft_jax.models.naming import HFTensor
@@ -28,8 +43,9 @@ class Model:
     """A handle on a model: static and hashable, with Flax NNX modules inside.
 
     Parameters are plain nested dictionaries of arrays; the leaves of transformer blocks stand under
-    "layers", stacked [layers, ...]. A leaf called "kernel" may be an `AdaptedKernel`. What is
-    computed of them is the business of `CausalLM` and `SequenceClassifier`.
+    "layers", stacked [layers, ...]. A leaf called "kernel" may be an `AdaptedKernel`, and under
+    "layers" a quantised array. What is computed of them is the business of `CausalLM` and
+    `SequenceClassifier`.
 
     Attributes:
       family: how the model is built and what its tensors are called.
@@ -53,27 +69,45 @@ class Model:
         """The same model, computed in another way."""
         return dataclasses.replace(self, execution=execution)
 
-    def abstract_params(self, dtype: Any = jnp.float32) -> Tree:
-        """The shapes of all parameters, as `jax.ShapeDtypeStruct`s of `dtype`."""
-        dtype = jnp.dtype(dtype)
-        return unflatten(
-            {
-                path: jax.ShapeDtypeStruct(variable.get_value().shape, dtype)
-                for path, variable in self._variables.items()
-            }
-        )
+    def abstract_params(self, dtype: Any = jnp.float32, quantization: str = "none") -> Tree:
+        """The shapes of all parameters, as `jax.ShapeDtypeStruct`s of `dtype`.
 
-    def logical_axes(self) -> Tree:
+        Args:
+          dtype: of the parameters; of quantised kernels' scales.
+          quantization: "none", or what the blocks' kernels are held as: "int8", "nf4". Their leaves
+            are `qwix.QArray`s then.
+
+        Raises:
+          ValueError: the format is not known, or a kernel cannot be quantised.
+        """
+        check_choice("quantization", quantization, FORMATS)
+        dtype = jnp.dtype(dtype)
+        shapes: dict[Path, Any] = {}
+        for path, variable in self._variables.items():
+            leaf = jax.ShapeDtypeStruct(variable.get_value().shape, dtype)
+            if quantization != "none" and is_quantised_leaf(path):
+                try:
+                    leaf = abstract_quantised(leaf, quantization)
+                except ValueError as error:
+                    raise ValueError(f"{join_path(path)}: {error}") from error
+            shapes[path] = leaf
+        return unflatten(shapes)
+
+    def logical_axes(self, quantization: str = "none") -> Tree:
         """The name of every axis of every parameter.
 
         Names: "layers", "vocab", "embed", "heads", "kv_heads", "mlp", "norm".
+
+        Args:
+          quantization: as for `abstract_params`, whose tree this one is shaped like.
         """
-        return unflatten(
-            {
-                path: (STACKED, *variable.axes) if is_stacked(path) else variable.axes
-                for path, variable in self._variables.items()
-            }
-        )
+        named: dict[Path, Any] = {}
+        for path, variable in self._variables.items():
+            axes = (STACKED, *variable.axes) if is_stacked(path) else variable.axes
+            if quantization != "none" and is_quantised_leaf(path):
+                axes = quantised_axes(axes, quantization)
+            named[path] = axes
+        return unflatten(named)
 
     def cut_sizes(self) -> dict[str, int]:
         """How many there are of what a mesh may cut, by logical axis; heads are never cut in two.
@@ -91,9 +125,17 @@ class Model:
         heads = {"heads": self.config.num_heads, "kv_heads": self.config.num_kv_heads}
         return {axis: sizes[axis] for axis in ("embed", "mlp")} | heads
 
-    def init_params(self, key: jax.Array, dtype: Any = jnp.float32) -> Tree:
-        """Random parameters: kernels and embeddings normal, scales one, biases zero."""
-        return _init_params(self, key, jnp.dtype(dtype))
+    def init_params(
+        self, key: jax.Array, dtype: Any = jnp.float32, quantization: str = "none"
+    ) -> Tree:
+        """Random parameters: kernels and embeddings normal, scales one, biases zero.
+
+        Args:
+          key: a random key.
+          dtype: of the parameters.
+          quantization: as for `abstract_params`; the same numbers are drawn, and then rounded.
+        """
+        return quantise_params(_init_params(self, key, jnp.dtype(dtype)), quantization)
 
     def init_leaves(
         self, key: jax.Array, paths: Iterable[Path], dtype: Any = jnp.float32
@@ -135,6 +177,30 @@ class Model:
             _refuse_leaves(set(leaves), set(variables))
         state = {path: variable.replace(leaves[path]) for path, variable in variables.items()}
         return nnx.merge(graphdef, nnx.State(unflatten(state)))
+
+
+def quantise_params(params: Tree, quantization: str) -> Tree:
+    """Parameters with the blocks' kernels in 8 or 4 bits a number.
+
+    Args:
+      params: the parameters, as arrays.
+      quantization: "none", "int8" or "nf4".
+
+    Raises:
+      ValueError: the format is not known, or a kernel cannot be quantised.
+    """
+    check_choice("quantization", quantization, FORMATS)
+    if quantization == "none":
+        return params
+    return unflatten(
+        {
+            path: _quantise(leaf, quantization) if is_quantised_leaf(path) else leaf
+            for path, leaf in flatten(params).items()
+        }
+    )
+
+
+_quantise = jax.jit(quantise, static_argnums=1)
 
 
 @functools.lru_cache(maxsize=64)

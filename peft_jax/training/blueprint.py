@@ -128,7 +128,8 @@ def draw_blueprint(
         batch; the message says what would.
     """
     spec = config.method.spec if spec is None else spec
-    params = model.abstract_params(config.model.dtype)
+    quantization = config.model.quantization
+    params = model.abstract_params(config.model.dtype, quantization)
     adapter = spec.abstract(params)
     optimizer = optimizer_of(config)
     state = abstract_state(adapter.trainable, optimizer)
@@ -137,14 +138,13 @@ def draw_blueprint(
     placement = _place_rows(mesh, rules)
     _check_rows(config, placement)
     check_divides(model.cut_sizes() | {"sequence": config.train.max_length}, mesh, rules)
-    axes = model.logical_axes()
-    adapter_axes = spec.axes(params, axes)
+    adapter_axes = spec.axes(params, model.logical_axes())
     trainable = _with_shardings(adapter.trainable, adapter_axes.trainable, mesh, rules)
     return Blueprint(
         config=config,
         model=model,
         spec=spec,
-        params=_with_shardings(params, axes, mesh, rules),
+        params=_with_shardings(params, model.logical_axes(quantization), mesh, rules),
         constant=_with_shardings(adapter.constant, adapter_axes.constant, mesh, rules),
         state=_shard_state(state, trainable, optimizer, mesh),
         optimizer=optimizer,

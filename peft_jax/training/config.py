@@ -37,14 +37,18 @@ class ModelSettings:
     """The checkpoint that is fine-tuned.
 
     Attributes:
-      path: a folder in Hugging Face's format (config.json, safetensors, a tokenizer), or a name on
-        the Hugging Face hub.
+      path: a folder in Hugging Face's format (config.json, safetensors, a tokenizer), a name on the
+        Hugging Face hub, or the place of a converted checkpoint ("gs://bucket/model"; see
+        `peft_jax/convert.py`).
       revision: a branch, tag or commit on the hub; empty: the newest.
       dtype: how the base's weights are held. What is trained is float32 unless `method.dtype` says
         otherwise.
       architecture: the name of the architecture that the checkpoint has to have, of those in
         `peft_jax.models.architectures`; another checkpoint is refused. With it a run can be planned
         without the checkpoint. Empty: any.
+      quantization: the frozen kernels of the transformer blocks in fewer bits, quantised while they
+        are loaded: "int8", or "nf4" (4 bits); "none": as `dtype` says. Embeddings, head and norms
+        stay in `dtype`, which is the scales' too.
       weights: "checkpoint", or "random": new weights for the architecture that config.json
         describes, for training from scratch; then no safetensors are needed.
     """
@@ -53,6 +57,7 @@ class ModelSettings:
     revision: str = ""
     dtype: Literal["float32", "bfloat16"] = "float32"
     architecture: str = ""
+    quantization: Literal["none", "int8", "nf4"] = "none"
     weights: Literal["checkpoint", "random"] = "checkpoint"
 
     def __post_init__(self) -> None:
@@ -263,6 +268,12 @@ class RunConfig:
             raise ValueError(f"seed is {self.seed}; it must lie between 0 and 2³² - 1")
         optimizer = dataclasses.replace(self.optimizer, learning_rate=self.train.learning_rate)
         object.__setattr__(self, "optimizer", optimizer)
+        if self.model.quantization != "none" and isinstance(self.method.method, Full):
+            raise ValueError(
+                f"model.quantization is {self.model.quantization!r}, and method.name 'full', which"
+                " trains every parameter: what is quantised cannot be trained; use an adapter's"
+                " method, or model.quantization none"
+            )
         if not isinstance(self.method.method, Hybrid):
             changed = differences(to_mapping(MixingSettings()), to_mapping(self.mixing))
             for name in changed:

@@ -51,7 +51,7 @@ class Evaluator:
       data: the held-out data; it may be empty.
       placement: where rows go.
       microbatches: into how many microbatches the data's batches are cut.
-      microbatch_size: rows of one, over all processes.
+      microbatch_size: rows of one.
       chunk_size: positions whose logits are held at a time.
     """
 
@@ -79,8 +79,10 @@ class Evaluator:
         def preference(frozen: Tree, adapter: AdapterState, rows: ChoiceRows):
             return choice_log_likelihood(model, spec.bind(frozen, adapter), rows)
 
-        self._loss = jax.jit(loss)
-        self._preference = jax.jit(preference)
+        # Every process reads the results, wherever the rows were.
+        everywhere = jax.NamedSharding(placement.rows.mesh, jax.P())
+        self._loss = jax.jit(loss, out_shardings=everywhere)
+        self._preference = jax.jit(preference, out_shardings=everywhere)
         self._choices = [example for example in data.examples if example.choices]
 
     @property
@@ -131,15 +133,12 @@ class Evaluator:
     ) -> list[int] | None:
         """The index of the likeliest choice of each example."""
         rows = choice_rows(self._choices, self._data.encoder)
-        local = self._microbatch_size // jax.process_count()
-        first = jax.process_index() * local
+        size = self._microbatch_size
         scores = []
-        for start in range(0, len(rows.tokens), self._microbatch_size):
+        for start in range(0, len(rows.tokens), size):
             if stop():
                 return None
-            part = jax.tree.map(
-                lambda x, at=start + first: _filled(x[at : at + local], local), rows
-            )
+            part = jax.tree.map(lambda x, at=start: _filled(x[at : at + size], size), rows)
             scores.append(self._preference(frozen, adapter, self._placement.put(part)))
         flat = np.concatenate([np.asarray(score) for score in jax.device_get(scores)])
         preferred, at = [], 0

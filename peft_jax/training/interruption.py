@@ -1,5 +1,6 @@
 """Signals that ask a run to stop: a preempted machine's SIGTERM, or Ctrl-C."""
 
+import os
 import signal
 import threading
 import types
@@ -16,7 +17,8 @@ class Interruption:
 
     A second SIGINT is not noted but raised as `KeyboardInterrupt`, for who cannot wait. Where
     several processes train together, all of them have to leave at the same step: there SIGTERM is
-    left to JAX's own preemption notice, which reaches every process, and `requested` asks that.
+    left to JAX's own preemption notice, which reaches every process, and `requested` asks that; a
+    SIGINT is passed on as a SIGTERM.
 
     Use it as a context; the handlers that stood before come back at its end. Outside the main
     thread, where Python allows no handlers, it notes nothing.
@@ -42,6 +44,8 @@ class Interruption:
         if self._received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._received = number
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def requested(self, step: int) -> bool:
         """Whether every process is to stop now, at `step`; the same answer in all of them."""

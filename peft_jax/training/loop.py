@@ -37,7 +37,7 @@ from peft_jax.training.metrics import (
     WeightsAndBiases,
     read_records,
 )
-from peft_jax.training.placement import gather_json
+from peft_jax.training.placement import check_processes, from_first
 from peft_jax.training.prepare import Job, device_memory, prepare
 from peft_jax.training.progress import Reporter, StepProgress
 from peft_jax.training.report import write_report
@@ -68,6 +68,7 @@ def run(
     first = jax.process_index() == 0
     reporter = reporter or Reporter(quiet=not first)
     folder = WorkDir(Path(workdir).expanduser().absolute())
+    check_processes(folder.path)
     folder.check(config)
     if (summary := folder.read_summary()) is not None:
         reporter.say(f"{folder.path} holds this run, finished; see {folder.report / 'README.md'}")
@@ -168,15 +169,8 @@ class _Run:
         frozen = self._job.spec.frozen(params)
         if saved is not None:
             self._saved = int(saved["step"])
-            states = saved["data"]
-            if len(states) != jax.process_count():
-                raise RefusedError(
-                    f"{self._checkpoints.path(self._saved)} was written by {len(states)} "
-                    f"processes, and these are {jax.process_count()}: the position in the data "
-                    "cannot be taken over"
-                )
             try:
-                self._job.train.set_state(states[jax.process_index()])
+                self._job.train.set_state(saved["data"])
             except ValueError as error:
                 raise RefusedError(str(error)) from error
             abstract = {"state": self._job.state, "constant": self._job.constant}
@@ -197,11 +191,13 @@ class _Run:
                 job.folder,
                 job.model,
                 dtype=model.dtype,
+                quantization=model.quantization,
                 sharding=shardings,
                 head_key=head_key if job.new_head else None,
             )
         make = jax.jit(
-            lambda key: job.model.init_params(key, jnp.dtype(model.dtype)), out_shardings=shardings
+            lambda key: job.model.init_params(key, model.dtype, model.quantization),
+            out_shardings=shardings,
         )
         return make(jax.random.fold_in(jax.random.key(self._config.seed), 1))
 
@@ -238,13 +234,13 @@ class _Run:
         before = self._job.train.get_state()
         rows = [next(self._job.train) for _ in range(-(-wanted // train.gradient_accumulation))]
         self._job.train.set_state(before)
-        local = train.microbatch_size // jax.process_count()
+        size = train.microbatch_size
         pieces = [
-            jax.tree.map(lambda x, at=at: x[at : at + local], batch)
+            jax.tree.map(lambda x, at=at: x[at : at + size], batch)
             for batch in rows
-            for at in range(0, len(batch.tokens), local)
+            for at in range(0, len(batch.tokens), size)
         ][:wanted]
-        targets = sum(sum(gather_json(float(np.sum(piece.loss_mask)))) for piece in pieces)
+        targets = sum(float(np.sum(piece.loss_mask)) for piece in pieces)
         return [self._job.placement.put(piece) for piece in pieces], max(targets, 1.0)
 
     def _make_state(self, trainable: Tree) -> TrainState:
@@ -280,7 +276,9 @@ class _Run:
 
     def _open_log(self, start: int | None) -> MetricsLog:
         if not self._first:
-            return MetricsLog(self._folder.metrics, from_step=start, writes=False)
+            # Told, and not read: all processes must agree on what is still to be measured.
+            present = [(int(step), str(split)) for step, split in from_first(None)]
+            return MetricsLog(self._folder.metrics, writes=False, present=present)
         logging = self._config.logging
         sinks: list[Sink] = []
         if logging.tensorboard:
@@ -294,7 +292,9 @@ class _Run:
                     folder=self._folder.path,
                 )
             )
-        return MetricsLog(self._folder.metrics, from_step=start, sinks=tuple(sinks))
+        log = MetricsLog(self._folder.metrics, from_step=start, sinks=tuple(sinks))
+        from_first(log.present)
+        return log
 
     # Step by step.
 
@@ -312,7 +312,7 @@ class _Run:
                 placed = self._job.placement.put_microbatches(batch, train.gradient_accumulation)
                 arrays.state, metrics = step(arrays.state, arrays.frozen, arrays.constant, placed)
                 done += 1
-                tokens = int(np.count_nonzero(batch.segment_ids)) * jax.process_count()
+                tokens = int(np.count_nonzero(batch.segment_ids))
                 self._totals.tokens += tokens
                 self._inbox.put(done, metrics, tokens)
                 progress.advance(done)
@@ -364,7 +364,7 @@ class _Run:
             {
                 "step": done,
                 "config": self._config.to_mapping(),
-                "data": gather_json(self._job.train.get_state()),
+                "data": self._job.train.get_state(),
                 "seconds": self._phases.seconds,
                 "totals": dataclasses.asdict(self._totals),
             },

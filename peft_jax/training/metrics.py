@@ -10,7 +10,7 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO, runtime_checkable
 
@@ -45,6 +45,8 @@ class MetricsLog:
         taken out. None: the run begins, and the file with it.
       sinks: where else records go.
       writes: whether this process writes the file; otherwise it only knows what is in it.
+      present: the (step, split) of the records there are, where they are known; by default they are
+        read from the file.
     """
 
     def __init__(
@@ -54,11 +56,12 @@ class MetricsLog:
         from_step: int | None = None,
         sinks: tuple[Sink, ...] = (),
         writes: bool = True,
+        present: Iterable[tuple[int, str]] | None = None,
     ):
-        kept = (
-            [] if from_step is None else [r for r in read_records(path) if r["step"] <= from_step]
-        )
-        self._present = {(record["step"], record["split"]) for record in kept}
+        reads = from_step is not None and present is None
+        kept = [r for r in read_records(path) if r["step"] <= from_step] if reads else []
+        found = ((record["step"], record["split"]) for record in kept)
+        self._present = set(found if present is None else present)
         self._sinks = sinks
         self._stream: TextIO | None = None
         if writes:
@@ -70,6 +73,11 @@ class MetricsLog:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    @property
+    def present(self) -> list[tuple[int, str]]:
+        """The step and split of every record there is, in order."""
+        return sorted(self._present)
 
     def has(self, step: int, split: str) -> bool:
         """Whether there is such a record already."""

@@ -1,7 +1,9 @@
-"""Rows of the host on the devices: each process gives its own, and each device holds its part."""
+"""Rows of the host on the devices that hold them, and what processes tell each other."""
 
 import dataclasses
 import json
+import uuid
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,6 +11,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from peft_jax.data import AnyBatch
+from peft_jax.training.errors import RefusedError
+from peft_jax.training.files import write_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,19 +28,26 @@ class RowPlacement:
     microbatches: jax.sharding.NamedSharding
 
     def put(self, arrays: Any) -> Any:
-        """This process's rows, leaves [rows, ...], as global arrays."""
-        return jax.tree.map(
-            lambda x: jax.make_array_from_process_local_data(self.rows, np.asarray(x)), arrays
-        )
+        """Rows, leaves [rows, ...] that every process has whole, each on the device it belongs to.
+
+        A process hands over what its own devices hold, whatever the mesh.
+        """
+        return jax.tree.map(lambda x: _spread(np.asarray(x), self.rows), arrays)
 
     def put_microbatches(self, batch: AnyBatch, count: int) -> AnyBatch:
-        """This process's rows of one step, [count * rows, T], as global arrays [count, rows, T]."""
+        """The rows of one step, [count * rows, T], as arrays [count, rows, T]; see `put`."""
         return jax.tree.map(
-            lambda x: jax.make_array_from_process_local_data(
-                self.microbatches, np.reshape(x, (count, -1, *x.shape[1:]))
-            ),
-            batch,
+            lambda x: _spread(np.reshape(x, (count, -1, *x.shape[1:])), self.microbatches), batch
         )
+
+
+def _spread(whole: np.ndarray, sharding: jax.sharding.NamedSharding) -> jax.Array:
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+
+def from_first(value: Any) -> Any:
+    """What the first process has, in all of them; for what JSON can hold."""
+    return gather_json(value)[0]
 
 
 def gather_json(value: Any) -> list[Any]:
@@ -52,3 +63,38 @@ def gather_json(value: Any) -> list[Any]:
         json.loads(bytes(one[: int(size)]).decode())
         for one, size in zip(texts, np.ravel(sizes), strict=True)
     ]
+
+
+def check_processes(folder: Path) -> None:
+    """Whether the processes of a run have met, and all see its work directory.
+
+    Raises:
+      RefusedError: they have not, or do not.
+    """
+    if jax.process_count() == 1:
+        return
+    if jax.distributed.is_initialized():
+        _check_shared(folder)
+        return
+    raise RefusedError(
+        f"these devices belong to {jax.process_count()} processes, which have not met: start each"
+        " with --distributed"
+    )
+
+
+def _check_shared(folder: Path) -> None:
+    """Every process has to find what the first one writes."""
+    token = from_first(uuid.uuid4().hex)
+    file = folder / f".processes-{token}"
+    if jax.process_index() == 0:
+        write_text(file, token)
+    multihost_utils.sync_global_devices(f"written {file.name}")
+    seen = gather_json(file.is_file())
+    if jax.process_index() == 0:
+        file.unlink()
+    if blind := [process for process, sees in enumerate(seen) if not sees]:
+        raise RefusedError(
+            f"{folder} is not the same folder in every process: what process 0 writes there,"
+            f" {', '.join(f'process {process}' for process in blind)} did not find. Give a"
+            " --workdir on a file system that all hosts share: a mounted bucket, Filestore, NFS"
+        )

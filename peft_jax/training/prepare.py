@@ -10,8 +10,8 @@ import jax
 
 from peft_jax.adapters import AdapterSpec, ParameterCount, count_parameters, trainable_table
 from peft_jax.data import EvalData, TrainData, build_data, get_recipe
-from peft_jax.hub import find_folder, open_checkpoint, read_config
-from peft_jax.hub.load import match_tensors
+from peft_jax.hub import find_folder, read_config
+from peft_jax.hub.load import open_sources
 from peft_jax.models import (
     Model,
     SequenceClassifier,
@@ -81,7 +81,7 @@ def _prepare(config: RunConfig, say: Callable[[str], None]) -> Job:
     new_head = False
     if config.model.weights == "checkpoint":
         is_classifier = isinstance(model, SequenceClassifier)
-        found = match_tensors(open_checkpoint(folder), model, new_head=is_classifier)
+        found = open_sources(folder, model, new_head=is_classifier)
         if absent := sorted(".".join(path) for path in model.hf_names() if path not in found):
             new_head = True
             say(f"the checkpoint has no head for these labels: {', '.join(absent)} begin at random")
@@ -105,8 +105,6 @@ def _prepare(config: RunConfig, say: Callable[[str], None]) -> Job:
         batch_size=config.train.batch_size,
         max_length=config.train.max_length,
         seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
         labelled=isinstance(model, SequenceClassifier),
     )
     of_blueprint = {

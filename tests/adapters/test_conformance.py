@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from peft_jax.adapters import BOFT, AdapterSpec, AdapterState, Full, Hybrid, LoRA, LoRAGA, Unitary
 from peft_jax.core import Path, Tree, flatten, linear, unflatten
+from peft_jax.models import quantise_params
 
 METHODS = {
     "full": Full(),
@@ -30,6 +31,14 @@ METHODS = {
     "hybrid_some_unitary": Hybrid(rank=2, block_size=4, unitary_modules=("down",)),
 }
 ADAPTERS = [name for name in METHODS if name != "full"]
+QUANTISED = {
+    f"{name} on {quantization}": (name, quantization)
+    for name, quantization in (
+        ("lora", "int8"),
+        *((name, "nf4") for name in ("lora", "lora_ga", "boft", "unitary", "hybrid")),
+    )
+}
+"""Methods over a base whose stacked kernels are quantised: the name of each, and the format."""
 
 LAYERS, WIDTH, HIDDEN, OUT = 3, 24, 48, 8
 
@@ -93,7 +102,8 @@ class Problem:
 @functools.cache
 def make_problem(name: str, modules_to_save: tuple[str, ...] = ()) -> Problem:
     key = jax.random.key(0)
-    params = make_params(jax.random.fold_in(key, 1))
+    name, quantization = QUANTISED.get(name, (name, "none"))
+    params = quantise_params(make_params(jax.random.fold_in(key, 1)), quantization)
     x = jax.random.normal(jax.random.fold_in(key, 2), (32, WIDTH))
     batch = (x, apply(make_params(jax.random.fold_in(key, 3)), x))
     spec = AdapterSpec(method=METHODS[name], modules_to_save=modules_to_save)
@@ -118,12 +128,12 @@ def make_problem(name: str, modules_to_save: tuple[str, ...] = ()) -> Problem:
     )
 
 
-@pytest.fixture(params=METHODS)
+@pytest.fixture(params=[*METHODS, *QUANTISED])
 def problem(request: pytest.FixtureRequest) -> Problem:
     return make_problem(request.param)
 
 
-@pytest.fixture(params=ADAPTERS)
+@pytest.fixture(params=[*ADAPTERS, *QUANTISED])
 def adapter_problem(request: pytest.FixtureRequest) -> Problem:
     return make_problem(request.param)
 
@@ -143,15 +153,14 @@ def test_function_is_unchanged_at_init(problem: Problem) -> None:
 
 def test_base_arrays_are_unchanged_by_training(adapter_problem: Problem) -> None:
     problem = adapter_problem
-    before = {path: np.array(leaf) for path, leaf in flatten(problem.params).items()}
+    before = jax.tree.map(np.array, problem.params)
     bound = flatten(problem.spec.bind(problem.params, problem.start))
     for path, leaf in flatten(problem.params).items():
         assert getattr(bound[path], "base", bound[path]) is leaf
     trained, _ = train(problem, steps=3)
     for path, leaf in flatten(trained).items():
         assert not np.array_equal(leaf, flatten(problem.start.trainable)[path]), path
-    for path, leaf in flatten(problem.params).items():
-        np.testing.assert_array_equal(before[path], leaf)
+    jax.tree.map(np.testing.assert_array_equal, before, problem.params)
 
 
 def test_every_trained_array_has_a_gradient(problem: Problem) -> None:
@@ -211,7 +220,9 @@ def test_stacked_equals_unrolled(problem: Problem) -> None:
 
 def test_bfloat16_stays_finite_and_near(problem: Problem) -> None:
     exact = apply(problem.bind(problem.moved), problem.batch[0])
-    rounded_params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), problem.params)
+    rounded_params = unflatten(
+        {path: leaf.astype(jnp.bfloat16) for path, leaf in flatten(problem.params).items()}
+    )
     bound = jax.jit(problem.spec.bind)(rounded_params, problem.moved)
     rounded = apply(bound, problem.batch[0].astype(jnp.bfloat16))
     assert rounded.dtype == jnp.bfloat16
@@ -257,7 +268,9 @@ def test_abstract_state_is_what_init_makes(problem: Problem) -> None:
 
 
 def test_axes_have_the_arrays_ranks(problem: Problem) -> None:
-    kernel_axes = jax.tree.map(lambda a: ("layers", "in", "out")[-a.ndim :], problem.params)
+    kernel_axes = unflatten(
+        {p: ("layers", "in", "out")[-a.ndim :] for p, a in flatten(problem.params).items()}
+    )
     axes = problem.spec.axes(problem.params, kernel_axes)
     for tree, names in (
         (problem.start.trainable, axes.trainable),
@@ -278,6 +291,16 @@ def test_frozen_holds_nothing_that_is_trained() -> None:
     assert_close(apply(bound, x), apply(problem.params, x), 1e-6)
     full = make_problem("full")
     assert full.spec.frozen(full.params) == {}
+
+
+def test_what_is_quantised_is_not_trained_itself() -> None:
+    params = quantise_params(make_params(jax.random.key(0)), "int8")
+    with pytest.raises(ValueError, match=r"layers\.down, layers\.up would be trained itself"):
+        AdapterSpec(method=Full()).plan(params)
+    with pytest.raises(ValueError, match=r"layers\.up would be trained itself, and is quantised"):
+        AdapterSpec(method=LoRA(rank=2), target_modules=("down",), modules_to_save=("up",)).plan(
+            params
+        )
 
 
 def train(problem: Problem, *, steps: int) -> tuple[Tree, int]:

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ def write_rows(folder: Path, number: int, name: str = "train.jsonl") -> Path:
     return path
 
 
-def build(path: Path, tokenizer: Any, *, batch_size=2, max_length=48, seed=0, process=(0, 1), **kw):
+def build(path: Path, tokenizer: Any, *, batch_size=2, max_length=48, seed=0, **kw):
     kw = {"recipe": "text", "hold_out": 0, "prefetch": 0, **kw}
     return build_data(
         DataSettings(path=str(path), **kw),
@@ -34,8 +33,6 @@ def build(path: Path, tokenizer: Any, *, batch_size=2, max_length=48, seed=0, pr
         batch_size=batch_size,
         max_length=max_length,
         seed=seed,
-        process_index=process[0],
-        process_count=process[1],
     )
 
 
@@ -97,41 +94,6 @@ def test_seeds_decide_the_order(tmp_path, tokenizer):
     first = [next(build(path, tokenizer, seed=seed)[0]) for seed in (3, 3, 4)]
     assert_same(first[0], first[1])
     assert (first[0].tokens != first[2].tokens).any()
-
-
-@pytest.mark.parametrize("packing", [False, True])
-@pytest.mark.parametrize(("rows", "processes"), [(16, 4), (17, 4), (5, 3), (3, 4)])
-def test_processes_share_the_rows_without_overlap(tmp_path, tokenizer, rows, processes, packing):
-    path = write_rows(tmp_path, rows)
-    # Over as many epochs as there are processes, each has dealt out the same number of rows.
-    each = rows
-    counts: Counter[int] = Counter()
-    for index in range(processes):
-        train, _ = build(
-            path,
-            tokenizer,
-            batch_size=processes,
-            process=(index, processes),
-            packing=packing,
-            packing_window=1,
-        )
-        assert len(train) == rows
-        found: list[int] = []
-        while len(found) < each:
-            batch = next(train)
-            assert batch.tokens.shape == (1, 48)
-            found += row_numbers([batch], tokenizer)
-        counts.update(found)
-    assert counts == dict.fromkeys(range(rows), processes)
-
-
-def test_processes_have_disjoint_rows_within_an_epoch(tmp_path, tokenizer):
-    path = write_rows(tmp_path, 12)
-    shares = []
-    for index in range(3):
-        train, _ = build(path, tokenizer, batch_size=6, process=(index, 3), packing=False)
-        shares.append(row_numbers(itertools.islice(train, 2), tokenizer))
-    assert sorted(itertools.chain(*shares)) == list(range(12))
 
 
 @pytest.fixture(scope="module")
@@ -243,19 +205,6 @@ def test_the_last_held_out_batch_is_filled_up(rows_path, tokenizer):
     assert len(held_out[:1]) == 1
     with pytest.raises(IndexError):
         held_out[2]
-
-
-def test_processes_share_held_out_batches(rows_path, tokenizer):
-    _, whole = build(rows_path, tokenizer, batch_size=4, hold_out=11)
-    parts = [
-        build(rows_path, tokenizer, batch_size=4, hold_out=11, process=(index, 2))[1]
-        for index in range(2)
-    ]
-    assert len(parts[0]) == len(parts[1]) == len(whole)
-    for number, batch in enumerate(whole):
-        for field in FIELDS:
-            joined = np.concatenate([getattr(part[number], field) for part in parts])
-            np.testing.assert_array_equal(joined, getattr(batch, field))
 
 
 def test_rows_may_be_limited(rows_path, tokenizer):
@@ -458,8 +407,7 @@ def test_lost_characters_are_said(tmp_path, tinystories, caplog):
     ("changes", "message"),
     [
         ({"recipe": "gsm8"}, "did you mean 'gsm8k'"),
-        ({"batch_size": 3, "process": (0, 2)}, "multiple of the 2 processes"),
-        ({"process": (2, 2)}, "process_index is 2 of 2"),
+        ({"batch_size": 0}, "batch_size is 0"),
         ({"max_length": 0}, "max_length is 0"),
     ],
 )

@@ -1,0 +1,101 @@
+"""Converts a Hugging Face checkpoint for many hosts, in a folder or a bucket.
+
+    python -m peft_jax.convert /path/to/checkpoint gs://bucket/llama-405b
+
+What it makes is given as `model.path` in place of the checkpoint. Every host then reads the parts
+of each kernel that its devices hold, and nothing else. The command takes a few hundred MiB of
+memory, whatever the model's size; the same command again goes on where it was stopped.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from peft_jax.core import flatten
+from peft_jax.hub import find_folder, read_config
+from peft_jax.hub.checkpoint import INDEX, open_checkpoint
+from peft_jax.hub.converted import convert, is_converted
+from peft_jax.hub.fetch import FETCHED
+from peft_jax.hub.load import open_sources
+from peft_jax.models import build_model
+
+_REFUSED = 2
+_DTYPES = ("bfloat16", "float32")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; `argv` without the program's name. Returns the exit code."""
+    given = _parser().parse_args(argv)
+    try:
+        convert_checkpoint(given.model, given.out, dtype=given.dtype, revision=given.revision)
+    except (ValueError, OSError) as error:
+        print(f"peft_jax.convert: {error}", file=sys.stderr)
+        return _REFUSED
+    return 0
+
+
+def convert_checkpoint(
+    model: str, out: str, *, dtype: str = "bfloat16", revision: str | None = None
+) -> None:
+    """Converts a checkpoint; see the module.
+
+    Args:
+      model: a folder with safetensors, or a name on the Hugging Face hub.
+      out: "gs://…", "s3://…", "file://…" or a folder.
+      dtype: of what is written.
+      revision: a branch, tag or commit on the hub.
+
+    Raises:
+      ValueError: the checkpoint cannot be read, or the place holds something else.
+    """
+    folder = find_folder(model, revision=revision)
+    if is_converted(folder):
+        raise ValueError(f"{model} is a converted checkpoint already")
+    lm = build_model(read_config(folder))
+    leaves = open_sources(folder, lm)
+    convert(
+        out,
+        small_files=_small_files(folder),
+        leaves=leaves,
+        shapes={path: leaf.shape for path, leaf in flatten(lm.abstract_params()).items()},
+        dtype=dtype,
+        identity=_identity(folder),
+        say=print,
+    )
+
+
+def _small_files(folder: Path) -> dict[str, bytes]:
+    """The configuration and the tokenizer, as the hub's checkpoints keep them."""
+    patterns = [pattern for pattern in FETCHED if not pattern.endswith(".safetensors")]
+    files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
+    return {file.name: file.read_bytes() for file in files if file.name != INDEX}
+
+
+def _identity(folder: Path) -> str:
+    """What a conversion has read: every tensor's name, dtype, shape and place."""
+    tensors = [
+        (name, tensor.dtype, tensor.shape, tensor.file.name, tensor.start)
+        for name, tensor in sorted(open_checkpoint(folder).tensors.items())
+    ]
+    return hashlib.sha256(json.dumps(tensors).encode()).hexdigest()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m peft_jax.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", help="a folder with safetensors, or a name on the hub")
+    parser.add_argument("out", help="gs://bucket/folder, s3://bucket/folder, or a folder")
+    parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="of what is written")
+    parser.add_argument("--revision", default=None, help="a branch, tag or commit on the hub")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""Converted checkpoints hold what the safetensors do, in a folder and in a bucket."""
+
+import http.server
+import json
+import threading
+import urllib.parse
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from peft_jax import convert as command
+from peft_jax.core import flatten
+from peft_jax.hub import converted, find_folder, load_model, save_model
+from peft_jax.models import build_model, quantise_params
+
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 40,
+    "hidden_size": 64,
+    "intermediate_size": 640,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A checkpoint of several files, and its parameters."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model = build_model(CONFIG)
+    params = model.init_params(jax.random.key(0))
+    save_model(folder, model, params, max_shard_bytes=400_000)
+    (folder / "tokenizer.json").write_text("{}")
+    return folder, params
+
+
+def assert_same(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_what_is_loaded_is_what_was_converted(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(converted, "_PIECE", 64 * 40)
+    folder, params = saved
+    assert command.main([str(folder), str(tmp_path / "out"), "--dtype=float32"]) == 0
+    _, loaded = load_model(tmp_path / "out")
+    assert_same(loaded, params)
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    assert not [file for file in (tmp_path / "out" / "converting").rglob("*") if file.is_file()]
+    sharding = NamedSharding(jax.make_mesh((8,), ("a",)), PartitionSpec())
+    _, quantised = load_model(tmp_path / "out", quantization="int8", sharding=sharding)
+    assert_same(quantised, quantise_params(params, "int8"))
+
+
+def test_a_device_reads_the_chunks_of_its_part(saved, tmp_path, monkeypatch):
+    folder, params = saved
+    command.convert_checkpoint(str(folder), str(tmp_path), dtype="float32")
+    path = ("layers", "mlp", "down_proj", "kernel")
+    leaf = converted.open_converted(tmp_path, build_model(CONFIG))[path]
+    # The kernel is [640, 64] in chunks of 256 rows: without the others' files the part is there.
+    chunks = tmp_path / "arrays" / "layers.mlp.down_proj.kernel" / "c"
+    for chunk in sorted(file for file in chunks.rglob("*") if file.is_file()):
+        layer, row, _ = chunk.relative_to(chunks).parts
+        if (layer, row) != ("1", "1"):
+            chunk.unlink()
+    part = np.empty((1, 100, 64), np.float32)
+    leaf.read_into(part, ((1, 2), (300, 400), (0, 64)))
+    np.testing.assert_array_equal(part, flatten(params)[path][1:2, 300:400])
+
+
+def test_a_stopped_conversion_goes_on_and_ends_the_same(saved, tmp_path, monkeypatch):
+    folder, params = saved
+    copied = []
+    original = converted._copy
+
+    def copy(source, array, part, dtype):
+        if len(copied) == 11:
+            raise KeyboardInterrupt
+        copied.append(part)
+        original(source, array, part, dtype)
+
+    monkeypatch.setattr(converted, "_copy", copy)
+    with pytest.raises(KeyboardInterrupt):
+        command.convert_checkpoint(str(folder), str(tmp_path), dtype="float32")
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        load_model(tmp_path)
+    with pytest.raises(ValueError, match="beginning of another conversion"):
+        command.convert_checkpoint(str(folder), str(tmp_path), dtype="bfloat16")
+    monkeypatch.setattr(converted, "_copy", lambda *a: (copied.append(a[2]), original(*a)))
+    command.convert_checkpoint(str(folder), str(tmp_path), dtype="float32")
+    # Each of the seven kernels once a layer, and each of the other leaves once.
+    assert len(copied) == 3 * 7 + 5
+    assert_same(load_model(tmp_path)[1], params)
+
+
+def test_what_is_there_is_not_overwritten(saved, tmp_path, capsys):
+    folder, _ = saved
+    command.convert_checkpoint(str(folder), str(tmp_path))
+    assert command.main([str(folder), str(tmp_path)]) == 0
+    assert "holds this checkpoint already" in capsys.readouterr().out
+    other = tmp_path / "other"
+    model = build_model(CONFIG | {"num_hidden_layers": 1})
+    save_model(other, model, model.init_params(jax.random.key(1)))
+    assert command.main([str(other), str(tmp_path)]) == 2
+    assert "holds another checkpoint" in capsys.readouterr().err
+    assert command.main([str(tmp_path), str(tmp_path / "twice")]) == 2
+    assert "is a converted checkpoint already" in capsys.readouterr().err
+
+
+def test_another_architecture_is_refused_by_name(saved, tmp_path):
+    folder, _ = saved
+    command.convert_checkpoint(str(folder), str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"intermediate_size": 320}))
+    with pytest.raises(ValueError, match=r"down_proj.kernel as \[3, 640, 64\], and config.json"):
+        load_model(tmp_path)
+
+
+def test_nothing_at_a_place(tmp_path):
+    with pytest.raises(ValueError, match="holds no converted checkpoint"):
+        find_folder(f"file://{tmp_path}")
+    with pytest.raises(ValueError, match="cannot be reached"):
+        find_folder("gs://not a bucket/model")
+
+
+class Bucket(http.server.BaseHTTPRequestHandler):
+    """As much of the protocol of Google Cloud Storage as reading and writing objects takes."""
+
+    objects: dict[str, bytes]
+
+    def do_GET(self) -> None:
+        path, query = self._parts()
+        if path.endswith("/o"):
+            start, stop = (query.get(name, [""])[0] for name in ("startOffset", "endOffset"))
+            names = [
+                {"name": name}
+                for name in sorted(self.objects)
+                if start <= name and (name < stop or not stop)
+            ]
+            self._answer(200, json.dumps({"items": names}).encode())
+            return
+        content = self.objects.get(path.partition("/o/")[2])
+        self._answer(404 if content is None else 200, content or b"")
+
+    def do_POST(self) -> None:
+        name = self._parts()[1]["name"][0]
+        self.objects[name] = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        self._answer(200, json.dumps({"name": name, "generation": "1"}).encode())
+
+    def do_DELETE(self) -> None:
+        self.objects.pop(self._parts()[0].partition("/o/")[2], None)
+        self._answer(204, b"")
+
+    def _parts(self) -> tuple[str, dict[str, list[str]]]:
+        parts = urllib.parse.urlsplit(self.path)
+        return urllib.parse.unquote(parts.path), urllib.parse.parse_qs(parts.query)
+
+    def _answer(self, code: int, content: bytes) -> None:
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("x-goog-generation", "1")
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """The objects of a bucket that gs://bucket-of-the-test/ leads to."""
+    handler = type("Handler", (Bucket,), {"objects": {}})
+    server = http.server.ThreadingHTTPServer(("localhost", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://localhost:{server.server_port}")
+    monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "token")
+    yield handler.objects
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_bucket_is_written_and_loaded(saved, bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv("PEFT_JAX_CACHE", str(tmp_path))
+    folder, params = saved
+    place = "gs://bucket-of-the-test/models/tiny"
+    command.convert_checkpoint(str(folder), place)
+    assert {name.split("/")[2] for name in bucket} == {
+        "arrays",
+        "config.json",
+        "peft_jax_checkpoint.json",
+        "tokenizer.json",
+    }
+    _, loaded = load_model(place, dtype=jnp.bfloat16)
+    assert_same(loaded, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params))
+    # What is fetched is the small files; the arrays stay where they are.
+    (fetched,) = (tmp_path / "checkpoints").iterdir()
+    assert sorted(file.name for file in fetched.iterdir()) == [
+        "config.json",
+        "peft_jax_checkpoint.json",
+        "tokenizer.json",
+    ]
