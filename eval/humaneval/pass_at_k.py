@@ -19,7 +19,7 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
       ValueError: there are fewer samples than k.
 
     Example:
-      >>> pass_at_k(10, 3, 1)
+      >>> round(pass_at_k(10, 3, 1), 6)
       0.3
       >>> round(pass_at_k(4, 1, 2), 6)
       0.5
