@@ -43,7 +43,7 @@ def compare(task_name, limit, ours, theirs, shared_data, manager):
     found = []
     for model in (ours, theirs):
         with quiet_harness():
-            settings = TaskSettings(data=shared_data, max_new_tokens=48)
+            settings = TaskSettings(data=shared_data, max_new_tokens=24)
             task = build_task(task_name, settings, manager)
         results = evaluate_task(model, task, limit=limit)
         found.append((results["samples"][task_name], metrics_of(task_name, task, results)))
