@@ -105,9 +105,7 @@ class Operation:
     hesitate: Callable[..., str | None] = lambda platform, *shapes, **settings: None
     rowwise: tuple[int, ...] = ()
 
-    def __call__(
-        self, *arrays: Any, implementation: str, **settings: Any
-    ) -> tuple[jax.Array, ...]:
+    def __call__(self, *arrays: Any, implementation: str, **settings: Any) -> tuple[jax.Array, ...]:
         """The results.
 
         Args:
