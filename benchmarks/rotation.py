@@ -9,15 +9,15 @@ entries to the activations' product, and back to the gradients of both.
     dense   activations times a given d x d matrix, with the gradient of both
     PEFT    its own BOFT layer makes the d x d matrix, which the activations are multiplied by
 
-The three are run in turn, so that a change in the machine's speed meets all, and the medians over
-rounds are compared. How the costs grow is the slope of log time over log size, between the largest
-sizes.
+All ways and sizes are run in turn, round after round, so that a change in the machine's speed meets
+all, and the least time of each counts. How the costs grow is the slope of log time over log size,
+between the largest sizes.
 """
 
 import argparse
 import json
+import math
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -111,29 +111,26 @@ MAKERS = {"ours": ours, "dense": dense, "PEFT": peft}
 
 
 def time_all(sizes: list[tuple[int, int]], *, rounds: int, least_seconds: float) -> Times:
-    """Medians of seconds by (d, tokens) and way.
+    """Seconds by (d, tokens) and way: the least over rounds, since others can only slow it down.
 
     Args:
       sizes: pairs of d and tokens.
-      rounds: how often each way has its turn.
+      rounds: how often each way at each size has its turn.
       least_seconds: how long a turn lasts at least.
     """
-    times: Times = {}
-    for d, tokens in sizes:
-        runs = {way: MAKERS[way](d, tokens) for way in WAYS}
-        for run in runs.values():
-            run()
-        counts = {way: _repeats(run, least_seconds) for way, run in runs.items()}
-        turns: dict[str, list[float]] = {way: [] for way in WAYS}
-        for _ in range(rounds):
-            for way, run in runs.items():
-                start = time.perf_counter()
-                for _ in range(counts[way]):
-                    run()
-                turns[way].append((time.perf_counter() - start) / counts[way])
-        times[d, tokens] = {way: statistics.median(turn) for way, turn in turns.items()}
-        print(f"d {d}, {tokens} tokens: {times[d, tokens]}", file=sys.stderr, flush=True)
-    return times
+    runs = {(size, way): MAKERS[way](*size) for size in sizes for way in WAYS}
+    for run in runs.values():
+        run()
+    counts = {key: _repeats(run, least_seconds) for key, run in runs.items()}
+    least = dict.fromkeys(runs, math.inf)
+    for index in range(rounds):
+        print(f"round {index + 1} of {rounds}", file=sys.stderr, flush=True)
+        for key, run in runs.items():
+            start = time.perf_counter()
+            for _ in range(counts[key]):
+                run()
+            least[key] = min(least[key], (time.perf_counter() - start) / counts[key])
+    return {size: {way: least[size, way] for way in WAYS} for size in sizes}
 
 
 def _repeats(run: Callable[[], None], least_seconds: float) -> int:
@@ -207,8 +204,8 @@ def draw(times: Times, path: Path) -> None:
 def main() -> None:
     """Times everything and writes table, plot and numbers."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--least-seconds", type=float, default=0.1, help="of one turn")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--least-seconds", type=float, default=0.03, help="of one turn")
     parser.add_argument("--output", type=Path, default=Path("out/bench"))
     options = parser.parse_args()
     sizes = {(d, TOKENS_OF_WIDTHS) for d in WIDTHS} | {(WIDTH_OF_TOKENS, t) for t in TOKENS}

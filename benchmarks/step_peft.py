@@ -35,10 +35,13 @@ def main(method: str) -> None:
     model.config.use_cache = False
     if CONFIGS[method] is not None:
         model = get_peft_model(model, CONFIGS[method]())
-    model.train()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=setup.LEARNING_RATE, weight_decay=0.0)
-    tokens = torch.randint(0, setup.CONFIG["vocab_size"], (setup.BATCH_SIZE, setup.LENGTH))
+    tokens = torch.randint(
+        0, setup.CONFIG["vocab_size"], (setup.BATCH_SIZE, setup.LENGTH), device=device
+    )
 
     def run() -> float:
         optimizer.zero_grad(set_to_none=True)

@@ -29,9 +29,7 @@ def target_vmem_bytes() -> int:
 HOPPER = "9.0"
 """The compute capability of the GPUs whose matrix instructions the GPU kernels use."""
 
-UNMEASURED = (
-    "the GPU kernel has been interpreted and lowered, but never run on a GPU; 'pallas' asks for it"
-)
+UNMEASURED = "the GPU kernel has been lowered, but never run on a GPU; 'pallas' asks for it"
 """Why "auto" does not take a GPU kernel yet."""
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import math
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from kernels_pallas.chips import MIB, RESERVED_BYTES, SMALLEST_VMEM_BYTES
 
@@ -67,7 +68,7 @@ class RotationConfig:
                 f"features must be a multiple of the matrix, {self.matrix}, but is {self.features}"
             )
 
-    def vmem_bytes(self, dtype: jnp.dtype, *, backward: bool) -> int:
+    def vmem_bytes(self, dtype: DTypeLike, *, backward: bool) -> int:
         """The vector memory of a step, in bytes; what comes and goes is held twice.
 
         Args:
@@ -82,7 +83,7 @@ class RotationConfig:
         scratch = 3 * self.tokens * self.matrix * 4
         return 2 * (tiles + matrices) + scratch
 
-    def check(self, dtype: jnp.dtype, *, backward: bool, vmem_bytes: int) -> None:
+    def check(self, dtype: DTypeLike, *, backward: bool, vmem_bytes: int) -> None:
         """Refuses a tile that does not fit the chip.
 
         Args:
@@ -132,7 +133,7 @@ def gpu_matrix_size(block_size: int) -> int:
 
 
 def choose_config(
-    *, tokens: int, features: int, block_size: int, dtype: jnp.dtype, backward: bool
+    *, tokens: int, features: int, block_size: int, dtype: DTypeLike, backward: bool
 ) -> RotationConfig:
     """The largest tile within `BUDGET_BYTES`.
 

@@ -173,7 +173,7 @@ def _at(part: Any, tiles: int, feature: Any) -> Any:
     return lambda tile: (part * tiles + tile, feature)
 
 
-def _share_out(rows: jax.Array, blocks: jax.Array) -> tuple[int, int]:
+def _share_out(rows: Any, blocks: Any) -> tuple[int, int]:
     """Into how many parts the tiles of tokens go, and how many each has."""
     features = rows.shape[1] // gpu_matrix_size(blocks.shape[-1])
     tiles = pl.cdiv(rows.shape[0], GPU_TOKENS)

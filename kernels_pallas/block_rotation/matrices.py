@@ -34,7 +34,7 @@ def to_matrices(
 
 
 def from_matrices(
-    matrices: Float[Array, "matrices M M"], shape: tuple[int, int, int]
+    matrices: Float[Array, "matrices M M"], shape: tuple[int, ...]
 ) -> Float[Array, "n B B"]:
     """The blocks [n, B, B] on the matrices' diagonals: `to_matrices`'s transpose."""
     n, block_size, _ = shape

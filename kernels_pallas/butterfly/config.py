@@ -1,6 +1,7 @@
 """How many tokens the TPU's kernels hold on the chip at a time."""
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from kernels_pallas.butterfly.stages import Stages
 from kernels_pallas.chips import MIB, RESERVED_BYTES
@@ -10,7 +11,7 @@ TOKEN_TILES = (512, 256, 128, 64, 32, 16)
 the tiles are wide, and a few hundred tokens make a megabyte of them."""
 
 
-def vmem_bytes(stages: Stages, tokens: int, dtype: jnp.dtype, *, backward: bool) -> int:
+def vmem_bytes(stages: Stages, tokens: int, dtype: DTypeLike, *, backward: bool) -> int:
     """The vector memory of a step, in bytes.
 
     What comes and goes with every step is held twice; the matrices, which stay for many, once, and
@@ -32,7 +33,7 @@ def vmem_bytes(stages: Stages, tokens: int, dtype: jnp.dtype, *, backward: bool)
 
 
 def choose_tokens(
-    stages: Stages, tokens: int, dtype: jnp.dtype, *, backward: bool, there: int
+    stages: Stages, tokens: int, dtype: DTypeLike, *, backward: bool, there: int
 ) -> int:
     """The largest tile of tokens that the chip has room for.
 

@@ -5,7 +5,7 @@ stage (see `stages`) on the chip. On the way back the stages' inputs are compute
 """
 
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -248,10 +248,10 @@ def _specs(
 def _params(
     rows: jax.Array, stages: Stages, tokens: int, *, backward: bool
 ) -> pltpu.CompilerParams:
-    over_tokens: Literal["arbitrary", "parallel"] = "arbitrary" if backward else "parallel"
+    over_tokens = pltpu.ARBITRARY if backward else pltpu.PARALLEL
     needed = vmem_bytes(stages, tokens, rows.dtype, backward=backward)
     return pltpu.CompilerParams(
-        dimension_semantics=("parallel", over_tokens, over_tokens),
+        dimension_semantics=(pltpu.PARALLEL, over_tokens, over_tokens),
         vmem_limit_bytes=needed + RESERVED_BYTES,
     )
 

@@ -1,0 +1,87 @@
+"""What the hybrid's projection moves on a TPU beside LoRA's: whether it wants a kernel of its own.
+
+    python -m benchmarks.hybrid_traffic --chip v5p
+
+compiles one adapted linear map forwards and backwards with the TPU's compiler for LoRA, BOFT and
+the hybrid, with XLA's rotation and with the Pallas kernel's, and prints what is held and accessed
+in main memory.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.dispatch import using
+from kernels_pallas.tpu_compiler import TOPOLOGIES, compile_for, traffic
+from peft_jax.adapters import make_method
+
+METHODS = {
+    "LoRA": ("lora", {"rank": 16}),
+    "BOFT": ("boft", {"block_size": 8, "n_butterfly_factors": 2}),
+    "hybrid": ("hybrid", {"rank": 16, "block_size": 8, "n_butterfly_factors": 2}),
+}
+
+
+def compiled(chip: str, name: str, implementation: str, tokens: int, d: int) -> Any:
+    """The projection of one kernel [d, d], and the gradients of its input and its adapter."""
+    key, settings = METHODS[name]
+    method = make_method(key, **settings)
+    gradient = None
+    trainable, constant = jax.eval_shape(
+        lambda: _without_gradient(method).init(jax.random.key(0), (d, d), gradient)
+    )
+    leaves, tree = jax.tree.flatten((trainable, constant))
+
+    def step(x: jax.Array, base: jax.Array, g: jax.Array, *leaves: jax.Array) -> Any:
+        trainable, constant = jax.tree.unflatten(tree, leaves)
+
+        def project(x: jax.Array, trainable: Any) -> jax.Array:
+            arrays = _without_gradient(method).prepare(trainable, constant)
+            return _without_gradient(method).project(x, base, arrays)
+
+        y, transpose = jax.vjp(project, x, trainable)
+        return y, transpose(g)
+
+    x = jax.ShapeDtypeStruct((tokens, d), jnp.bfloat16)
+    base = jax.ShapeDtypeStruct((d, d), jnp.bfloat16)
+    with using(implementation):
+        return compile_for(chip, step, x, base, x, *leaves)
+
+
+def _without_gradient(method: Any) -> Any:
+    """The hybrid with a plain start, for which no gradient is needed; the same products."""
+    import dataclasses
+
+    if hasattr(method, "gradient_init"):
+        return dataclasses.replace(method, gradient_init=False)
+    return method
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--chip", choices=list(TOPOLOGIES), default="v5p")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--width", type=int, default=8192)
+    options = parser.parse_args()
+    x = 2 * options.tokens * options.width
+    print(f"{options.chip}, {options.tokens} tokens, d {options.width}; in units of x, {x} bytes\n")
+    print("| | arguments and results | temporaries | accessed |\n| --- | --- | --- | --- |")
+    for name in METHODS:
+        for implementation in ("xla",) if name == "LoRA" else ("xla", "pallas"):
+            found = compiled(options.chip, name, implementation, options.tokens, options.width)
+            held = traffic(found)
+            accessed = (found.cost_analysis() or {})["bytes accessed"]
+            cells = [held.arguments + held.results, held.temporaries, accessed]
+            shown = " | ".join(f"{cell / x:.2f}" for cell in cells)
+            print(f"| {name}, {implementation} | {shown} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
