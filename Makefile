@@ -24,11 +24,14 @@ PIP := $(RUN) -m pip --disable-pip-version-check --no-input install -qq
 METADATA := setup.cfg pyproject.toml
 
 .PHONY: help demo test test-all lint format bench clean
+# The demo and the benchmark are made for a CPU; where others are to be looked for, clear it.
+demo bench: export JAX_PLATFORMS ?= cpu
+
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 demo: $(VENV)/.base
-	JAX_PLATFORMS=cpu $(RUN) -m examples.demo $(ARGS)
+	$(RUN) -m examples.demo $(ARGS)
 
 test: $(VENV)/.dev
 	$(RUN) -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
