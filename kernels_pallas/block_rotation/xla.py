@@ -27,9 +27,10 @@ def backward(
     turned = _by_block(g, blocks)
     transposed = jnp.swapaxes(blocks, -1, -2).astype(x.dtype)
     dx = jnp.matmul(turned, transposed, precision=precision)
-    dblocks = jnp.matmul(
-        jnp.swapaxes(_by_block(x, blocks), -1, -2),
+    dblocks = jax.lax.dot_general(
+        _by_block(x, blocks),
         turned,
+        (((1,), (1,)), ((0,), (0,))),
         precision=precision,
         preferred_element_type=jnp.float32,
     )
@@ -38,7 +39,10 @@ def backward(
 
 def _by_block(x: jax.Array, blocks: jax.Array) -> Float[Array, "n rows B"]:
     # Blocks before tokens, as a batched product wants them: on a CPU twice as fast, forwards and
-    # backwards, as a contraction that leaves the order to the compiler.
+    # backwards, as a contraction that leaves the order to the compiler. The barrier keeps what `x`
+    # is made of (a norm, an activation function) out of the reordering, where the compiler would
+    # compute it element by element in an order that no vector unit likes.
+    x = jax.lax.optimization_barrier(x)
     return jnp.swapaxes(x.reshape(-1, *blocks.shape[:2]), 0, 1)
 
 

@@ -11,7 +11,7 @@ from kernels_pallas.butterfly.api import butterfly_rotation
 
 UNROLLED_BLOCK_SIZE = 32
 """Up to this size blocks are inverted all at once by an unrolled elimination, which has no pivots
-to look for; above it the sequence of rank-one updates costs more than a library's inverse."""
+to look for; above it the sequence of rank-one updates costs more than products of halves."""
 
 
 def skew_symmetric(
@@ -62,7 +62,7 @@ def cayley(
     Returns:
       [..., b, b], float32; zeros give the identity exactly.
     """
-    return 2.0 * _inverse_near_identity(_plus_identity(entries, block_size)) - _eye(block_size)
+    return 2.0 * _inverse(_plus_identity(entries, block_size)) - _eye(block_size)
 
 
 def _cayley_forward(entries: jax.Array, block_size: int) -> tuple[jax.Array, jax.Array]:
@@ -117,11 +117,29 @@ def _plus_identity(entries: jax.Array, block_size: int) -> jax.Array:
     return skew_symmetric(entries.astype(jnp.float32), block_size) + _eye(block_size)
 
 
-def _inverse_near_identity(a: Float[Array, "*stack b b"]) -> Float[Array, "*stack b b"]:
-    """The inverses of matrices whose symmetric part is the identity."""
+def _inverse(a: Float[Array, "*stack b b"]) -> Float[Array, "*stack b b"]:
+    """The inverses of matrices whose symmetric parts are positive definite, as I + S has.
+
+    Large ones by halves: with A, B, C, D the quarters, by the inverses of A and of A's Schur
+    complement D - C A⁻¹ B, whose symmetric parts are positive definite again. It is all products,
+    which a library's elimination is not; and the CPU's batched elimination, called for several
+    arrays at once, can wait for itself forever (jaxlib 0.10).
+    """
     size = a.shape[-1]
     if size > UNROLLED_BLOCK_SIZE:
-        return jnp.linalg.inv(a)
+        half = size // 2
+        product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+        upper, lower = a[..., :half, :], a[..., half:, :]
+        first = _inverse(upper[..., :half])
+        right = product(first, upper[..., half:])
+        left = product(lower[..., :half], first)
+        second = _inverse(lower[..., half:] - product(lower[..., :half], right))
+        corner = product(right, second)
+        rows = (
+            jnp.concatenate([first + product(corner, left), -corner], axis=-1),
+            jnp.concatenate([-product(second, left), second], axis=-1),
+        )
+        return jnp.concatenate(rows, axis=-2)
     # Gauss-Jordan in place, every block at once. The blocks stand in the last axis, so that each
     # of the few updates is one pass over long contiguous rows.
     stack = a.shape[:-2]

@@ -159,7 +159,21 @@ def kernel_shape(kernel: Kernel) -> tuple[int, ...]:
 @jax.jit
 def _orthonormal(columns: dict[Path, jax.Array]) -> dict[Path, jax.Array]:
     """Orthonormal bases of the columns' spans."""
-    return {path: jnp.linalg.qr(array)[0] for path, array in columns.items()}
+    return {
+        path: _one_by_one(lambda matrix: jnp.linalg.qr(matrix)[0], array)
+        for path, array in columns.items()
+    }
+
+
+def _one_by_one(factorise: Callable[[jax.Array], Any], stack: Float[Array, "*stack m n"]) -> Any:
+    """A factorisation of each matrix of a stack, one after another.
+
+    Batched factorisations of several arrays in one program can wait for each other forever where
+    the CPU's thread pool is small (jaxlib 0.10, two cores: it happened in most runs).
+    """
+    matrices = stack.reshape(-1, *stack.shape[-2:])
+    found = jax.lax.map(factorise, matrices)
+    return jax.tree.map(lambda x: x.reshape(*stack.shape[:-2], *x.shape[1:]), found)
 
 
 def _factors(
@@ -174,7 +188,9 @@ def _factors(
         found = {}
         for path, gt_q in projected.items():
             k = ranks[path]
-            v, s, inner = jnp.linalg.svd(gt_q, full_matrices=False)
+            v, s, inner = _one_by_one(
+                lambda matrix: tuple(jnp.linalg.svd(matrix, full_matrices=False)), gt_q
+            )
             u = jnp.matmul(
                 q[path], jnp.swapaxes(inner, -1, -2), precision=jax.lax.Precision.HIGHEST
             )

@@ -71,7 +71,33 @@ def linear(x: Float[Array, "*batch d_in"], kernel: Kernel) -> Float[Array, "*bat
         return kernel.method.project(x, kernel.base, kernel.arrays, dropout_key=kernel.dropout_key)
     if isinstance(kernel, QArray):
         return quantised_product(x, kernel)
-    return jnp.matmul(x, kernel.astype(x.dtype))
+    return _product(x, kernel.astype(x.dtype))
+
+
+@jax.custom_vjp
+def _product(
+    x: Float[Array, "*batch d_in"], kernel: Float[Array, "d_in d_out"]
+) -> Float[Array, "*batch d_out"]:
+    """The product x W, whose gradient with respect to W comes out as W lies.
+
+    JAX's own rule makes it as (dyᵀ x)ᵀ, and a CPU spends longer on turning that over than on the
+    product: full fine-tuning of a small model took a quarter longer a step.
+    """
+    return jnp.matmul(x, kernel)
+
+
+def _product_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _product(x, kernel), (x, kernel)
+
+
+def _product_backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, kernel = residuals
+    rows = tuple(range(x.ndim - 1))
+    dx = jax.lax.dot_general(dy, kernel, (((dy.ndim - 1,), (1,)), ((), ())))
+    return dx, jax.lax.dot_general(x, dy, ((rows, rows), ((), ())))
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 def dense(kernel: Array | QArray) -> Array:

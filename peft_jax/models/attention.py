@@ -132,7 +132,9 @@ def dense_attention(layout: AttentionLayout, *, tokens: int, keys: int) -> Atten
         if bias is not None:
             scores += bias
         weights = _softmax(scores + mask, value.dtype)
-        return jnp.einsum("bktgs,bskh->btkgh", weights, value)
+        # Written out: einsum would turn the weights over, which are the largest array here.
+        mixed = jax.lax.dot_general(weights, value, (((4,), (1,)), ((0, 1), (0, 2))))
+        return jnp.swapaxes(mixed, 1, 2)
 
     return attend
 

@@ -189,3 +189,28 @@ def test_batches_and_gradients_that_are_not_there_are_refused(key):
     for scale, size in ((0.0, "0"), (np.nan, "nan")):
         with pytest.raises(ValueError, match=rf"the gradient of proj\.kernel .* is {size} at"):
             gradient_factors(loss, params, {path: 2}, [scale], key)
+
+
+def test_factorisations_are_done_one_matrix_at_a_time():
+    # Batched ones of several kernels at once can wait for each other forever on a small CPU.
+    columns = {("layers", name, "kernel"): jnp.ones((3, 8, 4)) for name in ("up_proj", "down_proj")}
+
+    def ranks(jaxpr) -> dict[str, set[int]]:
+        found: dict[str, set[int]] = {}
+        for equation in jaxpr.eqns:
+            for inner in jax.tree.leaves(list(equation.params.values())):
+                if hasattr(inner, "jaxpr"):
+                    for name, sizes in ranks(inner.jaxpr).items():
+                        found.setdefault(name, set()).update(sizes)
+            name = equation.primitive.name
+            found.setdefault(name, set()).update(v.aval.ndim for v in equation.invars)
+        return found
+
+    of_qr = ranks(jax.make_jaxpr(sketch_module._orthonormal)(columns).jaxpr)
+    assert of_qr["qr"] == {2}
+    projected = {path: jnp.ones((3, 5, 4)) for path in columns}
+    taken = dict.fromkeys(columns, 2)
+    of_svd = ranks(
+        jax.make_jaxpr(lambda q, p: sketch_module._factors(q, p, taken))(columns, projected).jaxpr
+    )
+    assert of_svd["svd"] == {2}
