@@ -7,7 +7,7 @@
 - [`suggest`][peft_jax.core.suggest]: the nearest known name, for error messages.
 """
 
-from peft_jax.core.kernel import AdaptedKernel, Kernel, Method, dense, linear
+from peft_jax.core.kernel import LINEAR_OUTPUT, AdaptedKernel, Kernel, Method, dense, linear
 from peft_jax.core.quantised import (
     FORMATS,
     abstract_quantised,
@@ -32,6 +32,7 @@ from peft_jax.core.trees import (
 
 __all__ = [
     "FORMATS",
+    "LINEAR_OUTPUT",
     "STACKED",
     "AdaptedKernel",
     "Kernel",

@@ -12,10 +12,15 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 from qwix import QArray
 
 from peft_jax.core.quantised import dequantise, quantised_product
+
+LINEAR_OUTPUT = "linear output"
+"""What a linear map's output is called where a rematerialisation policy asks for it."""
 
 Kernel = Any
 """An array or a `QArray`, [in, out] (or stacked [layers, in, out]), or an `AdaptedKernel` over one.
@@ -71,7 +76,7 @@ def linear(x: Float[Array, "*batch d_in"], kernel: Kernel) -> Float[Array, "*bat
         return kernel.method.project(x, kernel.base, kernel.arrays, dropout_key=kernel.dropout_key)
     if isinstance(kernel, QArray):
         return quantised_product(x, kernel)
-    return _product(x, kernel.astype(x.dtype))
+    return checkpoint_name(_product(x, kernel.astype(x.dtype)), LINEAR_OUTPUT)
 
 
 @jax.custom_vjp
@@ -86,18 +91,26 @@ def _product(
     return jnp.matmul(x, kernel)
 
 
-def _product_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _product(x, kernel), (x, kernel)
+def _product_forward(x: Any, kernel: Any) -> tuple[Array, tuple[Any, Any]]:
+    """The product, and what its gradients are made of; of a frozen kernel there is none."""
+    kept = x.value if kernel.perturbed else None, kernel.value if x.perturbed else None
+    return _product(x.value, kernel.value), kept
 
 
-def _product_backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+def _product_backward(residuals: tuple[Any, Any], dy: Any) -> tuple[Any, Any]:
     x, kernel = residuals
-    rows = tuple(range(x.ndim - 1))
-    dx = jax.lax.dot_general(dy, kernel, (((dy.ndim - 1,), (1,)), ((), ())))
-    return dx, jax.lax.dot_general(x, dy, ((rows, rows), ((), ())))
+    if isinstance(dy, SymbolicZero):
+        return None, None
+    rows = tuple(range(dy.ndim - 1))
+    dx = dkernel = None
+    if kernel is not None:
+        dx = jax.lax.dot_general(dy, kernel, (((dy.ndim - 1,), (1,)), ((), ())))
+    if x is not None:
+        dkernel = jax.lax.dot_general(x, dy, ((rows, rows), ((), ())))
+    return dx, dkernel
 
 
-_product.defvjp(_product_forward, _product_backward)
+_product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
 
 
 def dense(kernel: Array | QArray) -> Array:

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from peft_jax.core import LINEAR_OUTPUT
 from peft_jax.models.cache import KVCache, LayerCache
 from peft_jax.models.chunked_attention import SAVED_NAMES
 from peft_jax.models.execution import ExecutionSettings
@@ -103,7 +104,7 @@ def rematerialised(body: Callable, remat: str, *, inside_scan: bool) -> Callable
     elif remat == "dots":
         policy = policies.save_from_both_policies(
             policies.dots_with_no_batch_dims_saveable,
-            policies.save_only_these_names(*SAVED_NAMES),
+            policies.save_only_these_names(LINEAR_OUTPUT, *SAVED_NAMES),
         )
     else:
         policy = policies.save_and_offload_only_these_names(
