@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import jax
+from qwix import QArray
 
 from peft_jax.adapters.sketch import kernel_shape
 from peft_jax.adapters.spec import AdapterSpec, AdapterState
@@ -93,4 +94,13 @@ def _label(method: Any) -> str:
 
 
 def _size(tree: Any) -> int:
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+    """How many numbers there are; a quantised kernel's scales are not among them.
+
+    Example:
+      >>> from peft_jax.core import abstract_quantised
+      >>> kernel = jax.ShapeDtypeStruct((64, 32), "bfloat16")
+      >>> _size({"kernel": abstract_quantised(kernel, "nf4"), "bias": jax.numpy.ones(32)})
+      2080
+    """
+    leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, QArray))
+    return sum(math.prod(leaf.shape) for leaf in leaves)
