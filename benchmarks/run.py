@@ -22,7 +22,9 @@ OURS, THEIRS = "benchmarks.step_ours", "benchmarks.step_peft"
 COMPARISONS = {
     "full": ("full / PEFT full", (OURS, "full"), (THEIRS, "full")),
     "lora": ("LoRA r 8 / PEFT LoRA r 8", (OURS, "lora"), (THEIRS, "lora")),
-    "boft": ("BOFT b 8, m 2 / PEFT BOFT b 8, m 1", (OURS, "boft"), (THEIRS, "boft")),
+    # Without its CUDA extension PEFT's BOFT has one butterfly factor.
+    "boft": ("BOFT b 8, m 1 / PEFT BOFT b 8, m 1", (OURS, "boft_one"), (THEIRS, "boft")),
+    "boft_two": ("BOFT b 8, m 2 / PEFT BOFT b 8, m 1", (OURS, "boft"), (THEIRS, "boft")),
     "boft_lora": ("BOFT b 8, m 2 / our LoRA r 8", (OURS, "boft"), (OURS, "lora")),
     "hybrid": ("hybrid / our LoRA r 8", (OURS, "hybrid"), (OURS, "lora")),
     "unitary": ("unitary / our LoRA r 8", (OURS, "unitary"), (OURS, "lora")),

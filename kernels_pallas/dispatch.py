@@ -130,7 +130,7 @@ class Operation:
         """The TPU's kernel, interpreted; as it is traced, since its effects must be seen by JAX."""
         shapes = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays)
         choice = choose(self, "interpret", shapes, settings, platform="tpu", parts=1)
-        _say_once(_report(self, shapes, settings, "any platform", choice))
+        say_once(_report(self, shapes, settings, "any platform", choice))
         return _kernel(self, "tpu")(*arrays, interpret=_interpreter.get(), **settings)
 
 
@@ -232,7 +232,8 @@ def _report(
 
 
 @functools.lru_cache(maxsize=4096)
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
+    """A line in the log, the first time it is said."""
     _log.info(message)
 
 
@@ -277,7 +278,7 @@ def _lower(ctx: mlir.LoweringRuleContext, *values: Any, platform: str | None, **
         platform=platform,
         parts=_parts(ctx.module_context.axis_context),
     )
-    _say_once(_report(operation, shapes, settings, platform, choice))
+    say_once(_report(operation, shapes, settings, platform, choice))
     if choice.implementation == "xla":
         chosen = operation.xla
     elif platform == "tpu":

@@ -50,7 +50,7 @@ def said() -> Iterator[list[str]]:
     level = logger.level
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
-    dispatch._say_once.cache_clear()
+    dispatch.say_once.cache_clear()
     yield lines
     logger.removeHandler(handler)
     logger.setLevel(level)

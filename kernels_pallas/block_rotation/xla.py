@@ -12,7 +12,7 @@ def forward(
     precision: jax.lax.Precision | None,
 ) -> tuple[Float[Array, "*batch d"]]:
     """(y,), y = x blockdiag(blocks)."""
-    turned = jnp.matmul(_by_block(x, blocks), blocks.astype(x.dtype), precision=precision)
+    turned = jnp.matmul(by_block(x, blocks), blocks.astype(x.dtype), precision=precision)
     return (_by_row(turned, x),)
 
 
@@ -24,11 +24,11 @@ def backward(
     precision: jax.lax.Precision | None,
 ) -> tuple[Float[Array, "*batch d"], Float[Array, "n B B"]]:
     """(dx, dblocks) for the gradient g of y: g blockdiag(blocks)ᵀ, and the blocks of xᵀ g."""
-    turned = _by_block(g, blocks)
+    turned = by_block(g, blocks)
     transposed = jnp.swapaxes(blocks, -1, -2).astype(x.dtype)
     dx = jnp.matmul(turned, transposed, precision=precision)
     dblocks = jax.lax.dot_general(
-        _by_block(x, blocks),
+        by_block(x, blocks),
         turned,
         (((1,), (1,)), ((0,), (0,))),
         precision=precision,
@@ -37,7 +37,8 @@ def backward(
     return _by_row(dx, x), dblocks.astype(blocks.dtype)
 
 
-def _by_block(x: jax.Array, blocks: jax.Array) -> Float[Array, "n rows B"]:
+def by_block(x: jax.Array, blocks: jax.Array) -> Float[Array, "n rows B"]:
+    """Activations [..., d] in the order of a product batched over blocks [n, B, B]."""
     # Blocks before tokens, as a batched product wants them: on a CPU twice as fast, forwards and
     # backwards, as a contraction that leaves the order to the compiler. The barrier keeps what `x`
     # is made of (a norm, an activation function) out of the reordering, where the compiler would

@@ -5,13 +5,18 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from kernels_pallas.block_rotation import block_rotation
+from kernels_pallas.block_rotation import (
+    block_rotation,
+    turned_kernel_product,
+    turning_the_kernel_pays,
+)
 from kernels_pallas.butterfly import butterfly_rotation
 from kernels_pallas.cayley import cayley, compose_butterfly
 from peft_jax.adapters.method import AdapterMethod, Arrays, Axes, GradientFactors
-from peft_jax.core import Kernel, linear
+from peft_jax.core import LINEAR_OUTPUT, Kernel, linear
 from peft_jax.core.checks import check_fraction, check_positive_int
 
 MAX_COMPOSED_BLOCK = 256
@@ -122,7 +127,17 @@ class BOFT(AdapterMethod):
     ) -> Float[Array, "*batch d_out"]:
         """((x M) W) ⊙ scale."""
         del dropout_key
-        return linear(self._rotate(x, arrays), base) * arrays["scale"].astype(x.dtype)
+        return self._turn_and_multiply(x, base, arrays) * arrays["scale"].astype(x.dtype)
+
+    def _turn_and_multiply(
+        self, x: Float[Array, "*batch d_in"], base: Kernel, arrays: Arrays
+    ) -> Float[Array, "*batch d_out"]:
+        """(x M) W, or x (M W) where that is faster."""
+        plain = isinstance(base, jax.Array) and "blocks" in arrays
+        if plain and turning_the_kernel_pays(x, base):
+            y = turned_kernel_product(x, arrays["blocks"], base)
+            return checkpoint_name(y, LINEAR_OUTPUT)
+        return linear(self._rotate(x, arrays), base)
 
     def merge(self, base: Float[Array, "d_in d_out"], arrays: Arrays) -> Float[Array, "d_in d_out"]:
         """(M W) ⊙ scale."""

@@ -101,12 +101,12 @@ def _product_backward(residuals: tuple[Any, Any], dy: Any) -> tuple[Any, Any]:
     x, kernel = residuals
     if isinstance(dy, SymbolicZero):
         return None, None
-    rows = tuple(range(dy.ndim - 1))
     dx = dkernel = None
     if kernel is not None:
         dx = jax.lax.dot_general(dy, kernel, (((dy.ndim - 1,), (1,)), ((), ())))
     if x is not None:
-        dkernel = jax.lax.dot_general(x, dy, ((rows, rows), ((), ())))
+        x, dy = (rows.reshape(-1, rows.shape[-1]) for rows in (x, dy))
+        dkernel = jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())))
     return dx, dkernel
 
 

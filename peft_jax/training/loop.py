@@ -21,6 +21,7 @@ from peft_jax.training.blueprint import step_bytes
 from peft_jax.training.checkpoints import Checkpoints
 from peft_jax.training.clock import Phases, Rate
 from peft_jax.training.config import RunConfig
+from peft_jax.training.cpu_memory import dispatch_inline, keep_freed_memory
 from peft_jax.training.errors import NonFiniteError, RefusedError
 from peft_jax.training.evaluate import AnyEvaluator, make_evaluator
 from peft_jax.training.export import export_results
@@ -65,6 +66,7 @@ def run(
       InterruptedRunError: a signal asked the run to stop, and it did, with a checkpoint.
       NonFiniteError: the loss or the gradient is not finite.
     """
+    dispatch_inline()
     first = jax.process_index() == 0
     reporter = reporter or Reporter(quiet=not first)
     folder = WorkDir(Path(workdir).expanduser().absolute())
@@ -157,6 +159,7 @@ class _Run:
         with self._phases("compile"):
             step = self._compile()
         evaluator = make_evaluator(self._job)
+        keep_freed_memory()
         with self._open_log(start) as self._log:
             self._train(arrays, step, evaluator)
             return self._finish(arrays)
