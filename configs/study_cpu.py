@@ -18,8 +18,8 @@ from ml_collections import ConfigDict
 from configs import common
 from eval.study.settings import ArmSettings, StudySettings, TaskSettings
 
-_LOW_RANK_RATES = (2e-3, 5e-3, 1.25e-2)
-_SHARED_RATES = (4e-3, 1e-2, 2.5e-2)
+_LOW_RANK_RATES = (2e-3, 5e-3, 1.25e-2, 3e-2)
+_SHARED_RATES = (4e-3, 1e-2, 2.5e-2, 6e-2)
 """For rules that give each branch a share: half of a rate, where the shares are alike."""
 
 _ROTATION_RATE = 0.4
@@ -55,9 +55,9 @@ ARMS = (
     _arm("LoRA-GA", "lora_ga", "lora_ga", _LOW_RANK_RATES),
     _arm("BOFT", "boft", "boft", _LOW_RANK_RATES),
     _variant("hybrid", "hybrid", rule="proportional", ablation=False),
-    _arm("LoRA", "lora", "lora", (5e-3, 1.25e-2, 3e-2)),
-    _arm("full fine-tuning", "full", "full", (1e-3, 2.5e-3, 6e-3)),
-    _arm("unitary", "unitary", "unitary", (2e-3, 5e-3, 1.25e-2)),
+    _arm("LoRA", "lora", "lora", (5e-3, 1.25e-2, 3e-2, 7.5e-2)),
+    _arm("full fine-tuning", "full", "full", (1e-3, 2.5e-3, 6e-3, 1.5e-2)),
+    _arm("unitary", "unitary", "unitary", _LOW_RANK_RATES),
     _variant("one rate for both branches", "one_rate", rule="proportional", rotation_rate=1.0),
     _variant("inverse rule", "inverse", rule="inverse"),
     _variant("rule by predicted decrease", "predicted", rule="predicted_decrease"),

@@ -1,22 +1,60 @@
 """One cell of the study: one arm on one task, with one learning rate and one seed."""
 
+import dataclasses
 import math
-import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eval.study.bench import Bench, microbatches
+from eval.study.bench import Bench, Program, microbatches
 from eval.study.settings import ArmSettings, digest
 from peft_jax.adapters import AdapterState, count_parameters
-from peft_jax.training import TrainState
+from peft_jax.core import Tree
+from peft_jax.training import RunConfig, TrainState
 
 Cell = dict[str, Any]
 """What a cell measured; JSON can hold it."""
 
 _DIGITS = 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Start:
+    """An arm before its first step.
+
+    Attributes:
+      config: of the run.
+      program: its compiled step.
+      adapter: its first arrays; the trainable ones are given away with the first step.
+      frozen: the parameters it leaves alone.
+      state: what a step changes.
+    """
+
+    config: RunConfig
+    program: Program
+    adapter: AdapterState
+    frozen: Tree
+    state: TrainState
+
+    def step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        """One step from `state`, whose buffers it takes; the batch as from `microbatches`."""
+        return self.program.step(state, self.frozen, self.adapter.constant, batch)
+
+
+def make_start(bench: Bench, arm: ArmSettings, *, learning_rate: float, seed: int) -> Start:
+    """An arm ready to be trained, with its rate set."""
+    config = bench.task.run_config(arm, learning_rate=learning_rate, seed=seed)
+    adapter = bench.initialise(config)
+    program = bench.program(arm, config, adapter)
+    return Start(
+        config=config,
+        program=program,
+        adapter=adapter,
+        frozen=bench.spec(config).frozen(bench.params(seed)),
+        state=_set_rate(TrainState.create(adapter.trainable, program.optimizer), learning_rate),
+    )
 
 
 def train_cell(
@@ -36,25 +74,16 @@ def train_cell(
       The measurements. A run whose loss became infinite or NaN has "diverged" true, and the loss of
       its rows is infinite, which JSON holds as None.
     """
-    config = bench.task.run_config(arm, learning_rate=learning_rate, seed=seed)
-    adapter = bench.initialise(config)
-    program = bench.program(arm, config, adapter)
-    spec = bench.spec(config)
-    frozen = spec.frozen(bench.params(seed))
-    count = count_parameters(spec, bench.params(seed), adapter)
-    state = TrainState.create(adapter.trainable, program.optimizer)
-    state = _set_rate(state, learning_rate)
-    records, seconds = [], []
+    start = make_start(bench, arm, learning_rate=learning_rate, seed=seed)
+    config, state = start.config, start.state
+    count = count_parameters(bench.spec(config), bench.params(seed), start.adapter)
+    records = []
     for batch in bench.batches(seed):
-        placed = microbatches(batch)
-        started = time.perf_counter()
-        state, metrics = program.step(state, frozen, adapter.constant, placed)
-        metrics = jax.device_get(metrics)
-        seconds.append(time.perf_counter() - started)
-        records.append(metrics)
-        if not metrics["finite"]:
+        state, metrics = start.step(state, microbatches(batch))
+        records.append(jax.device_get(metrics))
+        if not records[-1]["finite"]:
             break
-    trained = AdapterState(trainable=state.trainable, constant=adapter.constant)
+    trained = AdapterState(trainable=state.trainable, constant=start.adapter.constant)
     cell: Cell = {
         "task": bench.task.name,
         "arm": arm.name,
@@ -64,8 +93,7 @@ def train_cell(
         "diverged": not all(bool(metrics["finite"]) for metrics in records),
         "train_loss": [_rounded(metrics["loss"]) for metrics in records],
         "trainable_parameters": count.trainable,
-        "step_bytes": program.step_bytes,
-        "seconds_per_step": _rounded(float(np.median(seconds))),
+        "step_bytes": start.program.step_bytes,
     }
     measured = bench.measure(arm, config, trained, "test" if final else "tuning")
     cell["loss"] = _rounded(measured.loss)

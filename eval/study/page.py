@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,14 +80,16 @@ def write_page(study: StudySettings, store: Store, folder: Path) -> Path:
       The page.
     """
     finished = collect(study, store)
-    pictures = _draw(study, finished, folder)
+    pictures = _draw(study, store, finished, folder)
     parts = _sections(study, store, finished, pictures)
     page = folder / "README.md"
     write_text(page, "\n\n".join(parts) + "\n")
     return page
 
 
-def _draw(study: StudySettings, finished: Finished, folder: Path) -> dict[str, str]:
+def _draw(
+    study: StudySettings, store: Store, finished: Finished, folder: Path
+) -> dict[str, str]:
     """The pictures there is something for; file names by picture."""
     methods = {
         task.title: {
@@ -104,13 +107,29 @@ def _draw(study: StudySettings, finished: Finished, folder: Path) -> dict[str, s
     }
     pictures: dict[str, Any] = {}
     if methods:
-        draw_losses(methods, folder / "losses.png")
+        draw_losses(methods, folder / "losses.png", seconds=_seconds_by_title(study, store))
         draw_gradients(methods, folder / "gradients.png")
         pictures |= {"losses": "losses.png", "gradients": "gradients.png"}
     if hybrid:
         draw_mixing(hybrid, folder / "lambda.png")
         pictures["lambda"] = "lambda.png"
     return pictures
+
+
+def _seconds(study: StudySettings, store: Store, task: TaskSettings) -> dict[str, float]:
+    """The median over rounds of each arm's seconds a step; empty while the task is not timed."""
+    timing = store.read_timing(task, study.arms) or {}
+    return {name: statistics.median(rounds) for name, rounds in timing.items()}
+
+
+def _seconds_by_title(study: StudySettings, store: Store) -> dict[str, dict[str, float]]:
+    """By task's and arm's title."""
+    return {
+        task.title: {
+            study.arm(name).title: seconds for name, seconds in _seconds(study, store, task).items()
+        }
+        for task in study.tasks
+    }
 
 
 def _sections(
@@ -127,7 +146,7 @@ def _sections(
     for task in study.tasks:
         if rows := [e for e in finished[task.name].values() if not e.arm.ablation]:
             yield f"### {task.title}"
-            yield _methods(task, rows)
+            yield _methods(task, rows, _seconds(study, store, task))
     yield _LEGEND
     if "losses" in pictures:
         yield f"![Training loss]({pictures['losses']})"
@@ -197,7 +216,9 @@ def _verdict(study: StudySettings, finished: Finished) -> str:
     return "\n".join([head, "", *lines])
 
 
-def _methods(task: TaskSettings, entries: Sequence[Entry]) -> str:
+def _methods(
+    task: TaskSettings, entries: Sequence[Entry], seconds: dict[str, float]
+) -> str:
     metric = task.metric.replace("_", " ")
     head = ["method", "test loss"]
     head += [metric] if metric else []
@@ -214,7 +235,7 @@ def _methods(task: TaskSettings, entries: Sequence[Entry]) -> str:
             f"{entry.choice.rate:g}{'*' if entry.choice.at_edge else ''}",
             f"{cells[0]['trainable_parameters']:,}",
             f"{cells[0]['step_bytes'] / 2**20:.0f}",
-            _pm([cell["seconds_per_step"] for cell in cells], 3),
+            f"{seconds[entry.arm.name]:.3f}" if seconds else "not timed",
             "" if cells[0]["forgetting"] is None else _pm([c["forgetting"] for c in cells], 3),
         ]
         lines.append(f"| {' | '.join(row)} |")
@@ -224,8 +245,8 @@ def _methods(task: TaskSettings, entries: Sequence[Entry]) -> str:
 _LEGEND = (
     "Mean ± standard deviation over seeds; the lowest loss in bold. *rate*: the learning rate that"
     " the tuning rows chose; * it is at the end of its grid. *step*: memory of the compiled step,"
-    " as the compiler counts it. *s a step*: median within a run; the machine was not idle, compare"
-    " with care. *forgetting*: for the language model, how much the loss rose on text the base"
+    " as the compiler counts it. *s a step*: median of rounds in which all arms took turns."
+    " *forgetting*: for the language model, how much the loss rose on text the base"
     " wrote itself; for the encoder, one less the cosine between a text's mean hidden states before"
     " and after."
 )

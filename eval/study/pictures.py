@@ -21,8 +21,16 @@ Cells = Mapping[str, Mapping[str, Sequence[Cell]]]
 """The measured cells by task's and arm's title."""
 
 
-def draw_losses(cells: Cells, path: Path) -> None:
-    """The training loss of each method against steps, and against seconds; mean over seeds."""
+def draw_losses(
+    cells: Cells, path: Path, *, seconds: Mapping[str, Mapping[str, float]]
+) -> None:
+    """The training loss of each method against steps, and against seconds; mean over seeds.
+
+    Args:
+      cells: the measured cells.
+      path: of the picture.
+      seconds: of a step, by task's and arm's title; a task that was not timed has none.
+    """
 
     def draw() -> Figure:
         figure = Figure(figsize=(9.5, 2.7 * len(cells)), layout="constrained")
@@ -31,13 +39,13 @@ def draw_losses(cells: Cells, path: Path) -> None:
             for colour, (arm, runs) in zip(_COLOURS, arms.items(), strict=False):
                 curve = smooth(_mean(runs, "train_loss"), _WINDOW)
                 steps = np.arange(1, len(curve) + 1)
-                seconds = steps * np.mean([run["seconds_per_step"] for run in runs])
                 by_step.plot(steps, curve, color=colour, label=arm, linewidth=1.4)
-                by_second.plot(seconds, curve, color=colour, linewidth=1.4)
+                if seconds[task]:
+                    by_second.plot(steps * seconds[task][arm], curve, color=colour, linewidth=1.4)
             by_step.set_title(task)
             by_step.set_ylabel("training loss")
             by_step.set_xlabel("step")
-            by_second.set_xlabel("seconds of training")
+            by_second.set_xlabel("seconds of training" if seconds[task] else "not timed yet")
         handles, labels = grid[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)))
         return figure

@@ -11,6 +11,7 @@ from eval.study.bench import Bench
 from eval.study.cell import Cell, train_cell
 from eval.study.settings import ArmSettings, StudySettings, TaskSettings
 from eval.study.store import Store
+from eval.study.timing import time_arms
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,12 +88,13 @@ def run_study(
 ) -> None:
     """Runs what is missing; several processes may, each takes cells that no other has.
 
-    Methods come before the hybrid's ablations, and each arm's grid before its measured runs.
+    Methods come before the hybrid's ablations, each arm's grid before its measured runs, and the
+    timing of each task last.
 
     Args:
       study: what is compared.
       store: where cells are.
-      only: a regular expression; cells whose "task/arm" it does not match are left.
+      only: a regular expression; cells whose "task/arm" it does not match are left; the timing of a task counts as "task/timing".
       until: the time (as `time.time`) after which no cell is begun.
       say: told of each cell.
     """
@@ -100,6 +102,9 @@ def run_study(
     for task, arm in _pairs(study):
         if re.search(only, f"{task.name}/{arm.name}"):
             runner.run(task, arm)
+    for task in study.tasks:
+        if re.search(only, f"{task.name}/timing"):
+            runner.time(task)
 
 
 def _pairs(study: StudySettings) -> Iterator[tuple[TaskSettings, ArmSettings]]:
@@ -130,6 +135,24 @@ class _Runner:
         for seed in self.study.seeds:
             self._fill(task, arm, learning_rate=choice.rate, seed=seed, final=True)
 
+    def time(self, task: TaskSettings) -> None:
+        """The seconds a step of all arms on a task, where they are missing."""
+        arms = self.study.arms
+        read = functools.partial(self.store.read_timing, task, arms)
+        if read() is not None or time.time() > self.until:
+            return
+        with self.store.claim(self.store.timing_path(task)) as mine:
+            if not mine or read() is not None:
+                return
+            seconds = time_arms(self._bench(task), arms, seed=self.study.tune_seed)
+            self.store.write_timing(task, arms, seconds)
+        self.say(f"{task.name}: the steps of {len(arms)} arms are timed")
+
+    def _bench(self, task: TaskSettings) -> Bench:
+        if task.name not in self._benches:
+            self._benches[task.name] = Bench(task, self.study.arms[0])
+        return self._benches[task.name]
+
     def _fill(
         self,
         task: TaskSettings,
@@ -150,10 +173,8 @@ class _Runner:
             if not mine or read() is not None:
                 return
             started = time.time()
-            if task.name not in self._benches:
-                self._benches[task.name] = Bench(task, self.study.arms[0])
             cell = train_cell(
-                self._benches[task.name], arm, learning_rate=learning_rate, seed=seed, final=final
+                self._bench(task), arm, learning_rate=learning_rate, seed=seed, final=final
             )
             self.store.write(task, arm, cell, final=final)
         kind = f"seed {seed}" if final else "grid"

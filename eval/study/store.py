@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ class Store:
 
         cells/TASK/ARM/tune-RATE.json   a run that rates are chosen by
         cells/TASK/ARM/seed-N.json      a run that is measured, with the rate that was chosen
+        cells/TASK/timing.json          how long a step of each arm takes
 
     Args:
       workdir: where `cells/` is.
@@ -51,6 +52,27 @@ class Store:
         )
         write_text(file, json.dumps(cell, allow_nan=False) + "\n")
 
+    def timing_path(self, task: TaskSettings) -> Path:
+        """The file of a task's timing."""
+        return self._folder / task.name / "timing.json"
+
+    def read_timing(
+        self, task: TaskSettings, arms: Sequence[ArmSettings]
+    ) -> dict[str, list[float]] | None:
+        """Seconds a step by arm's name, a number a round; None unless just these arms were timed."""
+        file = self.timing_path(task)
+        if not file.is_file():
+            return None
+        timing = json.loads(file.read_text(encoding="utf-8"))
+        return timing["seconds"] if timing["digests"] == _digests(task, arms) else None
+
+    def write_timing(
+        self, task: TaskSettings, arms: Sequence[ArmSettings], seconds: dict[str, list[float]]
+    ) -> None:
+        """Writes a task's timing; a file that is there is whole."""
+        timing = {"digests": _digests(task, arms), "seconds": seconds}
+        write_text(self.timing_path(task), json.dumps(timing, allow_nan=False) + "\n")
+
     @contextlib.contextmanager
     def claim(self, path: Path) -> Iterator[bool]:
         """Whether this process may work on a cell; false while another one does."""
@@ -62,3 +84,8 @@ class Store:
             else:
                 yield True
                 path.with_suffix(".lock").unlink(missing_ok=True)
+
+
+def _digests(task: TaskSettings, arms: Sequence[ArmSettings]) -> dict[str, str]:
+    """What decides an arm's time a step, by arm's name; its rate and seed do not."""
+    return {arm.name: digest(task.run_config(arm, learning_rate=1.0, seed=0), task) for arm in arms}

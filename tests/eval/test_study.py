@@ -17,6 +17,7 @@ from eval.study.run import choose_rate, count_cells, run_study
 from eval.study.settings import ArmSettings, StudySettings, TaskSettings
 from eval.study.statistics import compare, holm, mean_and_deviation, sign_flip_p
 from eval.study.store import Store
+from eval.study.timing import ROUNDS
 from peft_jax.optim import OptimizerSettings, make_optimizer
 from peft_jax.training import run
 from peft_jax.training.metrics import read_records
@@ -129,7 +130,9 @@ def finished(study, tmp_path_factory):
 
 def test_every_cell_is_run_once(study, finished):
     store, said = finished
-    assert len(said) == count_cells(study) == count_finished(study, store) == 12
+    assert count_cells(study) == count_finished(study, store) == 12
+    assert len(said) == 12 + 1
+    assert said[-1] == "words: the steps of 3 arms are timed"
     again: list[str] = []
     run_study(study, store, say=again.append)
     assert again == []
@@ -146,6 +149,15 @@ def test_a_cell_of_other_settings_is_run_again(study, finished, tmp_path):
     place = {"learning_rate": 1e-3, "seed": 0, "final": False}
     assert store.read(task, study.arms[0], **place) is not None
     assert store.read(other, study.arms[0], **place) is None
+
+
+def test_arms_are_timed_in_turns(study, finished):
+    store, _ = finished
+    (task,) = study.tasks
+    seconds = store.read_timing(task, study.arms)
+    assert list(seconds) == [arm.name for arm in study.arms]
+    assert all(len(rounds) == ROUNDS and min(rounds) > 0 for rounds in seconds.values())
+    assert store.read_timing(task, study.arms[:2]) is None
 
 
 def test_rates_are_chosen_by_the_tuning_rows(study, finished):
@@ -225,6 +237,8 @@ def test_the_page_says_what_the_cells_say(study, finished, tmp_path):
         mean = np.mean([cell["loss"] for cell in entry.cells])
         deviation = np.std([cell["loss"] for cell in entry.cells], ddof=1)
         assert f"{mean:.4f} ± {deviation:.4f}" in text
+    for rounds in store.read_timing(study.tasks[0], study.arms).values():
+        assert f"{np.median(rounds):.3f}" in text
     best, result = comparisons(study, collect(study, store))["words"]
     assert best in ("low", "turn")
     difference = entries["both"].loss - entries[best].loss
@@ -249,6 +263,7 @@ def test_a_page_of_an_unfinished_study_says_so(study, finished, tmp_path):
     text = write_page(study, part, tmp_path / "page").read_text()
     assert "**Not finished:** 4 of 12 cells are done." in text
     assert "words: turn, both" in text
+    assert "not timed" in text
     assert "Not known yet" in text
 
 
