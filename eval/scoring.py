@@ -36,9 +36,9 @@ class ScoringRow:
       targets: int32 [k].
     """
 
-    tokens: Int32[np.ndarray, "t"]
-    before: Int32[np.ndarray, "k"]
-    targets: Int32[np.ndarray, "k"]
+    tokens: Int32[np.ndarray, " t"]
+    before: Int32[np.ndarray, " k"]
+    targets: Int32[np.ndarray, " k"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +50,8 @@ class ScoredRow:
       likeliest: bool [k], whether no token is likelier than the target.
     """
 
-    scores: Float32[np.ndarray, "k"]
-    likeliest: Bool[np.ndarray, "k"]
+    scores: Float32[np.ndarray, " k"]
+    likeliest: Bool[np.ndarray, " k"]
 
 
 class TokenScorer:

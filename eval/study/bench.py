@@ -281,7 +281,7 @@ def row_losses(
     frozen: Tree,
     adapter: AdapterState,
     batch: AnyBatch,
-) -> tuple[Float[Array, "rows"], ...]:
+) -> tuple[Float[Array, " rows"], ...]:
     """Each row's summed loss and number of targets; a classifier's answers as well."""
     bound = spec.bind(frozen, adapter)
     if isinstance(batch, LabelledBatch):

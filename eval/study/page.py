@@ -87,9 +87,7 @@ def write_page(study: StudySettings, store: Store, folder: Path) -> Path:
     return page
 
 
-def _draw(
-    study: StudySettings, store: Store, finished: Finished, folder: Path
-) -> dict[str, str]:
+def _draw(study: StudySettings, store: Store, finished: Finished, folder: Path) -> dict[str, str]:
     """The pictures there is something for; file names by picture."""
     methods = {
         task.title: {
@@ -216,9 +214,7 @@ def _verdict(study: StudySettings, finished: Finished) -> str:
     return "\n".join([head, "", *lines])
 
 
-def _methods(
-    task: TaskSettings, entries: Sequence[Entry], seconds: dict[str, float]
-) -> str:
+def _methods(task: TaskSettings, entries: Sequence[Entry], seconds: dict[str, float]) -> str:
     metric = task.metric.replace("_", " ")
     head = ["method", "test loss"]
     head += [metric] if metric else []

@@ -21,9 +21,7 @@ Cells = Mapping[str, Mapping[str, Sequence[Cell]]]
 """The measured cells by task's and arm's title."""
 
 
-def draw_losses(
-    cells: Cells, path: Path, *, seconds: Mapping[str, Mapping[str, float]]
-) -> None:
+def draw_losses(cells: Cells, path: Path, *, seconds: Mapping[str, Mapping[str, float]]) -> None:
     """The training loss of each method against steps, and against seconds; mean over seeds.
 
     Args:

@@ -94,7 +94,8 @@ def run_study(
     Args:
       study: what is compared.
       store: where cells are.
-      only: a regular expression; cells whose "task/arm" it does not match are left; the timing of a task counts as "task/timing".
+      only: a regular expression; cells whose "task/arm" it does not match are left. The timing of
+        a task counts as "task/timing".
       until: the time (as `time.time`) after which no cell is begun.
       say: told of each cell.
     """

@@ -59,7 +59,7 @@ class Store:
     def read_timing(
         self, task: TaskSettings, arms: Sequence[ArmSettings]
     ) -> dict[str, list[float]] | None:
-        """Seconds a step by arm's name, a number a round; None unless just these arms were timed."""
+        """Seconds a step by arm's name, a number a round; None unless just these were timed."""
         file = self.timing_path(task)
         if not file.is_file():
             return None

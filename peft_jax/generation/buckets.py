@@ -50,8 +50,8 @@ class PaddedPrompts:
 
     tokens: Int32[np.ndarray, "batch prompt"]
     segment_ids: Int32[np.ndarray, "batch prompt"]
-    last: Int32[np.ndarray, "batch"]
-    empty: Bool[np.ndarray, "batch"]
+    last: Int32[np.ndarray, " batch"]
+    empty: Bool[np.ndarray, " batch"]
 
     @classmethod
     def of(cls, prompts: Sequence[np.ndarray], *, multiple: int = 1) -> "PaddedPrompts":

@@ -31,8 +31,8 @@ class Controls:
 
     sampling: Sampling | None
     row_keys: UInt32[Array, "batch 2"]
-    limits: Int32[Array, "batch"]
-    ends: Bool[Array, "vocab"]
+    limits: Int32[Array, " batch"]
+    ends: Bool[Array, " vocab"]
 
 
 @struct.dataclass
@@ -50,11 +50,11 @@ class DecodeState:
     """
 
     cache: KVCache
-    last: Int32[Array, "batch"]
+    last: Int32[Array, " batch"]
     tokens: Int32[Array, "batch new"]
-    counts: Int32[Array, "batch"]
-    done: Bool[Array, "batch"]
-    finite: Bool[Array, "batch"]
+    counts: Int32[Array, " batch"]
+    done: Bool[Array, " batch"]
+    finite: Bool[Array, " batch"]
     step: Int32[Array, ""]
 
 
@@ -63,7 +63,7 @@ def read_prompts(
     params: Tree,
     tokens: Int32[Array, "batch prompt"],
     segment_ids: Int32[Array, "batch prompt"],
-    last: Int32[Array, "batch"],
+    last: Int32[Array, " batch"],
     *,
     model: CausalLM,
     new_tokens: int,
@@ -100,7 +100,7 @@ def write_tokens(
     params: Tree,
     state: DecodeState,
     controls: Controls,
-    stopped: Bool[Array, "batch"],
+    stopped: Bool[Array, " batch"],
     until: Int32[Array, ""],
     *,
     model: CausalLM,
@@ -165,7 +165,7 @@ def _write(
     )
 
 
-def _step_keys(controls: Controls, step: Int32[Array, ""]) -> Key[Array, "batch"]:
+def _step_keys(controls: Controls, step: Int32[Array, ""]) -> Key[Array, " batch"]:
     """A key for each row and step."""
     keys = jax.random.wrap_key_data(controls.row_keys, impl="threefry2x32")
     return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)

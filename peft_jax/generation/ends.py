@@ -51,7 +51,7 @@ class Continuation:
         self._tokenizer = tokenizer
         self._context = [int(token) for token in prompt[-_CONTEXT:]]
 
-    def text(self, tokens: Int32[np.ndarray, "new"], *, special_tokens: bool = False) -> str:
+    def text(self, tokens: Int32[np.ndarray, " new"], *, special_tokens: bool = False) -> str:
         """The text of new tokens as they follow the prompt.
 
         A text begins otherwise than it goes on (SentencePiece drops the space before its first
@@ -68,7 +68,7 @@ class Continuation:
         # The first new token completes a character that the prompt broke off.
         return self._decode(tokens.tolist(), special_tokens)
 
-    def find(self, strings: Sequence[str], tokens: Int32[np.ndarray, "new"]) -> int | None:
+    def find(self, strings: Sequence[str], tokens: Int32[np.ndarray, " new"]) -> int | None:
         """How many of the tokens there are when the first of the strings is complete, or None.
 
         Special tokens count as their text, so that they can be stopped at by name.

@@ -36,7 +36,7 @@ class TextCompletion:
     """
 
     text: str
-    tokens: Int32[np.ndarray, "new"]
+    tokens: Int32[np.ndarray, " new"]
     finish_reason: FinishReason
 
 
@@ -109,7 +109,7 @@ def generate_text_from_tokens(
     continuations = [Continuation(tokenizer, ids) for ids in prompts]
     strings = settings.stop_strings
 
-    def find_stop(index: int, new: Int32[np.ndarray, "new"]) -> int | None:
+    def find_stop(index: int, new: Int32[np.ndarray, " new"]) -> int | None:
         return continuations[index].find(strings, new)
 
     found = generate(

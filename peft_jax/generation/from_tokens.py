@@ -24,7 +24,7 @@ FinishReason = Literal["eos", "stop_string", "max_new_tokens", "context"]
 """Why a continuation ended: with an end token, with a stop string, because it has all the tokens it
 may have, or because the model's context is full."""
 
-FindStop = Callable[[int, Int32[np.ndarray, "new"]], int | None]
+FindStop = Callable[[int, Int32[np.ndarray, " new"]], int | None]
 """Given a prompt's index and its new tokens so far: how many of them to keep, or None to go on.
 What is kept of some tokens must be what is kept when there are more."""
 
@@ -41,7 +41,7 @@ class Completion:
       finish_reason: why it ended.
     """
 
-    tokens: Int32[np.ndarray, "new"]
+    tokens: Int32[np.ndarray, " new"]
     finish_reason: FinishReason
 
 
@@ -138,7 +138,7 @@ def context_length(model: CausalLM) -> int | None:
 
 def _as_tokens(
     index: int, prompt: Sequence[int] | np.ndarray, model: CausalLM
-) -> Int32[np.ndarray, "prompt"]:
+) -> Int32[np.ndarray, " prompt"]:
     """A prompt as an array, if the model can continue it."""
     tokens = np.asarray(prompt, np.int64)
     if tokens.ndim != 1 or not tokens.size:
@@ -242,7 +242,7 @@ def _parts(sharding: jax.sharding.NamedSharding | None) -> int:
 
 def _limits(
     prompts: Sequence[np.ndarray], model: CausalLM, settings: GenerationSettings
-) -> Int32[np.ndarray, "rows"]:
+) -> Int32[np.ndarray, " rows"]:
     """The most tokens each prompt may be continued by."""
     limits = np.full(len(prompts), settings.max_new_tokens, np.int32)
     context = context_length(model)

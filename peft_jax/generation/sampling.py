@@ -40,8 +40,8 @@ class Sampling:
 
 
 def draw(
-    logits: Float32[Array, "batch vocab"], sampling: Sampling, keys: Key[Array, "batch"]
-) -> Int32[Array, "batch"]:
+    logits: Float32[Array, "batch vocab"], sampling: Sampling, keys: Key[Array, " batch"]
+) -> Int32[Array, " batch"]:
     """The next token of each row, drawn with the row's own key.
 
     Logits are divided by the temperature, then cut to the `top_k` likeliest, then to the fewest
@@ -78,7 +78,7 @@ def top_k_mask(
 ) -> Bool[Array, "batch vocab"]:
     """The `top_k` largest logits of each row, and any equal to the last of them."""
 
-    def enough(kept: Bool[Array, "batch vocab"]) -> Bool[Array, "batch"]:
+    def enough(kept: Bool[Array, "batch vocab"]) -> Bool[Array, " batch"]:
         return jnp.sum(kept, axis=-1, dtype=jnp.int32) >= top_k
 
     return _fewest_largest(logits, enough)
@@ -91,7 +91,7 @@ def top_p_mask(
     mass = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
     wanted = top_p * jnp.sum(mass, axis=-1)
 
-    def enough(kept: Bool[Array, "batch vocab"]) -> Bool[Array, "batch"]:
+    def enough(kept: Bool[Array, "batch vocab"]) -> Bool[Array, " batch"]:
         return jnp.sum(jnp.where(kept, mass, 0.0), axis=-1) >= wanted
 
     return _fewest_largest(logits, enough)
@@ -99,7 +99,7 @@ def top_p_mask(
 
 def _fewest_largest(
     logits: Float32[Array, "batch vocab"],
-    enough: Callable[[Bool[Array, "batch vocab"]], Bool[Array, "batch"]],
+    enough: Callable[[Bool[Array, "batch vocab"]], Bool[Array, " batch"]],
 ) -> Bool[Array, "batch vocab"]:
     """The fewest largest logits of each row that are `enough`.
 
@@ -108,7 +108,7 @@ def _fewest_largest(
     """
     ranks = _ranks(logits)
 
-    def set_bit(passed: Int32[Array, ""], smallest: UInt32[Array, "batch"]):
+    def set_bit(passed: Int32[Array, ""], smallest: UInt32[Array, " batch"]):
         bit = jnp.uint32(1) << (31 - passed).astype(jnp.uint32)
         higher = smallest | bit
         return jnp.where(enough(ranks >= higher[:, None]), higher, smallest)

@@ -100,7 +100,7 @@ class AttentionLayout:
         )
 
 
-def alibi_slopes(heads: int) -> Float32[np.ndarray, "heads"]:
+def alibi_slopes(heads: int) -> Float32[np.ndarray, " heads"]:
     """ALiBi's slope of each head: powers of 2^(-8/n) for n heads, n a power of two.
 
     For other counts the first n heads take the slopes of the power of two below, the rest every
@@ -118,8 +118,8 @@ def alibi_slopes(heads: int) -> Float32[np.ndarray, "heads"]:
 
 def visible(
     layout: AttentionLayout,
-    query_index: Int[Array, "tokens"],
-    key_index: Int[Array, "keys"],
+    query_index: Int[Array, " tokens"],
+    key_index: Int[Array, " keys"],
     query_segments: Int[Array, "batch tokens"] | None,
     key_segments: Int[Array, "batch keys"] | None,
 ) -> Bool[Array, "rows tokens keys"]:

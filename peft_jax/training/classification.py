@@ -20,7 +20,7 @@ from peft_jax.training.placement import RowPlacement
 
 def classifier_outputs(
     model: SequenceClassifier, params: Tree, batch: LabelledBatch
-) -> tuple[Float[Array, "rows labels"], Float[Array, "rows"]]:
+) -> tuple[Float[Array, "rows labels"], Float[Array, " rows"]]:
     """The head's outputs, and each row's loss as transformers takes it.
 
     The loss is the cross-entropy in nats or, with one output, the squared error.

@@ -205,7 +205,7 @@ def token_sums(
     return -jnp.sum(scores * mask), jnp.sum(right.astype(jnp.float32) * mask), jnp.sum(mask)
 
 
-def choice_log_likelihood(model: CausalLM, params: Tree, rows: ChoiceRows) -> Float[Array, "rows"]:
+def choice_log_likelihood(model: CausalLM, params: Tree, rows: ChoiceRows) -> Float[Array, " rows"]:
     """The log-likelihood of each row's choice after its prompt, in nats, summed over its tokens.
 
     Logits are computed where the choice is predicted, and nowhere else.

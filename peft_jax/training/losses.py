@@ -26,8 +26,8 @@ _Gradients = tuple[Any, tuple[Any, ...], Any]
 def chunked_cross_entropy(
     hidden: Float[Array, "tokens embed"],
     head_kernel: Kernel,
-    targets: Int[Array, "tokens"],
-    weights: Float[Array, "tokens"],
+    targets: Int[Array, " tokens"],
+    weights: Float[Array, " tokens"],
     *,
     chunk_size: int,
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
@@ -84,10 +84,10 @@ def chunked_cross_entropy(
 def chunked_token_scores(
     hidden: Float[Array, "tokens embed"],
     head_kernel: Kernel,
-    targets: Int[Array, "tokens"],
+    targets: Int[Array, " tokens"],
     *,
     chunk_size: int,
-) -> tuple[Float32[Array, "tokens"], Bool[Array, "tokens"]]:
+) -> tuple[Float32[Array, " tokens"], Bool[Array, " tokens"]]:
     """The log-probability of every target, and whether it is the likeliest token; for evaluation.
 
     Args:

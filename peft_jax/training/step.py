@@ -190,7 +190,7 @@ def has_dropout(spec: AdapterSpec) -> bool:
     return any(getattr(spec.method, name, 0.0) > 0 for name in ("dropout", "rotation_dropout"))
 
 
-def norms_by_layer(gradients: Tree) -> dict[str, Float[Array, "layers"]]:
+def norms_by_layer(gradients: Tree) -> dict[str, Float[Array, " layers"]]:
     """Frobenius norms of the gradients of each layer, by branch.
 
     Args:
