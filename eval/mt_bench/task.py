@@ -181,6 +181,7 @@ def make_job(
         )
 
     asked = {**settings.asked(), "judge": judging.judge, "judge_model": judging.model}
+    asked["judge_options"] = dict(judging.options)
     return Job(wanted, asked, evaluate, needs_chat=True)
 
 
@@ -243,7 +244,7 @@ def _judge(
     """The judgments, and why there is none where there is none."""
     judgments: dict[_Key, str] = {}
     for request in requests:
-        known = model.store.get("judge", judge.name, judging.judge, request.system, request.prompt)
+        known = model.store.get(*_judgment_key(judge, judging, request))
         if known is not None:
             judgments[request.question, request.turn] = known
     waiting = [one for one in requests if (one.question, one.turn) not in judgments]
@@ -275,15 +276,18 @@ def _judge(
                         ) from error
                 else:
                     in_a_row = 0
-                    model.store.add(
-                        judgments[key],
-                        *("judge", judge.name, judging.judge, request.system, request.prompt),
-                    )
+                    model.store.add(judgments[key], *_judgment_key(judge, judging, request))
                 counter.advance()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return judgments, failures
+
+
+def _judgment_key(judge: Judge, judging: MTBenchSettings, request: JudgeRequest) -> tuple[str, ...]:
+    """What a judgment depends on, for `ResponseStore`."""
+    options = json.dumps(dict(judging.options), sort_keys=True)
+    return ("judge", judge.name, judging.judge, options, request.system, request.prompt)
 
 
 def _check_budget(cost: Estimate, judging: MTBenchSettings) -> None:

@@ -360,6 +360,19 @@ def test_a_part_is_not_called_by_the_name(server, shared_data, tmp_path, reporte
     assert (result.rows, result.rows_in_all) == (3, 80)
 
 
+def test_another_request_is_another_judgment(server, shared_data, tmp_path, reporter):
+    server.answer = rate_by_turn
+    model = Speaker()
+    plain = build(server, shared_data, tmp_path, reporter, limit=2)
+    plain.evaluate(model)
+    warmer = build(server, shared_data, tmp_path, reporter, limit=2, options={"temperature": 1.0})
+    assert warmer.asked != plain.asked
+    warmer.evaluate(model)
+    assert len(server.requests) == 4 + 4
+    warmer.evaluate(model)
+    assert len(server.requests) == 4 + 4
+
+
 def test_failures_are_counted_shown_and_made_good(server, shared_data, tmp_path, reporter):
     def answer(body):
         number = len(server.requests)
