@@ -89,9 +89,10 @@ def get_config(data: str = "") -> StudySettings:
 
 
 _GLUE = (
-    ("cola", "CoLA", "matthews_correlation", 120, 24),
-    ("sst2", "SST-2", "accuracy", 120, 32),
-    ("rte", "RTE", "accuracy", 80, 72),
+    # Recipe, title, metric, steps, rows a step, tokens a row.
+    ("sst2", "SST-2", "accuracy", 150, 8, 32),
+    ("cola", "CoLA", "matthews_correlation", 300, 16, 20),
+    ("rte", "RTE", "accuracy", 120, 16, 72),
 )
 
 
@@ -124,9 +125,15 @@ def _gsm8k(folder: Path | None) -> TaskSettings:
 
 
 def _glue(
-    folder: Path | None, recipe: str, title: str, metric: str, steps: int, max_length: int
+    folder: Path | None,
+    recipe: str,
+    title: str,
+    metric: str,
+    steps: int,
+    batch_size: int,
+    max_length: int,
 ) -> TaskSettings:
-    config = _base(steps=steps, batch_size=8, max_length=max_length)
+    config = _base(steps=steps, batch_size=batch_size, max_length=max_length)
     config.model.path = _minilm()
     config.data.recipe = recipe
     own_text = ""

@@ -35,7 +35,7 @@ def turning_the_kernel_pays(
     pays = platform == "cpu" and resolve(None) == "auto" and tokens > kernel.shape[-1]
     if pays:
         say_once(
-            f"block rotation of {tokens} tokens before a kernel {list(kernel.shape)} on cpu: the "
+            f"block_rotation of {tokens} tokens before a kernel {list(kernel.shape)} on cpu: the "
             "kernel is turned in their place, because it has fewer columns"
         )
     return pays

@@ -34,7 +34,9 @@ def test_a_name_that_cannot_be_fetched_offline_says_so():
 
 
 @pytest.mark.parametrize("path", ["/nowhere/at/all", "./model", "a/b/c", "../x"])
-def test_a_path_that_is_no_hub_name_is_not_looked_for_there(path):
+def test_a_path_that_is_no_hub_name_is_not_looked_for_there(path, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(ValueError, match="there is no folder"):
         find_folder(path)
 

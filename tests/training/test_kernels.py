@@ -85,9 +85,12 @@ def expect_equal(found, expected) -> None:
 @pytest.mark.parametrize("kernels", ["auto", "interpret"])
 def test_every_choice_takes_the_same_step(alone, kernels, said):
     expect_equal(take_step(kernels=kernels, remat="full"), alone)
-    chosen = {"auto": "xla", "interpret": "interpret"}[kernels]
+    chosen = {
+        "auto": (": xla, because", ": the kernel is turned in their place, because"),
+        "interpret": (": interpret, because",),
+    }
     assert said
-    assert all(f": {chosen}, because" in line for line in said)
+    assert all(any(choice in line for choice in chosen[kernels]) for line in said)
 
 
 def test_a_choice_that_cannot_work_is_refused():
