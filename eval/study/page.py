@@ -288,7 +288,7 @@ def _protocol(study: StudySettings) -> str:
             f"- {task.title}: {train.steps} steps of {train.batch_size} rows of at most"
             f" {train.max_length} tokens."
         )
-    grid = len(study.arms[0].learning_rates)
+    grid = len(study.tasks[0].rates(study.arms[0]))
     text = (
         f"Every arm has a grid of {grid} learning rates, tried with seed {study.tune_seed}; the"
         " lowest loss on rows held out of the training rows decides. With it,"

@@ -74,7 +74,7 @@ def measured(
 
 def count_cells(study: StudySettings) -> int:
     """How many cells a study has."""
-    per_pair = len(study.arms[0].learning_rates) + len(study.seeds)
+    per_pair = len(study.tasks[0].rates(study.arms[0])) + len(study.seeds)
     return len(study.tasks) * len(study.arms) * per_pair
 
 

@@ -28,22 +28,31 @@ class TaskSettings:
       own_text: a file, a line a text, that the base is at home with, for forgetting; empty for
         text that a causal base writes itself.
       own_texts: how many texts of it.
-      rate_scale: every arm's grid of rates is multiplied by it: one base wants smaller steps than
-        another, whatever the method.
+      grids: by name, the learning rates that arms choose from: rising, and all of one size. What
+        is a good step for one method or model is too long for another, so arms name theirs.
     """
 
     name: str
     title: str
     config: ConfigDict
     test: Mapping[str, Any]
+    grids: Mapping[str, tuple[float, ...]]
     metric: str = ""
     own_text: str = ""
     own_texts: int = 64
-    rate_scale: float = 1.0
 
     def __post_init__(self) -> None:
         check_positive_int("own_texts", self.own_texts)
-        check_positive("rate_scale", self.rate_scale)
+        for name, rates in self.grids.items():
+            for rate in rates:
+                check_positive(f"grids[{name!r}]", rate)
+            if list(rates) != sorted(set(rates)):
+                raise ValueError(f"task {self.name!r}: grid {name!r} must rise: {rates}")
+        sizes = {len(rates) for rates in self.grids.values()}
+        if len(sizes) != 1:
+            raise ValueError(
+                f"task {self.name!r}: every grid of learning rates must be as large: {sizes}"
+            )
         if not self.config.data.hold_out:
             raise ValueError(
                 f"task {self.name!r}: data.hold_out must be set, for rows to choose rates on that"
@@ -51,8 +60,39 @@ class TaskSettings:
             )
 
     def rates(self, arm: "ArmSettings") -> tuple[float, ...]:
-        """The grid of an arm on this task."""
-        return tuple(float(f"{self.rate_scale * rate:.6g}") for rate in arm.learning_rates)
+        """The grid of an arm on this task.
+
+        Raises:
+          ValueError: there is no grid of that name.
+        """
+        return self._grid(arm.grid)
+
+    def _grid(self, name: str) -> tuple[float, ...]:
+        if name not in self.grids:
+            raise ValueError(
+                f"task {self.name!r} has no grid {name!r} of learning rates; it has"
+                f" {', '.join(sorted(self.grids))}"
+            )
+        return self.grids[name]
+
+    def rotation_rate(self, arm: "ArmSettings") -> float:
+        """The rotation branch's rate as a share of the arm's.
+
+        Raises:
+          ValueError: it is not the same all along the two grids; one program serves an arm.
+        """
+        if not arm.rotation_grid:
+            return 1.0
+        shares = [
+            theirs / rate
+            for theirs, rate in zip(self._grid(arm.rotation_grid), self.rates(arm), strict=True)
+        ]
+        if max(shares) > (1 + 1e-6) * min(shares):
+            raise ValueError(
+                f"task {self.name!r}: grids {arm.grid!r} and {arm.rotation_grid!r} must be in one"
+                f" proportion, but are in {shares}"
+            )
+        return float(f"{shares[0]:.6g}")
 
     def run_config(self, arm: "ArmSettings", *, learning_rate: float, seed: int) -> RunConfig:
         """The configuration of one run of an arm."""
@@ -60,7 +100,7 @@ class TaskSettings:
         mapping["seed"] = seed
         mapping["train"]["learning_rate"] = learning_rate
         mapping["method"] |= arm.method
-        mapping["mixing"] |= arm.mixing
+        mapping["mixing"] |= {"rotation_rate": self.rotation_rate(arm), **arm.mixing}
         return RunConfig.from_mapping(mapping)
 
 
@@ -73,7 +113,9 @@ class ArmSettings:
       title: on the page.
       method: settings of `method`, the name included.
       mixing: settings of `mixing`, for the hybrid.
-      learning_rates: the grid its rate is chosen from; of the same size for all arms.
+      grid: which of a task's grids its rate is chosen from.
+      rotation_grid: for the hybrid, the grid of the rotation branch's rate, which is taken from the
+        same place; empty for one rate for both branches.
       ablation: whether it varies the hybrid rather than being a method of its own.
     """
 
@@ -81,14 +123,9 @@ class ArmSettings:
     title: str
     method: Mapping[str, Any]
     mixing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    learning_rates: tuple[float, ...]
+    grid: str
+    rotation_grid: str = ""
     ablation: bool = False
-
-    def __post_init__(self) -> None:
-        for rate in self.learning_rates:
-            check_positive("learning_rates", rate)
-        if list(self.learning_rates) != sorted(set(self.learning_rates)):
-            raise ValueError(f"arm {self.name!r}: learning_rates must rise, without repetition")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,9 +162,12 @@ class StudySettings:
             names = [item.name for item in items]
             if not names or len(set(names)) < len(names):
                 raise ValueError(f"the {what}s' names must differ, and there must be one: {names}")
-        sizes = {len(arm.learning_rates) for arm in self.arms}
+        sizes = {len(task.rates(arm)) for task in self.tasks for arm in self.arms}
         if len(sizes) != 1:
             raise ValueError(f"every arm's grid of learning rates must be as large: {sizes}")
+        for task in self.tasks:
+            for arm in self.arms:
+                task.rotation_rate(arm)
         for name in (self.hybrid, *self.branches):
             self.arm(name)
         if self.tune_seed in self.seeds:

@@ -94,12 +94,14 @@ def study(checkpoint, rows):
         title="Words",
         config=config,
         test={"eval_split": "test"},
+        grids={"low": (1e-3, 1e-2), "turn": (2e-3, 2e-2)},
         own_texts=4,
     )
-    rates = (1e-3, 1e-2)
 
-    def arm(title, /, **method):
-        return ArmSettings(name=title, title=title, method=method, learning_rates=rates)
+    def arm(title, /, grid="low", rotation_grid="", **method):
+        return ArmSettings(
+            name=title, title=title, method=method, grid=grid, rotation_grid=rotation_grid
+        )
 
     return StudySettings(
         name="small",
@@ -107,8 +109,14 @@ def study(checkpoint, rows):
         tasks=(task,),
         arms=(
             arm("low", name="lora_ga", **SMALL),
-            arm("turn", name="boft", block_size=4, target_modules=SMALL["target_modules"]),
-            arm("both", name="hybrid", block_size=4, **SMALL),
+            arm(
+                "turn",
+                grid="turn",
+                name="boft",
+                block_size=4,
+                target_modules=SMALL["target_modules"],
+            ),
+            arm("both", rotation_grid="turn", name="hybrid", block_size=4, **SMALL),
         ),
         hybrid="both",
         branches=("low", "turn"),
@@ -166,7 +174,7 @@ def test_rates_are_chosen_by_the_tuning_rows(study, finished):
     for arm in study.arms:
         grid = [
             store.read(task, arm, learning_rate=rate, seed=0, final=False)
-            for rate in arm.learning_rates
+            for rate in task.rates(arm)
         ]
         entry = collect(study, store)["words"][arm.name]
         best = min(grid, key=lambda cell: cell["loss"])
@@ -258,7 +266,7 @@ def test_a_page_of_an_unfinished_study_says_so(study, finished, tmp_path):
     for arm in study.arms[:1]:
         for final, seeds in ((False, (0,)), (True, (1, 2))):
             for seed in seeds:
-                for rate in arm.learning_rates:
+                for rate in task.rates(arm):
                     cell = store.read(task, arm, learning_rate=rate, seed=seed, final=final)
                     if cell is not None:
                         part.write(task, arm, cell, final=final)
@@ -330,12 +338,30 @@ def test_arms_are_compared_on_the_same_rows_only():
     assert (result.difference, result.seeds_ahead) == (-1.0, 1)
 
 
+def test_each_branch_has_a_rate_of_its_own_grid(study):
+    (task,) = study.tasks
+    both = study.arm("both")
+    config = task.run_config(both, learning_rate=task.rates(both)[1], seed=1)
+    assert config.optimizer.learning_rate == 1e-2
+    assert config.mixing.rotation_rate == 2.0
+    other = task.run_config(study.arm("low"), learning_rate=1e-2, seed=1)
+    assert other.mixing.rotation_rate == 1.0
+
+
 def test_settings_that_would_not_be_fair_are_refused(study):
     import dataclasses
 
-    longer = dataclasses.replace(study.arms[0], learning_rates=(1.0, 2.0, 3.0))
+    task = study.tasks[0]
     with pytest.raises(ValueError, match="as large"):
-        dataclasses.replace(study, arms=(longer, *study.arms[1:]))
+        dataclasses.replace(task, grids={"low": (1.0, 2.0, 3.0), "turn": (1.0, 2.0)})
+    with pytest.raises(ValueError, match="must rise"):
+        dataclasses.replace(task, grids={"low": (2.0, 1.0)})
+    bent = dataclasses.replace(task, grids={"low": (1.0, 2.0), "turn": (1.0, 3.0)})
+    with pytest.raises(ValueError, match="one proportion"):
+        dataclasses.replace(study, tasks=(bent,))
+    without = dataclasses.replace(task, grids={"low": (1.0, 2.0)})
+    with pytest.raises(ValueError, match="no grid 'turn'"):
+        dataclasses.replace(study, tasks=(without,))
     with pytest.raises(ValueError, match="among the seeds"):
         dataclasses.replace(study, tune_seed=1)
     with pytest.raises(ValueError, match="no arm"):
