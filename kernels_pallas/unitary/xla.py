@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Complex, Float
 
 Gradients = tuple[Float[Array, "*batch d"], Float[Array, "3 n"], Float[Array, "2 2 n"]]
@@ -19,8 +20,8 @@ def forward(
     d1, d2, d3 = jax.lax.complex(jnp.cos(phases), jnp.sin(phases))
     v1, v2 = jax.lax.complex(reflections[:, 0], reflections[:, 1])
     z = jax.lax.complex(*jnp.split(x.astype(jnp.float32), 2, axis=-1))
-    z = _reflect(jnp.fft.fft(z * d1, norm="ortho"), v1)
-    z = _reflect(jnp.fft.ifft(z * d2, norm="ortho"), v2) * d3
+    z = _reflect(jnp.fft.fft(_row_by_row(z * d1), norm="ortho"), v1)
+    z = _reflect(jnp.fft.ifft(_row_by_row(z * d2), norm="ortho"), v2) * d3
     return (jnp.concatenate([z.real, z.imag], axis=-1).astype(x.dtype),)
 
 
@@ -37,6 +38,15 @@ def backward(
         lambda *arrays: forward(*arrays, precision=precision)[0], x, phases, reflections
     )
     return transposed(g)
+
+
+def _row_by_row(z: Complex[Array, "*batch n"]) -> Complex[Array, "*batch n"]:
+    """The same, with rows one after another in memory.
+
+    XLA's transform on a CPU reads them like that. In JAX 0.12 the compiler does not see to it where
+    rows come from other devices, and the program fails when it is run.
+    """
+    return with_layout_constraint(z, Layout(major_to_minor=tuple(range(z.ndim))))
 
 
 def _reflect(z: Complex[Array, "*batch n"], v: Complex[Array, " n"]) -> Complex[Array, "*batch n"]:
