@@ -43,7 +43,11 @@ def draw_losses(cells: Cells, path: Path, *, seconds: Mapping[str, Mapping[str, 
             by_step.set_title(task)
             by_step.set_ylabel("training loss")
             by_step.set_xlabel("step")
-            by_second.set_xlabel("seconds of training" if seconds[task] else "not timed yet")
+            if seconds[task]:
+                by_second.set_xlabel("seconds of training")
+            else:
+                by_second.set_axis_off()
+                by_second.text(0.5, 0.5, "not timed yet", ha="center", color="grey")
         handles, labels = grid[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)))
         return figure
