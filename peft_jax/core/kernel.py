@@ -86,7 +86,7 @@ def _product(
     """The product x W, whose gradient with respect to W comes out as W lies.
 
     JAX's own rule makes it as (dyᵀ x)ᵀ, and a CPU spends longer on turning that over than on the
-    product: full fine-tuning of a small model took a quarter longer a step.
+    product.
     """
     return jnp.matmul(x, kernel)
 
@@ -105,9 +105,21 @@ def _product_backward(residuals: tuple[Any, Any], dy: Any) -> tuple[Any, Any]:
     if kernel is not None:
         dx = jax.lax.dot_general(dy, kernel, (((dy.ndim - 1,), (1,)), ((), ())))
     if x is not None:
-        x, dy = (rows.reshape(-1, rows.shape[-1]) for rows in (x, dy))
-        dkernel = jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())))
+        dkernel = _gradient_of_kernel(x, dy)
     return dx, dkernel
+
+
+def _gradient_of_kernel(
+    x: Float[Array, "*batch d_in"], dy: Float[Array, "*batch d_out"]
+) -> Float[Array, "d_in d_out"]:
+    """The sum over tokens of xᵀ dy."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        # With one axis of rows a CPU's product reads x as it lies. Over several devices rows and
+        # tokens may be cut along different axes of the mesh, and to merge them is to gather them.
+        x, dy = (rows.reshape(-1, rows.shape[-1]) for rows in (x, dy))
+    rows = tuple(range(x.ndim - 1))
+    return jax.lax.dot_general(x, dy, ((rows, rows), ((), ())))
 
 
 _product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
