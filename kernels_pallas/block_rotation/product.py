@@ -78,6 +78,7 @@ def _backward(residuals: tuple[Any, ...], dy: Any) -> tuple[Any, ...]:
     x, blocks, kernel, kernel_is_trained = residuals
     if isinstance(dy, SymbolicZero):
         return None, None, None
+    # Made again: kept, it would be as large as the kernel, in every layer.
     turned = _turn(blocks, kernel).astype(x.dtype)
     dx = jax.lax.dot_general(dy, turned, (((dy.ndim - 1,), (1,)), ((), ())))
     # With g the gradient of x R, dblocks = x' g and dx = g R', hence x' dx = dblocks R'.

@@ -201,8 +201,7 @@ def _computed_once(angles: Float32[Array, "*shape"]) -> tuple[jax.Array, jax.Arr
     """Cosines and sines, behind a loop.
 
     On a CPU, XLA fuses whatever makes an operand into its users, and so would compute them anew for
-    every head of every layer that is not in a loop itself, an eighth of a small model's step. A
-    loop's results it takes as they are.
+    every head of every layer that is not in a loop itself. A loop's results it takes as they are.
     """
     both = jax.lax.map(
         lambda index: jax.lax.cond(index == 0, jnp.cos, jnp.sin, angles), jnp.arange(2)

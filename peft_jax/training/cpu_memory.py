@@ -2,8 +2,7 @@
 
 XLA takes what a step needs for its temporaries from malloc and frees it after the step. Blocks of
 that size glibc returns to the kernel, and the next step's are made anew, page by page, each cleared
-first: on a virtual machine a small model's step took a fifth longer for that. Two settings end it,
-and neither has a meaning beyond a CPU.
+first. Two settings end it, and neither has a meaning beyond a CPU.
 """
 
 import ctypes
