@@ -86,17 +86,20 @@ def _variant(
 ARMS = (
     _arm("LoRA-GA", "lora_ga", "lora_ga", "low_rank"),
     _arm("BOFT", "boft", "boft", "rotation"),
-    _variant("hybrid", "hybrid", rule="proportional", ablation=False),
+    _variant("hybrid", "hybrid", rule="predicted_decrease", ablation=False),
     _arm("LoRA", "lora", "lora", "lora"),
     _arm("full fine-tuning", "full", "full", "full"),
     _arm("unitary", "unitary", "unitary", "rotation"),
-    _variant("one rate for both branches", "one_rate", rule="proportional", rotation_grid=""),
+    _variant("the paper's rule", "proportional", rule="proportional"),
     _variant("inverse rule", "inverse", rule="inverse"),
-    _variant("rule by predicted decrease", "predicted", rule="predicted_decrease"),
     _variant("fixed λ = ½", "fixed", rule="fixed"),
     _variant("no mixing", "none", rule="none", grid="low_rank", rotation_grid="rotation"),
+    _variant("one rate for both branches", "one_rate", rule="predicted_decrease", rotation_grid=""),
     _variant(
-        "without the gradient's start", "plain_start", rule="proportional", gradient_init=False
+        "without the gradient's start",
+        "plain_start",
+        rule="predicted_decrease",
+        gradient_init=False,
     ),
 )
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from peft_jax.data import AnyBatch, DataSettings, EvalData, LabelledBatch, build
 from peft_jax.generation import GenerationSettings, generate
 from peft_jax.hub import load_params
 from peft_jax.models import CausalLM, SequenceClassifier
-from peft_jax.optim import make_optimizer
+from peft_jax.optim import component_values, make_optimizer
 from peft_jax.training import RunConfig, TrainState, TrainStep
 from peft_jax.training.blueprint import step_bytes
 from peft_jax.training.classification import classifier_outputs
@@ -70,12 +70,13 @@ class Program:
 
 
 def with_rate(
-    inner: optax.GradientTransformationExtraArgs, rate: float
+    inner: optax.GradientTransformationExtraArgs, rate: float, settled: Collection[str] = ()
 ) -> optax.GradientTransformationExtraArgs:
     """`inner` with its updates times a rate that is kept in the state, [].
 
     A learning rate that is a constant of the program would be compiled anew for each; this one is
-    data. `inner` is built for a learning rate of 1, which is the last factor of its updates.
+    data. `inner` is built for a learning rate of 1, which is the last factor of its updates. What
+    stands under the components `settled` has rates of its own in `inner`, and keeps them.
     """
 
     def init(params: Any) -> Any:
@@ -83,7 +84,8 @@ def with_rate(
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         steps, after = inner.update(updates, state["inner"], params, **extra)
-        scaled = jax.tree.map(lambda step: step * state["rate"], steps)
+        powers = component_values(steps, dict.fromkeys(settled, 0.0), 1.0)
+        scaled = jax.tree.map(lambda d, power: d * state["rate"] ** power, steps, powers)
         return scaled, {"rate": state["rate"], "inner": after}
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -210,7 +212,8 @@ class Bench:
         spec = self.spec(config)
         mixing = config.mixing if isinstance(config.method.method, Hybrid) else None
         settings = dataclasses.replace(config.optimizer, learning_rate=1.0)
-        optimizer = with_rate(make_optimizer(settings, config.train.steps, mixing=mixing), 1.0)
+        inner = make_optimizer(settings, config.train.steps, mixing=mixing)
+        optimizer = with_rate(inner, 1.0, settings.learning_rates)
         step = TrainStep(
             model=self.model,
             spec=spec,

@@ -75,6 +75,9 @@ class OptimizerSettings:
     Attributes:
       name: "adamw", "adam", "nadamw", "lion", "adafactor", "rmsprop" or "sgd".
       learning_rate: the peak of the schedule.
+      learning_rates: peaks that differ from it, by path component: all that is trained under one.
+        A new head, `{"classifier": 2e-3}`, starts from nothing, and wants longer steps than what
+        adapts a pretrained kernel.
       weight_decay: λ of decoupled decay: a step subtracts (its learning rate) λ w from a weight w.
       b1: decay of the first moment, of sgd the momentum; None for what is usual for the optimiser.
       b2: decay of the second moment; None for what is usual.
@@ -98,6 +101,7 @@ class OptimizerSettings:
 
     name: str = "adamw"
     learning_rate: float = 2e-4
+    learning_rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
     weight_decay: float = 0.0
     b1: float | None = None
     b2: float | None = None
@@ -109,6 +113,8 @@ class OptimizerSettings:
     def __post_init__(self) -> None:
         check_choice("name", self.name, OPTIMIZERS)
         check_positive("learning_rate", self.learning_rate)
+        for component, rate in self.learning_rates.items():
+            check_positive(f"learning_rates[{component!r}]", rate)
         if self.clip_norm is not None:
             check_positive("clip_norm", self.clip_norm)
         if self.weight_decay < 0:
@@ -189,9 +195,60 @@ def make_optimizer(
     if mixing is not None:
         descent = hybrid_mixing(descent, mixing)
     steps = [descent, optax.scale_by_schedule(learning_rate_schedule(settings, total_steps))]
+    if settings.learning_rates:
+        relative = {c: r / settings.learning_rate for c, r in settings.learning_rates.items()}
+        steps.append(_scale_components(relative))
     if settings.clip_norm is not None:
         steps.insert(0, optax.clip_by_global_norm(settings.clip_norm))
     return _in_float32(optax.chain(*steps))
+
+
+def component_values(tree: Any, values: Mapping[str, float], default: float) -> Any:
+    """For every leaf the value of a component of its path, or the default.
+
+    Args:
+      tree: of nested dictionaries.
+      values: by path component; of several in one path the innermost decides.
+      default: of a leaf with none of them in its path.
+
+    Raises:
+      ValueError: no leaf has a component that is named.
+
+    Example:
+      >>> component_values({"head": {"kernel": 0, "bias": 0}, "q": {"a": 0}}, {"head": 5.0}, 1.0)
+      {'head': {'bias': 5.0, 'kernel': 5.0}, 'q': {'a': 1.0}}
+    """
+    seen: dict[str, None] = {}
+
+    def value(key_path: tuple[Any, ...], leaf: Any) -> float:
+        del leaf
+        components = [str(getattr(key, "key", "")) for key in key_path]
+        seen.update(dict.fromkeys(components))
+        return next((values[c] for c in reversed(components) if c in values), default)
+
+    found = jax.tree_util.tree_map_with_path(value, tree)
+    for name in values:
+        if name not in seen and seen:
+            raise ValueError(
+                f"learning_rates names {name!r}, but nothing that is trained has that in its path; "
+                f"the components are {', '.join(sorted(seen))}"
+            )
+    return found
+
+
+def _scale_components(values: Mapping[str, float]) -> optax.GradientTransformation:
+    """Multiplies the updates under each component by its value."""
+
+    def init(params: Any) -> optax.EmptyState:
+        component_values(params, values, 1.0)  # which refuses a name that is not there
+        return optax.EmptyState()
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        factors = component_values(updates, values, 1.0)
+        return jax.tree.map(lambda step, factor: step * factor, updates, factors), state
+
+    return optax.GradientTransformation(init, update)
 
 
 def decay_mask(tree: Any, no_decay: tuple[str, ...] = NO_DECAY) -> Any:

@@ -221,20 +221,24 @@ def test_a_cell_trains_as_a_run_does(index, study, tmp_path):
 
 
 def test_a_rate_in_the_state_is_the_learning_rate():
-    settings = OptimizerSettings(learning_rate=1.0, weight_decay=0.1)
-    plain = OptimizerSettings(learning_rate=0.03, weight_decay=0.1)
-    one = with_rate(make_optimizer(settings, 10), 0.03)
+    own = {"learning_rates": {"head": 0.2}, "weight_decay": 0.1}
+    settings = OptimizerSettings(learning_rate=1.0, **own)
+    plain = OptimizerSettings(learning_rate=0.03, **own)
+    one = with_rate(make_optimizer(settings, 10), 0.03, settings.learning_rates)
     other = make_optimizer(plain, 10)
-    params = {"w": jax.numpy.arange(3.0)}
+    params = {"w": jax.numpy.arange(3.0), "head": {"w": jax.numpy.arange(2.0)}}
     states = [one.init(params), other.init(params)]
     for step in range(3):
-        gradients = {"w": jax.numpy.asarray([1.0, -2.0, 0.3]) * (step + 1)}
+        gradients = {
+            "w": jax.numpy.asarray([1.0, -2.0, 0.3]) * (step + 1),
+            "head": {"w": jax.numpy.asarray([0.5, -1.0])},
+        }
         updates = []
         for index, optimizer in enumerate((one, other)):
             found, states[index] = optimizer.update(gradients, states[index], params)
-            updates.append(found["w"])
-        np.testing.assert_allclose(*updates, rtol=1e-6)
-        params = optax.apply_updates(params, {"w": updates[0]})
+            updates.append(found)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), *updates)
+        params = optax.apply_updates(params, updates[0])
 
 
 def test_the_page_says_what_the_cells_say(study, finished, tmp_path):

@@ -12,6 +12,7 @@ from peft_jax.optim import (
     MixingSettings,
     OptimizerSettings,
     ScheduleSettings,
+    component_values,
     decay_mask,
     hybrid_mixing,
     learning_rate_schedule,
@@ -220,9 +221,36 @@ def test_converges(name):
     assert float(loss(params)) < 0.02 * float(loss(start))
 
 
+def test_a_component_has_a_learning_rate_of_its_own():
+    """As one optimiser for each rate, each seeing its own leaves alone, would give it."""
+    schedule = ScheduleSettings(name="linear", warmup_steps=2)
+
+    def optimizer(rate, **own):
+        settings = OptimizerSettings(
+            learning_rate=rate, weight_decay=0.1, clip_norm=None, schedule=schedule, **own
+        )
+        return make_optimizer(settings, 10)
+
+    def tree(seed):
+        return {"blocks": lora_tree(seed), "classifier": lora_tree(seed + 50)}
+
+    found, _ = run(optimizer(1e-3, learning_rates={"classifier": 4e-2, "b": 0.3}), tree)
+    rates = component_values(tree(0), {"classifier": 4e-2, "b": 0.3}, 1e-3)
+    apart = optax.partition({rate: optimizer(rate) for rate in (1e-3, 0.3, 4e-2)}, rates)
+    wanted, _ = run(apart, tree)
+    assert_same(found, wanted)
+
+
+def test_a_component_that_is_not_there_is_named():
+    settings = OptimizerSettings(learning_rates={"clasifier": 1e-3})
+    with pytest.raises(ValueError, match=r"names 'clasifier', but nothing .* are a, classifier"):
+        make_optimizer(settings, 10).init({"classifier": {"a": jnp.zeros(2)}})
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"learning_rates": {"head": 0.0}}, r"learning_rates\['head'\] must be a number above 0"),
         ({"name": "adamv"}, "name is 'adamv', which is not known; did you mean 'adam"),
         ({"learning_rate": -1.0}, "learning_rate must be a number above 0, but is -1.0"),
         ({"weight_decay": -0.1}, "weight_decay must be at least 0, but is -0.1"),
