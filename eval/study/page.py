@@ -51,7 +51,7 @@ def collect(study: StudySettings, store: Store) -> Finished:
     found: Finished = {}
     for task in study.tasks:
         found[task.name] = {}
-        for arm in study.arms:
+        for arm in study.arms_of(task):
             choice = tuned(study, store, task, arm)
             cells = measured(study, store, task, arm)
             if choice is not None and len(cells) == len(study.seeds):
@@ -63,7 +63,7 @@ def count_finished(study: StudySettings, store: Store) -> int:
     """How many cells are finished."""
     total = 0
     for task in study.tasks:
-        for arm in study.arms:
+        for arm in study.arms_of(task):
             total += len(measured(study, store, task, arm))
             total += sum(
                 store.read(task, arm, learning_rate=rate, seed=study.tune_seed, final=False)
@@ -116,7 +116,7 @@ def _draw(study: StudySettings, store: Store, finished: Finished, folder: Path) 
 
 def _seconds(study: StudySettings, store: Store, task: TaskSettings) -> dict[str, float]:
     """The median over rounds of each arm's seconds a step; empty while the task is not timed."""
-    timing = store.read_timing(task, study.arms) or {}
+    timing = store.read_timing(task, study.arms_of(task)) or {}
     return {name: statistics.median(rounds) for name, rounds in timing.items()}
 
 
@@ -164,7 +164,7 @@ def _missing(study: StudySettings, finished: Finished) -> str:
     names = [
         f"{task.name}: {', '.join(left)}"
         for task in study.tasks
-        if (left := [arm.name for arm in study.arms if arm.name not in finished[task.name]])
+        if (left := [a.name for a in study.arms_of(task) if a.name not in finished[task.name]])
     ]
     return f" Missing, in whole or in part: {'; '.join(names)}." if names else ""
 
@@ -265,7 +265,8 @@ def _ablations(study: StudySettings, finished: Finished) -> str:
         for task in tasks:
             entries = finished[task.name]
             if name not in entries:
-                row.append("not done")
+                in_it = study.arm(name) in study.arms_of(task)
+                row.append("not done" if in_it else "")
             elif any(cell["diverged"] for cell in entries[name].cells):
                 row.append("diverged")
             else:
@@ -287,6 +288,10 @@ def _protocol(study: StudySettings) -> str:
         rows.append(
             f"- {task.title}: {train.steps} steps of {train.batch_size} rows of at most"
             f" {train.max_length} tokens."
+            + "".join(
+                f" What is trained under `{component}` has the learning rate {rate:g} in all arms."
+                for component, rate in task.config.optimizer.learning_rates.items()
+            )
         )
     grid = len(study.tasks[0].rates(study.arms[0]))
     text = (
@@ -294,8 +299,7 @@ def _protocol(study: StudySettings) -> str:
         " lowest loss on rows held out of the training rows decides. With it,"
         f" {len(study.seeds)} further seeds are trained and measured on test rows that nothing was"
         " chosen by. For one seed all arms see the same batches in the same order and, on"
-        " encoders, begin with the same head. AdamW, one learning rate for everything that is"
-        " trained, gradients clipped to norm 1."
+        " encoders, begin with the same head. AdamW, gradients clipped to norm 1."
     )
     used = ", ".join(f"{name} {version}" for name, version in versions().items())
     device = jax.devices()[0].device_kind

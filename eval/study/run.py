@@ -75,7 +75,7 @@ def measured(
 def count_cells(study: StudySettings) -> int:
     """How many cells a study has."""
     per_pair = len(study.tasks[0].rates(study.arms[0])) + len(study.seeds)
-    return len(study.tasks) * len(study.arms) * per_pair
+    return per_pair * sum(len(study.arms_of(task)) for task in study.tasks)
 
 
 def run_study(
@@ -111,7 +111,7 @@ def run_study(
 def _pairs(study: StudySettings) -> Iterator[tuple[TaskSettings, ArmSettings]]:
     for ablation in (False, True):
         for task in study.tasks:
-            for arm in study.arms:
+            for arm in study.arms_of(task):
                 if arm.ablation == ablation:
                     yield task, arm
 
@@ -138,7 +138,7 @@ class _Runner:
 
     def time(self, task: TaskSettings) -> None:
         """The seconds a step of all arms on a task, where they are missing."""
-        arms = self.study.arms
+        arms = self.study.arms_of(task)
         read = functools.partial(self.store.read_timing, task, arms)
         if read() is not None or time.time() > self.until:
             return

@@ -28,6 +28,7 @@ class TaskSettings:
       own_text: a file, a line a text, that the base is at home with, for forgetting; empty for
         text that a causal base writes itself.
       own_texts: how many texts of it.
+      arms: the names of the arms that are run on it; empty for all.
       grids: by name, the learning rates that arms choose from: rising, and all of one size. What
         is a good step for one method or model is too long for another, so arms name theirs.
     """
@@ -37,6 +38,7 @@ class TaskSettings:
     config: ConfigDict
     test: Mapping[str, Any]
     grids: Mapping[str, tuple[float, ...]]
+    arms: tuple[str, ...] = ()
     metric: str = ""
     own_text: str = ""
     own_texts: int = 64
@@ -170,10 +172,17 @@ class StudySettings:
                 task.rotation_rate(arm)
         for name in (self.hybrid, *self.branches):
             self.arm(name)
+        for task in self.tasks:
+            for name in task.arms:
+                self.arm(name)
         if self.tune_seed in self.seeds:
             raise ValueError(f"tune_seed {self.tune_seed} is among the seeds {self.seeds}")
         if len(self.seeds) < 2:
             raise ValueError("a standard deviation needs at least two seeds")
+
+    def arms_of(self, task: TaskSettings) -> tuple[ArmSettings, ...]:
+        """The arms that are run on a task."""
+        return tuple(arm for arm in self.arms if not task.arms or arm.name in task.arms)
 
     def arm(self, name: str) -> ArmSettings:
         """The arm of that name.
