@@ -1,5 +1,6 @@
 """A whole small study: its protocol, its cells on disk, and its page."""
 
+import dataclasses
 import json
 
 import jax
@@ -147,8 +148,6 @@ def test_every_cell_is_run_once(study, finished):
 
 
 def test_a_cell_of_other_settings_is_run_again(study, finished, tmp_path):
-    import dataclasses
-
     store, _ = finished
     (task,) = study.tasks
     longer = ConfigDict(task.config.to_dict())
@@ -352,9 +351,21 @@ def test_each_branch_has_a_rate_of_its_own_grid(study):
     assert other.mixing.rotation_rate == 1.0
 
 
-def test_settings_that_would_not_be_fair_are_refused(study):
-    import dataclasses
+def test_a_task_may_have_some_of_the_arms(study, finished, tmp_path):
+    store, _ = finished
+    few = dataclasses.replace(study.tasks[0], arms=("both", "low"))
+    fewer = dataclasses.replace(study, tasks=(few,))
+    assert [arm.name for arm in fewer.arms_of(few)] == ["low", "both"]
+    assert count_cells(fewer) == count_finished(fewer, store) == 8
+    assert set(collect(fewer, store)["words"]) == {"low", "both"}
+    text = write_page(fewer, store, tmp_path).read_text()
+    assert "All 8 cells are done." in text
+    assert "| turn |  |" in text
+    with pytest.raises(ValueError, match="no arm 'lo'"):
+        dataclasses.replace(study, tasks=(dataclasses.replace(few, arms=("lo",)),))
 
+
+def test_settings_that_would_not_be_fair_are_refused(study):
     task = study.tasks[0]
     with pytest.raises(ValueError, match="as large"):
         dataclasses.replace(task, grids={"low": (1.0, 2.0, 3.0), "turn": (1.0, 2.0)})
