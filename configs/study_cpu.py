@@ -72,7 +72,10 @@ def _variant(
     ablation: bool = True,
     **method: Any,
 ) -> ArmSettings:
-    """The hybrid with a mixing rule."""
+    """The hybrid with a mixing rule.
+
+    No mixing at all, which is λ = ½ at twice the rate, is not another variant than "fixed" here.
+    """
     return ArmSettings(
         name=name,
         title=title,
@@ -94,7 +97,6 @@ ARMS = (
     _variant("the paper's rule", "proportional", rule="proportional"),
     _variant("inverse rule", "inverse", rule="inverse"),
     _variant("fixed λ = ½", "fixed", rule="fixed"),
-    _variant("no mixing", "none", rule="none", grid="low_rank", rotation_grid="rotation"),
     _variant("one rate for both branches", "one_rate", rule="predicted_decrease", rotation_grid=""),
     _variant(
         "without the gradient's start",
@@ -124,6 +126,9 @@ def get_config(data: str = "") -> StudySettings:
         ),
     )
 
+
+_SAME_RATES = tuple(arm.name for arm in ARMS if arm.name != "one_rate")
+"""The arms on tasks whose branches have the same grid, so that they have one rate in any case."""
 
 _FEW = ("lora_ga", "boft", "hybrid", "lora", "full")
 """The arms on tasks that take long and tell little: in so few steps hardly anything is learnt."""
@@ -167,6 +172,7 @@ def _gsm8k(folder: Path | None) -> TaskSettings:
         title="GSM8K (stories model)",
         config=config,
         test={"eval_split": "test", "eval_rows": 300},
+        arms=_SAME_RATES,
         grids=_STORIES_GRIDS,
     )
 
@@ -183,6 +189,7 @@ def _flores(folder: Path | None) -> TaskSettings:
         title="FLORES English to Swahili (stories model)",
         config=config,
         test={"eval_split": "devtest", "eval_rows": 300},
+        arms=_SAME_RATES,
         grids=_STORIES_GRIDS,
     )
 
