@@ -27,7 +27,7 @@ class Hybrid(AdapterMethod):
     """Both branches on one kernel, y = ((x M) W) ⊙ scale + s ((x A) B - (x A₀) B₀).
 
     How far each branch moves in a step is the business of `peft_jax.optim.hybrid_mixing`, which
-    weighs their updates layer by layer by gradient norms. Trained: `low_rank` as in `LoRAGA`,
+    weighs their updates layer by layer by their gradients. Trained: `low_rank` as in `LoRAGA`,
     `rotation` as in `BOFT` or `Unitary`.
 
     Attributes:

@@ -26,6 +26,9 @@ ROTATION = "rotation"
 """The path component under which a hybrid adapter keeps its rotation branch."""
 
 RULES = ("proportional", "inverse", "predicted_decrease", "fixed", "none")
+BY_NORM = ("proportional", "inverse")
+"""The rules that compare norms."""
+
 NORMS = ("frobenius", "rms")
 GROUPINGS = ("block", "kernel")
 
@@ -36,21 +39,22 @@ Weight = Float[Array, "layers"] | Float[Array, ""]
 class MixingSettings:
     """How the two branches of a hybrid adapter are weighed against each other.
 
-    With e the evidence of a branch, which is the norm of its gradient except under
-    "predicted_decrease", the rules are
+    With e the evidence of a branch, the rules are
 
-    - "proportional": λ = e_low_rank / (e_low_rank + e_rotation), the paper's rule;
-    - "inverse": λ = e_rotation / (e_low_rank + e_rotation), which evens the branches out;
-    - "predicted_decrease": "proportional" with e = max(0, −⟨g, Δ⟩), the first-order decrease of
-      the loss that the branch's own update Δ promises. It is in the units of the loss for both
-      branches, which gradient norms of differently parametrised branches are not;
+    - "predicted_decrease": λ = e_low_rank / (e_low_rank + e_rotation) with e = max(0, −⟨g, Δ⟩), the
+      first-order decrease of the loss that the branch's own update Δ promises. It is in the units
+      of the loss for both branches, which gradient norms of differently parametrised branches are
+      not: LoRA-GA's start scales A and B, and the norm of their gradient with it. The default, from
+      the study in docs/study;
+    - "proportional": the same with e = ‖g‖, the norm of the branch's gradient: the paper's rule;
+    - "inverse": λ = e_rotation / (e_low_rank + e_rotation) with norms, which evens the branches out;
     - "fixed": λ = `fixed`;
     - "none": both branches take their whole update. λ reads as ½, since neither is preferred.
 
     Attributes:
       rule: one of the above.
       norm: "frobenius", or "rms" (divided by the root of the number of elements), with which the
-        sizes of the branches do not decide. Has no effect on rules that do not look at norms.
+        sizes of the branches do not decide; for "proportional" and "inverse".
       grouping: what shares one λ. "block": all kernels of a transformer block together, and every
         kernel outside the blocks by itself; "kernel": every kernel by itself.
       ema: decay of a bias-corrected moving average over the steps' λ; 0 for none.
@@ -63,7 +67,7 @@ class MixingSettings:
       ValueError: a name is not known, or a number is outside its range.
     """
 
-    rule: str = "proportional"
+    rule: str = "predicted_decrease"
     norm: str = "frobenius"
     grouping: str = "block"
     ema: float = 0.0
@@ -76,6 +80,11 @@ class MixingSettings:
         check_choice("rule", self.rule, RULES)
         check_choice("norm", self.norm, NORMS)
         check_choice("grouping", self.grouping, GROUPINGS)
+        if self.norm != "frobenius" and self.rule not in BY_NORM:
+            raise ValueError(
+                f"norm is {self.norm!r}, but the rule {self.rule!r} looks at no norm; it is for the"
+                f" rules {' and '.join(BY_NORM)}"
+            )
         check_fraction("ema", self.ema)
         if not 0.0 <= self.floor <= 0.5:
             raise ValueError(f"floor must be between 0 and 0.5, but is {self.floor!r}")
@@ -115,9 +124,10 @@ def hybrid_mixing(
     With g_l the gradients of layer l that come in and Δ_l what `inner` makes of them,
 
         Δ_l of the low-rank branch ← λ_l Δ_l,   Δ_l of the rotation branch ← (1 − λ_l) Δ_l,
-        λ_l = ‖g_l of the low-rank branch‖ / (‖g_l of the low-rank branch‖ + ‖g_l of the rotation‖),
+        λ_l = e_l of the low-rank branch / (e_l of the low-rank branch + e_l of the rotation),
 
-    or another rule of `MixingSettings`. λ is taken from the gradients *before* `inner` and applied
+    where e_l = ‖g_l‖ in the paper, and by default here e_l = max(0, −⟨g_l, Δ_l⟩); `MixingSettings`
+    has the rules. λ is taken from the gradients *before* `inner` and applied
     to the updates *after* it: an optimiser that normalises, as Adam does, would divide a factor on
     the gradients out again.
 
@@ -127,12 +137,13 @@ def hybrid_mixing(
     branch alone is present has nothing to be mixed with: it keeps its whole update, times its rate.
     When both branches' evidence is zero, or either is not finite, λ is ½.
 
-    The paper gives λ as the ratio of gradient norms of one layer. What it leaves to the
+    The paper gives λ as the ratio of gradient norms of one layer, the rule "proportional". What it leaves to the
     implementation is settled here so: the gradients are the raw ones of the whole (accumulated)
     batch; the norm of a branch is that of all its arrays in the group together; the moments of the
     inner optimiser see the unmixed gradients; and λ scales the whole update, decoupled weight decay
-    included. Moving average, floor, the other rules, norms and groupings, and the rates of the
-    branches, are additions, and off by default.
+    included. The other rules, moving average, floor, norms, groupings and the rates of the branches
+    are additions; of these the rule alone departs from the paper by default, and
+    `MixingSettings(rule="proportional")` is the paper's.
 
     Two orders matter. `inner` must return steps *down* the gradient (what `optax.apply_updates`
     adds), as any complete optimiser does: "predicted_decrease" reads their sign. And accumulation
@@ -141,7 +152,7 @@ def hybrid_mixing(
 
     Args:
       inner: any optimiser; extra arguments of `update` are handed to it.
-      settings: rule, norm, grouping and the rest; the paper's rule by default.
+      settings: rule, norm, grouping and the rest; by predicted decrease by default.
 
     Returns:
       The wrapped optimiser. Its state is a `MixingState`; read λ with `mixing_weights`.
@@ -155,7 +166,7 @@ def hybrid_mixing(
       >>> import optax
       >>> kernel = {"low_rank": {"a": jnp.ones((2, 3))}, "rotation": {"r": jnp.ones((2, 4))}}
       >>> params = {"layers": {"kernel": kernel}}
-      >>> optimizer = hybrid_mixing(optax.sgd(1.0))
+      >>> optimizer = hybrid_mixing(optax.sgd(1.0), MixingSettings(rule="proportional"))
       >>> state = optimizer.init(params)
       >>> gradients = {"layers": {"kernel": {
       ...     "low_rank": {"a": jnp.array([[3.0, 0.0, 0.0], [0.0, 0.0, 0.0]])},

@@ -279,7 +279,8 @@ class RunConfig:
             for name in changed:
                 raise ValueError(
                     f"mixing.{name} is given, but only the hybrid has branches to mix, and "
-                    f"method.name is {self.method.name!r}"
+                    f"method.name is {self.method.name!r}; where a configuration file gives it,"
+                    " choose the method by the file's argument, as in configs/finetune.py:lora"
                 )
 
     def to_mapping(self) -> dict[str, Any]:

@@ -202,12 +202,12 @@ def test_agrees_with_the_plain_implementation(rule, grouping):
 @pytest.mark.parametrize(
     "settings",
     [
-        MixingSettings(norm="rms"),
+        MixingSettings(norm="rms", rule="proportional"),
         MixingSettings(norm="rms", rule="inverse", grouping="kernel"),
-        MixingSettings(ema=0.7),
+        MixingSettings(rule="proportional", ema=0.7),
         MixingSettings(ema=0.9, floor=0.2, grouping="kernel"),
         MixingSettings(floor=0.5),
-        MixingSettings(low_rank_rate=2.0, rotation_rate=0.25),
+        MixingSettings(rule="proportional", low_rank_rate=2.0, rotation_rate=0.25),
         MixingSettings(rule="predicted_decrease", low_rank_rate=3.0, rotation_rate=0.5, ema=0.5),
         MixingSettings(rule="fixed", fixed=0.0, floor=0.1),
         MixingSettings(rule="none", low_rank_rate=0.5, rotation_rate=0.0),
@@ -302,7 +302,7 @@ def test_a_bad_gradient_does_not_stay_in_the_average():
 
 
 def test_bfloat16_gradients_are_summed_in_float32():
-    """4096 ones: a bfloat16 sum would stop at 256."""
+    """4096 ones and one 64, of equal squares: a bfloat16 sum of ones would stop at 256."""
     gradients = {
         "kernel": {
             "low_rank": {"a": jnp.ones((4096,), jnp.bfloat16)},
@@ -318,7 +318,8 @@ def test_bfloat16_gradients_are_summed_in_float32():
 def test_a_single_branch_keeps_its_whole_update():
     kernel = {"low_rank": {"a": jnp.ones(3)}, "rotation": {"r": jnp.ones(3)}}
     params = {"q": {"kernel": kernel}, "k": {"kernel": {"rotation": {"r": jnp.ones(3)}}}}
-    optimizer = hybrid_mixing(optax.sgd(1.0), MixingSettings(rotation_rate=0.5))
+    settings = MixingSettings(rule="proportional", rotation_rate=0.5)
+    optimizer = hybrid_mixing(optax.sgd(1.0), settings)
     updates, state = jax.jit(optimizer.update)(params, optimizer.init(params))
     assert set(mixing_weights(state)) == {"q.kernel"}
     np.testing.assert_allclose(updates["k"]["kernel"]["rotation"]["r"], -0.5)
@@ -399,11 +400,11 @@ def without_scale(tree):
 def test_masks_around_and_inside():
     """`optax.masked` puts nodes without leaves where it masks; both nestings take them."""
     params, gradients = as_jax(random_flat(0)), as_jax(random_flat(1))
-    outside = optax.masked(hybrid_mixing(optax.sgd(1.0)), without_scale)
+    settings = MixingSettings(rule="proportional")
+    outside = optax.masked(hybrid_mixing(optax.sgd(1.0), settings), without_scale)
     updates, state = jax.jit(outside.update)(gradients, outside.init(params), params)
     flat = random_flat(1)
     masked = {path: leaf for path, leaf in flat.items() if path[-1] != "scale"}
-    settings = MixingSettings()
     plain = Plain(settings)
     _, weights = plain.update({path: masked.get(path, np.zeros_like(flat[path])) for path in flat})
     for layer in range(LAYERS):
@@ -558,6 +559,7 @@ def test_runs_in_a_scan():
     [
         ({"rule": "propotional"}, "rule is 'propotional', .* did you mean 'proportional'"),
         ({"norm": "l2"}, "norm is 'l2', which is not known; known: frobenius, rms"),
+        ({"norm": "rms"}, "norm is 'rms', but the rule 'predicted_decrease' looks at no norm; it"),
         ({"grouping": "layer"}, "grouping is 'layer'"),
         ({"ema": 1.0}, "ema must be at least 0 and below 1, but is 1.0"),
         ({"floor": 0.6}, "floor must be between 0 and 0.5, but is 0.6"),
