@@ -72,7 +72,12 @@ def main(argv: Sequence[str]) -> None:
     contact = None if _PLAN.wanted else _join_processes()
     # Imported here, so that a mistyped flag is refused at once and not after JAX has started.
     from peft_jax.training.config import from_config_dict
-    from peft_jax.training.errors import InterruptedRunError, NonFiniteError, RefusedError
+    from peft_jax.training.errors import (
+        BadDataError,
+        InterruptedRunError,
+        NonFiniteError,
+        RefusedError,
+    )
     from peft_jax.training.loop import run
 
     try:
@@ -85,7 +90,7 @@ def main(argv: Sequence[str]) -> None:
 
             raise SystemExit(plan_command(config, _PLAN))
         run(config, Path(_WORKDIR.value or _default_workdir()))
-    except (RefusedError, NonFiniteError) as error:
+    except (RefusedError, NonFiniteError, BadDataError) as error:
         if _TRACEBACK.value:
             traceback.print_exc()
         if contact is not None:

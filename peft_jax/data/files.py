@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from peft_jax.core import did_you_mean
 from peft_jax.data.settings import DataSettings, TextUnit
@@ -245,13 +246,21 @@ def _read_text(path: Path, settings: DataSettings, layout: Layout) -> Table:
 def _read_parquet(path: Path, settings: DataSettings, layout: Layout) -> Table:
     import datasets
 
-    return ArrowTable(datasets.Dataset.from_parquet(str(path)), str(path))
+    return _open_arrow(datasets.Dataset.from_parquet, path)
 
 
 def _read_arrow(path: Path, settings: DataSettings, layout: Layout) -> Table:
     import datasets
 
-    return ArrowTable(datasets.Dataset.from_file(str(path)), str(path))
+    return _open_arrow(datasets.Dataset.from_file, path)
+
+
+def _open_arrow(load: Callable[[str], Any], path: Path) -> Table:
+    """What a loader of `datasets`, which raises what its many parts raise, makes of a file."""
+    try:
+        return ArrowTable(load(str(path)), str(path))
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as {_format(path)[1:]}: {error}") from error
 
 
 def _text_row(text: str) -> dict[str, str]:

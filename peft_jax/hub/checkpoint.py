@@ -16,6 +16,8 @@ INDEX = "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 """The ends of the names of files that are pickles."""
 
+_PICKLES_INDEX = tuple(f"{end}.index.json" for end in PICKLED)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint:
@@ -88,14 +90,46 @@ def _read_sharded(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _without_safetensors(folder: Path) -> str:
-    pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
+    names = sorted(file.name for file in folder.iterdir())
+    pickled = [name for name in names if name.endswith(PICKLED)]
+    # Of a repository on the hub pickles are never fetched, but the index that names them is.
+    pickled += [name for name in names if name.endswith(_PICKLES_INDEX)]
     if pickled:
         return (
-            f"{folder} has its weights in {pickled[0]} only, a pickle: loading one can run any"
-            " code, so it is never done here. Convert it, where you trust it, with:\n"
-            f'  python -c "from transformers import AutoModelForCausalLM as M;'
-            f" M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
+            f"{folder} has its weights in {pickled[0].removesuffix('.index.json')} only, a pickle:"
+            f" loading one can run any code, so it is never done here. {_how_to_convert(folder)}"
         )
-    others = sorted(file.name for file in folder.iterdir() if file.suffix == ".safetensors")
+    others = [name for name in names if name.endswith(".safetensors")]
     found = f" (it has {', '.join(others)})" if others else ""
-    return f"{folder} has neither {WEIGHTS} nor {INDEX}{found}"
+    lacks = f"{folder} has neither {WEIGHTS} nor {INDEX}{found}"
+    if others or _hub_name(folder) is None:
+        return lacks
+    return (
+        f"{lacks}: if the weights on the hub are pickles (.bin, .pt), which can run any code, they"
+        f" are neither fetched nor loaded. {_how_to_convert(folder)}"
+    )
+
+
+def _how_to_convert(folder: Path) -> str:
+    """What makes safetensors of a pickle, and brings the tokenizer along."""
+    name = _hub_name(folder)
+    source, target = (folder, f"{folder}-safetensors") if name is None else (name, Path(name).name)
+    return (
+        "Convert it, where you trust it, with (it takes torch):\n"
+        f"  python -c \"import transformers as t; source, target = '{source}', '{target}';"
+        " t.AutoModelForCausalLM.from_pretrained(source).save_pretrained(target);"
+        ' t.AutoTokenizer.from_pretrained(source).save_pretrained(target)"'
+    )
+
+
+def _hub_name(folder: Path) -> str | None:
+    """The name on the hub of a folder in huggingface_hub's cache; None of another.
+
+    Example:
+      >>> _hub_name(Path("hub/models--org--model/snapshots/1a2b"))
+      'org/model'
+    """
+    repository, snapshots = folder.parent.parent.name, folder.parent.name
+    if snapshots != "snapshots" or not repository.startswith("models--"):
+        return None
+    return repository.removeprefix("models--").replace("--", "/")

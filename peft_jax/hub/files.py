@@ -76,6 +76,8 @@ def _put_in_place(new: Path, folder: Path, old: Path) -> None:
     if not folder.exists():
         new.rename(folder)
         return
+    # Process numbers come again, in containers above all: one that was killed may have left it.
+    shutil.rmtree(old, ignore_errors=True)
     folder.rename(old)
     try:
         new.rename(folder)

@@ -30,7 +30,7 @@ _IRRELEVANT = frozenset(
         "tokenizer_class", "top_k", "top_p", "typical_p", "unk_token_id", "use_cache",
         # How other frameworks compute the same function.
         "attn_implementation", "gradient_checkpointing", "pretraining_tp", "tf_legacy_loss",
-        "torchscript", "use_bfloat16",
+        "torchscript", "transformers.js_config", "use_bfloat16",
     }
 )  # fmt: skip
 

@@ -247,6 +247,11 @@ def read_rotary(hf_config: Mapping[str, Any], *, head_dim: int) -> RotarySetting
       ValueError: a rope type that is not implemented, or a parameter of it that is missing or not
         understood.
     """
+    for name in ("rope_parameters", "rope_scaling"):
+        if not isinstance(hf_config.get(name) or {}, Mapping):
+            raise ValueError(
+                f"config.json sets {name} = {hf_config[name]!r}; it should be an object"
+            )
     new, old = (hf_config.get(name) or {} for name in ("rope_parameters", "rope_scaling"))
     if new and old and new != old:
         raise ValueError(

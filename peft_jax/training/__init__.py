@@ -9,12 +9,18 @@
 """
 
 from peft_jax.training.config import RunConfig, default_config, from_config_dict
-from peft_jax.training.errors import InterruptedRunError, NonFiniteError, RefusedError
+from peft_jax.training.errors import (
+    BadDataError,
+    InterruptedRunError,
+    NonFiniteError,
+    RefusedError,
+)
 from peft_jax.training.loop import run
 from peft_jax.training.state import TrainState
 from peft_jax.training.step import TrainStep
 
 __all__ = [
+    "BadDataError",
     "InterruptedRunError",
     "NonFiniteError",
     "RefusedError",

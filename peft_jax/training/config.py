@@ -315,9 +315,10 @@ MAY_CHANGE = (
     "parallel",
     "data.prefetch",
     "data.check_rows",
+    "data.on_bad_row",
 )
-"""What may differ when a run is gone on with: it changes how things are computed and what is
-written down, but not what is computed."""
+"""What may differ when a run is gone on with: it changes how things are computed, what is written
+down, and where a run stops, but not what is computed."""
 
 ROUNDING = ("execution", "parallel")
 """What changes how sums are rounded: with it changed, a run does not end bit for bit the same."""

@@ -17,6 +17,12 @@ class NonFiniteError(Exception):
     exit_code = 1
 
 
+class BadDataError(Exception):
+    """A row that cannot be used was met during the run, and the settings make that an error."""
+
+    exit_code = 1
+
+
 class InterruptedRunError(Exception):
     """The run was asked to stop by a signal, and saved what it had.
 

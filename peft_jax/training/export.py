@@ -1,6 +1,5 @@
 """The result of a run as files for others: the adapter, and the whole model where asked for."""
 
-import os
 import shutil
 
 import jax
@@ -8,9 +7,13 @@ import jax
 from peft_jax.adapters import AdapterState, Full
 from peft_jax.core import Tree
 from peft_jax.hub import export_merged, save_adapter
+from peft_jax.hub.files import whole_folder
 from peft_jax.training.config import RunConfig
 from peft_jax.training.prepare import Job
 from peft_jax.training.workdir import WorkDir
+
+_GENERATION_CONFIG = "generation_config.json"
+"""What ends a chat model's turns often stands there alone."""
 
 
 def export_results(job: Job, folder: WorkDir, frozen: Tree, adapter: AdapterState) -> None:
@@ -42,13 +45,9 @@ def exports_model(config: RunConfig) -> bool:
 
 def _export_model(job: Job, folder: WorkDir, frozen: Tree, adapter: AdapterState) -> None:
     """The merged model in the base's dtype, in a folder that is there when it is whole."""
-    temporary = folder.model.with_name(f".{folder.model.name}.tmp-{os.getpid()}")
-    temporary.mkdir()
-    try:
+    with whole_folder(folder.model) as temporary:
         dtype = job.config.model.dtype
         export_merged(temporary, job.model, frozen, job.spec, adapter, dtype=dtype)
         job.tokenizer.save_pretrained(temporary)
-        shutil.rmtree(folder.model, ignore_errors=True)
-        temporary.rename(folder.model)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if (job.folder / _GENERATION_CONFIG).is_file():
+            shutil.copyfile(job.folder / _GENERATION_CONFIG, temporary / _GENERATION_CONFIG)

@@ -22,7 +22,7 @@ from peft_jax.training.checkpoints import Checkpoints
 from peft_jax.training.clock import Phases, Rate
 from peft_jax.training.config import RunConfig
 from peft_jax.training.cpu_memory import dispatch_inline, keep_freed_memory
-from peft_jax.training.errors import NonFiniteError, RefusedError
+from peft_jax.training.errors import BadDataError, NonFiniteError, RefusedError
 from peft_jax.training.evaluate import AnyEvaluator, make_evaluator
 from peft_jax.training.export import export_results
 from peft_jax.training.files import locked, write_json
@@ -65,6 +65,7 @@ def run(
       RefusedError: something that was asked for cannot be done; nothing was done.
       InterruptedRunError: a signal asked the run to stop, and it did, with a checkpoint.
       NonFiniteError: the loss or the gradient is not finite.
+      BadDataError: a row that cannot be used was met after the first step, and is an error.
     """
     dispatch_inline()
     first = jax.process_index() == 0
@@ -235,7 +236,7 @@ class _Run:
         train = self._config.train
         wanted = self._config.method.init_batches
         before = self._job.train.get_state()
-        rows = [next(self._job.train) for _ in range(-(-wanted // train.gradient_accumulation))]
+        rows = [self._next_batch() for _ in range(-(-wanted // train.gradient_accumulation))]
         self._job.train.set_state(before)
         size = train.microbatch_size
         pieces = [
@@ -311,7 +312,7 @@ class _Run:
             self._between_steps(done, arrays, evaluator)
             while done < train.steps:
                 with self._phases("data"):
-                    batch = next(self._job.train)
+                    batch = self._next_batch()
                 placed = self._job.placement.put_microbatches(batch, train.gradient_accumulation)
                 arrays.state, metrics = step(arrays.state, arrays.frozen, arrays.constant, placed)
                 done += 1
@@ -321,6 +322,24 @@ class _Run:
                 progress.advance(done)
                 self._note(self._inbox.ready(), progress)
                 self._between_steps(done, arrays, evaluator, progress)
+
+    def _next_batch(self) -> AnyBatch:
+        """The next batch of the training stream.
+
+        Raises:
+          BadDataError: a row cannot be used, and the settings make that an error, or none can.
+        """
+        try:
+            return next(self._job.train)
+        except ValueError as error:
+            last, again = self._saved, ""
+            if last is not None:
+                again = (
+                    f"\nThe last checkpoint: {self._checkpoints.path(last)}. The same command goes "
+                    "on from there, and may have another data.on_bad_row; any other setting of the "
+                    "data wants another --workdir"
+                )
+            raise BadDataError(f"{error}{again}") from error
 
     def _between_steps(
         self,
@@ -443,7 +462,8 @@ class _Run:
         before, after = summary["before"], summary["after"]
         for name, value in after.items():
             if name != "targets":
-                self._reporter.say(f"held-out {name}: {before.get(name, 0.0):.4f} -> {value:.4f}")
+                was, now = _measure(before.get(name)), _measure(value)
+                self._reporter.say(f"held-out {name}: {was} -> {now}")
         self._reporter.say(
             f"{summary['steps']} steps, {summary['seconds_per_step']:.3g} s a step, "
             f"{summary['tokens_per_second']:.4g} tokens/s, {_speed(summary)}\n"
@@ -461,6 +481,16 @@ def _speed(summary: dict[str, Any]) -> str:
     """
     rate, share = summary["flops_per_second"] or 0.0, summary["utilization"]
     return f"{rate / 1e12:.3g} TFLOP/s" + ("" if share is None else f", {share:.0%} of the peak")
+
+
+def _measure(value: float | None) -> str:
+    """A measure with four decimals; None stands for one that is not there, or is not finite.
+
+    Example:
+      >>> _measure(0.5), _measure(None)
+      ('0.5000', 'not measured')
+    """
+    return "not measured" if value is None else f"{value:.4f}"
 
 
 def _is_multiple(step: int, every: int) -> bool:

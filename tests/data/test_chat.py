@@ -240,6 +240,7 @@ def test_rows_that_are_the_same_conversation(row):
         ({"messages": []}, "empty", "no messages"),
         ({"messages": [{"role": "user", "content": "Hi"}]}, "empty", "assistant says nothing"),
         ({"messages": [{"role": "asistant", "content": "Hi"}]}, "unknown role", "'assistant'"),
+        ({"messages": [{"role": ["user"], "content": "Hi"}]}, "unknown role", "has role"),
         ({"messages": [{"role": "user", "content": 3}]}, "wrong type", "a int for content"),
         ({"messages": [{"role": "user", "content": " "}]}, "empty", r"message 1 \(user\)"),
     ],

@@ -78,6 +78,14 @@ def test_parquet_and_pandas_csv(tmp_path, index):
     assert [{k: row[k] for k in ROWS[0]} for row in read(tmp_path / "a.csv")] == ROWS
 
 
+@pytest.mark.parametrize("ending", ["parquet", "arrow"])
+def test_a_damaged_parquet_or_arrow_file_is_named(tmp_path, ending):
+    damaged = tmp_path / f"a.{ending}"
+    damaged.write_bytes(b"PAR1 and no more")
+    with pytest.raises(ValueError, match=rf"a\.{ending} cannot be read as {ending}"):
+        read(damaged)
+
+
 def test_tsv_takes_quotes_as_they_are_unless_told(tmp_path):
     path = tmp_path / "a.tsv"
     path.write_text('question\tanswer\n"Well," he said.\tyes\n"quoted"\tno\n')

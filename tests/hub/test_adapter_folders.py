@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from peft_jax.adapters import (
 )
 from peft_jax.core import flatten, unflatten
 from peft_jax.hub import load_adapter, load_model, save_adapter
+from peft_jax.hub.files import whole_folder
 from peft_jax.models import build_model
 
 LLAMA = {
@@ -209,6 +211,17 @@ def test_an_adapter_is_replaced_and_other_files_are_kept(saved, model, params, a
     }
     assert_same_bits(load_adapter(folder, model, params)[1], state)
     assert [file.name for file in folder.parent.iterdir()] == [folder.name]
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_in_nobodys_way(tmp_path):
+    folder = tmp_path / "adapter"
+    left = [tmp_path / f".adapter.{os.getpid()}.{end}" for end in ("tmp", "old")]
+    for path in (folder, *left):
+        path.mkdir()
+        (path / "stale").touch()
+    with whole_folder(folder) as new:
+        (new / "fresh").touch()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["adapter", "fresh"]
 
 
 def test_folders_that_hold_something_else_are_left_alone(model, params, arbitrary_state, tmp_path):

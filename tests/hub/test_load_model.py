@@ -1,7 +1,9 @@
 """Checkpoints load as they are, or are refused by name."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,7 @@ CONFIG = {
     "num_key_value_heads": 2,
 }
 WEIGHTS = "model.safetensors"
+TINY_WORLD = Path(__file__).parents[2] / "assets" / "tiny_world"
 
 
 def random_tensors(rng, **config):
@@ -199,6 +202,38 @@ def test_pickles_are_refused_with_how_to_convert(write, tensors, name):
     (folder / name).write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
     with pytest.raises(ValueError, match=rf"{name} only, a pickle(.|\n)*save_pretrained"):
         load_model(folder)
+
+
+@pytest.mark.parametrize("left", ["pytorch_model.bin.index.json", "generation_config.json"])
+def test_pickles_on_the_hub_are_refused_with_how_to_convert(write, tensors, tmp_path_factory, left):
+    # As huggingface_hub leaves a repository of which the pickles are not fetched.
+    folder = tmp_path_factory.mktemp("hub") / "models--org--old-model" / "snapshots" / "1a2b"
+    folder.parent.mkdir(parents=True)
+    write(tensors).rename(folder)
+    (folder / WEIGHTS).unlink()
+    (folder / left).write_text("{}")
+    convert = r"source, target = 'org/old-model', 'old-model'(.|\n)*AutoTokenizer"
+    with pytest.raises(ValueError, match=rf"pickle(.|\n)*{convert}"):
+        load_model(folder)
+
+
+def test_the_command_that_converts_a_pickle_leaves_what_a_run_wants(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    pickled = tmp_path / "pickled"
+    shutil.copytree(TINY_WORLD, pickled)
+    module = transformers.AutoModelForCausalLM.from_pretrained(pickled)
+    torch.save(module.state_dict(), pickled / "pytorch_model.bin")
+    (pickled / WEIGHTS).unlink()
+    with pytest.raises(ValueError, match="a pickle") as refused:
+        load_model(pickled)
+    (program,) = re.findall(r'python -c "(.*)"$', str(refused.value))
+    exec(program)
+    converted = tmp_path / "pickled-safetensors"
+    assert (converted / "tokenizer.json").is_file()
+    _, params = load_model(converted)
+    _, wanted = load_model(TINY_WORLD)
+    jax.tree.map(np.testing.assert_array_equal, params, wanted)
 
 
 def test_a_folder_without_weights_or_configuration_is_refused(write, tensors):

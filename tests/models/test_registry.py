@@ -198,6 +198,7 @@ def test_yarn_takes_its_original_length_from_the_maximum():
         (LLAMA | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
         (LLAMA | {"rope_scaling": {"type": "longrope"}}, "rope type 'longrope'"),
         (LLAMA | {"rope_scaling": {"type": "linear"}}, "'linear' without factor"),
+        (LLAMA | {"rope_scaling": "linear"}, "rope_scaling = 'linear'; it should be an object"),
         (LLAMA | {"rope_scaling": {"type": "linear", "factor": -1.0}}, "factor must be"),
         (LLAMA | {"rope_parameters": {"mrope_section": [1]}}, "mrope_section = .*not understood"),
         (LLAMA | {"rope_parameters": {"full_attention": {}}}, "differ by layer type"),
@@ -228,6 +229,7 @@ def test_what_is_not_understood_is_refused_by_name(config, message):
         {"qk_norm": None, "_attn_implementation_autoset": True},
         {"architectures": ["LlamaForCausalLM"], "auto_map": {"AutoModelForCausalLM": "m.M"}},
         {"temperature": 0.7, "max_length": 20, "is_decoder": False},
+        {"transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}}},  # SmolLM2's
     ],
 )
 def test_what_does_not_matter_is_accepted(config):

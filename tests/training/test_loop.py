@@ -14,6 +14,7 @@ from peft_jax.adapters import method_settings
 from peft_jax.data import TrainData
 from peft_jax.hub import load_adapter, load_model
 from peft_jax.training import (
+    BadDataError,
     InterruptedRunError,
     NonFiniteError,
     RefusedError,
@@ -171,6 +172,18 @@ def test_base_is_never_written(finished, checkpoint, tiny, tmp_path):
     assert {p: p.read_bytes() for p in checkpoint.rglob("*") if p.is_file()} == files
 
 
+def test_a_merged_model_keeps_what_ends_its_texts(checkpoint, tiny, tmp_path):
+    base, ends = tmp_path / "base", '{"eos_token_id": [1, 5]}'
+    shutil.copytree(checkpoint, base)
+    (base / "generation_config.json").write_text(ends)
+    changes = {"model.path": str(base), "export.merged": True, "train.steps": 1}
+    # As a process of the same number leaves it, as there are in containers, that was killed here.
+    (tmp_path / "run" / f".model.{os.getpid()}.tmp" / "half").mkdir(parents=True)
+    run(tiny(**changes), tmp_path / "run")
+    assert not (tmp_path / "run" / "model" / "half").exists()
+    assert (tmp_path / "run" / "model" / "generation_config.json").read_text() == ends
+
+
 @pytest.fixture
 def stopped(finished, tiny, tmp_path):
     """The finished run's folder as a process leaves it that is killed after step 5."""
@@ -190,6 +203,12 @@ def test_killed_between_checkpoints(finished, stopped, tiny, listener):
     assert "going on from step 4" in listener.text
     assert adapter_bytes(stopped) == adapter_bytes(finished[0])
     assert untimed(stopped) == untimed(finished[0])
+
+
+def test_what_was_not_measured_before_is_not_said_to_be_nothing(stopped, tiny, listener):
+    (stopped / "metrics.jsonl").unlink()
+    run(hybrid(tiny), stopped, reporter=listener)
+    assert "held-out loss: not measured -> " in listener.text
 
 
 def test_a_damaged_checkpoint_is_passed_over(finished, stopped, tiny, listener):
@@ -212,6 +231,26 @@ def test_going_on_with_other_settings_is_refused_by_name(stopped, tiny):
     assert "seed: 0 there, 1 now" in message
     assert "train.learning_rate: 0.02 there, 0.5 now" in message
     assert "batch_size" not in message
+
+
+def test_a_bad_row_met_late_names_the_way_on_and_is_skipped_if_asked(
+    tiny, data, tmp_path, listener
+):
+    words = tmp_path / "words"
+    shutil.copytree(data / "words", words)
+    lines = (words / "train.jsonl").read_text().splitlines()
+    (words / "train.jsonl").write_text("\n".join([*lines[:12], "{", *lines[12:]]) + "\n")
+    late = {"data.check_rows": 0, "data.shuffle": False, "data.packing": False}
+    late["data.path"] = str(words)
+    with pytest.raises(BadDataError) as stopped:
+        run(tiny(**late), tmp_path / "run")
+    assert "train.jsonl:13: broken JSON" in str(stopped.value)
+    assert f"last checkpoint: {tmp_path / 'run' / 'checkpoints' / '2'}" in str(stopped.value)
+    late["data.on_bad_row"] = "skip"
+    run(tiny(**late), tmp_path / "run", reporter=listener)
+    assert "going on from step 2 of 6" in listener.text
+    run(tiny(**late), tmp_path / "whole")
+    assert untimed(tmp_path / "run") == untimed(tmp_path / "whole")
 
 
 def test_going_on_with_settings_that_do_not_matter(finished, stopped, tiny, listener):

@@ -217,7 +217,14 @@ class Recipe:
         if not self.templated:
             raise ValueError(f"{setting}: recipe {self.name!r} takes no templates")
         known = self.template_fields()
-        for _, field, _, _ in string.Formatter().parse(template):
+        try:
+            parts = list(string.Formatter().parse(template))
+        except ValueError as error:
+            raise ValueError(
+                f"{setting} is {template!r}: {error}; a brace that stands for itself is written"
+                " twice, {{ or }}"
+            ) from None
+        for _, field, _, _ in parts:
             if field is not None and field not in known:
                 raise ValueError(
                     f"{setting} has the field {{{field}}}, which recipe {self.name!r} does not have"

@@ -113,7 +113,7 @@ class Classification(Recipe):
                 if text in (label.word.lower(), *label.names):
                     return index
             text = int(text) if text.isdecimal() else text
-        if isinstance(text, int) and not isinstance(text, bool) and text < len(self.labels):
+        if isinstance(text, int) and not isinstance(text, bool) and 0 <= text < len(self.labels):
             return text
         names = [name for label in self.labels for name in (label.word, *label.names)]
         raise BadRowError(

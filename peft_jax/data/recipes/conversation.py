@@ -85,7 +85,7 @@ def _message(number: int, message: Mapping[str, Any]) -> dict[str, Any]:
         fields["role"] = fields.pop("from")
         fields["content"] = fields.pop("value", None)
     role = fields.get("role")
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise BadRowError(
             "unknown role",
             f"message {number + 1} has role {role!r}{did_you_mean(str(role), _ROLES)}",
