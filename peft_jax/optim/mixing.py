@@ -47,7 +47,7 @@ class MixingSettings:
       not: LoRA-GA's start scales A and B, and the norm of their gradient with it. The default, from
       the study in docs/study;
     - "proportional": the same with e = ‖g‖, the norm of the branch's gradient: the paper's rule;
-    - "inverse": λ = e_rotation / (e_low_rank + e_rotation) with norms, which evens the branches out;
+    - "inverse": with norms, λ = e_rotation / (e_low_rank + e_rotation), which evens the branches;
     - "fixed": λ = `fixed`;
     - "none": both branches take their whole update. λ reads as ½, since neither is preferred.
 
@@ -137,13 +137,13 @@ def hybrid_mixing(
     branch alone is present has nothing to be mixed with: it keeps its whole update, times its rate.
     When both branches' evidence is zero, or either is not finite, λ is ½.
 
-    The paper gives λ as the ratio of gradient norms of one layer, the rule "proportional". What it leaves to the
-    implementation is settled here so: the gradients are the raw ones of the whole (accumulated)
-    batch; the norm of a branch is that of all its arrays in the group together; the moments of the
-    inner optimiser see the unmixed gradients; and λ scales the whole update, decoupled weight decay
-    included. The other rules, moving average, floor, norms, groupings and the rates of the branches
-    are additions; of these the rule alone departs from the paper by default, and
-    `MixingSettings(rule="proportional")` is the paper's.
+    The paper gives λ as the ratio of gradient norms of one layer, the rule "proportional". What it
+    leaves to the implementation is settled here so: the gradients are the raw ones of the whole
+    (accumulated) batch; the norm of a branch is that of all its arrays in the group together; the
+    moments of the inner optimiser see the unmixed gradients; and λ scales the whole update,
+    decoupled weight decay included. The other rules, moving average, floor, norms, groupings and
+    the rates of the branches are additions; of these the rule alone departs from the paper by
+    default, and `MixingSettings(rule="proportional")` is the paper's.
 
     Two orders matter. `inner` must return steps *down* the gradient (what `optax.apply_updates`
     adds), as any complete optimiser does: "predicted_decrease" reads their sign. And accumulation
