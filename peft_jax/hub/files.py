@@ -1,12 +1,16 @@
 """Files and folders that are either whole or not there."""
 
 import contextlib
+import glob
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+_UNFINISHED = ("tmp", "old")
+"""The ends of the names of folders that are not yet, or no longer, in their place."""
 
 
 @contextlib.contextmanager
@@ -60,7 +64,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = (
-        folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old")
+        folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in _UNFINISHED
     )
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -69,6 +73,16 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         _put_in_place(temporary, folder, old)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what processes that were killed in `whole_folder` have left beside a folder.
+
+    Call it when `folder` is in its place and no other process can be writing it.
+    """
+    for end in _UNFINISHED:
+        for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.{end}"):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _put_in_place(new: Path, folder: Path, old: Path) -> None:

@@ -7,7 +7,7 @@ import jax
 from peft_jax.adapters import AdapterState, Full
 from peft_jax.core import Tree
 from peft_jax.hub import export_merged, save_adapter
-from peft_jax.hub.files import whole_folder
+from peft_jax.hub.files import remove_unfinished, whole_folder
 from peft_jax.training.config import RunConfig
 from peft_jax.training.prepare import Job
 from peft_jax.training.workdir import WorkDir
@@ -31,6 +31,7 @@ def export_results(job: Job, folder: WorkDir, frozen: Tree, adapter: AdapterStat
         return
     save_adapter(folder.adapter, job.model, job.spec, whole, job.config.model.path)
     job.tokenizer.save_pretrained(folder.adapter)
+    remove_unfinished(folder.adapter)  # the work directory is this run's alone
     if exports_model(job.config):
         _export_model(job, folder, frozen, adapter)
 
@@ -51,3 +52,4 @@ def _export_model(job: Job, folder: WorkDir, frozen: Tree, adapter: AdapterState
         job.tokenizer.save_pretrained(temporary)
         if (job.folder / _GENERATION_CONFIG).is_file():
             shutil.copyfile(job.folder / _GENERATION_CONFIG, temporary / _GENERATION_CONFIG)
+    remove_unfinished(folder.model)

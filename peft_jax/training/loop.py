@@ -296,7 +296,12 @@ class _Run:
                     folder=self._folder.path,
                 )
             )
-        log = MetricsLog(self._folder.metrics, from_step=start, sinks=tuple(sinks))
+        try:
+            log = MetricsLog(self._folder.metrics, from_step=start, sinks=tuple(sinks))
+        except ValueError as error:
+            raise RefusedError(
+                f"{error}; take the line out, and the same command goes on"
+            ) from error
         from_first(log.present)
         return log
 

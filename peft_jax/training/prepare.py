@@ -12,6 +12,7 @@ from peft_jax.adapters import AdapterSpec, ParameterCount, count_parameters, tra
 from peft_jax.data import EvalData, TrainData, build_data, get_recipe
 from peft_jax.hub import find_folder, read_config
 from peft_jax.hub.load import open_sources
+from peft_jax.hub.tokenizer import load_tokenizer
 from peft_jax.models import (
     Model,
     SequenceClassifier,
@@ -151,21 +152,6 @@ def _check_positions(config: RunConfig, model: Model) -> None:
             f"train.max_length is {config.train.max_length}, and the model has learnt positions for"
             f" {model.max_tokens} tokens"
         )
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The checkpoint's tokenizer; none of its code is ever run.
-
-    Raises:
-      ValueError: there is none that can be loaded.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:
-        # transformers raises whatever its many tokenizers raise.
-        raise ValueError(f"{folder} has no tokenizer that can be loaded: {error}") from error
 
 
 def _check_vocabulary(tokenizer: Any, model: Model, folder: Path) -> None:

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from peft_jax.core import flatten
 from peft_jax.hub import load_model, read_config, save_model
+from peft_jax.hub.tokenizer import load_tokenizer
 from peft_jax.models import build_model
 
 CONFIG = {
@@ -341,3 +342,27 @@ def test_saving_leaves_nothing_loadable_when_it_fails(tmp_path, key, monkeypatch
     with pytest.raises(ValueError, match=r"no config\.json"):
         load_model(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == [WEIGHTS]
+
+
+def test_a_tokenizer_of_sentencepiece_alone_is_read(tmp_path):
+    """As Llama 1, Llama 2 and Vicuna have it: tokenizer.model, and no tokenizer.json."""
+    import sentencepiece
+
+    words = ["the fox ran", "a fox and a dog", "the dog ran to the fox", "and then they slept"]
+    text = tmp_path / "text"
+    text.write_text("\n".join(words * 20))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text),
+        model_prefix=str(tmp_path / "tokenizer"),
+        model_type="bpe",
+        vocab_size=320,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    own = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    tokenizer = load_tokenizer(tmp_path)
+    for line in ("the dog and the fox slept", "größe"):
+        assert tokenizer(line)["input_ids"] == [own.bos_id(), *own.encode(line)]

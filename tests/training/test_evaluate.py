@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from peft_jax.data import build_data
+from peft_jax.hub.tokenizer import load_tokenizer
 from peft_jax.parallel import MeshSettings, make_mesh
 from peft_jax.training.evaluate import Evaluator
 from peft_jax.training.placement import RowPlacement
-from peft_jax.training.prepare import load_tokenizer
 
 
 @pytest.fixture(scope="module")

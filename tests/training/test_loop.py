@@ -99,7 +99,7 @@ def test_records_have_every_step_once(finished):
 
 def test_the_adapter_loads_and_does_what_was_measured(finished, tiny, checkpoint):
     from peft_jax.data import build_data
-    from peft_jax.training.prepare import load_tokenizer
+    from peft_jax.hub.tokenizer import load_tokenizer
 
     workdir, summary = finished
     model, params = load_model(checkpoint)
@@ -177,10 +177,13 @@ def test_a_merged_model_keeps_what_ends_its_texts(checkpoint, tiny, tmp_path):
     shutil.copytree(checkpoint, base)
     (base / "generation_config.json").write_text(ends)
     changes = {"model.path": str(base), "export.merged": True, "train.steps": 1}
-    # As a process of the same number leaves it, as there are in containers, that was killed here.
+    # As processes leave it that were killed here, one of the same number, as in containers.
     (tmp_path / "run" / f".model.{os.getpid()}.tmp" / "half").mkdir(parents=True)
+    for left in (".model.1.tmp", ".model.2.old", ".adapter.1.tmp"):
+        (tmp_path / "run" / left / "half").mkdir(parents=True)
     run(tiny(**changes), tmp_path / "run")
     assert not (tmp_path / "run" / "model" / "half").exists()
+    assert not list((tmp_path / "run").glob(".*.*.*"))
     assert (tmp_path / "run" / "model" / "generation_config.json").read_text() == ends
 
 
@@ -222,6 +225,14 @@ def test_a_damaged_checkpoint_is_passed_over(finished, stopped, tiny, listener):
     assert "going on from step 2" in listener.text
     assert adapter_bytes(stopped) == adapter_bytes(finished[0])
     assert untimed(stopped) == untimed(finished[0])
+
+
+def test_a_damaged_line_of_metrics_is_refused_before_training(stopped, tiny):
+    metrics = stopped / "metrics.jsonl"
+    first, *others = metrics.read_text().splitlines()
+    metrics.write_text("\n".join([first, "{broken", *others]) + "\n")
+    with pytest.raises(RefusedError, match=r"metrics.jsonl:2 is not a record.*take the line out"):
+        run(hybrid(tiny), stopped)
 
 
 def test_going_on_with_other_settings_is_refused_by_name(stopped, tiny):

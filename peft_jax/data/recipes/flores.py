@@ -6,16 +6,21 @@ arXiv 2207.04672.
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from peft_jax.core import did_you_mean
 from peft_jax.data.examples import Example
 from peft_jax.data.files import open_lines, split_of
 from peft_jax.data.recipes.base import HubHome, Recipe
 from peft_jax.data.recipes.measures import chrf
 from peft_jax.data.settings import DataSettings
 from peft_jax.data.tables import AlignedTable, Row, Table
+
+_CODE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
+"""How FLORES's codes look: language and script."""
 
 LANGUAGE_NAMES = {
     "arb_Arab": "Arabic",
@@ -96,14 +101,34 @@ class Translation(Recipe):
         return {"source": self.source_code, "target": self.target_code}
 
     def find_splits(self, folder: Path, settings: DataSettings) -> dict[str, Callable[[], Table]]:
-        """Aligned files, or else what other recipes find."""
+        """Aligned files, or else what other recipes find.
+
+        Raises:
+          ValueError: the folder has files in some of FLORES's languages, but not in one of these.
+        """
         sides = [_files_in_language(folder, code) for code in (self.source_code, self.target_code)]
         splits: dict[str, Callable[[], Table]] = {
             split: functools.partial(_open_pair, sides[0][split], sides[1][split])
             for split in sides[0]
             if split in sides[1]
         }
+        if not splits:
+            self._check_languages(folder)
         return splits or super().find_splits(folder, settings)
+
+    def _check_languages(self, folder: Path) -> None:
+        there = {
+            part
+            for path in folder.rglob("*")
+            for part in path.name.split(".")
+            if _CODE.fullmatch(part)
+        }
+        for setting, code in (("source", self.source_code), ("target", self.target_code)):
+            if there and code not in there:
+                raise ValueError(
+                    f"data.{setting}_language is {code!r}, and {folder} has no file in it"
+                    f"{did_you_mean(code, there)}"
+                )
 
     def read_value(self, row: Row, field: str) -> Any:
         """One field; of a row with both languages under "translation", from there."""
