@@ -9,6 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from peft_jax.adapters import Hybrid
 from peft_jax.core.checks import check_positive, check_positive_int
 from peft_jax.training import RunConfig
 
@@ -201,6 +202,8 @@ def digest(config: RunConfig, task: TaskSettings) -> str:
     mapping = config.to_mapping()
     for section in ("logging", "checkpoint", "evaluate", "export", "parallel"):
         del mapping[section]
+    if not isinstance(config.method.method, Hybrid):
+        del mapping["mixing"]
     # Where a file lies does not matter, and what it is called does.
     for section, name in (("model", "path"), ("data", "path")):
         mapping[section][name] = Path(mapping[section][name]).name
