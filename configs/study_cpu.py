@@ -130,7 +130,7 @@ def get_config(data: str = "") -> StudySettings:
 _SAME_RATES = tuple(arm.name for arm in ARMS if arm.name != "one_rate")
 """The arms on tasks whose branches have the same grid, so that they have one rate in any case."""
 
-_FEW = ("lora_ga", "boft", "hybrid", "lora", "full")
+_FEW = ("lora_ga", "boft", "hybrid", "full")
 """The arms on tasks that take long and tell little: in so few steps hardly anything is learnt."""
 
 _GLUE = (
