@@ -1,11 +1,14 @@
 """The study's pictures."""
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -29,17 +32,19 @@ def draw_losses(cells: Cells, path: Path, *, seconds: Mapping[str, Mapping[str, 
       path: of the picture.
       seconds: of a step, by task's and arm's title; a task that was not timed has none.
     """
+    colours = _colours(cells)
 
     def draw() -> Figure:
         figure = Figure(figsize=(9.5, 2.7 * len(cells)), layout="constrained")
         grid = figure.subplots(len(cells), 2, squeeze=False)
         for (by_step, by_second), (task, arms) in zip(grid, cells.items(), strict=True):
-            for colour, (arm, runs) in zip(_COLOURS, arms.items(), strict=False):
+            for arm, runs in arms.items():
                 curve = smooth(_mean(runs, "train_loss"), _WINDOW)
                 steps = np.arange(1, len(curve) + 1)
-                by_step.plot(steps, curve, color=colour, label=arm, linewidth=1.4)
+                line = {"color": colours[arm], "label": arm, "linewidth": 1.4}
+                by_step.plot(steps, curve, **line)
                 if seconds[task]:
-                    by_second.plot(steps * seconds[task][arm], curve, color=colour, linewidth=1.4)
+                    by_second.plot(steps * seconds[task][arm], curve, **line)
             by_step.set_title(task)
             by_step.set_ylabel("training loss")
             by_step.set_xlabel("step")
@@ -48,8 +53,7 @@ def draw_losses(cells: Cells, path: Path, *, seconds: Mapping[str, Mapping[str, 
             else:
                 by_second.set_axis_off()
                 by_second.text(0.5, 0.5, "not timed yet", ha="center", color="grey")
-        handles, labels = grid[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)))
+        _legend(figure)
         return figure
 
     _write(path, draw)
@@ -59,8 +63,7 @@ def draw_mixing(cells: Mapping[str, Sequence[Cell]], path: Path) -> None:
     """λ of each layer over the steps, one panel a task; mean over seeds."""
 
     def draw() -> Figure:
-        figure = Figure(figsize=(3.2 * len(cells), 2.6), layout="constrained")
-        panels = figure.subplots(1, len(cells), squeeze=False)[0]
+        figure, panels = _panels(len(cells))
         for panel, (task, runs) in zip(panels, cells.items(), strict=True):
             found = [np.asarray(run["steps"]["lambda"]["layers"], float) for run in runs]
             weights = np.mean(found, axis=0)
@@ -75,8 +78,8 @@ def draw_mixing(cells: Mapping[str, Sequence[Cell]], path: Path) -> None:
             panel.set_ylim(0, 1)
             panel.set_title(task)
             panel.set_xlabel("step")
-        panels[0].set_ylabel("λ, share of the low-rank branch")
-        panels[-1].legend(fontsize=7)
+            panel.legend(fontsize=7)
+        figure.supylabel("λ, share of the low-rank branch", fontsize="medium")
         return figure
 
     _write(path, draw)
@@ -84,24 +87,51 @@ def draw_mixing(cells: Mapping[str, Sequence[Cell]], path: Path) -> None:
 
 def draw_gradients(cells: Cells, path: Path) -> None:
     """The gradient's norm of each method over the steps, one panel a task; mean over seeds."""
+    colours = _colours(cells)
 
     def draw() -> Figure:
-        figure = Figure(figsize=(3.2 * len(cells), 2.9), layout="constrained")
-        panels = figure.subplots(1, len(cells), squeeze=False)[0]
+        figure, panels = _panels(len(cells))
         for panel, (task, arms) in zip(panels, cells.items(), strict=True):
-            for colour, (arm, runs) in zip(_COLOURS, arms.items(), strict=False):
+            for arm, runs in arms.items():
                 norms = [np.asarray(run["steps"]["grad_norm"], float) for run in runs]
                 curve = smooth(np.mean(norms, axis=0), _WINDOW)
-                panel.plot(curve, color=colour, label=arm, linewidth=1.3)
+                panel.plot(curve, color=colours[arm], label=arm, linewidth=1.3)
             panel.set_yscale("log")
             panel.set_title(task)
             panel.set_xlabel("step")
-        panels[0].set_ylabel("norm of the gradient")
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)))
+        figure.supylabel("norm of the gradient", fontsize="medium")
+        _legend(figure)
         return figure
 
     _write(path, draw)
+
+
+def _colours(cells: Cells) -> dict[str, str]:
+    """A colour for each arm's title, the same for all tasks."""
+    arms = dict.fromkeys(arm for task in cells.values() for arm in task)
+    return dict(zip(arms, itertools.cycle(_COLOURS), strict=False))
+
+
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    """A figure with one panel a task, at most three in a row."""
+    columns = min(count, 3)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(3.3 * columns, 2.6 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for unused in panels[count:]:
+        unused.set_axis_off()
+    return figure, panels[:count]
+
+
+def _legend(figure: Figure) -> None:
+    """One legend for all panels, below them."""
+    found: dict[str, Artist] = {}
+    for panel in figure.axes:
+        handles, labels = panel.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+    columns = min(6, len(found))
+    handles, labels = list(found.values()), list(found)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
 def _mean(runs: Sequence[Cell], name: str) -> np.ndarray:
