@@ -76,9 +76,9 @@ def draw_mixing(cells: Mapping[str, Sequence[Cell]], path: Path) -> None:
                     linewidth=1.3,
                 )
             panel.set_ylim(0, 1)
-            panel.set_title(task)
+            panel.set_title(task, fontsize=9)
             panel.set_xlabel("step")
-            panel.legend(fontsize=7)
+            panel.legend(fontsize=7, ncols=2, loc="lower left")
         figure.supylabel("λ, share of the low-rank branch", fontsize="medium")
         return figure
 
@@ -97,7 +97,7 @@ def draw_gradients(cells: Cells, path: Path) -> None:
                 curve = smooth(np.mean(norms, axis=0), _WINDOW)
                 panel.plot(curve, color=colours[arm], label=arm, linewidth=1.3)
             panel.set_yscale("log")
-            panel.set_title(task)
+            panel.set_title(task, fontsize=9)
             panel.set_xlabel("step")
         figure.supylabel("norm of the gradient", fontsize="medium")
         _legend(figure)
