@@ -57,6 +57,7 @@ def hybrid(tiny, **changes):
     settings = {
         "method.name": "hybrid",
         "method.dropout": 0.1,
+        "mixing.rule": "proportional",  # which can be checked from what is logged
         "train.gradient_accumulation": 2,
         "evaluate.every": 3,
         "optimizer.schedule.warmup_steps": 2,
