@@ -256,10 +256,18 @@ def _read_arrow(path: Path, settings: DataSettings, layout: Layout) -> Table:
 
 
 def _open_arrow(load: Callable[[str], Any], path: Path) -> Table:
-    """What a loader of `datasets`, which raises what its many parts raise, makes of a file."""
+    """What a loader of `datasets` makes of a file.
+
+    Raises:
+      ValueError: the file is damaged, or not of its format.
+    """
+    import pyarrow
+    from datasets.exceptions import DatasetsError
+
     try:
         return ArrowTable(load(str(path)), str(path))
-    except Exception as error:
+    # A footer or a schema that cannot be read is Arrow's error, what lies before it datasets' own.
+    except (pyarrow.ArrowException, DatasetsError) as error:
         raise ValueError(f"{path} cannot be read as {_format(path)[1:]}: {error}") from error
 
 

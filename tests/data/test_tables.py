@@ -79,10 +79,20 @@ def test_parquet_and_pandas_csv(tmp_path, index):
 
 
 @pytest.mark.parametrize("ending", ["parquet", "arrow"])
-def test_a_damaged_parquet_or_arrow_file_is_named(tmp_path, ending):
+def test_a_file_that_is_no_parquet_or_arrow_is_named(tmp_path, ending):
     damaged = tmp_path / f"a.{ending}"
     damaged.write_bytes(b"PAR1 and no more")
     with pytest.raises(ValueError, match=rf"a\.{ending} cannot be read as {ending}"):
+        read(damaged)
+
+
+def test_a_parquet_file_with_damaged_rows_is_named(tmp_path):
+    """The footer is as it was, so that the file opens; its first pages are not."""
+    damaged = tmp_path / "a.parquet"
+    pd.DataFrame(ROWS).to_parquet(damaged)
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:4] + b"\xff" * 60 + whole[64:])
+    with pytest.raises(ValueError, match=r"a\.parquet cannot be read as parquet"):
         read(damaged)
 
 
