@@ -9,7 +9,7 @@
 - [`labelled`][peft_jax.data.labelled]: `LabelledEncoder`, texts with a label, for encoders.
 """
 
-from peft_jax.data.bad_rows import BadRowError, BadRows
+from peft_jax.data.bad_rows import BadRowError, BadRows, UnusableRowsError
 from peft_jax.data.batch import AnyBatch, Batch, LabelledBatch, abstract_batch, padding_share
 from peft_jax.data.encode import Encoded, Encoder
 from peft_jax.data.examples import Conversation, Example, Piece
@@ -35,6 +35,7 @@ __all__ = [
     "Piece",
     "Recipe",
     "TrainData",
+    "UnusableRowsError",
     "abstract_batch",
     "build_data",
     "get_recipe",

@@ -18,6 +18,10 @@ class BadRowError(ValueError):
         self.detail = detail
 
 
+class UnusableRowsError(ValueError):
+    """Rows cannot be used, and the settings make that an error; or none of the rows can be."""
+
+
 class BadRows:
     """Counts the rows that cannot be used, and keeps the first few to be shown.
 

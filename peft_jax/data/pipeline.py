@@ -9,7 +9,7 @@ from typing import Any
 import grain
 from absl import logging
 
-from peft_jax.data.bad_rows import BadRowError, BadRows
+from peft_jax.data.bad_rows import BadRowError, BadRows, UnusableRowsError
 from peft_jax.data.batch import AnyBatch, padding_share
 from peft_jax.data.chat import ChatRenderer
 from peft_jax.data.encode import TOO_LONG, Encoder
@@ -289,13 +289,14 @@ class TrainData(Iterator[AnyBatch]):
             where = self._table.where(index)
             is_news = self.bad_rows.add(index, where, error)
             if self._reader.stops(error):
-                raise ValueError(f"{self.bad_rows.what}: {where}: {error}\n{_ADVICE}") from None
+                message = f"{self.bad_rows.what}: {where}: {error}\n{_ADVICE}"
+                raise UnusableRowsError(message) from None
             if is_news:
                 logging.warning("%s: skipped %s: %s", self.bad_rows.what, where, error)
         self._tried += 1
         self._used += sequences is not None
         if not self._used and self._tried >= len(self._table):
-            raise ValueError(self.bad_rows.describe(self._tried))
+            raise UnusableRowsError(self.bad_rows.describe(self._tried))
         return sequences
 
 
@@ -303,14 +304,14 @@ def _report(bad_rows: BadRows, total: int, *, stops: bool) -> None:
     """Says what is wrong with the rows that were read.
 
     Raises:
-      ValueError: if the settings make that an error, or none of the rows can be used.
+      UnusableRowsError: if the settings make that an error, or none of the rows can be used.
     """
     if not len(bad_rows):
         return
     if stops:
-        raise ValueError(f"{bad_rows.describe(total)}\n{_ADVICE}")
+        raise UnusableRowsError(f"{bad_rows.describe(total)}\n{_ADVICE}")
     if len(bad_rows) == total:
-        raise ValueError(bad_rows.describe(total))
+        raise UnusableRowsError(bad_rows.describe(total))
     logging.warning("%s", bad_rows.describe(total))
 
 

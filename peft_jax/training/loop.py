@@ -13,7 +13,7 @@ import numpy as np
 
 from peft_jax.adapters import AdapterState
 from peft_jax.core import Tree, flatten, unflatten
-from peft_jax.data import AnyBatch
+from peft_jax.data import AnyBatch, UnusableRowsError
 from peft_jax.hub import load_params
 from peft_jax.parallel import on_mesh
 from peft_jax.training.arithmetic import count_step_flops
@@ -336,7 +336,7 @@ class _Run:
         """
         try:
             return next(self._job.train)
-        except ValueError as error:
+        except UnusableRowsError as error:
             last, again = self._saved, ""
             if last is not None:
                 again = (
