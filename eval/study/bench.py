@@ -84,8 +84,8 @@ def with_rate(
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         steps, after = inner.update(updates, state["inner"], params, **extra)
-        powers = component_values(steps, dict.fromkeys(settled, 0.0), 1.0)
-        scaled = jax.tree.map(lambda d, power: d * state["rate"] ** power, steps, powers)
+        rates = component_values(steps, dict.fromkeys(settled, 1.0), state["rate"])
+        scaled = jax.tree.map(lambda step, rate: step * rate, steps, rates)
         return scaled, {"rate": state["rate"], "inner": after}
 
     return optax.GradientTransformationExtraArgs(init, update)

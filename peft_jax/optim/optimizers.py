@@ -203,7 +203,7 @@ def make_optimizer(
     return _in_float32(optax.chain(*steps))
 
 
-def component_values(tree: Any, values: Mapping[str, float], default: float) -> Any:
+def component_values(tree: Any, values: Mapping[str, Any], default: Any) -> Any:
     """For every leaf the value of a component of its path, or the default.
 
     Args:
@@ -211,44 +211,16 @@ def component_values(tree: Any, values: Mapping[str, float], default: float) -> 
       values: by path component; of several in one path the innermost decides.
       default: of a leaf with none of them in its path.
 
-    Raises:
-      ValueError: no leaf has a component that is named.
-
     Example:
       >>> component_values({"head": {"kernel": 0, "bias": 0}, "q": {"a": 0}}, {"head": 5.0}, 1.0)
       {'head': {'bias': 5.0, 'kernel': 5.0}, 'q': {'a': 1.0}}
     """
-    seen: dict[str, None] = {}
 
-    def value(key_path: tuple[Any, ...], leaf: Any) -> float:
+    def value(key_path: tuple[Any, ...], leaf: Any) -> Any:
         del leaf
-        components = [str(getattr(key, "key", "")) for key in key_path]
-        seen.update(dict.fromkeys(components))
-        return next((values[c] for c in reversed(components) if c in values), default)
+        return next((values[c] for c in reversed(_components(key_path)) if c in values), default)
 
-    found = jax.tree_util.tree_map_with_path(value, tree)
-    for name in values:
-        if name not in seen and seen:
-            raise ValueError(
-                f"learning_rates names {name!r}, but nothing that is trained has that in its path; "
-                f"the components are {', '.join(sorted(seen))}"
-            )
-    return found
-
-
-def _scale_components(values: Mapping[str, float]) -> optax.GradientTransformation:
-    """Multiplies the updates under each component by its value."""
-
-    def init(params: Any) -> optax.EmptyState:
-        component_values(params, values, 1.0)  # which refuses a name that is not there
-        return optax.EmptyState()
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        del params
-        factors = component_values(updates, values, 1.0)
-        return jax.tree.map(lambda step, factor: step * factor, updates, factors), state
-
-    return optax.GradientTransformation(init, update)
+    return jax.tree_util.tree_map_with_path(value, tree)
 
 
 def decay_mask(tree: Any, no_decay: tuple[str, ...] = NO_DECAY) -> Any:
@@ -258,12 +230,34 @@ def decay_mask(tree: Any, no_decay: tuple[str, ...] = NO_DECAY) -> Any:
       >>> decay_mask({"q": {"kernel": {"a": 0, "b": 0}, "bias": 0}, "norm": {"scale": 0}})
       {'norm': {'scale': False}, 'q': {'bias': False, 'kernel': {'a': True, 'b': True}}}
     """
+    return component_values(tree, dict.fromkeys(no_decay, False), True)
 
-    def decays(key_path: tuple[Any, ...], leaf: Any) -> bool:
-        del leaf
-        return not any(getattr(key, "key", None) in no_decay for key in key_path)
 
-    return jax.tree_util.tree_map_with_path(decays, tree)
+def _components(key_path: tuple[Any, ...]) -> list[str]:
+    return [str(getattr(key, "key", "")) for key in key_path]
+
+
+def _scale_components(values: Mapping[str, float]) -> optax.GradientTransformation:
+    """Multiplies the updates under each component by its value."""
+
+    def init(params: Any) -> optax.EmptyState:
+        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        known = {component for path in paths for component in _components(path)}
+        unknown = sorted(values.keys() - known)
+        # optax.tree_map_params looks at the state of a placeholder, which has no leaves.
+        if paths and unknown:
+            raise ValueError(
+                f"learning_rates names {unknown[0]!r}, but nothing that is trained has that in its"
+                f" path; the components are {', '.join(sorted(known))}"
+            )
+        return optax.EmptyState()
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        factors = component_values(updates, values, 1.0)
+        return jax.tree.map(lambda step, factor: step * factor, updates, factors), state
+
+    return optax.GradientTransformation(init, update)
 
 
 def _in_float32(

@@ -241,6 +241,17 @@ def test_a_component_has_a_learning_rate_of_its_own():
     assert_same(found, wanted)
 
 
+def test_a_state_with_rates_by_component_is_known_to_optax():
+    """`optax.tree_map_params`, which shards states, initialises with a placeholder."""
+    optimizer = make_optimizer(OptimizerSettings(learning_rates={"b": 0.3}), 10)
+    params = lora_tree(0)
+    state = optimizer.init(params)
+    marked = optax.tree_map_params(
+        optimizer, lambda _: "followed", state, transform_non_params=lambda _: "other"
+    )
+    assert jax.tree.leaves(marked).count("followed") == 2 * len(jax.tree.leaves(params))
+
+
 def test_a_component_that_is_not_there_is_named():
     settings = OptimizerSettings(learning_rates={"clasifier": 1e-3})
     with pytest.raises(ValueError, match=r"names 'clasifier', but nothing .* are a, classifier"):
