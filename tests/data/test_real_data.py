@@ -149,11 +149,3 @@ def test_gsm8k_conversations_through_llama_3_s_own_template(shared_data, llama3)
     assert learnt == f"{example.completion}"
     assert learnt.endswith("<|eot_id|>")
     assert (batch.tokens[0] == llama3.bos_token_id).sum() == 1
-
-
-@pytest.mark.parametrize("setting", ["source_language", "target_language"])
-def test_a_language_that_a_folder_lacks_is_named_with_those_it_has(shared_data, setting):
-    folder = str(shared_data / "flores200")
-    languages = {"source_language": "eng_Latn", "target_language": "deu_Latn", setting: "fr_Latn"}
-    with pytest.raises(ValueError, match=rf"{setting} is 'fr_Latn'.* did you mean 'fra_Latn'"):
-        open_settings(recipe="flores", path=folder, **languages)

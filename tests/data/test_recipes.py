@@ -129,6 +129,17 @@ def test_settings_that_do_not_fit_a_recipe(recipe, changes, message):
         get_recipe(recipe).configured(DataSettings(recipe=recipe, **changes))
 
 
+@pytest.mark.parametrize("setting", ["source_language", "target_language"])
+def test_a_language_that_a_folder_lacks_is_named_with_those_it_has(tmp_path, setting):
+    for code in ("eng_Latn", "deu_Latn", "fra_Latn"):
+        (tmp_path / f"{code}.dev").write_text("a\n")
+    languages = {"source_language": "eng_Latn", "target_language": "deu_Latn", setting: "fr_Latn"}
+    settings = DataSettings(recipe="flores", **languages)
+    recipe = get_recipe("flores").configured(settings)
+    with pytest.raises(ValueError, match=rf"{setting} is 'fr_Latn'.* did you mean 'fra_Latn'"):
+        recipe.find_splits(tmp_path, settings)
+
+
 def test_an_unknown_language_of_xnli(tmp_path):
     with pytest.raises(ValueError, match=r"data\.language is 'ge'"):
         get_recipe("xnli").find_splits(tmp_path, DataSettings(recipe="xnli", language="ge"))

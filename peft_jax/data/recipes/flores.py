@@ -117,6 +117,7 @@ class Translation(Recipe):
         return splits or super().find_splits(folder, settings)
 
     def _check_languages(self, folder: Path) -> None:
+        """Names a language that is not there, where files are called by FLORES's codes."""
         there = {
             part
             for path in folder.rglob("*")
