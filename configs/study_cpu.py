@@ -157,41 +157,38 @@ def _base(*, steps: int, batch_size: int, max_length: int) -> ConfigDict:
     return config
 
 
-def _stories(folder: Path | None, recipe: str) -> ConfigDict:
-    config = _base(steps=150, batch_size=4, max_length=256)
-    config.model.path = "raincandy-u/TinyStories-656K"
-    if folder:
-        config.model.path = str(folder / "models" / "tinystories656K")
-    config.data.recipe = recipe
-    return config
-
-
 def _gsm8k(folder: Path | None) -> TaskSettings:
-    config = _stories(folder, "gsm8k")
-    if folder:
-        config.data.path = str(folder / "gsm8k")
-    return TaskSettings(
-        name="gsm8k",
-        title="GSM8K (stories model)",
-        config=config,
-        test={"eval_split": "test", "eval_rows": 300},
-        arms=_SAME_RATES,
-        grids=_STORIES_GRIDS,
-    )
+    return _stories(folder, "gsm8k", "GSM8K", files="gsm8k", test_split="test")
 
 
 def _flores(folder: Path | None) -> TaskSettings:
-    config = _stories(folder, "flores")
-    config.data.source_language = "eng_Latn"
-    config.data.target_language = "swh_Latn"
-    config.data.train_split = "dev"
+    return _stories(
+        folder,
+        "flores",
+        "FLORES to Swahili",
+        files="flores200",
+        test_split="devtest",
+        train_split="dev",
+        source_language="eng_Latn",
+        target_language="swh_Latn",
+    )
+
+
+def _stories(
+    folder: Path | None, recipe: str, title: str, *, files: str, test_split: str, **data: str
+) -> TaskSettings:
+    config = _base(steps=150, batch_size=4, max_length=256)
+    config.model.path = "raincandy-u/TinyStories-656K"
+    config.data.recipe = recipe
+    config.data.update(data)
     if folder:
-        config.data.path = str(folder / "flores200")
+        config.model.path = str(folder / "models" / "tinystories656K")
+        config.data.path = str(folder / files)
     return TaskSettings(
-        name="flores",
-        title="FLORES to Swahili (stories model)",
+        name=recipe,
+        title=f"{title} (stories model)",
         config=config,
-        test={"eval_split": "devtest", "eval_rows": 300},
+        test={"eval_split": test_split, "eval_rows": 300},
         arms=_SAME_RATES,
         grids=_STORIES_GRIDS,
     )

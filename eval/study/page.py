@@ -258,7 +258,8 @@ def _ablations(study: StudySettings, finished: Finished) -> str:
         f"| variant | {' | '.join(task.title for task in tasks)} |",
         f"| --- {'| ---: ' * len(tasks)}|",
     ]
-    default = [f"{finished[task.name][study.hybrid].loss:.4f}" for task in tasks]
+    hybrids = [finished[task.name][study.hybrid] for task in tasks]
+    default = [f"{entry.loss:.4f}{_share(entry)}" for entry in hybrids]
     lines.append(f"| {study.arm(study.hybrid).title}: loss | {' | '.join(default)} |")
     for name in names:
         row = []
@@ -272,13 +273,26 @@ def _ablations(study: StudySettings, finished: Finished) -> str:
             else:
                 result = compare(entries[name].cells, entries[study.hybrid].cells)
                 sign = "**" if result.p < SIGNIFICANT else ""
-                row.append(f"{sign}{result.difference:+.4f}{sign}")
+                row.append(f"{sign}{result.difference:+.4f}{sign}{_share(entries[name])}")
         lines.append(f"| {study.arm(name).title} | {' | '.join(row)} |")
     head = (
         "Each variant's test loss less the default hybrid's: above 0 the variant is worse. Bold: p"
-        " < 0.05 of the same test, here not corrected for the number of variants."
+        " < 0.05 of the same test, here not corrected for the number of variants. In brackets λ,"
+        " the mean over layers, steps and seeds."
     )
     return "\n".join([head, "", *lines])
+
+
+def _share(entry: Entry) -> str:
+    """The mean λ of a hybrid, in brackets; nothing of another method."""
+    weights = [
+        weight
+        for cell in entry.cells
+        for steps in cell["steps"]["lambda"].values()
+        for layers in steps
+        for weight in layers
+    ]
+    return f" ({statistics.fmean(weights):.2f})" if weights else ""
 
 
 def _protocol(study: StudySettings) -> str:

@@ -127,9 +127,9 @@ def hybrid_mixing(
         λ_l = e_l of the low-rank branch / (e_l of the low-rank branch + e_l of the rotation),
 
     where e_l = ‖g_l‖ in the paper, and by default here e_l = max(0, −⟨g_l, Δ_l⟩); `MixingSettings`
-    has the rules. λ is taken from the gradients *before* `inner` and applied
-    to the updates *after* it: an optimiser that normalises, as Adam does, would divide a factor on
-    the gradients out again.
+    has the rules. Norms are of the gradients *before* `inner`, and λ is applied to the updates
+    *after* it: an optimiser that normalises, as Adam does, would divide a factor on the gradients
+    out again.
 
     A branch is recognised by the path component "low_rank" or "rotation"; the kernel it belongs to
     is what stands before that component. Leaves outside a branch pass through as `inner` left them.

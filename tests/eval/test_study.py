@@ -15,11 +15,11 @@ from eval.study.bench import Bench, with_rate
 from eval.study.cell import train_cell
 from eval.study.page import collect, comparisons, count_finished, write_page
 from eval.study.run import choose_rate, count_cells, run_study
-from eval.study.settings import ArmSettings, StudySettings, TaskSettings
+from eval.study.settings import ArmSettings, StudySettings, TaskSettings, digest
 from eval.study.statistics import compare, holm, mean_and_deviation, sign_flip_p
 from eval.study.store import Store
 from eval.study.timing import ROUNDS
-from peft_jax.optim import OptimizerSettings, make_optimizer
+from peft_jax.optim import MixingSettings, OptimizerSettings, make_optimizer
 from peft_jax.training import run
 from peft_jax.training.metrics import read_records
 
@@ -156,6 +156,15 @@ def test_a_cell_of_other_settings_is_run_again(study, finished, tmp_path):
     place = {"learning_rate": 1e-3, "seed": 0, "final": False}
     assert store.read(task, study.arms[0], **place) is not None
     assert store.read(other, study.arms[0], **place) is None
+
+
+def test_the_mixing_decides_a_hybrids_numbers_alone(study):
+    (task,) = study.tasks
+    for arm in study.arms:
+        config = task.run_config(arm, learning_rate=1e-2, seed=1)
+        before = digest(config, task)
+        object.__setattr__(config, "mixing", MixingSettings(rule="fixed", rotation_rate=2.0))
+        assert (digest(config, task) == before) == (arm.method["name"] != "hybrid")
 
 
 def test_arms_are_timed_in_turns(study, finished):
