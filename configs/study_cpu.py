@@ -139,7 +139,7 @@ _FEW = ("lora_ga", "boft", "hybrid", "full")
 _GLUE = (
     # Recipe, title, metric, steps, rows a step, tokens a row, arms.
     ("sst2", "SST-2", "accuracy", 150, 8, 32, ()),
-    ("cola", "CoLA", "matthews_correlation", 200, 16, 20, _FEW),
+    ("cola", "CoLA", "matthews_correlation", 800, 16, 20, _FEW),
     ("rte", "RTE", "accuracy", 100, 8, 72, _FEW),
 )
 

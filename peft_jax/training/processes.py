@@ -8,6 +8,7 @@ while, or has said that it ended with an error, ends all of them, with a message
 
 import dataclasses
 import os
+import re
 import socket
 import sys
 import threading
@@ -205,7 +206,7 @@ class Contact:
         error of its own, while the silence is only noticed after the timeout. So after such an
         error the watch is given the time to find out.
         """
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        if _of_the_devices(error):
             self._thread.join(self._timeout + 2 * self._pause)
         self.leave(_first_line(error), 1)
 
@@ -283,6 +284,16 @@ class Contact:
         sys.stderr.flush()
         self._end(code)
         raise SystemExit(code)
+
+
+def _of_the_devices(error: BaseException) -> bool:
+    """Whether a computation broke off, rather than that the program asked for something wrong.
+
+    What breaks off while it is being started comes as a ValueError, with the status before the text.
+    """
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return True
+    return isinstance(error, ValueError) and re.match(r"[A-Z_]+: ", str(error)) is not None
 
 
 def _first_line(error: BaseException) -> str:

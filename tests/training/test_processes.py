@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -327,6 +328,33 @@ def test_the_others_are_told_why_one_ends():
     assert one.said == [f"process 1 of 2, on {socket.gethostname()}, ended: there is no such data"]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize(
+    "broken_off",
+    [
+        jax.errors.JaxRuntimeError("INTERNAL: Gloo AllReduce failed"),
+        # As it comes if the other is gone before the computation has begun.
+        ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_computation_that_breaks_off_is_laid_to_who_is_gone(broken_off):
+    store = Store()
+    one, other = Watched(store, 0), Watched(store, 1)
+    other.closing()
+    with pytest.raises(SystemExit):
+        one.fail(broken_off)
+    assert one.codes[0] == LOST_CONTACT
+    assert "lost contact with process 1 of 2" in one.said[0]
+
+
+def test_an_error_of_the_program_ends_at_once():
+    one = Watched(Store(), 0, timeout=60.0)
+    with pytest.raises(SystemExit):
+        one.fail(ValueError("there are 3 rows for 2 devices"))
+    assert one.codes == [1]
+
+
 def test_who_has_finished_misses_nobody():
     store = Store()
     one = Watched(store, 0)
@@ -363,8 +391,6 @@ def test_settings_from_the_environment():
 
 
 def test_rows_of_a_batch_go_to_one_device_each():
-    import jax
-
     from peft_jax.data import Batch
     from peft_jax.parallel import MeshSettings, batch_sharding, make_mesh
     from peft_jax.training.placement import RowPlacement
