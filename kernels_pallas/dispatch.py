@@ -231,6 +231,12 @@ def _report(
     return f"{what} on {platform}: {choice.implementation}, because {choice.why}"
 
 
+def report_xla(name: str, *arrays: jax.Array) -> None:
+    """Says in the log that XLA's form runs because it was asked for by name."""
+    shapes = ", ".join(f"{a.dtype.name}{list(a.shape)}" for a in arrays)
+    say_once(f"{name}({shapes}) on any platform: xla, because it was asked for")
+
+
 @functools.lru_cache(maxsize=4096)
 def say_once(message: str) -> None:
     """A line in the log, the first time it is said."""

@@ -4,7 +4,8 @@ import jax
 from jaxtyping import Array, Float
 
 from kernels_pallas.block_rotation import vjp, xla
-from kernels_pallas.dispatch import resolve
+from kernels_pallas.checks import check_real, check_width
+from kernels_pallas.dispatch import report_xla, resolve
 from kernels_pallas.layout import spread
 
 
@@ -31,13 +32,18 @@ def block_rotation(
       [..., d] in the dtype of `x`.
 
     Raises:
-      ValueError: when d is not n B.
+      TypeError: when the arrays are no real floating-point numbers.
+      ValueError: when the blocks are not [n, B, B], or d is not n B.
       KernelError: the implementation asked for cannot work where this is lowered.
     """
+    check_real(x=x, blocks=blocks)
+    if blocks.ndim != 3 or blocks.shape[1] != blocks.shape[2]:
+        raise ValueError(f"blocks must be [n, B, B], but are {list(blocks.shape)}")
     n, block_size, _ = blocks.shape
     check_width(x.shape[-1], n * block_size)
     chosen = resolve(implementation)
     if chosen == "xla":
+        report_xla("block_rotation", x, blocks)
         return xla.forward(x, blocks, precision=precision)[0]
     return spread(
         lambda x, blocks: vjp.rotate(x, blocks, precision, chosen),
@@ -47,9 +53,3 @@ def block_rotation(
         feature_axes=(0,),
         implementation=chosen,
     )
-
-
-def check_width(given: int, blocks: int) -> None:
-    """Raises ValueError unless blocks cover the features that are given."""
-    if given != blocks:
-        raise ValueError(f"the blocks cover {blocks} features, but the activations have {given}")

@@ -36,6 +36,9 @@ GPU_TOKENS = 64
 """Rows of a tile on a GPU: what one warpgroup's matrix instruction takes, so that the float32
 product of a tile and the gradient of a matrix fit its registers together."""
 
+GPU_SHARED_BYTES = 227 * 1024
+"""Shared memory of a block of threads on a Hopper; a KiB of it is left for barriers."""
+
 GPU_MATRICES = (64, 128)
 """Sizes of matrices on a GPU: rows of 128 bytes at least, as shared memory is laid out for the
 matrix instructions; a float32 gradient of 128 x 128 takes half of a warpgroup's registers."""
@@ -130,6 +133,25 @@ def gpu_matrix_size(block_size: int) -> int:
     raise ValueError(
         f"blocks of {block_size} do not fill matrices of {' or '.join(map(str, GPU_MATRICES))}"
     )
+
+
+def gpu_concurrent_steps(matrix: int, *, backward: bool) -> int:
+    """Into how many steps' tiles shared memory is parted: as many as fit, up to four.
+
+    Four keep memory busy while one tile is multiplied.
+
+    Args:
+      matrix: the size of the matrices.
+      backward: a step back moves three tiles and sums a float32 gradient of the matrix; a step
+        forwards moves two.
+
+    Example:
+      >>> gpu_concurrent_steps(64, backward=True), gpu_concurrent_steps(128, backward=True)
+      (4, 2)
+    """
+    tiles = (3 if backward else 2) * GPU_TOKENS * matrix * 2
+    kept = matrix * matrix * (2 + 4 if backward else 2)
+    return min(4, (GPU_SHARED_BYTES - kept - 1024) // tiles)
 
 
 def choose_config(

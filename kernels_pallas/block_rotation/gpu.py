@@ -8,7 +8,7 @@ A block of threads turns the features of one matrix. It loads the matrix once, a
 pass through shared memory, some on their way in while others are multiplied. The tokens are shared
 out over several blocks of threads, so that there are enough for the whole GPU; the gradient of a
 matrix is then summed over those. What a tile has beyond the last token is read as zeros and not
-written.
+written. Only whole groups of eight tokens can be moved; others are copied once, zeros below.
 """
 
 import functools
@@ -20,12 +20,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from kernels_pallas.block_rotation.config import GPU_TOKENS, gpu_matrix_size
+from kernels_pallas.block_rotation.config import GPU_TOKENS, gpu_concurrent_steps, gpu_matrix_size
 from kernels_pallas.block_rotation.matrices import from_matrices, to_matrices
 
-CONCURRENT_STEPS = 4
-"""Tiles in shared memory at a time: 4 x (16 KiB in + 16 KiB out) of a Hopper's 227 KiB, which is
-enough on its way to keep memory busy, and leaves room for a second block of threads."""
+GROUP = 8
+"""Tokens that lie together in shared memory, as the matrix instructions read them."""
 
 BLOCKS_OF_THREADS = 2 * 132
 """At least so many where the tokens allow it: two for each of an H100's 132 multiprocessors."""
@@ -49,7 +48,7 @@ def forward(
     del precision
     if not x.size:
         return (x,)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = _whole_groups(x)
     size, (parts, tiles) = gpu_matrix_size(blocks.shape[-1]), _share_out(rows, blocks)
     tile = _tile(size, x.dtype)
 
@@ -66,7 +65,7 @@ def forward(
             grid=(tiles,),
             in_specs=[plgpu.BlockSpec(index_map=here, **tile)],
             out_specs=[plgpu.BlockSpec(index_map=here, **tile)],
-            max_concurrent_steps=CONCURRENT_STEPS,
+            max_concurrent_steps=gpu_concurrent_steps(size, backward=False),
         )(x_gmem, y_gmem)
 
     run = _kernel(
@@ -77,7 +76,7 @@ def forward(
         interpret=interpret,
     )
     y = run(rows, to_matrices(blocks, size, rows.shape[1], x.dtype))
-    return (y.reshape(x.shape),)
+    return (_as_given(y, x),)
 
 
 def backward(
@@ -92,7 +91,7 @@ def backward(
     del precision
     if not x.size:
         return x, jnp.zeros_like(blocks)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = _whole_groups(x)
     size, (parts, tiles) = gpu_matrix_size(blocks.shape[-1]), _share_out(rows, blocks)
     tile = _tile(size, x.dtype)
 
@@ -121,7 +120,7 @@ def backward(
                 grid=(tiles,),
                 in_specs=[plgpu.BlockSpec(index_map=here, **tile) for _ in range(2)],
                 out_specs=[plgpu.BlockSpec(index_map=here, **tile)],
-                max_concurrent_steps=CONCURRENT_STEPS,
+                max_concurrent_steps=gpu_concurrent_steps(size, backward=True),
             )(x_gmem, g_gmem, dx_gmem)
             return dmatrix[...]
 
@@ -146,10 +145,22 @@ def backward(
         interpret=interpret,
     )
     matrices = to_matrices(blocks, size, rows.shape[1], x.dtype)
-    dx, dmatrices = run(rows, g.reshape(rows.shape), matrices)
+    dx, dmatrices = run(rows, _whole_groups(g), matrices)
     n, size, _ = blocks.shape
     dblocks = from_matrices(jnp.sum(dmatrices, axis=0), (n, size, size))
-    return dx.reshape(x.shape), dblocks.astype(blocks.dtype)
+    return _as_given(dx, x), dblocks.astype(blocks.dtype)
+
+
+def _whole_groups(x: Float[Array, "*batch d"]) -> Float[Array, "tokens d"]:
+    """All tokens one under another, in whole groups."""
+    rows = x.reshape(-1, x.shape[-1])
+    missing = -rows.shape[0] % GROUP
+    return jnp.pad(rows, ((0, missing), (0, 0))) if missing else rows
+
+
+def _as_given(rows: Float[Array, "tokens d"], x: jax.Array) -> jax.Array:
+    """The rows of a result in the shape of the activations that were given."""
+    return rows[: x.size // x.shape[-1]].reshape(x.shape)
 
 
 def _product(a_smem: Any, b_smem: Any) -> jax.Array:

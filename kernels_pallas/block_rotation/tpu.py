@@ -16,7 +16,10 @@ from jaxtyping import Array, Float
 
 from kernels_pallas.block_rotation.config import RotationConfig, choose_config
 from kernels_pallas.block_rotation.matrices import from_matrices, to_matrices
-from kernels_pallas.chips import target_vmem_bytes
+from kernels_pallas.chips import RESERVED_BYTES, SMALLEST_VMEM_BYTES, target_vmem_bytes
+
+GROUP = 16
+"""Tokens that lie together in a TPU's memory, of numbers of 16 bits."""
 
 _DIMENSIONS = {
     "ab": (((1,), (0,)), ((), ())),
@@ -47,7 +50,7 @@ def forward(
     """
     if not x.size:
         return (x,)
-    rows = as_rows(x)
+    rows = _whole_group(as_rows(x))
     config = _checked(config, rows, blocks, backward=False)
     grid, tile, matrices = _specs(rows, config)
     call = pl.pallas_call(
@@ -56,14 +59,13 @@ def forward(
         in_specs=[tile, matrices],
         out_specs=tile,
         out_shape=like(rows),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel")
-        ),
+        compiler_params=_params(config, rows, backward=False),
         cost_estimate=_cost(rows, config, passes=2),
         interpret=interpret,
         name="block_rotation",
     )
-    return (call(rows, _pack(blocks, rows, config)).reshape(x.shape),)
+    y = call(rows, _pack(blocks, rows, config))
+    return (_as_given(y, x),)
 
 
 def backward(
@@ -78,7 +80,7 @@ def backward(
     """(dx, dblocks) for the gradient g of y, in one pass over x and g; arguments as `forward`'s."""
     if not x.size:
         return x, jnp.zeros_like(blocks)
-    rows = as_rows(x)
+    rows = _whole_group(as_rows(x))
     config = _checked(config, rows, blocks, backward=True)
     grid, tile, matrices = _specs(rows, config)
     packed = _pack(blocks, rows, config)
@@ -94,16 +96,14 @@ def backward(
         in_specs=[tile, tile, matrices],
         out_specs=[tile, matrices],
         out_shape=[like(rows), like(packed, jnp.float32)],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary")
-        ),
+        compiler_params=_params(config, rows, backward=True),
         cost_estimate=_cost(rows, config, passes=3),
         interpret=interpret,
         name="block_rotation_backward",
     )
-    dx, dmatrices = call(rows, as_rows(g), packed)
+    dx, dmatrices = call(rows, _whole_group(as_rows(g)), packed)
     n, size, _ = blocks.shape
-    return dx.reshape(x.shape), from_matrices(dmatrices, (n, size, size)).astype(blocks.dtype)
+    return _as_given(dx, x), from_matrices(dmatrices, (n, size, size)).astype(blocks.dtype)
 
 
 def _forward_step(
@@ -189,6 +189,31 @@ def as_rows(x: Float[Array, "*batch d"]) -> Float[Array, "rows tokens d"]:
     if x.ndim < 3 or x.shape[-2] % 16 == 0 or x.shape[-2] < 16:
         return x.reshape(1, -1, d)
     return x.reshape(-1, *x.shape[-2:])
+
+
+def _whole_group(rows: Float[Array, "rows tokens d"]) -> Float[Array, "rows padded d"]:
+    """The same, with zeros below where the tokens are not even one group of sixteen.
+
+    The compiler cannot compare the columns of a few 16-bit rows; a copy of so few costs nothing.
+    """
+    missing = max(GROUP - rows.shape[1], 0)
+    return jnp.pad(rows, ((0, 0), (0, missing), (0, 0))) if missing else rows
+
+
+def _as_given(rows: Float[Array, "rows padded d"], x: jax.Array) -> jax.Array:
+    """The rows of a result in the shape of the activations that were given."""
+    tokens = as_rows(x).shape[1]
+    return rows[:, :tokens].reshape(x.shape)
+
+
+def _params(config: RotationConfig, rows: jax.Array, *, backward: bool) -> pltpu.CompilerParams:
+    over_tokens = pltpu.ARBITRARY if backward else pltpu.PARALLEL
+    # A tile given by hand may need more than the compiler allows a kernel unasked.
+    needed = config.vmem_bytes(rows.dtype, backward=backward)
+    return pltpu.CompilerParams(
+        dimension_semantics=(pltpu.PARALLEL, over_tokens, over_tokens),
+        vmem_limit_bytes=max(needed + RESERVED_BYTES, SMALLEST_VMEM_BYTES),
+    )
 
 
 def _checked(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels_pallas.block_rotation import config, xla
+from kernels_pallas.checks import refuse_dtype
 from kernels_pallas.chips import UNMEASURED, refuse_generation
 from kernels_pallas.dispatch import Operation
 
@@ -42,7 +43,7 @@ def _refuse(platform: str, *shapes: jax.ShapeDtypeStruct, **settings: Any) -> st
         )
     except ValueError as error:
         return str(error)
-    return None
+    return refuse_dtype(x.dtype)
 
 
 def _refuse_on_gpu(x: jax.ShapeDtypeStruct, matrix: int) -> str | None:

@@ -1,5 +1,7 @@
 """The rotation in XLA's operations: what runs on a CPU, and wherever no kernel does."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -44,7 +46,8 @@ def by_block(x: jax.Array, blocks: jax.Array) -> Float[Array, "n rows B"]:
     # is made of (a norm, an activation function) out of the reordering, where the compiler would
     # compute it element by element in an order that no vector unit likes.
     x = jax.lax.optimization_barrier(x)
-    return jnp.swapaxes(x.reshape(-1, *blocks.shape[:2]), 0, 1)
+    tokens = math.prod(x.shape[:-1])
+    return jnp.swapaxes(x.reshape(tokens, *blocks.shape[:2]), 0, 1)
 
 
 def _by_row(y: Float[Array, "n rows B"], like: jax.Array) -> jax.Array:

@@ -3,9 +3,10 @@
 import jax
 from jaxtyping import Array, Float
 
-from kernels_pallas.block_rotation.api import block_rotation, check_width
+from kernels_pallas.block_rotation.api import block_rotation
 from kernels_pallas.butterfly import vjp, xla
-from kernels_pallas.dispatch import resolve
+from kernels_pallas.checks import check_real, check_width
+from kernels_pallas.dispatch import report_xla, resolve
 from kernels_pallas.layout import spread
 
 
@@ -31,15 +32,19 @@ def butterfly_rotation(
       [..., d] in the dtype of `x`.
 
     Raises:
-      ValueError: when d is not n b.
+      TypeError: as for `block_rotation`.
+      ValueError: when the factors are not as described, or d is not n b.
       KernelError: as for `block_rotation`.
     """
+    check_real(x=x, factors=factors)
+    check_factors(factors)
     m, n, block_size, _ = factors.shape
     check_width(x.shape[-1], n * block_size)
     if m == 1:
         return block_rotation(x, factors[0], precision=precision, implementation=implementation)
     chosen = resolve(implementation)
     if chosen == "xla":
+        report_xla("butterfly_rotation", x, factors)
         return xla.forward(x, factors, precision=precision)[0]
     return spread(
         lambda x, factors: vjp.rotate(x, factors, precision, chosen),
@@ -49,3 +54,16 @@ def butterfly_rotation(
         feature_axes=(1,),
         implementation=chosen,
     )
+
+
+def check_factors(factors: jax.Array) -> None:
+    """Raises ValueError unless factors can be multiplied."""
+    shape = list(factors.shape)
+    if factors.ndim != 4 or shape[2] != shape[3] or shape[0] == 0:
+        raise ValueError(f"factors must be [m, n, b, b] with m at least 1, but are {shape}")
+    m, n, block_size, _ = shape
+    if m > 1 and (block_size % 2 or n % 2 ** (m - 1)):
+        raise ValueError(
+            f"{m} factors pair half-blocks over {2 ** (m - 1)} blocks, so b must be even and n a"
+            f" multiple of {2 ** (m - 1)}; they are {shape}"
+        )

@@ -45,3 +45,24 @@ def factor(blocks: np.ndarray, level: int | None) -> np.ndarray:
 def forward(x: np.ndarray, factors: np.ndarray) -> np.ndarray:
     """The product x F_{m-1} ... F_0 [..., d], float64."""
     return np.asarray(x, np.float64) @ dense(factors)
+
+
+def backward(x: np.ndarray, g: np.ndarray, factors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(dx [..., d], dfactors [m, n, b, b]) for the gradient g [..., d] of the product, float64."""
+    shape = x.shape
+    x, g = (np.asarray(a, np.float64).reshape(-1, shape[-1]) for a in (x, g))
+    levels = [None] if len(factors) == 1 else range(len(factors))
+    matrices = [factor(f, level) for f, level in zip(factors, levels, strict=True)]
+    inputs = [x]
+    for matrix in reversed(matrices):
+        inputs.append(inputs[-1] @ matrix)
+    dfactors = np.zeros(factors.shape)
+    for level, matrix in enumerate(matrices):
+        whole = inputs[len(matrices) - 1 - level].T @ g
+        # A block's entries are found in a matrix by putting numbers in their places.
+        index = np.arange(1, factors[level].size + 1, dtype=np.float64)
+        places = factor(index.reshape(factors[level].shape), levels[level])
+        at = np.nonzero(places)
+        dfactors[level].reshape(-1)[places[at].astype(int) - 1] = whole[at]
+        g = g @ matrix.T
+    return g.reshape(shape), dfactors

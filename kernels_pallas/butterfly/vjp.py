@@ -6,7 +6,9 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
+from kernels_pallas.block_rotation import config as block_rotation
 from kernels_pallas.butterfly import config, stages, xla
+from kernels_pallas.checks import refuse_dtype
 from kernels_pallas.chips import target_vmem_bytes
 from kernels_pallas.dispatch import Operation
 
@@ -25,16 +27,23 @@ def _refuse(platform: str, *shapes: jax.ShapeDtypeStruct, **settings: Any) -> st
     x, factors = shapes[0], shapes[-1]
     if platform != "tpu":
         return f"there is no kernel of it for {platform}"
-    if stages.composes(factors):
-        return None
+    backward = len(shapes) == 3
+    m, _, block_size, _ = factors.shape
     try:
-        found = stages.split(factors.shape[-1], factors.shape[0])
-        config.choose_tokens(
-            found, 16, x.dtype, backward=len(shapes) == 3, there=target_vmem_bytes()
-        )
+        if stages.composes(factors):
+            block_rotation.choose_config(
+                tokens=1,
+                features=x.shape[-1],
+                block_size=block_size * 2 ** (m - 1),
+                dtype=x.dtype,
+                backward=backward,
+            )
+        else:
+            found = stages.split(block_size, m)
+            config.choose_tokens(found, 16, x.dtype, backward=backward, there=target_vmem_bytes())
     except ValueError as error:
         return str(error)
-    return None
+    return refuse_dtype(x.dtype)
 
 
 FORWARD = Operation(

@@ -14,17 +14,8 @@ def forward(
     precision: jax.lax.Precision | None,
 ) -> tuple[Float[Array, "*batch d"]]:
     """(y,), y = x F_{m-1} ... F_0."""
-    m, n, block_size, _ = factors.shape
-    if m == 1:
-        return block_rotation.forward(x, factors[0], precision=precision)
-    for level in reversed(range(m)):
-        stride = 2**level
-        halves = x.reshape(*x.shape[:-1], n // stride, 2, stride, block_size // 2)
-        paired = jnp.swapaxes(halves, -3, -2)
-        (rotated,) = block_rotation.forward(
-            paired.reshape(x.shape), factors[level], precision=precision
-        )
-        x = jnp.swapaxes(rotated.reshape(paired.shape), -3, -2).reshape(x.shape)
+    for level in reversed(range(factors.shape[0])):
+        x = _turn(_paired(x, factors, level), factors, level, precision)
     return (x,)
 
 
@@ -35,6 +26,51 @@ def backward(
     *,
     precision: jax.lax.Precision | None,
 ) -> tuple[Float[Array, "*batch d"], Float[Array, "m n b b"]]:
-    """(dx, dfactors) for the gradient g of y."""
-    _, transpose = jax.vjp(lambda *a: forward(*a, precision=precision), x, factors)
-    return transpose((g,))
+    """(dx, dfactors) for the gradient g of y; the factors' inputs are computed once more."""
+    m = factors.shape[0]
+    inputs = []
+    for level in reversed(range(m)):
+        inputs.append(_paired(x, factors, level))
+        x = _turn(inputs[-1], factors, level, precision)
+    gradients = []
+    for level in range(m):
+        dpaired, dblocks = block_rotation.backward(
+            inputs.pop(), _paired(g, factors, level), factors[level], precision=precision
+        )
+        gradients.append(dblocks)
+        g = _unpaired(dpaired, factors, level)
+    return g, jnp.stack(gradients)
+
+
+def _turn(
+    paired: Float[Array, "*batch d"],
+    factors: Float[Array, "m n b b"],
+    level: int,
+    precision: jax.lax.Precision | None,
+) -> Float[Array, "*batch d"]:
+    (turned,) = block_rotation.forward(paired, factors[level], precision=precision)
+    return _unpaired(turned, factors, level)
+
+
+def _paired(
+    x: Float[Array, "*batch d"], factors: Float[Array, "m n b b"], level: int
+) -> Float[Array, "*batch d"]:
+    """The features with the halves that a level pairs next to each other."""
+    m, n, block_size, _ = factors.shape
+    if m == 1:
+        return x
+    stride = 2**level
+    halves = x.reshape(*x.shape[:-1], n // stride, 2, stride, block_size // 2)
+    return jnp.swapaxes(halves, -3, -2).reshape(x.shape)
+
+
+def _unpaired(
+    x: Float[Array, "*batch d"], factors: Float[Array, "m n b b"], level: int
+) -> Float[Array, "*batch d"]:
+    """The features back in their order."""
+    m, n, block_size, _ = factors.shape
+    if m == 1:
+        return x
+    stride = 2**level
+    pairs = x.reshape(*x.shape[:-1], n // stride, stride, 2, block_size // 2)
+    return jnp.swapaxes(pairs, -3, -2).reshape(x.shape)

@@ -3,7 +3,8 @@
 import jax
 from jaxtyping import Array, Float
 
-from kernels_pallas.dispatch import resolve
+from kernels_pallas.checks import check_real
+from kernels_pallas.dispatch import report_xla, resolve
 from kernels_pallas.layout import spread
 from kernels_pallas.unitary import vjp, xla
 
@@ -40,14 +41,23 @@ def unitary_product(
       [..., d] in the dtype of `x`. Norms are preserved.
 
     Raises:
-      ValueError: when d is not 2 n.
+      TypeError: when the arrays are no real floating-point numbers.
+      ValueError: when phases or reflections are not as described, or d is not 2 n.
       KernelError: the implementation asked for cannot work where this is lowered.
     """
+    check_real(x=x, phases=phases, reflections=reflections)
     n = phases.shape[-1]
+    for name, given, wanted in (
+        ("phases", phases.shape, (3, n)),
+        ("reflections", reflections.shape, (2, 2, n)),
+    ):
+        if given != wanted:
+            raise ValueError(f"{name} must be {list(wanted)}, but are {list(given)}")
     if x.shape[-1] != 2 * n:
         raise ValueError(f"{n} complex features are {2 * n} real ones; the input has {x.shape[-1]}")
     chosen = resolve(implementation)
     if chosen == "xla":
+        report_xla("unitary_product", x, phases, reflections)
         return xla.forward(x, phases, reflections, precision=precision)[0]
     return spread(
         lambda *arrays: vjp.turn(*arrays, precision, chosen),

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
+from kernels_pallas.checks import refuse_dtype
 from kernels_pallas.chips import target_vmem_bytes
 from kernels_pallas.dispatch import Operation
 from kernels_pallas.unitary import config, xla
@@ -38,7 +39,7 @@ def _refuse(
         )
     except ValueError as error:
         return str(error)
-    return None
+    return refuse_dtype(x.dtype)
 
 
 FORWARD = Operation(

@@ -107,8 +107,7 @@ class BOFT(AdapterMethod):
     ) -> Arrays:
         """The rotation's blocks: composed [d_in / B, B, B], or factors [m, d_in / b, b, b]."""
         del constant
-        # Blocks before factors: taken together as one axis, they stay cut over a mesh as they are.
-        factors = jnp.swapaxes(cayley(jnp.swapaxes(trainable["r"], 0, 1), self.block_size), 0, 1)
+        factors = cayley(trainable["r"], self.block_size)
         if dropout_key is not None and self.dropout > 0:
             left_out = jax.random.bernoulli(dropout_key, self.dropout, factors.shape[:2])
             eye = jnp.eye(self.block_size, dtype=factors.dtype)

@@ -14,6 +14,7 @@ from kernels_pallas.chips import UNMEASURED
 from kernels_pallas.dispatch import KernelError
 
 BLOCKS = jax.ShapeDtypeStruct((64, 16, 16), jnp.float32)
+WIDE = jax.ShapeDtypeStruct((8, 128, 128), jnp.float32)
 
 
 def lowered(implementation: str, dtype=jnp.bfloat16, blocks=BLOCKS, tokens: int = 200) -> str:
@@ -30,8 +31,11 @@ def lowered(implementation: str, dtype=jnp.bfloat16, blocks=BLOCKS, tokens: int 
     return jax.jit(both).trace(x, blocks).lower(lowering_platforms=("cuda",)).as_text()
 
 
-def test_both_kernels_lower():
-    assert lowered("pallas").count("custom_call @mosaic_gpu") == 2
+@pytest.mark.parametrize("tokens", [1, 8, 65, 201, 4096])
+@pytest.mark.parametrize("blocks", [BLOCKS, WIDE], ids=["16", "128"])
+def test_both_kernels_lower(tokens, blocks):
+    text = lowered("pallas", blocks=blocks, tokens=tokens)
+    assert text.count("custom_call @mosaic_gpu") == 2
 
 
 def test_what_has_never_run_is_not_taken_unasked(said):

@@ -112,6 +112,18 @@ def tpu_kernels(text: str) -> int:
     return text.count('custom_call_target="tpu_custom_call"')
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 17])
+def test_compiles_for_few_tokens_and_features_that_fill_no_lanes(tpu, tokens):
+    x = jax.ShapeDtypeStruct((tokens, 80), jnp.bfloat16)
+    blocks = jax.ShapeDtypeStruct((5, 16, 16), jnp.float32)
+
+    def both(x, blocks):
+        y, transpose = jax.vjp(block_rotation, x, blocks)
+        return y, transpose(y)
+
+    assert compile_for("v5e", both, x, blocks).as_text().count("tpu_custom_call") >= 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", TOPOLOGIES)
 @pytest.mark.parametrize("model", MODEL_WIDTHS)
@@ -150,6 +162,24 @@ def test_tiles_that_cannot_work_are_refused():
     with pytest.raises(ValueError, match=r"needs .* MiB of the chip's vector memory .* has 14.0"):
         large.check(F32, backward=True, vmem_bytes=16 * MIB)
     large.check(F32, backward=True, vmem_bytes=VMEM_BYTES["v6e"])
+
+
+def test_a_large_tile_that_a_chip_has_room_for_compiles(tpu):
+    config = RotationConfig(tokens=TOKEN_TILES[0], features=4096, matrix=128)
+    x = jax.ShapeDtypeStruct((2048, 4096), jnp.float32)
+    blocks = jax.ShapeDtypeStruct((32, 128, 128), jnp.float32)
+    settings = {"precision": None, "interpret": False, "config": config}
+    # A mesh of TPUs says which chip it is, and how much there is.
+    with jax.set_mesh(jax.sharding.Mesh(tpu.devices("v6e")[:1], ("one",))):
+        found = compile_for("v6e", lambda *a: kernel.backward(*a, **settings), x, x, blocks)
+    assert tpu.runs_pallas(found)
+
+
+def test_numbers_no_kernel_takes_are_left_to_xla(tpu, said):
+    x = jax.ShapeDtypeStruct((64, 128), jnp.float16)
+    blocks = jax.ShapeDtypeStruct((8, 16, 16), jnp.float32)
+    assert not tpu.runs_pallas(compile_for("v5e", block_rotation, x, blocks))
+    assert "xla, because a TPU's kernels take bfloat16 and float32, and x is float16" in said[-1]
 
 
 def test_blocks_no_matrix_holds_are_left_to_xla(tpu, said):

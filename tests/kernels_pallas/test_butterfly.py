@@ -24,32 +24,11 @@ def value_and_gradients(x, g, factors, implementation):
     return y, *transpose(g)
 
 
-def reference_gradients(x, g, factors):
-    """(dx, dfactors) in float64, from the factors' matrices; none of the implementations' code."""
-    x, g = (np.asarray(a, np.float64).reshape(-1, x.shape[-1]) for a in (x, g))
-    levels = [None] if len(factors) == 1 else range(len(factors))
-    matrices = [reference.factor(f, level) for f, level in zip(factors, levels, strict=True)]
-    inputs = [x]
-    for matrix in reversed(matrices):
-        inputs.append(inputs[-1] @ matrix)
-    dfactors = np.zeros(factors.shape)
-    for level, matrix in enumerate(matrices):
-        whole = inputs[len(matrices) - 1 - level].T @ g
-        # A block's entries are found in a matrix by putting numbers in their places.
-        index = np.arange(1, factors[level].size + 1, dtype=np.float64)
-        places = reference.factor(index.reshape(factors[level].shape), levels[level])
-        at = np.nonzero(places)
-        dfactors[level].reshape(-1)[places[at].astype(int) - 1] = whole[at]
-        g = g @ matrix.T
-    return g, dfactors
-
-
 def check(case: Case, dtype, implementation: str, tolerance: float) -> None:
     x, g, factors = case.arrays()
     rounded = [np.asarray(jnp.asarray(a, dtype), np.float64) for a in (x, g)]
     found = value_and_gradients(*(jnp.asarray(a, dtype) for a in rounded), factors, implementation)
-    dx, dfactors = reference_gradients(*rounded, factors)
-    expected = reference.forward(rounded[0], factors), dx.reshape(x.shape), dfactors
+    expected = reference.forward(rounded[0], factors), *reference.backward(*rounded, factors)
     for name, y, wanted in zip(("y", "dx", "dfactors"), found, expected, strict=True):
         assert y.shape == wanted.shape, name
         error = np.linalg.norm(np.asarray(y, np.float64) - wanted) / np.linalg.norm(wanted)
@@ -68,10 +47,36 @@ def test_half_precision(implementation):
     check(CASES["one high level"], jnp.bfloat16, implementation, 2e-2)
 
 
+@pytest.mark.parametrize("implementation", ["auto", "interpret"])
+def test_gradients_of_float32_factors_are_summed_in_float32(implementation):
+    """Also where activations are bfloat16: no entry is rounded to its 8 bits, if it did not fit."""
+    x, g, factors = CASES["one high level"].arrays()
+    x, g = (jnp.asarray(a, jnp.bfloat16) for a in (x, g))
+    _, _, dfactors = value_and_gradients(x, g, factors, implementation)
+    rounded = dfactors.astype(jnp.bfloat16).astype(jnp.float32)
+    assert np.mean(np.asarray(rounded == dfactors)) < 0.1
+
+
+def test_under_vmap_scan_and_remat():
+    x, g, factors = (jnp.asarray(a) for a in Case((3, 2), 8, 3).arrays())
+
+    def loss(x, factors):
+        return jnp.sum(butterfly_rotation(x, factors) * g[0])
+
+    wanted = [jax.grad(loss, argnums=(0, 1))(row, factors) for row in x]
+    wanted = [jnp.stack(parts) for parts in zip(*wanted, strict=True)]
+    gradients = jax.grad(jax.checkpoint(loss), argnums=(0, 1))
+    mapped = jax.vmap(gradients, (0, None))(x, factors)
+    scanned = jax.lax.scan(lambda _, row: (None, gradients(row, factors)), None, x)[1]
+    for found in (mapped, scanned):
+        for one, other in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-5)
+
+
 def test_the_reference_gradients_are_its_slopes():
     case = Case((3,), 4, 3)
     x, g, factors = (a.astype(np.float64) for a in case.arrays())
-    dx, dfactors = reference_gradients(x, g, factors)
+    dx, dfactors = reference.backward(x, g, factors)
     rng = np.random.default_rng(1)
     for argument, gradient in ((0, dx), (1, dfactors)):
         direction = rng.normal(size=gradient.shape)
@@ -88,7 +93,7 @@ def test_on_a_simulated_tpu_nothing_races_and_nothing_unwritten_is_used(simulate
     case = Case((21,), 64, 4)
     x, g, factors = case.arrays()
     y, transpose = jax.vjp(butterfly_rotation, jnp.asarray(x), jnp.asarray(factors))
-    expected = reference.forward(x, factors), *reference_gradients(x, g, factors)
+    expected = reference.forward(x, factors), *reference.backward(x, g, factors)
     for found, wanted in zip((y, *transpose(jnp.asarray(g))), expected, strict=True):
         np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
 
@@ -117,6 +122,26 @@ def test_factors_act_from_the_last_to_the_first():
 def test_widths_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="cover 8 features, but the activations have 6"):
         butterfly_rotation(jnp.zeros((6,)), jnp.zeros((2, 4, 2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 4, 3, 3), r"b must be even and n a multiple of 2; they are \[2, 4, 3, 3\]"),
+        ((3, 6, 2, 2), "b must be even and n a multiple of 4"),
+        ((0, 4, 2, 2), "with m at least 1"),
+    ],
+)
+def test_factors_that_cannot_be_multiplied(shape, message):
+    with pytest.raises(ValueError, match=message):
+        butterfly_rotation(jnp.zeros((shape[1] * shape[2],)), jnp.zeros(shape))
+
+
+def test_composed_blocks_no_matrix_holds_are_left_to_xla(tpu, said):
+    x = jax.ShapeDtypeStruct((256, 224), jnp.bfloat16)
+    factors = jax.ShapeDtypeStruct((2, 16, 14, 14), jnp.float32)
+    assert not tpu.runs_pallas(compile_for("v5e", butterfly_rotation, x, factors))
+    assert "xla, because blocks of 28 would be multiplied as matrices of 896" in said[-1]
 
 
 @pytest.mark.parametrize(

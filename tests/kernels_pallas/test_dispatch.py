@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas.block_rotation import block_rotation
+from kernels_pallas.checks import check_real
 from kernels_pallas.dispatch import (
     Choice,
     KernelError,
@@ -15,6 +17,20 @@ from kernels_pallas.dispatch import (
 )
 
 X = jax.ShapeDtypeStruct((4, 8), jnp.float32)
+
+
+def test_what_is_asked_for_by_name_is_said(said):
+    block_rotation(jnp.ones((3, 4)), jnp.ones((2, 2, 2)), implementation="xla")
+    assert said == [
+        "block_rotation(float32[3, 4], float32[2, 2, 2]) on any platform: xla, because it was"
+        " asked for"
+    ]
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.complex64])
+def test_numbers_that_are_not_real_are_refused(dtype):
+    with pytest.raises(TypeError, match=f"x must be real floating.*but is {jnp.dtype(dtype).name}"):
+        check_real(x=jnp.ones((2, 4), dtype))
 
 
 def double(x, *, by):

@@ -235,6 +235,20 @@ def test_widths_no_kernel_holds_are_left_to_xla_or_refused(said):
         lowered("pallas")
 
 
+@pytest.mark.parametrize("chip", ["v5e", "v5p"])
+def test_xlas_form_compiles_too(tpu, chip):
+    """It is what runs at other widths, and where a map is merged into a kernel."""
+    x = jax.ShapeDtypeStruct((64, 960), jnp.float32)
+    phases = jax.ShapeDtypeStruct((3, 480), jnp.float32)
+    reflections = jax.ShapeDtypeStruct((2, 2, 480), jnp.float32)
+
+    def both(*arrays):
+        y, transpose = jax.vjp(unitary_product, *arrays)
+        return y, transpose(y)
+
+    assert not tpu.runs_pallas(compile_for(chip, both, x, phases, reflections))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", TOPOLOGIES)
 @pytest.mark.parametrize("width", MODEL_WIDTHS)
