@@ -51,11 +51,16 @@ class Comparison:
 class Worker:
     """A worker's process."""
 
-    def __init__(self, module: str, method: str) -> None:
-        # An idle worker must sleep, not spin, while the other is timed.
-        environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
+    def __init__(self, module: str, *arguments: str) -> None:
+        environment = os.environ | {
+            # An idle worker must sleep, not spin, while the other is timed.
+            "OMP_WAIT_POLICY": "PASSIVE",
+            # Both are on one GPU.
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            "PYTHONUNBUFFERED": "1",
+        }
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, method],
+            [sys.executable, "-m", module, *arguments],
             cwd=ROOT,
             env=environment,
             stdin=subprocess.PIPE,
@@ -91,14 +96,14 @@ class Worker:
 
 
 def compare(
-    name: str, ours: tuple[str, str], theirs: tuple[str, str], *, rounds: int, steps: int
+    name: str, ours: tuple[str, ...], theirs: tuple[str, ...], *, rounds: int, steps: int
 ) -> Comparison:
     """Runs two workers in turn, A B A B …, both warm.
 
     Args:
       name: of the comparison.
-      ours: (module, method) of the one.
-      theirs: (module, method) of the other.
+      ours: module and arguments of the one.
+      theirs: module and arguments of the other.
       rounds: how many pairs.
       steps: training steps in each half of a pair.
     """

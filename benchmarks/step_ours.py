@@ -38,28 +38,30 @@ NAMES = {"boft_one": "boft"}
 CHUNK = 2048
 
 
-def make_batch() -> Batch:
+def make_batch(size: setup.Size) -> Batch:
     """Random tokens, every one but the last of a row to be learnt."""
-    shape = (setup.BATCH_SIZE, setup.LENGTH)
-    tokens = np.random.default_rng(0).integers(0, setup.CONFIG["vocab_size"], shape, np.int32)
+    shape = (size.batch_size, size.length)
+    tokens = np.random.default_rng(0).integers(0, size.config["vocab_size"], shape, np.int32)
     mask = np.ones(shape, np.float32)
     mask[:, -1] = 0
     return Batch(
         tokens=tokens,
         targets=np.roll(tokens, -1, axis=1),
         loss_mask=mask,
-        positions=np.broadcast_to(np.arange(setup.LENGTH, dtype=np.int32), shape),
+        positions=np.broadcast_to(np.arange(size.length, dtype=np.int32), shape),
         segment_ids=np.ones(shape, np.int32),
     )
 
 
-def main(method: str) -> None:
+def main(options: setup.Options) -> None:
     """Makes the step of one method and serves it."""
+    method = options.method
     dispatch_inline()
-    model = build_model(setup.CONFIG, ExecutionSettings(scan_layers=False))
-    params = model.init_params(jax.random.key(0))
+    execution = ExecutionSettings(scan_layers=False, kernels=options.kernels)
+    model = build_model(options.size.config, execution)
+    params = model.init_params(jax.random.key(0), dtype=options.dtype)
     spec = AdapterSpec(method=make_method(NAMES.get(method, method), **SETTINGS[method]))
-    batch = jax.device_put(make_batch())
+    batch = jax.device_put(make_batch(options.size))
     adapter = spec.init(
         jax.random.key(1),
         params,
@@ -98,4 +100,4 @@ def main(method: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(setup.parse(sys.argv[1:]))

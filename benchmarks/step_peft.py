@@ -24,13 +24,15 @@ CONFIGS = {
 }
 
 
-def main(method: str) -> None:
+def main(options: setup.Options) -> None:
     """Makes the step of one method and serves it."""
+    method, size = options.method, options.size
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
-    config = dict(setup.CONFIG)
+    config = dict(size.config)
     model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(config.pop("model_type"), **config), dtype=torch.float32
+        AutoConfig.for_model(config.pop("model_type"), **config),
+        dtype=getattr(torch, options.dtype),
     )
     model.config.use_cache = False
     if CONFIGS[method] is not None:
@@ -40,7 +42,7 @@ def main(method: str) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=setup.LEARNING_RATE, weight_decay=0.0)
     tokens = torch.randint(
-        0, setup.CONFIG["vocab_size"], (setup.BATCH_SIZE, setup.LENGTH), device=device
+        0, size.config["vocab_size"], (size.batch_size, size.length), device=device
     )
 
     def run() -> float:
@@ -56,4 +58,4 @@ def main(method: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(setup.parse(sys.argv[1:]))
