@@ -143,7 +143,7 @@ class Sandbox:
         with open(readable, "rb", buffering=0) as result:
             try:
                 process = subprocess.Popen(
-                    [_interpreter(), "-I", "-S", "-B", str(_JAIL), settings],
+                    [_interpreter(), "-I", "-S", "-B", str(_JAIL)],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
@@ -155,7 +155,7 @@ class Sandbox:
             finally:
                 os.close(writable)
             try:
-                _feed(process, program)
+                _feed(process, settings, program)
                 watch = _Watch(process, result, self._limits)
                 watch.until_end()
             finally:
@@ -187,7 +187,8 @@ class Sandbox:
                 "the jail was not built: " + watch.output.decode("utf-8", "replace")[-300:].strip()
             )
             raise IsolationError(f"generated code cannot be kept apart here: {why}")
-        name = said.get("signal") or (signal.Signals(-returncode).name if returncode < 0 else "")
+        # Whatever the program has said in the jail's name may be of any kind.
+        name = _signal_name(-returncode if returncode < 0 else said.get("signal"))
         over = "timeout" if name == "SIGXCPU" else watch.over
         verdict: Verdict
         if over is not None:
@@ -195,7 +196,7 @@ class Sandbox:
         elif said.get("token") == token and returncode == 0:
             verdict, detail = "passed", ""
         elif "error" in said:
-            verdict, detail = "failed", str(said["error"])
+            verdict, detail = "failed", _writable(said["error"])
         elif name:
             verdict, detail = "crashed", name
         else:
@@ -286,10 +287,11 @@ def _interpreter() -> str:
     return os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 
 
-def _feed(process: subprocess.Popen, program: str) -> None:
-    """Hands over the program; the jail reads all of it before it runs any."""
+def _feed(process: subprocess.Popen, settings: str, program: str) -> None:
+    """Hands over settings and program; the jail reads all of it before it runs any."""
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError):
+        process.stdin.write(settings.encode() + b"\n")
         process.stdin.write(program.encode("utf-8", "surrogatepass"))
         process.stdin.close()
 
@@ -308,8 +310,30 @@ def _end(process: subprocess.Popen) -> None:
 def _last_word(words: bytes) -> dict[str, Any]:
     """The last line of JSON; nothing if there is none."""
     for line in reversed(words.splitlines()):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             said = json.loads(line)
             if isinstance(said, dict):
                 return said
     return {}
+
+
+def _signal_name(number: Any) -> str:
+    """The name of a signal; empty for what is none."""
+    if type(number) is not int or not 0 < number < signal.NSIG:
+        return ""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"  # A real-time signal, most of which have no names.
+
+
+def _writable(detail: Any) -> str:
+    r"""What was raised, with halves of characters, which no file can hold, in escapes.
+
+    Example:
+      >>> _writable("ValueError: \ud83d")
+      'ValueError: \\ud83d'
+    """
+    if not isinstance(detail, str):
+        return "no valid result"
+    return detail.encode("utf-8", "backslashreplace").decode()
