@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import dataclasses
-import json
 import os
 import time
 from collections import Counter
@@ -11,6 +10,7 @@ from typing import Any
 
 from eval.humaneval.pass_at_k import mean_and_standard_error, pass_at_k
 from eval.humaneval.problems import Problem, open_problems
+from eval.json_lines import json_line
 from eval.model import HarnessModel
 from eval.results import Metric, TaskResult
 from eval.run import Job
@@ -233,4 +233,4 @@ def _write_samples(
         for problem, some, results in zip(problems, completions, outcomes, strict=True)
         for completion, outcome in zip(some, results, strict=True)
     ]
-    write_text(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    write_text(file, "".join(map(json_line, records)))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.humaneval.pass_at_k import mean_and_standard_error
+from eval.json_lines import json_line
 from eval.model import HarnessModel
 from eval.mt_bench.files import Benchmark, Question, read_benchmark
 from eval.mt_bench.judges import EndpointJudge, HopelessJudgeError, Judge, JudgeError, LocalJudge
@@ -346,5 +347,5 @@ def _write_samples(
             "judgment": judgment,
             "rating": None if judgment is None else find_rating(judgment),
         }
-        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+        lines.append(json_line(record))
     write_text(file, "".join(lines))

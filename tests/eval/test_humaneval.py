@@ -130,12 +130,15 @@ def test_hostile_completions_count_as_failed_and_the_run_goes_on(shared_data, ro
         "    pass\nimport os, signal; os.kill(os.getppid(), signal.SIGKILL); os.kill(-1, 9)\n",
         "    pass\nwhile True: print('x' * 10000)\n",
         "    pass\nopen('/escaped', 'w')\n",
+        "    pass\nraise ValueError('\\ud83d')\n",
     ]
-    answers = {row["prompt"]: [attack] for row, attack in zip(rows[:4], hostile, strict=True)}
-    answers[rows[4]["prompt"]] = [rows[4]["canonical_solution"]]
-    result = evaluate(shared_data, tmp_path, Writer(answers), limit=5)
-    assert result.metrics[0].value == pytest.approx(1 / 5)
-    assert result.details["verdicts"] == {"failed": 3, "output": 1, "passed": 1}
+    answers = {row["prompt"]: [attack] for row, attack in zip(rows[:5], hostile, strict=True)}
+    answers[rows[5]["prompt"]] = [rows[5]["canonical_solution"]]
+    model = Writer(answers)
+    model.store = ResponseStore(tmp_path / "responses.jsonl")
+    result = evaluate(shared_data, tmp_path, model, limit=6)
+    assert result.metrics[0].value == pytest.approx(1 / 6)
+    assert result.details["verdicts"] == {"failed": 4, "output": 1, "passed": 1}
 
 
 @pytest.mark.usefixtures("_isolated")

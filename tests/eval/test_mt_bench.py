@@ -397,6 +397,20 @@ def test_failures_are_counted_shown_and_made_good(server, shared_data, tmp_path,
     assert (result.details["ratings"], result.details["not_given"]) == (12, 0)
 
 
+def test_a_judgment_of_any_text_is_kept(server, shared_data, tmp_path, reporter):
+    judgment = "\ud83d Rating: [[6]]"
+    server.answer = lambda body: (200, said(judgment), {})
+    model = Speaker()
+    model.store = ResponseStore(tmp_path / "responses.jsonl")
+    job = build(server, shared_data, tmp_path, reporter, limit=1)
+    assert job.evaluate(model).metrics[0].value == 6.0
+    model.store = ResponseStore(tmp_path / "responses.jsonl")
+    assert job.evaluate(model).metrics[0].value == 6.0
+    assert len(server.requests) == 2
+    samples = [json.loads(line) for line in (tmp_path / "samples/mt_bench.jsonl").open()]
+    assert [sample["judgment"] for sample in samples] == [judgment] * 2
+
+
 def test_a_judge_that_is_gone_is_given_up(server, shared_data, tmp_path, reporter):
     server.answer = lambda body: (500, {"error": "down"}, {})
     job = build(server, shared_data, tmp_path, reporter, workers=1)
