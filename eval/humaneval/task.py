@@ -1,8 +1,10 @@
 """The evaluation: completions are generated, run in the sandbox, and counted."""
 
-import concurrent.futures
+import contextlib
 import dataclasses
+import functools
 import os
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -12,6 +14,7 @@ from eval.humaneval.pass_at_k import mean_and_standard_error, pass_at_k
 from eval.humaneval.problems import Problem, open_problems
 from eval.json_lines import json_line
 from eval.model import HarnessModel
+from eval.parallel import as_done
 from eval.results import Metric, TaskResult
 from eval.run import Job
 from eval.sandbox import IsolationError, Outcome, Sandbox, SandboxLimits
@@ -202,13 +205,13 @@ def _run(
             found[program] = Outcome(**known)
     waiting = [program for program in different if program not in found]
     workers = code.workers or min(4, os.cpu_count() or 1)
+    stop = threading.Event()
+    run = functools.partial(sandbox.run, stop=stop)
     with (
-        concurrent.futures.ThreadPoolExecutor(workers) as pool,
         model.reporter.counting("programs run", len(waiting)) as counter,
+        contextlib.closing(as_done(run, waiting, workers=workers, stop=stop.set)) as outcomes,
     ):
-        running = {pool.submit(sandbox.run, program): program for program in waiting}
-        for done in concurrent.futures.as_completed(running):
-            program = running[done]
+        for program, done in outcomes:
             found[program] = done.result()
             record = dataclasses.asdict(found[program])
             model.store.add(record, "run", program, limits, code.unisolated)

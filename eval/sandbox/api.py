@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -56,6 +57,10 @@ assert resource.getrlimit(resource.RLIMIT_NPROC)[0] > 0, "its processes are not 
 
 class IsolationError(Exception):
     """Generated code cannot be kept apart on this machine; the message says why."""
+
+
+class StoppedError(Exception):
+    """A program was ended because its outcome is no longer wanted."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,23 +125,25 @@ class Sandbox:
                 f"generated code cannot be kept apart here: {outcome.detail or outcome.verdict}"
             )
 
-    def run(self, program: str) -> Outcome:
+    def run(self, program: str, *, stop: threading.Event | None = None) -> Outcome:
         """Runs one program to its end or to the end of its limits.
 
         Args:
           program: Python source.
+          stop: ends it when set.
 
         Raises:
           IsolationError: it cannot be kept apart; it has not been run.
+          StoppedError: it was ended by `stop`.
         """
         if self._isolated and not sys.platform.startswith("linux"):
             raise IsolationError(f"programs can be kept apart on Linux only, not on {sys.platform}")
         with tempfile.TemporaryDirectory(prefix="sandbox-") as folder:
             # An unprivileged user of the jail has to pass through.
             os.chmod(folder, 0o755)
-            return self._run(program, folder)
+            return self._run(program, folder, stop or threading.Event())
 
-    def _run(self, program: str, folder: str) -> Outcome:
+    def _run(self, program: str, folder: str, stop: threading.Event) -> Outcome:
         token = secrets.token_hex(16)
         readable, writable = os.pipe()
         settings = self._settings(folder, token, writable)
@@ -157,7 +164,7 @@ class Sandbox:
             try:
                 _feed(process, settings, program)
                 watch = _Watch(process, result, self._limits)
-                watch.until_end()
+                watch.until_end(stop)
             finally:
                 _end(process)
         return self._judge(watch, token, process.returncode)
@@ -245,14 +252,16 @@ class _Watch:
     def seconds(self) -> float:
         return time.monotonic() - self._since
 
-    def until_end(self) -> None:
-        """Waits."""
+    def until_end(self, stop: threading.Event) -> None:
+        """Waits; raises `StoppedError` when `stop` is set before the end."""
         with selectors.DefaultSelector() as selector:
             for descriptor in self._sinks:
                 os.set_blocking(descriptor, False)
                 selector.register(descriptor, selectors.EVENT_READ)
             ended = False
             while self.over is None and not ended:
+                if stop.is_set():
+                    raise StoppedError
                 # What was written before the end is read after it.
                 ended = self._process.poll() is not None
                 self._read(selector, wait=not ended)

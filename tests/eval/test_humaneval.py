@@ -1,8 +1,11 @@
 """HumanEval: the estimator, real problems with known solutions, and what is refused."""
 
+import contextlib
 import gzip
 import itertools
 import json
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +153,30 @@ def test_programs_are_not_run_twice(shared_data, rows, tmp_path, monkeypatch):
     again = evaluate(shared_data, tmp_path, model, limit=2)
     assert again.metrics == first.metrics
     assert first.metrics[0].value == 1.0
+
+
+@pytest.mark.usefixtures("_isolated")
+def test_an_interruption_ends_what_runs_and_keeps_what_is_done(shared_data, rows, tmp_path):
+    class Interrupted(Reporter):
+        @contextlib.contextmanager
+        def counting(self, what, total):
+            with super().counting(what, total) as counter:
+                counter.advance = self.interrupt
+                yield counter
+
+        def interrupt(self):
+            raise KeyboardInterrupt
+
+    endless = "    pass\nwhile True: pass\n"
+    answers = {row["prompt"]: [endless] for row in rows[1:12]}
+    model = Writer({rows[0]["prompt"]: [rows[0]["canonical_solution"]], **answers})
+    model.reporter = Interrupted()
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(shared_data, tmp_path, model, limit=12, workers=2)
+    assert time.monotonic() - started < LIMITS.seconds / 2
+    assert len(model.store) == 1
+    assert not [thread for thread in threading.enumerate() if "(do)" in thread.name]
 
 
 @pytest.mark.slow
