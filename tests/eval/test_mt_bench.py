@@ -438,14 +438,16 @@ def test_a_budget_is_kept_by_what_the_endpoint_counts(server, shared_data, tmp_p
     paid = {"prices": (0.0, 100.0), "budget": 1.1, "workers": 4}
     job = build(server, shared_data, tmp_path, reporter, limit=8, **paid)
     model = Speaker()
-    with pytest.raises(HopelessJudgeError, match="1.00 of it is spent.* 11 of 16 ratings are left"):
+    with pytest.raises(
+        HopelessJudgeError, match=r"1.00 of it is spent.* 11 of 16 ratings are left"
+    ):
         job.evaluate(model)
     assert len(server.requests) == 5
     with pytest.raises(HopelessJudgeError, match="6 of 16 ratings are left"):
         job.evaluate(model)
     # An endpoint that counts nothing is taken at its most.
     server.answer = lambda body: (200, said("[[6]]"), {})
-    with pytest.raises(HopelessJudgeError, match="1.02 of it is spent, .* 1 of 16 ratings"):
+    with pytest.raises(HopelessJudgeError, match=r"1.02 of it is spent, .* 1 of 16 ratings"):
         job.evaluate(model)
     assert job.evaluate(model).details["ratings"] == 16
 
