@@ -22,11 +22,14 @@ def source_of(task: TaskSettings) -> dict[str, str]:
 
     What lies in no local folder is left out: its name on the hub says what it is.
     """
-    places = {"model": (task.config.model.path, _MODEL_FILES)}
-    places["data"] = (task.config.data.path, _DATA_FILES)
+    config = task.config
+    places = (
+        ("model", config.model.path, _MODEL_FILES),
+        ("data", config.data.path, _DATA_FILES),
+    )
     return {
         what: _fingerprint(Path(path).expanduser().resolve(), patterns)
-        for what, (path, patterns) in places.items()
+        for what, path, patterns in places
         if path and Path(path).expanduser().is_dir()
     }
 
