@@ -20,7 +20,7 @@ from eval.run import Job
 from eval.sandbox import IsolationError, Outcome, Sandbox, SandboxLimits
 from eval.settings import EvalSettings
 from eval.tasks.names import Wanted
-from peft_jax.core.checks import check_positive_int
+from peft_jax.core.checks import check_finite, check_positive_int
 from peft_jax.training.files import write_text
 
 _STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
@@ -70,6 +70,10 @@ class HumanEvalSettings:
                     f"pass@{k} takes at least {k} samples of each problem, and there are"
                     f" {self.samples}: give --samples_per_problem"
                 )
+        if not self.pass_at:
+            raise ValueError("pass_at names no k of pass@k: give --pass_at=1")
+        if self.temperature is not None:
+            check_finite("temperature", self.temperature)
         if self.samples > 1 and self.temperature == 0:
             raise ValueError("several samples at temperature 0 are all the same: give it above 0")
 
@@ -136,7 +140,7 @@ def make_job(wanted: Wanted, folder: Path, settings: EvalSettings, code: HumanEv
             },
         )
 
-    return Job(wanted, asked, evaluate)
+    return Job(wanted, asked, evaluate, new_tokens=settings.max_new_tokens or _NEW_TOKENS)
 
 
 def extract(completion: str, *, chat: bool) -> str:

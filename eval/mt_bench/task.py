@@ -213,7 +213,7 @@ def make_job(
 
     asked = {**settings.asked(), "judge": judging.judge, "judge_model": judging.model}
     asked["judge_options"] = dict(judging.options)
-    return Job(wanted, asked, evaluate, needs_chat=True)
+    return Job(wanted, asked, evaluate, needs_chat=True, new_tokens=most)
 
 
 def _limited(questions: Sequence[Question], limit: float | None) -> list[Question]:

@@ -81,6 +81,11 @@ def is_flores(name: str) -> bool:
     return name.startswith("flores_") and name.count("-") == 1
 
 
+def reads_local_data(name: str) -> bool:
+    """Whether a task's data can come from local files."""
+    return name in OURS or is_flores(name)
+
+
 def flores_languages(name: str) -> tuple[str, str]:
     """The languages that a direction goes from and to.
 

@@ -6,6 +6,7 @@ import pytest
 
 from eval.command import main
 from eval.model import HarnessModel
+from peft_jax.training.files import locked
 
 
 @pytest.fixture
@@ -59,6 +60,16 @@ def test_results_resumption_and_changes(
         (["--tasks=mrpc"], "no folder mrpc"),
         (["--tasks=humaneval"], "--allow_code_execution"),
         (["--tasks=humaneval", "--pass_at=ten"], "numbers parted by commas"),
+        (["--tasks=humaneval", "--pass_at=1.9"], "--pass_at should be whole numbers"),
+        (["--tasks=humaneval", "--pass_at=inf"], "--pass_at should be whole numbers"),
+        (["--tasks=humaneval", "--pass_at="], "--pass_at should be whole numbers"),
+        (["--tasks=humaneval", "--temperature=-1"], "temperature must be a finite number"),
+        (["--tasks=humaneval", "--temperature=nan"], "temperature must be a finite number"),
+        (["--tasks=humaneval", "--code_seconds=inf"], "a day at most"),
+        (["--tasks=humaneval", "--code_memory_mib=100000000"], "must be at most 16777216"),
+        (["--tasks=cola", "--limit=inf"], "limit must be a number of rows"),
+        (["--tasks=cola,gsm8k", "--max_new_tokens=512"], "gsm8k: up to 512 new tokens"),
+        (["--tasks=cola,humaneval", "--allow_code_execution"], "humaneval: up to 1024 new tokens"),
         (["--tasks=mt_bench"], "give --judge"),
         (["--tasks=mt_bench", "--judge=http://x/v1", "--judge_options=1"], "a JSON object"),
         (["--tasks=cola", "--limit=1.5"], "limit must be a number of rows"),
@@ -81,6 +92,40 @@ def test_what_cannot_work_is_refused_at_once(arguments, tmp_path, capsys, change
     shown = capsys.readouterr()
     assert message in shown.err
     assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_what_a_task_has_no_use_for_is_said(arguments, capsys, monkeypatch):
+    monkeypatch.setattr(HarnessModel, "loglikelihood", lambda *_, **__: pytest.fail("no more"))
+    asked = ["--tasks=humaneval", "--allow_code_execution", "--prompts=trained", "--num_fewshot=3"]
+    # Refused in the end, for want of room.
+    assert main([*arguments, *asked]) == 2
+    said = capsys.readouterr().err
+    assert "humaneval: --num_fewshot is left aside" in said
+    assert "humaneval: --prompts=trained is left aside" in said
+    assert main([*arguments, "--tasks=cola", "--prompts=trained", "--num_fewshot=3", "--fsdp=3"])
+    assert "left aside" not in capsys.readouterr().err
+
+
+def test_a_harness_task_does_not_read_local_data(arguments, capsys, monkeypatch):
+    def fail(self, names):
+        raise OSError("no network")
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager.load", fail)
+    assert main([*arguments, "--tasks=hellaswag"]) == 2
+    assert "no network; its data come from the hub: only this" in capsys.readouterr().err
+
+
+def test_a_folder_in_use_is_given_up_for_another(arguments, tmp_path, capsys):
+    with locked(tmp_path / "out" / ".lock"):
+        assert main([*arguments, "--tasks=cola"]) == 2
+    assert "a folder of its own with --output" in capsys.readouterr().err
+
+
+def test_an_encoder_is_measured_elsewhere(tmp_path, capsys, shared_data):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    asked = [f"--model={tmp_path}", f"--data={shared_data}", f"--output={tmp_path / 'out'}"]
+    assert main([*asked, "--tasks=cola"]) == 2
+    assert "train.py measures one" in capsys.readouterr().err
 
 
 def test_nothing_to_evaluate_is_refused(capsys, tmp_path):
