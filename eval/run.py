@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
@@ -23,9 +24,11 @@ from eval.tasks.names import (
     HUMANEVAL,
     MT_BENCH,
     OURS,
+    SUITES,
     Wanted,
     expand,
     is_flores,
+    is_near_ours,
     reads_local_data,
 )
 from eval.tasks.trained_prompts import has_trained_prompts
@@ -217,13 +220,22 @@ def _build(
 def _manager(names: Sequence[str]) -> TaskManager:
     """The harness's tasks; those alone that are known here, where no others are named.
 
-    Reading all of the harness's thousands of configurations takes several seconds.
+    Reading all of the harness's thousands of configurations takes many seconds, which a slip in the
+    name of a task of ours is not made to wait for.
     """
-    if all(name in OURS or is_flores(name) or name in ("glue", "xnli", "flores") for name in names):
-        tasks = Path(lm_eval.tasks.__file__).parent
+    tasks = Path(lm_eval.tasks.__file__).parent
+    others = [name for name in names if not (name in OURS or is_flores(name) or name in SUITES)]
+    slips = [name for name in others if is_near_ours(name) and not _occurs(name, tasks)]
+    if slips or not others:
         folders: list[str | Path] = [tasks / name for name in ("glue", "gsm8k", "xnli")]
         return TaskManager(include_defaults=False, include_path=folders)
     return TaskManager()
+
+
+def _occurs(name: str, tasks: Path) -> bool:
+    """Whether a name stands anywhere in the harness's configurations, as a task's does."""
+    word = re.compile(rb"(?<![\w-])" + re.escape(name.encode()) + rb"(?![\w-])")
+    return any(word.search(file.read_bytes()) for file in tasks.rglob("*.yaml"))
 
 
 def _harness_job(

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from eval import run
 from eval.command import main
 from eval.model import HarnessModel
 from peft_jax.training.files import locked
@@ -106,6 +107,23 @@ def test_what_a_task_has_no_use_for_is_said(arguments, capsys, monkeypatch):
     assert "left aside" not in capsys.readouterr().err
 
 
+def test_a_slip_does_not_wait_for_the_whole_harness(arguments, capsys, monkeypatch):
+    made = []
+
+    class Manager(run.TaskManager):
+        def __init__(self, **settings):
+            made.append(settings.get("include_defaults", True))
+            super().__init__(**{"include_defaults": False, **settings})
+
+    monkeypatch.setattr(run, "TaskManager", Manager)
+    assert main([*arguments, "--tasks=gsm8"]) == 2
+    assert "did you mean 'gsm8k'" in capsys.readouterr().err
+    # Names of the harness that are near ones of ours are looked for there.
+    for name in ("copa", "gsm8k_cot", "xnli_eu"):
+        main([*arguments, f"--tasks={name}"])
+    assert made == [False, True, True, True]
+
+
 def test_a_harness_task_does_not_read_local_data(arguments, capsys, monkeypatch):
     def fail(self, names):
         raise OSError("no network")
@@ -142,8 +160,6 @@ def test_the_list(capsys):
 
 
 def test_a_harness_task_that_runs_code_in_this_process_is_refused(arguments, capsys, monkeypatch):
-    from eval import run
-
     class Unsafe:
         UNSAFE_CODE = True
 
