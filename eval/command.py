@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             allowed=given.allow_code_execution or given.allow_unisolated_code,
             unisolated=given.allow_unisolated_code,
             samples=given.samples_per_problem,
-            pass_at=tuple(map(int, _numbers("--pass_at", given.pass_at) or ())),
+            pass_at=_whole_numbers("--pass_at", given.pass_at),
             temperature=given.temperature,
             limits=SandboxLimits(seconds=given.code_seconds, memory_mib=given.code_memory_mib),
             workers=given.code_workers,
@@ -130,6 +130,20 @@ def _numbers(flag: str, text: str) -> tuple[float, ...] | None:
         return tuple(map(float, text.split(",")))
     except ValueError as error:
         raise ValueError(f"{flag} should be numbers parted by commas, but is {text!r}") from error
+
+
+def _whole_numbers(flag: str, text: str) -> tuple[int, ...]:
+    """Whole numbers parted by commas.
+
+    Raises:
+      ValueError: something else.
+    """
+    try:
+        return tuple(map(int, text.split(",")))
+    except ValueError as error:
+        raise ValueError(
+            f"{flag} should be whole numbers parted by commas, but is {text!r}"
+        ) from error
 
 
 def _json_object(flag: str, text: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -13,6 +12,7 @@ from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
 from lm_eval.utils import handle_non_serializable
 
+from eval.json_lines import json_line
 from eval.results import Metric
 from peft_jax.training.files import write_text
 
@@ -90,11 +90,8 @@ def metrics_of(name: str, task: Mapping[str, Any], found: Mapping[str, Any]) -> 
 
 def write_samples(file: Path, samples: list[Mapping[str, Any]]) -> None:
     """Writes each row's prompt, answers and scores, a line of JSON each."""
-    lines = [
-        json.dumps(sample, default=handle_non_serializable, ensure_ascii=False)
-        for sample in samples
-    ]
-    write_text(file, "".join(line + "\n" for line in lines))
+    lines = [json_line(sample, default=handle_non_serializable) for sample in samples]
+    write_text(file, "".join(lines))
 
 
 def _own_standard_error(

@@ -9,11 +9,13 @@ import jax
 
 from eval.settings import EvalSettings
 from peft_jax.generation import Loaded, load_for_generation
+from peft_jax.generation.from_tokens import context_length
 from peft_jax.generation.loading import base_of
 from peft_jax.hub import find_folder, open_checkpoint, read_config
 from peft_jax.hub.load import match_tensors
 from peft_jax.hub.tokenizer import load_tokenizer
 from peft_jax.models import build_model
+from peft_jax.models.registry import is_encoder
 from peft_jax.parallel import batch_sharding, make_mesh
 
 _FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
@@ -27,11 +29,13 @@ class ModelFiles:
       model: the checkpoint's folder.
       adapter: the adapter's folder; None without one.
       tokenizer: its transformers tokenizer.
+      context: how many tokens it was made for; None where its positions have no end.
     """
 
     model: Path
     adapter: Path | None
     tokenizer: Any
+    context: int | None
 
     def identity(self) -> dict[str, str]:
         """The folders, and a digest of what is in them, by which a changed model is noticed."""
@@ -58,7 +62,14 @@ def find_model(settings: EvalSettings) -> ModelFiles:
     name, adapter_name = settings.source
     adapter = None if adapter_name is None else find_folder(adapter_name)
     folder = find_folder(name if name is not None else base_of(adapter))  # type: ignore[arg-type]
-    match_tensors(open_checkpoint(folder), build_model(read_config(folder), None))
+    config = read_config(folder)
+    if is_encoder(config):
+        raise ValueError(
+            f"{folder} is an encoder, which writes no text to be evaluated here: train.py measures"
+            " one on held-out rows while it is fine-tuned (docs/encoders.md)"
+        )
+    model = build_model(config, None)
+    match_tensors(open_checkpoint(folder), model)
     with_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(adapter if with_tokenizer and adapter else folder)
     if settings.chat_template is not None:
@@ -68,7 +79,9 @@ def find_model(settings: EvalSettings) -> ModelFiles:
             f"--chat: the tokenizer of {folder} has no chat template: name a file with one in"
             " --chat_template"
         )
-    return ModelFiles(model=folder, adapter=adapter, tokenizer=tokenizer)
+    return ModelFiles(
+        model=folder, adapter=adapter, tokenizer=tokenizer, context=context_length(model)
+    )
 
 
 def load(settings: EvalSettings, files: ModelFiles) -> tuple[Loaded, jax.sharding.NamedSharding]:

@@ -7,7 +7,7 @@ before a text, and which tokens are left out of one that is too long.
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,6 +40,38 @@ _SEED_STRIDE = 1_000_003
 
 Score = tuple[float, bool]
 """The log-likelihood of a continuation in nats, and whether it is what greedy decoding writes."""
+
+
+def longest_text(context: int | None, max_length: int | None) -> int:
+    """How many tokens a text may have, its continuation included.
+
+    Args:
+      context: what the model was made for; None where its positions have no end.
+      max_length: what was asked for; None: what the model was made for, or 2,048.
+
+    Raises:
+      ValueError: it is not positive or more than the model was made for.
+    """
+    if max_length is not None and not 1 < max_length <= (context or max_length):
+        raise ValueError(
+            f"max_length is {max_length}; it must be from 2 to {context or 'any number'}, what"
+            " the model was made for"
+        )
+    return max_length or context or _NO_END
+
+
+def new_tokens_of(gen_kwargs: Mapping[str, Any] | None) -> int:
+    """The most new tokens that the harness's settings of generation ask for."""
+    return normalize_gen_kwargs(dict(gen_kwargs or {}), _NEW_TOKENS)["max_gen_toks"]
+
+
+def check_room(new_tokens: int, max_length: int) -> None:
+    """Raises ValueError unless a prompt has room beside so many new tokens."""
+    if new_tokens >= max_length:
+        raise ValueError(
+            f"up to {new_tokens} new tokens are asked for, which leaves no room for a prompt in the"
+            f" {max_length} tokens that fit; ask for fewer with --max_new_tokens"
+        )
 
 
 class HarnessModel(TemplateLM):
@@ -77,14 +109,8 @@ class HarnessModel(TemplateLM):
         reporter: Reporter | None = None,
     ):
         super().__init__()
-        context = context_length(loaded.model)
-        if max_length is not None and not 1 < max_length <= (context or max_length):
-            raise ValueError(
-                f"max_length is {max_length}; it must be from 2 to {context or 'any number'}, what"
-                " the model was made for"
-            )
         self.tokenizer = loaded.tokenizer
-        self.max_length = max_length or context or _NO_END
+        self.max_length = longest_text(context_length(loaded.model), max_length)
         self._loaded = loaded
         self._row_sharding = row_sharding
         self._batch_size = batch_size
@@ -95,7 +121,8 @@ class HarnessModel(TemplateLM):
             loaded.model, loaded.params, row_sharding=row_sharding, batch_size=batch_size
         )
         self.truncated = 0
-        """How many requests were too long and lost their beginnings, since it was last set."""
+        """How many requests were too long and lost their beginnings, since it was last set; those
+        that were answered before are among them."""
 
     # Tokens.
 
@@ -196,7 +223,8 @@ class HarnessModel(TemplateLM):
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[Score]:
         found: dict[int, Score] = {}
-        for index, (texts, _, _) in enumerate(requests):
+        for index, (texts, context, continuation) in enumerate(requests):
+            self.truncated += len(context) + len(continuation) > self.max_length + 1
             known = self.store.get("loglikelihood", *texts)
             if known is not None:
                 found[index] = (float(known[0]), bool(known[1]))
@@ -234,7 +262,6 @@ class HarnessModel(TemplateLM):
         groups: dict[tuple[tuple[int, ...], int], list[int]] = collections.defaultdict(list)
         for index, (context, continuation) in enumerate(pairs):
             whole = [*context, *continuation]
-            self.truncated += len(whole) > self.max_length + 1
             read = tuple(whole[-(self.max_length + 1) : -1])
             groups[read, len(continuation)].append(index)
         members = list(groups.values())
@@ -317,6 +344,7 @@ class HarnessModel(TemplateLM):
                 found[index] = known
             else:
                 groups[settings, repetition].append(index)
+        self.truncated += self._too_long(requests)
         waiting = sum(map(len, groups.values()))
         with self.reporter.counting("generated", waiting) as counter:
             for (settings, repetition), indices in groups.items():
@@ -327,6 +355,13 @@ class HarnessModel(TemplateLM):
                     counter.advance(len(batch))
         return [found[index] for index in range(len(requests))]
 
+    def _too_long(self, requests: Sequence[tuple[str, GenerationSettings]]) -> int:
+        """How many prompts leave no room for what they are to be continued by."""
+        lengths = {text: len(self.tok_encode(text)) for text in {text for text, _ in requests}}
+        return sum(
+            lengths[text] + settings.max_new_tokens > self.max_length for text, settings in requests
+        )
+
     def _complete_alike(
         self,
         requests: Sequence[tuple[str, GenerationSettings]],
@@ -335,15 +370,9 @@ class HarnessModel(TemplateLM):
         repetition: int,
     ) -> Iterator[tuple[Sequence[int], list[str]]]:
         """Continues requests of the same settings, the longest first, batch by batch."""
+        check_room(settings.max_new_tokens, self.max_length)
         room = self.max_length - settings.max_new_tokens
-        if room < 1:
-            raise ValueError(
-                f"up to {settings.max_new_tokens} new tokens are asked for, which leaves no room"
-                f" for a prompt in the {self.max_length} tokens that fit; ask for fewer with"
-                " --max_new_tokens"
-            )
         prompts = {index: self.tok_encode(requests[index][0]) for index in indices}
-        self.truncated += sum(len(prompt) > room for prompt in prompts.values())
         # An empty prompt is put behind what begins a text.
         prompts = {i: prompt[-room:] or [self.prefix_token_id] for i, prompt in prompts.items()}
         # Each time that the same prompt is continued it is with another seed.

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from eval.json_lines import json_line
+
 
 class ResponseStore:
     """Responses by request, a line of JSON each, added as they come.
@@ -37,7 +39,7 @@ class ResponseStore:
             return
         self._file.parent.mkdir(parents=True, exist_ok=True)
         with self._file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps([key, response], ensure_ascii=False) + "\n")
+            stream.write(json_line([key, response]))
 
     def _read(self, file: Path) -> None:
         whole = 0

@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,25 @@ from lm_eval.tasks import TaskManager
 
 from eval.harness import evaluate_task, metrics_of, quiet_harness, write_samples
 from eval.loading import find_model, load
-from eval.model import HarnessModel
+from eval.model import HarnessModel, check_room, longest_text, new_tokens_of
 from eval.progress import Reporter
 from eval.responses import ResponseStore
 from eval.results import TaskResult, averages, table
 from eval.settings import EvalSettings
 from eval.tasks.build import build_task
 from eval.tasks.local_data import MissingDataError
-from eval.tasks.names import HUMANEVAL, MT_BENCH, OURS, Wanted, expand, is_flores
+from eval.tasks.names import (
+    HUMANEVAL,
+    MT_BENCH,
+    OURS,
+    SUITES,
+    Wanted,
+    expand,
+    is_flores,
+    is_near_ours,
+    reads_local_data,
+)
+from eval.tasks.trained_prompts import has_trained_prompts
 from peft_jax.training.errors import RefusedError
 from peft_jax.training.files import locked, write_json, write_text
 
@@ -36,12 +48,14 @@ class Job:
       asked: what its result depends on besides the model, as JSON can hold it.
       evaluate: does it.
       needs_chat: whether it is a conversation, which takes a chat template.
+      new_tokens: the most new tokens of an answer; 0 where none is written.
     """
 
     wanted: Wanted
     asked: Mapping[str, Any]
     evaluate: Evaluate
     needs_chat: bool = False
+    new_tokens: int = 0
 
 
 Maker = Callable[[Wanted, Path], Job]
@@ -133,7 +147,7 @@ def run(
     """
     reporter = reporter or Reporter()
     folder = OutputFolder(settings.output_folder)
-    with locked(folder.path / ".lock"):
+    with locked(folder.path / ".lock", "--output"):
         try:
             _ = settings.source  # A run that is not finished is refused before data are fetched.
             jobs = _build(settings, makers or {}, folder, reporter, allow_unsafe)
@@ -143,6 +157,7 @@ def run(
                     f"{MT_BENCH} is a conversation, and the tokenizer of {files.model} has no chat"
                     " template: name a file with one in --chat_template"
                 )
+            _check_lengths(jobs, longest_text(files.context, settings.max_length))
             folder.claim({**files.identity(), **settings.identity()})
         except (ValueError, OSError) as error:
             raise RefusedError(str(error)) from error
@@ -185,9 +200,10 @@ def _build(
     for wanted in expand(settings.tasks, manager.all_tasks):
         if wanted.name in (HUMANEVAL, MT_BENCH):
             jobs.append(makers[wanted.name](wanted, folder.path))
+            _warn_of_ignored(wanted.name, settings, None, reporter)
             continue
         try:
-            jobs.append(_harness_job(wanted, settings, manager, folder, allow_unsafe))
+            jobs.append(_harness_job(wanted, settings, manager, folder, reporter, allow_unsafe))
         except MissingDataError as error:
             if not wanted.suite:
                 raise
@@ -204,13 +220,22 @@ def _build(
 def _manager(names: Sequence[str]) -> TaskManager:
     """The harness's tasks; those alone that are known here, where no others are named.
 
-    Reading all of the harness's thousands of configurations takes several seconds.
+    Reading all of the harness's thousands of configurations takes many seconds, which a slip in the
+    name of a task of ours is not made to wait for.
     """
-    if all(name in OURS or is_flores(name) or name in ("glue", "xnli", "flores") for name in names):
-        tasks = Path(lm_eval.tasks.__file__).parent
+    tasks = Path(lm_eval.tasks.__file__).parent
+    others = [name for name in names if not (name in OURS or is_flores(name) or name in SUITES)]
+    slips = [name for name in others if is_near_ours(name) and not _occurs(name, tasks)]
+    if slips or not others:
         folders: list[str | Path] = [tasks / name for name in ("glue", "gsm8k", "xnli")]
         return TaskManager(include_defaults=False, include_path=folders)
     return TaskManager()
+
+
+def _occurs(name: str, tasks: Path) -> bool:
+    """Whether a name stands anywhere in the harness's configurations, as a task's does."""
+    word = re.compile(rb"(?<![\w-])" + re.escape(name.encode()) + rb"(?![\w-])")
+    return any(word.search(file.read_bytes()) for file in tasks.rglob("*.yaml"))
 
 
 def _harness_job(
@@ -218,6 +243,7 @@ def _harness_job(
     settings: EvalSettings,
     manager: TaskManager,
     folder: OutputFolder,
+    reporter: Reporter,
     allow_unsafe: bool,
 ) -> Job:
     with quiet_harness():
@@ -229,6 +255,9 @@ def _harness_job(
             " humaneval of this project runs it in one. To run it all the same, give"
             " --allow_unisolated_code"
         )
+
+    shots = {one.get_config("num_fewshot") for one in task["tasks"].values()}
+    _warn_of_ignored(wanted.name, settings, shots, reporter)
 
     def evaluate(model: HarnessModel) -> TaskResult:
         started = time.monotonic()
@@ -244,9 +273,8 @@ def _harness_job(
         for name, samples in found["samples"].items():
             write_samples(folder.path / "samples" / f"{name}.jsonl", samples)
         counts = [found["n-samples"][name] for name in task["tasks"]]
-        shots = {one.get_config("num_fewshot") for one in task["tasks"].values()}
         details: dict[str, Any] = {
-            "num_fewshot": shots.pop() if len(shots) == 1 else "various",
+            "num_fewshot": next(iter(shots)) if len(shots) == 1 else "various",
             "version": found["versions"].get(wanted.name),
             "truncated": model.truncated,
         }
@@ -263,7 +291,40 @@ def _harness_job(
             details=details,
         )
 
-    return Job(wanted, settings.asked(), evaluate)
+    new_tokens = [
+        new_tokens_of(one.get_config("generation_kwargs"))
+        for one in task["tasks"].values()
+        if one.get_config("output_type") == "generate_until"
+    ]
+    return Job(wanted, settings.asked(), evaluate, new_tokens=max(new_tokens, default=0))
+
+
+def _warn_of_ignored(
+    name: str, settings: EvalSettings, shots: Set[int] | None, reporter: Reporter
+) -> None:
+    """Says which settings a task has no use for.
+
+    Args:
+      name: the task.
+      settings: what was asked for.
+      shots: how many examples its parts put before a question; None where it has none.
+      reporter: is told.
+    """
+    if settings.num_fewshot is not None and shots != {settings.num_fewshot}:
+        reporter.warn(f"{name}: --num_fewshot is left aside, its number of examples is fixed")
+    if settings.prompts == "trained" and not has_trained_prompts(name):
+        reporter.warn(f"{name}: --prompts=trained is left aside, it has its own prompts only")
+    if settings.data is not None and not reads_local_data(name):
+        reporter.warn(f"{name}: only this project's tasks read --data; its data are the harness's")
+
+
+def _check_lengths(jobs: Sequence[Job], longest: int) -> None:
+    """Raises ValueError, naming the task, unless every task's answers leave room for prompts."""
+    for job in jobs:
+        try:
+            check_room(job.new_tokens, longest)
+        except ValueError as error:
+            raise ValueError(f"{job.wanted.name}: {error}") from error
 
 
 def _evaluate(job: Job, model: HarnessModel, reporter: Reporter) -> TaskResult:

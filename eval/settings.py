@@ -82,7 +82,7 @@ class EvalSettings:
         if self.num_fewshot is not None and self.num_fewshot < 0:
             raise ValueError(f"num_fewshot must be at least 0, but is {self.num_fewshot}")
         if self.limit is not None and not (
-            0 < self.limit < 1 or (self.limit >= 1 and self.limit == int(self.limit))
+            0 < self.limit < 1 or (self.limit >= 1 and float(self.limit).is_integer())
         ):
             raise ValueError(
                 f"limit must be a number of rows, or a share of them below 1, but is {self.limit}"

@@ -1,9 +1,10 @@
 """The evaluation: completions are generated, run in the sandbox, and counted."""
 
-import concurrent.futures
+import contextlib
 import dataclasses
-import json
+import functools
 import os
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -11,13 +12,15 @@ from typing import Any
 
 from eval.humaneval.pass_at_k import mean_and_standard_error, pass_at_k
 from eval.humaneval.problems import Problem, open_problems
+from eval.json_lines import json_line
 from eval.model import HarnessModel
+from eval.parallel import as_done
 from eval.results import Metric, TaskResult
 from eval.run import Job
 from eval.sandbox import IsolationError, Outcome, Sandbox, SandboxLimits
 from eval.settings import EvalSettings
 from eval.tasks.names import Wanted
-from peft_jax.core.checks import check_positive_int
+from peft_jax.core.checks import check_finite, check_positive_int
 from peft_jax.training.files import write_text
 
 _STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
@@ -67,6 +70,10 @@ class HumanEvalSettings:
                     f"pass@{k} takes at least {k} samples of each problem, and there are"
                     f" {self.samples}: give --samples_per_problem"
                 )
+        if not self.pass_at:
+            raise ValueError("pass_at names no k of pass@k: give --pass_at=1")
+        if self.temperature is not None:
+            check_finite("temperature", self.temperature)
         if self.samples > 1 and self.temperature == 0:
             raise ValueError("several samples at temperature 0 are all the same: give it above 0")
 
@@ -133,7 +140,7 @@ def make_job(wanted: Wanted, folder: Path, settings: EvalSettings, code: HumanEv
             },
         )
 
-    return Job(wanted, asked, evaluate)
+    return Job(wanted, asked, evaluate, new_tokens=settings.max_new_tokens or _NEW_TOKENS)
 
 
 def extract(completion: str, *, chat: bool) -> str:
@@ -202,13 +209,13 @@ def _run(
             found[program] = Outcome(**known)
     waiting = [program for program in different if program not in found]
     workers = code.workers or min(4, os.cpu_count() or 1)
+    stop = threading.Event()
+    run = functools.partial(sandbox.run, stop=stop)
     with (
-        concurrent.futures.ThreadPoolExecutor(workers) as pool,
         model.reporter.counting("programs run", len(waiting)) as counter,
+        contextlib.closing(as_done(run, waiting, workers=workers, stop=stop.set)) as outcomes,
     ):
-        running = {pool.submit(sandbox.run, program): program for program in waiting}
-        for done in concurrent.futures.as_completed(running):
-            program = running[done]
+        for program, done in outcomes:
             found[program] = done.result()
             record = dataclasses.asdict(found[program])
             model.store.add(record, "run", program, limits, code.unisolated)
@@ -233,4 +240,4 @@ def _write_samples(
         for problem, some, results in zip(problems, completions, outcomes, strict=True)
         for completion, outcome in zip(some, results, strict=True)
     ]
-    write_text(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    write_text(file, "".join(map(json_line, records)))

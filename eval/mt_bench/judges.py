@@ -25,8 +25,25 @@ class JudgeError(Exception):
     """The judge did not answer; the message says why."""
 
 
+class UnreadableAnswerError(JudgeError):
+    """The judge did answer, and may ask to be paid, but in a form that is not known."""
+
+
 class HopelessJudgeError(JudgeError):
     """The judge will not answer any request: a wrong key, address or model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgment:
+    """What a judge said.
+
+    Attributes:
+      text: in its own words.
+      tokens: of the prompt and of the answer, as the endpoint counts them; None if it does not.
+    """
+
+    text: str
+    tokens: tuple[int, int] | None = None
 
 
 class Judge(Protocol):
@@ -43,8 +60,8 @@ class Judge(Protocol):
     def check(self) -> None:
         """Raises `JudgeError` if it cannot be reached."""
 
-    def __call__(self, request: JudgeRequest) -> str:
-        """Its judgment, in its own words; raises `JudgeError` if there is none."""
+    def __call__(self, request: JudgeRequest) -> Judgment:
+        """Its judgment; raises `JudgeError` if there is none."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +106,7 @@ class EndpointJudge:
             models is let pass.
         """
         try:
-            self._send("models", None)
+            self._fetch("models", None)
         except urllib.error.HTTPError as error:
             if error.code in (401, 403):
                 raise HopelessJudgeError(self._refused(error)) from error
@@ -98,12 +115,13 @@ class EndpointJudge:
                 f"the judge at {self.url} cannot be reached: {error}"
             ) from error
 
-    def __call__(self, request: JudgeRequest) -> str:
+    def __call__(self, request: JudgeRequest) -> Judgment:
         """Asks, and asks again after a while where that may help.
 
         Raises:
           HopelessJudgeError: the endpoint refuses the key, or knows neither path nor model.
-          JudgeError: it did not answer in spite of all retries, or in a form that is not known.
+          UnreadableAnswerError: it answered in a form that is not known.
+          JudgeError: it did not answer in spite of all retries.
         """
         body: dict[str, Any] = {
             "model": self.name,
@@ -120,7 +138,8 @@ class EndpointJudge:
         for attempt in range(self.retries + 1):
             asked_for: float | None = None
             try:
-                return _content(self._send("chat/completions", body))
+                response = json.loads(self._fetch("chat/completions", body))
+                return Judgment(_content(response), _tokens(response))
             except urllib.error.HTTPError as error:
                 failure = self._refused(error)
                 if error.code in (401, 403, 404):
@@ -131,20 +150,20 @@ class EndpointJudge:
             except (OSError, http.client.HTTPException) as error:
                 failure = f"{type(error).__name__}: {error}"
             except ValueError as error:
-                raise JudgeError(f"an answer that cannot be read: {error}") from error
+                raise UnreadableAnswerError(f"an answer that cannot be read: {error}") from error
             if attempt < self.retries:
                 self.sleep(min(asked_for or wait, _LONGEST_WAIT))
                 wait *= 2
         raise JudgeError(f"{failure} (after {self.retries} retries)")
 
-    def _send(self, path: str, body: dict[str, Any] | None) -> Any:
+    def _fetch(self, path: str, body: dict[str, Any] | None) -> bytes:
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
         request = urllib.request.Request(f"{self.url.rstrip('/')}/{path}", data, headers)
         with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
-            return json.loads(response.read())
+            return response.read()
 
     def _refused(self, error: urllib.error.HTTPError) -> str:
         said = error.read(500).decode("utf-8", "replace").strip()
@@ -175,7 +194,7 @@ class LocalJudge:
     def check(self) -> None:
         """It is here."""
 
-    def __call__(self, request: JudgeRequest) -> str:
+    def __call__(self, request: JudgeRequest) -> Judgment:
         """Its judgment, the likeliest."""
         loaded = self._loaded
         chat = [
@@ -187,7 +206,7 @@ class LocalJudge:
             found = generate_text(loaded.model, loaded.params, loaded.tokenizer, [chat], settings)
         except ValueError as error:
             raise JudgeError(str(error)) from error
-        return found.texts[0]
+        return Judgment(found.texts[0])
 
 
 def _content(response: Any) -> str:
@@ -203,6 +222,22 @@ def _content(response: Any) -> str:
     if not isinstance(content, str) or not content:
         raise ValueError(f"no text in {str(response)[:200]}")
     return content
+
+
+def _tokens(response: Mapping[str, Any]) -> tuple[int, int] | None:
+    """How many tokens an endpoint says that it has read and written; None if it does not.
+
+    Example:
+      >>> _tokens({"usage": {"prompt_tokens": 700, "completion_tokens": 90}}), _tokens({})
+      ((700, 90), None)
+    """
+    usage = response.get("usage")
+    if not isinstance(usage, Mapping):
+        return None
+    read, written = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    if type(read) is int and type(written) is int and read >= 0 and written >= 0:
+        return read, written
+    return None
 
 
 def _retry_after(header: str | None) -> float | None:

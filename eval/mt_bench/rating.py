@@ -4,14 +4,14 @@ import re
 
 LOWEST, HIGHEST = 1.0, 10.0
 
-_RATING = re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]")
+_RATING = re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]", re.ASCII)
 
 
 def find_rating(judgment: str) -> float | None:
     """The rating that a judgment gives in the form it was asked for, "[[5]]".
 
-    Two different ratings, one out of bounds, or one in another form are none: what the judge meant
-    is not guessed.
+    One rating may be given several times. Two different ones, one out of bounds, or one in another
+    form are none: what the judge meant is not guessed. (FastChat takes the first of several.)
 
     Example:
       >>> find_rating("Clear and right. Rating: [[9]]"), find_rating("Rating: [[7.5]]")

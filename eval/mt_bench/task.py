@@ -1,6 +1,6 @@
 """The evaluation: both turns are answered, both answers rated, ratings averaged."""
 
-import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import time
@@ -9,18 +9,29 @@ from pathlib import Path
 from typing import Any
 
 from eval.humaneval.pass_at_k import mean_and_standard_error
+from eval.json_lines import json_line
 from eval.model import HarnessModel
+from eval.mt_bench.budget import Budget
 from eval.mt_bench.files import Benchmark, Question, read_benchmark
-from eval.mt_bench.judges import EndpointJudge, HopelessJudgeError, Judge, JudgeError, LocalJudge
+from eval.mt_bench.judges import (
+    JUDGMENT_TOKENS,
+    EndpointJudge,
+    HopelessJudgeError,
+    Judge,
+    JudgeError,
+    LocalJudge,
+    UnreadableAnswerError,
+)
 from eval.mt_bench.rating import find_rating
-from eval.mt_bench.requests import Estimate, JudgeRequest, estimate, judge_requests
+from eval.mt_bench.requests import JudgeRequest, estimate, judge_requests
+from eval.parallel import as_done
 from eval.progress import Reporter
 from eval.results import Metric, TaskResult
 from eval.run import Job
 from eval.settings import EvalSettings
 from eval.tasks.local_data import local_folder
 from eval.tasks.names import Wanted
-from peft_jax.core.checks import check_positive, check_positive_int
+from peft_jax.core.checks import check_finite, check_positive, check_positive_int
 from peft_jax.generation import load_for_generation
 from peft_jax.hub import find_folder
 from peft_jax.hub.tokenizer import load_tokenizer
@@ -47,7 +58,7 @@ class MTBenchSettings:
       key: the secret it is asked with; empty: none.
       options: further fields of each request to the endpoint; None takes one away.
       prices: of a million tokens of prompts, and of answers.
-      budget: what the judge may cost at most, by those prices.
+      budget: what the judge may cost at most in one evaluation, by those prices.
       retries: how often a request is made again that failed for a passing reason.
       workers: how many requests are made at a time.
 
@@ -68,14 +79,30 @@ class MTBenchSettings:
         check_positive_int("judge_workers", self.workers)
         if self.retries < 0:
             raise ValueError(f"judge_retries must be at least 0, but is {self.retries}")
-        if self.prices is not None and (len(self.prices) != 2 or min(self.prices) < 0):
-            raise ValueError(
-                "judge_prices: give two, of a million tokens of prompts and of answers, 2.5,10"
-            )
+        if self.prices is not None:
+            if len(self.prices) != 2:
+                raise ValueError(
+                    "judge_prices: give two, of a million tokens of prompts and of answers, 2.5,10"
+                )
+            for price in self.prices:
+                check_finite("judge_prices", price)
         if self.budget is not None:
             check_positive("judge_budget", self.budget)
+            check_finite("judge_budget", self.budget)
             if self.prices is None:
                 raise ValueError("judge_budget cannot be kept without judge_prices")
+            if self.most_tokens is None:
+                raise ValueError(
+                    "judge_budget cannot be kept where answers have no limit: give one in"
+                    " --judge_options, as max_tokens or max_completion_tokens"
+                )
+
+    @property
+    def most_tokens(self) -> int | None:
+        """How many tokens a judgment may have; None where the options take the limit away."""
+        given = {"max_tokens": JUDGMENT_TOKENS, **self.options}
+        limits = [given.get(name) for name in ("max_tokens", "max_completion_tokens")]
+        return max((limit for limit in limits if isinstance(limit, int)), default=None)
 
     def make_judge(self) -> Callable[[], Judge]:
         """What makes the judge; that it can be had is checked now, and a model is loaded later.
@@ -136,8 +163,9 @@ def make_job(
     questions = _limited(benchmark.questions, settings.limit)
     make_judge = judging.make_judge()
     most = settings.max_new_tokens or _NEW_TOKENS
-    at_most = estimate(_longest_requests(benchmark, questions, most), judging.prices)
-    reporter.say(f"mt_bench: at most {at_most}")
+    longest = _longest_requests(benchmark, questions, most)
+    will_cost = estimate(longest, judging.prices, judging.most_tokens)
+    reporter.say(f"mt_bench: with answers as long as they may be, {will_cost}")
 
     def evaluate(model: HarnessModel) -> TaskResult:
         started = time.monotonic()
@@ -156,6 +184,9 @@ def make_job(
             if (rating := find_rating(judgment)) is not None
         }
         _write_samples(folder / "samples" / f"{wanted.name}.jsonl", requests, answers, judgments)
+        if not ratings:
+            why = next(iter(failures.values()), "no judgment has one in the form asked for")
+            raise HopelessJudgeError(f"none of {len(requests)} answers has a rating: {why}")
         unread = len(judgments) - len(ratings)
         if failures or unread:
             reporter.warn(
@@ -182,7 +213,7 @@ def make_job(
 
     asked = {**settings.asked(), "judge": judging.judge, "judge_model": judging.model}
     asked["judge_options"] = dict(judging.options)
-    return Job(wanted, asked, evaluate, needs_chat=True)
+    return Job(wanted, asked, evaluate, needs_chat=True, new_tokens=most)
 
 
 def _limited(questions: Sequence[Question], limit: float | None) -> list[Question]:
@@ -248,39 +279,51 @@ def _judge(
         if known is not None:
             judgments[request.question, request.turn] = known
     waiting = [one for one in requests if (one.question, one.turn) not in judgments]
-    cost = estimate(waiting, judging.prices)
+    cost = estimate(waiting, judging.prices, judging.most_tokens)
     reporter.say(f"mt_bench: {cost}")
-    _check_budget(cost, judging)
+    if judging.budget is not None and (cost.cost or 0.0) > judging.budget:
+        raise HopelessJudgeError(
+            f"the judge would cost about {cost.cost:.2f}, and judge_budget is {judging.budget:g};"
+            " the answers are kept, and nothing has been asked of the judge"
+        )
+    budget = Budget(judging.budget, judging.prices, judging.most_tokens)
     failures: dict[_Key, str] = {}
     in_a_row = 0
     with (
         reporter.counting("ratings", len(waiting)) as counter,
-        concurrent.futures.ThreadPoolExecutor(judge.workers) as pool,
+        contextlib.closing(
+            as_done(judge, waiting, workers=judge.workers, may_begin=budget.may_begin)
+        ) as outcomes,
     ):
-        running = {pool.submit(judge, request): request for request in waiting}
-        try:
-            for done in concurrent.futures.as_completed(running):
-                request = running[done]
-                key = (request.question, request.turn)
-                try:
-                    judgments[key] = done.result()
-                except HopelessJudgeError:
-                    raise
-                except JudgeError as error:
-                    failures[key] = str(error)
-                    in_a_row += 1
-                    if in_a_row >= _GIVE_UP_AFTER:
-                        raise HopelessJudgeError(
-                            f"{in_a_row} requests in a row have failed, the last: {error}. What has"
-                            " been rated is kept; the same command goes on from there"
-                        ) from error
-                else:
-                    in_a_row = 0
-                    model.store.add(judgments[key], *_judgment_key(judge, judging, request))
-                counter.advance()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for request, done in outcomes:
+            key = (request.question, request.turn)
+            try:
+                judgment = done.result()
+            except HopelessJudgeError:
+                raise
+            except JudgeError as error:
+                if not isinstance(error, UnreadableAnswerError):
+                    budget.not_answered(request)
+                failures[key] = str(error)
+                in_a_row += 1
+                if in_a_row >= _GIVE_UP_AFTER:
+                    raise HopelessJudgeError(
+                        f"{in_a_row} requests in a row have failed, the last: {error}. What has"
+                        " been rated is kept; the same command goes on from there"
+                    ) from error
+            else:
+                in_a_row = 0
+                judgments[key] = judgment.text
+                budget.answered(request, judgment)
+                model.store.add(judgment.text, *_judgment_key(judge, judging, request))
+            counter.advance()
+    if left := len(requests) - len(judgments) - len(failures):
+        raise HopelessJudgeError(
+            f"judge_budget is {judging.budget:g}, {budget.spent:.2f} of it is spent, and one more"
+            f" answer might go over it: {left} of {len(requests)} ratings are left. What has been"
+            " rated is kept; the same command goes on from there with the same budget again, and"
+            " a larger one gets further"
+        )
     return judgments, failures
 
 
@@ -290,22 +333,15 @@ def _judgment_key(judge: Judge, judging: MTBenchSettings, request: JudgeRequest)
     return ("judge", judge.name, judging.judge, options, request.system, request.prompt)
 
 
-def _check_budget(cost: Estimate, judging: MTBenchSettings) -> None:
-    if judging.budget is not None and cost.cost is not None and cost.cost > judging.budget:
-        raise HopelessJudgeError(
-            f"the judge would cost about {cost.cost:.2f}, and judge_budget is {judging.budget:g};"
-            " the answers are kept, and nothing has been asked of the judge"
-        )
-
-
 def _metrics(
     requests: Sequence[JudgeRequest], ratings: Mapping[_Key, float], judge: str, questions: int
 ) -> tuple[Metric, ...]:
     """The mean rating: of all, of each turn, of each category.
 
-    A question's two ratings go together, so the standard error is that of questions' means.
+    A question's two ratings go together: the value is the mean of questions' means, and the
+    standard error is that of this mean. Where all ratings are there it is the mean of them too.
     """
-    name = "MT-Bench" if questions == QUESTIONS else "rating"
+    whole = questions == QUESTIONS and len(ratings) == len(requests)
 
     def metric(name: str, chosen: Sequence[JudgeRequest]) -> Metric | None:
         by_question: dict[int, list[float]] = {}
@@ -315,14 +351,17 @@ def _metrics(
                 by_question.setdefault(one.question, []).append(rating)
         if not by_question:
             return None
-        every = [rating for some in by_question.values() for rating in some]
-        _, error = mean_and_standard_error([sum(x) / len(x) for x in by_question.values()])
-        value = sum(every) / len(every)
-        return Metric(name=name, variant=f"judge: {judge}", value=value, standard_error=error)
+        means = [sum(some) / len(some) for some in by_question.values()]
+        value, error = mean_and_standard_error(means)
+        count = sum(map(len, by_question.values()))
+        variant = f"judge: {judge}"
+        if count < len(chosen):
+            variant += f"; {count} of {len(chosen)} ratings"
+        return Metric(name=name, variant=variant, value=value, standard_error=error)
 
     categories = dict.fromkeys(request.category for request in requests)
     found = [
-        metric(name, requests),
+        metric("MT-Bench" if whole else "rating", requests),
         *(metric(f"turn {n}", [one for one in requests if one.turn == n]) for n in (1, 2)),
         *(metric(c, [one for one in requests if one.category == c]) for c in categories),
     ]
@@ -346,5 +385,5 @@ def _write_samples(
             "judgment": judgment,
             "rating": None if judgment is None else find_rating(judgment),
         }
-        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+        lines.append(json_line(record))
     write_text(file, "".join(lines))

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -56,6 +57,10 @@ assert resource.getrlimit(resource.RLIMIT_NPROC)[0] > 0, "its processes are not 
 
 class IsolationError(Exception):
     """Generated code cannot be kept apart on this machine; the message says why."""
+
+
+class StoppedError(Exception):
+    """A program was ended because its outcome is no longer wanted."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,30 +125,32 @@ class Sandbox:
                 f"generated code cannot be kept apart here: {outcome.detail or outcome.verdict}"
             )
 
-    def run(self, program: str) -> Outcome:
+    def run(self, program: str, *, stop: threading.Event | None = None) -> Outcome:
         """Runs one program to its end or to the end of its limits.
 
         Args:
           program: Python source.
+          stop: ends it when set.
 
         Raises:
           IsolationError: it cannot be kept apart; it has not been run.
+          StoppedError: it was ended by `stop`.
         """
         if self._isolated and not sys.platform.startswith("linux"):
             raise IsolationError(f"programs can be kept apart on Linux only, not on {sys.platform}")
         with tempfile.TemporaryDirectory(prefix="sandbox-") as folder:
             # An unprivileged user of the jail has to pass through.
             os.chmod(folder, 0o755)
-            return self._run(program, folder)
+            return self._run(program, folder, stop or threading.Event())
 
-    def _run(self, program: str, folder: str) -> Outcome:
+    def _run(self, program: str, folder: str, stop: threading.Event) -> Outcome:
         token = secrets.token_hex(16)
         readable, writable = os.pipe()
         settings = self._settings(folder, token, writable)
         with open(readable, "rb", buffering=0) as result:
             try:
                 process = subprocess.Popen(
-                    [_interpreter(), "-I", "-S", "-B", str(_JAIL), settings],
+                    [_interpreter(), "-I", "-S", "-B", str(_JAIL)],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
@@ -155,9 +162,9 @@ class Sandbox:
             finally:
                 os.close(writable)
             try:
-                _feed(process, program)
+                _feed(process, settings, program)
                 watch = _Watch(process, result, self._limits)
-                watch.until_end()
+                watch.until_end(stop)
             finally:
                 _end(process)
         return self._judge(watch, token, process.returncode)
@@ -187,7 +194,8 @@ class Sandbox:
                 "the jail was not built: " + watch.output.decode("utf-8", "replace")[-300:].strip()
             )
             raise IsolationError(f"generated code cannot be kept apart here: {why}")
-        name = said.get("signal") or (signal.Signals(-returncode).name if returncode < 0 else "")
+        # Whatever the program has said in the jail's name may be of any kind.
+        name = _signal_name(-returncode if returncode < 0 else said.get("signal"))
         over = "timeout" if name == "SIGXCPU" else watch.over
         verdict: Verdict
         if over is not None:
@@ -195,7 +203,7 @@ class Sandbox:
         elif said.get("token") == token and returncode == 0:
             verdict, detail = "passed", ""
         elif "error" in said:
-            verdict, detail = "failed", str(said["error"])
+            verdict, detail = "failed", _writable(said["error"])
         elif name:
             verdict, detail = "crashed", name
         else:
@@ -244,14 +252,16 @@ class _Watch:
     def seconds(self) -> float:
         return time.monotonic() - self._since
 
-    def until_end(self) -> None:
-        """Waits."""
+    def until_end(self, stop: threading.Event) -> None:
+        """Waits; raises `StoppedError` when `stop` is set before the end."""
         with selectors.DefaultSelector() as selector:
             for descriptor in self._sinks:
                 os.set_blocking(descriptor, False)
                 selector.register(descriptor, selectors.EVENT_READ)
             ended = False
             while self.over is None and not ended:
+                if stop.is_set():
+                    raise StoppedError
                 # What was written before the end is read after it.
                 ended = self._process.poll() is not None
                 self._read(selector, wait=not ended)
@@ -286,10 +296,11 @@ def _interpreter() -> str:
     return os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 
 
-def _feed(process: subprocess.Popen, program: str) -> None:
-    """Hands over the program; the jail reads all of it before it runs any."""
+def _feed(process: subprocess.Popen, settings: str, program: str) -> None:
+    """Hands over settings and program; the jail reads all of it before it runs any."""
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError):
+        process.stdin.write(settings.encode() + b"\n")
         process.stdin.write(program.encode("utf-8", "surrogatepass"))
         process.stdin.close()
 
@@ -308,8 +319,30 @@ def _end(process: subprocess.Popen) -> None:
 def _last_word(words: bytes) -> dict[str, Any]:
     """The last line of JSON; nothing if there is none."""
     for line in reversed(words.splitlines()):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             said = json.loads(line)
             if isinstance(said, dict):
                 return said
     return {}
+
+
+def _signal_name(number: Any) -> str:
+    """The name of a signal; empty for what is none."""
+    if type(number) is not int or not 0 < number < signal.NSIG:
+        return ""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"  # A real-time signal, most of which have no names.
+
+
+def _writable(detail: Any) -> str:
+    r"""What was raised, with halves of characters, which no file can hold, in escapes.
+
+    Example:
+      >>> _writable("ValueError: \ud83d")
+      'ValueError: \\ud83d'
+    """
+    if not isinstance(detail, str):
+        return "no valid result"
+    return detail.encode("utf-8", "backslashreplace").decode()

@@ -1,6 +1,8 @@
 """Runs one program where it can reach nothing; a script, and the first thing in its process.
 
-    python -I -S -B jail.py SETTINGS < program
+    python -I -S -B jail.py < input
+
+The input is a line of JSON, the settings, and after it the program.
 
 Three processes share the work. The first leaves the machine's namespaces and waits. The second is
 the first process of the new ones (their "init"): it builds a file system of the interpreter alone,
@@ -9,7 +11,9 @@ program. When the init ends, the kernel ends everything that the program has sta
 
 Only the standard library is used: nothing else is there. The result is one line of JSON on the
 descriptor that the settings name, and a program counts as passed only if it came to its end: the
-line then carries the settings' token, which the program has no part in.
+line then carries the settings' token. No argument, variable or environment hands that token to the
+program, so none gives it by accident or by leaving early. One that is written to cheat can: it runs
+in the process that reports its end, and can look for what that process holds.
 """
 
 import contextlib
@@ -37,7 +41,8 @@ _PR_SET_PDEATHSIG, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 1, 24, 38
 _CAPABILITY_VERSION = 0x20080522
 
 _SYSTEM_FOLDERS = ("/usr", "/lib", "/lib32", "/lib64", "/bin")
-_DEVICES = ("null", "zero", "urandom", "random")
+_DEVICES = ("null", "urandom", "random")
+"""Not "zero": mapped shared, it is memory that no limit counts."""
 
 _FAILED, _NOT_ISOLATED = 1, 3
 
@@ -48,7 +53,7 @@ class JailError(Exception):
 
 def main() -> None:
     """Reads the settings and the program, and runs it."""
-    settings = json.loads(sys.argv[1])
+    settings = json.loads(sys.stdin.buffer.readline())
     program = sys.stdin.buffer.read().decode("utf-8", "surrogatepass")
     _be_first_to_go()
     if not settings["isolated"]:
@@ -118,7 +123,7 @@ def _be_init(libc: ctypes.CDLL, program: str, settings: dict, *, as_root: bool) 
         if ended == child:
             code = os.waitstatus_to_exitcode(status)
             if code < 0:
-                _report(settings, {"signal": signal.Signals(-code).name})
+                _report(settings, {"signal": -code})
             os._exit(_FAILED if code else 0)
 
 
@@ -200,7 +205,7 @@ def _drop_privileges(libc: ctypes.CDLL) -> None:
 
 def _run_program(program: str, settings: dict) -> None:
     """Runs the program in this process, and ends it."""
-    token, result = settings.pop("token"), settings["result"]
+    result, token = settings["result"], _put_away(settings.pop("token"))
     _report(settings, {"started": True})
     null = os.open("/dev/null", os.O_RDONLY)
     os.dup2(null, 0)
@@ -208,17 +213,27 @@ def _run_program(program: str, settings: dict) -> None:
         exec(compile(program, "program.py", "exec"), {"__name__": "__main__"})
     except BaseException as error:
         _leave({"error": f"{type(error).__name__}: {error}"[:500]}, result, _FAILED)
-    _leave({"token": token}, result, 0)
+    _leave({"token": os.read(token, 64).decode()}, result, 0)
+
+
+def _put_away(token: str) -> int:
+    """Puts the token where no variable holds it: in a pipe, to be read from the descriptor."""
+    readable, writable = os.pipe()
+    os.write(writable, token.encode())
+    os.close(writable)
+    return readable
 
 
 def _leave(what: dict, result: int, code: int) -> None:
     """Ends this process with a last word, whatever the program has done to its modules."""
     try:
         os.write(result, (json.dumps(what) + "\n").encode())
-        sys.stdout.flush()
-        sys.stderr.flush()
     except BaseException:
         code = code or _FAILED
+    for stream in ("stdout", "stderr"):
+        # The program may have closed them, or put something else in their places.
+        with contextlib.suppress(BaseException):
+            getattr(sys, stream).flush()
     os._exit(code)
 
 

@@ -4,7 +4,10 @@ import dataclasses
 
 from peft_jax.core.checks import check_positive, check_positive_int
 
-_LEAST_MEMORY = 64
+_LEAST_MEMORY, _MOST_MEMORY = 64, 1 << 24
+"""In MiB; the most is 16 TiB, which kernels can still be asked for."""
+
+_MOST_SECONDS = 86_400.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,9 +33,16 @@ class SandboxLimits:
 
     def __post_init__(self) -> None:
         check_positive("seconds", self.seconds)
+        if self.seconds > _MOST_SECONDS:
+            raise ValueError(f"seconds is {self.seconds:g}; a program gets a day at most, 86400")
         for name in ("memory_mib", "processes", "file_mib", "output_kib"):
             check_positive_int(name, getattr(self, name))
         if self.memory_mib < _LEAST_MEMORY:
             raise ValueError(
                 f"memory_mib is {self.memory_mib}; Python itself wants {_LEAST_MEMORY} to start"
             )
+        for name in ("memory_mib", "file_mib"):
+            if getattr(self, name) > _MOST_MEMORY:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; it must be at most {_MOST_MEMORY}, 16 TiB"
+                )

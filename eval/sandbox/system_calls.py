@@ -57,14 +57,18 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "quotactl": (179, 60),
 }
 
-_CLONE, _CLONE3 = (56, 220), 435
+_CLONE, _CLONE3, _MMAP = (56, 220), 435, (9, 222)
 _NEW_NAMESPACES = 0x7E020080
 """The flags of clone that make namespaces: CLONE_NEWTIME, NEWNS, NEWCGROUP, NEWUTS, … NEWNET."""
+
+_SHARED, _ANONYMOUS, _HUGE_PAGES = 0x01, 0x20, 0x40000
+"""Flags of mmap. Shared memory without a file stays taken when its pages have left every process,
+and huge pages are counted in none: what a process takes is no measure of either."""
 
 # Instructions of the filter: load a word, jump on equality, on a set bit, on at least; return.
 _LOAD, _IF_EQUAL, _IF_ANY_BIT, _IF_AT_LEAST, _RETURN = 0x20, 0x15, 0x45, 0x35, 0x06
 _ALLOW, _KILL, _FAIL = 0x7FFF0000, 0x80000000, 0x00050000
-_NUMBER_AT, _ARCHITECTURE_AT, _FIRST_ARGUMENT_AT = 0, 4, 16
+_NUMBER_AT, _ARCHITECTURE_AT, _FIRST_ARGUMENT_AT, _FOURTH_ARGUMENT_AT = 0, 4, 16, 40
 
 _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
 
@@ -119,6 +123,13 @@ def filter_program(machine: str) -> bytes:
             code.append(_instruction(_IF_EQUAL, number, 0, 1))
             code.append(_instruction(_RETURN, _FAIL | errno.EPERM))
     code += [
+        _instruction(_IF_EQUAL, _MMAP[column], 0, 6),
+        _instruction(_LOAD, _FOURTH_ARGUMENT_AT),
+        _instruction(_IF_ANY_BIT, _HUGE_PAGES, 2, 0),
+        _instruction(_IF_ANY_BIT, _ANONYMOUS, 0, 2),
+        _instruction(_IF_ANY_BIT, _SHARED, 0, 1),
+        _instruction(_RETURN, _FAIL | errno.EPERM),
+        _instruction(_RETURN, _ALLOW),
         _instruction(_IF_EQUAL, _CLONE[column], 0, 3),
         _instruction(_LOAD, _FIRST_ARGUMENT_AT),
         _instruction(_IF_ANY_BIT, _NEW_NAMESPACES, 0, 1),

@@ -75,6 +75,11 @@ def _load(file: Path):
         raise ValueError(f"{file} is no Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if not callable(getattr(module, "get_config", None)):
+        raise ValueError(
+            f"{file} has no get_config(data) that returns a StudySettings; configs/study_cpu.py is"
+            " one to copy"
+        )
     study = module.get_config(_DATA.value)
     if not isinstance(study, StudySettings):
         raise ValueError(f"{file}: get_config must return a StudySettings")

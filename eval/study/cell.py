@@ -10,6 +10,7 @@ import numpy as np
 
 from eval.study.bench import Bench, Program, microbatches
 from eval.study.settings import ArmSettings, digest
+from eval.study.source import source_of
 from peft_jax.adapters import AdapterState, count_parameters
 from peft_jax.core import Tree
 from peft_jax.training import RunConfig, TrainState
@@ -88,6 +89,7 @@ def train_cell(
         "task": bench.task.name,
         "arm": arm.name,
         "digest": digest(config, bench.task),
+        "source": source_of(bench.task),
         "learning_rate": learning_rate,
         "seed": seed,
         "diverged": not all(bool(metrics["finite"]) for metrics in records),

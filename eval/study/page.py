@@ -13,7 +13,7 @@ from eval.study.cell import Cell
 from eval.study.pictures import draw_gradients, draw_losses, draw_mixing
 from eval.study.run import Choice, count_cells, measured, tuned
 from eval.study.settings import ArmSettings, StudySettings, TaskSettings
-from eval.study.statistics import Comparison, compare, holm, mean_and_deviation
+from eval.study.statistics import LEAST_P, Comparison, compare, holm, mean_and_deviation
 from eval.study.store import Store
 from peft_jax.training.files import write_text
 from peft_jax.training.summary import versions
@@ -78,11 +78,16 @@ def write_page(study: StudySettings, store: Store, folder: Path) -> Path:
 
     Returns:
       The page.
+
+    Raises:
+      ValueError: no cell is finished, and there is a page already.
     """
+    page = folder / "README.md"
+    if page.is_file() and not count_finished(study, store):
+        raise ValueError(f"no cell of the study is finished here, so {page} is left as it is")
     finished = collect(study, store)
     pictures = _draw(study, store, finished, folder)
     parts = _sections(study, store, finished, pictures)
-    page = folder / "README.md"
     write_text(page, "\n\n".join(parts) + "\n")
     return page
 
@@ -204,7 +209,8 @@ def _verdict(study: StudySettings, finished: Finished) -> str:
             verdict = "**hybrid better**" if result.difference < 0 else "hybrid worse"
         lines.append(
             f"| {task.title} | {study.arm(best).title} | {result.difference:+.4f} |"
-            f" {corrected[task.name]:.2g} | {result.seeds_ahead} of {result.seeds} | {verdict} |"
+            f" {_p(result.p, corrected[task.name])} | {result.seeds_ahead} of {result.seeds} |"
+            f" {verdict} |"
         )
     head = (
         f"Better with significance on {wins} of {len(found)} tasks, worse on {losses}. Losses are"
@@ -212,6 +218,17 @@ def _verdict(study: StudySettings, finished: Finished) -> str:
         " over seeds, corrected for the number of tasks by Holm's method."
     )
     return "\n".join([head, "", *lines])
+
+
+def _p(p: float, corrected: float) -> str:
+    """A corrected p-value; one at the test's floor is an upper bound.
+
+    Example:
+      >>> _p(0.01, 0.03), _p(LEAST_P, 5 * LEAST_P)
+      ('0.03', '≤ 0.00025')
+    """
+    bound = "≤ " if p <= LEAST_P * (1 + 1e-9) else ""
+    return f"{bound}{corrected:.2g}"
 
 
 def _methods(task: TaskSettings, entries: Sequence[Entry], seconds: dict[str, float]) -> str:
@@ -277,8 +294,10 @@ def _ablations(study: StudySettings, finished: Finished) -> str:
         lines.append(f"| {study.arm(name).title} | {' | '.join(row)} |")
     head = (
         "Each variant's test loss less the default hybrid's: above 0 the variant is worse. Bold: p"
-        " < 0.05 of the same test, here not corrected for the number of variants. In brackets λ,"
-        " the mean over layers, steps and seeds."
+        " < 0.05 of the same test, here not corrected for the number of variants or tasks; it is"
+        f" over rows and says nothing about seeds, of which there are {len(study.seeds)}: beside"
+        " the losses above stand their deviations. In brackets λ, the mean over layers, steps and"
+        " seeds."
     )
     return "\n".join([head, "", *lines])
 

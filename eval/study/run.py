@@ -98,7 +98,11 @@ def run_study(
         a task counts as "task/timing".
       until: the time (as `time.time`) after which no cell is begun.
       say: told of each cell.
+
+    Raises:
+      ValueError: `only` is no regular expression, or matches nothing.
     """
+    _check_only(study, only)
     runner = _Runner(study=study, store=store, until=until, say=say)
     for task, arm in _pairs(study):
         if re.search(only, f"{task.name}/{arm.name}"):
@@ -106,6 +110,21 @@ def run_study(
     for task in study.tasks:
         if re.search(only, f"{task.name}/timing"):
             runner.time(task)
+
+
+def _check_only(study: StudySettings, only: str) -> None:
+    names = [f"{task.name}/{arm.name}" for task, arm in _pairs(study)]
+    names += [f"{task.name}/timing" for task in study.tasks]
+    try:
+        matched = [name for name in names if re.search(only, name)]
+    except re.error as error:
+        raise ValueError(f"--only={only!r} is no regular expression: {error}") from error
+    if not matched:
+        raise ValueError(
+            f"--only={only!r} matches nothing; a name is TASK/ARM or TASK/timing, and there are the"
+            f" tasks {', '.join(task.name for task in study.tasks)} and the arms"
+            f" {', '.join(arm.name for arm in study.arms)}"
+        )
 
 
 def _pairs(study: StudySettings) -> Iterator[tuple[TaskSettings, ArmSettings]]:

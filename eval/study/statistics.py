@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 
 _ROUNDS = 20_000
+LEAST_P = 1 / (_ROUNDS + 1)
+"""The floor of the permutation test: no random flip reached the difference."""
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:

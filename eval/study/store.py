@@ -8,6 +8,7 @@ from typing import Any
 
 from eval.study.cell import Cell
 from eval.study.settings import ArmSettings, TaskSettings, digest
+from eval.study.source import agree, source_of
 from peft_jax.training.errors import RefusedError
 from peft_jax.training.files import locked, write_text
 
@@ -36,14 +37,20 @@ class Store:
     def read(
         self, task: TaskSettings, arm: ArmSettings, *, learning_rate: float, seed: int, final: bool
     ) -> Cell | None:
-        """A cell that was measured with just these settings; None where there is none."""
+        """A cell that was measured with just these settings; None where there is none.
+
+        One whose model or data were others of the same name is not; one that does not say what they
+        were counts.
+        """
         place: dict[str, Any] = {"learning_rate": learning_rate, "seed": seed}
         file = self.path(task, arm, final=final, **place)
         if not file.is_file():
             return None
         cell = json.loads(file.read_text(encoding="utf-8"))
         wanted = digest(task.run_config(arm, **place), task)
-        return cell if cell["digest"] == wanted else None
+        if cell["digest"] != wanted or not agree(cell.get("source", {}), source_of(task)):
+            return None
+        return cell
 
     def write(self, task: TaskSettings, arm: ArmSettings, cell: Cell, *, final: bool) -> None:
         """Writes a cell; a file that is there is whole."""

@@ -12,7 +12,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from eval.tasks import own
 from eval.tasks.local_data import MissingDataError, open_by_recipe, open_local
-from eval.tasks.names import OURS, is_flores
+from eval.tasks.names import is_flores, reads_local_data
 from eval.tasks.trained_prompts import TASKS as WITH_TRAINED_PROMPTS
 from eval.tasks.trained_prompts import with_trained_prompts
 
@@ -56,7 +56,7 @@ def build_task(name: str, settings: TaskSettings, manager: TaskManager) -> dict[
       ValueError: the data cannot be had or used.
     """
     try:
-        if name in OURS or is_flores(name):
+        if reads_local_data(name):
             tasks: dict[str, Any] = {"tasks": {name: _build_ours(name, settings, manager)}}
         else:
             tasks = dict(manager.load([name]))
@@ -64,7 +64,11 @@ def build_task(name: str, settings: TaskSettings, manager: TaskManager) -> dict[
         raise
     except Exception as error:
         # The harness, and the libraries that it loads data with, raise whatever they like.
-        hint = "" if settings.data else "; without the hub, give local files with --data"
+        hint = "; without the hub, give local files with --data"
+        if not reads_local_data(name):
+            hint = "; its data come from the hub: only this project's tasks read --data"
+        elif settings.data:
+            hint = ""
         raise ValueError(f"task {name} cannot be built: {error}{hint}") from error
     for task in tasks["tasks"].values():
         _configure(task, settings)

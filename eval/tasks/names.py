@@ -1,6 +1,7 @@
 """Which tasks a name stands for."""
 
 import dataclasses
+import difflib
 from collections.abc import Sequence
 
 from peft_jax.core import did_you_mean
@@ -79,6 +80,21 @@ def expand(names: Sequence[str], known_to_harness: Sequence[str]) -> list[Wanted
 def is_flores(name: str) -> bool:
     """Whether a name is that of a direction: flores_eng_Latn-deu_Latn."""
     return name.startswith("flores_") and name.count("-") == 1
+
+
+def is_near_ours(name: str) -> bool:
+    """Whether a name is nearly that of a task or suite of this project.
+
+    Example:
+      >>> is_near_ours("gsm8"), is_near_ours("hellaswag")
+      (True, False)
+    """
+    return bool(difflib.get_close_matches(name, [*SUITES, *OURS], n=1, cutoff=0.7))
+
+
+def reads_local_data(name: str) -> bool:
+    """Whether a task's data can come from local files."""
+    return name in OURS or is_flores(name)
 
 
 def flores_languages(name: str) -> tuple[str, str]:

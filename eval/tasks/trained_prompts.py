@@ -7,12 +7,17 @@ recipe is asked in the words it has learnt by these.
 from typing import Any
 
 from eval.tasks.local_data import recipe_for
-from eval.tasks.names import GLUE, XNLI
+from eval.tasks.names import GLUE, XNLI, is_flores
 from peft_jax.data import Example
 from peft_jax.data.recipes.classification import Classification
 
 TASKS = (*GLUE, "gsm8k", *XNLI)
 """The tasks that have two prompts. STS-B's and FLORES's are the recipes' in any case."""
+
+
+def has_trained_prompts(name: str) -> bool:
+    """Whether a task can be asked in the recipe's words, or is in any case."""
+    return name in TASKS or is_flores(name)
 
 
 def with_trained_prompts(config: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Checks of settings, with errors that say what was given and what would work."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,6 +17,12 @@ def check_positive_int(name: str, value: Any) -> None:
     """Raises ValueError unless `value` is a whole number of at least one."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, but is {value!r}")
+
+
+def check_finite(name: str, value: Any) -> None:
+    """Raises ValueError unless `value` is a finite number of at least zero."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be a finite number of at least 0, but is {value!r}")
 
 
 def check_fraction(name: str, value: Any) -> None:

@@ -45,8 +45,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, flag: str = "--workdir") -> Iterator[None]:
     """Holds a lock file for the length of the block; the system releases it if the process dies.
+
+    Args:
+      path: the file.
+      flag: what names the folder to the user.
 
     Raises:
       RefusedError: another process holds the lock.
@@ -60,6 +64,6 @@ def locked(path: Path) -> Iterator[None]:
                 raise
             raise RefusedError(
                 f"{path.parent} is in use by another run: wait until it ends, or give this one a "
-                "folder of its own with --workdir"
+                f"folder of its own with {flag}"
             ) from error
         yield

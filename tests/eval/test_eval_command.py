@@ -4,8 +4,10 @@ import json
 
 import pytest
 
+from eval import run
 from eval.command import main
 from eval.model import HarnessModel
+from peft_jax.training.files import locked
 
 
 @pytest.fixture
@@ -59,6 +61,16 @@ def test_results_resumption_and_changes(
         (["--tasks=mrpc"], "no folder mrpc"),
         (["--tasks=humaneval"], "--allow_code_execution"),
         (["--tasks=humaneval", "--pass_at=ten"], "numbers parted by commas"),
+        (["--tasks=humaneval", "--pass_at=1.9"], "--pass_at should be whole numbers"),
+        (["--tasks=humaneval", "--pass_at=inf"], "--pass_at should be whole numbers"),
+        (["--tasks=humaneval", "--pass_at="], "--pass_at should be whole numbers"),
+        (["--tasks=humaneval", "--temperature=-1"], "temperature must be a finite number"),
+        (["--tasks=humaneval", "--temperature=nan"], "temperature must be a finite number"),
+        (["--tasks=humaneval", "--code_seconds=inf"], "a day at most"),
+        (["--tasks=humaneval", "--code_memory_mib=100000000"], "must be at most 16777216"),
+        (["--tasks=cola", "--limit=inf"], "limit must be a number of rows"),
+        (["--tasks=cola,gsm8k", "--max_new_tokens=512"], "gsm8k: up to 512 new tokens"),
+        (["--tasks=cola,humaneval", "--allow_code_execution"], "humaneval: up to 1024 new tokens"),
         (["--tasks=mt_bench"], "give --judge"),
         (["--tasks=mt_bench", "--judge=http://x/v1", "--judge_options=1"], "a JSON object"),
         (["--tasks=cola", "--limit=1.5"], "limit must be a number of rows"),
@@ -83,6 +95,57 @@ def test_what_cannot_work_is_refused_at_once(arguments, tmp_path, capsys, change
     assert not (tmp_path / "out" / "results.json").exists()
 
 
+def test_what_a_task_has_no_use_for_is_said(arguments, capsys, monkeypatch):
+    monkeypatch.setattr(HarnessModel, "loglikelihood", lambda *_, **__: pytest.fail("no more"))
+    asked = ["--tasks=humaneval", "--allow_code_execution", "--prompts=trained", "--num_fewshot=3"]
+    # Refused in the end, for want of room.
+    assert main([*arguments, *asked]) == 2
+    said = capsys.readouterr().err
+    assert "humaneval: --num_fewshot is left aside" in said
+    assert "humaneval: --prompts=trained is left aside" in said
+    assert main([*arguments, "--tasks=cola", "--prompts=trained", "--num_fewshot=3", "--fsdp=3"])
+    assert "left aside" not in capsys.readouterr().err
+
+
+def test_a_slip_does_not_wait_for_the_whole_harness(arguments, capsys, monkeypatch):
+    made = []
+
+    class Manager(run.TaskManager):
+        def __init__(self, **settings):
+            made.append(settings.get("include_defaults", True))
+            super().__init__(**{"include_defaults": False, **settings})
+
+    monkeypatch.setattr(run, "TaskManager", Manager)
+    assert main([*arguments, "--tasks=gsm8"]) == 2
+    assert "did you mean 'gsm8k'" in capsys.readouterr().err
+    # Names of the harness that are near ones of ours are looked for there.
+    for name in ("copa", "gsm8k_cot", "xnli_eu"):
+        main([*arguments, f"--tasks={name}"])
+    assert made == [False, True, True, True]
+
+
+def test_a_harness_task_does_not_read_local_data(arguments, capsys, monkeypatch):
+    def fail(self, names):
+        raise OSError("no network")
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager.load", fail)
+    assert main([*arguments, "--tasks=hellaswag"]) == 2
+    assert "no network; its data come from the hub: only this" in capsys.readouterr().err
+
+
+def test_a_folder_in_use_is_given_up_for_another(arguments, tmp_path, capsys):
+    with locked(tmp_path / "out" / ".lock"):
+        assert main([*arguments, "--tasks=cola"]) == 2
+    assert "a folder of its own with --output" in capsys.readouterr().err
+
+
+def test_an_encoder_is_measured_elsewhere(tmp_path, capsys, shared_data):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    asked = [f"--model={tmp_path}", f"--data={shared_data}", f"--output={tmp_path / 'out'}"]
+    assert main([*asked, "--tasks=cola"]) == 2
+    assert "train.py measures one" in capsys.readouterr().err
+
+
 def test_nothing_to_evaluate_is_refused(capsys, tmp_path):
     assert main(["--tasks=cola"]) == 2
     assert "give what is to be evaluated" in capsys.readouterr().err
@@ -97,8 +160,6 @@ def test_the_list(capsys):
 
 
 def test_a_harness_task_that_runs_code_in_this_process_is_refused(arguments, capsys, monkeypatch):
-    from eval import run
-
     class Unsafe:
         UNSAFE_CODE = True
 

@@ -1,8 +1,11 @@
 """HumanEval: the estimator, real problems with known solutions, and what is refused."""
 
+import contextlib
 import gzip
 import itertools
 import json
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -130,12 +133,15 @@ def test_hostile_completions_count_as_failed_and_the_run_goes_on(shared_data, ro
         "    pass\nimport os, signal; os.kill(os.getppid(), signal.SIGKILL); os.kill(-1, 9)\n",
         "    pass\nwhile True: print('x' * 10000)\n",
         "    pass\nopen('/escaped', 'w')\n",
+        "    pass\nraise ValueError('\\ud83d')\n",
     ]
-    answers = {row["prompt"]: [attack] for row, attack in zip(rows[:4], hostile, strict=True)}
-    answers[rows[4]["prompt"]] = [rows[4]["canonical_solution"]]
-    result = evaluate(shared_data, tmp_path, Writer(answers), limit=5)
-    assert result.metrics[0].value == pytest.approx(1 / 5)
-    assert result.details["verdicts"] == {"failed": 3, "output": 1, "passed": 1}
+    answers = {row["prompt"]: [attack] for row, attack in zip(rows[:5], hostile, strict=True)}
+    answers[rows[5]["prompt"]] = [rows[5]["canonical_solution"]]
+    model = Writer(answers)
+    model.store = ResponseStore(tmp_path / "responses.jsonl")
+    result = evaluate(shared_data, tmp_path, model, limit=6)
+    assert result.metrics[0].value == pytest.approx(1 / 6)
+    assert result.details["verdicts"] == {"failed": 4, "output": 1, "passed": 1}
 
 
 @pytest.mark.usefixtures("_isolated")
@@ -147,6 +153,30 @@ def test_programs_are_not_run_twice(shared_data, rows, tmp_path, monkeypatch):
     again = evaluate(shared_data, tmp_path, model, limit=2)
     assert again.metrics == first.metrics
     assert first.metrics[0].value == 1.0
+
+
+@pytest.mark.usefixtures("_isolated")
+def test_an_interruption_ends_what_runs_and_keeps_what_is_done(shared_data, rows, tmp_path):
+    class Interrupted(Reporter):
+        @contextlib.contextmanager
+        def counting(self, what, total):
+            with super().counting(what, total) as counter:
+                counter.advance = self.interrupt
+                yield counter
+
+        def interrupt(self):
+            raise KeyboardInterrupt
+
+    endless = "    pass\nwhile True: pass\n"
+    answers = {row["prompt"]: [endless] for row in rows[1:12]}
+    model = Writer({rows[0]["prompt"]: [rows[0]["canonical_solution"]], **answers})
+    model.reporter = Interrupted()
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(shared_data, tmp_path, model, limit=12, workers=2)
+    assert time.monotonic() - started < LIMITS.seconds / 2
+    assert len(model.store) == 1
+    assert not [thread for thread in threading.enumerate() if "(do)" in thread.name]
 
 
 @pytest.mark.slow

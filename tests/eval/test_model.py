@@ -166,6 +166,17 @@ def test_what_was_answered_is_not_asked_again(make_model, tmp_path, monkeypatch)
     assert file.read_bytes() == b"".join(content.splitlines(keepends=True)[:-1])
 
 
+def test_what_was_answered_before_counts_as_truncated_too(make_model, tmp_path):
+    file = tmp_path / "responses.jsonl"
+    settings = {"until": [], "max_gen_toks": 4, "do_sample": False}
+    for _ in range(2):
+        model = make_model(store=ResponseStore(file), max_length=16)
+        model.loglikelihood(requests("loglikelihood", [PAIRS[0], ("a", " b")]))
+        assert model.truncated == 1
+        model.generate_until(requests("generate_until", [(STORY, settings), ("A", settings)]))
+        assert model.truncated == 2
+
+
 @pytest.mark.parametrize(
     ("gen_kwargs", "message"),
     [
@@ -213,7 +224,7 @@ def test_chat_templates(make_model, loaded, shared_data):
         chat.append({"role": "assistant", "content": "I say"})
         assert model.apply_chat_template(chat, add_generation_prompt=False).endswith("I say")
         judge = LocalJudge(loaded, "tiny")
-        assert isinstance(judge(JudgeRequest(1, "writing", 1, "Be fair.", "Rate.")), str)
+        assert isinstance(judge(JudgeRequest(1, "writing", 1, "Be fair.", "Rate.")).text, str)
         loaded.tokenizer.chat_template = "{{ raise_exception('no system here') }}"
         with pytest.raises(ValueError, match="refuses a prompt: no system here"):
             model.apply_chat_template(chat)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from eval.mt_bench.files import TEMPERATURES, read_benchmark
-from eval.mt_bench.judges import EndpointJudge, HopelessJudgeError, JudgeError
+from eval.mt_bench.judges import EndpointJudge, HopelessJudgeError, JudgeError, Judgment
 from eval.mt_bench.rating import find_rating
 from eval.mt_bench.requests import JudgeRequest, estimate, judge_requests
 from eval.mt_bench.task import MTBenchSettings, make_job
@@ -29,12 +29,12 @@ class JudgeServer:
     def __init__(self):
         self.requests = []
         self.answer = lambda body: (200, said("Rating: [[5]]"), {})
-        self.models = 200
+        self.models, self.list = 200, {"data": []}
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
-                self.reply(outer.models, {"data": []}, {})
+                self.reply(outer.models, outer.list, {})
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -170,6 +170,7 @@ def test_broken_files_are_refused(shared_data, tmp_path, change, message):
         ("[[10]]", 10.0),
         ("[[1]]", 1.0),
         ("[[6.5]]", 6.5),
+        ("[[\u0667]]", None),
         ("Rating: [[7]]. So my rating is [[7]].", 7.0),
         ("[[10.5]]", None),
         ("[[0]]", None),
@@ -194,7 +195,7 @@ def test_ratings_are_read_strictly(judgment, rating):
 
 
 def test_a_request(server, judge):
-    assert judge(REQUEST) == "Rating: [[5]]"
+    assert judge(REQUEST) == Judgment("Rating: [[5]]")
     (path, headers, body), *_ = server.requests
     assert path == "/v1/chat/completions"
     assert headers["Authorization"] == "Bearer sk-secret"
@@ -225,7 +226,7 @@ def test_passing_failures_are_tried_again_with_longer_and_longer_waits(server, j
         return status, said("[[5]]") if status == 200 else {"error": "busy"}, {}
 
     server.answer = answer
-    assert judge(REQUEST) == "[[5]]"
+    assert judge(REQUEST).text == "[[5]]"
     assert waits == [1.0, 2.0, 4.0]
 
 
@@ -267,6 +268,8 @@ def test_an_endpoint_that_is_not_there_is_noticed_at_once(server, judge):
     judge.check()
     server.models = 404
     judge.check()  # it has no list of models
+    server.models, server.list = 200, b"<html>"
+    judge.check()
     server.models = 401
     with pytest.raises(HopelessJudgeError, match="401"):
         judge.check()
@@ -331,7 +334,8 @@ def rate_by_turn(body):
 def test_the_whole_benchmark(server, shared_data, tmp_path, reporter, benchmark):
     server.answer = rate_by_turn
     job = build(server, shared_data, tmp_path, reporter, prices=(2.5, 10.0))
-    assert re.search(r"at most 160 requests .* by the prices given", reporter.said[0])
+    # 2,048 tokens of each of 160 judgments.
+    assert re.search(r"160 requests .*at most 327,680.* by the prices given", reporter.said[0])
     model = Speaker()
     result = job.evaluate(model)
     values = {metric.name: metric.value for metric in result.metrics}
@@ -388,6 +392,7 @@ def test_failures_are_counted_shown_and_made_good(server, shared_data, tmp_path,
     assert result.details["unreadable"] == 4
     assert result.details["incomplete"]
     assert result.metrics[0].value == 6.0
+    assert result.metrics[0].variant == "judge: judge-1; 8 of 16 ratings"
     assert any("4 were not given" in one and "4 could not be read" in one for one in reporter.said)
     # The same again asks for those alone that were not given.
     before = len(server.requests)
@@ -395,6 +400,20 @@ def test_failures_are_counted_shown_and_made_good(server, shared_data, tmp_path,
     result = job.evaluate(model)
     assert len(server.requests) == before + 4
     assert (result.details["ratings"], result.details["not_given"]) == (12, 0)
+
+
+def test_a_judgment_of_any_text_is_kept(server, shared_data, tmp_path, reporter):
+    judgment = "\ud83d Rating: [[6]]"
+    server.answer = lambda body: (200, said(judgment), {})
+    model = Speaker()
+    model.store = ResponseStore(tmp_path / "responses.jsonl")
+    job = build(server, shared_data, tmp_path, reporter, limit=1)
+    assert job.evaluate(model).metrics[0].value == 6.0
+    model.store = ResponseStore(tmp_path / "responses.jsonl")
+    assert job.evaluate(model).metrics[0].value == 6.0
+    assert len(server.requests) == 2
+    samples = [json.loads(line) for line in (tmp_path / "samples/mt_bench.jsonl").open()]
+    assert [sample["judgment"] for sample in samples] == [judgment] * 2
 
 
 def test_a_judge_that_is_gone_is_given_up(server, shared_data, tmp_path, reporter):
@@ -410,6 +429,55 @@ def test_a_budget_is_kept(server, shared_data, tmp_path, reporter):
     with pytest.raises(HopelessJudgeError, match="judge_budget is 1"):
         job.evaluate(Speaker())
     assert server.requests == []
+
+
+def test_a_budget_is_kept_by_what_the_endpoint_counts(server, shared_data, tmp_path, reporter):
+    """16 requests of 0.2 each, as it counts; any of them might cost 0.2048 and its prompt."""
+    usage = {"usage": {"prompt_tokens": 0, "completion_tokens": 2000}}
+    server.answer = lambda body: (200, {**said("[[6]]"), **usage}, {})
+    paid = {"prices": (0.0, 100.0), "budget": 1.1, "workers": 4}
+    job = build(server, shared_data, tmp_path, reporter, limit=8, **paid)
+    model = Speaker()
+    with pytest.raises(
+        HopelessJudgeError, match=r"1.00 of it is spent.* 11 of 16 ratings are left"
+    ):
+        job.evaluate(model)
+    assert len(server.requests) == 5
+    with pytest.raises(HopelessJudgeError, match="6 of 16 ratings are left"):
+        job.evaluate(model)
+    # An endpoint that counts nothing is taken at its most.
+    server.answer = lambda body: (200, said("[[6]]"), {})
+    with pytest.raises(HopelessJudgeError, match=r"1.02 of it is spent, .* 1 of 16 ratings"):
+        job.evaluate(model)
+    assert job.evaluate(model).details["ratings"] == 16
+
+
+def test_no_rating_at_all_is_no_success(server, shared_data, tmp_path, reporter):
+    server.answer = lambda body: (200, said("Rating: 9"), {})
+    job = build(server, shared_data, tmp_path, reporter, limit=2)
+    with pytest.raises(HopelessJudgeError, match="none of 4 answers has a rating"):
+        job.evaluate(Speaker())
+    assert (tmp_path / "samples/mt_bench.jsonl").is_file()
+
+
+def test_the_name_is_for_all_ratings(server, shared_data, tmp_path, reporter):
+    answers = iter(["none", *["[[6]]"] * 159])
+    server.answer = lambda body: (200, said(next(answers)), {})
+    result = build(server, shared_data, tmp_path, reporter, workers=1).evaluate(Speaker())
+    shown = [(metric.name, metric.variant) for metric in result.metrics[:3]]
+    assert shown == [
+        ("rating", "judge: judge-1; 159 of 160 ratings"),
+        ("turn 1", "judge: judge-1; 79 of 80 ratings"),
+        ("turn 2", "judge: judge-1"),
+    ]
+
+
+def test_the_value_is_of_questions_as_its_error_is(server, shared_data, tmp_path, reporter):
+    answers = iter(["[[1]]", "none", "[[5]]", "[[9]]"])
+    server.answer = lambda body: (200, said(next(answers)), {})
+    job = build(server, shared_data, tmp_path, reporter, limit=2, workers=1)
+    metric = job.evaluate(Speaker()).metrics[0]
+    assert (metric.value, metric.standard_error) == (4.0, 3.0)
 
 
 def test_estimates_are_of_the_right_size(benchmark):
@@ -431,6 +499,10 @@ def test_estimates_are_of_the_right_size(benchmark):
         ({"judge": "http://127.0.0.1:9/v1"}, "cannot be reached"),
         ({"budget": 1.0}, "judge_prices"),
         ({"prices": (1.0,)}, "give two"),
+        ({"prices": (float("nan"), 1.0)}, "judge_prices must be a finite number"),
+        ({"prices": (1.0, -1.0)}, "judge_prices must be a finite number"),
+        ({"prices": (1.0, 1.0), "budget": float("inf")}, "judge_budget must be a finite number"),
+        ({"prices": (1.0, 1.0), "budget": 1.0, "options": {"max_tokens": None}}, "have no limit"),
         ({"retries": -1}, "judge_retries"),
     ],
 )

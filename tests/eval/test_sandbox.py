@@ -157,10 +157,24 @@ def test_the_memory_of_all_processes_together_is_limited(sandbox):
     [
         "import os; os.memfd_create('hidden')",
         "import ctypes; assert ctypes.CDLL(None).shmget(0, 1 << 20, 0o1600) >= 0",
+        "import mmap; mmap.mmap(-1, 1 << 20)",
+        "import mmap; mmap.mmap(-1, 1 << 21, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON | 0x40000)",
+        "import mmap; mmap.mmap(open('/dev/zero', 'r+b').fileno(), 1 << 20)",
     ],
 )
 def test_memory_that_no_limit_counts_cannot_be_had(sandbox, program):
     assert run(sandbox, program).verdict == "failed"
+
+
+def test_memory_that_is_counted_can_be_mapped(sandbox):
+    program = """
+        import mmap
+        mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)[0] = 1
+        with open("file", "w+b") as file:
+            file.truncate(1 << 20)
+            mmap.mmap(file.fileno(), 0)[0] = 1
+        """
+    assert run(sandbox, program).passed
 
 
 def test_nothing_can_be_written_outside(sandbox, tmp_path):
@@ -312,7 +326,38 @@ def test_the_channel_of_results_is_limited_and_believed_in_nothing(sandbox):
     lie = lie.replace("not_isolated", "token")
     outcome = run(sandbox, found.format(do=lie) + "os._exit(0)\n")
     assert (outcome.verdict, outcome.detail) == ("failed", "it left before its end")
+    for lie in ("b'[' * 20000", 'b\'{"signal": {"a": 1}}\'', "b'{\"signal\": [1]}'"):
+        outcome = run(sandbox, found.format(do=f"os.write(fd, {lie})") + "os._exit(0)\n")
+        assert (outcome.verdict, outcome.detail) == ("failed", "it left before its end")
+    outcome = run(sandbox, found.format(do="os.write(fd, b'{\"error\": 1}')") + "os._exit(0)\n")
+    assert (outcome.verdict, outcome.detail) == ("failed", "no valid result")
     still_works(sandbox)
+
+
+def test_what_a_program_says_can_be_kept(sandbox):
+    outcome = run(sandbox, "raise ValueError('\\ud83d')")
+    assert (outcome.verdict, outcome.detail) == ("failed", r"ValueError: \ud83d")
+    assert run(sandbox, "import os; os.kill(os.getpid(), 40)").detail == "signal 40"
+
+
+def test_the_token_is_in_no_argument_and_no_variable(sandbox):
+    program = """
+        import sys
+        held, frame = [sys.argv], sys._getframe()
+        while frame := frame.f_back:
+            held.append(frame.f_locals)
+        assert "token" not in str(held[0]) and "settings" in held[1]
+        assert not any("token" in str(what.get("settings")) for what in held[1:])
+        assert not [x for what in held[1:] for x in what.values() if len(str(x)) == 32]
+        """
+    assert run(sandbox, program).passed
+
+
+@pytest.mark.parametrize(
+    "change", ["sys.stdout.close()", "sys.stdout = None", "sys.stderr.close()"]
+)
+def test_what_becomes_of_its_streams_does_not_matter(sandbox, change):
+    assert run(sandbox, f"import sys\n{change}").passed
 
 
 def test_no_privilege_can_be_had(sandbox):
@@ -459,6 +504,8 @@ def test_an_unknown_architecture_is_refused():
         ({"seconds": 0}, "seconds must be a number above 0"),
         ({"memory_mib": 10}, "Python itself wants 64"),
         ({"processes": 0}, "processes must be a whole number"),
+        ({"seconds": float("inf")}, "a day at most"),
+        ({"file_mib": 1 << 30}, "file_mib is 1073741824; it must be at most"),
     ],
 )
 def test_impossible_limits_are_refused(settings, message):

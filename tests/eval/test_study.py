@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -11,11 +12,13 @@ from ml_collections import ConfigDict
 from scipy import stats
 
 from configs import common
+from eval.study.__main__ import _load
 from eval.study.bench import Bench, with_rate
 from eval.study.cell import train_cell
 from eval.study.page import collect, comparisons, count_finished, write_page
 from eval.study.run import choose_rate, count_cells, run_study
 from eval.study.settings import ArmSettings, StudySettings, TaskSettings, digest
+from eval.study.source import _fingerprint
 from eval.study.statistics import compare, holm, mean_and_deviation, sign_flip_p
 from eval.study.store import Store
 from eval.study.timing import ROUNDS
@@ -156,6 +159,53 @@ def test_a_cell_of_other_settings_is_run_again(study, finished, tmp_path):
     place = {"learning_rate": 1e-3, "seed": 0, "final": False}
     assert store.read(task, study.arms[0], **place) is not None
     assert store.read(other, study.arms[0], **place) is None
+
+
+def test_a_cell_of_another_model_of_the_same_name_is_run_again(
+    study, finished, tmp_path, checkpoint
+):
+    store, _ = finished
+    (task,) = study.tasks
+    place = {"learning_rate": 1e-3, "seed": 0, "final": False}
+    other = tmp_path / checkpoint.name
+    shutil.copytree(checkpoint, other)
+    config = ConfigDict(task.config.to_dict())
+    config.model.path = str(other)
+    moved = dataclasses.replace(task, config=config)
+    cell = store.read(moved, study.arms[0], **place)
+    assert {*cell["source"]} == {"model", "data"}, "where it lies does not matter"
+    changed = json.loads((other / "config.json").read_text()) | {"rms_norm_eps": 1e-3}
+    (other / "config.json").write_text(json.dumps(changed))
+    _fingerprint.cache_clear()
+    assert store.read(moved, study.arms[0], **place) is None
+    # A cell from before there were fingerprints counts.
+    older = Store(tmp_path / "older")
+    older.write(task, study.arms[0], {k: v for k, v in cell.items() if k != "source"}, final=False)
+    assert older.read(moved, study.arms[0], **place) is not None
+
+
+@pytest.mark.parametrize(
+    ("only", "message"),
+    [("words/lora", "the tasks words and the arms low, turn, both"), ("(", "no regular")],
+)
+def test_what_matches_nothing_is_refused(study, tmp_path, only, message):
+    with pytest.raises(ValueError, match=message):
+        run_study(study, Store(tmp_path), only=only)
+
+
+def test_a_page_is_not_replaced_by_an_empty_one(study, tmp_path):
+    write_page(study, Store(tmp_path), tmp_path)
+    before = (tmp_path / "README.md").read_text()
+    with pytest.raises(ValueError, match="no cell of the study is finished"):
+        write_page(study, Store(tmp_path), tmp_path)
+    assert (tmp_path / "README.md").read_text() == before
+
+
+def test_a_file_without_a_study_is_refused(tmp_path):
+    file = tmp_path / "none.py"
+    file.write_text("x = 1")
+    with pytest.raises(ValueError, match=r"has no get_config\(data\)"):
+        _load(file)
 
 
 def test_the_mixing_decides_a_hybrids_numbers_alone(study):
