@@ -6,12 +6,12 @@ First each kernel's numbers are checked against the references, at several shape
 turn: a copy of the activations, the rotation and the unitary product in each implementation that
 the GPU has. What counts is the share of the copy's bandwidth, each product counted as one read and
 one write of the activations. With `--steps` training steps are compared too, in bfloat16, of a
-Llama of 1.2 billion parameters: BOFT's with LoRA's, and with Hugging Face PEFT's BOFT on the same GPU
-(which needs a torch with CUDA). Each figure stands beside its target, and the exit code is 1 if one
-is missed.
+Llama of 1.2 billion parameters: BOFT's with LoRA's, and with Hugging Face PEFT's BOFT on the same
+GPU (which needs a torch with CUDA). Each figure stands beside its target, and the exit code is 1 if
+one is missed.
 
-It was written without a GPU to run it on. `--on_cpu` runs it on a CPU, where a copy's bandwidth says
-little and nothing is judged; take few tokens then (`--tokens 256 --widths 512`).
+It was written without a GPU to run it on. `--on_cpu` runs it on a CPU, where a copy's bandwidth
+says little and no figure decides the exit code; take few tokens then (`--tokens 256 --widths 512`).
 """
 
 import argparse
