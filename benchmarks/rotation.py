@@ -194,6 +194,8 @@ def draw(times: Times, path: Path) -> None:
             )
         fixed = (f"{TOKENS_OF_WIDTHS} tokens", f"d {WIDTH_OF_TOKENS}")[axis]
         panel.set(xscale="log", yscale="log", xlabel=f"{name} ({fixed})")
+        panel.minorticks_off()
+        panel.set_xticks(list(found), labels=list(map(str, found)))
         panel.legend()
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("ms, forwards and backwards")
