@@ -129,7 +129,8 @@ def draw_blueprint(
     """
     spec = config.method.spec if spec is None else spec
     quantization = config.model.quantization
-    params = model.abstract_params(config.model.dtype, quantization)
+    platform = mesh.devices.flat[0].platform
+    params = model.abstract_params(config.model.dtype, quantization, platform)
     adapter = spec.abstract(params)
     optimizer = optimizer_of(config)
     state = abstract_state(adapter.trainable, optimizer)

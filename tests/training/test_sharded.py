@@ -12,7 +12,9 @@ from peft_jax.core import flatten
 from peft_jax.data import Batch
 from peft_jax.models import build_model
 from peft_jax.parallel import MESH_AXES, MeshSettings, make_mesh
+from peft_jax.training import run
 from peft_jax.training.blueprint import draw_blueprint
+from peft_jax.training.metrics import read_records
 from peft_jax.training.state import TrainState
 
 LLAMA = {
@@ -170,6 +172,37 @@ def test_with_distance_biases_too(take_steps, method):
 )
 def test_however_it_is_computed(take_steps, changes):
     assert_same(take_steps("hybrid", INNER, **changes), take_steps("hybrid", ONE))
+
+
+def losses_over_quantised(tiny, workdir, method: str, quantization: str, mesh: dict) -> list[float]:
+    """The losses of a whole run over a quantised base, from its loading on."""
+    config = tiny(
+        **{f"method.{name}": value for name, value in SETTINGS[method].items()},
+        **{f"parallel.{axis}": size for axis, size in mesh.items()},
+        method__name=method,
+        model__quantization=quantization,
+        train__steps=2,
+        train__batch_size=8,
+        checkpoint__every=0,
+    )
+    run(config, workdir)
+    return [record["loss"] for record in read_records(workdir / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize(
+    ("method", "quantization", "mesh"),
+    [
+        ("hybrid", "int8", {"data": 1, "fsdp": 2, "sequence": 2, "tensor": 2}),
+        ("lora", "nf4", {"data": 1, "fsdp": 4, "tensor": 2}),
+        pytest.param("hybrid", "nf4", {"data": 2, "fsdp": 4}, marks=pytest.mark.slow),
+        pytest.param("lora", "int8", {"slice": 2, "tensor": 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_quantised_base_too(tiny, tmp_path, method, quantization, mesh):
+    cut = losses_over_quantised(tiny, tmp_path / "cut", method, quantization, {"devices": 0} | mesh)
+    alone = losses_over_quantised(tiny, tmp_path / "alone", method, quantization, {"devices": 1})
+    np.testing.assert_allclose(cut, alone, rtol=1e-3)
 
 
 def test_adapters_and_optimizer_are_cut_like_what_they_belong_to(take_steps):
