@@ -289,7 +289,7 @@ class Contact:
 def _of_the_devices(error: BaseException) -> bool:
     """Whether a computation broke off, rather than that the program asked for something wrong.
 
-    What breaks off while it is being started comes as a ValueError, with the status before the text.
+    What breaks off while it is being started comes as a ValueError, its status before the text.
     """
     if isinstance(error, jax.errors.JaxRuntimeError):
         return True

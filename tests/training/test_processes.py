@@ -15,6 +15,8 @@ import jax
 import numpy as np
 import pytest
 
+from peft_jax.training import placement
+from peft_jax.training.errors import RefusedError
 from peft_jax.training.metrics import read_records
 from peft_jax.training.processes import LOST_CONTACT, Contact, ProcessSettings
 
@@ -241,13 +243,34 @@ def test_who_is_lost_ends_the_others_and_the_run_goes_on(flags, tmp_path, number
 
 @pytest.mark.slow
 def test_one_that_is_refused_ends_the_others(flags, tmp_path):
-    wrong = ["--config.data.path=/nowhere"]
+    wrong = ["--config.train.stesp=3"]
     with Processes(flags(tmp_path / "run"), 2, devices=1, of_the_last=wrong) as both:
         ended = both.finish()
     assert [code for code, _, _ in ended] == [2, 2], ended
     assert "process 1 of 2" in ended[0][2]
-    assert "/nowhere" in ended[0][2]
-    assert "/nowhere" in ended[1][2]
+    assert "train.stesp is not a setting" in ended[0][2]
+    assert "train.stesp is not a setting" in ended[1][2]
+
+
+@pytest.mark.slow
+def test_processes_with_different_settings_are_refused(flags, tmp_path):
+    other = ["--config.train.learning_rate=0.02"]
+    with Processes(flags(tmp_path / "run"), 2, devices=1, of_the_last=other) as both:
+        ended = both.finish()
+    assert [code for code, _, _ in ended] == [2, 2], ended
+    for _, _, said in ended:
+        assert "train.learning_rate: 0.01 in process 0; 0.02 in process 1" in said
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_settings_that_differ_are_named_with_who_has_them():
+    one = {"train": {"steps": 4, "seed": 0}, "model": {"path": "m"}}
+    other = {"train": {"steps": 5, "seed": 0}, "model": {"path": "m"}}
+    placement._check_same([one, one])
+    with pytest.raises(RefusedError, match="the same settings") as refusal:
+        placement._check_same([one, other, one])
+    named = [line for line in str(refusal.value).splitlines() if line.startswith("  ")]
+    assert named == ["  train.steps: 4 in process 0, 2; 5 in process 1"]
 
 
 # The watch by itself.
