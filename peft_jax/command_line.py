@@ -63,8 +63,20 @@ class PlanFlags:
 
     @property
     def wanted(self) -> bool:
-        """Whether something is to be planned, and nothing run."""
-        return self._plan is None or self._plan.value or self._search.value
+        """Whether something is to be planned, and nothing run.
+
+        A command that says what to plan for, or how to print it, but not to plan, is refused: what
+        it asks for is not the run that would begin.
+        """
+        if self._plan is None or self._plan.value or self._search.value:
+            return True
+        alone = [f"--{one.name}" for one in (self._topology, self._json) if one.value]
+        if alone:
+            refuse(
+                f"{' and '.join(alone)} only plan, and neither --plan nor --search is given; add"
+                " one of them, or, to train, leave these out"
+            )
+        return False
 
     @property
     def search(self) -> bool:
