@@ -105,7 +105,8 @@ def main(argv: Sequence[str]) -> None:
     except Exception as error:
         if contact is None:
             raise
-        traceback.print_exc()
+        if _TRACEBACK.value:
+            traceback.print_exc()
         contact.fail(error)
     if contact is not None:
         contact.closing()

@@ -147,7 +147,10 @@ def leave(message: str, code: int) -> NoReturn:
 
 def say(message: str) -> None:
     """Tells the user, in the program's name."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    # What is started as `python -m package` has a file of no telling name.
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    name = Path(sys.argv[0]).name if spec is None else spec.name.removesuffix(".__main__")
+    print(f"{name}: {message}", file=sys.stderr)
 
 
 def _explain(error: Exception) -> str:

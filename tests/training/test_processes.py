@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from peft_jax.training import placement
+from peft_jax.training import placement, processes
 from peft_jax.training.errors import RefusedError
 from peft_jax.training.metrics import read_records
 from peft_jax.training.processes import LOST_CONTACT, Contact, ProcessSettings
@@ -361,7 +361,7 @@ def test_the_others_are_told_why_one_ends():
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_a_computation_that_breaks_off_is_laid_to_who_is_gone(broken_off):
+def test_a_computation_that_breaks_off_is_laid_to_who_is_gone(broken_off, capsys):
     store = Store()
     one, other = Watched(store, 0), Watched(store, 1)
     other.closing()
@@ -369,13 +369,15 @@ def test_a_computation_that_breaks_off_is_laid_to_who_is_gone(broken_off):
         one.fail(broken_off)
     assert one.codes[0] == LOST_CONTACT
     assert "lost contact with process 1 of 2" in one.said[0]
+    assert "Gloo" not in capsys.readouterr().err
 
 
-def test_an_error_of_the_program_ends_at_once():
+def test_an_error_of_the_program_ends_at_once(capsys):
     one = Watched(Store(), 0, timeout=60.0)
     with pytest.raises(SystemExit):
         one.fail(ValueError("there are 3 rows for 2 devices"))
     assert one.codes == [1]
+    assert "ValueError: there are 3 rows for 2 devices" in capsys.readouterr().err
 
 
 def test_who_has_finished_misses_nobody():
@@ -399,6 +401,22 @@ def test_who_has_finished_misses_nobody():
 def test_settings_that_do_not_fit(given, message):
     with pytest.raises(ValueError, match=message):
         ProcessSettings.from_environment({}, **given)
+
+
+def test_a_process_says_for_whom_it_waits_and_what_is_missing(monkeypatch):
+    """Nobody else comes, and then: nobody says where the coordinator is."""
+    monkeypatch.setattr(processes, "_PATIENCE_SECONDS", 0.1)
+
+    def initialize(**_: object) -> None:
+        time.sleep(0.5)
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    said: list[str] = []
+    with pytest.raises(RefusedError, match=r"nothing is given for --coordinator\. On TPU pods"):
+        processes.join_processes(ProcessSettings(count=2, index=0), say=said.append)
+    assert len(said) == 1
+    assert said[0].startswith("process 0 of 2 is waiting for the other processes")
 
 
 def test_settings_from_the_environment():
