@@ -225,6 +225,23 @@ def test_adapters_and_optimizer_are_cut_like_what_they_belong_to(take_steps):
     assert all(isinstance(spec, jax.sharding.PartitionSpec) for spec in moments)
 
 
+@pytest.mark.parametrize("mesh", [INNER, OUTER], ids=["inner", "outer"])
+def test_the_optimizers_state_is_repeated_along_no_axis_of_a_slice(tiny, mesh):
+    config = tiny(
+        **{"train.batch_size": ROWS, "train.max_length": TOKENS, "method.rank": 8},
+        **{"optimizer.name": "adamw"},
+    )
+    blueprint = draw_blueprint(config, build_model(LLAMA, config.execution), make_mesh(mesh))
+
+    def share(tree):
+        leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.ndim]
+        own = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
+        return own / sum(leaf.size for leaf in leaves)
+
+    assert share(blueprint.state.opt_state) == blueprint.mesh.shape["slice"] / 8
+    assert share(blueprint.state.trainable) > share(blueprint.state.opt_state)
+
+
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
