@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> None:
             from peft_jax.plan.command import plan_command
 
             raise SystemExit(plan_command(config, _PLAN))
-        run(config, Path(_WORKDIR.value or _default_workdir()))
+        run(config, _WORKDIR.value or _default_workdir())
     except (RefusedError, NonFiniteError, BadDataError) as error:
         if _TRACEBACK.value:
             traceback.print_exc()
@@ -105,7 +105,8 @@ def main(argv: Sequence[str]) -> None:
     except Exception as error:
         if contact is None:
             raise
-        traceback.print_exc()
+        if _TRACEBACK.value:
+            traceback.print_exc()
         contact.fail(error)
     if contact is not None:
         contact.closing()

@@ -1,9 +1,10 @@
 r"""Wizard-Vicuna 30B on 32 chips of TPU v5p.
 
-    python train.py --config=configs/hybrid_30b.py --distributed --workdir=gs://bucket/runs/30b \
+    python train.py --config=configs/hybrid_30b.py --distributed --workdir=/mnt/bucket/runs/30b \
         --config.model.path=/path/to/Wizard-Vicuna-30B --config.data.path=rows.jsonl
 
-on every host; and before, on any machine, without the checkpoint:
+on every host, with a bucket mounted there on each (docs/pods.md); and before, on any machine,
+without the checkpoint:
 
     python train.py --config=configs/hybrid_30b.py --plan --topology=v5p:2x4x4
 

@@ -1,9 +1,10 @@
 r"""Llama 3.1 405B on a pod of TPU v5p.
 
-    python train.py --config=configs/hybrid_405b.py --distributed --workdir=gs://bucket/runs/405b \
+    python train.py --config=configs/hybrid_405b.py --distributed --workdir=/mnt/bucket/runs/405b \
         --config.model.path=/path/to/Llama-3.1-405B-Instruct --config.data.path=rows.jsonl
 
-on every host; and before, on any machine, without the checkpoint:
+on every host, with a bucket mounted there on each (docs/pods.md); and before, on any machine,
+without the checkpoint:
 
     python train.py --config=configs/hybrid_405b.py --plan --topology=v5p:4x4x8
 

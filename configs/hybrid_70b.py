@@ -1,9 +1,10 @@
 r"""Llama 3.3 70B on 64 chips of TPU v5p.
 
-    python train.py --config=configs/hybrid_70b.py --distributed --workdir=gs://bucket/runs/70b \
+    python train.py --config=configs/hybrid_70b.py --distributed --workdir=/mnt/bucket/runs/70b \
         --config.model.path=/path/to/Llama-3.3-70B-Instruct --config.data.path=rows.jsonl
 
-on every host; and before, on any machine, without the checkpoint:
+on every host, with a bucket mounted there on each (docs/pods.md); and before, on any machine,
+without the checkpoint:
 
     python train.py --config=configs/hybrid_70b.py --plan --topology=v5p:4x4x4
 

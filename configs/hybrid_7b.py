@@ -1,9 +1,10 @@
 r"""BLOOMZ 7B1 on sixteen chips of TPU v5e.
 
-    python train.py --config=configs/hybrid_7b.py --distributed --workdir=gs://bucket/runs/7b \
+    python train.py --config=configs/hybrid_7b.py --distributed --workdir=/mnt/bucket/runs/7b \
         --config.model.path=/path/to/bloomz-7b1 --config.data.path=rows.jsonl
 
-on every host; and before, on any machine, without the checkpoint:
+on every host, with a bucket mounted there on each (docs/pods.md); and before, on any machine,
+without the checkpoint:
 
     python train.py --config=configs/hybrid_7b.py --plan --topology=v5e:4x4
 

@@ -63,8 +63,20 @@ class PlanFlags:
 
     @property
     def wanted(self) -> bool:
-        """Whether something is to be planned, and nothing run."""
-        return self._plan is None or self._plan.value or self._search.value
+        """Whether something is to be planned, and nothing run.
+
+        A command that says what to plan for, or how to print it, but not to plan, is refused: what
+        it asks for is not the run that would begin.
+        """
+        if self._plan is None or self._plan.value or self._search.value:
+            return True
+        alone = [f"--{one.name}" for one in (self._topology, self._json) if one.value]
+        if alone:
+            refuse(
+                f"{' and '.join(alone)} only plan, and neither --plan nor --search is given; add"
+                " one of them, or, to train, leave these out"
+            )
+        return False
 
     @property
     def search(self) -> bool:
@@ -135,7 +147,10 @@ def leave(message: str, code: int) -> NoReturn:
 
 def say(message: str) -> None:
     """Tells the user, in the program's name."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    # What is started as `python -m package` has a file of no telling name.
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    name = Path(sys.argv[0]).name if spec is None else spec.name.removesuffix(".__main__")
+    print(f"{name}: {message}", file=sys.stderr)
 
 
 def _explain(error: Exception) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from peft_jax.core import flatten
 from peft_jax.hub import find_folder, read_config
 from peft_jax.hub.checkpoint import INDEX, open_checkpoint
-from peft_jax.hub.converted import convert, is_converted
+from peft_jax.hub.converted import check_place, convert, is_converted, local_folder
 from peft_jax.hub.fetch import FETCHED
 from peft_jax.hub.load import open_sources
 from peft_jax.models import build_model
@@ -51,6 +51,11 @@ def convert_checkpoint(
     Raises:
       ValueError: the checkpoint cannot be read, or the place holds something else.
     """
+    given, place = Path(model).expanduser(), local_folder(out)
+    if place is not None and given.is_dir() and given.resolve() == place.resolve():
+        raise ValueError(f"{out} is the checkpoint itself: give another place")
+    # Before the checkpoint is fetched, which may take hours.
+    check_place(out)
     folder = find_folder(model, revision=revision)
     if is_converted(folder):
         raise ValueError(f"{model} is a converted checkpoint already")

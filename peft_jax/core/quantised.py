@@ -134,12 +134,13 @@ def quantise(kernel: Float[Array, "*stack d_in d_out"], quantization: str) -> QA
         values = jnp.clip(jnp.round(parts), -127, 127)
     else:
         values = _nearest_level(parts)
-    return QArray(values.astype(held_dtype(quantization)), scale, None, _QTYPE[quantization])
+    held = held_dtype(quantization, jax.default_backend())
+    return QArray(values.astype(held), scale, None, _QTYPE[quantization])
 
 
-def held_dtype(quantization: str) -> Any:
-    """What the values of a quantised kernel are held as on the devices of this process."""
-    if quantization == "nf4" and jax.default_backend() == "cpu":
+def held_dtype(quantization: str, platform: str) -> Any:
+    """What the values of a quantised kernel are held as on the devices of a platform."""
+    if quantization == "nf4" and platform == "cpu":
         return jnp.uint8
     return _STORED[quantization]
 
@@ -171,15 +172,22 @@ def quantised_product(
     return jnp.matmul(x, dequantise(kernel, x.dtype))
 
 
-def abstract_quantised(kernel: jax.ShapeDtypeStruct, quantization: str) -> QArray:
-    """The shapes and dtypes of what `quantise` makes of a kernel on an accelerator.
+def abstract_quantised(
+    kernel: jax.ShapeDtypeStruct, quantization: str, platform: str = ""
+) -> QArray:
+    """The shapes and dtypes of what `quantise` makes of a kernel.
+
+    Args:
+      kernel: the kernel's.
+      quantization: "int8" or "nf4".
+      platform: of the devices that hold it; by default an accelerator's.
 
     Raises:
       ValueError: as `quantise`.
     """
     check_choice("quantization", quantization, FORMATS[1:])
     return QArray(
-        jax.ShapeDtypeStruct(kernel.shape, _STORED[quantization]),
+        jax.ShapeDtypeStruct(kernel.shape, held_dtype(quantization, platform)),
         jax.ShapeDtypeStruct(scale_shape(kernel.shape), kernel.dtype),
         None,
         _QTYPE[quantization],

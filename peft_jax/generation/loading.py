@@ -78,7 +78,9 @@ def load_for_generation(
         dtype=dtype,
         execution=execution,
         quantization=quantization,
-        sharding=None if mesh is None else functools.partial(_param_shardings, mesh=mesh),
+        sharding=None
+        if mesh is None
+        else functools.partial(_param_shardings, quantization=quantization, mesh=mesh),
     )
     with_tokenizer = folder
     if adapter_folder is not None:
@@ -93,8 +95,9 @@ def load_for_generation(
     return Loaded(model=causal_lm, params=params, tokenizer=tokenizer, eos_ids=eos_ids)
 
 
-def _param_shardings(model: CausalLM, *, mesh: jax.sharding.Mesh) -> Tree:
-    return sharding_tree(model.logical_axes(), mesh, shapes=model.abstract_params())
+def _param_shardings(model: CausalLM, *, quantization: str, mesh: jax.sharding.Mesh) -> Tree:
+    shapes = model.abstract_params(quantization=quantization)
+    return sharding_tree(model.logical_axes(quantization), mesh, shapes=shapes)
 
 
 def _lay_out(state: AdapterState, axes: AdapterState, mesh: jax.sharding.Mesh) -> AdapterState:

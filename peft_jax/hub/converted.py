@@ -15,6 +15,8 @@ import dataclasses
 import hashlib
 import json
 import math
+import shutil
+import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path as FilePath
 from typing import Any
@@ -59,6 +61,32 @@ def is_converted(folder: FilePath) -> bool:
     return (folder / MANIFEST).is_file()
 
 
+def check_place(location: str) -> None:
+    """Whether a conversion may be begun, or gone on with, at a place: it has to be empty or one.
+
+    Raises:
+      ValueError: it is a file, holds something else, or cannot be reached.
+    """
+    folder = local_folder(location)
+    try:
+        if folder is not None:
+            if folder.exists() and not folder.is_dir():
+                raise ValueError(f"{location} is a file: give a new folder, or a bucket's address")
+            names = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
+            own = {MANIFEST, _PROGRESS.rstrip("/")} & set(names)
+        else:
+            store = _open_store(location)
+            own = {name for name in (MANIFEST, _SETTINGS) if _holds(store, name)}
+            names = [] if own else [key.decode() for key in store.list().result()]
+    except OSError as error:
+        raise ValueError(f"{location} cannot be reached: {error}") from error
+    if names and not own:
+        raise ValueError(
+            f"{location} holds {names[0]}{' and more' if len(names) > 1 else ''}, and no"
+            " conversion, finished or begun; nothing is overwritten: give an empty place"
+        )
+
+
 def convert(
     location: str,
     *,
@@ -82,8 +110,9 @@ def convert(
       say: told of the progress.
 
     Raises:
-      ValueError: another conversion was begun at the location.
+      ValueError: another conversion was begun at the location, or it holds something else.
     """
+    check_place(location)
     store = _open_store(location)
     settings = json.dumps({"version": _VERSION, "dtype": dtype, "source": identity})
     begun = store.read(_SETTINGS).result()
@@ -91,9 +120,15 @@ def convert(
     if begun.state == "missing" and finished.state == "missing":
         store.write(_SETTINGS, settings).result()
     elif finished.state != "missing":
-        if json.loads(finished.value).get("source") == identity:
+        held = json.loads(finished.value)
+        if held.get("source") == identity and held.get("dtype") == dtype:
             say(f"{location} holds this checkpoint already")
             return
+        if held.get("source") == identity:
+            raise ValueError(
+                f"{location} holds this checkpoint in {held.get('dtype')}, and not in {dtype}: give"
+                " another place, or delete it"
+            )
         raise ValueError(f"{location} holds another checkpoint: give another place, or delete it")
     elif begun.value.decode() != settings:
         raise ValueError(
@@ -124,6 +159,9 @@ def convert(
     }
     store.write(MANIFEST, json.dumps(manifest, indent=2).encode()).result()
     store.delete_range(ts.KvStore.KeyRange(_PROGRESS, _PROGRESS[:-1] + "0")).result()
+    if (folder := local_folder(location)) is not None:
+        # Of a folder the files alone have been deleted.
+        shutil.rmtree(folder / _PROGRESS, ignore_errors=True)
 
 
 def fetch_small_files(location: str, cache: FilePath) -> FilePath:
@@ -270,6 +308,23 @@ def _url(location: str) -> str:
     """
     url = location if is_location(location) else f"file://{FilePath(location).absolute()}"
     return url.rstrip("/") + "/"
+
+
+def local_folder(location: str) -> FilePath | None:
+    """The folder that a location stands for; None for an object store's.
+
+    Example:
+      >>> str(local_folder("file:///data/my%20model")), local_folder("gs://bucket/model")
+      ('/data/my model', None)
+    """
+    if not is_location(location):
+        return FilePath(location).absolute()
+    scheme, _, path = location.partition("://")
+    return FilePath(urllib.parse.unquote(path)) if scheme == "file" else None
+
+
+def _holds(store: ts.KvStore, name: str) -> bool:
+    return store.read(name).result().state != "missing"
 
 
 def _open_store(location: str) -> ts.KvStore:

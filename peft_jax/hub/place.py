@@ -61,7 +61,9 @@ def _place_quantised(leaf: QArray, sharding: QArray, source: LeafSource) -> QArr
     for device, values in values_at.items():
         part = values, scales_at[device]
         if part not in made:
-            made[part] = _quantise_part(leaf, *part, source, device)
+            # Within a run on a mesh: this one device computes, and not all of that mesh.
+            with jax.set_mesh(jax.sharding.Mesh([device], ("device",))):
+                made[part] = _quantise_part(leaf, *part, source, device)
         held.append(jax.device_put(made[part], device))
     arrays = [
         jax.make_array_from_single_device_arrays(array.shape, layout, [parts[at] for parts in held])
@@ -85,7 +87,7 @@ def _quantise_part(
     dtype = leaf.scale.dtype
     at_once = max(1, _PIECE // (tile * (columns[1] - columns[0]) * dtype.itemsize))
     held = (
-        jnp.zeros(_shape(values), held_dtype(format_of(leaf)), device=device),
+        jnp.zeros(_shape(values), held_dtype(format_of(leaf), device.platform), device=device),
         jnp.zeros(_shape(scales), dtype, device=device),
     )
     first, last = min(rows[0] // tile, tiles[0]), max(-(-rows[1] // tile), tiles[1])

@@ -69,13 +69,16 @@ class Model:
         """The same model, computed in another way."""
         return dataclasses.replace(self, execution=execution)
 
-    def abstract_params(self, dtype: Any = jnp.float32, quantization: str = "none") -> Tree:
+    def abstract_params(
+        self, dtype: Any = jnp.float32, quantization: str = "none", platform: str = ""
+    ) -> Tree:
         """The shapes of all parameters, as `jax.ShapeDtypeStruct`s of `dtype`.
 
         Args:
           dtype: of the parameters; of quantised kernels' scales.
           quantization: "none", or what the blocks' kernels are held as: "int8", "nf4". Their leaves
             are `qwix.QArray`s then.
+          platform: of the devices that hold them, as `abstract_quantised` takes it.
 
         Raises:
           ValueError: the format is not known, or a kernel cannot be quantised.
@@ -87,7 +90,7 @@ class Model:
             leaf = jax.ShapeDtypeStruct(variable.get_value().shape, dtype)
             if quantization != "none" and is_quantised_leaf(path):
                 try:
-                    leaf = abstract_quantised(leaf, quantization)
+                    leaf = abstract_quantised(leaf, quantization, platform)
                 except ValueError as error:
                     raise ValueError(f"{join_path(path)}: {error}") from error
             shapes[path] = leaf

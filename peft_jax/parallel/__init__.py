@@ -25,6 +25,7 @@ from peft_jax.parallel.rules import (
     LogicalAxisRules,
     batch_sharding,
     check_divides,
+    cut_further,
     sharding_tree,
 )
 from peft_jax.parallel.running import on_mesh
@@ -46,6 +47,7 @@ __all__ = [
     "constrain_features",
     "count_arithmetic",
     "count_jaxpr",
+    "cut_further",
     "find_chip",
     "find_topology",
     "make_mesh",

@@ -185,6 +185,43 @@ def sharding_tree(
     return shardings
 
 
+def cut_further(
+    sharding: NamedSharding, shape: tuple[int, ...], axes: tuple[str, ...]
+) -> NamedSharding:
+    """A sharding that is cut along further axes of the mesh, where they come out even.
+
+    An axis of an array that is cut already is cut on, before another one is begun with: each
+    device's part then lies within the part that it has by the sharding as it was.
+
+    Args:
+      sharding: of the array.
+      shape: the array's.
+      axes: of the mesh; those that the array is cut along already are passed over.
+
+    Example:
+      >>> from jax.sharding import AbstractMesh
+      >>> mesh = AbstractMesh((1, 1, 4, 1, 2), MESH_AXES)
+      >>> sharding = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+      >>> tuple(cut_further(sharding, (3, 8), MESH_AXES).spec)
+      (None, ('fsdp', 'tensor'))
+    """
+    mesh = sharding.mesh
+    spec = [as_tuple(entry) for entry in sharding.spec]
+    spec += [()] * (len(shape) - len(spec))
+    for axis in axes:
+        if mesh.shape[axis] == 1 or any(axis in entry for entry in spec):
+            continue
+        for at in sorted(range(len(shape)), key=lambda at: not spec[at]):
+            further = (*spec[at], axis)
+            if shape[at] % math.prod(mesh.shape[name] for name in further) == 0:
+                spec[at] = further
+                break
+    return NamedSharding(
+        mesh,
+        PartitionSpec(*(entry if len(entry) > 1 else (entry or (None,))[0] for entry in spec)),
+    )
+
+
 def check_divides(
     sizes: Mapping[str, int], mesh: Mesh | AbstractMesh, rules: LogicalAxisRules | None = None
 ) -> None:

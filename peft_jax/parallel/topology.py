@@ -9,6 +9,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 
@@ -98,6 +99,17 @@ def find_topology(name: str) -> Topology:
     )
 
 
+def search_no_tpu() -> None:
+    """Keeps libtpu from looking for a TPU, where JAX is to begin without one."""
+    for variable, value in _QUIET.items():
+        os.environ.setdefault(variable, value)
+
+
+def has_tpu() -> bool:
+    """Whether this machine has the device files of a TPU."""
+    return any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*"))
+
+
 def _here(platform: str) -> Topology:
     try:
         devices = tuple(jax.devices(platform))
@@ -121,8 +133,7 @@ def _describe(kind: str, size: str, slices: int) -> Sequence[jax.Device]:
             "planning for TPUs takes their compiler, which is not installed: pip install libtpu "
             "(Linux on x86_64 only; no TPU is needed)"
         )
-    for variable, value in _QUIET.items():
-        os.environ.setdefault(variable, value)
+    search_no_tpu()
     # Imported here: where it is missing, planning for this machine still works.
     from jax.experimental import topologies
 

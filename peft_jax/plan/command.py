@@ -7,7 +7,7 @@ import jax
 
 from peft_jax.command_line import PlanFlags
 from peft_jax.parallel import find_topology
-from peft_jax.parallel.topology import HERE
+from peft_jax.parallel.topology import HERE, has_tpu, search_no_tpu
 from peft_jax.plan.planner import make_plan
 from peft_jax.plan.search import search
 from peft_jax.plan.text import describe
@@ -47,6 +47,8 @@ def _say(message: str) -> None:
 
 
 def _platform_here() -> str:
+    if not has_tpu():
+        search_no_tpu()
     platform = jax.default_backend()
     if platform not in HERE:
         raise RefusedError(

@@ -10,8 +10,9 @@ import math
 from collections.abc import Callable, Iterator
 
 import jax
+from qwix import QArray
 
-from peft_jax.core import did_you_mean
+from peft_jax.core import did_you_mean, flatten
 from peft_jax.models import Model
 from peft_jax.parallel import TOPOLOGIES, MeshSettings, Topology, find_topology
 from peft_jax.parallel.mesh import factorisations
@@ -143,22 +144,25 @@ class _Sizes:
 
     Attributes:
       held: parameters, adapters, the optimiser's state and the gradients.
-      weights: the parameters in the dtype of the computation, as they are gathered.
+      weights: the parameters in the dtype of the computation, as they are multiplied.
+      gathered: the parameters as they are gathered: those, but quantised kernels as they are held.
       token: one layer's input for one token.
       outputs: of all linear maps of one layer, for one token.
       layers: how many.
     """
 
-    held: float
-    weights: float
-    token: float
-    outputs: float
+    held: int
+    weights: int
+    gathered: int
+    token: int
+    outputs: int
     layers: int
 
     @staticmethod
     def of(config: RunConfig, model: Model) -> "_Sizes":
         spec = config.method.spec
-        params = model.abstract_params(config.model.dtype)
+        dense = model.abstract_params(config.model.dtype)
+        params = model.abstract_params(config.model.dtype, config.model.quantization)
         adapter = spec.abstract(params)
         optimizer = abstract_state(adapter.trainable, optimizer_of(config)).opt_state
         gradients = jax.tree.map(
@@ -168,12 +172,18 @@ class _Sizes:
         width = model.execution.dtype.itemsize
         kernels = [
             leaf
-            for leaf in jax.tree.leaves(params["layers"])
+            for leaf in jax.tree.leaves(dense["layers"])
             if len(leaf.shape) == 3  # [layers, in, out]
         ]
         return _Sizes(
             held=sum(bytes_of(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(held)),
-            weights=width * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)),
+            weights=width * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(dense)),
+            gathered=sum(
+                sum(bytes_of(part.shape, part.dtype) for part in jax.tree.leaves(leaf))
+                if isinstance(leaf, QArray)
+                else width * math.prod(leaf.shape)
+                for leaf in flatten(params).values()
+            ),
             token=width * model.config.hidden_size,
             outputs=width * sum(leaf.shape[-1] for leaf in kernels),
             layers=model.config.num_layers,
@@ -220,10 +230,10 @@ def _bound(
     kept = sizes.token if remat == "full" else sizes.outputs * (1.0 if remat == "dots" else 2.0)
     # Along "sequence" parameters are repeated.
     held = sizes.held / (mesh.fsdp * mesh.tensor)
-    layer = sizes.weights / sizes.layers / mesh.tensor
+    layer = sizes.gathered / sizes.layers / mesh.tensor
     least = held + sizes.layers * tokens * kept + layer
     passes = {"none": 2, "dots": 2, "full": 3}[remat]
-    gathered = sizes.weights / mesh.tensor * passes * microbatches * (1 - 1 / mesh.fsdp)
+    gathered = sizes.gathered / mesh.tensor * passes * microbatches * (1 - 1 / mesh.fsdp)
     everything = config.train.batch_size * config.train.max_length / devices
     exchanged = 4 * sizes.layers * everything * sizes.token * passes * (mesh.tensor - 1)
     # Bytes over links beside products: what a product of a byte of weights and a token takes, in

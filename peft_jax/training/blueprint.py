@@ -21,6 +21,7 @@ from peft_jax.parallel import (
     LogicalAxisRules,
     batch_sharding,
     check_divides,
+    cut_further,
     on_mesh,
     sharding_tree,
 )
@@ -28,6 +29,9 @@ from peft_jax.training.config import RunConfig
 from peft_jax.training.placement import RowPlacement
 from peft_jax.training.state import TrainState, abstract_state
 from peft_jax.training.step import TrainStep
+
+_WITHIN_A_SLICE = ("tensor", "fsdp", "sequence", "data")
+"""The axes of the mesh that are near, the nearest first."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,6 +102,7 @@ class Blueprint:
             learning_rate=self.learning_rate,
             chunk_size=self.config.train.loss_chunk,
             seed=self.config.seed,
+            shardings=jax.tree.map(lambda leaf: leaf.sharding, self.state.trainable),
         )
 
     def trace_step(self) -> jax.stages.Traced:
@@ -129,7 +134,8 @@ def draw_blueprint(
     """
     spec = config.method.spec if spec is None else spec
     quantization = config.model.quantization
-    params = model.abstract_params(config.model.dtype, quantization)
+    platform = mesh.devices.flat[0].platform
+    params = model.abstract_params(config.model.dtype, quantization, platform)
     adapter = spec.abstract(params)
     optimizer = optimizer_of(config)
     state = abstract_state(adapter.trainable, optimizer)
@@ -222,7 +228,13 @@ def _shard_state(
     optimizer: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
 ) -> TrainState:
-    """The state's shapes with shardings: the optimiser's are those of what they belong to."""
+    """The state's shapes with shardings: the optimiser's are cut as what they belong to, and on.
+
+    What is trained is repeated along the axes of the mesh that it is not cut along, because each
+    device computes with it. The optimiser's state is used once a step, elementwise: each device
+    updates its part, and what is gathered of the update is little beside a step's other traffic
+    (Rajbhandari et al., 2020, arXiv 1910.02054, stage 1).
+    """
     everywhere = jax.NamedSharding(mesh, jax.P())
 
     def whole(leaf: Any) -> Any:
@@ -232,7 +244,8 @@ def _shard_state(
         # A factored second moment has other axes than what it belongs to.
         if leaf.shape != of.shape:
             return whole(leaf)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=of.sharding)
+        sharding = cut_further(of.sharding, of.shape, _WITHIN_A_SLICE)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     opt_state = optax.tree_map_params(
         optimizer,

@@ -70,8 +70,8 @@ def run(
     dispatch_inline()
     first = jax.process_index() == 0
     reporter = reporter or Reporter(quiet=not first)
-    folder = WorkDir(Path(workdir).expanduser().absolute())
-    check_processes(folder.path)
+    folder = WorkDir.at(workdir)
+    check_processes(folder.path, config.to_mapping())
     folder.check(config)
     if (summary := folder.read_summary()) is not None:
         reporter.say(f"{folder.path} holds this run, finished; see {folder.report / 'README.md'}")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from peft_jax.data import AnyBatch
+from peft_jax.training.convert import differences
 from peft_jax.training.errors import RefusedError
 from peft_jax.training.files import write_text
 
@@ -65,21 +67,45 @@ def gather_json(value: Any) -> list[Any]:
     ]
 
 
-def check_processes(folder: Path) -> None:
-    """Whether the processes of a run have met, and all see its work directory.
+def check_processes(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Whether the processes of a run have met, are asked for the same, and see its work directory.
+
+    Args:
+      folder: the work directory.
+      settings: this process's configuration, as `RunConfig.to_mapping` gives it.
 
     Raises:
-      RefusedError: they have not, or do not.
+      RefusedError: they have not, are not, or do not.
     """
     if jax.process_count() == 1:
         return
-    if jax.distributed.is_initialized():
-        _check_shared(folder)
-        return
-    raise RefusedError(
-        f"these devices belong to {jax.process_count()} processes, which have not met: start each"
-        " with --distributed"
-    )
+    if not jax.distributed.is_initialized():
+        raise RefusedError(
+            f"these devices belong to {jax.process_count()} processes, which have not met: start"
+            " each with --distributed"
+        )
+    _check_same(gather_json(settings))
+    _check_shared(folder)
+
+
+def _check_same(given: Sequence[Mapping[str, Any]]) -> None:
+    """Every process has to compute the same; `given` are their settings, in their order."""
+    changed = [differences(given[0], other) for other in given]
+    lines = []
+    for name in dict.fromkeys(name for one in changed for name in one):
+        first = next(one[name][0] for one in changed if name in one)
+        holders: dict[str, list[str]] = {}
+        for process, one in enumerate(changed):
+            value = one[name][1] if name in one else first
+            holders.setdefault(json.dumps(value, ensure_ascii=False), []).append(str(process))
+        values = "; ".join(f"{value} in process {', '.join(who)}" for value, who in holders.items())
+        lines.append(f"  {name}: {values}")
+    if lines:
+        listing = "\n".join(lines)
+        raise RefusedError(
+            f"the processes are given different settings:\n{listing}\n"
+            "Give every process the same --config and the same settings"
+        )
 
 
 def _check_shared(folder: Path) -> None:

@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
@@ -28,6 +29,8 @@ _ENDED = "peft_jax/ended/"
 _SEEN = "peft_jax/seen/"
 _FAREWELL_SECONDS = 10.0
 _GRACE_SECONDS = 15
+_PATIENCE_SECONDS = 10.0
+"""After so long it is said that the other processes are waited for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,6 +72,21 @@ class ProcessSettings:
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
 
+    @property
+    def missing(self) -> list[str]:
+        """The flags that nothing has been given for.
+
+        Example:
+          >>> ProcessSettings(count=2, index=0).missing
+          ['--coordinator']
+        """
+        given = {
+            "--coordinator": self.coordinator or None,
+            "--num_processes": self.count,
+            "--process_id": self.index,
+        }
+        return [flag for flag, value in given.items() if value is None]
+
     @staticmethod
     def from_environment(
         environment: Mapping[str, str] = os.environ, **given: Any
@@ -105,6 +123,9 @@ def join_processes(settings: ProcessSettings, *, say: Callable[[str], None]) -> 
     Raises:
       RefusedError: they do not find each other.
     """
+    waiting = threading.Timer(_PATIENCE_SECONDS, say, [_waiting(settings)])
+    waiting.daemon = True
+    waiting.start()
     try:
         jax.distributed.initialize(
             coordinator_address=settings.coordinator or None,
@@ -115,13 +136,21 @@ def join_processes(settings: ProcessSettings, *, say: Callable[[str], None]) -> 
             heartbeat_timeout_seconds=settings.contact_timeout + _GRACE_SECONDS,
         )
     except (ValueError, RuntimeError) as error:
+        reason = _first_line(error).rstrip(".")
+        if isinstance(error, ValueError) and settings.missing:
+            reason = (
+                "this is no TPU pod, SLURM or Open MPI job that tells them how, and"
+                f" nothing is given for {' and '.join(settings.missing)}"
+            )
         raise RefusedError(
-            f"the processes did not find each other: {_first_line(error)}. On TPU pods, SLURM and"
+            f"the processes did not find each other: {reason}. On TPU pods, SLURM and"
             " Open MPI nothing has to be given; elsewhere give --coordinator=HOST:PORT,"
             " --num_processes and --process_id, and see that the port can be reached from every"
             " host and that all processes are started within"
             f" {settings.start_timeout} seconds"
         ) from error
+    finally:
+        waiting.cancel()
     from jax._src.distributed import global_state  # the store of the coordinator has no public name
 
     return Contact(
@@ -130,6 +159,17 @@ def join_processes(settings: ProcessSettings, *, say: Callable[[str], None]) -> 
         index=global_state.process_id,
         timeout=settings.contact_timeout,
         say=say,
+    )
+
+
+def _waiting(settings: ProcessSettings) -> str:
+    """What is said when the others are long in coming."""
+    who = "this process" if settings.index is None else f"process {settings.index}"
+    of = "" if settings.count is None else f" of {settings.count}"
+    where = f" at {settings.coordinator}" if settings.coordinator else ""
+    return (
+        f"{who}{of} is waiting for the other processes{where}, for {settings.start_timeout} seconds"
+        " at most; each has to be started, and with a number of its own"
     )
 
 
@@ -204,10 +244,13 @@ class Contact:
 
         A process that dies breaks the others' computations off at once, which JAX reports as an
         error of its own, while the silence is only noticed after the timeout. So after such an
-        error the watch is given the time to find out.
+        error the watch is given the time to find out; where it finds nobody, the error is shown
+        with where it came from.
         """
         if _of_the_devices(error):
             self._thread.join(self._timeout + 2 * self._pause)
+        if not self._leaving.is_set():
+            traceback.print_exception(error)
         self.leave(_first_line(error), 1)
 
     @property

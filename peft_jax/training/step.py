@@ -75,6 +75,8 @@ class TrainStep:
       learning_rate: the schedule, for the metrics.
       chunk_size: positions whose logits are held at a time.
       seed: of dropout.
+      shardings: of what is trained, and so of its gradients; None leaves them to the compiler. It
+        would cut them as the optimiser's state is, and gather activations for that in every layer.
       traces: how often the step has been traced; one compilation each.
     """
 
@@ -84,6 +86,7 @@ class TrainStep:
     learning_rate: Callable[[Any], Any]
     chunk_size: int
     seed: int
+    shardings: Tree | None = None
     traces: int = 0
 
     def __call__(
@@ -106,6 +109,8 @@ class TrainStep:
         self.traces += 1
         targets = jnp.sum(batch.loss_mask, dtype=jnp.float32)
         loss, gradients = self._accumulate(state, frozen, constant, batch, targets)
+        if self.shardings is not None:
+            gradients = jax.lax.with_sharding_constraint(gradients, self.shardings)
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         grad_norm = optax.tree.norm(gradients)

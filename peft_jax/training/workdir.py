@@ -12,6 +12,7 @@ report/         the result as a page with pictures
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,25 @@ class WorkDir:
     """
 
     path: Path
+
+    @staticmethod
+    def at(given: str | Path) -> "WorkDir":
+        """The work directory at a path as it is given on a command line.
+
+        Raises:
+          RefusedError: it is the address of an object store, which holds no folders.
+
+        Example:
+          >>> WorkDir.at("/data/runs/first").path.name
+          'first'
+        """
+        # A Path has lost one of the slashes already.
+        if scheme := re.match(r"([a-z][a-z0-9+.-]*):/", str(given), re.IGNORECASE):
+            raise RefusedError(
+                f"--workdir is {given}, and what begins with {scheme[1]}:// is not written to: give"
+                " a folder; a bucket can be mounted as one (docs/pods.md says how)"
+            )
+        return WorkDir(Path(given).expanduser().absolute())
 
     @property
     def config(self) -> Path:

@@ -1,5 +1,7 @@
 """What the documents name exists."""
 
+import importlib
+import importlib.util
 import re
 from pathlib import Path
 
@@ -8,7 +10,10 @@ import pytest
 from configs import demo, finetune, pretrain_tiny
 from peft_jax.adapters import METHODS
 from peft_jax.data.recipes import RECIPES
-from peft_jax.training import default_config, from_config_dict
+from peft_jax.parallel import find_topology, make_mesh
+from peft_jax.plan.planner import find_model
+from peft_jax.training import RunConfig, default_config, from_config_dict
+from peft_jax.training.blueprint import draw_blueprint
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [
@@ -73,3 +78,31 @@ def test_configurations_are_whole():
     config = finetune.get_config("lora")
     config.model.path, config.data.recipe = "somewhere", "gsm8k"
     assert from_config_dict(config).method.name == "lora"
+
+
+def configuration_of(command: str) -> RunConfig:
+    """The configuration that the flags of a command put together."""
+    flags = dict(re.findall(r"--config((?:\.[\w.]+)?)=([^\s\"',\]]+)", command))
+    file, _, arg = flags.pop("").partition(":")
+    config = importlib.import_module(file.removesuffix(".py").replace("/", ".")).get_config(arg)
+    for name, text in flags.items():
+        *sections, key = name.strip(".").split(".")
+        section = config
+        for part in sections:
+            section = section[part]
+        section[key] = type(section[key])(text)
+    return from_config_dict(config)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu describes the topology"
+)
+def test_the_commands_for_pods_divide_the_model_and_the_batch():
+    """The pod that is asked for, `v5p-256` and 4x4x8, has 128 chips."""
+    text = (ROOT / "docs" / "pods.md").read_text(encoding="utf-8")
+    commands = re.findall(r"train\.py[ ,]+--distributed(?:.|\n)*?['\]]\n", text)
+    assert len(commands) == 2
+    one, other = map(configuration_of, commands)
+    assert one == other
+    mesh = make_mesh(one.parallel, find_topology("v5p:4x4x8").devices)
+    draw_blueprint(one, find_model(one), mesh)

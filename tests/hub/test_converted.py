@@ -50,7 +50,7 @@ def test_what_is_loaded_is_what_was_converted(saved, tmp_path, monkeypatch):
     _, loaded = load_model(tmp_path / "out")
     assert_same(loaded, params)
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
-    assert not [file for file in (tmp_path / "out" / "converting").rglob("*") if file.is_file()]
+    assert not (tmp_path / "out" / "converting").exists()
     sharding = NamedSharding(jax.make_mesh((8,), ("a",)), PartitionSpec())
     _, quantised = load_model(tmp_path / "out", quantization="int8", sharding=sharding)
     assert_same(quantised, quantise_params(params, "int8"))
@@ -109,6 +109,22 @@ def test_what_is_there_is_not_overwritten(saved, tmp_path, capsys):
     assert "holds another checkpoint" in capsys.readouterr().err
     assert command.main([str(tmp_path), str(tmp_path / "twice")]) == 2
     assert "is a converted checkpoint already" in capsys.readouterr().err
+    assert command.main([str(folder), str(tmp_path), "--dtype=float32"]) == 2
+    assert "holds this checkpoint in bfloat16, and not in float32" in capsys.readouterr().err
+
+
+def test_an_occupied_place_is_left_alone(saved, tmp_path):
+    folder, _ = saved
+    before = sorted(folder.iterdir())
+    with pytest.raises(ValueError, match="is the checkpoint itself"):
+        command.convert_checkpoint(str(folder), f"file://{folder}")
+    assert sorted(folder.iterdir()) == before
+    (tmp_path / "config.json").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds config\.json, and no conversion"):
+        command.convert_checkpoint(str(folder), str(tmp_path))
+    assert (tmp_path / "config.json").read_text() == "mine"
+    with pytest.raises(ValueError, match=r"config\.json is a file: give a new folder"):
+        command.convert_checkpoint(str(folder), str(tmp_path / "config.json"))
 
 
 def test_another_architecture_is_refused_by_name(saved, tmp_path):
@@ -186,7 +202,13 @@ def test_a_bucket_is_written_and_loaded(saved, bucket, tmp_path, monkeypatch):
     monkeypatch.setenv("PEFT_JAX_CACHE", str(tmp_path))
     folder, params = saved
     place = "gs://bucket-of-the-test/models/tiny"
+    bucket["models/tiny/config.json"] = b"mine"
+    with pytest.raises(ValueError, match=r"holds config\.json, and no conversion"):
+        command.convert_checkpoint(str(folder), place)
+    del bucket["models/tiny/config.json"]
+    bucket["models/tiny-other/config.json"] = b"not in the way"
     command.convert_checkpoint(str(folder), place)
+    del bucket["models/tiny-other/config.json"]
     assert {name.split("/")[2] for name in bucket} == {
         "arrays",
         "config.json",

@@ -22,6 +22,8 @@ from peft_jax.models.architectures import (
 from peft_jax.parallel import MeshSettings, find_topology, make_mesh
 from peft_jax.plan import describe, make_plan
 from peft_jax.plan.compiler import read_out_of_memory
+from peft_jax.plan.planner import find_model
+from peft_jax.plan.search import _layouts, _Sizes
 from peft_jax.training import RefusedError, RunConfig, from_config_dict
 from peft_jax.training.arithmetic import count_step
 from peft_jax.training.blueprint import draw_blueprint, step_bytes
@@ -205,7 +207,7 @@ def run_plan(*flags: str) -> subprocess.CompletedProcess:
 def test_the_command_refuses_with_one_message():
     result = run_plan("--config=configs/hybrid_405b.py", "--topology=v5q:2x2")
     assert result.returncode == 2
-    assert "there is no TPU 'v5q'; did you mean" in result.stderr
+    assert result.stderr.startswith("peft_jax.plan: there is no TPU 'v5q'; did you mean")
     assert "Traceback" not in result.stderr
 
 
@@ -235,6 +237,21 @@ def test_what_does_not_fit_is_no_and_says_what_it_needs():
     assert result.returncode == 4, result.stderr
     assert "no: it needs" in result.stdout
     assert "where 15.75 are available" in result.stdout
+
+
+@needs_libtpu
+def test_the_search_knows_that_a_quantised_base_is_smaller():
+    """70B in bfloat16 are 131 GiB, and all eight chips have 126; in NF4 they are 36."""
+    eight = find_topology("v5e:2x4")
+    found = {}
+    for quantization in ("none", "nf4"):
+        config = hybrid_70b.get_config("lora")
+        config.model.quantization = quantization
+        run = from_config_dict(config)
+        model = find_model(run)
+        found[quantization] = _layouts(run, model, _Sizes.of(run, model), eight)
+    assert not found["none"]
+    assert found["nf4"]
 
 
 @needs_libtpu

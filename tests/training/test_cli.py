@@ -60,6 +60,7 @@ REFUSED = [
     (["--config.train.steps=many"], "train.steps must be an integer; it is 'many'"),
     (["--confg=x"], "Unknown command line flag 'confg'. Did you mean: config"),
     (["--config.method.target_modules=qproj"], "did you mean 'q_proj'"),
+    (["--json", "--topology=v5p:4x4x8"], "--topology and --json only plan, and neither --plan"),
 ]
 
 
@@ -72,6 +73,14 @@ def test_refused_with_one_message(flags, tmp_path, wrong, message):
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_an_object_store_is_no_work_directory(flags):
+    result = train(*flags, "--workdir=gs://bucket/runs/first")
+    assert result.returncode == 2
+    assert "--workdir is gs://bucket/runs/first" in result.stderr
+    assert "mounted" in result.stderr
+    assert not (ROOT / "gs:").exists()
 
 
 def wait_for(path: Path, step: int, process: subprocess.Popen) -> None:

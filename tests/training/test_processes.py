@@ -15,6 +15,8 @@ import jax
 import numpy as np
 import pytest
 
+from peft_jax.training import placement, processes
+from peft_jax.training.errors import RefusedError
 from peft_jax.training.metrics import read_records
 from peft_jax.training.processes import LOST_CONTACT, Contact, ProcessSettings
 
@@ -241,13 +243,34 @@ def test_who_is_lost_ends_the_others_and_the_run_goes_on(flags, tmp_path, number
 
 @pytest.mark.slow
 def test_one_that_is_refused_ends_the_others(flags, tmp_path):
-    wrong = ["--config.data.path=/nowhere"]
+    wrong = ["--config.train.stesp=3"]
     with Processes(flags(tmp_path / "run"), 2, devices=1, of_the_last=wrong) as both:
         ended = both.finish()
     assert [code for code, _, _ in ended] == [2, 2], ended
     assert "process 1 of 2" in ended[0][2]
-    assert "/nowhere" in ended[0][2]
-    assert "/nowhere" in ended[1][2]
+    assert "train.stesp is not a setting" in ended[0][2]
+    assert "train.stesp is not a setting" in ended[1][2]
+
+
+@pytest.mark.slow
+def test_processes_with_different_settings_are_refused(flags, tmp_path):
+    other = ["--config.train.learning_rate=0.02"]
+    with Processes(flags(tmp_path / "run"), 2, devices=1, of_the_last=other) as both:
+        ended = both.finish()
+    assert [code for code, _, _ in ended] == [2, 2], ended
+    for _, _, said in ended:
+        assert "train.learning_rate: 0.01 in process 0; 0.02 in process 1" in said
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_settings_that_differ_are_named_with_who_has_them():
+    one = {"train": {"steps": 4, "seed": 0}, "model": {"path": "m"}}
+    other = {"train": {"steps": 5, "seed": 0}, "model": {"path": "m"}}
+    placement._check_same([one, one])
+    with pytest.raises(RefusedError, match="the same settings") as refusal:
+        placement._check_same([one, other, one])
+    named = [line for line in str(refusal.value).splitlines() if line.startswith("  ")]
+    assert named == ["  train.steps: 4 in process 0, 2; 5 in process 1"]
 
 
 # The watch by itself.
@@ -338,7 +361,7 @@ def test_the_others_are_told_why_one_ends():
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_a_computation_that_breaks_off_is_laid_to_who_is_gone(broken_off):
+def test_a_computation_that_breaks_off_is_laid_to_who_is_gone(broken_off, capsys):
     store = Store()
     one, other = Watched(store, 0), Watched(store, 1)
     other.closing()
@@ -346,13 +369,15 @@ def test_a_computation_that_breaks_off_is_laid_to_who_is_gone(broken_off):
         one.fail(broken_off)
     assert one.codes[0] == LOST_CONTACT
     assert "lost contact with process 1 of 2" in one.said[0]
+    assert "Gloo" not in capsys.readouterr().err
 
 
-def test_an_error_of_the_program_ends_at_once():
+def test_an_error_of_the_program_ends_at_once(capsys):
     one = Watched(Store(), 0, timeout=60.0)
     with pytest.raises(SystemExit):
         one.fail(ValueError("there are 3 rows for 2 devices"))
     assert one.codes == [1]
+    assert "ValueError: there are 3 rows for 2 devices" in capsys.readouterr().err
 
 
 def test_who_has_finished_misses_nobody():
@@ -376,6 +401,22 @@ def test_who_has_finished_misses_nobody():
 def test_settings_that_do_not_fit(given, message):
     with pytest.raises(ValueError, match=message):
         ProcessSettings.from_environment({}, **given)
+
+
+def test_a_process_says_for_whom_it_waits_and_what_is_missing(monkeypatch):
+    """Nobody else comes, and then: nobody says where the coordinator is."""
+    monkeypatch.setattr(processes, "_PATIENCE_SECONDS", 0.1)
+
+    def initialize(**_: object) -> None:
+        time.sleep(0.5)
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    said: list[str] = []
+    with pytest.raises(RefusedError, match=r"nothing is given for --coordinator\. On TPU pods"):
+        processes.join_processes(ProcessSettings(count=2, index=0), say=said.append)
+    assert len(said) == 1
+    assert said[0].startswith("process 0 of 2 is waiting for the other processes")
 
 
 def test_settings_from_the_environment():

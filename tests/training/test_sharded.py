@@ -12,7 +12,9 @@ from peft_jax.core import flatten
 from peft_jax.data import Batch
 from peft_jax.models import build_model
 from peft_jax.parallel import MESH_AXES, MeshSettings, make_mesh
+from peft_jax.training import run
 from peft_jax.training.blueprint import draw_blueprint
+from peft_jax.training.metrics import read_records
 from peft_jax.training.state import TrainState
 
 LLAMA = {
@@ -172,6 +174,37 @@ def test_however_it_is_computed(take_steps, changes):
     assert_same(take_steps("hybrid", INNER, **changes), take_steps("hybrid", ONE))
 
 
+def losses_over_quantised(tiny, workdir, method: str, quantization: str, mesh: dict) -> list[float]:
+    """The losses of a whole run over a quantised base, from its loading on."""
+    config = tiny(
+        **{f"method.{name}": value for name, value in SETTINGS[method].items()},
+        **{f"parallel.{axis}": size for axis, size in mesh.items()},
+        method__name=method,
+        model__quantization=quantization,
+        train__steps=2,
+        train__batch_size=8,
+        checkpoint__every=0,
+    )
+    run(config, workdir)
+    return [record["loss"] for record in read_records(workdir / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize(
+    ("method", "quantization", "mesh"),
+    [
+        ("hybrid", "int8", {"data": 1, "fsdp": 2, "sequence": 2, "tensor": 2}),
+        ("lora", "nf4", {"data": 1, "fsdp": 4, "tensor": 2}),
+        pytest.param("hybrid", "nf4", {"data": 2, "fsdp": 4}, marks=pytest.mark.slow),
+        pytest.param("lora", "int8", {"slice": 2, "tensor": 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_quantised_base_too(tiny, tmp_path, method, quantization, mesh):
+    cut = losses_over_quantised(tiny, tmp_path / "cut", method, quantization, {"devices": 0} | mesh)
+    alone = losses_over_quantised(tiny, tmp_path / "alone", method, quantization, {"devices": 1})
+    np.testing.assert_allclose(cut, alone, rtol=1e-3)
+
+
 def test_adapters_and_optimizer_are_cut_like_what_they_belong_to(take_steps):
     """Nothing of any size is whole on a device: a device's share is near an even one."""
     blueprint, state, _ = take_steps("hybrid", INNER)
@@ -190,6 +223,23 @@ def test_adapters_and_optimizer_are_cut_like_what_they_belong_to(take_steps):
     assert cut["rotation", "r"] == jax.P(None, None, "fsdp", None)
     moments = [leaf.sharding.spec for leaf in jax.tree.leaves(blueprint.state.opt_state)]
     assert all(isinstance(spec, jax.sharding.PartitionSpec) for spec in moments)
+
+
+@pytest.mark.parametrize("mesh", [INNER, OUTER], ids=["inner", "outer"])
+def test_the_optimizers_state_is_repeated_along_no_axis_of_a_slice(tiny, mesh):
+    config = tiny(
+        **{"train.batch_size": ROWS, "train.max_length": TOKENS, "method.rank": 8},
+        **{"optimizer.name": "adamw"},
+    )
+    blueprint = draw_blueprint(config, build_model(LLAMA, config.execution), make_mesh(mesh))
+
+    def share(tree):
+        leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.ndim]
+        own = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
+        return own / sum(leaf.size for leaf in leaves)
+
+    assert share(blueprint.state.opt_state) == blueprint.mesh.shape["slice"] / 8
+    assert share(blueprint.state.trainable) > share(blueprint.state.opt_state)
 
 
 @pytest.mark.parametrize(
