@@ -25,6 +25,8 @@ TOPOLOGIES = {
     "hybrid_7b": "v5e:4x4",
 }
 METHODS = ("full", "lora", "lora_ga", "boft", "unitary", "hybrid")
+QUANTISED = {"hybrid_405b": ("hybrid", "nf4")}
+"""Where a method is planned over a quantised base too."""
 
 
 def plan_all(folder: Path) -> dict[str, dict[str, Any]]:
@@ -32,17 +34,27 @@ def plan_all(folder: Path) -> dict[str, dict[str, Any]]:
     folder.mkdir(parents=True, exist_ok=True)
     plans: dict[str, dict[str, Any]] = {}
     for name, topology in TOPOLOGIES.items():
-        for method in METHODS:
-            file = folder / f"{name}-{method}.json"
+        rows = [(method, method, "none") for method in METHODS]
+        if name in QUANTISED:
+            method, quantization = QUANTISED[name]
+            rows.append((f"{method}, base in {quantization}", method, quantization))
+        for row, method, quantization in rows:
+            file = folder / f"{name}-{method}-{quantization}.json"
             if not file.is_file():
-                started = time.perf_counter()
-                module = importlib.import_module(f"configs.{name}")
-                config = from_config_dict(module.get_config(f"method={method}"))
-                plan = make_plan(config, find_topology(topology)).to_mapping()
-                plan["planning_seconds"] = round(time.perf_counter() - started, 1)
+                plan = _plan(name, topology, method, quantization)
                 file.write_text(json.dumps(plan, indent=2), encoding="utf-8")
-            plans.setdefault(name, {})[method] = json.loads(file.read_text(encoding="utf-8"))
+            plans.setdefault(name, {})[row] = json.loads(file.read_text(encoding="utf-8"))
     return plans
+
+
+def _plan(name: str, topology: str, method: str, quantization: str) -> dict[str, Any]:
+    started = time.perf_counter()
+    module = importlib.import_module(f"configs.{name}")
+    config = module.get_config(f"method={method}")
+    config.model.quantization = quantization
+    plan = make_plan(from_config_dict(config), find_topology(topology)).to_mapping()
+    plan["planning_seconds"] = round(time.perf_counter() - started, 1)
+    return plan
 
 
 def rows_of(plans: dict[str, Any]) -> list[list[str]]:

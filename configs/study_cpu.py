@@ -124,8 +124,9 @@ def get_config(data: str = "") -> StudySettings:
             " both from the same place, so that the hybrid is tuned with as many runs as they are."
             " Where the grids lie was found with a few runs on the tuning rows. Training takes as"
             " many rows as its steps need, from the beginning of a shuffled pass over all of them:"
-            " a small part of SST-2's. On CoLA and RTE hardly anything is learnt in so few steps,"
-            " so they have fewer arms.",
+            " a small part of SST-2's, one and a half times all of CoLA's, which is not learnt in"
+            " fewer. On RTE hardly anything is learnt in the steps that fit here. Both have fewer"
+            " arms.",
         ),
     )
 
@@ -134,7 +135,7 @@ _SAME_RATES = tuple(arm.name for arm in ARMS if arm.name != "one_rate")
 """The arms on tasks whose branches have the same grid, so that they have one rate in any case."""
 
 _FEW = ("lora_ga", "boft", "hybrid", "full")
-"""The arms on tasks that take long and tell little: in so few steps hardly anything is learnt."""
+"""The arms on tasks that take long: CoLA for its many steps, RTE for its long rows."""
 
 _GLUE = (
     # Recipe, title, metric, steps, rows a step, tokens a row, arms.
