@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kernels_pallas.butterfly import butterfly_rotation, reference
 from kernels_pallas.butterfly.cases import CASES, Case
@@ -38,6 +40,19 @@ def check(case: Case, dtype, implementation: str, tolerance: float) -> None:
 @pytest.mark.parametrize("implementation", ["auto", "interpret"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_value_and_gradients(case, implementation):
+    check(case, jnp.float32, implementation, 2e-6)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    tokens=st.lists(st.integers(1, 5), max_size=2),
+    block_size=st.sampled_from([2, 4, 6, 64]),
+    factors=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    implementation=st.sampled_from(["auto", "interpret"]),
+)
+def test_any_shape(tokens, block_size, factors, groups, implementation):
+    case = Case(tuple(tokens), block_size, factors, groups)
     check(case, jnp.float32, implementation, 2e-6)
 
 
