@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from kernels_pallas.butterfly.api import butterfly_rotation, check_factors
+from kernels_pallas.butterfly import xla
+from kernels_pallas.butterfly.api import check_factors
 from kernels_pallas.checks import check_real
 
 UNROLLED_BLOCK_SIZE = 32
@@ -123,12 +124,7 @@ def compose_butterfly(factors: Float[Array, "m n b b"]) -> Float[Array, "blocks 
     blocks = n * b // size
     unit = jnp.broadcast_to(jnp.eye(size, dtype=factors.dtype)[:, None], (size, blocks, size))
     # Once a step over few rows, for all layers at once: nothing that a kernel would make faster.
-    images = butterfly_rotation(
-        unit.reshape(size, n * b),
-        factors,
-        precision=jax.lax.Precision.HIGHEST,
-        implementation="xla",
-    )
+    (images,) = xla.forward(unit.reshape(size, n * b), factors, precision=jax.lax.Precision.HIGHEST)
     return jnp.swapaxes(images.reshape(size, blocks, size), 0, 1)
 
 

@@ -258,7 +258,7 @@ def test_all_arms_see_the_same_batches_and_measure_the_same_rows(study):
 
 
 @pytest.mark.parametrize(
-    "index", [pytest.param(0, marks=pytest.mark.slow), 2], ids=["lora_ga", "hybrid"]
+    "index", [0, pytest.param(2, marks=pytest.mark.slow)], ids=["lora_ga", "hybrid"]
 )
 def test_a_cell_trains_as_a_run_does(index, study, tmp_path):
     """The rate that is data, shared programs and shared starts change nothing."""

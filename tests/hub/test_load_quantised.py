@@ -56,7 +56,14 @@ def test_loading_quantises_the_blocks_kernels_and_nothing_else(saved, quantizati
 # Of 192 and 320 rows, 3 and 5 tiles: cut in 2, 4 and 8 the devices' rows end inside tiles, and the
 # scales are held whole.
 @pytest.mark.parametrize(
-    "mesh", [{"fsdp": 8}, {"fsdp": 2, "tensor": 4}, {"data": 2, "fsdp": 4}, {"tensor": 8}], ids=str
+    "mesh",
+    [
+        pytest.param({"fsdp": 8}, marks=pytest.mark.slow),
+        {"fsdp": 2, "tensor": 4},
+        {"data": 2, "fsdp": 4},
+        pytest.param({"tensor": 8}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_cut_over_devices_it_is_the_same(saved, mesh, monkeypatch):
     monkeypatch.setattr(place_module, "_PIECE", 64 * 40 * 4)  # one tile or few at a time

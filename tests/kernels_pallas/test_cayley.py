@@ -45,7 +45,10 @@ def test_blocks_are_orthogonal_and_what_float64_makes_them(size):
     np.testing.assert_allclose(q, reference.cayley(entries, size), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize(("size", "scale"), [(8, 30.0), (64, 30.0), (128, 10.0), (256, 10.0)])
+@pytest.mark.parametrize(
+    ("size", "scale"),
+    [(8, 30.0), (64, 30.0), (128, 10.0), pytest.param(256, 10.0, marks=pytest.mark.slow)],
+)
 def test_large_turns_stay_orthogonal(size, scale):
     entries = random_entries(4, size * (size - 1) // 2, scale=scale)
     q = compiled_cayley(entries, size)

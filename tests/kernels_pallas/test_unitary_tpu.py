@@ -71,6 +71,7 @@ def test_half_precision_activations_lose_no_more_than_their_own_rounding(case):
     assert max(lost["dphases"], lost["dreflections"]) < 2e-5
 
 
+@pytest.mark.slow
 def test_the_precision_can_be_given_up():
     case = KERNEL_CASES["one piece, no padding of rows"]
     lost = errors(direct(case, F32, precision=DEFAULT), case)

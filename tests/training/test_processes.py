@@ -297,6 +297,12 @@ class Store:
             raise RuntimeError("UNAVAILABLE: failed to connect to all addresses")
 
 
+@pytest.fixture
+def in_a_hurry(monkeypatch):
+    """Nobody waits long until another has seen why one ends."""
+    monkeypatch.setattr(processes, "_FAREWELL_SECONDS", 0.2)
+
+
 class Watched(Contact):
     """A watch whose process does not end, but remembers how it would have."""
 
@@ -361,7 +367,7 @@ def test_the_others_are_told_why_one_ends():
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_a_computation_that_breaks_off_is_laid_to_who_is_gone(broken_off, capsys):
+def test_a_computation_that_breaks_off_is_laid_to_who_is_gone(in_a_hurry, broken_off, capsys):
     store = Store()
     one, other = Watched(store, 0), Watched(store, 1)
     other.closing()
@@ -372,7 +378,7 @@ def test_a_computation_that_breaks_off_is_laid_to_who_is_gone(broken_off, capsys
     assert "Gloo" not in capsys.readouterr().err
 
 
-def test_an_error_of_the_program_ends_at_once(capsys):
+def test_an_error_of_the_program_ends_at_once(in_a_hurry, capsys):
     one = Watched(Store(), 0, timeout=60.0)
     with pytest.raises(SystemExit):
         one.fail(ValueError("there are 3 rows for 2 devices"))
