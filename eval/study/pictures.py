@@ -17,7 +17,8 @@ from peft_jax.training.files import write_atomically
 from peft_jax.training.plots import STYLE, smooth
 
 _COLOURS = ("#d6604d", "#2166ac", "#1b7837", "#8c8c8c", "#e08214", "#762a83", "#35978f", "#bf812d")
-_WINDOW = 9
+_SMOOTHED = 16
+"""A curve is smoothed over this part of its steps: of 150 over 9."""
 _DPI = 90
 
 Cells = Mapping[str, Mapping[str, Sequence[Cell]]]
@@ -39,7 +40,7 @@ def draw_losses(cells: Cells, path: Path, *, seconds: Mapping[str, Mapping[str, 
         grid = figure.subplots(len(cells), 2, squeeze=False)
         for (by_step, by_second), (task, arms) in zip(grid, cells.items(), strict=True):
             for arm, runs in arms.items():
-                curve = smooth(_mean(runs, "train_loss"), _WINDOW)
+                curve = _smoothed(_mean(runs, "train_loss"))
                 steps = np.arange(1, len(curve) + 1)
                 line = {"color": colours[arm], "label": arm, "linewidth": 1.4}
                 by_step.plot(steps, curve, **line)
@@ -70,7 +71,7 @@ def draw_mixing(cells: Mapping[str, Sequence[Cell]], path: Path) -> None:
             for layer in range(weights.shape[1]):
                 shade = mpl.colormaps["viridis"](layer / max(weights.shape[1] - 1, 1))
                 panel.plot(
-                    smooth(weights[:, layer], _WINDOW),
+                    _smoothed(weights[:, layer]),
                     color=shade,
                     label=f"layer {layer}",
                     linewidth=1.3,
@@ -94,7 +95,7 @@ def draw_gradients(cells: Cells, path: Path) -> None:
         for panel, (task, arms) in zip(panels, cells.items(), strict=True):
             for arm, runs in arms.items():
                 norms = [np.asarray(run["steps"]["grad_norm"], float) for run in runs]
-                curve = smooth(np.mean(norms, axis=0), _WINDOW)
+                curve = _smoothed(np.mean(norms, axis=0))
                 panel.plot(curve, color=colours[arm], label=arm, linewidth=1.3)
             panel.set_yscale("log")
             panel.set_title(task, fontsize=9)
@@ -104,6 +105,10 @@ def draw_gradients(cells: Cells, path: Path) -> None:
         return figure
 
     _write(path, draw)
+
+
+def _smoothed(values: np.ndarray) -> np.ndarray:
+    return smooth(values, max(len(values) // _SMOOTHED, 1))
 
 
 def _colours(cells: Cells) -> dict[str, str]:
