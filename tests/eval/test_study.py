@@ -257,9 +257,8 @@ def test_all_arms_see_the_same_batches_and_measure_the_same_rows(study):
     assert all(texts.values())
 
 
-@pytest.mark.parametrize(
-    "index", [0, pytest.param(2, marks=pytest.mark.slow)], ids=["lora_ga", "hybrid"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("index", [0, 2], ids=["lora_ga", "hybrid"])
 def test_a_cell_trains_as_a_run_does(index, study, tmp_path):
     """The rate that is data, shared programs and shared starts change nothing."""
     (task,) = study.tasks

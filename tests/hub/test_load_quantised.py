@@ -60,7 +60,7 @@ def test_loading_quantises_the_blocks_kernels_and_nothing_else(saved, quantizati
     [
         pytest.param({"fsdp": 8}, marks=pytest.mark.slow),
         {"fsdp": 2, "tensor": 4},
-        {"data": 2, "fsdp": 4},
+        pytest.param({"data": 2, "fsdp": 4}, marks=pytest.mark.slow),
         pytest.param({"tensor": 8}, marks=pytest.mark.slow),
     ],
     ids=str,

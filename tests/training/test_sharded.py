@@ -192,7 +192,10 @@ def losses_over_quantised(tiny, workdir, method: str, quantization: str, mesh: d
 @pytest.mark.parametrize(
     ("method", "quantization", "mesh"),
     [
-        ("hybrid", "int8", {"data": 1, "fsdp": 2, "sequence": 2, "tensor": 2}),
+        pytest.param(
+            *("hybrid", "int8", {"data": 1, "fsdp": 2, "sequence": 2, "tensor": 2}),
+            marks=pytest.mark.slow,
+        ),
         ("lora", "nf4", {"data": 1, "fsdp": 4, "tensor": 2}),
         pytest.param("hybrid", "nf4", {"data": 2, "fsdp": 4}, marks=pytest.mark.slow),
         pytest.param("lora", "int8", {"slice": 2, "tensor": 2}, marks=pytest.mark.slow),
