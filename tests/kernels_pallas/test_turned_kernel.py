@@ -40,7 +40,7 @@ def expected(x, dy, blocks, kernel):
     return turned @ kernel, dx, dblocks, flat.T @ columns
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     batch=st.lists(st.integers(1, 9), max_size=3),
     blocks=st.integers(1, 6),
