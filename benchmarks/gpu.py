@@ -86,15 +86,17 @@ def check_numbers(implementation: str) -> None:
 
     Raises:
       RuntimeError: one is off.
-      KernelError: there is no such implementation here.
+      KernelError: there is no such implementation of the rotation here.
     """
     for tokens, block_size in ((64, 16), (200, 16), (201, 128), (3, 128)):
         x, g, blocks = rotation_arrays(tokens, 512, block_size)
         # As the product rounds them.
         blocks = blocks.astype(jnp.bfloat16).astype(jnp.float32)
         _check(implementation, block_rotation, rotation_reference, x, g, blocks)
-    if implementation != "pallas" or jax.default_backend() == "tpu":
+    try:
         _check(implementation, unitary_product, unitary_reference, *unitary_arrays(200, 512))
+    except KernelError as error:
+        print(f"the unitary product was not checked: {error}", file=sys.stderr)
 
 
 def _check(
@@ -111,7 +113,7 @@ def _check(
     expected = reference.forward(given[0], *given[2:]), *reference.backward(*given)
     for index, (one, wanted) in enumerate(zip(found, expected, strict=True)):
         error = np.abs(np.asarray(one, np.float64) - wanted).max() / np.abs(wanted).max()
-        if error > 3 * tolerance(jnp.bfloat16, len(x)):
+        if error > 2 * tolerance(jnp.bfloat16, len(x)):
             raise RuntimeError(
                 f"{product.__name__} as {implementation!r} of {x.shape} and"
                 f" {[p.shape for p in parameters]}: result {index} is off by {error:.1e}"

@@ -56,21 +56,23 @@ def _paired(
     x: Float[Array, "*batch d"], factors: Float[Array, "m n b b"], level: int
 ) -> Float[Array, "*batch d"]:
     """The features with the halves that a level pairs next to each other."""
-    m, n, block_size, _ = factors.shape
-    if m == 1:
-        return x
-    stride = 2**level
-    halves = x.reshape(*x.shape[:-1], n // stride, 2, stride, block_size // 2)
-    return jnp.swapaxes(halves, -3, -2).reshape(x.shape)
+    return _exchanged(x, factors, (2, 2**level))
 
 
 def _unpaired(
     x: Float[Array, "*batch d"], factors: Float[Array, "m n b b"], level: int
 ) -> Float[Array, "*batch d"]:
     """The features back in their order."""
+    return _exchanged(x, factors, (2**level, 2))
+
+
+def _exchanged(
+    x: Float[Array, "*batch d"], factors: Float[Array, "m n b b"], runs: tuple[int, int]
+) -> Float[Array, "*batch d"]:
+    """The features with half-blocks that lie as rows by columns laid as columns by rows."""
     m, n, block_size, _ = factors.shape
     if m == 1:
         return x
-    stride = 2**level
-    pairs = x.reshape(*x.shape[:-1], n // stride, stride, 2, block_size // 2)
-    return jnp.swapaxes(pairs, -3, -2).reshape(x.shape)
+    groups = 2 * n // (runs[0] * runs[1])
+    halves = x.reshape(*x.shape[:-1], groups, *runs, block_size // 2)
+    return jnp.swapaxes(halves, -3, -2).reshape(x.shape)
