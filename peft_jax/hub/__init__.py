@@ -7,6 +7,7 @@
   the method, Hugging Face PEFT; `export_merged`, as a whole model.
 - [`adapter_load`][peft_jax.hub.adapter_load]: `load_adapter`, from either.
 - [`checkpoint`][peft_jax.hub.checkpoint]: `read_config`, `open_checkpoint`.
+- [`digests`][peft_jax.hub.digests]: whether a base or data files are what they were, by content.
 - [`fetch`][peft_jax.hub.fetch]: `find_folder`, a local folder or one from the hub.
 """
 
