@@ -4,20 +4,30 @@ import dataclasses
 import email.utils
 import http.client
 import json
+import math
 import time
-import urllib.error
-import urllib.request
+import urllib.parse
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from eval.mt_bench.exchange import SECONDS, Answer, exchange
 from eval.mt_bench.requests import JudgeRequest
+from eval.printable import printable
 from peft_jax.generation import GenerationSettings, Loaded, generate_text
 
 JUDGMENT_TOKENS = 2048
 """The most tokens of a judgment; FastChat's own choice."""
 
-_TIMEOUT = 120.0
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0
+_NO_USE_WAITING = 3600.0
+"""An endpoint that asks for a longer wait than this has refused the request."""
+
+_MOST_TOKENS = 1 << 40
+"""A larger number of tokens is no count of any text."""
+
+_QUOTED = 500
+"""How many characters of an answer a message quotes."""
+
 _WORTH_ANOTHER_TRY = (408, 409, 425, 429, 500, 502, 503, 504)
 
 
@@ -75,10 +85,12 @@ class EndpointJudge:
       options: further fields of each request; None takes one away.
       retries: how often a request is made again that failed for a passing reason.
       workers: how many requests are made at a time.
+      seconds: how long one request may take, from its first byte to the last of its answer.
       sleep: waits so many seconds.
 
     Raises:
-      ValueError: the address is none of http or https, or no model is named.
+      ValueError: the address is none of http or https, no model is named, or the key cannot be sent
+        in a header.
     """
 
     url: str
@@ -87,39 +99,57 @@ class EndpointJudge:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     retries: int = 5
     workers: int = 4
+    seconds: float = SECONDS
     sleep: Callable[[float], None] = time.sleep
 
     def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
+        address = urllib.parse.urlsplit(self.url)
+        if "@" in address.netloc:
+            raise ValueError(
+                "--judge has a user's name or password in it; it should be an address without one,"
+                " and the key in the variable that --judge_key_variable names"
+            )
+        if address.scheme not in ("http", "https") or not address.netloc:
             raise ValueError(
                 f"--judge is {self.url!r}; it should be an address, https://api.openai.com/v1, or"
                 " local:FOLDER for a model of your own"
             )
+        if address.query or address.fragment or not _is_plain(self.url):
+            raise ValueError(
+                f"--judge is {self.url!r}; it should be an address that paths can be put behind,"
+                " without white space, ? or #"
+            )
         if not self.name:
             raise ValueError("--judge_model: name the model that the endpoint is asked for")
+        # A variable that was read from a file has a newline at its end.
+        object.__setattr__(self, "key", self.key.strip())
+        if not _is_plain(self.key):
+            raise ValueError(
+                "the judge's key has white space or a character in it that is not ASCII; it should"
+                " be the one word that the endpoint gave out"
+            )
 
     def check(self) -> None:
         """Asks for the models that there are, which costs nothing.
 
         Raises:
-          JudgeError: nothing is there, or the key is not taken. An endpoint that has no list of
-            models is let pass.
+          JudgeError: nothing is there, it redirects, or the key is not taken. An endpoint that has
+            no list of models is let pass.
         """
         try:
-            self._fetch("models", None)
-        except urllib.error.HTTPError as error:
-            if error.code in (401, 403):
-                raise HopelessJudgeError(self._refused(error)) from error
+            answer = self._send("models")
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise HopelessJudgeError(
-                f"the judge at {self.url} cannot be reached: {error}"
-            ) from error
+            why = self._clean(f"the judge at {self.url} cannot be reached: {error}")
+            raise HopelessJudgeError(why) from error
+        if answer.status in (401, 403) or _is_redirect(answer):
+            raise HopelessJudgeError(self._refused(answer))
 
     def __call__(self, request: JudgeRequest) -> Judgment:
         """Asks, and asks again after a while where that may help.
 
         Raises:
-          HopelessJudgeError: the endpoint refuses the key, or knows neither path nor model.
+          HopelessJudgeError: the endpoint refuses the key, knows neither path nor model, or
+            redirects.
           UnreadableAnswerError: it answered in a form that is not known.
           JudgeError: it did not answer in spite of all retries.
         """
@@ -138,38 +168,62 @@ class EndpointJudge:
         for attempt in range(self.retries + 1):
             asked_for: float | None = None
             try:
-                response = json.loads(self._fetch("chat/completions", body))
-                return Judgment(_content(response), _tokens(response))
-            except urllib.error.HTTPError as error:
-                failure = self._refused(error)
-                if error.code in (401, 403, 404):
-                    raise HopelessJudgeError(failure) from error
-                if error.code not in _WORTH_ANOTHER_TRY:
-                    raise JudgeError(failure) from error
-                asked_for = _retry_after(error.headers.get("Retry-After"))
+                answer = self._send("chat/completions", body)
             except (OSError, http.client.HTTPException) as error:
-                failure = f"{type(error).__name__}: {error}"
-            except ValueError as error:
-                raise UnreadableAnswerError(f"an answer that cannot be read: {error}") from error
+                failure = self._clean(f"{type(error).__name__}: {error}")
+            else:
+                if 200 <= answer.status < 300:
+                    return self._read(answer)
+                failure = self._refused(answer)
+                if answer.status in (401, 403, 404) or _is_redirect(answer):
+                    raise HopelessJudgeError(failure)
+                if answer.status not in _WORTH_ANOTHER_TRY:
+                    raise JudgeError(failure)
+                asked_for = _retry_after(answer.headers.get("Retry-After"))
+                if asked_for is not None and asked_for > _NO_USE_WAITING:
+                    raise JudgeError(f"{failure} (it asks to wait {asked_for:g} s)")
             if attempt < self.retries:
                 self.sleep(min(asked_for or wait, _LONGEST_WAIT))
                 wait *= 2
         raise JudgeError(f"{failure} (after {self.retries} retries)")
 
-    def _fetch(self, path: str, body: dict[str, Any] | None) -> bytes:
-        data = None if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
-        request = urllib.request.Request(f"{self.url.rstrip('/')}/{path}", data, headers)
-        with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
-            return response.read()
+    def _send(self, path: str, body: Mapping[str, Any] | None = None) -> Answer:
+        url = f"{self.url.rstrip('/')}/{path}"
+        return exchange(url, key=self.key, body=body, seconds=self.seconds)
 
-    def _refused(self, error: urllib.error.HTTPError) -> str:
-        said = error.read(500).decode("utf-8", "replace").strip()
-        if self.key:
-            said = said.replace(self.key, "…")
-        return f"the judge at {self.url} answers {error.code} {error.reason}: {said}"
+    def _read(self, answer: Answer) -> Judgment:
+        """Returns the judgment of an answer.
+
+        Raises:
+          UnreadableAnswerError: it is of another form, or nested deeper than can be read.
+        """
+        try:
+            response = json.loads(answer.body)
+            return Judgment(_content(response), _tokens(response))
+        except (ValueError, RecursionError) as error:
+            why = self._clean(f"an answer that cannot be read: {error}")
+            raise UnreadableAnswerError(why) from error
+
+    def _refused(self, answer: Answer) -> str:
+        """Says with which status the endpoint refuses a request, and why."""
+        status = f"the judge at {self.url} answers {answer.status} {answer.reason}"
+        if _is_redirect(answer):
+            where = answer.headers.get("Location", "nowhere")
+            return self._clean(
+                f"{status}, a redirect to {where}: it is not followed, since the key is for the"
+                " first address alone; give the one that is meant with --judge"
+            )
+        return self._clean(f"{status}: {answer.body.decode('utf-8', 'replace').strip()}")
+
+    def _clean(self, message: str) -> str:
+        """Returns a message that is safe to print: cut off, without the key or control characters.
+
+        The key is taken out first: its beginning could otherwise be left by the cut.
+        """
+        for form in (self.key, repr(self.key)[1:-1], urllib.parse.quote(self.key, safe="")):
+            message = message.replace(form, "…") if form else message
+        most = len(self.url) + _QUOTED
+        return printable(message if len(message) <= most else message[:most] + " …")
 
 
 class LocalJudge:
@@ -220,7 +274,7 @@ def _content(response: Any) -> str:
     except (KeyError, IndexError, TypeError):
         content = None
     if not isinstance(content, str) or not content:
-        raise ValueError(f"no text in {str(response)[:200]}")
+        raise ValueError(f"no text in {json.dumps(response)}")
     return content
 
 
@@ -235,25 +289,39 @@ def _tokens(response: Mapping[str, Any]) -> tuple[int, int] | None:
     if not isinstance(usage, Mapping):
         return None
     read, written = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    if type(read) is int and type(written) is int and read >= 0 and written >= 0:
-        return read, written
+    if all(type(count) is int and 0 <= count <= _MOST_TOKENS for count in (read, written)):
+        return read, written  # type: ignore[return-value]
     return None
 
 
+def _is_redirect(answer: Answer) -> bool:
+    return 300 <= answer.status < 400
+
+
+def _is_plain(text: str) -> bool:
+    """Whether a text can stand in a request's head: printable ASCII without white space."""
+    return all("!" <= character <= "~" for character in text)
+
+
 def _retry_after(header: str | None) -> float | None:
-    """How many seconds an endpoint asks to wait: a number of them, or a date.
+    """Returns how many seconds an endpoint asks to wait, in seconds or as a date.
+
+    What is neither, or lies in the past, is None: the usual wait is then taken.
 
     Example:
-      >>> _retry_after("7"), _retry_after(None), _retry_after("soon")
-      (7.0, None, None)
+      >>> _retry_after("7"), _retry_after("1e9")
+      (7.0, 1000000000.0)
+      >>> [_retry_after(header) for header in (None, "soon", "nan", "-5")]
+      [None, None, None, None]
     """
     if header is None:
         return None
     try:
-        return max(0.0, float(header))
+        seconds = float(header)
     except ValueError:
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
-    except ValueError:
-        return None
+        try:
+            date = email.utils.parsedate_to_datetime(header)
+            seconds = date.timestamp() - time.time()
+        except (ValueError, OverflowError, OSError):
+            return None
+    return seconds if seconds > 0 and not math.isnan(seconds) else None

@@ -1,16 +1,27 @@
 """MT-Bench with a judge on this machine that answers as it is told."""
 
+import contextlib
 import http.server
+import itertools
 import json
 import re
+import socketserver
 import threading
+import time
 from collections import Counter
 
 import numpy as np
 import pytest
 
+from eval.mt_bench.exchange import TooLongError, exchange
 from eval.mt_bench.files import TEMPERATURES, read_benchmark
-from eval.mt_bench.judges import EndpointJudge, HopelessJudgeError, JudgeError, Judgment
+from eval.mt_bench.judges import (
+    EndpointJudge,
+    HopelessJudgeError,
+    JudgeError,
+    Judgment,
+    UnreadableAnswerError,
+)
 from eval.mt_bench.rating import find_rating
 from eval.mt_bench.requests import JudgeRequest, estimate, judge_requests
 from eval.mt_bench.task import MTBenchSettings, make_job
@@ -29,12 +40,14 @@ class JudgeServer:
     def __init__(self):
         self.requests = []
         self.answer = lambda body: (200, said("Rating: [[5]]"), {})
-        self.models, self.list = 200, {"data": []}
+        self.models, self.list, self.headers = 200, {"data": []}, {}
+        self.lists = 0
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
-                self.reply(outer.models, outer.list, {})
+                outer.lists += 1
+                self.reply(outer.models, outer.list, outer.headers)
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -54,7 +67,7 @@ class JudgeServer:
 
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
     def close(self):
         self.server.shutdown()
@@ -278,6 +291,201 @@ def test_an_endpoint_that_is_not_there_is_noticed_at_once(server, judge):
         absent.check()
     with pytest.raises(JudgeError, match="after 0 retries"):
         absent(REQUEST)
+
+
+# An endpoint that means no good.
+
+
+class RawServer:
+    """Answers each connection with the pieces that `pieces` yields, as they are."""
+
+    def __init__(self, pieces):
+        class Handler(socketserver.BaseRequestHandler):
+            def handle(self):
+                self.request.recv(1 << 16)
+                with contextlib.suppress(OSError):
+                    for piece in pieces():
+                        self.request.sendall(piece)
+
+        self.server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def slowly(first, piece):
+    """Yields `first`, and then a piece every twentieth of a second, for ten seconds."""
+    yield first
+    for _ in range(200):
+        time.sleep(0.05)
+        yield piece
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_no_redirect_is_followed_with_the_key(server, judge, status):
+    elsewhere = JudgeServer()
+    try:
+        headers = {"Location": elsewhere.url}
+        server.answer = lambda body: (status, b"", headers)
+        with pytest.raises(HopelessJudgeError, match=f"a redirect to {elsewhere.url}"):
+            judge(REQUEST)
+        server.models, server.headers = status, headers
+        with pytest.raises(HopelessJudgeError, match="not followed"):
+            judge.check()
+        assert elsewhere.requests == []
+        assert elsewhere.lists == 0
+    finally:
+        elsewhere.close()
+    assert len(server.requests) == 1, "no retry helps"
+
+
+@pytest.mark.parametrize(
+    ("first", "piece"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n", b" "),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"),
+        (b"HTTP/1.1 200 OK\r\nX-Long: ", b"x"),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+        (b"HTTP/1.1 500 Down\r\nContent-Length: 1000000\r\n\r\n", b" "),
+    ],
+    ids=["body", "chunks", "header", "continue", "body of an error"],
+)
+def test_a_slow_answer_ends_with_its_whole_time(first, piece):
+    with RawServer(lambda: slowly(first, piece)) as slow:
+        judge = EndpointJudge(url=slow.url, name="m", retries=0, seconds=0.5)
+        began = time.monotonic()
+        with pytest.raises(JudgeError, match="TimeoutError"):
+            judge(REQUEST)
+        assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("length", [b"Content-Length: 1000000000000", b"Connection: close"])
+def test_a_large_body_is_not_read(length):
+    head = b"HTTP/1.1 200 OK\r\n" + length + b"\r\n\r\n"
+    with RawServer(lambda: itertools.chain([head], [b" " * (1 << 20)] * 20)) as large:
+        with pytest.raises(TooLongError, match="8,388,608 bytes"):
+            exchange(large.url)
+        with pytest.raises(JudgeError, match="after 0 retries"):
+            EndpointJudge(url=large.url, name="m", retries=0)(REQUEST)
+
+
+def test_a_body_that_ends_early_is_asked_for_again(waits):
+    answers = iter(
+        [
+            b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{",
+            b"HTTP/1.1 200 OK\r\n\r\n" + json.dumps(said("[[5]]")).encode(),
+        ]
+    )
+    with RawServer(lambda: [next(answers)]) as broken:
+        judge = EndpointJudge(url=broken.url, name="m", sleep=waits.append)
+        assert judge(REQUEST).text == "[[5]]"
+    assert waits == [1.0]
+
+
+@pytest.mark.parametrize(
+    "body", [b"[" * 100_000, b'{"choices":' * 100_000, b'{"a":' + b"9" * 5000 + b"}", b"\xff"]
+)
+def test_json_that_cannot_be_read_fails_one_request(server, judge, body):
+    server.answer = lambda _: (200, body, {})
+    with pytest.raises(UnreadableAnswerError, match="cannot be read"):
+        judge(REQUEST)
+
+
+@pytest.mark.parametrize("count", [10**400, -1, True, 1.5, "7", None])
+def test_absurd_counts_of_tokens_are_none(server, judge, count):
+    usage = {"usage": {"prompt_tokens": count, "completion_tokens": 1}}
+    server.answer = lambda _: (200, {**said("[[5]]"), **usage}, {})
+    assert judge(REQUEST).tokens is None
+
+
+@pytest.mark.parametrize(
+    ("header", "wait"),
+    [
+        ("-5", 1.0),
+        ("nan", 1.0),
+        ("soon", 1.0),
+        ("", 1.0),
+        ("Thu, 01 Jan 1970 00:00:00 GMT", 1.0),
+        ("Thu, 01 Jan 0001 00:00:00 -0000", 1.0),
+        ("Thu, 99 Foo 99999999999 00:00:00 GMT", 1.0),
+        ("300", 60.0),
+    ],
+)
+def test_an_absurd_wait_is_not_kept_to(server, judge, waits, header, wait):
+    statuses = iter([429, 200])
+    server.answer = lambda body: (next(statuses), said("[[5]]"), {"Retry-After": header})
+    assert judge(REQUEST).text == "[[5]]"
+    assert waits == [wait]
+
+
+@pytest.mark.parametrize("header", ["1e9", "inf", "9" * 400, "Thu, 01 Jan 9998 00:00:00 GMT"])
+def test_an_endless_wait_fails_one_request(server, judge, waits, header):
+    server.answer = lambda body: (429, b"", {"Retry-After": header})
+    with pytest.raises(JudgeError, match="asks to wait") as caught:
+        judge(REQUEST)
+    assert not isinstance(caught.value, HopelessJudgeError)
+    assert waits == []
+
+
+def test_messages_show_neither_the_key_nor_control_characters(server, waits):
+    """Whatever the endpoint writes back, and wherever the message is cut off."""
+    key = "sk-" + "s3cret" * 8
+    judge = EndpointJudge(url=server.url, name="m", key=f"{key}\n", retries=0, sleep=waits.append)
+    said_back = b"\x1b[2J\x9b1m\xe2\x80\xae" + key.encode()
+    for padding in range(400, 500):
+        server.answer = lambda body: (400, b"x" * padding + said_back, {})  # noqa: B023
+        with pytest.raises(JudgeError) as caught:
+            judge(REQUEST)
+        assert "s3cret" not in str(caught.value)
+        assert str(caught.value).isprintable()
+    assert server.requests[0][1]["Authorization"] == f"Bearer {key}"
+    for status, body, headers in [
+        (200, {"choices": key}, {}),
+        (200, b"\x1b" + key.encode(), {}),
+        (302, b"", {"Location": f"http://elsewhere/{key}\x1b[2J"}),
+    ]:
+        server.answer = lambda _: (status, body, headers)  # noqa: B023
+        with pytest.raises(JudgeError) as caught:
+            judge(REQUEST)
+        assert key not in str(caught.value)
+        assert str(caught.value).isprintable()
+    with RawServer(lambda: [f"nonsense {key} \x1b[2J\r\n\r\n".encode()]) as broken:
+        judge = EndpointJudge(url=broken.url, name="m", key=key, retries=0)
+        for ask in (judge.check, lambda: judge(REQUEST)):
+            with pytest.raises(JudgeError) as caught:
+                ask()
+            assert key not in str(caught.value)
+            assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("key", ["sk-a sk-b", "sk-a\nsk-b", "sk-\u2026", "sk-\x00"])
+def test_a_key_that_cannot_be_sent_is_refused_unseen(key):
+    with pytest.raises(ValueError, match="the judge's key has white space") as caught:
+        EndpointJudge(url="http://127.0.0.1:9/v1", name="m", key=key)
+    assert "sk-" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("https://me:sk-secret@api.openai.com/v1", "a user's name or password"),
+        ("https://api.openai.com/v1?version=1", "paths can be put behind"),
+        ("https://api.openai.com/v1\r\nHost: elsewhere", "paths can be put behind"),
+        ("https://", "it should be an address"),
+        ("file:///etc/passwd", "it should be an address"),
+    ],
+)
+def test_addresses_that_are_none_are_refused(url, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        EndpointJudge(url=url, name="m")
+    assert "sk-secret" not in str(caught.value)
 
 
 # The evaluation.
