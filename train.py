@@ -15,20 +15,21 @@ checkpoint there, wherever the run was stopped.
 
 On a pod the same command runs on every host, with --distributed; see docs/pods.md.
 
-Exit codes: 0 finished (or, with --plan, it fits); 2 refused, nothing was done; 4 planned, and it
-does not fit; 1 failed; 3 another process is gone; 143 or 130 stopped by SIGTERM or Ctrl-C, with a
-checkpoint to go on from.
+Exit codes: 0 finished (or, with --plan, it fits); 1 failed; 2 refused, the message says what would
+work; 3 another process is gone; 4 planned, and it does not fit; 143 or 130 stopped by SIGTERM or
+Ctrl-C, with a checkpoint to go on from. docs/exit_codes.md has those of all commands.
 """
 
+import contextlib
 import re
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from absl import app, flags, logging
+from absl import flags, logging
 
-from peft_jax import command_line
+from peft_jax import command_line, exits
 
 if TYPE_CHECKING:
     from peft_jax.training.processes import Contact
@@ -64,7 +65,7 @@ _CONTACT_TIMEOUT = flags.DEFINE_integer(
 )
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> int:
     """Runs the configuration of the flags, in the work directory of the flags."""
     given = command_line.check_config(argv, _CONFIG.value)
     if not flags.FLAGS["verbosity"].present:
@@ -72,44 +73,38 @@ def main(argv: Sequence[str]) -> None:
     contact = None if _PLAN.wanted else _join_processes()
     # Imported here, so that a mistyped flag is refused at once and not after JAX has started.
     from peft_jax.training.config import from_config_dict
-    from peft_jax.training.errors import (
-        BadDataError,
-        InterruptedRunError,
-        NonFiniteError,
-        RefusedError,
-    )
+
+    if _PLAN.wanted:
+        from peft_jax.plan.command import plan_command
+
+        return plan_command(from_config_dict(given), _PLAN)
     from peft_jax.training.loop import run
 
-    try:
-        try:
-            config = from_config_dict(given)
-        except ValueError as error:
-            raise RefusedError(str(error)) from error
-        if _PLAN.wanted:
-            from peft_jax.plan.command import plan_command
+    with contextlib.nullcontext() if contact is None else _ending_together(contact):
+        run(from_config_dict(given), _WORKDIR.value or _default_workdir())
+    return exits.ExitCode.DONE
 
-            raise SystemExit(plan_command(config, _PLAN))
-        run(config, _WORKDIR.value or _default_workdir())
-    except (RefusedError, NonFiniteError, BadDataError) as error:
-        if _TRACEBACK.value:
-            traceback.print_exc()
-        if contact is not None:
-            command_line.say(str(error))
-            contact.leave(str(error), error.exit_code)
-        command_line.leave(str(error), error.exit_code)
-    except InterruptedRunError as error:
+
+@contextlib.contextmanager
+def _ending_together(contact: "Contact") -> Iterator[None]:
+    """Tells the other processes how this one ends."""
+    from peft_jax.training.errors import InterruptedRunError
+
+    try:
+        yield
+    except InterruptedRunError:
         # All processes stop at the same step.
-        if contact is not None:
-            contact.closing()
-        command_line.leave(str(error), error.exit_code)
+        contact.closing()
+        raise
     except Exception as error:
-        if contact is None:
-            raise
         if _TRACEBACK.value:
             traceback.print_exc()
-        contact.fail(error)
-    if contact is not None:
-        contact.closing()
+        ending = exits.explain(error)
+        if ending is None:
+            contact.fail(error)
+        command_line.say(ending.message)
+        contact.leave(ending.message, ending.code)
+    contact.closing()
 
 
 def _join_processes() -> "Contact | None":
@@ -121,14 +116,10 @@ def _join_processes() -> "Contact | None":
     }
     if not _DISTRIBUTED.value and all(value is None for value in given.values()):
         return None
-    from peft_jax.training.errors import RefusedError
     from peft_jax.training.processes import ProcessSettings, join_processes
 
-    try:
-        settings = ProcessSettings.from_environment(**given, contact_timeout=_CONTACT_TIMEOUT.value)
-        return join_processes(settings, say=command_line.say)
-    except (ValueError, RefusedError) as error:
-        command_line.refuse(str(error))
+    settings = ProcessSettings.from_environment(**given, contact_timeout=_CONTACT_TIMEOUT.value)
+    return join_processes(settings, say=command_line.say)
 
 
 def _default_workdir() -> str:
@@ -139,4 +130,4 @@ def _default_workdir() -> str:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command_line.parse)
+    command_line.run("train.py", main)

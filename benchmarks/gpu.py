@@ -37,6 +37,7 @@ from kernels_pallas.cases import tolerance
 from kernels_pallas.dispatch import KernelError
 from kernels_pallas.unitary import reference as unitary_reference
 from kernels_pallas.unitary import unitary_product
+from peft_jax import exits
 
 BLOCK_SIZE = 16
 SHARE_OF_COPY = 0.8
@@ -219,6 +220,7 @@ def _judged(
     return Figure(name, f"{value:.2f}, to be {at_most} at most", value, value <= at_most)
 
 
+@exits.command("benchmarks.gpu")
 def main() -> int:
     """Checks, times, compares and judges."""
     parser = argparse.ArgumentParser(

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.dispatch import using
 from kernels_pallas.tpu_compiler import TOPOLOGIES, compile_for, traffic
+from peft_jax import exits
 from peft_jax.adapters import make_method
 
 METHODS = {
@@ -63,6 +64,7 @@ def _without_gradient(method: Any) -> Any:
     return method
 
 
+@exits.command("benchmarks.hybrid_traffic")
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -84,4 +86,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

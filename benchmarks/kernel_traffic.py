@@ -20,12 +20,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from kernels_pallas.tpu_compiler import TOPOLOGIES
 from kernels_pallas.traffic import Program, measure
+from peft_jax import exits
 
 KERNELS = ("block_rotation", "butterfly", "unitary")
 IMPLEMENTATIONS = ("pallas", "xla")
 Row = dict[str, Any]
 
 
+@exits.command("benchmarks.kernel_traffic")
 def main() -> None:
     """Compiles what is asked for and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -114,4 +116,4 @@ def _share(row: Row | None, names: tuple[str, ...], least: int) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

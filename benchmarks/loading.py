@@ -25,6 +25,8 @@ from typing import Any
 
 import numpy as np
 
+from peft_jax import exits
+
 GIB = 2**30
 
 CONFIG = {
@@ -40,6 +42,7 @@ CONFIG = {
 LAYER_GIB = 0.406
 
 
+@exits.command("benchmarks.loading")
 def main() -> None:
     """Runs everything and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -243,4 +246,4 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,10 +9,12 @@ docs/planning.md. What is planned already, as `out/plans/MODEL-METHOD.json`, is 
 import argparse
 import importlib
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from peft_jax import exits
 from peft_jax.parallel import find_topology
 from peft_jax.plan import make_plan
 from peft_jax.plan.text import table
@@ -81,6 +83,7 @@ def rows_of(plans: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+@exits.command("benchmarks.plans")
 def main() -> None:
     """Plans what is not planned yet, and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -93,4 +96,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

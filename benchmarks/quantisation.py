@@ -17,6 +17,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from peft_jax import exits
+
 FORMATS = ("none", "int8", "nf4")
 METHODS = ("lora", "lora_ga", "boft", "unitary", "hybrid")
 
@@ -24,6 +26,7 @@ LEARNING_RATES = {"lora": 1e-2, "lora_ga": 5e-3, "boft": 2e-2, "unitary": 2e-2, 
 """For a model of less than a million parameters and a hundred steps."""
 
 
+@exits.command("benchmarks.quantisation")
 def main() -> None:
     """Runs everything and prints tables."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -156,4 +159,4 @@ def _name(quantization: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -35,6 +35,7 @@ import numpy as np
 
 from kernels_pallas.block_rotation import block_rotation
 from kernels_pallas.cayley import cayley, compose_butterfly
+from peft_jax import exits
 
 BLOCK_SIZE, FACTORS = 8, 2
 COMPOSED = BLOCK_SIZE * 2 ** (FACTORS - 1)
@@ -203,6 +204,7 @@ def draw(times: Times, path: Path) -> None:
     plt.close(figure)
 
 
+@exits.command("benchmarks.rotation")
 def main() -> None:
     """Times everything and writes table, plot and numbers."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -221,4 +223,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.compare import ROOT, Comparison, compare, table
+from peft_jax import exits
 
 ROTATION = "rotation"
 OURS, THEIRS = "benchmarks.step_ours", "benchmarks.step_peft"
@@ -31,6 +32,7 @@ COMPARISONS = {
 }
 
 
+@exits.command("benchmarks.run")
 def main() -> None:
     """Runs the comparisons and writes what came out."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -94,4 +96,4 @@ def _machine() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,7 +10,8 @@ the Hugging Face hub, or with --data from a folder of local files.
 Results go to --output, as results.json and results.md; by default to eval/ in the run's folder. The
 same command again goes on where it was stopped, and does no task twice.
 
-Exit codes: 0 done; 2 refused; 1 the judge of mt_bench failed; 130 stopped by Ctrl-C.
+Exit codes: 0 done; 1 failed, as when the judge of mt_bench does; 2 refused; 130 stopped by Ctrl-C.
+docs/exit_codes.md says more.
 """
 
 import argparse
@@ -23,21 +24,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_FAILED, _REFUSED, _INTERRUPTED = 1, 2, 130
+from peft_jax import exits
+from peft_jax.arguments import Arguments
 
 
+@exits.command("eval", stopped="stopped; the same command goes on from here")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; `argv` without the program's name. Returns the exit code."""
     given = _parser().parse_args(argv)
     if importlib.util.find_spec("lm_eval") is None:
-        return _refuse('lm-evaluation-harness is not installed: pip install -e ".[eval]"')
+        raise ValueError('lm-evaluation-harness is not installed: pip install -e ".[eval]"')
     # The harness draws a bar for every small step; those that matter are drawn here.
     os.environ.setdefault("TQDM_DISABLE", "1")
     # Imported here, so that a mistyped flag is refused at once and not after JAX has started.
     from eval.humaneval import task as humaneval
     from eval.humaneval.task import HumanEvalSettings
     from eval.mt_bench import task as mt_bench
-    from eval.mt_bench.judges import JudgeError
     from eval.mt_bench.task import MTBenchSettings
     from eval.progress import Reporter
     from eval.run import run
@@ -45,77 +47,62 @@ def main(argv: Sequence[str] | None = None) -> int:
     from eval.settings import EvalSettings
     from eval.tasks.names import HUMANEVAL, MT_BENCH, listing
     from peft_jax.parallel import MeshSettings
-    from peft_jax.training.errors import RefusedError
 
     names = tuple(name.strip() for name in given.tasks.split(",") if name.strip())
     if names == ("list",):
         print(listing())
         return 0
-    try:
-        settings = EvalSettings(
-            tasks=names,
-            workdir=given.workdir,
-            model=given.model,
-            adapter=given.adapter,
-            merge=given.merge,
-            dtype=given.dtype,
-            output=given.output,
-            data=given.data,
-            limit=given.limit,
-            prompts=given.prompts,
-            num_fewshot=given.num_fewshot,
-            max_new_tokens=given.max_new_tokens,
-            chat=given.chat,
-            chat_template=given.chat_template,
-            system=given.system,
-            batch_size=given.batch_size,
-            max_length=given.max_length,
-            seed=given.seed,
-            mesh=MeshSettings(fsdp=given.fsdp, tensor=given.tensor, devices=given.devices),
-        )
-        code = HumanEvalSettings(
-            allowed=given.allow_code_execution or given.allow_unisolated_code,
-            unisolated=given.allow_unisolated_code,
-            samples=given.samples_per_problem,
-            pass_at=_whole_numbers("--pass_at", given.pass_at),
-            temperature=given.temperature,
-            limits=SandboxLimits(seconds=given.code_seconds, memory_mib=given.code_memory_mib),
-            workers=given.code_workers,
-        )
-        judging = MTBenchSettings(
-            judge=given.judge,
-            model=given.judge_model,
-            key=os.environ.get(given.judge_key_variable, ""),
-            options=_json_object("--judge_options", given.judge_options),
-            prices=_numbers("--judge_prices", given.judge_prices),  # type: ignore[arg-type]
-            budget=given.judge_budget,
-            retries=given.judge_retries,
-            workers=given.judge_workers,
-        )
-        reporter = Reporter()
-        makers = {
-            HUMANEVAL: functools.partial(humaneval.make_job, settings=settings, code=code),
-            MT_BENCH: functools.partial(
-                mt_bench.make_job, settings=settings, judging=judging, reporter=reporter
-            ),
-        }
-        allow_unsafe = given.allow_unisolated_code
-        print(run(settings, makers=makers, reporter=reporter, allow_unsafe=allow_unsafe), end="")
-    except JudgeError as error:
-        print(f"eval: {error}", file=sys.stderr)
-        return _FAILED
-    except (RefusedError, ValueError, FloatingPointError) as error:
-        return _refuse(str(error))
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return _INTERRUPTED
+    settings = EvalSettings(
+        tasks=names,
+        workdir=given.workdir,
+        model=given.model,
+        adapter=given.adapter,
+        merge=given.merge,
+        dtype=given.dtype,
+        output=given.output,
+        data=given.data,
+        limit=given.limit,
+        prompts=given.prompts,
+        num_fewshot=given.num_fewshot,
+        max_new_tokens=given.max_new_tokens,
+        chat=given.chat,
+        chat_template=given.chat_template,
+        system=given.system,
+        batch_size=given.batch_size,
+        max_length=given.max_length,
+        seed=given.seed,
+        mesh=MeshSettings(fsdp=given.fsdp, tensor=given.tensor, devices=given.devices),
+    )
+    code = HumanEvalSettings(
+        allowed=given.allow_code_execution or given.allow_unisolated_code,
+        unisolated=given.allow_unisolated_code,
+        samples=given.samples_per_problem,
+        pass_at=_whole_numbers("--pass_at", given.pass_at),
+        temperature=given.temperature,
+        limits=SandboxLimits(seconds=given.code_seconds, memory_mib=given.code_memory_mib),
+        workers=given.code_workers,
+    )
+    judging = MTBenchSettings(
+        judge=given.judge,
+        model=given.judge_model,
+        key=os.environ.get(given.judge_key_variable, ""),
+        options=_json_object("--judge_options", given.judge_options),
+        prices=_numbers("--judge_prices", given.judge_prices),  # type: ignore[arg-type]
+        budget=given.judge_budget,
+        retries=given.judge_retries,
+        workers=given.judge_workers,
+    )
+    reporter = Reporter()
+    makers = {
+        HUMANEVAL: functools.partial(humaneval.make_job, settings=settings, code=code),
+        MT_BENCH: functools.partial(
+            mt_bench.make_job, settings=settings, judging=judging, reporter=reporter
+        ),
+    }
+    allow_unsafe = given.allow_unisolated_code
+    print(run(settings, makers=makers, reporter=reporter, allow_unsafe=allow_unsafe), end="")
     print(f"results are in {settings.output_folder}", file=sys.stderr)
     return 0
-
-
-def _refuse(message: str) -> int:
-    print(f"eval: {message}", file=sys.stderr)
-    return _REFUSED
 
 
 def _numbers(flag: str, text: str) -> tuple[float, ...] | None:
@@ -162,12 +149,7 @@ def _json_object(flag: str, text: str) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m eval",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Arguments("eval", usage="python -m eval", description=__doc__)
     add = parser.add_argument_group("what is evaluated").add_argument
     add("--workdir", type=Path, help="a finished run's folder")
     add("--model", help="a checkpoint's folder or name on the hub; else the adapter's base")

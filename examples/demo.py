@@ -9,7 +9,6 @@ measures it again with the adapter bound, and shows both side by side. Stopped o
 on where it was; finished, it shows its results again. Take another --workdir for another run.
 """
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -23,6 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from configs import demo
+from peft_jax import exits
+from peft_jax.arguments import Arguments
 from peft_jax.core import Tree
 from peft_jax.generation import GenerationSettings, generate_text
 from peft_jax.hub import load_adapter, load_model
@@ -84,9 +85,14 @@ def accuracy(questions: Sequence[Question], answers: Sequence[str]) -> dict[str,
     return {subject: sum(marks) / len(marks) for subject, marks in sorted(right.items())}
 
 
+@exits.command("examples.demo", stopped="stopped; the same command goes on from here")
 def main() -> None:
     """Measures, trains, measures again, and shows what came of it."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Arguments(
+        "examples.demo",
+        usage="python -m examples.demo",
+        description=__doc__.partition("\n")[0],
+    )
     parser.add_argument("--workdir", type=Path, default=Path("runs/demo"), help="for the run")
     parser.add_argument("--config", default="", help="argument of configs/demo.py: lora,steps=100")
     given = parser.parse_args()
@@ -138,4 +144,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,15 +14,18 @@ The rows of a file depend on the seed and on their index alone: row 7 is the sam
 rows and in one of a million.
 """
 
-import argparse
 import dataclasses
 import json
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from peft_jax import exits
+from peft_jax.arguments import Arguments
 
 NAMES = (
     "Anna Ben Cora Dan Ella Finn Gus Hugo Ivy Jack Kim Lily Max Mia Nora Otto Paul Rosa Ruby Sam "
@@ -430,10 +433,11 @@ def train_tokenizer(
     )
 
 
+@exits.command("examples.tiny_world")
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Arguments(
+        "examples.tiny_world", usage="python -m examples.tiny_world", description=__doc__
     )
     parser.add_argument("what", choices=("stories", "questions", "tokenizer"))
     parser.add_argument("--out", type=Path, required=True, help="the file (tokenizer: folder)")
@@ -458,4 +462,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,15 +3,14 @@
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from absl import flags
+from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-REFUSED = 2
-"""The exit code of a command that did nothing because of what was asked."""
+from peft_jax import exits
 
 
 def define_config() -> Any:
@@ -99,6 +98,21 @@ def define_plan(*, always: bool = False) -> PlanFlags:
     return PlanFlags(always=always)
 
 
+def run(name: str, main: Callable[[Sequence[str]], int | None]) -> NoReturn:
+    """Runs a command of Absl's flags, and ends the program with its exit code.
+
+    Args:
+      name: the command's name, which messages begin with.
+      main: what is done once the flags are parsed; given what is left of the command line.
+    """
+
+    @exits.command(name)
+    def guarded() -> None:
+        app.run(main, flags_parser=parse)
+
+    sys.exit(guarded())
+
+
 def parse(argv: Sequence[str]) -> list[str]:
     """Absl's parsing, with whatever is wrong with the flags or the configuration in one message."""
     try:
@@ -107,7 +121,7 @@ def parse(argv: Sequence[str]) -> list[str]:
         # A configuration is a program and may raise anything.
         if "--traceback" in argv:
             traceback.print_exc()
-        refuse(_explain(error))
+        refuse(explain_config_error(error))
 
 
 def check_config(argv: Sequence[str], config: Any) -> ConfigDict:
@@ -136,13 +150,8 @@ def config_name() -> str:
 
 def refuse(message: str) -> NoReturn:
     """Ends the program, with nothing done."""
-    leave(message, REFUSED)
-
-
-def leave(message: str, code: int) -> NoReturn:
-    """Ends the program with one message."""
     say(message)
-    sys.exit(code)
+    sys.exit(exits.ExitCode.REFUSED)
 
 
 def say(message: str) -> None:
@@ -150,11 +159,11 @@ def say(message: str) -> None:
     # What is started as `python -m package` has a file of no telling name.
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     name = Path(sys.argv[0]).name if spec is None else spec.name.removesuffix(".__main__")
-    print(f"{name}: {message}", file=sys.stderr)
+    exits.say(message, name=name)
 
 
-def _explain(error: Exception) -> str:
-    """What is wrong, without the traceback that ml_collections puts into its messages."""
+def explain_config_error(error: Exception) -> str:
+    """Returns what is wrong with a configuration, without ml_collections' own tracebacks."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     head, found, trace = text.partition("Error whilst parsing config file:")
     if found:

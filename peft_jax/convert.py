@@ -5,6 +5,8 @@
 What it makes is given as `model.path` in place of the checkpoint. Every host then reads the parts
 of each kernel that its devices hold, and nothing else. The command takes a few hundred MiB of
 memory, whatever the model's size; the same command again goes on where it was stopped.
+
+Exit codes: 0 done; 1 failed; 2 refused; 130 stopped by Ctrl-C. docs/exit_codes.md says more.
 """
 
 import argparse
@@ -14,6 +16,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from peft_jax import exits
+from peft_jax.arguments import Arguments
 from peft_jax.core import flatten
 from peft_jax.hub import find_folder, read_config
 from peft_jax.hub.checkpoint import INDEX, open_checkpoint
@@ -22,19 +26,15 @@ from peft_jax.hub.fetch import FETCHED
 from peft_jax.hub.load import open_sources
 from peft_jax.models import build_model
 
-_REFUSED = 2
 _DTYPES = ("bfloat16", "float32")
 
 
+@exits.command("peft_jax.convert", stopped="stopped; the same command goes on from here")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; `argv` without the program's name. Returns the exit code."""
     given = _parser().parse_args(argv)
-    try:
-        convert_checkpoint(given.model, given.out, dtype=given.dtype, revision=given.revision)
-    except (ValueError, OSError) as error:
-        print(f"peft_jax.convert: {error}", file=sys.stderr)
-        return _REFUSED
-    return 0
+    convert_checkpoint(given.model, given.out, dtype=given.dtype, revision=given.revision)
+    return exits.ExitCode.DONE
 
 
 def convert_checkpoint(
@@ -89,12 +89,7 @@ def _identity(folder: Path) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m peft_jax.convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Arguments("peft_jax.convert", usage="python -m peft_jax.convert", description=__doc__)
     parser.add_argument("model", help="a folder with safetensors, or a name on the hub")
     parser.add_argument("out", help="gs://bucket/folder, s3://bucket/folder, or a folder")
     parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="of what is written")

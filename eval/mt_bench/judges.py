@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from eval.mt_bench.exchange import SECONDS, Answer, exchange
 from eval.mt_bench.requests import JudgeRequest
 from eval.printable import printable
+from peft_jax.exits import EndingError
 from peft_jax.generation import GenerationSettings, Loaded, generate_text
 
 JUDGMENT_TOKENS = 2048
@@ -31,7 +32,7 @@ _QUOTED = 500
 _WORTH_ANOTHER_TRY = (408, 409, 425, 429, 500, 502, 503, 504)
 
 
-class JudgeError(Exception):
+class JudgeError(EndingError):
     """The judge did not answer; the message says why."""
 
 

@@ -10,17 +10,20 @@ page goes to; by default `page/` in the work directory. --only=REGEX takes the c
 
 The same command again runs what is missing. Several may run at once in one work directory.
 
-Exit codes: 0 all asked for is done, or the minutes are over; 2 refused.
+Exit codes: 0 all asked for is done, or the minutes are over; 1 failed; 2 refused; 130 stopped by
+Ctrl-C. docs/exit_codes.md says more.
 """
 
 import importlib.util
 import math
-import sys
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import flags, logging
+
+from peft_jax import command_line
 
 _CONFIG = flags.DEFINE_string("config", None, "A study's file: configs/study_cpu.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where cells are; by default runs/ and its name.")
@@ -30,15 +33,23 @@ _ONLY = flags.DEFINE_string("only", "", "A regular expression for TASK/ARM.")
 _MINUTES = flags.DEFINE_float("minutes", math.inf, "Begin no cell after so many minutes.")
 _PAGE_ONLY = flags.DEFINE_bool("page_only", False, "Write the page of what is there.")
 
-_REFUSED = 2
+command_line.define_traceback()
 
 
 def main(argv: Sequence[str]) -> None:
     """Does what the flags say."""
     if len(argv) > 1:
-        _refuse(f"{argv[1]!r} is not a flag; flags begin with two dashes")
+        command_line.refuse(f"{argv[1]!r} is not a flag; flags begin with two dashes")
     if _CONFIG.value is None or not Path(_CONFIG.value).is_file():
-        _refuse(f"--config must be a file such as configs/study_cpu.py; it is {_CONFIG.value!r}")
+        command_line.refuse(
+            f"--config must be a file such as configs/study_cpu.py; it is {_CONFIG.value!r}"
+        )
+    try:
+        re.compile(_ONLY.value)
+    except re.error as error:
+        command_line.refuse(f"--only is {_ONLY.value!r}, no regular expression: {error}")
+    if not _MINUTES.value >= 0:
+        command_line.refuse(f"--minutes is {_MINUTES.value}; it must be 0 or more")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.ERROR)
     # Imported here, so that a mistyped flag is refused at once and not after JAX has started.
@@ -47,7 +58,6 @@ def main(argv: Sequence[str]) -> None:
     from eval.study.page import write_page
     from eval.study.run import run_study
     from eval.study.store import Store
-    from peft_jax.training.errors import RefusedError
 
     file = Path(str(_CONFIG.value))
     workdir = Path(_WORKDIR.value or Path("runs") / file.stem)
@@ -55,14 +65,11 @@ def main(argv: Sequence[str]) -> None:
     jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     store = Store(workdir)
-    try:
-        study = _load(file)
-        if not _PAGE_ONLY.value:
-            until = time.time() + 60 * _MINUTES.value
-            run_study(study, store, only=_ONLY.value, until=until, say=_say)
-        page = write_page(study, store, Path(_PAGE.value or workdir / "page"))
-    except (RefusedError, ValueError, OSError) as error:
-        _refuse(str(error))
+    study = _load(file)
+    if not _PAGE_ONLY.value:
+        until = time.time() + 60 * _MINUTES.value
+        run_study(study, store, only=_ONLY.value, until=until, say=_say)
+    page = write_page(study, store, Path(_PAGE.value or workdir / "page"))
     _say(f"page: {page}")
 
 
@@ -74,13 +81,20 @@ def _load(file: Path):
     if spec is None or spec.loader is None:
         raise ValueError(f"{file} is no Python file")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        # A configuration is a program and may raise anything.
+        raise ValueError(command_line.explain_config_error(error)) from error
     if not callable(getattr(module, "get_config", None)):
         raise ValueError(
             f"{file} has no get_config(data) that returns a StudySettings; configs/study_cpu.py is"
             " one to copy"
         )
-    study = module.get_config(_DATA.value)
+    try:
+        study = module.get_config(_DATA.value)
+    except Exception as error:
+        raise ValueError(f"{file}: {command_line.explain_config_error(error)}") from error
     if not isinstance(study, StudySettings):
         raise ValueError(f"{file}: get_config must return a StudySettings")
     return study
@@ -90,10 +104,5 @@ def _say(message: str) -> None:
     print(message, flush=True)
 
 
-def _refuse(message: str) -> None:
-    print(f"eval.study: {message}", file=sys.stderr)
-    sys.exit(_REFUSED)
-
-
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run("eval.study", main)

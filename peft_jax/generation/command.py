@@ -9,7 +9,7 @@ a prompt. With --chat a prompt is what the user says, and the tokenizer's chat t
 around it. What is asked should look like what was trained on: `docs/data.md` says how rows become
 prompts. Answers go to the standard output, what else there is to say to the standard error.
 
-Exit codes: 0 done; 2 refused.
+Exit codes: 0 done; 1 failed; 2 refused; 130 stopped by Ctrl-C. docs/exit_codes.md says more.
 """
 
 import argparse
@@ -18,34 +18,30 @@ import json
 import sys
 from collections.abc import Sequence
 
+from peft_jax import exits
+from peft_jax.arguments import Arguments
 from peft_jax.generation.from_text import Prompt, TextCompletion, generate_text
 from peft_jax.generation.loading import load_for_generation
 from peft_jax.generation.settings import GenerationSettings
 
-_REFUSED = 2
 
-
+@exits.command("peft_jax.generation")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; `argv` without the program's name. Returns the exit code."""
     given = _parser().parse_args(argv)
     prompts = given.prompt or _lines()
     if not prompts:
-        print("there is no prompt: give --prompt, or lines on the standard input", file=sys.stderr)
-        return _REFUSED
-    try:
-        settings = GenerationSettings(
-            max_new_tokens=given.max_new_tokens,
-            temperature=given.temperature,
-            top_k=given.top_k,
-            top_p=given.top_p,
-            seed=given.seed,
-            stop_strings=given.stop,
-            batch_size=given.batch_size,
-        )
-        completions = _answer(given, prompts, settings)
-    except (ValueError, FloatingPointError) as error:
-        print(error, file=sys.stderr)
-        return _REFUSED
+        raise ValueError("there is no prompt: give --prompt, or lines on the standard input")
+    settings = GenerationSettings(
+        max_new_tokens=given.max_new_tokens,
+        temperature=given.temperature,
+        top_k=given.top_k,
+        top_p=given.top_p,
+        seed=given.seed,
+        stop_strings=given.stop,
+        batch_size=given.batch_size,
+    )
+    completions = _answer(given, prompts, settings)
     for prompt, completion in zip(prompts, completions, strict=True):
         print(_as_json(prompt, completion) if given.json else _as_text(prompt, completion, prompts))
     return 0
@@ -99,11 +95,8 @@ def _as_json(prompt: str, completion: TextCompletion) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     default = GenerationSettings()
-    parser = argparse.ArgumentParser(
-        prog="python -m peft_jax.generation",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    parser = Arguments(
+        "peft_jax.generation", usage="python -m peft_jax.generation", description=__doc__
     )
     add = parser.add_argument
     add("--model", help="the checkpoint's folder, or its name on the Hugging Face hub")

@@ -6,6 +6,7 @@ import sys
 import jax
 
 from peft_jax.command_line import PlanFlags
+from peft_jax.exits import ExitCode
 from peft_jax.parallel import find_topology
 from peft_jax.parallel.topology import HERE, has_tpu, search_no_tpu
 from peft_jax.plan.planner import make_plan
@@ -14,15 +15,13 @@ from peft_jax.plan.text import describe
 from peft_jax.training.config import RunConfig
 from peft_jax.training.errors import RefusedError
 
-FITS = 0
-DOES_NOT_FIT = 4
-
 
 def plan_command(config: RunConfig, flags: PlanFlags) -> int:
     """Plans, prints the plan, and returns the exit code.
 
     Raises:
-      RefusedError: the topology or the configuration cannot be planned.
+      RefusedError: the configuration cannot be planned.
+      ValueError: there is no such topology.
     """
     name = flags.topology or _platform_here()
     if name not in HERE:
@@ -33,13 +32,9 @@ def plan_command(config: RunConfig, flags: PlanFlags) -> int:
         if layout is not None:
             _say(f"laid out by {layout.flags()}")
     else:
-        try:
-            topology = find_topology(name)
-        except ValueError as error:
-            raise RefusedError(str(error)) from error
-        plan = make_plan(config, topology)
+        plan = make_plan(config, find_topology(name))
     print(json.dumps(plan.to_mapping(), indent=2) if flags.json else describe(plan))
-    return FITS if plan.fits else DOES_NOT_FIT
+    return ExitCode.DONE if plan.fits else ExitCode.DOES_NOT_FIT
 
 
 def _say(message: str) -> None:

@@ -1,29 +1,31 @@
 """What ends a run before its last step, each with its exit code for `train.py`."""
 
+from peft_jax.exits import EndingError, ExitCode
 
-class RefusedError(Exception):
+
+class RefusedError(EndingError):
     """What was asked for cannot be done; the message says why and what would work.
 
     Raised before any long work: a setting that is not known, a folder that is not there, a work
     directory that holds another run. `train.py` prints the message alone and exits with code 2.
     """
 
-    exit_code = 2
+    exit_code = ExitCode.REFUSED
 
 
-class NonFiniteError(Exception):
+class NonFiniteError(EndingError):
     """The loss or the gradient stopped being finite; the message names the last good checkpoint."""
 
-    exit_code = 1
+    exit_code = ExitCode.FAILED
 
 
-class BadDataError(Exception):
+class BadDataError(EndingError):
     """A row that cannot be used was met during the run, and the settings make that an error."""
 
-    exit_code = 1
+    exit_code = ExitCode.FAILED
 
 
-class InterruptedRunError(Exception):
+class InterruptedRunError(EndingError):
     """The run was asked to stop by a signal, and saved what it had.
 
     Attributes:

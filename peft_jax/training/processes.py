@@ -19,10 +19,8 @@ from typing import Any, NoReturn
 
 import jax
 
+from peft_jax.exits import ExitCode
 from peft_jax.training.errors import RefusedError
-
-LOST_CONTACT = 3
-"""The exit code of a process whose companions are gone."""
 
 _BEAT = "peft_jax/beat/"
 _ENDED = "peft_jax/ended/"
@@ -312,7 +310,7 @@ class Contact:
             f"lost contact with {who}, for {seconds:.0f} seconds: the processes cannot go on"
             " without each other, so this one ends too. The same command on every host goes on from"
             " the last checkpoint",
-            LOST_CONTACT,
+            ExitCode.LOST_CONTACT,
         )
 
     def _stop(self, message: str, code: int) -> None:

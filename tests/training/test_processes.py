@@ -15,10 +15,11 @@ import jax
 import numpy as np
 import pytest
 
+from peft_jax.exits import ExitCode
 from peft_jax.training import placement, processes
 from peft_jax.training.errors import RefusedError
 from peft_jax.training.metrics import read_records
-from peft_jax.training.processes import LOST_CONTACT, Contact, ProcessSettings
+from peft_jax.training.processes import Contact, ProcessSettings
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 300
@@ -232,7 +233,7 @@ def test_who_is_lost_ends_the_others_and_the_run_goes_on(flags, tmp_path, number
         assert "leader task was preempted/died/restarted unexpectedly" in said, said
     else:
         assert f"lost contact with process {lost} of 2" in said, said
-        assert survivor.returncode == LOST_CONTACT
+        assert survivor.returncode == ExitCode.LOST_CONTACT
     with Processes(flags(workdir, 5000), 2, devices=1) as again:
         again.wait_for(workdir / "metrics.jsonl", 5)
         again.processes[0].send_signal(signal.SIGTERM)
@@ -331,7 +332,7 @@ def test_who_is_silent_is_named():
     assert one.codes == other.codes == []
     other.closing()
     one.wait()
-    assert one.codes == [LOST_CONTACT]
+    assert one.codes == [ExitCode.LOST_CONTACT]
     assert f"lost contact with process 1 of 2, on {socket.gethostname()}" in one.said[0]
 
 
@@ -341,7 +342,7 @@ def test_a_coordinator_that_does_not_answer_is_named():
     other = Watched(store, 1)
     store.broken = True
     other.wait()
-    assert other.codes == [LOST_CONTACT]
+    assert other.codes == [ExitCode.LOST_CONTACT]
     assert "UNAVAILABLE" in other.said[0]
     assert "lost contact with process 0 of 2, the coordinator" in other.said[1]
 
@@ -373,7 +374,7 @@ def test_a_computation_that_breaks_off_is_laid_to_who_is_gone(in_a_hurry, broken
     other.closing()
     with pytest.raises(SystemExit):
         one.fail(broken_off)
-    assert one.codes[0] == LOST_CONTACT
+    assert one.codes[0] == ExitCode.LOST_CONTACT
     assert "lost contact with process 1 of 2" in one.said[0]
     assert "Gloo" not in capsys.readouterr().err
 

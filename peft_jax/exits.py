@@ -1,0 +1,266 @@
+r"""How a command ends: its exit codes, and one message in place of a traceback.
+
+Every command of the project is a function under `command`, which is the one place where what ends
+it is caught. What is caught is what the project says itself, and what the machine refuses:
+
+- errors of the classes that derive from `EndingError`, such as `RefusedError`;
+- a `ValueError` or `FloatingPointError` that the project's own code raises;
+- the system's errors: a file that is not there, a full disk, a read-only folder, a lost connection;
+- memory that does not suffice, a back end of JAX that is not there;
+- Ctrl-C, and a reader of the output that went away.
+
+Anything else is a fault of the program: it ends with its traceback and exit code 1. So does a
+`ValueError` out of a library. With --traceback the others show theirs too, before the message.
+"""
+
+import dataclasses
+import enum
+import errno
+import functools
+import io
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from types import MappingProxyType
+from typing import ParamSpec
+
+P = ParamSpec("P")
+
+
+class ExitCode(enum.IntEnum):
+    """The exit codes of all commands.
+
+    The last three are what a shell reports of a program that a signal ends.
+    """
+
+    DONE = 0
+    """Finished; with --plan, the run fits."""
+    FAILED = 1
+    """It began and could not end: a full disk, a loss that is not finite, a fault in the code."""
+    REFUSED = 2
+    """What was asked for cannot be done as it was asked; the message says what would work."""
+    LOST_CONTACT = 3
+    """Another process of the run is gone."""
+    DOES_NOT_FIT = 4
+    """Planned, and it does not fit into the devices' memory."""
+    INTERRUPTED = 130
+    """Stopped by Ctrl-C."""
+    NO_READER = 141
+    """Whoever read the output went away."""
+    TERMINATED = 143
+    """Stopped by SIGTERM."""
+
+
+class EndingError(Exception):
+    """What ends a command, with a message that is all its user needs.
+
+    Attributes:
+      exit_code: of the command.
+    """
+
+    exit_code: int = ExitCode.FAILED
+
+
+@dataclasses.dataclass(frozen=True)
+class Ending:
+    """How a command ends because of an error.
+
+    Attributes:
+      message: for its user; empty if there is nobody to read it.
+      code: the exit code.
+    """
+
+    message: str
+    code: int
+
+
+OURS = ("peft_jax", "eval", "kernels_pallas", "configs", "examples", "__main__")
+"""The packages whose own errors are messages to the user."""
+
+_LONGEST_MESSAGE = 4000
+
+# Where nothing was begun: the path is not one that the command can work with.
+_UNUSABLE_PATH = MappingProxyType(
+    {
+        errno.ENOENT: "give a path that exists",
+        errno.ENOTDIR: "a part of the path is a file",
+        errno.EISDIR: "give a file",
+        errno.EEXIST: "give another path",
+        errno.EACCES: "give a path that this user may use",
+        errno.EPERM: "give a path that this user may use",
+        errno.EROFS: "give a folder that can be written to",
+        errno.ELOOP: "the link leads back to itself",
+        errno.ENAMETOOLONG: "give a shorter path",
+    }
+)
+_HINTS = MappingProxyType(
+    _UNUSABLE_PATH
+    | {
+        errno.ENOSPC: "free some space or give a folder on another disk",
+        errno.EDQUOT: "free some space or give a folder on another disk",
+        errno.EFBIG: "files may not grow so large here (ulimit -f)",
+        errno.EMFILE: "raise the number of open files (ulimit -n)",
+    }
+)
+
+
+def command(
+    name: str, *, stopped: str = "stopped"
+) -> Callable[[Callable[P, int | None]], Callable[P, int]]:
+    """Makes a function a command, which returns its exit code whatever ends it.
+
+    Args:
+      name: the command's name, which messages begin with.
+      stopped: the message after Ctrl-C.
+
+    Example:
+      >>> @command("measure")
+      ... def main(size):
+      ...     if size < 0:
+      ...         raise ValueError(f"the size must be positive, but is {size}")
+      >>> int(main(1)), int(main(-1))
+      (0, 2)
+    """
+
+    def decorate(main: Callable[P, int | None]) -> Callable[P, int]:
+        @functools.wraps(main)
+        def guarded(*args: P.args, **kwargs: P.kwargs) -> int:
+            _write_any_text()
+            try:
+                try:
+                    code = main(*args, **kwargs)
+                except SystemExit:
+                    sys.stdout.flush()
+                    raise
+                sys.stdout.flush()
+                return ExitCode.DONE if code is None else code
+            except BaseException as error:
+                ending = explain(error, stopped=stopped)
+                if ending is None:
+                    raise
+                if _wants_traceback(*args):
+                    traceback.print_exc()
+                if ending.code == ExitCode.NO_READER:
+                    _give_up_output()
+                elif ending.message:
+                    say(ending.message, name=name)
+                return ending.code
+
+        return guarded
+
+    return decorate
+
+
+def explain(error: BaseException, *, stopped: str = "stopped") -> Ending | None:
+    """How a command ends because of an error; None if the error is a fault of the program.
+
+    Example:
+      >>> explain(FileNotFoundError(2, "No such file or directory", "rows.jsonl"))
+      Ending(message='rows.jsonl: no such file or directory; give a path that exists', code=2)
+      >>> explain(KeyError("rank"))
+    """
+    if isinstance(error, EndingError):
+        return Ending(str(error), int(error.exit_code))
+    if isinstance(error, KeyboardInterrupt):
+        return Ending(stopped, int(ExitCode.INTERRUPTED))
+    if isinstance(error, BrokenPipeError):
+        return Ending("", int(ExitCode.NO_READER))
+    if isinstance(error, OSError):
+        return _explain_os_error(error)
+    if isinstance(error, MemoryError):
+        said = f" ({_first_line(error)})" if str(error) else ""
+        return Ending(f"this machine's memory does not suffice{said}", int(ExitCode.FAILED))
+    if isinstance(error, RuntimeError):
+        return _explain_jax_error(error)
+    if _is_ours(error):
+        return Ending(str(error), int(ExitCode.REFUSED))
+    return None
+
+
+def say(message: str, *, name: str) -> None:
+    """Tells the user, in a command's name, on the standard error."""
+    if len(message) > _LONGEST_MESSAGE:
+        message = f"{message[:_LONGEST_MESSAGE]} …"
+    print(f"{name}: {printable(message)}", file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    r"""A text with its control characters escaped, which could steer a terminal.
+
+    Example:
+      >>> printable("a name\x1b[2J\nand a second line")
+      'a name\\x1b[2J\nand a second line'
+    """
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: ascii(match[0])[1:-1], text)
+
+
+def _explain_os_error(error: OSError) -> Ending:
+    number = error.errno
+    if number is None or error.strerror is None:
+        # Raised with a message, by the project or by a library.
+        code = ExitCode.REFUSED if _raised_by_us(error) else ExitCode.FAILED
+        return Ending(str(error) or type(error).__name__, int(code))
+    files = " to ".join(str(file) for file in (error.filename, error.filename2) if file is not None)
+    text = error.strerror if error.strerror[1:2].isupper() else _lowered(error.strerror)
+    message = f"{files}: {text}" if files else text
+    if number in _HINTS:
+        message = f"{message}; {_HINTS[number]}"
+    return Ending(message, int(ExitCode.REFUSED if number in _UNUSABLE_PATH else ExitCode.FAILED))
+
+
+def _explain_jax_error(error: RuntimeError) -> Ending | None:
+    """JAX has no classes for what the machine lacks; it is in the text."""
+    text = _first_line(error)
+    if text.startswith("RESOURCE_EXHAUSTED"):
+        return Ending(f"the devices' memory does not suffice ({text})", int(ExitCode.FAILED))
+    if text.startswith(("Unable to initialize backend", "Unknown backend")):
+        return Ending(f"{text}; JAX_PLATFORMS=cpu works everywhere", int(ExitCode.REFUSED))
+    return None
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether the project refuses something with the error, rather than a library."""
+    return (
+        isinstance(error, (ValueError, FloatingPointError))
+        and not isinstance(error, UnicodeError)
+        and _raised_by_us(error)
+    )
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    frames = list(traceback.walk_tb(error.__traceback__))
+    if not frames:
+        return False
+    module = str(frames[-1][0].f_globals.get("__name__", ""))
+    return module.partition(".")[0] in OURS
+
+
+def _wants_traceback(*given: object) -> bool:
+    """Whether the program's arguments, or those that are given to the function, ask for it."""
+    lines = [sys.argv, *(words for words in given if isinstance(words, (list, tuple)))]
+    return any("--traceback" in line for line in lines)
+
+
+def _lowered(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _write_any_text() -> None:
+    """Lets the output show what its encoding lacks in escapes, where it would end the program."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _give_up_output() -> None:
+    """Keeps Python from trying once more, at its end, to write what nobody reads."""
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+    except (OSError, ValueError):
+        return  # The output is no file: nothing is left to be written.
