@@ -7,17 +7,23 @@
         manifest.json       the size and SHA-256 of every file of the folder
       damaged-30/           a folder that did not agree with its manifest, set aside
 
-The manifest is written after the arrays and before the rename. A process that is killed at any
-moment therefore leaves whole checkpoints and, at most, a temporary folder that nobody reads; a file
-that was cut short or changed later does not agree with its manifest, and the checkpoint before is
-used.
+The manifest is written after the arrays and before the rename, once every array's metadata has been
+read back. A process that is killed at any moment therefore leaves whole checkpoints and, at most, a
+temporary folder that nobody reads; a file that was cut short or changed later does not agree with
+its manifest, and the checkpoint before is used. A folder that was renamed is found by the step it
+holds.
 """
 
+import contextlib
+import glob
 import hashlib
 import json
+import logging
+import os
 import re
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +32,21 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from peft_jax.training.errors import RefusedError, StorageError
 from peft_jax.training.files import write_json
 
-_STEP = re.compile(r"\d+")
+_STEP = re.compile(r"0|[1-9]\d*")
+_UNFINISHED = re.compile(r"\d+\.orbax-checkpoint-tmp.*")
 _MANIFEST = "manifest.json"
+_ARRAYS = "arrays"
 _DELETING = "deleting-"
 _DAMAGED = "damaged-"
 
 _NOT_LISTED = {_MANIFEST, "commit_success.txt", "_CHECKPOINT_METADATA"}
 """Not in a manifest: itself, and what Orbax writes after it and does not need to read the rest."""
+
+_OS_ERROR = re.compile(r"\[os_error_code='(\d+)'\]")
+"""How TensorStore's messages name the system's error."""
 
 
 class Checkpoints:
@@ -54,6 +66,10 @@ class Checkpoints:
         self._keep = keep
         self._asynchronous = asynchronous
         self._saving: int | None = None
+        self._saved_arrays: Any = None
+        self._closing = contextlib.ExitStack()
+        self._closing.enter_context(_without_tracebacks())
+        self._orbax_folder = self._closing.enter_context(_plain_path(self._folder))
         self._checkpointer = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(),
             async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
@@ -62,8 +78,10 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        # What ended the block is the reason; a checkpoint that failed for it too says nothing new.
+        with contextlib.suppress(*(() if kind is None else (StorageError,))):
+            self.close()
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints that were written to their end, oldest first."""
@@ -86,25 +104,39 @@ class Checkpoints:
           run: what else is needed to go on, as JSON.
 
         Raises:
-          Exception: the checkpoint before this one could not be written; whatever went wrong there.
+          StorageError: the checkpoint before this one, or this one, could not be written.
         """
         self.wait()
         self._prune()
         self._saving = step
-        self._checkpointer.save(
-            self.path(step),
-            args=ocp.args.Composite(arrays=ocp.args.PyTreeSave(arrays), run=ocp.args.JsonSave(run)),
-        )
+        self._saved_arrays = jax.tree.map(_shape_and_dtype, arrays)
+        with self._explaining_failures():
+            self._checkpointer.save(
+                self._orbax_path(step),
+                args=ocp.args.Composite(
+                    arrays=ocp.args.PyTreeSave(arrays), run=ocp.args.JsonSave(run)
+                ),
+            )
         if not self._asynchronous:
             self.wait()
 
     def wait(self) -> None:
-        """Waits until what is being written is on disk; raises what went wrong there."""
-        self._checkpointer.wait_until_finished()
+        """Waits until what is being written is on disk.
+
+        Raises:
+          StorageError: it could not be written.
+        """
+        with self._explaining_failures():
+            self._checkpointer.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and gives the background thread back."""
-        self._checkpointer.close()
+        """Waits, and gives the background thread back.
+
+        Raises:
+          StorageError: what was being written could not be.
+        """
+        with self._closing, self._explaining_failures():
+            self._checkpointer.close()
 
     def newest(self, *, say: Callable[[str], None]) -> int | None:
         """The newest checkpoint that agrees with its manifest; damaged ones are set aside.
@@ -118,6 +150,7 @@ class Checkpoints:
         found = -1
         if jax.process_index() == 0 and self._folder.is_dir():
             self._clean(say)
+            self._restore_names(say)
             for step in reversed(self.steps()):
                 fault = self._fault(self.path(step))
                 if fault is None:
@@ -131,7 +164,7 @@ class Checkpoints:
     def read_run(self, step: int) -> dict[str, Any]:
         """What was saved beside the arrays."""
         args = ocp.args.Composite(run=ocp.args.JsonRestore())
-        return self._checkpointer.restore(self.path(step), args=args).run
+        return self._checkpointer.restore(self._orbax_path(step), args=args).run
 
     def read_arrays(self, step: int, abstract: Any) -> Any:
         """The saved arrays, bit for bit, on the devices that are asked for.
@@ -149,7 +182,7 @@ class Checkpoints:
         )
         try:
             restored = self._checkpointer.restore(
-                self.path(step), args=ocp.args.Composite(arrays=item)
+                self._orbax_path(step), args=ocp.args.Composite(arrays=item)
             ).arrays
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
@@ -166,17 +199,62 @@ class Checkpoints:
                 )
         return restored
 
+    def _orbax_path(self, step: int) -> Path:
+        """The folder of one checkpoint, by a path that Orbax can take."""
+        return self._orbax_folder / str(step)
+
     def _seal(self) -> None:
         """Writes the manifest into the folder that is about to be renamed into place.
 
         Orbax calls this, in the first process, when every array is on disk.
+
+        Raises:
+          StorageError: the arrays could not be restored from there.
         """
         name = str(self._saving)
         for folder in self._folder.iterdir():
             if folder.name == name or folder.name.startswith(f"{name}."):
+                self._check_restorable(folder)
                 write_json(folder / _MANIFEST, _describe(folder))
                 return
         raise FileNotFoundError(f"checkpoint {name} is not being written under {self._folder}")
+
+    def _check_restorable(self, folder: Path) -> None:
+        """Reads back where each array is, its shape and its dtype; but not its numbers.
+
+        Raises:
+          StorageError: an array is missing, or another than was saved.
+        """
+        try:
+            read = ocp.PyTreeCheckpointHandler().metadata(
+                self._orbax_folder / folder.name / _ARRAYS
+            )
+            written = jax.tree.map(_shape_and_dtype, read.tree)
+        except (ValueError, KeyError, OSError) as error:
+            raise StorageError(
+                f"checkpoint {self._folder / str(self._saving)} cannot be read back, and is not"
+                f" used: {_first_line(error)}"
+            ) from error
+        leaves, expected = jax.tree.leaves(written), jax.tree.leaves(self._saved_arrays)
+        if sorted(map(repr, leaves)) != sorted(map(repr, expected)):
+            raise StorageError(
+                f"checkpoint {self._folder / str(self._saving)} holds {len(leaves)} arrays where"
+                f" {len(expected)} were saved, or of other shapes, and is not used"
+            )
+
+    @contextlib.contextmanager
+    def _explaining_failures(self) -> Iterator[None]:
+        """Raises what goes wrong while a checkpoint is written as one line."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            number = error.errno if isinstance(error, OSError) else None
+            if found := _OS_ERROR.search(str(error)):
+                number = int(found[1])
+            reason = _first_line(error) if number is None else os.strerror(number)
+            raise StorageError(
+                f"checkpoint {self._folder / str(self._saving)} could not be written: {reason}"
+            ) from error
 
     def _prune(self) -> None:
         """Deletes the oldest, so that `keep` are left once the next one is written."""
@@ -189,16 +267,42 @@ class Checkpoints:
             shutil.rmtree(doomed)
 
     def _clean(self, say: Callable[[str], None]) -> None:
-        """Deletes what a killed process left half written or half deleted."""
+        """Removes what a killed process left half written or half deleted."""
         for entry in sorted(self._folder.iterdir()):
             name = entry.name
             if name.startswith(_DELETING):
+                say(f"removed {entry}, which a killed run had begun to delete")
                 shutil.rmtree(entry)
-            elif re.fullmatch(r"\d+\..+", name) or (
-                _STEP.fullmatch(name) and not (entry / _MANIFEST).is_file()
-            ):
-                say(f"checkpoint {entry} was not written to its end; it is not used")
+            elif _UNFINISHED.fullmatch(name):
+                say(f"checkpoint {entry} was not written to its end; it is removed")
                 shutil.rmtree(entry)
+            elif _STEP.fullmatch(name) and not (entry / _MANIFEST).is_file():
+                self._set_aside(int(name), f"it has no {_MANIFEST}", say)
+
+    def _restore_names(self, say: Callable[[str], None]) -> None:
+        """Gives folders their names back that hold another step than their names say.
+
+        A folder of another kind of name is taken for a copy that somebody keeps, unless it holds
+        the newest step of all.
+        """
+        newest = max(self.steps(), default=-1)
+        for entry in sorted(self._folder.iterdir()):
+            named = int(entry.name) if _STEP.fullmatch(entry.name) else None
+            if entry.name.startswith(_DAMAGED) or not (entry / _MANIFEST).is_file():
+                continue
+            held = _held_step(entry)
+            if held is None or held == named or self._fault(entry) is not None:
+                continue
+            if named is None and held <= newest:
+                continue
+            if not self.path(held).exists():
+                entry.rename(self.path(held))
+                say(
+                    f"checkpoint {entry} holds step {held}, and had been renamed; it is now"
+                    f" {self.path(held)}"
+                )
+            elif named is not None:
+                self._set_aside(named, f"it holds step {held}, which {self.path(held)} is", say)
 
     def _fault(self, folder: Path) -> str | None:
         """What disagrees with the manifest, or `None`."""
@@ -207,6 +311,8 @@ class Checkpoints:
             wanted = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return f"its {_MANIFEST} cannot be read"
+        if not wanted:
+            return f"its {_MANIFEST} is empty"
         present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
         for name, (size, digest) in wanted.items():
             if name not in present:
@@ -215,6 +321,10 @@ class Checkpoints:
                 return f"{name} has {actual} bytes, not {size}"
             if _sha256(folder / name) != digest:
                 return f"{name} has changed since it was written"
+        for name in sorted(present - wanted.keys()):
+            parts = Path(name).parts
+            if parts[-1] not in _NOT_LISTED and not any(part.startswith(".") for part in parts):
+                return f"{name} is not in its {_MANIFEST}"
         return None
 
     def _set_aside(self, step: int, fault: str, say: Callable[[str], None]) -> None:
@@ -240,3 +350,73 @@ def _describe(folder: Path) -> dict[str, dict[str, Any]]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _held_step(folder: Path) -> int | None:
+    """The step that a checkpoint says it holds, whatever its folder's name is."""
+    try:
+        step = json.loads((folder / "run" / "metadata").read_text(encoding="utf-8"))["step"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return step if type(step) is int and step >= 0 else None
+
+
+def _shape_and_dtype(leaf: Any) -> tuple[tuple[int, ...], str]:
+    return tuple(leaf.shape), str(np.dtype(leaf.dtype))
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+@contextlib.contextmanager
+def _plain_path(folder: Path) -> Iterator[Path]:
+    """A path to a folder without characters that Orbax and TensorStore read as patterns.
+
+    They expand "lr[1e-3]", and do not find what they have written there. Such a folder is created,
+    and reached through a link with a plain name while the block lasts.
+    """
+    if not _is_pattern(folder):
+        yield folder
+        return
+    if jax.process_count() > 1:
+        raise RefusedError(
+            f"{folder} has characters of a pattern in its name, which several processes cannot"
+            " write to; give a --workdir without * ? [ and \\"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="peft_jax-") as holder:
+        if _is_pattern(holder):
+            raise RefusedError(
+                f"{folder} can only be written to through a link in the folder of temporary files,"
+                f" and {holder} has characters of a pattern too: set TMPDIR to a plain path"
+            )
+        link = Path(holder, "checkpoints")
+        link.symlink_to(folder, target_is_directory=True)
+        try:
+            yield link
+        finally:
+            link.unlink()
+
+
+def _is_pattern(path: Path | str) -> bool:
+    return glob.has_magic(str(path)) or "\\" in str(path)
+
+
+class _OrbaxTracebacks(logging.Filter):
+    """Holds back the tracebacks of errors that Orbax's threads both log and raise."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and "orbax" in Path(record.pathname).parts)
+
+
+@contextlib.contextmanager
+def _without_tracebacks() -> Iterator[None]:
+    """Keeps Orbax from logging tracebacks while the block lasts."""
+    held_back = _OrbaxTracebacks()
+    logger = logging.getLogger("absl")
+    logger.addFilter(held_back)
+    try:
+        yield
+    finally:
+        logger.removeFilter(held_back)

@@ -25,6 +25,12 @@ class BadDataError(EndingError):
     exit_code = ExitCode.FAILED
 
 
+class StorageError(EndingError):
+    """The work directory cannot be written any more: a full disk, a limit, a lost connection."""
+
+    exit_code = ExitCode.FAILED
+
+
 class InterruptedRunError(EndingError):
     """The run was asked to stop by a signal, and saved what it had.
 

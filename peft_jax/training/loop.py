@@ -76,6 +76,8 @@ def run(
     if (summary := folder.read_summary()) is not None:
         reporter.say(f"{folder.path} holds this run, finished; see {folder.report / 'README.md'}")
         return summary
+    if first:
+        folder.check_writable()
     phases = Phases()
     with phases("prepare"):
         job = prepare(config, say=reporter.warn)

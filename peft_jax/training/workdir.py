@@ -12,6 +12,7 @@ report/         the result as a page with pictures
 
 import dataclasses
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ class WorkDir:
         """The work directory at a path as it is given on a command line.
 
         Raises:
-          RefusedError: it is the address of an object store, which holds no folders.
+          RefusedError: it is the address of an object store, which holds no folders; or it is no
+            path that can be written down.
 
         Example:
           >>> WorkDir.at("/data/runs/first").path.name
@@ -49,7 +51,19 @@ class WorkDir:
                 f"--workdir is {given}, and what begins with {scheme[1]}:// is not written to: give"
                 " a folder; a bucket can be mounted as one (docs/pods.md says how)"
             )
-        return WorkDir(Path(given).expanduser().absolute())
+        try:
+            str(given).encode()
+            path = Path(given).expanduser().absolute()
+        except UnicodeEncodeError as error:
+            raise RefusedError(
+                f"--workdir is {str(given)!a}, which is not UTF-8; give another name"
+            ) from error
+        except RuntimeError as error:
+            raise RefusedError(
+                f"--workdir is {given}, and there is no home folder of that user; a folder of that"
+                f" name is ./{given}"
+            ) from error
+        return WorkDir(path)
 
     @property
     def config(self) -> Path:
@@ -109,8 +123,7 @@ class WorkDir:
           RefusedError: the folder is a file, or belongs to a run with other settings, or holds
             results without their configuration.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise RefusedError(f"--workdir {self.path} is a file; give a folder")
+        self._refuse_unusable_path()
         if not self.config.is_file():
             self._refuse_results_without_config()
             return []
@@ -132,6 +145,41 @@ class WorkDir:
         if not self.summary.is_file():
             return None
         return json.loads(self.summary.read_text(encoding="utf-8"))
+
+    def check_writable(self) -> None:
+        """Rejects a folder, or one to be created, that this process may not write to.
+
+        Raises:
+          RefusedError: it may not.
+        """
+        present = next(path for path in (self.path, *self.path.parents) if path.exists())
+        if not os.access(present, os.W_OK | os.X_OK):
+            which = "" if present == self.path else f" (of --workdir {self.path})"
+            raise RefusedError(
+                f"{present}{which} cannot be written to; give a --workdir that this user may write"
+                " to"
+            )
+
+    def _refuse_unusable_path(self) -> None:
+        """Rejects a path that is no folder, and that none can be created at."""
+        for path in (self.path, *self.path.parents):
+            try:
+                path.lstat()
+            except FileNotFoundError:
+                continue
+            except NotADirectoryError:
+                continue
+            except OSError as error:
+                raise RefusedError(f"--workdir {self.path}: {error.strerror}") from error
+            if path.is_symlink() and not path.exists():
+                raise RefusedError(
+                    f"--workdir {self.path}: {path} is a link to {os.readlink(path)}, which does"
+                    " not exist; create that, or give another folder"
+                )
+            if not path.is_dir():
+                what = "is a file" if path == self.path else f"lies in {path}, which is a file"
+                raise RefusedError(f"--workdir {self.path} {what}; give a folder")
+            return
 
     def _refuse_results_without_config(self) -> None:
         results = (self.metrics, self.checkpoints, self.adapter, self.model, self.summary)

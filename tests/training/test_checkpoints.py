@@ -1,6 +1,11 @@
 """Checkpoints: what is read is what was written, and what is damaged is not read."""
 
+import contextlib
+import errno
 import json
+import os
+import re
+import resource
 import shutil
 
 import jax
@@ -9,7 +14,9 @@ import numpy as np
 import optax
 import pytest
 
+from peft_jax.training import checkpoints as checkpoints_module
 from peft_jax.training.checkpoints import Checkpoints
+from peft_jax.training.errors import StorageError
 
 
 def _arrays(seed: int):
@@ -115,6 +122,20 @@ def _empty_the_manifest(folder):
     (folder / "manifest.json").write_text("")
 
 
+def _a_manifest_of_nothing(folder):
+    (folder / "manifest.json").write_text("{}")
+
+
+def _a_manifest_without_a_file(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["arrays/_METADATA"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def _delete_the_manifest(folder):
+    (folder / "manifest.json").unlink()
+
+
 def _nonsense_manifest(folder):
     (folder / "manifest.json").write_text(json.dumps({"arrays/x": 3}))
 
@@ -131,6 +152,9 @@ def _damage_the_run(folder):
         _flip_one_bit,
         _delete_a_file,
         _empty_the_manifest,
+        _a_manifest_of_nothing,
+        _a_manifest_without_a_file,
+        _delete_the_manifest,
         _nonsense_manifest,
         _damage_the_run,
     ],
@@ -173,8 +197,9 @@ def test_half_written_folders_are_not_used(tmp_path, said):
         checkpoints.save(40, _arrays(40), {})
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.newest(say=said.append) == 40
-    assert len(said) == 2
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["20", "30", "40"]
+    assert len(said) == 3
+    # What has lost its manifest may have been whole: it is not deleted.
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["20", "30", "40", "damaged-50"]
 
 
 # Orbax leaves its files open when it refuses; that is not what is tested here.
@@ -217,3 +242,99 @@ def test_what_the_manifest_does_not_list_is_not_needed(tmp_path, said, content):
         assert checkpoints.read_run(30)["step"] == 30
         _same(checkpoints.read_arrays(30, _abstract(_arrays(0))), _arrays(30))
     assert not said
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lr[1e-3]",
+        "{a,b}",
+        "*",
+        "a?[!b",
+        "a b",
+        "-dash",
+        "größe",
+        "back\\slash",
+        "a%20b",
+        "#1",
+        "~x",
+    ],
+)
+def test_a_folder_of_any_name_is_written_and_read(tmp_path, said, name):
+    folder = tmp_path / name / "checkpoints"
+    _write(folder, steps=(10,))
+    assert [path.name for path in folder.iterdir()] == ["10"]
+    with Checkpoints(folder) as checkpoints:
+        assert checkpoints.newest(say=said.append) == 10
+        assert checkpoints.read_run(10)["step"] == 10
+        _same(checkpoints.read_arrays(10, _abstract(_arrays(0))), _arrays(10))
+    assert not said
+
+
+def test_what_could_not_be_restored_is_not_sealed(tmp_path, said, monkeypatch):
+    """Orbax writes into a folder whose name is a pattern, and does not find its arrays again."""
+    monkeypatch.setattr(checkpoints_module, "_plain_path", contextlib.nullcontext)
+    folder = tmp_path / "lr[1e-3]"
+    with pytest.raises(StorageError, match="10 cannot be read back, and is not used"):
+        _write(folder, steps=(10,))
+    with Checkpoints(folder) as checkpoints:
+        assert checkpoints.newest(say=said.append) is None
+
+
+def test_a_renamed_checkpoint_gets_its_name_back(tmp_path, said):
+    _write(tmp_path)
+    (tmp_path / "30").rename(tmp_path / "best")
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.newest(say=said.append) == 30
+        _same(checkpoints.read_arrays(30, _abstract(_arrays(0))), _arrays(30))
+    assert len(said) == 1
+    assert "best holds step 30, and had been renamed" in said[0]
+
+
+def test_a_step_in_a_name_is_not_believed(tmp_path, said):
+    _write(tmp_path)
+    (tmp_path / "10").rename(tmp_path / "400")
+    shutil.copytree(tmp_path / "20", tmp_path / "50")
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.newest(say=said.append) == 30
+        assert checkpoints.steps() == [10, 20, 30]
+    assert len(said) == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["10", "20", "30", "damaged-50"]
+
+
+def test_a_copy_that_somebody_keeps_is_left_alone(tmp_path, said):
+    _write(tmp_path)
+    for name in ("30.bak", "keep"):
+        shutil.copytree(tmp_path / "30", tmp_path / name)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.newest(say=said.append) == 30
+    assert not said
+    assert {"30.bak", "keep"} < {p.name for p in tmp_path.iterdir()}
+
+
+@pytest.fixture
+def small_files():
+    """Files of this process may not grow over 200,000 bytes, as under `ulimit -f`."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limit[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+@pytest.mark.usefixtures("small_files")
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path, said, capfd, asynchronous):
+    large = {"x": jax.random.normal(jax.random.key(0), (300_000,))}
+    _write(tmp_path, steps=(1,))
+    reason = f"checkpoint {tmp_path / '2'} could not be written: {os.strerror(errno.EFBIG)}"
+    with Checkpoints(tmp_path, asynchronous=asynchronous) as checkpoints:
+
+        def save():
+            checkpoints.save(2, large, {"step": 2})
+            checkpoints.wait()
+
+        with pytest.raises(StorageError, match=f"^{re.escape(reason)}$"):
+            save()
+    assert "Traceback" not in capfd.readouterr().err
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.newest(say=said.append) == 1
