@@ -173,7 +173,7 @@ def _read_json(path: Path, settings: DataSettings, layout: Layout) -> Table:
     """A JSON array of objects; or, as many files are, one object a line in spite of the name."""
     lines = RecordTable(path, find_lines, parse_json)
     if not len(lines):
-        return MemoryTable([], str(path))
+        return MemoryTable([], str(path), files=(path,))
     if lines.parsed_by(_text_row)[0][TEXT_COLUMN].lstrip().startswith("{"):
         return lines
     try:
@@ -188,7 +188,7 @@ def _read_json(path: Path, settings: DataSettings, layout: Layout) -> Table:
         raise ValueError(
             f"{path}: holds a {type(rows).__name__}; it should hold an array of objects"
         )
-    return MemoryTable(rows, str(path), unit="item")
+    return MemoryTable(rows, str(path), unit="item", files=(path,))
 
 
 def _read_delimited(
@@ -199,7 +199,7 @@ def _read_delimited(
     find: Callable[[Bytes], Records] = find_quoted if quoting else find_lines
     records = RecordTable(path, find, _text_row)
     if not len(records):
-        return MemoryTable([], str(path))
+        return MemoryTable([], str(path), files=(path,))
     first = split_record(records[0][TEXT_COLUMN], delimiter, quoting=quoting)
     columns, has_header = _columns(path, first, settings, layout)
     parse = csv_parser(columns, delimiter, quoting=quoting)
@@ -265,7 +265,7 @@ def _open_arrow(load: Callable[[str], Any], path: Path) -> Table:
     from datasets.exceptions import DatasetsError
 
     try:
-        return ArrowTable(load(str(path)), str(path))
+        return ArrowTable(load(str(path)), str(path), files=(path,))
     # A footer or a schema that cannot be read is Arrow's error, what lies before it datasets' own.
     except (pyarrow.ArrowException, DatasetsError) as error:
         raise ValueError(f"{path} cannot be read as {_format(path)[1:]}: {error}") from error

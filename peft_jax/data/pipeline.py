@@ -144,6 +144,7 @@ class TrainData(Iterator[AnyBatch]):
 
     Attributes:
       bad_rows: the rows that could not be used, of those that were met.
+      files: the files that the rows are read from.
     """
 
     def __init__(
@@ -158,6 +159,7 @@ class TrainData(Iterator[AnyBatch]):
         """Checks the first rows and starts the stream; see `build_data` for the arguments."""
         self.bad_rows = BadRows("training rows")
         self.encoder = reader.encoder
+        self.files = table.files
         self._table = table
         self._reader = reader
         self._tried = 0
@@ -338,6 +340,7 @@ class EvalData(Sequence[AnyBatch]):
           batch_size: the rows of a batch.
         """
         self.recipe = reader.recipe
+        self.files = table.files
         self.encoder: Any = reader.encoder
         self.bad_rows = BadRows("held-out rows")
         self.examples: list[Example] = []

@@ -48,6 +48,7 @@ class SelectedTable:
           without: select all rows but these.
         """
         self.name = table.name
+        self.files = table.files
         self._table = table
         self._rows = rows
         self._without = without

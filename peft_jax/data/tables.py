@@ -26,9 +26,15 @@ Bytes = mmap.mmap | bytes
 
 @runtime_checkable
 class Table(Protocol):
-    """Rows addressed by index."""
+    """Rows addressed by index.
+
+    Attributes:
+      name: What messages call the table.
+      files: The files that the rows are read from; none for rows that were made in memory.
+    """
 
     name: str
+    files: tuple[Path, ...]
 
     def __len__(self) -> int:
         """How many rows there are."""
@@ -43,15 +49,24 @@ class Table(Protocol):
 class MemoryTable:
     """Rows that are in memory already."""
 
-    def __init__(self, rows: Sequence[Any], name: str, *, unit: str = "row"):
+    def __init__(
+        self,
+        rows: Sequence[Any],
+        name: str,
+        *,
+        unit: str = "row",
+        files: tuple[Path, ...] = (),
+    ):
         """Wraps a sequence.
 
         Args:
           rows: the rows; one that is no mapping is a bad row.
           name: what messages call the table.
           unit: what messages call a row.
+          files: the files that the rows were read from.
         """
         self.name = name
+        self.files = files
         self._rows = rows
         self._unit = unit
 
@@ -71,14 +86,18 @@ class MemoryTable:
 class ArrowTable:
     """Rows of a `datasets.Dataset`, read from its memory-mapped files as they are asked for."""
 
-    def __init__(self, dataset: Any, name: str):
+    def __init__(self, dataset: Any, name: str, *, files: tuple[Path, ...] | None = None):
         """Wraps a data set.
 
         Args:
           dataset: a `datasets.Dataset`.
           name: what messages call it.
+          files: the files that it was made of; None: those that it maps into memory.
         """
         self.name = name
+        if files is None:
+            files = tuple(Path(file["filename"]) for file in dataset.cache_files)
+        self.files = files
         self.dataset = dataset
 
     def __len__(self) -> int:
@@ -118,6 +137,7 @@ class RecordTable:
           ValueError: if a gzip file is damaged.
         """
         self.name = str(path)
+        self.files: tuple[Path, ...] = (path,)
         self._bytes = _map_bytes(path)
         self._parse = parse
         self._records = find(self._bytes)
@@ -153,6 +173,7 @@ class JoinedTable:
     def __init__(self, tables: Sequence[Table]):
         """Joins tables in their order."""
         self.name = ", ".join(table.name for table in tables)
+        self.files = tuple(file for table in tables for file in table.files)
         self._tables = tables
         self._ends = np.cumsum([len(table) for table in tables])
 
@@ -190,6 +211,7 @@ class AlignedTable:
           ValueError: if the tables have different numbers of rows.
         """
         self.name = " and ".join(table.name for table in tables.values())
+        self.files = tuple(file for table in tables.values() for file in table.files)
         self._tables = tables
         self._column = column
         sizes = {table.name: len(table) for table in tables.values()}
