@@ -17,12 +17,7 @@ from ml_collections.config_dict import FieldReference
 from peft_jax.adapters import METHODS, AdapterMethod, AdapterSpec, Full, Hybrid, method_settings
 from peft_jax.core import did_you_mean
 from peft_jax.core.checks import check_choice, check_positive, check_positive_int
-from peft_jax.data import DataSettings
-from peft_jax.models import ExecutionSettings
-from peft_jax.models.architectures import ARCHITECTURES
-from peft_jax.optim import MixingSettings, OptimizerSettings
-from peft_jax.parallel import MeshSettings
-from peft_jax.training.convert import (
+from peft_jax.core.convert import (
     convert,
     differences,
     from_mapping,
@@ -30,6 +25,11 @@ from peft_jax.training.convert import (
     to_mapping,
     union_members,
 )
+from peft_jax.data import DataSettings
+from peft_jax.models import ExecutionSettings
+from peft_jax.models.architectures import ARCHITECTURES
+from peft_jax.optim import MixingSettings, OptimizerSettings
+from peft_jax.parallel import MeshSettings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
