@@ -20,13 +20,14 @@ class ScheduleSettings:
         step; "wsd" (warm-up, stable, decay: Hu et al., 2024, arXiv 2404.06395), which keeps the
         peak and falls linearly over the last `decay_ratio` of all steps.
       warmup_steps: how many steps the rate rises, linearly, before it is at its peak.
-      warmup_ratio: the same as a fraction of all steps, rounded up; instead of `warmup_steps`.
+      warmup_ratio: the same as a fraction of all steps, rounded up, but never all of them; instead
+        of `warmup_steps`.
       final_fraction: where the rate ends, as a fraction of the peak; "constant" has no end.
       decay_ratio: of "wsd", the part of all steps over which it falls.
 
     Raises:
-      ValueError: the name is not known, a number is outside its range, or both ways of giving the
-        warm-up are used.
+      ValueError: the name is not known, a number is outside its range, both ways of giving the
+        warm-up are used, or warm-up and decay are ratios that add up to more than 1.
     """
 
     name: str = "linear"
@@ -54,9 +55,18 @@ class ScheduleSettings:
                 f"decay_ratio must be above 0 and at most 1, but is {self.decay_ratio!r}"
             )
 
+        if self.name == "wsd" and self.warmup_ratio + self.decay_ratio > 1.0:
+            raise ValueError(
+                f"warmup_ratio is {self.warmup_ratio} and decay_ratio {self.decay_ratio}; together"
+                " they must be at most 1"
+            )
+
     def warmup(self, total_steps: int) -> int:
-        """How many steps of a run of `total_steps` come before the peak."""
-        return self.warmup_steps or math.ceil(self.warmup_ratio * total_steps)
+        """How many steps of a run of `total_steps` come before the peak.
+
+        A ratio leaves at least one step at the peak, so that it fits a run of any length.
+        """
+        return self.warmup_steps or min(math.ceil(self.warmup_ratio * total_steps), total_steps - 1)
 
 
 def make_schedule(
@@ -88,7 +98,8 @@ def make_schedule(
     remaining = total_steps - warmup
     if remaining < 1:
         raise ValueError(
-            f"the warm-up takes {warmup} of {total_steps} steps; it must leave at least one"
+            f"the warm-up takes {warmup} of {total_steps} steps; it must leave at least one: lower"
+            " optimizer.schedule.warmup_steps, or give optimizer.schedule.warmup_ratio in its place"
         )
     final = settings.final_fraction * learning_rate
     if settings.name == "constant":
@@ -99,6 +110,9 @@ def make_schedule(
         main = optax.cosine_decay_schedule(learning_rate, remaining, alpha=settings.final_fraction)
     else:
         decay = math.ceil(settings.decay_ratio * total_steps)
+        if not settings.warmup_steps:
+            # Two ratios are both rounded up, which may make one step too many.
+            decay = min(decay, remaining)
         if decay > remaining:
             raise ValueError(
                 f"the warm-up takes {warmup} steps and the decay {decay}, of {total_steps}; "

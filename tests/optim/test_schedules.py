@@ -64,12 +64,27 @@ def test_ratio_rounds_up():
         ({"warmup_ratio": 1.0}, "warmup_ratio must be at least 0 and below 1, but is 1.0"),
         ({"warmup_steps": 3, "warmup_ratio": 0.1}, "warmup_steps is 3 and warmup_ratio 0.1"),
         ({"final_fraction": 1.5}, "final_fraction must be between 0 and 1, but is 1.5"),
+        (
+            {"name": "wsd", "warmup_ratio": 0.6, "decay_ratio": 0.5},
+            "warmup_ratio is 0.6 and decay_ratio 0.5; together they must be at most 1",
+        ),
         ({"decay_ratio": 0.0}, "decay_ratio must be above 0 and at most 1, but is 0.0"),
     ],
 )
 def test_settings_are_checked(given, message):
     with pytest.raises(ValueError, match=message):
         ScheduleSettings(**given)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("warmup", [0.03, 0.5, 0.9])
+@pytest.mark.parametrize("total", [1, 2, 3, 5])
+def test_ratios_fit_a_run_of_any_length(name, warmup, total):
+    settings = ScheduleSettings(name=name, warmup_ratio=warmup, decay_ratio=0.1)
+    schedule = make_schedule(settings, 0.8, total)
+    rates = [float(schedule(step)) for step in range(total)]
+    assert max(rates) == pytest.approx(0.8)
+    assert min(rates) > 0
 
 
 def test_what_does_not_fit_into_the_run_is_refused():
