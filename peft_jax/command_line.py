@@ -140,6 +140,10 @@ def check_config(argv: Sequence[str], config: Any) -> ConfigDict:
         refuse(f"there is no configuration file {path}")
     if not isinstance(config, ConfigDict):
         refuse(f"{config_name()}: get_config must return a ConfigDict")
+    # Imported here, so that a mistyped flag is refused before JAX is imported.
+    from peft_jax.training.config import let_flags_win
+
+    let_flags_win(config, config_flags.get_override_values(flags.FLAGS["config"]))
     return config
 
 

@@ -111,7 +111,7 @@ class Bench:
         job = prepare(config, say=lambda message: None)
         job.train.close()
         self.model, self.tokenizer, self._folder = job.model, job.tokenizer, job.folder
-        self._config = config
+        self._config, self._steps = config, job.steps
         self._new_head = job.new_head
         self.held_out = {"tuning": job.held_out, "test": self._test_data(config)}
         self._rows = {
@@ -130,7 +130,7 @@ class Bench:
         """The batches of all steps, the same for every arm."""
         if seed not in self._batches:
             train, _ = self._build(dataclasses.replace(self._config.data, eval_rows=1), seed)
-            self._batches[seed] = list(itertools.islice(train, self._config.train.steps))
+            self._batches[seed] = list(itertools.islice(train, self._steps))
             train.close()
         return self._batches[seed]
 
@@ -212,7 +212,7 @@ class Bench:
         spec = self.spec(config)
         mixing = config.mixing if isinstance(config.method.method, Hybrid) else None
         settings = dataclasses.replace(config.optimizer, learning_rate=1.0)
-        inner = make_optimizer(settings, config.train.steps, mixing=mixing)
+        inner = make_optimizer(settings, self._steps, mixing=mixing)
         optimizer = with_rate(inner, 1.0, settings.learning_rates)
         step = TrainStep(
             model=self.model,

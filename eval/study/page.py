@@ -318,8 +318,9 @@ def _protocol(study: StudySettings) -> str:
     rows = []
     for task in study.tasks:
         train = task.config.train
+        length = f"{train.epochs:g} epochs" if train.steps is None else f"{train.steps} steps"
         rows.append(
-            f"- {task.title}: {train.steps} steps of {train.batch_size} rows of at most"
+            f"- {task.title}: {length} of {train.batch_size} rows of at most"
             f" {train.max_length} tokens."
             + "".join(
                 f" What is trained under `{component}` has the learning rate {rate:g} in all arms."

@@ -46,10 +46,12 @@ class Encoded:
     Attributes:
       ids: int32 [n], the tokens.
       learn: bool [n], those that are to be predicted. The first never is.
+      cut: Number of tokens that were cut off its end because they did not fit.
     """
 
     ids: np.ndarray
     learn: np.ndarray
+    cut: int = 0
 
     @property
     def positions(self) -> int:
@@ -133,10 +135,13 @@ class Encoder:
             starts = range(0, len(ids) - 1, self.max_length)
             parts = [(ids[start : start + limit], learn[start : start + limit]) for start in starts]
         else:
-            raise BadRowError(TOO_LONG, f"{len(ids)} tokens, and at most {limit} fit")
-        kept = [Encoded(ids=part, learn=mask) for part, mask in parts if mask[1:].any()]
+            detail = f"{len(ids)} tokens, and at most {limit} fit"
+            raise BadRowError(TOO_LONG, detail, tokens=len(ids))
+        cut = max(len(ids) - limit, 0) if self.too_long == "truncate" else 0
+        kept = [Encoded(ids=part, learn=mask, cut=cut) for part, mask in parts if mask[1:].any()]
         if not kept and len(ids) > limit:
-            raise BadRowError(TOO_LONG, f"the first {limit} of {len(ids)} tokens hold no answer")
+            detail = f"the first {limit} of {len(ids)} tokens hold no answer"
+            raise BadRowError(TOO_LONG, detail, tokens=len(ids))
         if not kept:
             raise BadRowError("empty", "there is no token to learn")
         return kept

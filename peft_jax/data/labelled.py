@@ -31,11 +31,13 @@ class EncodedText:
       ids: int32 [n].
       token_types: int32 [n].
       label: the label's number, or the number that is to be learnt.
+      cut: Number of tokens that were cut off because they did not fit.
     """
 
     ids: np.ndarray
     token_types: np.ndarray
     label: float
+    cut: int = 0
 
     @property
     def positions(self) -> int:
@@ -107,9 +109,14 @@ class LabelledEncoder:
         )
         ids = np.array(encoded["input_ids"], np.int32)
         if len(ids) > self.max_length:
-            raise BadRowError(TOO_LONG, f"{len(ids)} tokens, and at most {self.max_length} fit")
+            detail = f"{len(ids)} tokens, and at most {self.max_length} fit"
+            raise BadRowError(TOO_LONG, detail, tokens=len(ids))
+        cut = 0
+        if self._truncates and len(ids) == self.max_length:
+            whole = self.tokenizer(*example.sentences, truncation=False, verbose=False)
+            cut = len(whole["input_ids"]) - len(ids)
         types = np.array(encoded.get("token_type_ids", np.zeros_like(ids)), np.int32)
-        return [EncodedText(ids=ids, token_types=types, label=float(label))]
+        return [EncodedText(ids=ids, token_types=types, label=float(label), cut=cut)]
 
     def lost_characters(self, example: Example | Conversation) -> set[str]:
         """The characters that the tokens do not give back; white space, case and accents aside."""

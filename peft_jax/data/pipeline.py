@@ -3,26 +3,42 @@
 import collections
 import copy
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
+import numpy as np
 from absl import logging
 
-from peft_jax.data.bad_rows import BadRowError, BadRows, UnusableRowsError
+from peft_jax.data.bad_rows import (
+    BadRowError,
+    BadRows,
+    UnusableRowsError,
+    as_bad_row,
+    check_unicode,
+)
 from peft_jax.data.batch import AnyBatch, padding_share
 from peft_jax.data.chat import ChatRenderer
 from peft_jax.data.encode import TOO_LONG, Encoder
 from peft_jax.data.examples import Conversation, Example
 from peft_jax.data.labelled import LabelledEncoder
 from peft_jax.data.packing import RowsDataset, fill_row, first_fit_decreasing, stack_rows
+from peft_jax.data.passes import Lengths, count_rows
 from peft_jax.data.recipes import Recipe, get_recipe
 from peft_jax.data.settings import DataSettings
 from peft_jax.data.sources import open_sources
-from peft_jax.data.tables import MemoryTable, Table
+from peft_jax.data.tables import MemoryTable, Row, Table
+from peft_jax.data.totals import Origin, RowTotals
 
 _STATE_VERSION = 2
 _ROWS_LOOKED_AT = 64
+_READ_FOR_ONE_ENCODED = 10
+"""So many times the rows that the check encodes are read by it: reading takes far less time."""
+
+_UNKNOWN, _LEFT_OUT, _USED, _TRUNCATED = range(4)
+"""What became of a row."""
+
 _ADVICE = (
     "Set data.on_bad_row=skip to go on without such rows; for rows that are too long, set"
     " data.too_long to skip, truncate or split."
@@ -66,7 +82,7 @@ def build_data(
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     recipe = get_recipe(settings.recipe).configured(settings)
-    sources = open_sources(settings, recipe)
+    sources = open_sources(settings, recipe, seed=seed)
     # Another thread tokenises, and a fast tokenizer that two threads use at once may refuse.
     own_tokenizer = copy.deepcopy(tokenizer)
     encoder: Encoder | LabelledEncoder
@@ -77,12 +93,20 @@ def build_data(
         encoder = _make_encoder(settings, recipe, own_tokenizer, max_length)
     reader = _Reader(recipe, encoder, settings)
     held_out = EvalData(
-        sources.held_out or MemoryTable([], "no held-out rows"),
+        MemoryTable([], "no held-out rows") if sources.held_out is None else sources.held_out,
         reader,
+        origin=sources.held_out_origin,
         packing=settings.packing,
         batch_size=batch_size,
     )
-    train = TrainData(sources.train, reader, settings, batch_size=batch_size, seed=seed)
+    train = TrainData(
+        sources.train,
+        reader,
+        settings,
+        origin=sources.train_origin,
+        batch_size=batch_size,
+        seed=seed,
+    )
     return train, held_out
 
 
@@ -112,8 +136,45 @@ class _Reader:
         self.settings = settings
 
     def example(self, table: Table, index: int) -> Example | Conversation:
-        """What the recipe makes of a row, as a conversation if the settings ask for one."""
-        example = self.recipe.example(table[index])
+        """What the recipe makes of a row, as a conversation if the settings ask for one.
+
+        Raises:
+          BadRowError: the row cannot be used, for whatever reason.
+        """
+        with as_bad_row():
+            example = self._example(table[index])
+            _check_text(example)
+            return example
+
+    def encode(self, table: Table, index: int) -> tuple[Example, list[Any]]:
+        """A row as an example and as its token sequences.
+
+        Raises:
+          BadRowError: the row cannot be used, for whatever reason.
+        """
+        example = self.example(table, index)
+        with as_bad_row():
+            rendered = self.encoder.as_example(example)
+            _check_text(rendered)
+            return rendered, self.encoder.encode(rendered)
+
+    def lost_characters(self, table: Table, index: int) -> set[str]:
+        """The characters of a row that its tokens do not give back.
+
+        Raises:
+          BadRowError: the row cannot be used, for whatever reason.
+        """
+        example = self.example(table, index)
+        with as_bad_row():
+            return self.encoder.lost_characters(example)
+
+    @property
+    def tokens_beyond_positions(self) -> int:
+        """Number of tokens of a sequence beyond the positions that it takes."""
+        return 0 if isinstance(self.encoder, LabelledEncoder) else 1
+
+    def _example(self, row: Row) -> Example | Conversation:
+        example = self.recipe.example(row)
         if not self.settings.chat or isinstance(example, Conversation):
             return example
         return Conversation(
@@ -139,6 +200,14 @@ class _Reader:
         return self.settings.on_bad_row == "error"
 
 
+def _check_text(example: Example | Conversation) -> None:
+    """Rejects text that no tokenizer can be given."""
+    if isinstance(example, Conversation):
+        check_unicode((*example.messages, *example.tools))
+    else:
+        check_unicode((*(piece.text for piece in example.pieces), *example.sentences))
+
+
 class TrainData(Iterator[AnyBatch]):
     """An endless stream of training batches whose state can be taken and set.
 
@@ -153,15 +222,22 @@ class TrainData(Iterator[AnyBatch]):
         reader: _Reader,
         settings: DataSettings,
         *,
+        origin: Origin,
         batch_size: int,
         seed: int,
     ):
-        """Checks the first rows and starts the stream; see `build_data` for the arguments."""
+        """Checks the rows and starts the stream; see `build_data` for the arguments."""
         self.bad_rows = BadRows("training rows")
         self.encoder = reader.encoder
         self.files = table.files
         self._table = table
         self._reader = reader
+        self._origin = origin
+        self._settings = settings
+        self._batch_size = batch_size
+        self._became = np.full(len(table), _UNKNOWN, np.uint8)
+        self._truncated: dict[int, int] = {}
+        self._lengths = Lengths(len(table))
         self._tried = 0
         self._used = 0
         self._padding = 0.0
@@ -182,17 +258,17 @@ class TrainData(Iterator[AnyBatch]):
         }
         order = grain.MapDataset.range(len(table)).seed(seed % 2**32)
         order = order.shuffle() if settings.shuffle else order
-        sequences = (
-            order.repeat()
-            .map(self._encode)
-            .to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+        self._order = order.repeat()
+        self._window = min(settings.packing_window, len(table))
+        sequences = self._order.map(self._encode).to_iter_dataset(
+            grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         )
         rows = RowsDataset(
             sequences,
             max_length=reader.encoder.max_length,
             fill=reader.fill_row,
             packing=settings.packing,
-            window=min(settings.packing_window, len(table)),
+            window=self._window,
             shuffle=settings.shuffle,
             seed=seed % 2**32,
         )
@@ -252,17 +328,105 @@ class TrainData(Iterator[AnyBatch]):
         """How many rows the data has."""
         return len(self._table)
 
+    @property
+    def totals(self) -> RowTotals:
+        """How many rows there are, are used and are left out, of those met so far."""
+        counts = np.bincount(self._became, minlength=4)
+        left_out = lambda row: self._became[row] == _LEFT_OUT  # noqa: E731
+        return RowTotals(
+            what=self.bad_rows.what,
+            origin=self._origin,
+            rows=len(self._table),
+            checked=int(counts[_LEFT_OUT] + counts[_USED] + counts[_TRUNCATED]),
+            used=int(counts[_USED] + counts[_TRUNCATED]),
+            left_out=self.bad_rows.counts_of(left_out),
+            truncated=int(counts[_TRUNCATED]),
+            too_long=(*self.bad_rows.tokens_of(left_out), *self._truncated.values()),
+        )
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a user should know of the rows before the run begins."""
+        return self.totals.warnings(
+            max_length=self.encoder.max_length, extra=self._reader.tokens_beyond_positions
+        )
+
+    def count_steps(self, epochs: float) -> int:
+        """Returns the number of steps that so many passes over the usable rows take.
+
+        Encodes the rows that have not been encoded yet. The last batch is filled up from the next
+        pass.
+
+        Raises:
+          UnusableRowsError: a row cannot be used, and the settings make that an error.
+        """
+        if not self._lengths.whole:
+            self._check(None)
+        return -(-self._count_rows(epochs) // self._batch_size)
+
+    def passes(self, steps: int) -> float | None:
+        """Returns the number of passes over the usable rows that so many steps make.
+
+        It is estimated from the rows that the check encoded, where these are not all; None where
+        it encoded none.
+        """
+        if not self._lengths.usable:
+            return None
+        share = len(self._lengths) / len(self._table)
+        return steps * self._batch_size * share / self._count_rows(1.0)
+
+    @property
+    def packing(self) -> bool:
+        """Whether several sequences share a row."""
+        return self._settings.packing
+
+    @property
+    def all_checked(self) -> bool:
+        """Whether every row was encoded before the first step."""
+        return self._lengths.whole
+
+    def _count_rows(self, passes: float) -> int:
+        """Number of rows of batches in so many passes over the rows that have been encoded."""
+        if self._lengths.whole:
+            order: Iterator[int] = (int(self._order[index]) for index in itertools.count())
+            window = self._window
+        else:
+            order = itertools.cycle(self._lengths)
+            window = min(self._window, self._lengths.usable)
+        return count_rows(
+            self._lengths,
+            order,
+            passes,
+            packing=self._settings.packing,
+            window=window,
+            max_length=self.encoder.max_length,
+        )
+
     def _check(self, limit: int | None) -> None:
-        """Reads the first rows, so that bad ones are found before training starts."""
-        number = len(self._table) if limit is None else min(limit, len(self._table))
+        """Encodes rows, so that bad ones are found before the first step and not hours later.
+
+        Args:
+          limit: Number of rows to encode, evenly spread over the data; None: all of them. Ten times
+            as many are read.
+        """
+        size = len(self._table)
+        encoded = _spread(size, limit)
+        read = _spread(size, None if limit is None else limit * _READ_FOR_ONE_ENCODED)
+        read = np.union1d(encoded, read)
         stops = False
-        for index in range(number):
+        for index, whole in zip(read.tolist(), np.isin(read, encoded).tolist(), strict=True):
+            positions: list[int] = []
             try:
-                self._reader.example(self._table, index)
+                if whole:
+                    positions = [sequence.positions for sequence in self._read(index)]
+                else:
+                    self._reader.example(self._table, index)
             except BadRowError as error:
                 self.bad_rows.add(index, self._table.where(index), error)
                 stops |= self._reader.stops(error)
-        _report(self.bad_rows, number, stops=stops)
+            if whole:
+                self._lengths.add(index, positions)
+        _report(self.bad_rows, len(read), stops=stops)
 
     def _warn_of_lost_text(self) -> None:
         """Looks at a few rows for characters that the tokenizer has no token for."""
@@ -270,7 +434,7 @@ class TrainData(Iterator[AnyBatch]):
         lost: collections.Counter[str] = collections.Counter()
         for index in range(0, len(self._table), len(self._table) // number):
             try:
-                lost.update(self.encoder.lost_characters(self._reader.example(self._table, index)))
+                lost.update(self._reader.lost_characters(self._table, index))
             except BadRowError as error:
                 logging.debug("%s: %s", self._table.where(index), error)
         if lost:
@@ -281,12 +445,29 @@ class TrainData(Iterator[AnyBatch]):
                 shown,
             )
 
+    def _read(self, index: int) -> list[Any]:
+        """A row's token sequences.
+
+        Raises:
+          BadRowError: the row cannot be used.
+        """
+        try:
+            _, sequences = self._reader.encode(self._table, index)
+        except BadRowError:
+            self._became[index] = _LEFT_OUT
+            raise
+        cut = sum(sequence.cut for sequence in sequences)
+        self._became[index] = _TRUNCATED if cut else _USED
+        if cut:
+            self._truncated[index] = sum(len(sequence.ids) for sequence in sequences) + cut
+        return sequences
+
     def _encode(self, index: int) -> list[Any] | None:
         """A row's token sequences; None if it cannot be used."""
         index = int(index)
         sequences = None
         try:
-            sequences = self.encoder.encode(self._reader.example(self._table, index))
+            sequences = self._read(index)
         except BadRowError as error:
             where = self._table.where(index)
             is_news = self.bad_rows.add(index, where, error)
@@ -298,8 +479,20 @@ class TrainData(Iterator[AnyBatch]):
         self._tried += 1
         self._used += sequences is not None
         if not self._used and self._tried >= len(self._table):
-            raise UnusableRowsError(self.bad_rows.describe(self._tried))
+            raise UnusableRowsError(_describe_none_left(self.bad_rows, self._tried))
         return sequences
+
+
+def _spread(size: int, number: int | None) -> np.ndarray:
+    """int64 [n], at most `number` indices below `size`, evenly spread, the first and the last.
+
+    Example:
+      >>> _spread(10, 4).tolist(), _spread(3, None).tolist(), _spread(3, 0).tolist()
+      ([0, 3, 6, 9], [0, 1, 2], [])
+    """
+    if number is None or number >= size:
+        return np.arange(size)
+    return np.round(np.linspace(0, size - 1, number)).astype(np.int64)
 
 
 def _report(bad_rows: BadRows, total: int, *, stops: bool) -> None:
@@ -313,14 +506,29 @@ def _report(bad_rows: BadRows, total: int, *, stops: bool) -> None:
     if stops:
         raise UnusableRowsError(f"{bad_rows.describe(total)}\n{_ADVICE}")
     if len(bad_rows) == total:
-        raise UnusableRowsError(bad_rows.describe(total))
+        raise UnusableRowsError(_describe_none_left(bad_rows, total))
     logging.warning("%s", bad_rows.describe(total))
+
+
+def _describe_none_left(bad_rows: BadRows, total: int) -> str:
+    advice = "No row is left."
+    if TOO_LONG in bad_rows.counts:
+        advice += " Raise train.max_length, or set data.too_long to truncate or split."
+    return f"{bad_rows.describe(total)}\n{advice}"
 
 
 class EvalData(Sequence[AnyBatch]):
     """The held-out batches, always the same ones, and their rows as text.
 
     The last batch is filled up with rows that hold no token and no loss.
+
+    Attributes:
+      recipe: the recipe.
+      encoder: the encoder.
+      bad_rows: the rows that cannot be used.
+      examples: the others, as text.
+      totals: how many rows there are, are used and are left out.
+      warnings: what a user should know of them before the run begins.
     """
 
     def __init__(
@@ -328,6 +536,7 @@ class EvalData(Sequence[AnyBatch]):
         table: Table,
         reader: _Reader,
         *,
+        origin: Origin,
         packing: bool,
         batch_size: int,
     ):
@@ -336,6 +545,7 @@ class EvalData(Sequence[AnyBatch]):
         Args:
           table: the rows.
           reader: makes examples and sequences of them.
+          origin: where they come from.
           packing: several sequences to a row.
           batch_size: the rows of a batch.
         """
@@ -346,16 +556,33 @@ class EvalData(Sequence[AnyBatch]):
         self.examples: list[Example] = []
         self._batch_size = batch_size
         sequences: list[Any] = []
+        truncated: list[int] = []
         stops = False
         for index in range(len(table)):
             try:
-                example = self.encoder.as_example(reader.example(table, index))
-                sequences += self.encoder.encode(example)
-                self.examples.append(example)
+                example, encoded = reader.encode(table, index)
             except BadRowError as error:
                 self.bad_rows.add(index, table.where(index), error)
                 stops |= reader.stops(error)
+                continue
+            sequences += encoded
+            self.examples.append(example)
+            if cut := sum(sequence.cut for sequence in encoded):
+                truncated.append(sum(len(sequence.ids) for sequence in encoded) + cut)
         _report(self.bad_rows, len(table), stops=stops)
+        self.totals = RowTotals(
+            what=self.bad_rows.what,
+            origin=origin,
+            rows=len(table),
+            checked=len(table),
+            used=len(self.examples),
+            left_out=self.bad_rows.counts,
+            truncated=len(truncated),
+            too_long=(*self.bad_rows.tokens_of(lambda row: True), *truncated),
+        )
+        self.warnings = self.totals.warnings(
+            max_length=self.encoder.max_length, extra=reader.tokens_beyond_positions
+        )
         self._sequences = sequences
         self._fill_row = reader.fill_row
         lengths = [sequence.positions for sequence in sequences]

@@ -31,6 +31,9 @@ class DataSettings:
       hold_out_seed: which rows are taken; it is not the run's seed, so that runs with different
         seeds are measured on the same rows.
       train_rows: use at most so many training rows; None: all.
+      train_rows_by_seed: Whether the run's seed chooses the rows of `train_rows`, so that runs with
+        different seeds take different rows. False: every run takes the same rows, chosen by
+        `hold_out_seed`. Held-out rows are the same either way.
       eval_rows: use at most so many held-out rows; None: all.
       columns: the data's own name for a field of the recipe, {"question": "body"}.
       column_names: names for the columns of a csv or tsv file that has no header.
@@ -57,8 +60,10 @@ class DataSettings:
         teaches something that is not in the data.
       on_bad_row: what to do with a row that cannot be used (broken JSON, a missing or empty field,
         a wrong type, an unknown label): "error" stops, "skip" counts it and goes on.
-      check_rows: how many rows of the training data are read before the first step, to find bad
-        ones at once rather than hours later; None: all. Later ones are found when they are reached.
+      check_rows: How many training rows are encoded before the first step (read, put through the
+        recipe and the chat template, tokenized), to find bad ones at once rather than hours later.
+        They are spread evenly over the data, and ten times as many are read and put through the
+        recipe alone. None: all. Others are found when they are reached.
       shuffle: a new order every epoch. False: the order of the data.
       packing: put several short sequences into one row, each with its own segment and positions.
       packing_window: how many rows of the data are packed at a time: more leave less padding.
@@ -75,6 +80,7 @@ class DataSettings:
     hold_out: int | float | None = None
     hold_out_seed: int = 0
     train_rows: int | None = None
+    train_rows_by_seed: bool = False
     eval_rows: int | None = None
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
     column_names: tuple[str, ...] = ()
@@ -93,7 +99,7 @@ class DataSettings:
     completion_only: bool | None = None
     too_long: TooLong | None = None
     on_bad_row: OnBadRow = "error"
-    check_rows: int | None = 100_000
+    check_rows: int | None = 10_000
     shuffle: bool = True
     packing: bool = True
     packing_window: int = 1024
@@ -122,6 +128,11 @@ class DataSettings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"data.{name} is {value}; it must be at least {least}, or None")
+        if self.train_rows_by_seed and self.train_rows is None:
+            raise ValueError(
+                "data.train_rows_by_seed is True, but data.train_rows is None: all rows are used;"
+                " give data.train_rows a number"
+            )
         for name in ("eval_path", "eval_split"):
             if getattr(self, name) and self.hold_out:
                 raise ValueError(

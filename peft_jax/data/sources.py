@@ -8,16 +8,18 @@ from typing import Any
 
 import grain
 import numpy as np
-from absl import logging
 
 from peft_jax.core import did_you_mean
 from peft_jax.data.files import is_data_file, missing_file_message, split_of
 from peft_jax.data.recipes.base import Recipe
 from peft_jax.data.settings import DataSettings
 from peft_jax.data.tables import AlignedTable, ArrowTable, Row, Table
+from peft_jax.data.totals import Origin
 
 _AUTOMATIC_SHARE = 0.05
 _AUTOMATIC_MOST = 512
+_MOST_NAMES = 3
+"""So many files are named in messages."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,10 +29,14 @@ class Sources:
     Attributes:
       train: the rows to train on.
       held_out: the rows to evaluate on; None if there are none.
+      train_origin: where the training rows come from.
+      held_out_origin: where the held-out rows come from.
     """
 
     train: Table
     held_out: Table | None
+    train_origin: Origin
+    held_out_origin: Origin
 
 
 class SelectedTable:
@@ -73,12 +79,13 @@ class SelectedTable:
         return int(self._rows[index])
 
 
-def open_sources(settings: DataSettings, recipe: Recipe) -> Sources:
+def open_sources(settings: DataSettings, recipe: Recipe, *, seed: int = 0) -> Sources:
     """Opens what the settings name, and sets held-out rows apart.
 
     Args:
       settings: the run's data settings.
       recipe: the recipe as configured by them; it knows columns, splits and the hub's name.
+      seed: the run's seed; of use with `data.train_rows_by_seed`.
 
     Returns:
       Training and held-out rows that never overlap.
@@ -98,26 +105,66 @@ def open_sources(settings: DataSettings, recipe: Recipe) -> Sources:
     splits = _open_splits(path, subset, settings, recipe)
     train_name = _choose_train(splits, settings, recipe)
     train = splits[train_name]()
-    held_out = None
+    named = not _is_file(path)
+    train_origin = Origin(
+        name=_short(train.name),
+        split=train_name if named else "",
+        rows=len(train),
+        chosen=bool(settings.train_split),
+    )
+    held_out, origin = None, Origin(name="")
     if settings.eval_path:
-        held_out = _open_eval(path, train_name, settings, recipe)
+        held_out, eval_name = _open_eval(path, train_name, settings, recipe)
+        named = not _is_file(settings.eval_path)
     elif not settings.hold_out:
         eval_name = _choose_eval(splits, train_name, settings, recipe)
         held_out = splits[eval_name]() if eval_name else None
     if held_out is None:
         train, held_out = _hold_out(train, settings)
-    train = _limit(train, settings.train_rows, settings.hold_out_seed)
+        origin = train_origin
+    else:
+        origin = Origin(
+            name=_short(held_out.name), split=eval_name if named else "", rows=len(held_out)
+        )
+    before = len(train)
+    train = _limit(train, settings.train_rows, _train_rows_seed(settings, seed))
+    train_origin = dataclasses.replace(
+        train_origin, held_out=train_origin.rows - before, set_aside=before - len(train)
+    )
     if held_out is not None:
-        held_out = _limit(held_out, settings.eval_rows, settings.hold_out_seed)
+        before = len(held_out)
+        held_out = _limit(held_out, settings.eval_rows, settings.hold_out_seed + 1)
+        origin = dataclasses.replace(origin, chosen=True, set_aside=before - len(held_out))
     if not len(train):
         raise ValueError(f"{train.name}: there are no rows to train on")
-    logging.info(
-        "Data: %d training rows of %s; held out: %s",
-        len(train),
-        train.name,
-        f"{len(held_out)} rows of {held_out.name}" if held_out is not None else "none",
+    return Sources(
+        train=train, held_out=held_out, train_origin=train_origin, held_out_origin=origin
     )
-    return Sources(train=train, held_out=held_out)
+
+
+def _is_file(path: str) -> bool:
+    return Path(path).expanduser().is_file()
+
+
+def _short(name: str) -> str:
+    """A table's name, of which the names of many files are left out.
+
+    Example:
+      >>> _short(", ".join(f"part-{number}.jsonl" for number in range(9)))
+      'part-0.jsonl, part-1.jsonl, part-2.jsonl and 6 more'
+    """
+    names = name.split(", ")
+    if len(names) <= _MOST_NAMES:
+        return name
+    return f"{', '.join(names[:_MOST_NAMES])} and {len(names) - _MOST_NAMES} more"
+
+
+def _train_rows_seed(settings: DataSettings, seed: int) -> int:
+    """The seed that chooses the rows of `data.train_rows`."""
+    if not settings.train_rows_by_seed:
+        return settings.hold_out_seed + 1
+    words = np.random.SeedSequence([settings.hold_out_seed + 1, seed]).generate_state(1)
+    return int(words[0])
 
 
 def _open_splits(
@@ -244,8 +291,10 @@ def _same_split(name: str, splits: Mapping[str, Any]) -> str:
     return next((split for split in splits if wanted and split_of(split) == wanted), "")
 
 
-def _open_eval(train_path: str, train_name: str, settings: DataSettings, recipe: Recipe) -> Table:
-    """The rows of `data.eval_path`."""
+def _open_eval(
+    train_path: str, train_name: str, settings: DataSettings, recipe: Recipe
+) -> tuple[Table, str]:
+    """The rows of `data.eval_path`, and the split they are."""
     splits = _open_splits(settings.eval_path, settings.subset, settings, recipe)
     if settings.eval_split:
         name = _find_split("data.eval_split", settings.eval_split, splits)
@@ -261,7 +310,7 @@ def _open_eval(train_path: str, train_name: str, settings: DataSettings, recipe:
             f"data.eval_path is {settings.eval_path!r}, the rows that are trained on; hold some of"
             " them out with data.hold_out"
         )
-    return splits[name]()
+    return splits[name](), name
 
 
 def _hold_out(train: Table, settings: DataSettings) -> tuple[Table, Table | None]:
@@ -286,7 +335,7 @@ def _limit(table: Table, most: int | None, seed: int) -> Table:
     """At most so many rows, chosen at random."""
     if most is None or most >= len(table):
         return table
-    return SelectedTable(table, _sample(len(table), most, seed + 1))
+    return SelectedTable(table, _sample(len(table), most, seed))
 
 
 def _sample(size: int, number: int, seed: int) -> np.ndarray:

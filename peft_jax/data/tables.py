@@ -358,6 +358,11 @@ def parse_json(text: str) -> Row:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         raise BadRowError("broken JSON", f"{error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise BadRowError("nested too deeply", "its brackets are nested too deeply") from None
+    # A number of more digits than Python converts.
+    except ValueError as error:
+        raise BadRowError("broken JSON", str(error)) from None
     return _as_row(value)
 
 

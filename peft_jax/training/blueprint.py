@@ -33,6 +33,9 @@ from peft_jax.training.step import TrainStep
 _WITHIN_A_SLICE = ("tensor", "fsdp", "sequence", "data")
 """The axes of the mesh that are near, the nearest first."""
 
+_STEPS_UNTIL_COUNTED = 1_000_000
+"""Length of the schedule while epochs have not been counted in steps; no shape depends on it."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Blueprint:
@@ -40,6 +43,7 @@ class Blueprint:
 
     Attributes:
       config: the configuration.
+      steps: Number of optimizer steps, which the schedule spans.
       model: the model.
       spec: what is adapted.
       params: the model's parameters as shapes with shardings.
@@ -52,6 +56,7 @@ class Blueprint:
     """
 
     config: RunConfig
+    steps: int
     model: Model
     spec: AdapterSpec
     params: Tree
@@ -91,6 +96,19 @@ class Blueprint:
             (train.gradient_accumulation, train.microbatch_size),
             train.max_length,
             self.placement.microbatches,
+        )
+
+    def lasting(self, steps: int) -> "Blueprint":
+        """The same program with a schedule of `steps` steps.
+
+        Raises:
+          ValueError: the schedule does not fit into so few steps.
+        """
+        return dataclasses.replace(
+            self,
+            steps=steps,
+            optimizer=optimizer_of(self.config, steps),
+            learning_rate=learning_rate_schedule(self.config.optimizer, steps),
         )
 
     def train_step(self) -> TrainStep:
@@ -137,7 +155,8 @@ def draw_blueprint(
     platform = mesh.devices.flat[0].platform
     params = model.abstract_params(config.model.dtype, quantization, platform)
     adapter = spec.abstract(params)
-    optimizer = optimizer_of(config)
+    steps = config.train.steps or _STEPS_UNTIL_COUNTED
+    optimizer = optimizer_of(config, steps)
     state = abstract_state(adapter.trainable, optimizer)
 
     rules = LogicalAxisRules()
@@ -148,13 +167,14 @@ def draw_blueprint(
     trainable = _with_shardings(adapter.trainable, adapter_axes.trainable, mesh, rules)
     return Blueprint(
         config=config,
+        steps=steps,
         model=model,
         spec=spec,
         params=_with_shardings(params, model.logical_axes(quantization), mesh, rules),
         constant=_with_shardings(adapter.constant, adapter_axes.constant, mesh, rules),
         state=_shard_state(state, trainable, optimizer, mesh),
         optimizer=optimizer,
-        learning_rate=learning_rate_schedule(config.optimizer, config.train.steps),
+        learning_rate=learning_rate_schedule(config.optimizer, steps),
         mesh=mesh,
         placement=placement,
     )
@@ -173,10 +193,17 @@ def step_bytes(compiled: jax.stages.Compiled) -> int | None:
     )
 
 
-def optimizer_of(config: RunConfig) -> optax.GradientTransformationExtraArgs:
-    """The optimiser of a configuration, the hybrid's mixing around it."""
+def optimizer_of(
+    config: RunConfig, steps: int = _STEPS_UNTIL_COUNTED
+) -> optax.GradientTransformationExtraArgs:
+    """The optimiser of a configuration, the hybrid's mixing around it.
+
+    Args:
+      config: the configuration.
+      steps: Number of steps that the schedule spans; the state's shapes do not depend on it.
+    """
     mixing = config.mixing if isinstance(config.method.method, Hybrid) else None
-    return make_optimizer(config.optimizer, config.train.steps, mixing=mixing)
+    return make_optimizer(config.optimizer, steps, mixing=mixing)
 
 
 def _place_rows(mesh: jax.sharding.Mesh, rules: LogicalAxisRules) -> RowPlacement:

@@ -8,7 +8,7 @@ conversion, in which a key that is not known, or a value of the wrong type, is a
 import dataclasses
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from ml_collections import ConfigDict
@@ -16,8 +16,18 @@ from ml_collections.config_dict import FieldReference
 
 from peft_jax.adapters import METHODS, AdapterMethod, AdapterSpec, Full, Hybrid, method_settings
 from peft_jax.core import did_you_mean
-from peft_jax.core.checks import check_choice, check_positive, check_positive_int
-from peft_jax.core.convert import (
+from peft_jax.core.checks import (
+    check_choice,
+    check_finite,
+    check_positive,
+    check_positive_int,
+)
+from peft_jax.data import DataSettings
+from peft_jax.models import ExecutionSettings
+from peft_jax.models.architectures import ARCHITECTURES
+from peft_jax.optim import MixingSettings, OptimizerSettings
+from peft_jax.parallel import MeshSettings
+from peft_jax.training.convert import (
     convert,
     differences,
     from_mapping,
@@ -25,11 +35,6 @@ from peft_jax.core.convert import (
     to_mapping,
     union_members,
 )
-from peft_jax.data import DataSettings
-from peft_jax.models import ExecutionSettings
-from peft_jax.models.architectures import ARCHITECTURES
-from peft_jax.optim import MixingSettings, OptimizerSettings
-from peft_jax.parallel import MeshSettings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,8 +129,12 @@ class MethodSettings:
 class TrainSettings:
     """How long, how fast, and on how much at a time.
 
+    Exactly one of `steps` and `epochs` is given.
+
     Attributes:
-      steps: optimiser steps.
+      steps: Optimizer steps.
+      epochs: Passes over the training rows, in place of `steps`; 0.5 is half a pass. All rows are
+        encoded before the first step to find the number of steps.
       learning_rate: the peak of the schedule, which the section `optimizer` describes.
       batch_size: rows in one optimiser step, over all devices and microbatches.
       gradient_accumulation: microbatches that one step's rows are cut into, one after another: the
@@ -134,7 +143,8 @@ class TrainSettings:
       loss_chunk: positions whose logits are held at a time.
     """
 
-    steps: int
+    steps: int | None = None
+    epochs: float | None = None
     learning_rate: float
     batch_size: int
     gradient_accumulation: int = 1
@@ -142,8 +152,9 @@ class TrainSettings:
     loss_chunk: int = 1024
 
     def __post_init__(self) -> None:
+        self._check_length()
         check_positive("learning_rate", self.learning_rate)
-        for name in ("steps", "batch_size", "gradient_accumulation", "loss_chunk"):
+        for name in ("batch_size", "gradient_accumulation", "loss_chunk"):
             check_positive_int(name, getattr(self, name))
         if self.max_length < 2:
             raise ValueError(f"max_length is {self.max_length}; a row needs at least 2 tokens")
@@ -153,6 +164,21 @@ class TrainSettings:
                 f"{self.gradient_accumulation} equal microbatches; choose a divisor of the batch "
                 f"size: {_divisors(self.batch_size)}"
             )
+
+    def _check_length(self) -> None:
+        """Rejects a run that has no length, or two."""
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(
+                f"train.steps is {self.steps} and train.epochs is {self.epochs:g}; give one of the"
+                " two, and set the other to None"
+            )
+        if self.steps is not None:
+            check_positive_int("steps", self.steps)
+        elif self.epochs is not None:
+            check_positive("epochs", self.epochs)
+            check_finite("epochs", self.epochs)
+        else:
+            raise ValueError("train.steps or train.epochs must be given; both are None")
 
     @property
     def microbatch_size(self) -> int:
@@ -348,6 +374,51 @@ def default_config() -> ConfigDict:
     method["name"] = FieldReference(None, field_type=str)
     for name in sorted({name for known in METHODS for name in method_settings(known)}):
         method[name] = FieldReference(None, field_type=object)
+    return config
+
+
+ALTERNATIVES = (
+    ("train.steps", "train.epochs"),
+    ("optimizer.schedule.warmup_steps", "optimizer.schedule.warmup_ratio"),
+    ("data.hold_out", "data.eval_path"),
+    ("data.hold_out", "data.eval_split"),
+)
+"""Pairs of settings that say one thing in two ways."""
+
+
+def let_flags_win(config: ConfigDict, flags: Collection[str]) -> None:
+    """Resets what a configuration file sets where a flag sets its alternative.
+
+    A file that sets `train.steps` gives a default. With `--config.train.epochs=2` the user wants
+    epochs, and should not have to take the file's steps back as well. Where two flags, or two lines
+    of a file, give both alternatives, both stay, and the conversion rejects them.
+
+    Args:
+      config: what the file and the flags have put together; it is changed.
+      flags: dotted names of the settings that flags have set.
+
+    Example:
+      >>> config = default_config()
+      >>> config.train.steps, config.train.epochs = 1000, 2
+      >>> let_flags_win(config, ["train.epochs"])
+      >>> config.train.steps is None, config.train.epochs
+      (True, 2)
+    """
+    defaults = default_config()
+    for pair in ALTERNATIVES:
+        for name, other in (pair, pair[::-1]):
+            if name in flags and other not in flags and _value(config, name):
+                section, _, key = other.rpartition(".")
+                if _value(config, other) is not None:
+                    _value(config, section)[key] = _value(defaults, other)
+
+
+def _value(config: ConfigDict, name: str) -> Any:
+    """The value at a dotted name; None where a section is missing."""
+    for part in name.split("."):
+        if not isinstance(config, ConfigDict) or part not in config:
+            return None
+        config = config[part]
     return config
 
 

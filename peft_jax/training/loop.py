@@ -16,7 +16,6 @@ from peft_jax.core import Tree, flatten, unflatten
 from peft_jax.data import AnyBatch, UnusableRowsError
 from peft_jax.hub import load_params
 from peft_jax.parallel import on_mesh
-from peft_jax.parallel.memory import device_memory
 from peft_jax.training.arithmetic import count_step_flops
 from peft_jax.training.blueprint import step_bytes
 from peft_jax.training.checkpoints import Checkpoints
@@ -40,12 +39,12 @@ from peft_jax.training.metrics import (
     read_records,
 )
 from peft_jax.training.placement import check_processes, from_first
-from peft_jax.training.prepare import Job, prepare
+from peft_jax.training.prepare import Job, device_memory, prepare
 from peft_jax.training.progress import Reporter, StepProgress
 from peft_jax.training.report import write_report
 from peft_jax.training.state import TrainState
 from peft_jax.training.step import summed_loss
-from peft_jax.training.summary import Totals, summarize
+from peft_jax.training.summary import Totals, describe_data, summarize
 from peft_jax.training.workdir import WorkDir, compare_configs
 
 
@@ -149,6 +148,7 @@ class _Run:
     def go(self) -> dict[str, Any]:
         """Everything from the first byte of the weights to the report."""
         self._reporter.say(self._job.table)
+        self._reporter.say(describe_data(self._job))
         start = self._checkpoints.newest(say=self._reporter.warn)
         saved = None if start is None else self._checkpoints.read_run(start)
         if saved is not None:
@@ -157,7 +157,7 @@ class _Run:
             )
             self._phases.add(saved["seconds"])
             self._totals = Totals(**saved["totals"])
-            self._reporter.say(f"going on from step {start} of {self._config.train.steps}")
+            self._reporter.say(f"going on from step {start} of {self._job.steps}")
         with self._phases("load"):
             arrays = self._load(saved)
         with self._phases("compile"):
@@ -312,13 +312,13 @@ class _Run:
 
     def _train(self, arrays: _Arrays, step: Any, evaluator: AnyEvaluator) -> None:
         """All steps that are left, and what is due before, between and after them."""
-        train = self._config.train
+        train, steps = self._config.train, self._job.steps
         done = self._saved or 0
         if evaluator.empty:
             self._reporter.warn("there are no held-out rows: only the training loss is measured")
-        with self._phases("train"), self._reporter.steps(train.steps, done=done) as progress:
+        with self._phases("train"), self._reporter.steps(steps, done=done) as progress:
             self._between_steps(done, arrays, evaluator)
-            while done < train.steps:
+            while done < steps:
                 with self._phases("data"):
                     batch = self._next_batch()
                 placed = self._job.placement.put_microbatches(batch, train.gradient_accumulation)
@@ -357,8 +357,8 @@ class _Run:
         progress: StepProgress | None = None,
     ) -> None:
         """Measures, saves and stops where that is due after `done` steps."""
-        train, stop = self._config.train, self._interruption.requested(done)
-        ends = done in (0, train.steps)
+        steps, stop = self._job.steps, self._interruption.requested(done)
+        ends = done in (0, steps)
         measure = ends or _is_multiple(done, self._config.evaluate.every)
         save = ends or _is_multiple(done, self._config.checkpoint.every)
         if not (measure or save or stop):
@@ -381,7 +381,7 @@ class _Run:
         if stop:
             self._checkpoints.wait()
             raise self._interruption.error(
-                f"asked to stop, and stopped after step {done} of {train.steps}, with a "
+                f"asked to stop, and stopped after step {done} of {steps}, with a "
                 f"checkpoint in {self._checkpoints.path(done)}; the same command goes on from there"
             )
 
@@ -407,11 +407,10 @@ class _Run:
         Raises:
           NonFiniteError: something was not finite; nothing after it is written down.
         """
-        train = self._config.train
         for step, metrics, tokens in steps:
             self._rate.add(tokens)
             finite = bool(metrics["finite"])
-            due = step in (1, train.steps) or _is_multiple(step, self._config.logging.every)
+            due = step in (1, self._job.steps) or _is_multiple(step, self._config.logging.every)
             if due or not finite:
                 self._log.write(self._record(step, jax.device_get(metrics)))
             if not finite:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from peft_jax.data.bad_rows import one_line
 from peft_jax.training.files import write_text
 from peft_jax.training.metrics import Record
 from peft_jax.training.plots import draw_all
@@ -69,6 +70,8 @@ def _sections(
     for name, caption in _CAPTIONS.items():
         if name in pictures:
             yield f"![{caption}]({pictures[name].name})\n\n{caption}"
+    yield "## The data"
+    yield _data(summary["data"])
     yield "## What it took"
     yield _costs(summary)
     yield "## What was trained"
@@ -89,6 +92,39 @@ def _results(summary: Mapping[str, Any]) -> str:
         if name != "targets":
             rows.append((_MEASURES.get(name, name), _number(before.get(name)), _number(value)))
     return _table(rows) + f"\n\nMeasured on {after['targets']:,} held-out targets."
+
+
+def _data(data: Mapping[str, Any]) -> str:
+    """How many rows there were, how many were used, and why the others were not."""
+    rows: list[tuple[str, ...]] = [("", "training", "held out")]
+    sides = (data["train"], data["held_out"])
+    names = {
+        "source": "from",
+        "split": "split",
+        "rows_in_source": "rows there",
+        "held_out": "held out of them",
+        "set_aside": "set aside by data.train_rows or data.eval_rows",
+        "rows": "rows of this run",
+        "checked": "of these encoded so far",
+        "used": "used",
+    }
+    rows += [(name, *(_cell(side[key]) for side in sides)) for key, name in names.items()]
+    reasons = dict.fromkeys(reason for side in sides for reason in side["left_out"])
+    for reason in reasons:
+        counts = (_cell(side["left_out"].get(reason, 0)) for side in sides)
+        rows.append((f"left out: {reason}", *counts))
+    rows.append(("truncated", *(_cell(side["truncated"]) for side in sides)))
+    if data["passes"] is None:
+        return _table(rows)
+    about = "about " if data["passes_estimated"] else ""
+    return f"{_table(rows)}\n\nThe run makes {about}{data['passes']:.3g} passes over its rows."
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    # A file's name may hold what divides cells.
+    return "" if value is None else one_line(str(value)).replace("|", "\\|")
 
 
 def _costs(summary: Mapping[str, Any]) -> str:

@@ -52,9 +52,11 @@ def summarize(
       "seconds_per_step" are over the training steps, with the waiting for data, without
       evaluation, checkpoints and compilation. "flops_per_second" is over the same, of what the
       model and its gradient take (padding included), and "utilization" its share of what the
-      devices' makers state for bfloat16; None where that is not known.
+      devices' makers state for bfloat16; None where that is not known. "data" has the totals of
+      the rows, of those met so far where not all were checked before the first step, and the number
+      of passes over the training rows.
     """
-    steps = job.config.train.steps
+    steps = job.steps
     before, after = _measures(records, 0), _measures(records, steps)
     training = seconds.get("train", 0.0) + seconds.get("data", 0.0)
     last = [record for record in records if record["split"] == TRAIN]
@@ -68,6 +70,7 @@ def summarize(
         "total_parameters": job.count.total,
         "trainable_percent": round(job.count.percent, 6),
         "steps": steps,
+        "data": _data_totals(job),
         "rows_per_step": job.config.train.batch_size,
         "tokens": totals.tokens,
         "tokens_per_second": round(totals.tokens / training, 2) if training else None,
@@ -83,6 +86,31 @@ def summarize(
         "labels": job.model.num_labels if isinstance(job.model, SequenceClassifier) else None,
         "devices": [f"{device.device_kind} {device.id}" for device in jax.devices()],
         "versions": versions(),
+    }
+
+
+def describe_data(job: Job) -> str:
+    """The rows of a run in words: how many there are and are used, and how often each is seen."""
+    train = job.config.train
+    lines = [job.train.totals.describe(), job.held_out.totals.describe()]
+    passes = job.train.passes(job.steps)
+    kind = "packed rows" if job.train.packing else "rows"
+    length = f"{job.steps:,} steps of {train.batch_size:,} {kind}"
+    if passes is None:
+        lines.append(f"{length}; the number of passes is not known, since no row was checked")
+    else:
+        about = "" if job.train.all_checked else "about "
+        lines.append(f"{length}: {about}{passes:.3g} passes over the training rows")
+    return "\n".join(lines)
+
+
+def _data_totals(job: Job) -> dict[str, Any]:
+    return {
+        "train": job.train.totals.to_mapping(),
+        "held_out": job.held_out.totals.to_mapping(),
+        "epochs": job.config.train.epochs,
+        "passes": job.train.passes(job.steps),
+        "passes_estimated": not job.train.all_checked,
     }
 
 

@@ -58,6 +58,7 @@ REFUSED = [
     (["--config.train.stesp=3"], "train.stesp is not a setting; did you mean 'steps'"),
     (["--config.trian.steps=3"], "trian"),
     (["--config.train.steps=many"], "train.steps must be an integer; it is 'many'"),
+    (["--config.train.epochs=2"], "train.steps is 60 and train.epochs is 2; give one of the two"),
     (["--confg=x"], "Unknown command line flag 'confg'. Did you mean: config"),
     (["--config.method.target_modules=qproj"], "did you mean 'q_proj'"),
     (["--json", "--topology=v5p:4x4x8"], "--topology and --json only plan, and neither --plan"),

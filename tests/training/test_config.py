@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from peft_jax.adapters import METHODS, Hybrid
 from peft_jax.training import RunConfig, default_config, from_config_dict
+from peft_jax.training.config import let_flags_win
 
 
 def config(**changes) -> ConfigDict:
@@ -100,6 +101,11 @@ def test_method_settings_reach_the_method():
         ({"data.shuffle": 1}, "data.shuffle must be true or false; it is 1"),
         ({"data.on_bad_row": "ignore"}, "data.on_bad_row is 'ignore'"),
         ({"train.steps": 1.5}, "train.steps must be an integer; it is 1.5"),
+        ({"train.epochs": 2}, "train.steps is 10 and train.epochs is 2; give one of the two"),
+        ({"train.steps": None}, "train.steps or train.epochs must be given; both are None"),
+        ({"train.steps": None, "train.epochs": 0}, "epochs must be a number above 0"),
+        ({"train.steps": None, "train.epochs": float("inf")}, "epochs must be a finite number"),
+        ({"train.steps": None, "train.epochs": "2"}, "train.epochs must be a number; it is '2'"),
         ({"train.steps": 0}, "steps must be a whole number of at least 1"),
         ({"train.steps": True}, "train.steps must be an integer; it is True"),
         ({"train.learning_rate": -1.0}, "learning_rate must be a number above 0"),
@@ -117,6 +123,50 @@ def test_what_is_wrong_is_named(changes, message):
     made = config(**changes)
     with pytest.raises(ValueError, match=re.escape(message)):
         from_config_dict(made)
+
+
+def test_epochs_in_place_of_steps():
+    run = from_config_dict(config(**{"train.steps": None, "train.epochs": 2}))
+    assert (run.train.steps, run.train.epochs) == (None, 2.0)
+    assert RunConfig.from_mapping(json.loads(json.dumps(run.to_mapping()))) == run
+
+
+@pytest.mark.parametrize(
+    ("file", "flags", "expected"),
+    [
+        ({"train.steps": 9}, {"train.epochs": 2}, {"train.steps": None, "train.epochs": 2}),
+        (
+            {"train.steps": None, "train.epochs": 2},
+            {"train.steps": 5},
+            {"train.steps": 5, "train.epochs": None},
+        ),
+        (
+            {"optimizer.schedule.warmup_ratio": 0.1},
+            {"optimizer.schedule.warmup_steps": 3},
+            {"optimizer.schedule.warmup_ratio": 0.0, "optimizer.schedule.warmup_steps": 3},
+        ),
+        (
+            {"data.hold_out": 100},
+            {"data.eval_path": "dev.jsonl"},
+            {"data.hold_out": None, "data.eval_path": "dev.jsonl"},
+        ),
+        # Neither is taken back where the user gives both, or takes one back.
+        (
+            {},
+            {"train.steps": 5, "train.epochs": 2},
+            {"train.steps": 5, "train.epochs": 2},
+        ),
+        ({"train.steps": 9}, {"train.epochs": None}, {"train.steps": 9, "train.epochs": None}),
+    ],
+)
+def test_a_flag_wins_over_its_alternative_in_the_file(file, flags, expected):
+    made = config(**file, **flags) if not set(file) & set(flags) else config(**(file | flags))
+    let_flags_win(made, list(flags))
+    for name, value in expected.items():
+        holder = made
+        for part in name.split("."):
+            holder = holder[part]
+        assert holder == value, name
 
 
 def test_targets_may_be_names_between_commas_or_one_expression():

@@ -161,6 +161,49 @@ def test_a_signal_saves_and_the_same_command_ends_bit_for_bit_the_same(
     assert untimed(workdir) == untimed(reference)
 
 
+def test_epochs_are_trained_resumed_and_reported(tiny, tmp_path, monkeypatch, listener):
+    """40 rows, one and a half times, in batches of 10."""
+    settings = {
+        "train.steps": None,
+        "train.epochs": 1.5,
+        "train.batch_size": 10,
+        "data.packing": False,
+        "data.train_rows": 40,
+        "optimizer.schedule.name": "linear",
+        "optimizer.schedule.warmup_ratio": 0.3,
+    }
+    whole = run(tiny(**settings), tmp_path / "whole", reporter=listener)
+    assert whole["steps"] == 6
+    assert whole["data"]["epochs"] == whole["data"]["passes"] == 1.5
+    assert whole["data"]["train"]["used"] == 40
+    assert "40 of the 96 in" in listener.text
+    assert "6 steps of 10 rows: 1.5 passes over the training rows" in listener.text
+    rates = [r["learning_rate"] for r in untimed(tmp_path / "whole") if r["split"] == "train"]
+    expected = np.array([1, 2, 3, 3 * 0.75, 3 * 0.5, 3 * 0.25]) / 150
+    np.testing.assert_allclose(rates, expected, rtol=1e-6)
+    page = (tmp_path / "whole" / "report" / "README.md").read_text()
+    assert "The run makes 1.5 passes over its rows." in page
+    with monkeypatch.context() as patch:
+        StopAt(patch, 4, signal.SIGTERM)
+        with pytest.raises(InterruptedRunError, match="stopped after step 4 of 6"):
+            run(tiny(**settings), tmp_path / "stopped")
+    run(tiny(**settings), tmp_path / "stopped", reporter=listener)
+    assert "going on from step 4 of 6" in listener.text
+    stopped, finished = (
+        (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes()
+        for name in ("stopped", "whole")
+    )
+    assert stopped == finished
+    assert untimed(tmp_path / "stopped") == untimed(tmp_path / "whole")
+
+
+def test_a_run_of_one_step_has_no_warm_up(tiny, tmp_path):
+    changes = {"train.steps": 1, "optimizer.schedule.warmup_ratio": 0.03}
+    run(tiny(**changes), tmp_path / "run")
+    [record] = [r for r in untimed(tmp_path / "run") if r["split"] == "train"]
+    assert record["learning_rate"] == pytest.approx(0.02)
+
+
 def test_base_is_never_written(finished, checkpoint, tiny, tmp_path):
     files = {p: p.read_bytes() for p in checkpoint.rglob("*") if p.is_file()}
     stored = sum(

@@ -90,6 +90,21 @@ def test_a_moving_average_keeps_a_line_and_ignores_what_is_missing():
     np.testing.assert_allclose(smooth(line, 3)[7], 7.0)
 
 
+def side(source, split, rows, left_out) -> dict:
+    return {
+        "source": source,
+        "split": split,
+        "rows_in_source": rows,
+        "held_out": 0,
+        "set_aside": 0,
+        "rows": rows,
+        "checked": rows,
+        "used": rows - sum(left_out.values()),
+        "left_out": left_out,
+        "truncated": 3,
+    }
+
+
 def test_the_page_names_its_pictures_and_its_numbers(tmp_path):
     summary = {
         "loss_before": 3.0,
@@ -101,6 +116,13 @@ def test_the_page_names_its_pictures_and_its_numbers(tmp_path):
         "total_parameters": 56789,
         "trainable_percent": 2.17,
         "steps": 12,
+        "data": {
+            "train": side("data/a|b.jsonl", None, 1000, {"too long": 40, "empty": 10}),
+            "held_out": side("data/dev.jsonl", "validation", 30, {"empty": 2}),
+            "epochs": None,
+            "passes": 2.34567,
+            "passes_estimated": True,
+        },
         "rows_per_step": 4,
         "tokens": 480,
         "tokens_per_second": 100.0,
@@ -126,6 +148,13 @@ def test_the_page_names_its_pictures_and_its_numbers(tmp_path):
         "1,234",
         "1.00 GiB",
         "| operations a second | 3.2 T |",
+        "| from | data/a\\|b.jsonl | data/dev.jsonl |",
+        "| split |  | validation |",
+        "| used | 950 | 28 |",
+        "| left out: too long | 40 | 0 |",
+        "| left out: empty | 10 | 2 |",
+        "| truncated | 3 | 3 |",
+        "The run makes about 2.35 passes over its rows.",
     ):
         assert expected in text
     assert "peak memory of a device" not in text
