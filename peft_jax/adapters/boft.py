@@ -19,6 +19,8 @@ from peft_jax.adapters.method import AdapterMethod, Arrays, Axes, GradientFactor
 from peft_jax.core import LINEAR_OUTPUT, Kernel, linear
 from peft_jax.core.checks import check_fraction, check_positive_int
 
+MOST_FACTORS = 32
+
 MAX_COMPOSED_BLOCK = 256
 """Up to this size the factors are multiplied into dense blocks once a step; beyond it the factors
 act one after another, which costs m passes over the activations but less arithmetic."""
@@ -52,6 +54,11 @@ class BOFT(AdapterMethod):
         check_positive_int("block_size", self.block_size)
         check_positive_int("n_butterfly_factors", self.n_butterfly_factors)
         check_fraction("dropout", self.dropout)
+        if self.n_butterfly_factors > MOST_FACTORS:
+            raise ValueError(
+                f"n_butterfly_factors must be at most {MOST_FACTORS}, but is"
+                f" {self.n_butterfly_factors}: each doubles what the input must be divisible by"
+            )
         if self.block_size < 2:
             raise ValueError("block_size must be at least 2: a block of 1 has nothing to turn")
         if self.n_butterfly_factors > 1 and self.block_size % 2:

@@ -53,6 +53,15 @@ class LoRA(AdapterMethod):
         """The factor s before the low-rank product."""
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
+    def check_kernel(self, module: str, shape: tuple[int, int]) -> None:
+        """A product of rank above both sides would be larger than any kernel it could make."""
+        if self.rank > max(shape):
+            raise ValueError(
+                f"{self.name} with rank {self.rank} is larger than the kernel of {module}"
+                f" [{shape[0]}, {shape[1]}], which no product exceeds in rank; use a rank of at"
+                f" most {min(shape)} there (rank_pattern)"
+            )
+
     def init(
         self, key: jax.Array, shape: tuple[int, int], gradient: GradientFactors | None = None
     ) -> tuple[Arrays, Arrays]:

@@ -5,10 +5,10 @@ are stacked: "layers.self_attn.q_proj". Patterns may also be written as for Hugg
 with the number: "model.layers.0.self_attn.q_proj".
 """
 
-import re
 from collections.abc import Iterable
 
 from peft_jax.core import STACKED, did_you_mean
+from peft_jax.core.patterns import compile_pattern
 
 
 def matches_name(name: str, module: str) -> bool:
@@ -32,8 +32,8 @@ def matches_pattern(pattern: str, module: str, *, n_layers: int = 1) -> bool:
       n_layers: how many layers are stacked under the name.
 
     Raises:
-      ValueError: when it is no regular expression, or matches some of the stacked layers and not
-        others.
+      ValueError: when it is no regular expression, takes too long, or matches some of the stacked
+        layers and not others.
 
     Example:
       >>> matches_pattern(r".*\.(q|v)_proj", "layers.self_attn.q_proj")
@@ -41,16 +41,13 @@ def matches_pattern(pattern: str, module: str, *, n_layers: int = 1) -> bool:
       >>> matches_pattern(r"model\.layers\.\d+\.self_attn\.q_proj", "layers.self_attn.q_proj")
       True
     """
-    try:
-        matches = re.compile(pattern).fullmatch
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+    matches = compile_pattern(pattern).fullmatch
     if not module.startswith(f"{STACKED}."):
         names = (module, f"model.{module}", f"transformer.{module}")
         return any(matches(name) for name in names)
     rest = module.removeprefix(f"{STACKED}.")
     counts = [
-        sum(bool(matches(f"{prefix}.{layer}.{rest}")) for layer in range(n_layers))
+        sum(matches(f"{prefix}.{layer}.{rest}") for layer in range(n_layers))
         for prefix in (STACKED, f"model.{STACKED}", "transformer.h")
     ]
     # Asked first: a pattern that leaves out a layer also matches names that are not this model's.
@@ -60,7 +57,7 @@ def matches_pattern(pattern: str, module: str, *, n_layers: int = 1) -> bool:
             " are stacked and an adapter covers all of them; leave particular layer numbers out of"
             " it"
         )
-    return n_layers in counts or bool(matches(module))
+    return n_layers in counts or matches(module)
 
 
 def select_modules(

@@ -1,7 +1,9 @@
 """What every other part stands on: kernels that know how to multiply, and trees addressed by path.
 
 - [`activations`][peft_jax.core.activations]: how activations lie on a mesh, for kernels.
+- [`convert`][peft_jax.core.convert]: mappings to frozen dataclasses and back.
 - [`kernel`][peft_jax.core.kernel]: `AdaptedKernel`, `linear`.
+- [`patterns`][peft_jax.core.patterns]: regular expressions of others, with an end to their time.
 - [`quantised`][peft_jax.core.quantised]: frozen kernels in 8 or 4 bits, `quantise`, `dequantise`.
 - [`trees`][peft_jax.core.trees]: nested dictionaries of arrays as flat paths, and back.
 - [`suggest`][peft_jax.core.suggest]: the nearest known name, for error messages.

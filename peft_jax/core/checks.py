@@ -8,8 +8,8 @@ from peft_jax.core.suggest import did_you_mean
 
 
 def check_positive(name: str, value: Any) -> None:
-    """Raises ValueError unless `value` is a number above zero."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+    """Raises ValueError unless `value` is a finite number above zero."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ValueError(f"{name} must be a number above 0, but is {value!r}")
 
 

@@ -1,6 +1,5 @@
 """Where a continuation ends: end tokens by number, stop strings in the text."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
+from peft_jax.hub.files import read_json_object
 from peft_jax.models import CausalLM
 
 _GENERATION_CONFIG = "generation_config.json"
@@ -29,13 +29,16 @@ def end_tokens(
 
     Returns:
       Those that the model has, rising.
+
+    Raises:
+      ValueError: an `eos_token_id` is no number of a token and no list of them, or
+        `generation_config.json` is no JSON object.
     """
-    found = set(_as_ids(model.hf_config.get("eos_token_id")))
+    found = set(_as_ids(model.hf_config.get("eos_token_id"), "config.json"))
     if tokenizer is not None:
-        found |= set(_as_ids(tokenizer.eos_token_id))
-    if folder is not None and (folder / _GENERATION_CONFIG).is_file():
-        content = json.loads((folder / _GENERATION_CONFIG).read_text(encoding="utf-8"))
-        found |= set(_as_ids(content.get("eos_token_id")))
+        found |= set(_as_ids(tokenizer.eos_token_id, "the tokenizer"))
+    if folder is not None and (file := folder / _GENERATION_CONFIG).is_file():
+        found |= set(_as_ids(read_json_object(file).get("eos_token_id"), str(file)))
     return tuple(sorted(token for token in found if 0 <= token < model.config.vocab_size))
 
 
@@ -103,8 +106,12 @@ def cut_off(text: str, strings: Sequence[str]) -> str:
     return text[: min(places, default=len(text))]
 
 
-def _as_ids(value: Any) -> tuple[int, ...]:
+def _as_ids(value: Any, where: str) -> tuple[int, ...]:
     """Token numbers as configurations give them: one, a list of them, or nothing."""
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, int) else tuple(value)
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
+        raise ValueError(
+            f"{where} sets eos_token_id = {value!r}; it must be the number of a token, or a list of"
+            " numbers"
+        )
+    return tuple(ids)

@@ -122,6 +122,6 @@ def base_of(adapter: Path) -> str:
     if not names:
         raise ValueError(f"{adapter} holds no adapter: it has neither {CONFIG} nor {PEFT_CONFIG}")
     base = read_json_object(adapter / names[0]).get("base_model_name_or_path")
-    if not base:
+    if not base or not isinstance(base, str):
         raise ValueError(f"{adapter / names[0]} does not say what base it is for: give the model")
-    return str(base)
+    return base

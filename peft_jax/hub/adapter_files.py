@@ -18,12 +18,21 @@ names and the layout they have in the base's checkpoint.
 """
 
 import dataclasses
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft_jax.adapters import AdapterSpec, make_method
+from peft_jax.adapters import (
+    METHODS,
+    AdapterMethod,
+    AdapterSpec,
+    Full,
+    make_method,
+    method_settings,
+)
 from peft_jax.core import did_you_mean
+from peft_jax.core.convert import convert, from_mapping
 from peft_jax.version import __version__
 
 CONFIG = "peft_jax_adapter.json"
@@ -86,14 +95,31 @@ def read_spec(config: Mapping[str, Any], file: Path) -> AdapterSpec:
     missing = [name for name in ("method", "arrays", *_SPEC_FIELDS) if name not in config]
     if missing:
         raise ValueError(f"{file} lacks {', '.join(missing)}{did_you_mean(missing[0], config)}")
-    method = {name: _tuple(value) for name, value in config["method"].items()}
+    if not isinstance(config["method"], Mapping):
+        raise ValueError(f"{file}: method must be an object; it is {config['method']!r}")
     try:
-        return AdapterSpec(
-            method=make_method(str(method.pop("name", None)), **method),
-            **{name: _tuple(config[name]) for name in _SPEC_FIELDS},
-        )
-    except (TypeError, ValueError) as error:
+        given = {name: config[name] for name in _SPEC_FIELDS}
+        return from_mapping(AdapterSpec, {"method": _read_method(config["method"]), **given})
+    except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+
+
+def _read_method(given: Mapping[str, Any]) -> AdapterMethod | Full:
+    """The method whose name and settings are given.
+
+    Raises:
+      ValueError: it or one of its settings is not known, or a setting is of the wrong type.
+    """
+    settings = {name: value for name, value in given.items() if name != "name"}
+    name = str(given.get("name"))
+    if name in METHODS:
+        annotations = typing.get_type_hints(METHODS[name])
+        known = method_settings(name)
+        for setting in settings.keys() & set(known):
+            settings[setting] = convert(
+                settings[setting], annotations[setting], where=f"method.{setting}"
+            )
+    return make_method(name, **settings)
 
 
 def _plain(value: Any) -> Any:
@@ -101,8 +127,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return list(value)
     return dict(value) if isinstance(value, Mapping) else value
-
-
-def _tuple(value: Any) -> Any:
-    """A setting from JSON, which has lists for tuples."""
-    return tuple(value) if isinstance(value, list) else value

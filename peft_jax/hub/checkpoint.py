@@ -68,6 +68,12 @@ def _read_sharded(folder: Path) -> dict[str, StoredTensor]:
     weight_map = read_json_object(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{folder / INDEX} has no weight_map")
+    for name, file_name in weight_map.items():
+        if not isinstance(file_name, str):
+            raise ValueError(
+                f"{folder / INDEX} gives {name} the file {file_name!r}, which is not the name of"
+                " one"
+            )
     tensors: dict[str, StoredTensor] = {}
     for file_name in sorted(set(weight_map.values())):
         if Path(file_name).name != file_name or not file_name.endswith(".safetensors"):

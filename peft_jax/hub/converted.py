@@ -25,7 +25,7 @@ import numpy as np
 import tensorstore as ts
 
 from peft_jax.core import Path, flatten, join_path
-from peft_jax.hub.files import read_json_object, whole_folder
+from peft_jax.hub.files import parse_json_object, read_json_object, whole_folder
 from peft_jax.hub.leaves import LeafSource, Ranges
 from peft_jax.models import Model
 
@@ -120,7 +120,7 @@ def convert(
     if begun.state == "missing" and finished.state == "missing":
         store.write(_SETTINGS, settings).result()
     elif finished.state != "missing":
-        held = json.loads(finished.value)
+        held = parse_json_object(finished.value, f"{MANIFEST} in {location}")
         if held.get("source") == identity and held.get("dtype") == dtype:
             say(f"{location} holds this checkpoint already")
             return
@@ -184,13 +184,19 @@ def fetch_small_files(location: str, cache: FilePath) -> FilePath:
             f"{location} holds no converted checkpoint (it has no {MANIFEST}); make one with"
             f" python -m peft_jax.convert MODEL {location}"
         )
-    manifest = json.loads(found.value)
+    manifest = parse_json_object(found.value, f"{MANIFEST} in {location}")
+    files = manifest.get("files")
+    if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
+        raise ValueError(f"{MANIFEST} in {location} does not list the files that belong to it")
     folder = cache / hashlib.sha256(location.encode()).hexdigest()[:16]
     with whole_folder(folder) as temporary:
-        for name in manifest["files"]:
+        for name in files:
             if FilePath(name).name != name:
                 raise ValueError(f"{location}: {name!r} in {MANIFEST} is not the name of a file")
-            (temporary / name).write_bytes(store.read(name).result().value)
+            content = store.read(name).result()
+            if content.state == "missing":
+                raise ValueError(f"{location} lacks {name}, which {MANIFEST} lists")
+            (temporary / name).write_bytes(content.value)
         (temporary / MANIFEST).write_text(json.dumps({**manifest, "location": location}))
     return folder
 
@@ -208,7 +214,9 @@ def open_converted(folder: FilePath, model: Model) -> dict[Path, LeafSource]:
             f" {_VERSION}: convert the checkpoint again"
         )
     location = str(manifest.get("location") or folder.absolute())
-    arrays = manifest["arrays"]
+    arrays = manifest.get("arrays")
+    if not isinstance(arrays, dict):
+        raise ValueError(f"{folder / MANIFEST} does not list the arrays of the checkpoint")
     sources: dict[Path, LeafSource] = {}
     for path, leaf in flatten(model.abstract_params()).items():
         name = join_path(path)

@@ -9,6 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+_LARGEST_JSON = 256 * 2**20
+"""Bytes; the indices of the largest checkpoints have some ten million."""
+
+_DEEPEST_JSON = 64
+
 _UNFINISHED = ("tmp", "old")
 """The ends of the names of folders that are not yet, or no longer, in their place."""
 
@@ -41,17 +46,52 @@ def read_json_object(file: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-      ValueError: there is no such file, or no JSON object in it.
+      ValueError: there is no such file, it is too large, or there is no JSON object in it.
     """
     if not file.is_file():
         raise ValueError(f"{file.parent} lacks {file.name}")
+    if (size := file.stat().st_size) > _LARGEST_JSON:
+        raise ValueError(
+            f"{file} has {size:,} bytes; a file of settings may have {_LARGEST_JSON:,}"
+        )
+    return parse_json_object(file.read_bytes(), str(file))
+
+
+def parse_json_object(text: str | bytes, what: str) -> dict[str, Any]:
+    """The object in a JSON text.
+
+    Args:
+      text: the JSON; bytes are UTF-8.
+      what: what it is called in messages.
+
+    Raises:
+      ValueError: it is no JSON, no object, or nested more deeply than settings are.
+
+    Example:
+      >>> parse_json_object("[1]", "config.json")
+      Traceback (most recent call last):
+      ValueError: config.json is not a JSON object
+    """
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(text.decode() if isinstance(text, bytes) else text)
     except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
+        raise ValueError(f"{what} is not JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{what} is nested too deeply") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{file} is not a JSON object")
+        raise ValueError(f"{what} is not a JSON object")
+    if not _is_shallow(value, _DEEPEST_JSON):
+        raise ValueError(f"{what} is nested too deeply: more than {_DEEPEST_JSON} levels")
     return value
+
+
+def _is_shallow(value: Any, levels: int) -> bool:
+    """Whether a value of JSON is nested no more than so many levels deep."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, list):
+        return True
+    return levels > 0 and all(_is_shallow(item, levels - 1) for item in value)
 
 
 @contextlib.contextmanager

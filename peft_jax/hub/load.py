@@ -29,6 +29,7 @@ from peft_jax.models import (
     build_classifier,
     build_model,
 )
+from peft_jax.parallel.memory import check_fits
 
 Shardings = Tree | jax.sharding.Sharding | Callable[[Model], Tree]
 """A tree of shardings as the parameters', one for all, or what makes the tree for a model."""
@@ -122,10 +123,6 @@ def load_params(
     if callable(sharding):
         sharding = sharding(model)
     shapes = flatten(model.abstract_params(dtype, quantization))
-    sources = open_sources(folder, model, new_head=head_key is not None)
-    drawn: dict[Path, jax.Array] = {}
-    if head_key is not None:
-        drawn = model.init_leaves(head_key, [p for p in shapes if p not in sources], dtype)
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     if isinstance(sharding, jax.sharding.Sharding):
@@ -133,6 +130,11 @@ def load_params(
         shardings = {path: jax.tree.map(lambda _: whole, leaf) for path, leaf in shapes.items()}
     else:
         shardings = flatten(sharding)
+    _check_memory(shapes, shardings, dtype)
+    sources = open_sources(folder, model, new_head=head_key is not None)
+    drawn: dict[Path, jax.Array] = {}
+    if head_key is not None:
+        drawn = model.init_leaves(head_key, [p for p in shapes if p not in sources], dtype)
     return unflatten(
         {
             path: jax.device_put(drawn[path], shardings[path])
@@ -140,6 +142,27 @@ def load_params(
             else place(leaf, shardings[path], sources[path])
             for path, leaf in shapes.items()
         }
+    )
+
+
+def _check_memory(shapes: dict[Path, Any], shardings: dict[Path, Any], dtype: Any) -> None:
+    """Rejects parameters that do not fit in memory.
+
+    Raises:
+      ValueError: they do not.
+    """
+    laid_out = {
+        path: jax.tree.map(
+            lambda part, layout: jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=layout),
+            leaf,
+            shardings[path],
+        )
+        for path, leaf in shapes.items()
+    }
+    check_fits(
+        {f"the parameters in {jnp.dtype(dtype)}": laid_out},
+        "load them in bfloat16 or quantised (int8, nf4), shard them over more devices, or take a"
+        " smaller model",
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from peft_jax.adapters import BOFT, AdapterSpec, LoRA, Plan
 from peft_jax.core import Path as TreePath
 from peft_jax.core import did_you_mean
+from peft_jax.core.convert import convert
 from peft_jax.hub.adapter_arrays import modules_of
 from peft_jax.hub.adapter_files import CONFIG
 from peft_jax.hub.peft_forms import PeftForm, peft_rank_and_alpha
@@ -120,6 +121,20 @@ _WHY = {
     "task_type": "; only adapters of causal language models and of classifiers are read",
 }
 
+_TYPES: Mapping[str, Any] = {
+    "alpha_pattern": Mapping[str, float],
+    "base_model_name_or_path": str,
+    "boft_dropout": float,
+    "lora_alpha": float,
+    "lora_dropout": float,
+    "modules_to_save": tuple[str, ...],
+    "r": int,
+    "rank_pattern": Mapping[str, int],
+    "target_modules": str | tuple[str, ...],
+    "use_rslora": bool,
+}
+"""What settings have to be, where they are not null."""
+
 _COMPARED = (
     "alpha_pattern",
     "boft_block_size",
@@ -225,11 +240,14 @@ def check_peft_config(config: Mapping[str, Any], file: Path) -> None:
       ValueError: one is not; it is named.
     """
     peft_type = config.get("peft_type")
-    if peft_type not in SETTINGS:
+    if not isinstance(peft_type, str) or peft_type not in SETTINGS:
         raise ValueError(
             f"{file} has the peft_type {peft_type!r}, which is not read{_known_types(peft_type)}"
         )
     settings = SETTINGS[peft_type]
+    for name, annotation in _TYPES.items():
+        if config.get(name) is not None:
+            convert(config[name], annotation, where=f"{file}: {name}")
     for name, value in config.items():
         if name in settings.read or name in settings.irrelevant:
             continue
@@ -262,7 +280,7 @@ def check_unchanged(stored: Mapping[str, Any], written: Mapping[str, Any], file:
 
 
 def _unordered(value: Any) -> Any:
-    return sorted(value) if isinstance(value, list) else value
+    return sorted(value, key=str) if isinstance(value, list) else value
 
 
 def _known_types(peft_type: Any) -> str:

@@ -6,7 +6,6 @@ stacked is refused.
 """
 
 import dataclasses
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 from peft_jax.adapters import BOFT, AdapterSpec, LoRA
 from peft_jax.adapters.names import matches_name
 from peft_jax.core import Path, Tree, flatten, is_stacked, join_path
+from peft_jax.core.patterns import compile_pattern
 from peft_jax.hub.adapter_arrays import listing, modules_of, read_tensor
 from peft_jax.hub.peft_config import HEAD
 from peft_jax.hub.peft_forms import BOFT_NAMES, LORA_NAMES
@@ -174,11 +174,17 @@ def _short(chosen: Iterable[Path], everything: Iterable[Path]) -> tuple[str, ...
 
 def _lora(config: Mapping[str, Any]) -> LoRA:
     return LoRA(
-        rank=config.get("r", 8),
-        alpha=float(config.get("lora_alpha", 8)),
-        rank_stabilized=config.get("use_rslora", False),
-        dropout=float(config.get("lora_dropout", 0.0)),
+        rank=_given(config, "r", 8),
+        alpha=float(_given(config, "lora_alpha", 8)),
+        rank_stabilized=_given(config, "use_rslora", False),
+        dropout=float(_given(config, "lora_dropout", 0.0)),
     )
+
+
+def _given(config: Mapping[str, Any], name: str, default: Any) -> Any:
+    """A setting's value, or PEFT's default where it is absent or null."""
+    value = config.get(name)
+    return default if value is None else value
 
 
 def _patterns(
@@ -211,9 +217,11 @@ def _patterns(
 
 def _first(patterns: Mapping[str, Any], module: str) -> Any:
     """The value of the first pattern that matches, by PEFT's rule; None without one."""
-    return next(
-        (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), None
-    )
+    for key, value in patterns.items():
+        compile_pattern(key)  # by itself, so that a message shows what was given
+        if compile_pattern(rf"(.*\.)?({key})").fullmatch(module):
+            return value
+    return None
 
 
 def _boft(config: Mapping[str, Any], found: _Found, what: str) -> BOFT:
@@ -234,5 +242,5 @@ def _boft(config: Mapping[str, Any], found: _Found, what: str) -> BOFT:
     return BOFT(
         block_size=size,
         n_butterfly_factors=factors,
-        dropout=float(config.get("boft_dropout", 0.0)),
+        dropout=float(_given(config, "boft_dropout", 0.0)),
     )

@@ -6,7 +6,8 @@ that are implemented at one value only; anything else is an error.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from peft_jax.core import did_you_mean
@@ -43,6 +44,112 @@ _FIXED: Mapping[str, tuple[Any, ...]] = {
     "tie_encoder_decoder": (False,),
 }
 
+MOST_LAYERS = 10_000
+"""Far more than any model has; work and names that grow with the layers stay small."""
+
+_LARGEST_SIZE = 2**31 - 1
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+    return (_is_integer(value) or isinstance(value, float)) and math.isfinite(value)
+
+
+def _are_strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+Kind = tuple[str, Callable[[Any], bool]]
+"""What a value has to be, in words and as a test."""
+
+_LAYERS: Kind = (
+    f"a whole number from 1 to {MOST_LAYERS:,}",
+    lambda value: _is_integer(value) and 1 <= value <= MOST_LAYERS,
+)
+_SIZE: Kind = (
+    "a whole number from 1 to 2³¹ - 1",
+    lambda value: _is_integer(value) and 1 <= value <= _LARGEST_SIZE,
+)
+_INTEGER: Kind = (
+    "a whole number below 2³¹",
+    lambda value: _is_integer(value) and abs(value) <= _LARGEST_SIZE,
+)
+_POSITIVE: Kind = ("a finite number above 0", lambda value: _is_finite(value) and value > 0)
+_NOT_NEGATIVE: Kind = ("a finite number of at least 0", lambda v: _is_finite(v) and v >= 0)
+_BOOL: Kind = ("true or false", lambda value: isinstance(value, bool))
+_TEXT: Kind = ("a text", lambda value: isinstance(value, str))
+_TEXTS: Kind = ("a list of texts", _are_strings)
+_OBJECT: Kind = ("an object", lambda value: isinstance(value, Mapping))
+
+_KINDS: Mapping[str, Kind] = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer"), _LAYERS),
+    **dict.fromkeys(
+        (
+            "head_dim", "hidden_size", "intermediate_size", "max_position_embeddings", "n_embed",
+            "n_head", "n_inner", "num_attention_heads", "num_key_value_heads", "num_labels",
+            "original_max_position_embeddings", "type_vocab_size", "vocab_size",
+        ),
+        _SIZE,
+    ),
+    **dict.fromkeys(("max_window_layers", "pad_token_id", "sliding_window"), _INTEGER),
+    **dict.fromkeys(
+        (
+            "attention_factor", "beta_fast", "beta_slow", "factor", "high_freq_factor",
+            "layer_norm_eps", "layer_norm_epsilon", "low_freq_factor", "partial_rotary_factor",
+            "rms_norm_eps", "rope_theta",
+        ),
+        _POSITIVE,
+    ),
+    "initializer_range": _NOT_NEGATIVE,
+    **dict.fromkeys(
+        (
+            "apply_residual_connection_post_layernorm", "attention_bias", "mlp_bias",
+            "tie_word_embeddings", "truncate", "use_sliding_window",
+        ),
+        _BOOL,
+    ),
+    **dict.fromkeys(("hidden_act", "model_type", "problem_type", "rope_type", "type"), _TEXT),
+    **dict.fromkeys(("architectures", "layer_types"), _TEXTS),
+    **dict.fromkeys(("id2label", "rope_parameters", "rope_scaling"), _OBJECT),
+}  # fmt: skip
+"""What the attributes that are read have to be, whatever the family."""
+
+
+def check_kind(hf_config: Mapping[str, Any], name: str, *, where: str = "config.json sets") -> None:
+    """Checks the type and the range of one attribute, before anything is computed from it.
+
+    Args:
+      hf_config: the attributes.
+      name: which of them.
+      where: how a message begins.
+
+    Raises:
+      ValueError: the value is not null and not what the attribute has to be.
+
+    Example:
+      >>> check_kind({"num_attention_heads": 0}, "num_attention_heads")
+      Traceback (most recent call last):
+      ValueError: config.json sets num_attention_heads = 0; it must be a whole number from 1 to
+      2³¹ - 1
+    """
+    value = hf_config.get(name)
+    if value is None or name not in _KINDS:
+        return
+    wanted, fits = _KINDS[name]
+    if not fits(value):
+        raise ValueError(f"{where} {name} = {_shown(value)}; it must be {wanted}")
+
+
+def _shown(value: Any) -> str:
+    """A value as a message shows it, cut where it is long."""
+    if _is_integer(value) and abs(value) >= 10**40:
+        return "an integer of more than 40 digits"  # some are too long to be written out
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttributeTable:
@@ -65,8 +172,11 @@ class AttributeTable:
     def check(self, hf_config: Mapping[str, Any]) -> None:
         """Raises ValueError for the first attribute that would change the computation unseen.
 
-        Attributes that are null, or private (a leading underscore), say nothing and pass.
+        Attributes that are null, or private (a leading underscore), say nothing and pass. Those
+        that are read are checked by type and range too.
         """
+        for name in sorted({"architectures", *self.read} & hf_config.keys()):
+            check_kind(hf_config, name)
         self._check_architectures(hf_config.get("architectures"))
         fixed = {**_FIXED, **self.fixed}
         for name, value in hf_config.items():
@@ -76,15 +186,15 @@ class AttributeTable:
                 continue
             if name not in fixed:
                 raise ValueError(
-                    f"config.json sets {name} = {value!r}, which is not understood for"
+                    f"config.json sets {name} = {_shown(value)}, which is not understood for"
                     f" {self.family!r} models and may change what they compute"
                     f"{did_you_mean(name, self.read | set(fixed))}"
                 )
             if value not in fixed[name]:
                 works = " or ".join(repr(v) for v in fixed[name])
                 raise ValueError(
-                    f"config.json sets {name} = {value!r}; {self.family!r} models are implemented"
-                    f" for {name} = {works} only"
+                    f"config.json sets {name} = {_shown(value)}; {self.family!r} models are"
+                    f" implemented for {name} = {works} only"
                 )
 
     def _check_architectures(self, architectures: list[str] | None) -> None:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
 from peft_jax.core import Path, Tree, did_you_mean
+from peft_jax.models.attributes import check_kind
 from peft_jax.models.bert_families import BERT, ROBERTA, count_labels
 from peft_jax.models.causal_lm import default_positions
 from peft_jax.models.execution import ExecutionSettings
@@ -102,7 +103,12 @@ class SequenceClassifier(Model):
 
 
 def is_encoder(hf_config: Mapping[str, Any]) -> bool:
-    """Whether a `config.json` is an encoder's, for `build_classifier`."""
+    """Whether a `config.json` is an encoder's, for `build_classifier`.
+
+    Raises:
+      ValueError: its `model_type` is no text.
+    """
+    check_kind(hf_config, "model_type")
     return hf_config.get("model_type") in ENCODERS
 
 
@@ -132,12 +138,12 @@ def build_classifier(
       (8, 3)
     """
     model_type = hf_config.get("model_type")
-    if model_type not in ENCODERS:
+    if not is_encoder(hf_config):
         raise ValueError(
             f"config.json has the model_type {model_type!r}, which is no encoder implemented here"
             f"{did_you_mean(str(model_type), ENCODERS)}"
         )
-    family = ENCODERS[model_type]
+    family = ENCODERS[str(model_type)]
     family.read_config(hf_config)
     if num_labels is not None:
         hf_config = _with_labels(hf_config, num_labels, family)

@@ -129,7 +129,9 @@ def _window_of_all(hf_config: Mapping[str, Any]) -> int | None:
       ValueError: some layers have a window and others not.
     """
     layers = require(hf_config, "num_hidden_layers")
-    window = given(hf_config, "sliding_window", 4096)
+    # As transformers reads it: an absent window is 4096, a null one none, and only
+    # use_sliding_window turns it on.
+    window = hf_config.get("sliding_window", 4096)
     if not given(hf_config, "use_sliding_window", False):
         window = None
     full_layers = given(hf_config, "max_window_layers", 28)
@@ -137,6 +139,11 @@ def _window_of_all(hf_config: Mapping[str, Any]) -> int | None:
         "sliding_attention" if window is not None and layer >= full_layers else "full_attention"
         for layer in range(layers)
     ]
+    if len(types) != layers:
+        raise ValueError(
+            f"config.json gives layer_types of {len(types)} layers, and num_hidden_layers ="
+            f" {layers}"
+        )
     if set(types) == {"full_attention"}:
         return None
     if set(types) == {"sliding_attention"} and window is not None:

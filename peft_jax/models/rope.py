@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Float32, Float64, Int
 
 from peft_jax.core import did_you_mean
 from peft_jax.core.checks import check_positive
-from peft_jax.models.attributes import given
+from peft_jax.models.attributes import check_kind, given
 
 Frequencies = Float64[np.ndarray, "pairs"]
 
@@ -248,10 +248,7 @@ def read_rotary(hf_config: Mapping[str, Any], *, head_dim: int) -> RotarySetting
         understood.
     """
     for name in ("rope_parameters", "rope_scaling"):
-        if not isinstance(hf_config.get(name) or {}, Mapping):
-            raise ValueError(
-                f"config.json sets {name} = {hf_config[name]!r}; it should be an object"
-            )
+        check_kind(hf_config, name)
     new, old = (hf_config.get(name) or {} for name in ("rope_parameters", "rope_scaling"))
     if new and old and new != old:
         raise ValueError(
@@ -264,6 +261,8 @@ def read_rotary(hf_config: Mapping[str, Any], *, head_dim: int) -> RotarySetting
             f"config.json's rope_parameters differ by layer type ({', '.join(nested)}), which is"
             " not implemented"
         )
+    for name in ("rope_theta", "partial_rotary_factor", "rope_type", "type"):
+        check_kind(parameters, name, where="config.json's rope parameters set")
     theta = parameters.pop("rope_theta", given(hf_config, "rope_theta", 10000.0))
     partial = parameters.pop(
         "partial_rotary_factor", given(hf_config, "partial_rotary_factor", 1.0)
@@ -311,6 +310,8 @@ def _read_scaling(
             )
     if kind == "default":
         return None
+    for name in parameters:
+        check_kind(parameters, name, where="config.json's rope parameters set")
     settings = _SCALINGS[kind]
     required = {
         field.name

@@ -1,17 +1,15 @@
 """What a step holds on one device, by kind."""
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from peft_jax.core import Tree
 from peft_jax.data import AnyBatch
 from peft_jax.parallel import on_mesh
+from peft_jax.parallel.memory import arrays_on_a_device, bytes_of
 from peft_jax.training.blueprint import Blueprint
-from peft_jax.training.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,21 +34,6 @@ class Memory:
     temporaries: int | None
     host: int
     total: int | None
-
-
-def arrays_on_a_device(tree: Tree | TrainState) -> int:
-    """The bytes of a tree of shapes with shardings on one device.
-
-    Example:
-      >>> from peft_jax.parallel import MeshSettings, make_mesh
-      >>> one = jax.NamedSharding(make_mesh(MeshSettings(devices=1)), jax.P())
-      >>> arrays_on_a_device({"w": jax.ShapeDtypeStruct((3, 4), jnp.bfloat16, sharding=one)})
-      24
-    """
-    return sum(
-        bytes_of(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
-        for leaf in jax.tree.leaves(tree)
-    )
 
 
 def measure_memory(blueprint: Blueprint, total: int | None) -> Memory:
@@ -104,20 +87,3 @@ def _kept(blueprint: Blueprint) -> tuple[int, int]:
         on_host = "host" in str(getattr(aval, "memory_space", "")).lower()
         sizes[on_host] += bytes_of(aval.shape, aval.dtype) // blueprint.mesh.size
     return sizes[False], sizes[True]
-
-
-def bytes_of(shape: tuple[int, ...], dtype: Any) -> int:
-    """The bytes of an array; types of less than eight bits are packed.
-
-    Example:
-      >>> bytes_of((4, 4), "bfloat16"), bytes_of((4, 4), "int4"), bytes_of((4,), "bool")
-      (32, 8, 4)
-    """
-    dtype = jnp.dtype(dtype)
-    if jnp.issubdtype(dtype, jnp.integer):
-        bits = jnp.iinfo(dtype).bits
-    elif jnp.issubdtype(dtype, jnp.floating):
-        bits = jnp.finfo(dtype).bits
-    else:
-        bits = 8 * dtype.itemsize
-    return math.ceil(math.prod(shape) * bits / 8)

@@ -15,8 +15,8 @@ from qwix import QArray
 from peft_jax.core import did_you_mean, flatten
 from peft_jax.models import Model
 from peft_jax.parallel import TOPOLOGIES, MeshSettings, Topology, find_topology
+from peft_jax.parallel.memory import bytes_of
 from peft_jax.parallel.mesh import factorisations
-from peft_jax.plan.memory import bytes_of
 from peft_jax.plan.planner import Plan, find_model, make_plan
 from peft_jax.training.blueprint import optimizer_of
 from peft_jax.training.config import RunConfig

@@ -22,12 +22,7 @@ from peft_jax.core.checks import (
     check_positive,
     check_positive_int,
 )
-from peft_jax.data import DataSettings
-from peft_jax.models import ExecutionSettings
-from peft_jax.models.architectures import ARCHITECTURES
-from peft_jax.optim import MixingSettings, OptimizerSettings
-from peft_jax.parallel import MeshSettings
-from peft_jax.training.convert import (
+from peft_jax.core.convert import (
     convert,
     differences,
     from_mapping,
@@ -35,6 +30,11 @@ from peft_jax.training.convert import (
     to_mapping,
     union_members,
 )
+from peft_jax.data import DataSettings
+from peft_jax.models import ExecutionSettings
+from peft_jax.models.architectures import ARCHITECTURES
+from peft_jax.optim import MixingSettings, OptimizerSettings
+from peft_jax.parallel import MeshSettings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from peft_jax.core import Tree, flatten, unflatten
 from peft_jax.data import AnyBatch, UnusableRowsError
 from peft_jax.hub import load_params
 from peft_jax.parallel import on_mesh
+from peft_jax.parallel.memory import device_memory
 from peft_jax.training.arithmetic import count_step_flops
 from peft_jax.training.blueprint import step_bytes
 from peft_jax.training.checkpoints import Checkpoints
@@ -39,7 +40,7 @@ from peft_jax.training.metrics import (
     read_records,
 )
 from peft_jax.training.placement import check_processes, from_first
-from peft_jax.training.prepare import Job, device_memory, prepare
+from peft_jax.training.prepare import Job, prepare
 from peft_jax.training.progress import Reporter, StepProgress
 from peft_jax.training.report import write_report
 from peft_jax.training.state import TrainState

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from peft_jax.core.convert import differences
 from peft_jax.data import AnyBatch
-from peft_jax.training.convert import differences
 from peft_jax.training.errors import RefusedError
 from peft_jax.training.files import write_text
 

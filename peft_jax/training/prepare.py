@@ -1,7 +1,6 @@
 """Everything a run needs, built and checked before any weight is loaded."""
 
 import dataclasses
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from peft_jax.models import (
 )
 from peft_jax.models.architectures import check_architecture
 from peft_jax.parallel import make_mesh
+from peft_jax.parallel.memory import check_fits, device_memory, gib
 from peft_jax.training.blueprint import Blueprint, draw_blueprint
 from peft_jax.training.config import RunConfig
 from peft_jax.training.errors import RefusedError
@@ -172,7 +172,16 @@ def _check_vocabulary(tokenizer: Any, model: Model, folder: Path) -> None:
 
 
 def _check_memory(blueprint: Blueprint) -> None:
-    """Refuses microbatches that no memory holds."""
+    """Rejects a run whose arrays, or whose microbatches, cannot fit in memory."""
+    check_fits(
+        {
+            "the frozen base": blueprint.frozen,
+            "what is trained": {"trained": blueprint.adapter},
+            "the optimiser's state": {"state": blueprint.state.opt_state},
+        },
+        "choose model.dtype bfloat16, model.quantization int8 or nf4, a smaller method.rank, or"
+        " shard over more devices",
+    )
     train, width = blueprint.config.train, blueprint.model.execution.dtype.itemsize
     # The least a microbatch takes: one block's input, and its gradient.
     features = blueprint.model.config.hidden_size
@@ -182,21 +191,6 @@ def _check_memory(blueprint: Blueprint) -> None:
         raise ValueError(
             f"train.batch_size {train.batch_size} in train.gradient_accumulation "
             f"{train.gradient_accumulation} microbatches of train.max_length {train.max_length} "
-            f"tokens: one block's activations alone take {_gib(least)} on a device, which has "
-            f"{_gib(memory)}"
+            f"tokens: one block's activations alone take {gib(least)} on a device, which has "
+            f"{gib(memory)}"
         )
-
-
-def device_memory() -> int | None:
-    """The bytes of memory of one device; the host's for a CPU, None where it is not known."""
-    device = jax.local_devices()[0]
-    stats = device.memory_stats() or {}
-    if "bytes_limit" in stats:
-        return int(stats["bytes_limit"])
-    if device.platform == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return None
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"

@@ -17,8 +17,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from peft_jax.core.convert import differences
 from peft_jax.training.config import MAY_CHANGE, ROUNDING, RunConfig, under
-from peft_jax.training.convert import differences
 from peft_jax.training.errors import RefusedError
 from peft_jax.training.files import write_json
 

@@ -11,7 +11,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union
 
-from peft_jax.core import did_you_mean
+from peft_jax.core.suggest import did_you_mean
 
 T = TypeVar("T")
 
