@@ -6,6 +6,7 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ class Side:
     Attributes:
       label: what it is called in the table.
       seconds: a step, by round.
-      peak_bytes: the most memory its process held.
+      peak_bytes: the most memory its process held, on a GPU's side if it has one.
       facts: what the worker reported.
     """
 
@@ -95,6 +96,43 @@ class Worker:
         return json.loads(line)
 
 
+def run_in_turn(
+    workers: Mapping[str, tuple[str, ...]], *, rounds: int, steps: int
+) -> dict[str, Side]:
+    """Runs workers in turn, A B C A B C …, all warm.
+
+    Args:
+      workers: Module and arguments of each, by name.
+      rounds: How many turns each has.
+      steps: Training steps in a turn.
+
+    Returns:
+      What each took, by name.
+
+    Raises:
+      RuntimeError: A worker ended with an error.
+    """
+    processes = {}
+    for name, command in workers.items():
+        print(f"{name} …", file=sys.stderr, flush=True)
+        processes[name] = Worker(*command)
+    answers: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
+    for _ in range(rounds):
+        for name, process in processes.items():
+            answers[name].append(process.run(steps))
+    for process in processes.values():
+        process.close()
+    return {
+        name: Side(
+            label=f"{process.facts['library']} {process.facts['method']}",
+            seconds=[answer["seconds"] for answer in answers[name]],
+            peak_bytes=max(answer["peak_bytes"] for answer in answers[name]),
+            facts=process.facts,
+        )
+        for name, process in processes.items()
+    }
+
+
 def compare(
     name: str, ours: tuple[str, ...], theirs: tuple[str, ...], *, rounds: int, steps: int
 ) -> Comparison:
@@ -107,23 +145,8 @@ def compare(
       rounds: how many pairs.
       steps: training steps in each half of a pair.
     """
-    workers = (Worker(*ours), Worker(*theirs))
-    answers: tuple[list[dict], list[dict]] = ([], [])
-    for _ in range(rounds):
-        for worker, answer in zip(workers, answers, strict=True):
-            answer.append(worker.run(steps))
-    for worker in workers:
-        worker.close()
-    sides = [
-        Side(
-            label=f"{worker.facts['library']} {worker.facts['method']}",
-            seconds=[a["seconds"] for a in answer],
-            peak_bytes=max(a["peak_bytes"] for a in answer),
-            facts=worker.facts,
-        )
-        for worker, answer in zip(workers, answers, strict=True)
-    ]
-    return Comparison(name, *sides)
+    sides = run_in_turn({"ours": ours, "theirs": theirs}, rounds=rounds, steps=steps)
+    return Comparison(name, sides["ours"], sides["theirs"])
 
 
 def table(comparisons: list[Comparison]) -> str:

@@ -1,17 +1,23 @@
-"""On a GPU: kernels beside the copy bandwidth measured in the same run, and training steps.
+"""On a GPU: kernels beside the copy bandwidth of the same run, attention, steps and generation.
 
-    python -m benchmarks.gpu --steps
+    python -m benchmarks.gpu
 
-First each kernel's numbers are checked against the references, at several shapes. Then it times, in
-turn: a copy of the activations, the rotation and the unitary product in each implementation that
-the GPU has. What counts is the share of the copy's bandwidth, each product counted as one read and
-one write of the activations. With `--steps` training steps are compared too, in bfloat16, of a
-Llama of 1.2 billion parameters: BOFT's with LoRA's, and with Hugging Face PEFT's BOFT on the same
-GPU (which needs a torch with CUDA). Each figure stands beside its target, and the exit code is 1 if
-one is missed.
+Each kernel's numbers are first checked against the references, at several shapes. Then it times
 
-It was written without a GPU to run it on. `--on_cpu` runs it on a CPU, where a copy's bandwidth
-says little and no figure decides the exit code; take few tokens then (`--tokens 256 --widths 512`).
+- a copy of the activations, and the rotation and the unitary product in each implementation that
+  the GPU has. What counts is the share of the copy's bandwidth, each product counted as one read
+  and one write of the activations;
+- attention in each implementation, forwards and with its gradients;
+- training steps in bfloat16 beside Hugging Face PEFT's on the same GPU (which needs a torch with
+  CUDA): LoRA, BOFT and full fine-tuning of a Llama of 1.1 billion parameters, the hybrid, LoRA over
+  an int8 base, and LoRA at the widths of Llama 3 8B. All processes are started first and then run
+  in turn. Utilisation is of the maker's bfloat16 peak, without recomputation: 4 or 6 operations a
+  parameter and token, attention over the pairs that causal order leaves, nothing for adapters;
+- greedy generation beside transformers'.
+
+`--only` chooses among them. Figures that have a target are judged, and the exit code is 1 if one is
+missed. `--on_cpu` tries it out on a CPU, where a copy's bandwidth says little and nothing decides
+the exit code; take few tokens then (`--tokens 256 --widths 512 --only kernels`).
 """
 
 import argparse
@@ -21,6 +27,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +37,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.compare import Comparison, compare, table
+from benchmarks import small_llama
+from benchmarks.compare import Comparison, Side, run_in_turn, table
 from kernels_pallas.block_rotation import block_rotation
 from kernels_pallas.block_rotation import reference as rotation_reference
 from kernels_pallas.cases import tolerance
@@ -38,13 +46,58 @@ from kernels_pallas.dispatch import KernelError
 from kernels_pallas.unitary import reference as unitary_reference
 from kernels_pallas.unitary import unitary_product
 from peft_jax import exits
+from peft_jax.models.attention import dense_attention
+from peft_jax.models.attention_layout import AttentionLayout
+from peft_jax.models.chunked_attention import chunked_attention
+from peft_jax.models.fused_attention import fused_attention
+from peft_jax.parallel.chips import find_chip
 
+PARTS = ("kernels", "attention", "steps", "generation")
 BLOCK_SIZE = 16
 SHARE_OF_COPY = 0.8
 """The least share of the copy's bandwidth, of the rotation and of the unitary product."""
-BOFT_OF_LORA = 1.15
-BOFT_OF_PEFT = 0.2
+BOFT_OF_LORA = 1.1
+BOFT_OF_PEFT = 1 / 6
 """The most that our BOFT step may take of our LoRA step, and of PEFT's BOFT step."""
+HYBRID_OF_LORA = 1.1
+LORA_OF_PEFT = 0.7
+FULL_OF_PEFT = 0.8
+GENERATION_OF_TRANSFORMERS = 1 / 3
+"""The most of the other's time that the rest may take."""
+
+OURS, THEIRS = "benchmarks.step_ours", "benchmarks.step_peft"
+BF16 = ("--dtype", "bfloat16")
+LARGE = ("--size", "large", *BF16)
+SCANNED = ("--scan_layers",)
+STEPS = {
+    "LoRA": (OURS, "lora", *LARGE, *SCANNED),
+    "BOFT": (OURS, "boft", *LARGE, *SCANNED),
+    "hybrid": (OURS, "hybrid", *LARGE, *SCANNED),
+    "full": (OURS, "full", *LARGE, *SCANNED),
+    "LoRA, int8 base": (OURS, "lora", *LARGE, *SCANNED, "--quantization", "int8"),
+    "PEFT LoRA": (THEIRS, "lora", *LARGE),
+    "PEFT BOFT": (THEIRS, "boft", *LARGE),
+    "PEFT full": (THEIRS, "full", *LARGE),
+    "LoRA, 8B": (OURS, "lora", "--size", "8b", *BF16, *SCANNED),
+    "PEFT LoRA, 8B": (THEIRS, "lora", "--size", "8b", *BF16),
+}
+STEP_RATIOS = (
+    ("LoRA", "PEFT LoRA", LORA_OF_PEFT),
+    ("full", "PEFT full", FULL_OF_PEFT),
+    ("BOFT", "PEFT BOFT", BOFT_OF_PEFT),
+    ("BOFT", "LoRA", BOFT_OF_LORA),
+    ("hybrid", "LoRA", HYBRID_OF_LORA),
+    ("LoRA, 8B", "PEFT LoRA, 8B", LORA_OF_PEFT),
+)
+"""One step, another, and the most of its time that the first may take."""
+
+GENERATION = {
+    "generation": ("benchmarks.generate_ours", "generate", *LARGE),
+    "transformers": ("benchmarks.generate_transformers", "generate", *LARGE),
+}
+ATTENTION = {"dense": dense_attention, "chunked": chunked_attention, "fused": fused_attention}
+ATTENTION_SIZES = ((8, 1024, 8, 4, 64), (2, 4096, 8, 4, 128))
+"""Rows, tokens, key-value heads, query heads to each, head dimension."""
 
 Run = Callable[[], Any]
 
@@ -170,45 +223,116 @@ def time_in_turn(runs: dict[str, tuple[Run, int]], rounds: int, repeats: int) ->
 
 
 def measure_kernels(options: argparse.Namespace, implementations: list[str]) -> list[Figure]:
-    """The products' shares of the copy's bandwidth; the best implementation of each is judged."""
+    """The products' shares of the copy's bandwidth; the best implementation of each is judged.
+
+    Only the most tokens are judged: a copy of few is as fast as its launch.
+    """
     figures = []
-    for d in options.widths:
-        runs = programs(options.tokens, d, implementations)
-        seconds = time_in_turn(runs, options.rounds, options.repeats)
-        rates = {
-            name: arrays * options.tokens * d * 2 / seconds[name]
-            for name, (_, arrays) in runs.items()
-        }
-        best: dict[tuple[str, str], float] = {}
-        for name, rate in rates.items():
-            share = rate / rates["copy"]
-            shown = f"{1e6 * seconds[name]:.1f} µs, {rate / 1e9:.0f} GB/s, {share:.2f} of the copy"
-            figures.append(Figure(f"d {d}, {name}", shown, share))
-            if name != "copy":
-                kernel, _, direction = name.split()
-                best[kernel, direction] = max(best.get((kernel, direction), 0.0), share)
+    for tokens in options.tokens:
+        for d in options.widths:
+            where = f"{tokens} x {d}"
+            runs = programs(tokens, d, implementations)
+            seconds = time_in_turn(runs, options.rounds, options.repeats)
+            rates = {
+                name: arrays * tokens * d * 2 / seconds[name] for name, (_, arrays) in runs.items()
+            }
+            best: dict[tuple[str, str], float] = {}
+            for name, rate in rates.items():
+                share = rate / rates["copy"]
+                shown = (
+                    f"{1e6 * seconds[name]:.1f} µs, {rate / 1e9:.0f} GB/s, {share:.2f} of the copy"
+                )
+                figures.append(Figure(f"{where}, {name}", shown, share))
+                if name != "copy":
+                    kernel, _, direction = name.split()
+                    best[kernel, direction] = max(best.get((kernel, direction), 0.0), share)
+            if tokens == max(options.tokens):
+                figures += [
+                    _judged(f"{where}, {' '.join(key)}, the best", share, at_least=SHARE_OF_COPY)
+                    for key, share in best.items()
+                ]
+    return figures
+
+
+def measure_attention(options: argparse.Namespace) -> list[Figure]:
+    """Attention in each implementation; segments of a quarter of a row where a name says packed."""
+    figures = []
+    for sizes in ATTENTION_SIZES:
+        runs: dict[str, tuple[Run, int]] = {}
+        for name in ATTENTION:
+            for packed in (False, True):
+                kind = f"{name}, packed" if packed else name
+                forwards, both = _attention_runs(name, sizes, packed=packed)
+                runs[f"{kind}, forwards"] = forwards, 0
+                runs[f"{kind}, with gradients"] = both, 0
+        seconds = time_in_turn(runs, options.rounds, 5)
         figures += [
-            _judged(f"d {d}, {' '.join(key)}, the best", share, at_least=SHARE_OF_COPY)
-            for key, share in best.items()
+            Figure(f"attention {sizes}, {name}", f"{1e3 * spent:.2f} ms", spent)
+            for name, spent in seconds.items()
         ]
     return figures
 
 
-def measure_steps(kernels: str, size: str) -> tuple[list[Comparison], list[Figure]]:
-    """BOFT's training step beside LoRA's and PEFT's."""
-    both = ("--size", size, "--dtype", "bfloat16")
-    ours = ("benchmarks.step_ours", "boft", *both, "--kernels", kernels)
-    lora = ("benchmarks.step_ours", "lora", *both)
-    theirs = ("benchmarks.step_peft", "boft", *both)
-    done, figures = [], []
-    for name, other, bound in (
-        ("BOFT b 8, m 2 / our LoRA r 8", lora, BOFT_OF_LORA),
-        ("BOFT b 8, m 2 / PEFT BOFT b 8, m 1", theirs, BOFT_OF_PEFT),
-    ):
-        print(f"{name} …", file=sys.stderr, flush=True)
-        done.append(compare(name, ours, other, rounds=5, steps=5))
-        figures.append(_judged(f"step, {name}", done[-1].ratio, at_most=bound))
-    return done, figures
+def _attention_runs(name: str, sizes: tuple[int, ...], *, packed: bool) -> tuple[Run, Run]:
+    rows, tokens, kv_heads, group, head_dim = sizes
+    rng = np.random.default_rng(0)
+    query, g = (
+        jnp.asarray(rng.normal(size=(rows, tokens, kv_heads, group, head_dim)) / 8, jnp.bfloat16)
+        for _ in range(2)
+    )
+    key, value = (
+        jnp.asarray(rng.normal(size=(rows, tokens, kv_heads, head_dim)), jnp.bfloat16)
+        for _ in range(2)
+    )
+    quarter = jnp.arange(tokens, dtype=jnp.int32) // (tokens // 4)
+    segments = jnp.broadcast_to(1 + quarter if packed else jnp.ones_like(quarter), (rows, tokens))
+
+    def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        layout = AttentionLayout.causal(segments, None, packed=packed)
+        return ATTENTION[name](layout, tokens=tokens, keys=tokens)(query, key, value)
+
+    both = _compiled(_gradients(attend), query, g, key, value)
+    return _compiled(attend, query, key, value), both
+
+
+def measure_steps(options: argparse.Namespace) -> tuple[list[str], list[Figure]]:
+    """Training steps: a table of each, and of those that are compared."""
+    sides = run_in_turn(STEPS, rounds=options.rounds, steps=5)
+    chip = find_chip(jax.devices()[0].device_kind)
+    lines = [
+        "| step | s, median (least – most) | tokens a second | utilisation | GiB |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, side in sides.items():
+        size = small_llama.SIZES["8b" if name.endswith("8B") else "large"]
+        rate = size.flops(trained=name.endswith("full")) / statistics.median(side.seconds)
+        share = "" if chip is None else f"{rate / chip.flops:.1%}"
+        lines.append(_row(name, side, size.tokens, share))
+    compared = [Comparison(f"{a} / {b}", sides[a], sides[b]) for a, b, _ in STEP_RATIOS]
+    figures = [
+        _judged(f"step, {one.name}", one.ratio, at_most=bound)
+        for one, (_, _, bound) in zip(compared, STEP_RATIOS, strict=True)
+    ]
+    return [*lines, "", table(compared)], figures
+
+
+def _row(name: str, side: Side, tokens: int, share: str) -> str:
+    median = statistics.median(side.seconds)
+    return (
+        f"| {name} | {median:.4f} ({min(side.seconds):.4f} – {max(side.seconds):.4f}) |"
+        f" {tokens / median:,.0f} | {share} | {side.peak_bytes / 2**30:.2f} |"
+    )
+
+
+def measure_generation(options: argparse.Namespace) -> tuple[list[str], list[Figure]]:
+    """Greedy generation beside transformers'."""
+    sides = run_in_turn(GENERATION, rounds=min(options.rounds, 5), steps=1)
+    new = small_llama.SIZES["large"].batch_size * small_llama.NEW_TOKENS
+    lines = ["| generation | s | new tokens a second | | GiB |", "| --- | --- | --- | --- | --- |"]
+    lines += [_row(name, side, new, "") for name, side in sides.items()]
+    compared = Comparison("generation / transformers", *sides.values())
+    judged = _judged(compared.name, compared.ratio, at_most=GENERATION_OF_TRANSFORMERS)
+    return [*lines, "", table([compared])], [judged]
 
 
 def _judged(
@@ -226,11 +350,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--widths", type=int, nargs="+", default=[4096, 8192, 14336])
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 16384])
+    parser.add_argument("--widths", type=int, nargs="+", default=[4096, 14336])
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--steps", action="store_true", help="also compare training steps")
     parser.add_argument("--on_cpu", action="store_true", help="try it out without a GPU")
     parser.add_argument("--output", type=Path, default=Path("out/bench"))
     options = parser.parse_args()
@@ -238,22 +362,19 @@ def main() -> int:
     if platform != "gpu" and not options.on_cpu:
         parser.error(
             f"this measures a GPU, and JAX has found a {platform} ({kind}): install the extra 'gpu'"
-            " on a machine with one, or try it out with --on_cpu --tokens 256 --widths 512"
+            " on a machine with one, or try it out with --on_cpu --tokens 256 --widths 512 --only"
+            " kernels"
         )
-    implementations = []
-    for name in ("xla", "pallas"):
-        try:
-            check_numbers(name)
-            implementations.append(name)
-        except KernelError as error:
-            print(f"{name}: {error}", file=sys.stderr)
-    figures = measure_kernels(options, implementations)
-    lines = [f"{kind}, {options.tokens} tokens, bfloat16, blocks of {BLOCK_SIZE}."]
-    if options.steps:
-        size = "large" if platform == "gpu" else "small"
-        comparisons, judged = measure_steps(implementations[-1], size)
-        figures += judged
-        lines += ["", table(comparisons)]
+    lines, figures = [f"{kind}, {_versions()}."], []
+    if "kernels" in options.only:
+        figures += measure_kernels(options, checked_implementations())
+    if "attention" in options.only:
+        figures += measure_attention(options)
+    for part, measure in (("steps", measure_steps), ("generation", measure_generation)):
+        if part in options.only:
+            rows, judged = measure(options)
+            lines += ["", *rows]
+            figures += judged
     words = {None: "", True: "yes", False: "**no**"}
     lines += ["", "| | | met |", "| --- | --- | --- |"]
     lines += [f"| {f.name} | {f.shown} | {words[f.met]} |" for f in figures]
@@ -264,6 +385,23 @@ def main() -> int:
     )
     print("\n".join(lines))
     return int(platform == "gpu" and any(figure.met is False for figure in figures))
+
+
+def checked_implementations() -> list[str]:
+    """The implementations that there are here, whose numbers are right."""
+    implementations = []
+    for name in ("xla", "pallas"):
+        try:
+            check_numbers(name)
+            implementations.append(name)
+        except KernelError as error:
+            print(f"{name}: {error}", file=sys.stderr)
+    return implementations
+
+
+def _versions() -> str:
+    names = ("jax", "torch", "peft", "transformers")
+    return ", ".join(f"{name} {metadata.version(name)}" for name in names)
 
 
 if __name__ == "__main__":

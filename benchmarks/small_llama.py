@@ -1,12 +1,15 @@
 """The models and batches that training steps are compared on: Llamas of random parameters.
 
-"small" has 32 million parameters and is for CPUs; "large" has 1.2 billion, so that a GPU is busy.
+"small" has 32 million parameters and is for CPUs; "large" has 1.1 billion, so that a GPU is busy;
+"8b" has the widths of Llama 3 8B.
 """
 
 import argparse
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 _SMALL = {
     "architectures": ["LlamaForCausalLM"],
@@ -36,6 +39,16 @@ _LARGE = _SMALL | {
 }
 
 
+_8B = _LARGE | {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Size:
     """A model and its batch.
@@ -50,8 +63,33 @@ class Size:
     batch_size: int
     length: int
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.batch_size * self.length
 
-SIZES = {"small": Size(_SMALL, 8, 256), "large": Size(_LARGE, 8, 1024)}
+    def flops(self, *, trained: bool) -> float:
+        """Returns the floating-point operations of a step, without those of adapters.
+
+        Two products a kernel where it is frozen, three where it is trained; attention over the
+        pairs that causal order leaves.
+
+        Args:
+          trained: Whether the kernels are trained.
+        """
+        config = self.config
+        head_dim = config["hidden_size"] // config["num_attention_heads"]
+        kv_width = config["num_key_value_heads"] * head_dim
+        layer = config["hidden_size"] * (
+            2 * config["hidden_size"] + 2 * kv_width + 3 * config["intermediate_size"]
+        )
+        head = config["hidden_size"] * config["vocab_size"]
+        kernels = config["num_hidden_layers"] * layer + head
+        attention = 6.0 * self.length * config["hidden_size"] * config["num_hidden_layers"]
+        return self.tokens * (2.0 * (3 if trained else 2) * kernels + attention)
+
+
+SIZES = {"small": Size(_SMALL, 8, 256), "large": Size(_LARGE, 8, 1024), "8b": Size(_8B, 4, 2048)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,24 +101,40 @@ class Options:
       size: one of `SIZES`.
       dtype: of the model.
       kernels: the implementation of our products.
+      quantization: what our base is held as.
+      scan_layers: whether our layers are scanned.
     """
 
     method: str
     size: Size
     dtype: str
     kernels: str
+    quantization: str
+    scan_layers: bool
 
 
 def parse(arguments: Sequence[str]) -> Options:
-    """METHOD [--size=small] [--dtype=float32] [--kernels=auto]."""
+    """METHOD and what `--help` lists."""
     parser = argparse.ArgumentParser()
     parser.add_argument("method")
     parser.add_argument("--size", choices=list(SIZES), default="small")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--kernels", choices=["auto", "xla", "pallas"], default="auto")
-    given = parser.parse_args(arguments)
-    return Options(given.method, SIZES[given.size], given.dtype, given.kernels)
+    parser.add_argument("--quantization", choices=["none", "int8", "nf4"], default="none")
+    parser.add_argument("--scan_layers", action="store_true")
+    given = vars(parser.parse_args(arguments))
+    return Options(**given | {"size": SIZES[given["size"]]})
 
+
+def prompts(size: Size) -> np.ndarray:
+    """Random prompts to be continued, int64 [rows, tokens]."""
+    shape = (size.batch_size, PROMPT_TOKENS)
+    return np.random.default_rng(1).integers(1, size.config["vocab_size"], shape)
+
+
+PROMPT_TOKENS = 128
+NEW_TOKENS = 128
+"""Tokens of a prompt, and by how many it is continued."""
 
 LEARNING_RATE = 1e-4
 RANK = 8

@@ -53,13 +53,21 @@ def make_batch(size: setup.Size) -> Batch:
     )
 
 
+def device_peak() -> int | None:
+    """The most bytes held on the first device; None where JAX does not say."""
+    stats = jax.local_devices()[0].memory_stats()
+    return stats["peak_bytes_in_use"] if stats else None
+
+
 def main(options: setup.Options) -> None:
     """Makes the step of one method and serves it."""
     method = options.method
     dispatch_inline()
-    execution = ExecutionSettings(scan_layers=False, kernels=options.kernels)
+    execution = ExecutionSettings(
+        compute_dtype=options.dtype, scan_layers=options.scan_layers, kernels=options.kernels
+    )
     model = build_model(options.size.config, execution)
-    params = model.init_params(jax.random.key(0), dtype=options.dtype)
+    params = model.init_params(jax.random.key(0), options.dtype, options.quantization)
     spec = AdapterSpec(method=make_method(NAMES.get(method, method), **SETTINGS[method]))
     batch = jax.device_put(make_batch(options.size))
     adapter = spec.init(
@@ -78,6 +86,7 @@ def main(options: setup.Options) -> None:
         learning_rate=learning_rate_schedule(settings, 1000),
         chunk_size=CHUNK,
         seed=0,
+        packed=False,
     )
     count = count_parameters(spec, params, adapter)
     step = jax.jit(train_step, donate_argnums=0)
@@ -94,7 +103,13 @@ def main(options: setup.Options) -> None:
         state, metrics = step(state, frozen, constant, rows)
         return float(metrics["loss"])
 
-    serve(run, trainable=count.trainable, library="peft_jax", method=method)
+    serve(
+        run,
+        device_peak=device_peak,
+        trainable=count.trainable,
+        library="peft_jax",
+        method=method,
+    )
     if train_step.traces != 1:
         raise RuntimeError(f"the step was traced {train_step.traces} times")
 

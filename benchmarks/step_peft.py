@@ -24,20 +24,26 @@ CONFIGS = {
 }
 
 
+def make_model(options: setup.Options) -> torch.nn.Module:
+    """Makes a random model on the GPU, or on the CPU where there is none."""
+    torch.manual_seed(0)
+    config = dict(options.size.config)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(config.pop("model_type"), **config),
+            dtype=getattr(torch, options.dtype),
+        )
+
+
 def main(options: setup.Options) -> None:
     """Makes the step of one method and serves it."""
     method, size = options.method, options.size
     warnings.filterwarnings("ignore")
-    torch.manual_seed(0)
-    config = dict(size.config)
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(config.pop("model_type"), **config),
-        dtype=getattr(torch, options.dtype),
-    )
+    model = make_model(options)
+    device = model.device
     model.config.use_cache = False
     if CONFIGS[method] is not None:
         model = get_peft_model(model, CONFIGS[method]())
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=setup.LEARNING_RATE, weight_decay=0.0)
@@ -54,7 +60,13 @@ def main(options: setup.Options) -> None:
         return loss.item()
 
     count = sum(p.numel() for p in trained)
-    serve(run, trainable=count, library="Hugging Face PEFT", method=method)
+    serve(
+        run,
+        device_peak=lambda: torch.cuda.max_memory_allocated() or None,
+        trainable=count,
+        library="Hugging Face PEFT",
+        method=method,
+    )
 
 
 if __name__ == "__main__":

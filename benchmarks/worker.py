@@ -12,12 +12,20 @@ import time
 from collections.abc import Callable
 
 
-def serve(step: Callable[[], float], *, warm_up: int = 2, **facts: object) -> None:
+def serve(
+    step: Callable[[], float],
+    *,
+    warm_up: int = 2,
+    device_peak: Callable[[], int | None] = lambda: None,
+    **facts: object,
+) -> None:
     """Answers until the input ends.
 
     Args:
       step: one training step; returns its loss, having waited for it.
       warm_up: steps not counted.
+      device_peak: the most bytes held on the accelerator; None where there is none, and then the
+        process's own are reported.
       facts: what to report beside.
     """
     out, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
@@ -29,7 +37,7 @@ def serve(step: Callable[[], float], *, warm_up: int = 2, **facts: object) -> No
         for _ in range(count):
             loss = step()
         seconds = (time.perf_counter() - start) / count
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = device_peak() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         _say(out, seconds=seconds, loss=loss, peak_bytes=peak)
 
 

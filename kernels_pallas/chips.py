@@ -26,11 +26,18 @@ def target_vmem_bytes() -> int:
         return SMALLEST_VMEM_BYTES
 
 
+def target_platform() -> str:
+    """Returns what a function is traced for: "cpu", "gpu" or "tpu".
+
+    It is the platform of the mesh that is set, or else JAX's default. A choice by it is one of
+    speed alone: a program may still be lowered for another platform.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 HOPPER = "9.0"
 """The compute capability of the GPUs whose matrix instructions the GPU kernels use."""
-
-UNMEASURED = "the GPU kernel has been lowered, but never run on a GPU; 'pallas' asks for it"
-"""Why "auto" does not take a GPU kernel yet."""
 
 
 def refuse_generation() -> str | None:

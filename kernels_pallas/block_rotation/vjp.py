@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from kernels_pallas.block_rotation import config, xla
 from kernels_pallas.checks import refuse_dtype
-from kernels_pallas.chips import UNMEASURED, refuse_generation
+from kernels_pallas.chips import refuse_generation
 from kernels_pallas.dispatch import Operation
 
 Residuals = tuple[Any, Any]
@@ -54,18 +54,12 @@ def _refuse_on_gpu(x: jax.ShapeDtypeStruct, matrix: int) -> str | None:
     return refuse_generation()
 
 
-def _hesitate(platform: str, *shapes: jax.ShapeDtypeStruct, **settings: Any) -> str | None:
-    del shapes, settings
-    return UNMEASURED if platform == "gpu" else None
-
-
 FORWARD = Operation(
     name="block_rotation",
     xla=xla.forward,
     tpu=functools.partial(_tpu, "forward"),
     gpu=functools.partial(_gpu, "forward"),
     refuse=_refuse,
-    hesitate=_hesitate,
     rowwise=(0,),
 )
 """(x, blocks) to (y,)."""
@@ -76,7 +70,6 @@ BACKWARD = Operation(
     tpu=functools.partial(_tpu, "backward"),
     gpu=functools.partial(_gpu, "backward"),
     refuse=_refuse,
-    hesitate=_hesitate,
 )
 """(x, g, blocks) to (dx, dblocks)."""
 

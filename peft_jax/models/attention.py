@@ -1,4 +1,4 @@
-"""Causal attention: dense for short rows, by blocks for long ones.
+"""Causal attention: a fused kernel where there is one, else dense or, for long rows, by blocks.
 
 B batch, T query tokens, S key tokens, K key-value heads, G query heads a key-value head, H head
 dimension. Grouped queries share their key-value head by an axis of their own; keys and values are
@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+from kernels_pallas.chips import target_platform
+from kernels_pallas.dispatch import say_once
 from peft_jax.models.attention_layout import (
     MASKED,
     Attend,
@@ -24,6 +26,8 @@ from peft_jax.models.attention_layout import (
     visible,
 )
 from peft_jax.models.chunked_attention import chunked_attention
+from peft_jax.models.execution import ExecutionSettings
+from peft_jax.models.fused_attention import fused_attention, why_not_fused
 from peft_jax.parallel import active_mesh, over_shards, spans
 
 Scores = Float32[Array, "batch kv_heads tokens group keys"]
@@ -42,37 +46,79 @@ _DENSE_SCORES = 1024 * 1024
 """Up to so many scores a head and row (4 MiB), "auto" is dense."""
 
 
-def choose_attention(name: str, *, tokens: int, keys: int) -> str:
-    """What "auto" stands for at T tokens and S keys; other names stand for themselves.
+def choose_attention(name: str, *, tokens: int, keys: int, why_not_fused: str | None) -> str:
+    """Returns what "auto" stands for at T tokens and S keys; other names stand for themselves.
+
+    Args:
+      name: See `ExecutionSettings.attention`.
+      tokens: T.
+      keys: S.
+      why_not_fused: Why the fused kernel cannot be used; None if it can.
+
+    Raises:
+      ValueError: "fused" is asked for where it cannot be used.
 
     Example:
-      >>> choose_attention("auto", tokens=512, keys=512)
+      >>> choose_attention("auto", tokens=4096, keys=4096, why_not_fused=None)
+      'fused'
+      >>> choose_attention("auto", tokens=512, keys=512, why_not_fused="this is for a cpu")
       'dense'
-      >>> choose_attention("auto", tokens=4096, keys=4096)
+      >>> choose_attention("auto", tokens=4096, keys=4096, why_not_fused="this is for a cpu")
       'chunked'
-      >>> choose_attention("auto", tokens=1, keys=100_000)
+      >>> choose_attention("auto", tokens=1, keys=100_000, why_not_fused="this is for a cpu")
       'dense'
     """
+    if name == "fused" and why_not_fused is not None:
+        raise ValueError(
+            f"attention='fused' cannot be used here: {why_not_fused}; 'auto' takes it wherever it"
+            " works"
+        )
     if name != "auto":
         return name
+    if why_not_fused is None:
+        return "fused"
     return "dense" if tokens * keys <= _DENSE_SCORES else "chunked"
 
 
 def make_attention(
-    layout: AttentionLayout, *, tokens: int, keys: int, implementation: str
+    layout: AttentionLayout,
+    *,
+    tokens: int,
+    keys: int,
+    head_dim: int,
+    execution: ExecutionSettings,
 ) -> Attend:
     """The function from queries, keys and values to their attention, for all layers.
 
     Queries come scaled (by 1/sqrt(H)); what depends on the layout alone is computed here, once.
 
     Args:
-      layout: who may attend to whom.
+      layout: Who may attend to whom.
       tokens: T.
       keys: S.
-      implementation: see `ExecutionSettings.attention`.
+      head_dim: H.
+      execution: The dtype of activations, and the implementation that is asked for.
+
+    Raises:
+      ValueError: The fused kernel is asked for where it cannot be used.
     """
-    name = choose_attention(implementation, tokens=tokens, keys=keys)
-    make = chunked_attention if name == "chunked" else dense_attention
+    if spans(tokens, "sequence"):
+        why_not = 'the tokens of a row are sharded along "sequence"'
+    else:
+        why_not = why_not_fused(
+            layout,
+            platform=target_platform(),
+            dtype=execution.dtype,
+            head_dim=head_dim,
+            tokens=tokens,
+            keys=keys,
+        )
+    name = choose_attention(execution.attention, tokens=tokens, keys=keys, why_not_fused=why_not)
+    say_once(
+        f"attention of {tokens} tokens to {keys} keys: {name}"
+        + (f", because the fused kernel cannot be used: {why_not}" if why_not else "")
+    )
+    make = _MAKERS[name]
     if active_mesh() is None:
         return make(layout, tokens=tokens, keys=keys)
     return _sharded(make, layout, tokens=tokens, keys=keys)
@@ -158,3 +204,10 @@ def _softmax_backward(dtype: jnp.dtype, weights: Weights, gradient: Weights) -> 
 
 
 _softmax.defvjp(_softmax_forward, _softmax_backward)
+
+
+_MAKERS: dict[str, Callable[..., Attend]] = {
+    "dense": dense_attention,
+    "chunked": chunked_attention,
+    "fused": fused_attention,
+}

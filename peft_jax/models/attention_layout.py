@@ -42,6 +42,9 @@ class AttentionLayout:
       window: a query sees this many tokens, itself included; None sees all. Static.
       sees_later: whether a query sees the tokens after it; segments are then given, without which
         padding would be seen. Static.
+      packed: whether a row may hold several segments. False promises one segment a row, with
+        padding after it only, so that a causal kernel needs no mask. Static.
+      cached: whether the keys are those of a cache. Static.
     """
 
     query_start: Any
@@ -52,6 +55,8 @@ class AttentionLayout:
     slopes: Any = None
     window: int | None = struct.field(pytree_node=False, default=None)
     sees_later: bool = struct.field(pytree_node=False, default=False)
+    packed: bool = struct.field(pytree_node=False, default=True)
+    cached: bool = struct.field(pytree_node=False, default=False)
 
     @classmethod
     def bidirectional(cls, segment_ids: Int[Array, "batch tokens"]) -> "AttentionLayout":
@@ -70,6 +75,7 @@ class AttentionLayout:
         cache: KVCache | None,
         *,
         window: int | None = None,
+        packed: bool = True,
     ) -> "AttentionLayout":
         """The layout of tokens among themselves, or among those of a cache that admitted them."""
         if cache is None:
@@ -83,6 +89,8 @@ class AttentionLayout:
             query_segments=segment_ids,
             key_segments=key_segments,
             window=window,
+            packed=packed,
+            cached=cache is not None,
         )
 
     def with_alibi(

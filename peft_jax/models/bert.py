@@ -270,7 +270,8 @@ class Bert(nnx.Module):
             AttentionLayout.bidirectional(segment_ids),
             tokens=count,
             keys=count,
-            implementation=self.execution.attention,
+            head_dim=self.config.head_dim,
+            execution=self.execution,
         )
         hidden, _ = run_blocks(
             self.layers,

@@ -172,15 +172,18 @@ class Bloom(nnx.Module):
         positions: Int[Array, "batch tokens"],
         segment_ids: Int[Array, "batch tokens"] | None,
         cache: KVCache | None,
+        packed: bool,
     ) -> tuple[Hidden, KVCache | None]:
         """The hidden states after the final norm, and the cache where one was given."""
         slopes = jnp.asarray(alibi_slopes(self.config.num_heads))[:, None]
-        layout = AttentionLayout.causal(segment_ids, cache).with_alibi(slopes, positions, cache)
+        layout = AttentionLayout.causal(segment_ids, cache, packed=packed)
+        layout = layout.with_alibi(slopes, positions, cache)
         attend = make_attention(
             layout,
             tokens=tokens.shape[1],
             keys=tokens.shape[1] if cache is None else cache.slots,
-            implementation=self.execution.attention,
+            head_dim=self.config.head_dim,
+            execution=self.execution,
         )
         embedded = self.word_embeddings(tokens, self.execution.dtype)
         hidden, cache = run_blocks(

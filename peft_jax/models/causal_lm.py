@@ -28,6 +28,7 @@ class CausalLM(Model):
         positions: Int[Array, "batch tokens"] | None = None,
         segment_ids: Int[Array, "batch tokens"] | None = None,
         cache: KVCache | None = None,
+        packed: bool = True,
     ) -> tuple[Float[Array, "batch tokens embed"], KVCache | None]:
         """The hidden states after the final norm.
 
@@ -40,6 +41,8 @@ class CausalLM(Model):
             see each other; by default a row is one sequence.
           cache: the earlier tokens' keys and values; the tokens are written after them. It is for
             the caller to see that there are slots left.
+          packed: whether a row may hold several segments. False promises that each row is one
+            segment with padding after it only, which saves a fused kernel its mask.
 
         Returns:
           [B, T, D] in the compute dtype; and the cache with these tokens, or None without one.
@@ -58,7 +61,7 @@ class CausalLM(Model):
         elif positions is None:
             positions = default_positions(tokens, segment_ids)
         with using(self.execution.kernels):
-            return self._bound(params)(tokens, positions, segment_ids, cache)
+            return self._bound(params)(tokens, positions, segment_ids, cache, packed)
 
     def head_kernel(self, params: Tree) -> Kernel:
         """The map from hidden states to logits, [D, V]; if tied, the transposed embedding."""

@@ -9,7 +9,7 @@ from peft_jax.core.checks import check_choice
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "full", "dots", "offload")
-ATTENTION = ("auto", "dense", "chunked")
+ATTENTION = ("auto", "dense", "chunked", "fused")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,8 +25,9 @@ class ExecutionSettings:
       scan_layers: one compiled block in a `jax.lax.scan` over the layers, or the blocks unrolled.
         Unrolled compiles longer.
       attention: "dense" holds all scores; "chunked" holds one block of scores at a time and
-        computes them again in the backward pass; "auto" is dense for short rows and chunked for
-        long ones (`peft_jax.models.attention.choose_attention`).
+        computes them again in the backward pass; "fused" is cuDNN's kernel, on GPUs and for 16-bit
+        activations; "auto" is fused where that works, else dense for short rows and chunked for
+        long ones (`peft_jax.models.attention.choose_attention`). The choice is logged once.
       kernels: how adapters' rotations are multiplied by: "xla"; "pallas", an error where there is
         no Pallas kernel; "auto", Pallas where there is a kernel for the platform and the shapes,
         else XLA, with a line in the log that says why; "interpret", Pallas's TPU kernels

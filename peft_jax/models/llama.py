@@ -211,14 +211,18 @@ class Llama(nnx.Module):
         positions: Int[Array, "batch tokens"],
         segment_ids: Int[Array, "batch tokens"] | None,
         cache: KVCache | None,
+        packed: bool,
     ) -> tuple[Hidden, KVCache | None]:
         """The hidden states after the final norm, and the cache where one was given."""
-        layout = AttentionLayout.causal(segment_ids, cache, window=self.config.sliding_window)
+        layout = AttentionLayout.causal(
+            segment_ids, cache, window=self.config.sliding_window, packed=packed
+        )
         attend = make_attention(
             layout,
             tokens=tokens.shape[1],
             keys=tokens.shape[1] if cache is None else cache.slots,
-            implementation=self.execution.attention,
+            head_dim=self.config.head_dim,
+            execution=self.execution,
         )
         rotation = self.config.rotary.tables(positions)
         hidden, cache = run_blocks(

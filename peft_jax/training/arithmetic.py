@@ -75,7 +75,15 @@ def count_step_flops(blueprint: Blueprint, traced: jax.stages.Traced) -> float:
 def _is_plain(blueprint: Blueprint) -> bool:
     """Whether a step's program computes nothing twice, on one device, and has countable loops."""
     execution, tokens = blueprint.model.execution, blueprint.config.train.max_length
-    dense = choose_attention(execution.attention, tokens=tokens, keys=tokens) == "dense"
+    # A fused kernel is no product that could be counted.
+    fused = blueprint.mesh.devices.flat[0].platform == "gpu"
+    attention = choose_attention(
+        execution.attention,
+        tokens=tokens,
+        keys=tokens,
+        why_not_fused=None if fused else "this is no GPU",
+    )
+    dense = attention == "dense"
     return dense and execution.remat == "none" and blueprint.mesh.size == 1
 
 

@@ -121,6 +121,7 @@ class Blueprint:
             chunk_size=self.config.train.loss_chunk,
             seed=self.config.seed,
             shardings=jax.tree.map(lambda leaf: leaf.sharding, self.state.trainable),
+            packed=self.config.data.packing,
         )
 
     def trace_step(self) -> jax.stages.Traced:

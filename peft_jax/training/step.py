@@ -29,7 +29,7 @@ WEIGHTS = "weights"
 
 
 def summed_loss(
-    model: Any, params: Tree, batch: AnyBatch, *, chunk_size: int
+    model: Any, params: Tree, batch: AnyBatch, *, chunk_size: int, packed: bool = True
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The loss of a batch, summed over the targets, and their number.
 
@@ -38,6 +38,7 @@ def summed_loss(
       params: its parameters, with adapters bound.
       batch: rows [B, T].
       chunk_size: positions whose logits are held at a time.
+      packed: whether rows may hold several segments, as `CausalLM.hidden_states` takes it.
 
     Returns:
       (sum of losses, sum of weights), float32. Losses are cross-entropies in nats; of a regression
@@ -47,7 +48,11 @@ def summed_loss(
         _, losses = classifier_outputs(model, params, batch)
         return jnp.sum(losses), jnp.sum(batch.loss_mask)
     hidden, _ = model.hidden_states(
-        params, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids
+        params,
+        batch.tokens,
+        positions=batch.positions,
+        segment_ids=batch.segment_ids,
+        packed=packed,
     )
     # The head's vocabulary is cut along "tensor", so its tokens cannot be as well.
     hidden = constrain(hidden, ("batch", "sequence", None))
@@ -77,6 +82,7 @@ class TrainStep:
       seed: of dropout.
       shardings: of what is trained, and so of its gradients; None leaves them to the compiler. It
         would cut them as the optimiser's state is, and gather activations for that in every layer.
+      packed: whether rows may hold several segments, as `CausalLM.hidden_states` takes it.
       traces: how often the step has been traced; one compilation each.
     """
 
@@ -87,6 +93,7 @@ class TrainStep:
     chunk_size: int
     seed: int
     shardings: Tree | None = None
+    packed: bool = True
     traces: int = 0
 
     def __call__(
@@ -147,7 +154,9 @@ class TrainStep:
         adapter = AdapterState(trainable=trainable, constant=constant)
         remat = self.model.execution.remat != "none"
         bound = self.spec.bind(frozen, adapter, dropout_key=dropout_key, recompute=remat)
-        total, _ = summed_loss(self.model, bound, rows, chunk_size=self.chunk_size)
+        total, _ = summed_loss(
+            self.model, bound, rows, chunk_size=self.chunk_size, packed=self.packed
+        )
         return total
 
     def _accumulate(

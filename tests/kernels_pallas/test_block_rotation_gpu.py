@@ -1,4 +1,4 @@
-"""The rotation's GPU kernel, as far as it goes without a GPU: it lowers, and "auto" leaves it.
+"""The rotation's GPU kernel, as far as it goes without a GPU: it lowers, and "auto" takes it.
 
 Pallas's GPU interpreter has no predicated copies, which its pipelines make, so no numbers are
 checked here; `python -m benchmarks.gpu` checks them on a GPU.
@@ -10,7 +10,6 @@ import pytest
 
 from kernels_pallas.block_rotation import block_rotation
 from kernels_pallas.block_rotation.gpu import _share_out
-from kernels_pallas.chips import UNMEASURED
 from kernels_pallas.dispatch import KernelError
 
 BLOCKS = jax.ShapeDtypeStruct((64, 16, 16), jnp.float32)
@@ -38,10 +37,10 @@ def test_both_kernels_lower(tokens, blocks):
     assert text.count("custom_call @mosaic_gpu") == 2
 
 
-def test_what_has_never_run_is_not_taken_unasked(said):
-    assert "mosaic_gpu" not in lowered("auto")
-    assert all(line.endswith(f"on cuda: xla, because {UNMEASURED}") for line in said)
+def test_auto_takes_both_kernels(said):
+    assert lowered("auto").count("custom_call @mosaic_gpu") == 2
     assert len(said) == 2
+    assert all(line.endswith("on cuda: pallas, because the default on cuda") for line in said)
 
 
 @pytest.mark.parametrize(

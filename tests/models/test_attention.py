@@ -146,8 +146,12 @@ def test_alibi_slopes_of_other_counts_than_powers_of_two():
     np.testing.assert_allclose(alibi_slopes(6), expected, rtol=1e-6)
 
 
-def test_auto_counts_the_scores_and_names_are_taken_as_they_are():
-    assert choose_attention("auto", tokens=1024, keys=1024) == "dense"
-    assert choose_attention("auto", tokens=1025, keys=1024) == "chunked"
-    assert choose_attention("dense", tokens=10**6, keys=10**6) == "dense"
-    assert choose_attention("chunked", tokens=2, keys=2) == "chunked"
+def test_auto_is_fused_or_counts_the_scores_and_names_stand_for_themselves():
+    on_cpu = {"why_not_fused": "this is for a cpu"}
+    assert choose_attention("auto", tokens=1024, keys=1024, **on_cpu) == "dense"
+    assert choose_attention("auto", tokens=1025, keys=1024, **on_cpu) == "chunked"
+    assert choose_attention("auto", tokens=2, keys=2, why_not_fused=None) == "fused"
+    assert choose_attention("dense", tokens=10**6, keys=10**6, why_not_fused=None) == "dense"
+    assert choose_attention("chunked", tokens=2, keys=2, why_not_fused=None) == "chunked"
+    with pytest.raises(ValueError, match="attention='fused' cannot be used here: this is for"):
+        choose_attention("fused", tokens=2, keys=2, **on_cpu)
