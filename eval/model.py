@@ -7,6 +7,7 @@ before a text, and which tokens are left out of one that is too long.
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from eval.progress import Reporter
 from eval.responses import ResponseStore
 from eval.scoring import ScoringRow, TokenScorer
+from peft_jax.data import BadRowError
+from peft_jax.data.templates import ChatTemplate, Wanted
 from peft_jax.generation import GenerationSettings, Loaded, generate_text_from_tokens
 from peft_jax.generation.from_tokens import context_length
 
@@ -165,17 +168,20 @@ class HarnessModel(TemplateLM):
         Raises:
           ValueError: the template refuses the conversation.
         """
-        import jinja2
-
+        wanted = Wanted(
+            messages=chat_history,
+            generation_prompt=add_generation_prompt,
+            continued=not add_generation_prompt,
+        )
         try:
-            return self.tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the tokenizer's chat template refuses a prompt: {error}") from error
+            return self._chat_template.render([wanted])[0].text
+        except BadRowError as error:
+            message = f"the tokenizer's chat template refuses a prompt: {error.detail}"
+            raise ValueError(message) from error
+
+    @functools.cached_property
+    def _chat_template(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer)
 
     # Log-likelihoods.
 

@@ -19,9 +19,8 @@ model learns to stop. A chat template writes its own ends.
 """
 
 import dataclasses
-import itertools
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -113,9 +112,14 @@ class Encoder:
         """
         if isinstance(example, Example):
             return example
+        return self.renderer.render(example)
+
+    @property
+    def renderer(self) -> ChatRenderer:
+        """What makes text of conversations."""
         if self._renderer is None:
             self._renderer = ChatRenderer(self.tokenizer)
-        return self._renderer.render(example)
+        return self._renderer
 
     def encode(self, example: Example | Conversation) -> list[Encoded]:
         """The token sequences of an example: one, or several where a long one is split.
@@ -148,8 +152,7 @@ class Encoder:
 
     def prompt_ids(self, example: Example) -> np.ndarray:
         """int32 [n], the tokens of an example's prompt as training shows them to the model."""
-        last = max(index for index, piece in enumerate(example.pieces) if piece.learn)
-        ids, _ = self._tokenize_pieces(example.pieces[:last])
+        ids, _ = self._tokenize_pieces(example.before_answer)
         return self._begin(ids, example)
 
     def choice_ids(self, example: Example) -> list[np.ndarray]:
@@ -194,53 +197,41 @@ class Encoder:
         return np.concatenate([prefix, ids])
 
     def _tokenize_pieces(self, pieces: Sequence[Piece]) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens of a text, int32 [n], and which of them are learnt, bool [n]."""
+        """The tokens of a text, int32 [n], and which of them are learnt, bool [n].
+
+        Those before an answer depend on nothing that comes after: they are what a model is given.
+        """
         if not pieces:
             return np.zeros(0, np.int32), np.zeros(0, bool)
-        if len(pieces) == 1 or not self._fast:
+        if not self._fast:
             return self._tokenize_apart(pieces)
+        runs = [_Run(behind=False)]
+        for group in _groups(pieces):
+            run = runs[-1]
+            longer = run.with_group(group, self._tokenize_run([*run.pieces, *group], run.behind))
+            if not np.array_equal(longer.ids[: len(run.ids)], run.ids):
+                # A token would reach across the border, or the prompt alone has other tokens.
+                runs.append(_Run(behind=True))
+                longer = runs[-1].with_group(group, self._tokenize_run(group, behind=True))
+            runs[-1] = longer
+        return (
+            np.concatenate([run.ids for run in runs]),
+            np.concatenate([run.learn() for run in runs]),
+        )
+
+    def _tokenize_run(self, pieces: Sequence[Piece], behind: bool) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of pieces as one text, int32 [n], and where they begin in it, int64 [n]."""
         text = "".join(piece.text for piece in pieces)
+        for anchor, alone in self._anchors.items() if behind else ():
+            ids, starts = self._tokenize_with_starts(anchor + text)
+            if len(ids) > len(alone) and np.array_equal(ids[: len(alone)], alone):
+                return ids[len(alone) :], starts[len(alone) :] - len(anchor)
+        return self._tokenize_with_starts(text)
+
+    def _tokenize_with_starts(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids = np.array(encoded["input_ids"], np.int32)
         offsets = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)
-        learn = np.zeros(len(ids), bool)
-        start = border = 0
-        for piece, following in itertools.zip_longest(pieces, pieces[1:]):
-            border += len(piece.text)
-            stop: int | None = len(ids)
-            if following is not None:
-                stop = self._cut(text, border, ids, offsets, before_answer=following.learn)
-            if stop is None:
-                return self._tokenize_apart(pieces)
-            learn[start:stop] = piece.learn
-            start = stop
-        return ids, learn
-
-    def _cut(
-        self, text: str, border: int, ids: np.ndarray, offsets: np.ndarray, *, before_answer: bool
-    ) -> int | None:
-        """How many of a text's tokens stand before a border.
-
-        Args:
-          text: the text.
-          border: the number of its characters that stand before.
-          ids: int32 [n], its tokens.
-          offsets: int64 [n, 2], their first and past-the-last characters.
-          before_answer: whether the text before the border will be given alone, as a prompt.
-
-        Returns:
-          None if, before an answer, a token reaches across or the text has other tokens alone.
-        """
-        if not before_answer:
-            return int(np.searchsorted(offsets[:, 0], border, side="left"))
-        if ((offsets[:, 0] < border) & (offsets[:, 1] > border)).any():
-            return None
-        if text[border - 1].isspace():
-            # White space goes to the word after it, or is joined otherwise before one, and some
-            # tokenizers' offsets leave it out: only its tokens when it stands alone can tell.
-            alone = self._tokenize(text[:border])
-            return len(alone) if np.array_equal(alone, ids[: len(alone)]) else None
-        return int(np.searchsorted(offsets[:, 0], border, side="left"))
+        return np.array(encoded["input_ids"], np.int32), offsets[:, 0]
 
     def _tokenize_apart(self, pieces: Sequence[Piece]) -> tuple[np.ndarray, np.ndarray]:
         """Each piece's tokens by themselves, one after the other."""
@@ -261,6 +252,64 @@ class Encoder:
 
     def _tokenize(self, text: str) -> np.ndarray:
         return np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Run:
+    """Pieces that are tokenised as one text.
+
+    Attributes:
+      behind: whether other text goes before it.
+      pieces: the pieces.
+      ids: int32 [n], their tokens.
+      starts: int64 [n], the first character of each.
+      answers: by piece, how many tokens go before it where it is an answer.
+    """
+
+    behind: bool
+    pieces: tuple[Piece, ...] = ()
+    ids: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
+    starts: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
+    answers: Mapping[int, int] = dataclasses.field(default_factory=dict)
+
+    def with_group(self, group: Sequence[Piece], tokens: tuple[np.ndarray, np.ndarray]) -> "_Run":
+        """The run with more pieces, whose first is an answer if there are any before it."""
+        ids, starts = tokens
+        return dataclasses.replace(
+            self,
+            pieces=(*self.pieces, *group),
+            ids=ids,
+            starts=starts,
+            answers={**self.answers, len(self.pieces): len(self.ids)},
+        )
+
+    def learn(self) -> np.ndarray:
+        """Bool [n], the tokens that are learnt."""
+        learn = np.zeros(len(self.ids), bool)
+        border = 0
+        begins = []
+        for index, piece in enumerate(self.pieces):
+            # A token that reaches across an answer's end is the answer's.
+            first = np.searchsorted(self.starts, border, side="left")
+            begins.append(self.answers.get(index, int(first)))
+            border += len(piece.text)
+        for piece, begin, end in zip(
+            self.pieces, begins, [*begins[1:], len(self.ids)], strict=True
+        ):
+            learn[begin:end] = piece.learn
+        return learn
+
+
+def _groups(pieces: Sequence[Piece]) -> list[list[Piece]]:
+    """Pieces, each answer with what follows it up to the next."""
+    groups: list[list[Piece]] = []
+    for piece in pieces:
+        follows = bool(groups) and (groups[-1][-1].learn or groups[-1][-1].written)
+        begins = (piece.learn or piece.written) and not follows
+        if begins or not groups:
+            groups.append([])
+        groups[-1].append(piece)
+    return groups
 
 
 def _prefix_ids(tokenizer: Any) -> np.ndarray:

@@ -1,8 +1,12 @@
 """What a recipe makes of a row: text with a part to be learnt, or a conversation."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
+
+Span = tuple[int, int]
+"""The first character of a stretch of text, and one past its last."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -12,10 +16,13 @@ class Piece:
     Attributes:
       text: the text.
       learn: whether the loss is taken on its tokens.
+      written: whether a model writes it although it is not learnt, as an earlier turn of the
+        assistant's; what goes before it is a prompt, and is tokenised as one.
     """
 
     text: str
     learn: bool
+    written: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +30,8 @@ class Example:
     """One row as text: what the model is shown and what it is to say.
 
     Attributes:
-      pieces: the whole text in order; the last learnt piece is the answer that is evaluated.
+      pieces: the whole text in order; the answer that is evaluated is the last one that is learnt,
+        with what is written around it.
       answer: the reference that a prediction is scored against ("positive", "72").
       choices: for a classification, every label's text as it would continue the prompt, with its
         leading space, in the order of the labels.
@@ -45,17 +53,26 @@ class Example:
 
     @property
     def prompt(self) -> str:
-        """The text before the last learnt piece."""
-        return "".join(piece.text for piece in self.pieces[: self._last_learnt])
+        """The text before the answer."""
+        return "".join(piece.text for piece in self.before_answer)
 
     @property
     def completion(self) -> str:
-        """The last learnt piece."""
-        return self.pieces[self._last_learnt].text
+        """The answer."""
+        begun = itertools.takewhile(_is_written, self.pieces[len(self.before_answer) :])
+        return "".join(piece.text for piece in begun)
 
     @property
-    def _last_learnt(self) -> int:
-        return max(index for index, piece in enumerate(self.pieces) if piece.learn)
+    def before_answer(self) -> tuple[Piece, ...]:
+        """The pieces before the answer."""
+        last = max(index for index, piece in enumerate(self.pieces) if piece.learn)
+        while last and _is_written(self.pieces[last - 1]):
+            last -= 1
+        return self.pieces[:last]
+
+
+def _is_written(piece: Piece) -> bool:
+    return piece.learn or piece.written
 
 
 def prompt_and_completion(prompt: str, completion: str, **others: Any) -> Example:
@@ -82,6 +99,7 @@ class Conversation:
     Attributes:
       messages: as `apply_chat_template` takes them: dictionaries with "role" and "content".
       tools: the tools the conversation may call, as `apply_chat_template` takes them.
+      learnt: the assistant's messages that are learnt, by their indices; None: every one of them.
       answer: as in `Example`.
       choices: as in `Example`.
       label: as in `Example`.
@@ -89,6 +107,7 @@ class Conversation:
 
     messages: tuple[Mapping[str, Any], ...]
     tools: tuple[Mapping[str, Any], ...] = ()
+    learnt: tuple[int, ...] | None = None
     answer: str = ""
     choices: tuple[str, ...] = ()
     label: int | None = None

@@ -10,7 +10,7 @@ from jaxtyping import Int32
 
 from peft_jax.core import Tree
 from peft_jax.data.encode import Encoder
-from peft_jax.data.examples import Example, Piece, prompt_and_completion
+from peft_jax.data.examples import Conversation, Example, prompt_and_completion
 from peft_jax.generation.ends import Continuation, cut_off, end_tokens
 from peft_jax.generation.from_tokens import FinishReason, generate
 from peft_jax.generation.settings import GenerationSettings
@@ -20,9 +20,9 @@ from peft_jax.models import CausalLM
 Messages = Sequence[Mapping[str, Any]]
 """A conversation as `apply_chat_template` takes it: dictionaries with "role" and "content"."""
 
-Prompt = str | Example | Messages
+Prompt = str | Example | Messages | Conversation
 """A text to be continued; an example of a data set, whose answer is; a conversation, whose next
-turn is, after the tokenizer's chat template."""
+turn is, after the tokenizer's chat template. A `Conversation` may have tools."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,8 +69,8 @@ def generate_text(
 ) -> GeneratedText:
     """Continues texts.
 
-    Prompts are tokenised as training shows them to the model: behind what the tokenizer puts before
-    a text, and a conversation by its chat template.
+    Prompts are tokenised by the functions that make training's, and so as it shows them to the
+    model: behind what the tokenizer puts before a text, and a conversation by its chat template.
 
     Args:
       model: the model.
@@ -81,13 +81,13 @@ def generate_text(
       row_sharding: as for `generate`.
 
     Raises:
-      ValueError: as `generate`; or a conversation and no chat template.
+      ValueError: as `generate`; or a conversation and no chat template, or one that refuses it.
       FloatingPointError: as `generate`.
     """
     if isinstance(prompts, str):
         raise ValueError("prompts must be a list of prompts, but is one text: put it in a list")
     encoder = Encoder(tokenizer, max_length=1)
-    tokens = [encoder.prompt_ids(_as_example(prompt, tokenizer)) for prompt in prompts]
+    tokens = [encoder.prompt_ids(_as_example(prompt, encoder)) for prompt in prompts]
     return generate_text_from_tokens(
         model, params, tokenizer, tokens, settings, row_sharding=row_sharding
     )
@@ -131,14 +131,12 @@ def generate_text_from_tokens(
     return GeneratedText(completions=completions, stats=found.stats)
 
 
-def _as_example(prompt: Prompt, tokenizer: Any) -> Example:
+def _as_example(prompt: Prompt, encoder: Encoder) -> Example:
     """The prompt as an example whose answer is still to be written."""
     if isinstance(prompt, Example):
         return prompt
     if isinstance(prompt, str):
         return prompt_and_completion(prompt, "")
-    text = tokenizer.apply_chat_template(
-        [dict(message) for message in prompt], add_generation_prompt=True, tokenize=False
-    )
-    pieces = (Piece(text=text, learn=False), Piece(text="", learn=True))
-    return Example(pieces=pieces, templated=True)
+    if isinstance(prompt, Conversation):
+        return encoder.renderer.prompt(prompt.messages, prompt.tools)
+    return encoder.renderer.prompt(prompt)

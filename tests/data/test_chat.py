@@ -123,6 +123,7 @@ def test_marks_in_the_template_are_followed(llama3):
         "{% for m in messages %}{% if m.role == 'assistant' %}<A>{% generation %}"
         "{{ m.content if loop.last else 'earlier' }}<|eot_id|>{% endgeneration %}"
         "{% else %}<U>{{ m.content }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<A>{% endif %}"
     )
     llama3_template = llama3.chat_template
     try:
@@ -142,7 +143,18 @@ def test_marks_in_the_template_are_followed(llama3):
         (
             "{% for m in messages %}{{ m.role }}: {{ m.content if loop.last else '...' }}\n"
             "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}",
+            "generation prompt: generation is given 'user: What is",
+        ),
+        (
+            "{% for m in messages %}{{ m.role }}: "
+            "{{ m.content if loop.last or m.role == 'user' else '...' }}\n"
+            "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}",
             "cannot be told apart",
+        ),
+        (
+            "{% for m in messages %}{{ m.role }}: {{ m.content | upper }}\n"
+            "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}",
+            "turn 2 as they are: 'It is 4",
         ),
         ("{{ raise_exception('no such role') }}", "no such role"),
     ],

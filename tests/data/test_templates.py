@@ -1,0 +1,201 @@
+"""Templates: as transformers renders them, and stopped where they fail or never end."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from peft_jax.data import render as render_module
+from peft_jax.data.bad_rows import BadRowError
+from peft_jax.data.chat import ChatRenderer
+from peft_jax.data.examples import Conversation
+from peft_jax.data.render import TemplateError, Wanted, render
+from peft_jax.data.templates import ChatTemplate, without_nulls
+
+MESSAGES = [
+    {"role": "user", "content": "Hi\ud800 \U0001f600"},
+    {"role": "assistant", "content": "Yo"},
+]
+ROLES = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+TOOL = {"type": "function", "function": {"name": "clock", "parameters": {}}}
+
+
+@pytest.fixture
+def make_template(tmp_path, tokenizer):
+    def make(source: str) -> ChatTemplate:
+        path = tmp_path / "template.jinja"
+        path.write_text(source)
+        return ChatTemplate(tokenizer, path=str(path))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def impatient():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(render_module, "_SECONDS", 0.2)
+        patch.setattr(render_module, "_current", None)
+        yield
+
+
+@pytest.mark.parametrize("options", [{}, {"generation_prompt": True}, {"continued": True}])
+@pytest.mark.parametrize("tools", [(), (TOOL,)])
+def test_texts_are_transformers_own(tokenizer, make_template, options, tools):
+    source = "{{ bos_token }}{{ tools | tojson }}" + ROLES
+    (found,) = make_template(source).render([Wanted(messages=MESSAGES, **options)], tools)
+    assert found.text == tokenizer.apply_chat_template(
+        MESSAGES,
+        tools=list(tools) or None,
+        chat_template=source,
+        tokenize=False,
+        add_generation_prompt=options.get("generation_prompt", False),
+        continue_final_message=options.get("continued", False),
+    )
+
+
+def test_a_template_among_named_ones_is_chosen_as_transformers_does(tokenizer):
+    named = {"default": "D" + ROLES, "tool_use": "T{{ tools | tojson }}" + ROLES}
+    before = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = named
+        template = ChatTemplate(tokenizer)
+        for tools in ((), (TOOL,)):
+            (found,) = template.render([Wanted(messages=MESSAGES)], tools)
+            assert found.text == tokenizer.apply_chat_template(
+                MESSAGES, tools=list(tools) or None, tokenize=False
+            )
+        example = ChatRenderer(tokenizer).render(
+            Conversation(messages=tuple(MESSAGES), tools=(TOOL,))
+        )
+        assert example.prompt.startswith('T[{"type": "function"')
+        tokenizer.chat_template = {"tool_use": named["tool_use"]}
+        with pytest.raises(BadRowError, match="multiple chat templates with no default"):
+            ChatTemplate(tokenizer).render([Wanted(messages=MESSAGES)])
+    finally:
+        tokenizer.chat_template = before
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{% include 'other' %}", "it has {% include %}, and there is no other template"),
+        ("{% import 'other' as o %}", "{% import %}"),
+        ("{% from 'other' import o %}", "{% from %}"),
+        ("{%- extends 'other' %}", "{% extends %}"),
+        ("{{ messages", "TemplateSyntaxError: unexpected end of template"),
+        ("{% if x %}", "TemplateSyntaxError: Unexpected end of template"),
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "Endless",
+        ),
+        ("{{ 10 ** (10 ** 10) }}", "does not end within 0.2 s"),
+        ("{{ 'a' * 10 ** 11 }}", "takes more than 1024 MiB"),
+    ],
+)
+def test_a_template_that_cannot_be_used_is_refused_by_name(
+    make_template, impatient, tmp_path, source, message
+):
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="cannot be used") as caught:
+        make_template(source)
+    assert message in str(caught.value)
+    assert str(tmp_path / "template.jinja") in str(caught.value).splitlines()[0]
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("{{ raise_exception('no  such\nrole') }}", "chat template: no such role"),
+        ("{{ m.content + 3 }}", "TypeError: can only concatenate str"),
+        ("{{ m.content.nothing.at_all }}", "UndefinedError: "),
+        ("{% for i in range(10 ** 10) %}{% endfor %}", "OverflowError: Range too big"),
+        ("{% set x = (9 + m.content | length) ** (10 ** 10) %}", "Endless: it does not end"),
+        ("{{ m.content * 20000000 }}", "writes 20,000,013"),
+    ],
+)
+def test_what_only_some_rows_trigger_is_a_bad_row(make_template, impatient, fault, message):
+    source = "{% for m in messages %}{% if m.content == 'x' %}" + fault + "{% endif %}{% endfor %}"
+    template = make_template(source + ROLES)
+    with pytest.raises(BadRowError, match=message) as caught:
+        template.render([Wanted(messages=[{"role": "user", "content": "x"}])])
+    assert caught.value.reason == "chat template"
+    assert "\n" not in str(caught.value)
+    # The next row is rendered as if nothing had been.
+    assert template.render([Wanted(messages=MESSAGES)])[0].text.endswith("Yo</s>")
+
+
+@pytest.mark.parametrize("value", [b"bytes", 10**5000, {1, 2}], ids=["bytes", "digits", "set"])
+def test_what_json_does_not_hold_is_a_bad_row(make_template, value):
+    template = make_template(ROLES)
+    with pytest.raises(BadRowError, match="wrong type: messages and tools"):
+        template.render([Wanted(messages=[{"role": "user", "content": "x", "more": value}])])
+
+
+def test_nesting_without_end_is_a_bad_row():
+    value: dict = {}
+    for _ in range(100_000):
+        value = {"of": value}
+    with pytest.raises(BadRowError, match="nested too deep"):
+        without_nulls(value)
+
+
+def test_several_threads_may_render():
+    texts: dict[int, str] = {}
+
+    def run(number: int) -> None:
+        for _ in range(20):
+            found = render(
+                "{{ messages[0].content }}", [Wanted(messages=[{"content": str(number)}])]
+            )
+            assert texts.setdefault(number, found[0].text) == found[0].text == str(number)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(texts) == 4
+
+
+def test_the_process_that_renders_stands_signals_to_its_group_and_ends_with_its_run():
+    script = (
+        "import os, signal\n"
+        "from peft_jax.data.render import Wanted, render, _worker\n"
+        "ask = lambda: render('{{ messages[0].content }}', [Wanted(messages=[{'content': 'a'}])])\n"
+        "ask()\n"
+        "pid = _worker()._process.pid\n"
+        "for number in (signal.SIGINT, signal.SIGTERM):\n"
+        "    os.kill(pid, number)\n"
+        "assert ask()[0].text == 'a' and _worker()._process.pid == pid\n"
+        "print(pid, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    pid = int(done.stdout)
+    for _ in range(100):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"process {pid} is still there")
+
+
+def test_a_process_that_is_killed_is_a_bad_row():
+    render("a", [Wanted(messages=MESSAGES)])
+    worker = render_module._worker()
+    assert worker._process is not None
+    worker._process.kill()
+    worker._process.wait()
+    with pytest.raises(TemplateError, match="SIGKILL"):
+        render("a", [Wanted(messages=MESSAGES)])
+    assert render("a", [Wanted(messages=MESSAGES)])[0].text == "a"
