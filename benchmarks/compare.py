@@ -68,6 +68,13 @@ class Worker:
             stdout=subprocess.PIPE,
             text=True,
         )
+        self.facts: dict[str, Any] = {}
+
+    def compile(self) -> None:
+        """Gives the worker its turn to compile and warm up, and waits for it."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
         self.facts = self._answer()
 
     def run(self, steps: int) -> dict[str, Any]:
@@ -112,10 +119,10 @@ def run_in_turn(
     Raises:
       RuntimeError: A worker ended with an error.
     """
-    processes = {}
-    for name, command in workers.items():
+    processes = {name: Worker(*command) for name, command in workers.items()}
+    for name, process in processes.items():
         print(f"{name} …", file=sys.stderr, flush=True)
-        processes[name] = Worker(*command)
+        process.compile()
     answers: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
     for _ in range(rounds):
         for name, process in processes.items():

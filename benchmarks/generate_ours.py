@@ -7,7 +7,7 @@ import numpy as np
 
 from benchmarks import small_llama as setup
 from benchmarks.step_ours import device_peak
-from benchmarks.worker import serve
+from benchmarks.worker import await_turn, serve
 from peft_jax.generation import GenerationSettings, generate
 from peft_jax.models import ExecutionSettings, build_model
 
@@ -20,6 +20,8 @@ def main(options: setup.Options) -> None:
     settings = GenerationSettings(
         max_new_tokens=setup.NEW_TOKENS, eos_ids=(), batch_size=len(prompts)
     )
+
+    await_turn()
 
     def run() -> float:
         found = generate(model, params, prompts, settings)

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import small_llama as setup
 from benchmarks.step_peft import make_model
-from benchmarks.worker import serve
+from benchmarks.worker import await_turn, serve
 
 
 def main(options: setup.Options) -> None:
@@ -15,6 +15,8 @@ def main(options: setup.Options) -> None:
     warnings.filterwarnings("ignore")
     model = make_model(options).eval()
     prompts = torch.as_tensor(setup.prompts(options.size), device=model.device)
+
+    await_turn()
 
     def run() -> float:
         with torch.inference_mode():

@@ -10,9 +10,9 @@ Each kernel's numbers are first checked against the references, at several shape
 - attention in each implementation, forwards and with its gradients;
 - training steps in bfloat16 beside Hugging Face PEFT's on the same GPU (which needs a torch with
   CUDA): LoRA, BOFT and full fine-tuning of a Llama of 1.1 billion parameters, the hybrid, LoRA over
-  an int8 base, and LoRA at the widths of Llama 3 8B. All processes are started first and then run
-  in turn. Utilisation is of the maker's bfloat16 peak, without recomputation: 4 or 6 operations a
-  parameter and token, attention over the pairs that causal order leaves, nothing for adapters;
+  an int8 base, and LoRA at the widths of Llama 3 8B. Those of a group run in turn. Utilisation is
+  of the maker's bfloat16 peak, without recomputation: 4 or 6 operations a parameter and token,
+  attention over the pairs that causal order leaves, nothing for adapters;
 - greedy generation beside transformers'.
 
 `--only` chooses among them. Figures that have a target are judged, and the exit code is 1 if one is
@@ -69,27 +69,38 @@ OURS, THEIRS = "benchmarks.step_ours", "benchmarks.step_peft"
 BF16 = ("--dtype", "bfloat16")
 LARGE = ("--size", "large", *BF16)
 SCANNED = ("--scan_layers",)
-STEPS = {
-    "LoRA": (OURS, "lora", *LARGE, *SCANNED),
-    "BOFT": (OURS, "boft", *LARGE, *SCANNED),
-    "hybrid": (OURS, "hybrid", *LARGE, *SCANNED),
-    "full": (OURS, "full", *LARGE, *SCANNED),
-    "LoRA, int8 base": (OURS, "lora", *LARGE, *SCANNED, "--quantization", "int8"),
-    "PEFT LoRA": (THEIRS, "lora", *LARGE),
-    "PEFT BOFT": (THEIRS, "boft", *LARGE),
-    "PEFT full": (THEIRS, "full", *LARGE),
-    "LoRA, 8B": (OURS, "lora", "--size", "8b", *BF16, *SCANNED),
-    "PEFT LoRA, 8B": (THEIRS, "lora", "--size", "8b", *BF16),
-}
+STEPS = (
+    {
+        "LoRA": (OURS, "lora", *LARGE, *SCANNED),
+        "BOFT": (OURS, "boft", *LARGE, *SCANNED),
+        "PEFT LoRA": (THEIRS, "lora", *LARGE),
+        "PEFT BOFT": (THEIRS, "boft", *LARGE),
+    },
+    {
+        "LoRA, 8B": (OURS, "lora", "--size", "8b", *BF16, *SCANNED),
+        "PEFT LoRA, 8B": (THEIRS, "lora", "--size", "8b", *BF16),
+    },
+    {
+        "full": (OURS, "full", *LARGE, *SCANNED),
+        "PEFT full": (THEIRS, "full", *LARGE),
+    },
+    {
+        "LoRA once more": (OURS, "lora", *LARGE, *SCANNED),
+        "hybrid": (OURS, "hybrid", *LARGE, *SCANNED),
+        "LoRA, int8 base": (OURS, "lora", *LARGE, *SCANNED, "--quantization", "int8"),
+    },
+)
+"""What runs in turn: each group is alone on the GPU, whose memory does not hold all."""
+
 STEP_RATIOS = (
     ("LoRA", "PEFT LoRA", LORA_OF_PEFT),
-    ("full", "PEFT full", FULL_OF_PEFT),
     ("BOFT", "PEFT BOFT", BOFT_OF_PEFT),
     ("BOFT", "LoRA", BOFT_OF_LORA),
-    ("hybrid", "LoRA", HYBRID_OF_LORA),
     ("LoRA, 8B", "PEFT LoRA, 8B", LORA_OF_PEFT),
+    ("full", "PEFT full", FULL_OF_PEFT),
+    ("hybrid", "LoRA once more", HYBRID_OF_LORA),
 )
-"""One step, another, and the most of its time that the first may take."""
+"""One step, another of its group, and the most of its time that the first may take."""
 
 GENERATION = {
     "generation": ("benchmarks.generate_ours", "generate", *LARGE),
@@ -297,17 +308,21 @@ def _attention_runs(name: str, sizes: tuple[int, ...], *, packed: bool) -> tuple
 
 def measure_steps(options: argparse.Namespace) -> tuple[list[str], list[Figure]]:
     """Training steps: a table of each, and of those that are compared."""
-    sides = run_in_turn(STEPS, rounds=options.rounds, steps=5)
+    sides: dict[str, Side] = {}
     chip = find_chip(jax.devices()[0].device_kind)
     lines = [
         "| step | s, median (least – most) | tokens a second | utilisation | GiB |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for name, side in sides.items():
-        size = small_llama.SIZES["8b" if name.endswith("8B") else "large"]
-        rate = size.flops(trained=name.endswith("full")) / statistics.median(side.seconds)
-        share = "" if chip is None else f"{rate / chip.flops:.1%}"
-        lines.append(_row(name, side, size.tokens, share))
+    for group in STEPS:
+        found = run_in_turn(group, rounds=options.rounds, steps=5)
+        sides |= found
+        for name, side in found.items():
+            size = small_llama.SIZES["8b" if name.endswith("8B") else "large"]
+            rate = size.flops(trained=name.endswith("full")) / statistics.median(side.seconds)
+            share = "" if chip is None else f"{rate / chip.flops:.1%}"
+            lines.append(_row(name, side, size.tokens, share))
+            print(lines[-1], file=sys.stderr, flush=True)
     compared = [Comparison(f"{a} / {b}", sides[a], sides[b]) for a, b, _ in STEP_RATIOS]
     figures = [
         _judged(f"step, {one.name}", one.ratio, at_most=bound)

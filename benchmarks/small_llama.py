@@ -89,7 +89,7 @@ class Size:
         return self.tokens * (2.0 * (3 if trained else 2) * kernels + attention)
 
 
-SIZES = {"small": Size(_SMALL, 8, 256), "large": Size(_LARGE, 8, 1024), "8b": Size(_8B, 4, 2048)}
+SIZES = {"small": Size(_SMALL, 8, 256), "large": Size(_LARGE, 8, 1024), "8b": Size(_8B, 2, 2048)}
 
 
 @dataclasses.dataclass(frozen=True)

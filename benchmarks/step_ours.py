@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from benchmarks import small_llama as setup
-from benchmarks.worker import serve
+from benchmarks.worker import await_turn, serve
 from peft_jax.adapters import AdapterSpec, count_parameters, make_method
 from peft_jax.data import Batch
 from peft_jax.models import ExecutionSettings, build_model
@@ -70,6 +70,7 @@ def main(options: setup.Options) -> None:
     params = model.init_params(jax.random.key(0), options.dtype, options.quantization)
     spec = AdapterSpec(method=make_method(NAMES.get(method, method), **SETTINGS[method]))
     batch = jax.device_put(make_batch(options.size))
+    await_turn()
     adapter = spec.init(
         jax.random.key(1),
         params,

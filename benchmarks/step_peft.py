@@ -8,7 +8,7 @@ from peft import BOFTConfig, LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import small_llama as setup
-from benchmarks.worker import serve
+from benchmarks.worker import await_turn, serve
 
 CONFIGS = {
     "full": None,
@@ -50,6 +50,8 @@ def main(options: setup.Options) -> None:
     tokens = torch.randint(
         0, size.config["vocab_size"], (size.batch_size, size.length), device=device
     )
+
+    await_turn()
 
     def run() -> float:
         optimizer.zero_grad(set_to_none=True)

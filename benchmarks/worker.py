@@ -1,8 +1,9 @@
 """The worker's side of a comparison: makes a step, and runs it when told to.
 
-A worker is a process of its own that speaks lines of JSON. It says {"ready": true, …} once its
-step has been compiled and run, then answers each line "N" on its standard input with the seconds a
-step took over N steps, and ends when the input does.
+A worker is a process of its own that speaks lines of JSON. It waits for an empty line
+(`await_turn`), says {"ready": true, …} once its step has been compiled and run, then answers each
+line "N" on its standard input with the seconds a step took over N steps, and ends when the input
+does.
 """
 
 import json
@@ -39,6 +40,15 @@ def serve(
         seconds = (time.perf_counter() - start) / count
         peak = device_peak() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         _say(out, seconds=seconds, loss=loss, peak_bytes=peak)
+
+
+def await_turn() -> None:
+    """Waits for a line on the standard input.
+
+    Workers import and make their parameters at the same time; what compiles, and may time kernels
+    to choose among them, comes after this, one worker after another.
+    """
+    sys.stdin.readline()
 
 
 def _say(out, **answer: object) -> None:
