@@ -7,6 +7,7 @@ does.
 """
 
 import json
+import os
 import resource
 import sys
 import time
@@ -29,9 +30,8 @@ def serve(
         process's own are reported.
       facts: what to report beside.
     """
-    out, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
     losses = [step() for _ in range(warm_up)]
-    _say(out, ready=True, first_loss=losses[0], **facts)
+    _say(ready=True, first_loss=losses[0], **facts)
     for line in sys.stdin:
         count = int(line)
         start = time.perf_counter()
@@ -39,7 +39,7 @@ def serve(
             loss = step()
         seconds = (time.perf_counter() - start) / count
         peak = device_peak() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        _say(out, seconds=seconds, loss=loss, peak_bytes=peak)
+        _say(seconds=seconds, loss=loss, peak_bytes=peak)
 
 
 def await_turn() -> None:
@@ -51,5 +51,5 @@ def await_turn() -> None:
     sys.stdin.readline()
 
 
-def _say(out, **answer: object) -> None:
+def _say(**answer: object) -> None:
     print(json.dumps(answer), file=out, flush=True)
