@@ -9,6 +9,7 @@ import datasets
 
 from eval.tasks.names import flores_languages, is_flores
 from peft_jax.data import BadRowError, DataSettings, Recipe, get_recipe
+from peft_jax.data.bad_rows import as_bad_row
 from peft_jax.data.recipes.classification import Classification
 from peft_jax.data.sources import open_sources
 from peft_jax.data.tables import Table
@@ -144,7 +145,9 @@ def as_dataset(recipe: Recipe, table: Table, *, most: int | None = None) -> data
     def rows() -> Iterator[Mapping[str, Any]]:
         for index in range(len(table) if most is None else min(most, len(table))):
             try:
-                yield {**read(table[index]), "idx": index}
+                with as_bad_row():
+                    found = {**read(table[index]), "idx": index}
+                yield found
             except BadRowError as error:
                 # Published test splits have no labels, and are not evaluated on.
                 if error.reason == "no label":

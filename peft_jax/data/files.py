@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from peft_jax.core import did_you_mean
+from peft_jax.data.bad_rows import BadRowError
 from peft_jax.data.settings import DataSettings, TextUnit
 from peft_jax.data.tables import (
     ArrowTable,
@@ -20,9 +20,11 @@ from peft_jax.data.tables import (
     Table,
     csv_parser,
     find_csv_records,
+    find_json_items,
     find_lines,
     find_paragraphs,
     find_whole,
+    first_letter,
     parse_json,
     split_record,
 )
@@ -171,24 +173,19 @@ def _read_jsonl(path: Path, settings: DataSettings, layout: Layout) -> Table:
 
 def _read_json(path: Path, settings: DataSettings, layout: Layout) -> Table:
     """A JSON array of objects; or, as many files are, one object a line in spite of the name."""
-    lines = RecordTable(path, find_lines, parse_json)
-    if not len(lines):
-        return MemoryTable([], str(path), files=(path,))
-    if lines.parsed_by(_text_row)[0][TEXT_COLUMN].lstrip().startswith("{"):
-        return lines
-    try:
-        rows = json.loads(RecordTable(path, find_whole, _text_row)[0][TEXT_COLUMN])
-    except json.JSONDecodeError as error:
+
+    def find(data: Bytes) -> Records:
+        letter = first_letter(data)
+        if letter == "[":
+            return find_json_items(data, str(path))
+        if letter in ("", "{"):
+            return find_lines(data)
         raise ValueError(
-            f"{path}:{error.lineno}: broken JSON: {error.msg} at column {error.colno}. One JSON"
-            " array is read as a whole, so no row of it can be used; a .jsonl file, with one object"
-            " a line, is read line by line."
-        ) from None
-    if not isinstance(rows, list):
-        raise ValueError(
-            f"{path}: holds a {type(rows).__name__}; it should hold an array of objects"
+            f"{path}: broken JSON: it begins with {letter!r}; it should hold an array of objects,"
+            " or one object a line"
         )
-    return MemoryTable(rows, str(path), unit="item", files=(path,))
+
+    return RecordTable(path, find, parse_json)
 
 
 def _read_delimited(
@@ -200,7 +197,10 @@ def _read_delimited(
     records = RecordTable(path, find, _text_row)
     if not len(records):
         return MemoryTable([], str(path), files=(path,))
-    first = split_record(records[0][TEXT_COLUMN], delimiter, quoting=quoting)
+    try:
+        first = split_record(records[0][TEXT_COLUMN], delimiter, quoting=quoting)
+    except BadRowError as error:
+        raise ValueError(f"{records.where(0)}: the first line cannot be read: {error}") from error
     columns, has_header = _columns(path, first, settings, layout)
     parse = csv_parser(columns, delimiter, quoting=quoting)
     return records.parsed_by(parse, skip=1 if has_header else 0)

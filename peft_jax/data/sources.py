@@ -188,9 +188,7 @@ def _open_folder(
     if subset and (folder / subset).is_dir():
         folder = folder / subset
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
-        import datasets
-
-        saved = datasets.load_from_disk(str(folder))
+        saved = _load_saved(folder)
         return _named_splits(saved, str(folder))
     splits = recipe.find_splits(folder, settings)
     if not splits:
@@ -200,6 +198,32 @@ def _open_folder(
             f" {', '.join(names) or 'nothing'}"
         )
     return splits
+
+
+def _load_saved(folder: Path) -> Any:
+    """A data set that `datasets` has saved.
+
+    Raises:
+      ValueError: its files are damaged or missing.
+    """
+    import datasets
+    import pyarrow
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return datasets.load_from_disk(str(folder))
+    # The library raises many types for one thing: the files are not as it wrote them.
+    except (
+        pyarrow.ArrowException,
+        DatasetsError,
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ) as error:
+        raise ValueError(
+            f"{folder} cannot be read as a saved data set: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _open_hub(

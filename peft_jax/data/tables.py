@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import mmap
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -318,6 +319,72 @@ def find_whole(data: Bytes) -> Records:
     return Records([first], [len(data)], [1]) if len(data) > first else Records([], [], [])
 
 
+_JSON_MARK = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["\[\]{},]', re.DOTALL)
+"""A whole string, or one of the characters that JSON's structure is made of."""
+
+
+def find_json_items(data: Bytes, name: str) -> Records:
+    r"""The items of a JSON array, each of which is then parsed by itself.
+
+    Only strings, brackets and commas are looked at: what is wrong inside an item is wrong with that
+    item alone.
+
+    Args:
+      data: the file's bytes, which begin with a bracket.
+      name: the file's name, for messages.
+
+    Raises:
+      ValueError: the array or a string in it does not end, or something follows the array.
+
+    Example:
+      >>> records = find_json_items(b'[{"a": [1, 2]},\n {"b": "]"}]', "a.json")
+      >>> records.starts.tolist(), records.stops.tolist(), records.lines.tolist()
+      ([1, 17], [14, 27], [1, 2])
+    """
+    newlines = find_lines(data, keep_blank=True)
+
+    def line_of(offset: int) -> int:
+        return max(int(np.searchsorted(newlines.starts, offset, side="right")), 1)
+
+    starts: list[int] = []
+    stops: list[int] = []
+    depth = start = closed = 0
+    for mark in _JSON_MARK.finditer(data):
+        at = mark.start()
+        kind = data[at : at + 1]
+        if mark.end() - at > 1:
+            continue
+        if kind == b'"':
+            raise ValueError(f"{name}:{line_of(at)}: broken JSON: a string does not end")
+        depth += (kind in (b"[", b"{")) - (kind in (b"]", b"}"))
+        if depth == 1 and not start:
+            start = at + 1
+        elif depth == 0 or (depth == 1 and kind == b","):
+            first, last = _strip(data, start, at)
+            # An empty array has no item.
+            if last > first or kind == b"," or starts:
+                starts.append(first)
+                stops.append(last)
+            start = at + 1
+        if depth <= 0:
+            closed = at + 1
+            break
+    if not closed:
+        line = line_of(_strip(data, start, len(data))[0])
+        raise ValueError(f"{name}:{line}: broken JSON: the array does not end after this item")
+    first, last = _strip(data, closed, len(data))
+    if last > first:
+        raise ValueError(f"{name}:{line_of(first)}: broken JSON: something follows the array")
+    return Records(starts, stops, [line_of(start) for start in starts])
+
+
+def _strip(data: Bytes, start: int, stop: int) -> tuple[int, int]:
+    """A stretch of bytes without white space at its ends."""
+    text = data[start:stop]
+    first = start + len(text) - len(text.lstrip())
+    return first, max(first, start + len(text.rstrip()))
+
+
 def find_csv_records(data: Bytes, delimiter: str) -> Records:
     r"""The records of a file whose fields may hold line ends between double quotes.
 
@@ -408,7 +475,10 @@ def split_record(text: str, delimiter: str, *, quoting: bool) -> list[str]:
     try:
         return next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
     except csv.Error as error:
-        raise BadRowError("broken CSV", str(error)) from None
+        detail, lines = str(error), text.count("\n") + 1
+        if lines > 1:
+            detail += f"; the record has {lines:,} lines: is a quotation mark not closed?"
+        raise BadRowError("broken CSV", detail) from None
 
 
 def _as_row(value: Any) -> Row:
@@ -420,6 +490,12 @@ def _as_row(value: Any) -> Row:
 def _after_mark(data: Bytes) -> int:
     """The first byte after a UTF-8 byte order mark, if there is one."""
     return 3 if data[:3] == b"\xef\xbb\xbf" else 0
+
+
+def first_letter(data: Bytes) -> str:
+    """The first character that is no white space, if it is an ASCII one; "" if there is none."""
+    found = re.compile(rb"\s*+(\S)").match(data, _after_mark(data))
+    return found[1].decode("ascii", "replace") if found else ""
 
 
 def _map_bytes(path: Path) -> Bytes:

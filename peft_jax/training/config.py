@@ -16,12 +16,7 @@ from ml_collections.config_dict import FieldReference
 
 from peft_jax.adapters import METHODS, AdapterMethod, AdapterSpec, Full, Hybrid, method_settings
 from peft_jax.core import did_you_mean
-from peft_jax.core.checks import (
-    check_choice,
-    check_finite,
-    check_positive,
-    check_positive_int,
-)
+from peft_jax.core.checks import check_choice, check_positive, check_positive_int
 from peft_jax.core.convert import (
     convert,
     differences,
@@ -176,7 +171,6 @@ class TrainSettings:
             check_positive_int("steps", self.steps)
         elif self.epochs is not None:
             check_positive("epochs", self.epochs)
-            check_finite("epochs", self.epochs)
         else:
             raise ValueError("train.steps or train.epochs must be given; both are None")
 

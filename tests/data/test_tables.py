@@ -19,6 +19,7 @@ from peft_jax.data.tables import (
     JoinedTable,
     MemoryTable,
     find_csv_records,
+    find_json_items,
     find_lines,
     find_paragraphs,
 )
@@ -156,7 +157,10 @@ def test_csv_line_numbers_count_line_ends_within_fields(tmp_path):
     ("name", "content", "message"),
     [
         ("a.json", b'[{"question": 1},\n {]', r"a\.json:2: broken JSON"),
-        ("a.json", b"3", "holds a int"),
+        ("a.json", b"3", r"a\.json: broken JSON: it begins with '3'; it should hold an array"),
+        ("a.json", b'[{"a": 1},\n {"b": "]}', r"a\.json:2: broken JSON: a string does not end"),
+        ("a.json", b'[{"a": 1}]\n, 2', r"a\.json:2: broken JSON: something follows the array"),
+        ("a.csv", b'"question\n1,2\n', r"a\.csv:1: the first line cannot be read: broken CSV"),
         ("a.jsonl.gz", b"\x1f\x8b not gzip", "is damaged"),
         ("a.jsonll", b"", r"not a known data format; did you mean '\.jsonl'"),
     ],
@@ -171,6 +175,23 @@ def test_a_file_that_cannot_be_read(tmp_path, name, content, message):
 def test_an_empty_file_has_no_rows(tmp_path, name):
     (tmp_path / name).write_bytes(gzip.compress(b"") if name.endswith("gz") else b"")
     assert read(tmp_path / name) == []
+
+
+JSON = st.recursive(
+    st.none() | st.integers() | st.text(st.sampled_from('[]{},:" \\\n\té')),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=12,
+)
+
+
+@given(st.lists(JSON, max_size=5), st.sampled_from([None, 1]), st.booleans())
+def test_json_items_are_those_of_the_json_module(items, indent, ascii_only):
+    data = json.dumps(items, indent=indent, ensure_ascii=ascii_only).encode()
+    records = find_json_items(data, "a.json")
+    found = [json.loads(data[a:b]) for a, b in zip(records.starts, records.stops, strict=True)]
+    assert found == items
+    lines = [data[:start].count(b"\n") + 1 for start in records.starts]
+    assert records.lines.tolist() == lines
 
 
 @given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\r\n")), max_size=8))
