@@ -11,7 +11,9 @@ says what it takes and whether it fits, and --search looks for the smallest devi
 does: docs/planning.md.
 
 --workdir is where everything goes that the run writes. The same command again goes on from the last
-checkpoint there, wherever the run was stopped.
+checkpoint there, wherever the run was stopped; with more steps, also after its end. A run whose
+base or data has changed since it began is refused, unless --allow_changed=base,data says that it
+may: docs/resuming.md.
 
 On a pod the same command runs on every host, with --distributed; see docs/pods.md.
 
@@ -37,6 +39,12 @@ if TYPE_CHECKING:
 _CONFIG = command_line.define_config()
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run works; by default runs/ and the configuration's name."
+)
+_ALLOW_CHANGED = flags.DEFINE_list(
+    "allow_changed",
+    [],
+    "What may have changed since the run in the work directory began: base, data, or both, with a "
+    "comma between.",
 )
 _TRACEBACK = command_line.define_traceback()
 _PLAN = command_line.define_plan()
@@ -81,7 +89,11 @@ def main(argv: Sequence[str]) -> int:
     from peft_jax.training.loop import run
 
     with contextlib.nullcontext() if contact is None else _ending_together(contact):
-        run(from_config_dict(given), _WORKDIR.value or _default_workdir())
+        run(
+            from_config_dict(given),
+            _WORKDIR.value or _default_workdir(),
+            allow_changed=_ALLOW_CHANGED.value,
+        )
     return exits.ExitCode.DONE
 
 

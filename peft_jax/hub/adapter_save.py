@@ -82,7 +82,7 @@ def save_adapter(
                                                   'b': Array(True, dtype=bool)}}}})
     """
     folder = FilePath(folder)
-    _refuse_other_content(folder)
+    check_adapter_folder(folder)
     params = model.abstract_params()
     plan = spec.plan(params)
     check_state(state, spec.abstract(params))
@@ -230,7 +230,12 @@ def _given(tensor: np.ndarray) -> Callable[[], np.ndarray]:
     return lambda: tensor
 
 
-def _refuse_other_content(folder: FilePath) -> None:
+def check_adapter_folder(folder: FilePath) -> None:
+    """Rejects a folder that an adapter cannot be written to, since it holds something else.
+
+    Raises:
+      ValueError: it does, or it is a file.
+    """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give a folder")
     if not folder.exists() or any((folder / name).is_file() for name in (CONFIG, PEFT_CONFIG)):

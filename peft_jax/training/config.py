@@ -326,7 +326,11 @@ class RunConfig:
         return from_mapping(RunConfig, given)
 
 
+LENGTH = ("train.steps", "train.epochs")
+"""How long a run is, which may be changed while it goes on and after its end."""
+
 MAY_CHANGE = (
+    *LENGTH,
     "logging",
     "checkpoint",
     "evaluate",
@@ -337,8 +341,8 @@ MAY_CHANGE = (
     "data.check_rows",
     "data.on_bad_row",
 )
-"""What may differ when a run is gone on with: it changes how things are computed, what is written
-down, and where a run stops, but not what is computed."""
+"""What may differ when a run is resumed: it changes how things are computed, what is written down,
+and where a run stops, but not what is computed; except that some schedules depend on the length."""
 
 ROUNDING = ("execution", "parallel")
 """What changes how sums are rounded: with it changed, a run does not end bit for bit the same."""

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ from peft_jax.training.checkpoints import Checkpoints
 from peft_jax.training.clock import Phases, Rate
 from peft_jax.training.config import RunConfig
 from peft_jax.training.cpu_memory import dispatch_inline, keep_freed_memory
-from peft_jax.training.errors import BadDataError, NonFiniteError, RefusedError
+from peft_jax.training.errors import BadDataError, NonFiniteError, RefusedError, StorageError
 from peft_jax.training.evaluate import AnyEvaluator, make_evaluator
-from peft_jax.training.export import export_results
+from peft_jax.training.export import export_results, exports_model
 from peft_jax.training.files import locked, write_json
 from peft_jax.training.inbox import Inbox, Measured
+from peft_jax.training.inputs import Inputs, check_allowed, pin
 from peft_jax.training.interruption import Interruption
 from peft_jax.training.metrics import (
     HELD_OUT,
@@ -40,24 +41,34 @@ from peft_jax.training.metrics import (
     read_records,
 )
 from peft_jax.training.placement import check_processes, from_first
-from peft_jax.training.prepare import Job, prepare
+from peft_jax.training.prepare import Job, identify_inputs, prepare
 from peft_jax.training.progress import Reporter, StepProgress
 from peft_jax.training.report import write_report
+from peft_jax.training.resume import Start, find_start
 from peft_jax.training.state import TrainState
 from peft_jax.training.step import summed_loss
 from peft_jax.training.summary import Totals, describe_data, summarize
-from peft_jax.training.workdir import WorkDir, compare_configs
+from peft_jax.training.workdir import WorkDir
 
 
 def run(
-    config: RunConfig, workdir: str | Path, *, reporter: Reporter | None = None
+    config: RunConfig,
+    workdir: str | Path,
+    *,
+    reporter: Reporter | None = None,
+    allow_changed: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Does what a configuration says, or goes on with it where it was stopped.
+    """Trains from `config`, resuming from the latest checkpoint if there is one.
+
+    A run that was stopped, or has come to its end, is resumed when the same configuration asks for
+    more steps than it has taken.
 
     Args:
       config: the configuration.
       workdir: the folder everything is written to.
       reporter: what is told of the progress; the terminal by default.
+      allow_changed: what may have changed since the run began, "base" or "data"; both are compared
+        by content, and a change is an error otherwise.
 
     Returns:
       The summary, as in `summary.json`.
@@ -67,29 +78,39 @@ def run(
       InterruptedRunError: a signal asked the run to stop, and it did, with a checkpoint.
       NonFiniteError: the loss or the gradient is not finite.
       BadDataError: a row that cannot be used was met after the first step, and is an error.
+      StorageError: the work directory can no longer be written to.
     """
     dispatch_inline()
+    check_allowed(allow_changed)
     first = jax.process_index() == 0
     reporter = reporter or Reporter(quiet=not first)
     folder = WorkDir.at(workdir)
     check_processes(folder.path, config.to_mapping())
     folder.check(config)
-    if (summary := folder.read_summary()) is not None:
-        reporter.say(f"{folder.path} holds this run, finished; see {folder.report / 'README.md'}")
-        return summary
+    summary = from_first(folder.read_summary(say=reporter.warn) if first else None)
+    if summary is not None and folder.is_as_long_as(config):
+        lost = from_first(_list_lost(folder, config) if first else None)
+        if not lost:
+            _say_finished(folder, reporter)
+            return summary
+        reporter.warn(f"gone, and written again from the last checkpoint: {lost}")
     if first:
         folder.check_writable()
+        folder.check_results(model=exports_model(config))
     phases = Phases()
     with phases("prepare"):
-        job = prepare(config, say=reporter.warn)
+        pinned = pin(config, folder.read_inputs(), allow_changed)
+        job = prepare(config, say=reporter.warn, pinned=pinned)
+        inputs = Inputs.from_mapping(
+            from_first(identify_inputs(job).to_mapping() if first else None)
+        )
     with contextlib.ExitStack() as stack:
         stack.callback(job.train.close)
         if first:
             stack.enter_context(locked(folder.lock))
+            folder.remove_unfinished(say=reporter.warn)
         for note in folder.check(config):
             reporter.warn(note)
-        if first:
-            folder.claim(config)
         interruption = stack.enter_context(Interruption())
         checkpoints = stack.enter_context(
             Checkpoints(
@@ -98,8 +119,51 @@ def run(
                 asynchronous=config.checkpoint.asynchronous,
             )
         )
+        start = find_start(
+            job,
+            folder,
+            checkpoints,
+            inputs,
+            finished=summary is not None,
+            allowed=allow_changed,
+            warn=reporter.warn,
+        )
+        stack.enter_context(_explaining_failures(folder, checkpoints))
+        if first:
+            folder.claim(config, inputs)
         stack.enter_context(on_mesh(job.mesh))
-        return _Run(job, folder, reporter, interruption, checkpoints, phases).go()
+        return _Run(job, folder, reporter, interruption, checkpoints, phases, inputs).go(start)
+
+
+def _list_lost(folder: WorkDir, config: RunConfig) -> str:
+    """The results of a finished run that are gone, for a message; empty where none is."""
+    return ", ".join(map(str, folder.lost_results(model=exports_model(config))))
+
+
+def _say_finished(folder: WorkDir, reporter: Reporter) -> None:
+    if not folder.metrics.is_file():
+        reporter.warn(f"{folder.metrics} is gone; what it held is in {folder.report} only")
+    reporter.say(f"{folder.path} holds this run, finished; see {folder.report / 'README.md'}")
+
+
+@contextlib.contextmanager
+def _explaining_failures(folder: WorkDir, checkpoints: Checkpoints) -> Iterator[None]:
+    """Raises what the system refuses while the run writes as one line, and what can be done."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # whoever reads the terminal's output has left
+    except (StorageError, OSError) as error:
+        text = str(error)
+        if isinstance(error, OSError) and error.strerror:
+            text = f"{error.filename or folder.path}: {error.strerror}"
+        with contextlib.suppress(StorageError):
+            checkpoints.wait()
+        steps = checkpoints.steps()
+        last = f"the last checkpoint is {checkpoints.path(steps[-1])}" if steps else "no checkpoint"
+        raise StorageError(
+            f"{text} ({last}). Once the cause is mended, the same command resumes the run"
+        ) from error
 
 
 @dataclasses.dataclass
@@ -132,8 +196,10 @@ class _Run:
         interruption: Interruption,
         checkpoints: Checkpoints,
         phases: Phases,
+        inputs: Inputs,
     ):
         self._job = job
+        self._inputs = inputs
         self._config = job.config
         self._folder = folder
         self._reporter = reporter
@@ -146,41 +212,33 @@ class _Run:
         self._saved: int | None = None
         self._first = jax.process_index() == 0
 
-    def go(self) -> dict[str, Any]:
+    def go(self, start: Start) -> dict[str, Any]:
         """Everything from the first byte of the weights to the report."""
         self._reporter.say(self._job.table)
         self._reporter.say(describe_data(self._job))
-        start = self._checkpoints.newest(say=self._reporter.warn)
-        saved = None if start is None else self._checkpoints.read_run(start)
+        saved = start.saved
         if saved is not None:
-            compare_configs(
-                saved["config"], self._config, where=str(self._checkpoints.path(saved["step"]))
-            )
             self._phases.add(saved["seconds"])
             self._totals = Totals(**saved["totals"])
-            self._reporter.say(f"going on from step {start} of {self._job.steps}")
+            self._saved = start.step
+            self._reporter.say(f"going on from step {start.step} of {self._job.steps}")
         with self._phases("load"):
-            arrays = self._load(saved)
+            arrays = self._load()
         with self._phases("compile"):
             step = self._compile()
         evaluator = make_evaluator(self._job)
         keep_freed_memory()
-        with self._open_log(start) as self._log:
+        with self._open_log(saved) as self._log:
             self._train(arrays, step, evaluator)
             return self._finish(arrays)
 
     # Before the first step.
 
-    def _load(self, saved: dict[str, Any] | None) -> _Arrays:
+    def _load(self) -> _Arrays:
         """The arrays of a checkpoint, or those that a run begins with."""
         params = self._load_base()
         frozen = self._job.spec.frozen(params)
-        if saved is not None:
-            self._saved = int(saved["step"])
-            try:
-                self._job.train.set_state(saved["data"])
-            except ValueError as error:
-                raise RefusedError(str(error)) from error
+        if self._saved is not None:
             abstract = {"state": self._job.state, "constant": self._job.constant}
             arrays = self._checkpoints.read_arrays(self._saved, abstract)
             return _Arrays(frozen=frozen, constant=arrays["constant"], state=arrays["state"])
@@ -282,12 +340,13 @@ class _Run:
                 'train.max_length, set execution.remat to "full", or take more devices'
             )
 
-    def _open_log(self, start: int | None) -> MetricsLog:
+    def _open_log(self, saved: Mapping[str, Any] | None) -> MetricsLog:
         if not self._first:
             # Told, and not read: all processes must agree on what is still to be measured.
             present = [(int(step), str(split)) for step, split in from_first(None)]
             return MetricsLog(self._folder.metrics, writes=False, present=present)
         logging = self._config.logging
+        start = self._saved
         sinks: list[Sink] = []
         if logging.tensorboard:
             sinks.append(TensorBoard(self._folder.tensorboard, from_step=start))
@@ -301,11 +360,23 @@ class _Run:
                 )
             )
         try:
-            log = MetricsLog(self._folder.metrics, from_step=start, sinks=tuple(sinks))
+            log = MetricsLog(
+                self._folder.metrics,
+                from_step=start,
+                sinks=tuple(sinks),
+                held_out=() if saved is None else saved.get("held_out", ()),
+            )
         except ValueError as error:
             raise RefusedError(
                 f"{error}; take the line out, and the same command goes on"
             ) from error
+        if saved is not None and (lost := saved.get("records", 1) - log.found) > 0:
+            kept = "; those of held-out data are taken from the checkpoint"
+            self._reporter.warn(
+                f"{self._folder.metrics} has lost {lost if 'records' in saved else 'all'} of the"
+                f" records up to step {start}, which the curves of the report will lack too"
+                + (kept if "held_out" in saved else "")
+            )
         from_first(log.present)
         return log
 
@@ -394,6 +465,10 @@ class _Run:
             {"state": arrays.state, "constant": arrays.constant},
             {
                 "step": done,
+                "steps": self._job.steps,
+                "inputs": self._inputs.to_mapping(),
+                "records": len(self._log.present),
+                "held_out": self._log.held_out,
                 "config": self._config.to_mapping(),
                 "data": self._job.train.get_state(),
                 "seconds": self._phases.seconds,

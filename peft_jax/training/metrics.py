@@ -47,6 +47,12 @@ class MetricsLog:
       writes: whether this process writes the file; otherwise it only knows what is in it.
       present: the (step, split) of the records there are, where they are known; by default they are
         read from the file.
+      held_out: records of held-out data that belong there, as a checkpoint keeps them; those that
+        the file has lost are written again.
+
+    Attributes:
+      found: Number of records that were in the file, up to `from_step`.
+      held_out: The records of held-out data so far, where this process writes the file.
     """
 
     def __init__(
@@ -57,9 +63,13 @@ class MetricsLog:
         sinks: tuple[Sink, ...] = (),
         writes: bool = True,
         present: Iterable[tuple[int, str]] | None = None,
+        held_out: Iterable[Record] = (),
     ):
         reads = from_step is not None and present is None
         kept = [r for r in read_records(path) if r["step"] <= from_step] if reads else []
+        self.found = len(kept)
+        kept = _with_lost(kept, held_out)
+        self.held_out = [record for record in kept if record["split"] == HELD_OUT]
         found = ((record["step"], record["split"]) for record in kept)
         self._present = set(found if present is None else present)
         self._sinks = sinks
@@ -88,6 +98,8 @@ class MetricsLog:
         self._present.add((record["step"], record["split"]))
         if self._stream is None:
             return
+        if record["split"] == HELD_OUT:
+            self.held_out.append(plain(record))
         self._stream.write(_line(record))
         self._stream.flush()
         for sink in self._sinks:
@@ -144,6 +156,15 @@ def plain(tree: Any) -> Any:
     if tree is None or isinstance(tree, (bool, int, str)):
         return tree
     return plain(np.asarray(tree).tolist())
+
+
+def _with_lost(kept: list[Record], held_out: Iterable[Record]) -> list[Record]:
+    """Returns records in their order with those of `held_out` that are not among them."""
+    present = {(record["step"], record["split"]) for record in kept}
+    lost = [record for record in held_out if (record["step"], record["split"]) not in present]
+    if not lost:
+        return kept
+    return sorted([*kept, *lost], key=lambda record: (record["step"], record["split"] != TRAIN))
 
 
 def _line(record: Record) -> str:

@@ -25,6 +25,7 @@ from peft_jax.parallel.memory import check_fits, device_memory, gib
 from peft_jax.training.blueprint import Blueprint, draw_blueprint
 from peft_jax.training.config import RunConfig
 from peft_jax.training.errors import RefusedError
+from peft_jax.training.inputs import Inputs, identify_base, identify_data
 from peft_jax.training.metrics import require_wandb
 
 
@@ -51,12 +52,15 @@ class Job(Blueprint):
     new_head: bool
 
 
-def prepare(config: RunConfig, *, say: Callable[[str], None]) -> Job:
+def prepare(
+    config: RunConfig, *, say: Callable[[str], None], pinned: RunConfig | None = None
+) -> Job:
     """Builds what a run is made of, and refuses what cannot work.
 
     Args:
       config: the configuration.
       say: told what is worth knowing.
+      pinned: the same with the commits of the hub that a resumed run began with.
 
     Raises:
       RefusedError: something that was asked for cannot be done; the message says what.
@@ -69,13 +73,13 @@ def prepare(config: RunConfig, *, say: Callable[[str], None]) -> Job:
             "which has the whole model; merge adapter/ afterwards with peft_jax.hub.export_merged"
         )
     try:
-        return _prepare(config, say)
+        return _prepare(config, say, pinned or config)
     except (ValueError, OSError) as error:
         raise RefusedError(str(error)) from error
 
 
-def _prepare(config: RunConfig, say: Callable[[str], None]) -> Job:
-    folder = find_folder(config.model.path, revision=config.model.revision or None)
+def _prepare(config: RunConfig, say: Callable[[str], None], pinned: RunConfig) -> Job:
+    folder = find_folder(config.model.path, revision=pinned.model.revision or None)
     model = _build_model(folder, config)
     if config.model.architecture:
         check_architecture(config.model.architecture, model.config)
@@ -100,7 +104,7 @@ def _prepare(config: RunConfig, say: Callable[[str], None]) -> Job:
             f"train.max_length is {config.train.max_length}, and the model was made for texts of "
             f"up to {context} tokens"
         )
-    data = config.data
+    data = pinned.data
     if config.train.epochs is not None:
         # Counting the steps of an epoch takes every row.
         data = dataclasses.replace(data, check_rows=None)
@@ -194,3 +198,19 @@ def _check_memory(blueprint: Blueprint) -> None:
             f"tokens: one block's activations alone take {gib(least)} on a device, which has "
             f"{gib(memory)}"
         )
+
+
+def identify_inputs(job: Job) -> Inputs:
+    """Returns the base and the data of a run by their content.
+
+    Raises:
+      RefusedError: a file of theirs cannot be read.
+    """
+    model, data = job.config.model, job.config.data
+    try:
+        return Inputs(
+            base=identify_base(job.folder, path=model.path, weights=model.weights == "checkpoint"),
+            data=identify_data([*job.train.files, *job.held_out.files], data),
+        )
+    except (ValueError, OSError) as error:
+        raise RefusedError(str(error)) from error

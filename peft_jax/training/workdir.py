@@ -1,6 +1,7 @@
 """The folder that a run works in, and whose run it is.
 
 config.json     every setting of the run
+inputs.json     its base and its data by content: commits on the hub, digests
 metrics.jsonl   what was measured, a line a record
 checkpoints/    to go on from
 tensorboard/    events, where asked for
@@ -14,13 +15,24 @@ import dataclasses
 import json
 import os
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from absl import logging
+
 from peft_jax.core.convert import differences
-from peft_jax.training.config import MAY_CHANGE, ROUNDING, RunConfig, under
+from peft_jax.hub.adapter_files import CONFIG as ADAPTER_CONFIG
+from peft_jax.hub.adapter_save import check_adapter_folder
+from peft_jax.hub.files import read_json_object
+from peft_jax.training.config import LENGTH, MAY_CHANGE, ROUNDING, RunConfig, under
 from peft_jax.training.errors import RefusedError
 from peft_jax.training.files import write_json
+from peft_jax.training.inputs import Inputs
+
+_UNFINISHED = re.compile(r"\.[^.].*\.\d+\.(tmp(\.\w+)?|old)|\.processes-[0-9a-f]+")
+"""Names of temporary files and folders, which end in the number of their process."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +81,11 @@ class WorkDir:
     def config(self) -> Path:
         """Every setting of the run."""
         return self.path / "config.json"
+
+    @property
+    def inputs(self) -> Path:
+        """Base and data by content."""
+        return self.path / "inputs.json"
 
     @property
     def metrics(self) -> Path:
@@ -136,15 +153,122 @@ class WorkDir:
             ) from error
         return compare_configs(before, config, where=str(self.path))
 
-    def claim(self, config: RunConfig) -> None:
-        """Writes down whose folder this is."""
+    def claim(self, config: RunConfig, inputs: Inputs) -> None:
+        """Writes down whose folder this is; the run there is then no longer finished."""
+        self.summary.unlink(missing_ok=True)
         write_json(self.config, config.to_mapping())
+        write_json(self.inputs, inputs.to_mapping())
 
-    def read_summary(self) -> dict[str, Any] | None:
-        """The summary, if the run is finished."""
+    def read_inputs(self) -> Inputs | None:
+        """Returns the recorded base and data; None where there is no record, or none to be read."""
+        try:
+            return Inputs.read(self.inputs)
+        except (OSError, ValueError):
+            return None
+
+    def read_summary(self, *, say: Callable[[str], None]) -> dict[str, Any] | None:
+        """The summary, if the run is finished.
+
+        Args:
+          say: told of a summary that cannot be read.
+        """
         if not self.summary.is_file():
             return None
-        return json.loads(self.summary.read_text(encoding="utf-8"))
+        try:
+            summary = json.loads(self.summary.read_text(encoding="utf-8"))
+            if not isinstance(summary, dict):
+                raise ValueError("it holds no object")
+        except ValueError as error:
+            say(
+                f"{self.summary} cannot be read ({error}); it is written again at the end of the"
+                " run"
+            )
+            return None
+        return summary
+
+    def is_as_long_as(self, config: RunConfig) -> bool:
+        """Whether the run here was asked for as many steps as a configuration asks for."""
+        try:
+            before = json.loads(self.config.read_text(encoding="utf-8"))["train"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return True
+        now = config.to_mapping()["train"]
+        return all(before.get(name) == now.get(name) for name in ("steps", "epochs"))
+
+    def holds_adapter(self) -> bool:
+        """Whether there is a whole adapter."""
+        try:
+            arrays = read_json_object(self.adapter / ADAPTER_CONFIG).get("arrays")
+        except ValueError:
+            return False
+        return isinstance(arrays, str) and (self.adapter / arrays).is_file()
+
+    def lost_results(self, *, model: bool) -> list[Path]:
+        """What a finished run has left and is gone.
+
+        Args:
+          model: whether the run leaves the whole model.
+        """
+        present = {
+            self.adapter: self.holds_adapter(),
+            self.model: not model or (self.model / "config.json").is_file(),
+            self.report: (self.report / "README.md").is_file(),
+        }
+        return [path for path, there in present.items() if not there]
+
+    def check_results(self, *, model: bool) -> None:
+        """Rejects what stands where the run is to write its results.
+
+        Args:
+          model: whether the run leaves the whole model.
+
+        Raises:
+          RefusedError: there is something else; it is named.
+        """
+        for path in (self.checkpoints, self.adapter, self.model, self.report, self.tensorboard):
+            if path.exists() and not path.is_dir():
+                raise RefusedError(f"{path} is a file, and the run writes a folder there: move it")
+        for path in (self.config, self.inputs, self.metrics, self.summary):
+            if path.exists() and not path.is_file():
+                raise RefusedError(f"{path} is no file, and the run writes one there: move it")
+        try:
+            check_adapter_folder(self.adapter)
+        except ValueError as error:
+            raise RefusedError(f"{error}: move it away") from error
+        foreign = sorted(path.name for path in self.model.iterdir()) if self.model.is_dir() else []
+        if model and foreign and "config.json" not in foreign:
+            raise RefusedError(
+                f"{self.model} holds {foreign[0]} but no model, and would be replaced as a whole:"
+                " move it away"
+            )
+
+    def remove_unfinished(self, *, say: Callable[[str], None]) -> None:
+        """Removes temporary files of processes that were killed; what they had set aside returns.
+
+        Call it when no other process can be working here.
+        """
+        left = [
+            path
+            for folder in (self.path, self.report)
+            if folder.is_dir()
+            for path in sorted(folder.iterdir())
+            if _UNFINISHED.fullmatch(path.name)
+        ]
+        removed = []
+        for path in left:
+            found = re.fullmatch(r"\.(adapter|model)\.\d+\.old", path.name)
+            if found and self.config.is_file() and not (self.path / found[1]).exists():
+                path.rename(self.path / found[1])
+                say(f"{self.path / found[1]} is back from {path.name}, where a killed run left it")
+                continue
+            removed.append(path.name)
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        if removed:
+            names = ", ".join(removed)
+            say(f"{self.path} held what killed runs had left unfinished, which is removed: {names}")
 
     def check_writable(self) -> None:
         """Rejects a folder, or one to be created, that this process may not write to.
@@ -205,6 +329,11 @@ def compare_configs(before: dict[str, Any], config: RunConfig, *, where: str) ->
     Raises:
       RefusedError: settings differ that decide what is computed; they are named.
     """
+    try:
+        # Settings that there were not yet have their defaults.
+        before = RunConfig.from_mapping(before).to_mapping()
+    except (ValueError, TypeError, AttributeError) as error:
+        logging.debug("%s holds the settings of another version: %s", where, error)
     changed = differences(before, config.to_mapping())
     refused = [
         f"  {name}: {_show(was)} there, {_show(now)} now"
@@ -226,6 +355,7 @@ def compare_configs(before: dict[str, Any], config: RunConfig, *, where: str) ->
             else ""
         )
         for name, (was, now) in changed.items()
+        if not under(name, LENGTH)
     ]
 
 
