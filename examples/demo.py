@@ -29,6 +29,7 @@ from peft_jax.generation import GenerationSettings, generate_text
 from peft_jax.hub import load_adapter, load_model
 from peft_jax.models import CausalLM
 from peft_jax.training import from_config_dict, run
+from peft_jax.training.workdir import WorkDir
 
 SHOWN = 5
 """How many questions are shown with their answers."""
@@ -99,6 +100,8 @@ def main() -> None:
     started = time.monotonic()
     console = Console(width=None if sys.stdout.isatty() else 100)
     config = from_config_dict(demo.get_config(given.config))
+    # Before anything is measured, which takes a while.
+    WorkDir.at(given.workdir).check(config)
 
     from transformers import AutoTokenizer
 

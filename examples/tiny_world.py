@@ -65,6 +65,8 @@ OPENINGS = (
 )
 VOCABULARY = 768
 """Tokens of the tokenizer: the bytes, every word of the stories, and the special ones."""
+SMALLEST_VOCABULARY = 256 + 5
+"""The bytes, three special tokens and the two roles."""
 
 SONGS = 0.25
 """How much of the pretraining text is songs."""
@@ -447,6 +449,15 @@ def main() -> None:
         "--vocabulary", type=int, default=VOCABULARY, help="tokens of the tokenizer"
     )
     given = parser.parse_args()
+    if given.rows < 1:
+        raise ValueError(f"--rows is {given.rows}; it must be at least 1")
+    if given.what == "tokenizer" and given.vocabulary < SMALLEST_VOCABULARY:
+        raise ValueError(
+            f"--vocabulary is {given.vocabulary}; it must be at least {SMALLEST_VOCABULARY}: the"
+            " 256 bytes and the special tokens"
+        )
+    if given.what == "tokenizer" and given.out.is_file():
+        raise ValueError(f"--out {given.out} is a file; a tokenizer's files need a folder")
     given.out.parent.mkdir(parents=True, exist_ok=True)
     if given.what == "tokenizer":
         texts = map(str, rows(any_text, count=given.rows, seed=given.seed))

@@ -81,6 +81,8 @@ OURS = ("peft_jax", "eval", "kernels_pallas", "configs", "examples", "__main__")
 
 _LONGEST_MESSAGE = 4000
 
+_OS_ERROR_CODE = re.compile(r"\[os_error_code='(\d+)'")
+
 # Where nothing was begun: the path is not one that the command can work with.
 _UNUSABLE_PATH = MappingProxyType(
     {
@@ -172,8 +174,10 @@ def explain(error: BaseException, *, stopped: str = "stopped") -> Ending | None:
     if isinstance(error, MemoryError):
         said = f" ({_first_line(error)})" if str(error) else ""
         return Ending(f"this machine's memory does not suffice{said}", int(ExitCode.FAILED))
-    if isinstance(error, RuntimeError):
+    if isinstance(error, (RuntimeError, AssertionError)):
         return _explain_jax_error(error)
+    if isinstance(error, ValueError) and (number := _OS_ERROR_CODE.search(str(error))):
+        return _explain_os_error(_as_os_error(str(error), int(number[1])))
     if _is_ours(error):
         return Ending(str(error), int(ExitCode.REFUSED))
     return None
@@ -193,7 +197,18 @@ def printable(text: str) -> str:
       >>> printable("a name\x1b[2J\nand a second line")
       'a name\\x1b[2J\nand a second line'
     """
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: ascii(match[0])[1:-1], text)
+    return "".join(
+        character
+        if character.isprintable() or character in "\n\t"
+        else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+
+
+def _as_os_error(text: str, number: int) -> OSError:
+    """TensorStore's errors, also of checkpoints, have the system's error in their text."""
+    file = re.search(r'"(/[^"]+)"', text)
+    return OSError(number, os.strerror(number), *([file[1]] if file else []))
 
 
 def _explain_os_error(error: OSError) -> Ending:
@@ -210,9 +225,18 @@ def _explain_os_error(error: OSError) -> Ending:
     return Ending(message, int(ExitCode.REFUSED if number in _UNUSABLE_PATH else ExitCode.FAILED))
 
 
-def _explain_jax_error(error: RuntimeError) -> Ending | None:
-    """JAX has no classes for what the machine lacks; it is in the text."""
+def _explain_jax_error(error: Exception) -> Ending | None:
+    """JAX has no classes for what the machine lacks; it is in the text, or in the place."""
     text = _first_line(error)
+    if isinstance(error, AssertionError):
+        # So it ends where JAX_PLATFORMS names a known platform whose plug-in is not installed.
+        if _module(error) != "jax._src.xla_bridge":
+            return None
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        return Ending(
+            f"JAX finds no devices of JAX_PLATFORMS={platforms}; cpu works everywhere",
+            int(ExitCode.REFUSED),
+        )
     if text.startswith("RESOURCE_EXHAUSTED"):
         return Ending(f"the devices' memory does not suffice ({text})", int(ExitCode.FAILED))
     if text.startswith(("Unable to initialize backend", "Unknown backend")):
@@ -230,11 +254,15 @@ def _is_ours(error: BaseException) -> bool:
 
 
 def _raised_by_us(error: BaseException) -> bool:
-    frames = list(traceback.walk_tb(error.__traceback__))
-    if not frames:
-        return False
-    module = str(frames[-1][0].f_globals.get("__name__", ""))
-    return module.partition(".")[0] in OURS
+    return _module(error).partition(".")[0] in OURS
+
+
+def _module(error: BaseException) -> str:
+    """The module whose code raised an error."""
+    module = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        module = str(frame.f_globals.get("__name__", ""))
+    return module
 
 
 def _wants_traceback(*given: object) -> bool:

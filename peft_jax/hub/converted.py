@@ -42,6 +42,12 @@ _CHUNK = (1, 256, 8192)
 _PIECE = 64 * 2**20
 """About how many bytes are moved at a time."""
 
+_SCHEMES = ("gs", "s3", "file")
+"""The stores that a conversion is kept in."""
+
+_CONTACT_SECONDS = 12.0
+"""How long a store may take for its first answer; TensorStore itself would try for an hour."""
+
 _IN_FLIGHT = 4
 """How many pieces wait to be read or written at a time, at most."""
 
@@ -75,7 +81,7 @@ def check_place(location: str) -> None:
             names = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
             own = {MANIFEST, _PROGRESS.rstrip("/")} & set(names)
         else:
-            store = _open_store(location)
+            store = _reach_store(location)
             own = {name for name in (MANIFEST, _SETTINGS) if _holds(store, name)}
             names = [] if own else [key.decode() for key in store.list().result()]
     except OSError as error:
@@ -174,11 +180,8 @@ def fetch_small_files(location: str, cache: FilePath) -> FilePath:
     Raises:
       ValueError: there is no converted checkpoint, or it cannot be reached.
     """
-    try:
-        store = _open_store(location)
-        found = store.read(MANIFEST).result()
-    except ValueError as error:
-        raise ValueError(f"{location} cannot be reached: {error}") from error
+    store = _reach_store(location)
+    found = store.read(MANIFEST).result()
     if found.state == "missing":
         raise ValueError(
             f"{location} holds no converted checkpoint (it has no {MANIFEST}); make one with"
@@ -333,6 +336,35 @@ def local_folder(location: str) -> FilePath | None:
 
 def _holds(store: ts.KvStore, name: str) -> bool:
     return store.read(name).result().state != "missing"
+
+
+def _reach_store(location: str) -> ts.KvStore:
+    """Opens a store, and waits for its first answer.
+
+    Raises:
+      ValueError: nothing can be kept at such an address, or nothing answers there.
+    """
+    scheme = location.partition("://")[0]
+    if is_location(location) and scheme not in _SCHEMES:
+        raise ValueError(
+            f"{location} begins with {scheme}://, where no checkpoint can be converted to or read"
+            " from; give gs://bucket/folder, s3://bucket/folder or a folder"
+        )
+    try:
+        store = _open_store(location)
+        store.read(MANIFEST).result(timeout=_CONTACT_SECONDS)
+    except TimeoutError as error:
+        raise ValueError(
+            f"{location} cannot be reached: there was no answer in {_CONTACT_SECONDS:.0f} seconds;"
+            " see that the bucket exists, that this machine has credentials for it, and its network"
+        ) from error
+    except ValueError as error:
+        reason = str(error).partition(" [")[0]
+        raise ValueError(
+            f"{location} cannot be reached: {reason}; give the address of a bucket that this"
+            " machine may use, gs://bucket/folder or s3://bucket/folder, or a folder"
+        ) from error
+    return store
 
 
 def _open_store(location: str) -> ts.KvStore:

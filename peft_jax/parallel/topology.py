@@ -6,6 +6,7 @@ topology by name, and a program lowered for them compiles as it would there.
 
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -41,6 +42,12 @@ TOPOLOGIES: dict[str, tuple[str, ...]] = {
     "tpu7x": (*_CUBES, "8x16x16"),
 }
 """Sizes by kind of TPU, in chips, from the smallest; what Google Cloud offers as one slice."""
+
+_LARGEST = {"v4": 4096, "v5e": 256, "v5p": 8960, "v6e": 256, "tpu7x": 9216}
+"""The most chips of one slice by kind of TPU."""
+
+_MOST_CHIPS = 2**17
+"""The most chips of all slices together: more than any TPU run has had."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,16 +87,17 @@ def find_topology(name: str) -> Topology:
     """
     if name in HERE:
         return _here(name)
-    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)(?:\*(\d+))?", name)
+    match = re.fullmatch(r"(\w+):([0-9]{1,5}(?:x[0-9]{1,5})*)(?:\*([0-9]{1,5}))?", name)
     if match is None:
         raise ValueError(
             f"the topology {name!r} is not of the form v5p:4x4x8 (a kind of TPU and its size in "
             f"chips), v5e:16x16*2 (two slices), cpu or gpu (of this machine); {_known()}"
         )
-    kind, size, slices = match[1], match[2], int(match[3] or 1)
+    kind, sizes, slices = match[1], [int(size) for size in match[2].split("x")], int(match[3] or 1)
     if kind not in TOPOLOGIES:
         raise ValueError(f"there is no TPU {kind!r}{did_you_mean(kind, TOPOLOGIES)}")
-    devices = _describe(kind, size, slices)
+    _check_size(name, kind, sizes, slices)
+    devices = _describe(kind, "x".join(map(str, sizes)), slices)
     return Topology(
         name=name,
         devices=tuple(devices),
@@ -97,6 +105,29 @@ def find_topology(name: str) -> Topology:
         slices=slices,
         described=True,
     )
+
+
+def _check_size(name: str, kind: str, sizes: Sequence[int], slices: int) -> None:
+    """Refuses sizes that no TPU has, some of which the compiler takes, and others end it."""
+    known = f"known sizes of {kind}: {', '.join(TOPOLOGIES[kind])}"
+    wanted = TOPOLOGIES[kind][0].count("x") + 1
+    if len(sizes) != wanted:
+        raise ValueError(
+            f"the topology {name!r} has {len(sizes)} sizes, and a {kind} has {wanted}; {known}"
+        )
+    if min(*sizes, slices) < 1:
+        raise ValueError(f"the topology {name!r} has no chips; {known}")
+    chips = math.prod(sizes)
+    if chips > _LARGEST[kind]:
+        raise ValueError(
+            f"the topology {name!r} has {chips:,} chips, and one slice of {kind} at most"
+            f" {_LARGEST[kind]:,}; several slices are written {kind}:{TOPOLOGIES[kind][-1]}*2;"
+            f" {known}"
+        )
+    if chips * slices > _MOST_CHIPS:
+        raise ValueError(
+            f"the topology {name!r} has {chips * slices:,} chips; plans end at {_MOST_CHIPS:,}"
+        )
 
 
 def search_no_tpu() -> None:

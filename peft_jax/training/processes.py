@@ -27,6 +27,8 @@ _ENDED = "peft_jax/ended/"
 _SEEN = "peft_jax/seen/"
 _FAREWELL_SECONDS = 10.0
 _GRACE_SECONDS = 15
+_RESOLVE_SECONDS = 20.0
+"""A host that is only just started may get its name a little later."""
 _PATIENCE_SECONDS = 10.0
 """After so long it is said that the other processes are waited for."""
 
@@ -57,9 +59,13 @@ class ProcessSettings:
     start_timeout: int = 300
 
     def __post_init__(self) -> None:
-        host, colon, port = self.coordinator.rpartition(":")
-        if self.coordinator and not (host and colon and port.isdigit()):
+        host, _, port = self.coordinator.rpartition(":")
+        if self.coordinator and not (host and re.fullmatch(r"[0-9]{1,5}", port)):
             raise ValueError(f"the coordinator must be host:port, but is {self.coordinator!r}")
+        if self.coordinator and not 0 < int(port) < 2**16:
+            raise ValueError(
+                f"the coordinator is {self.coordinator!r}; a port is a number from 1 to 65535"
+            )
         if self.count is not None and self.count < 1:
             raise ValueError(f"the number of processes must be at least 1, but is {self.count}")
         if self.index is not None and not 0 <= self.index < (self.count or self.index + 1):
@@ -121,6 +127,8 @@ def join_processes(settings: ProcessSettings, *, say: Callable[[str], None]) -> 
     Raises:
       RefusedError: they do not find each other.
     """
+    if settings.coordinator:
+        _resolve(settings.coordinator.rpartition(":")[0])
     waiting = threading.Timer(_PATIENCE_SECONDS, say, [_waiting(settings)])
     waiting.daemon = True
     waiting.start()
@@ -158,6 +166,29 @@ def join_processes(settings: ProcessSettings, *, say: Callable[[str], None]) -> 
         timeout=settings.contact_timeout,
         say=say,
     )
+
+
+def _resolve(host: str) -> None:
+    """Waits until a host's name has an address.
+
+    JAX would try for as long as it waits for the other processes, and not say why.
+
+    Raises:
+      RefusedError: the name has no address.
+    """
+    deadline = time.monotonic() + _RESOLVE_SECONDS
+    while True:
+        try:
+            socket.getaddrinfo(re.sub(r"^\[(.*)\]$", r"\1", host), None)
+            return
+        except (OSError, UnicodeError) as error:
+            if isinstance(error, UnicodeError) or time.monotonic() > deadline:
+                raise RefusedError(
+                    f"the coordinator's host {host!r} cannot be found ({error}): give a name or an"
+                    " address of the first process's host that this one can reach, as"
+                    " --coordinator=HOST:PORT"
+                ) from error
+        time.sleep(1.0)
 
 
 def _waiting(settings: ProcessSettings) -> str:

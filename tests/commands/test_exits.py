@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from examples import tiny_world
 from peft_jax import exits
 from peft_jax.arguments import Arguments
 from peft_jax.exits import ExitCode
@@ -38,6 +39,10 @@ def _out_of_memory():
     return jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\n1\n2")
 
 
+def _of_tensorstore(number):
+    return ValueError(f"OUT_OF_RANGE: Failed writing: \"/run/a\": No [os_error_code='{number}']")
+
+
 def _os_error(number, *files):
     return OSError(number, os.strerror(number), *files)
 
@@ -59,6 +64,7 @@ def _os_error(number, *files):
         (OSError("the hub has no such model"), 2, "the hub has no such model"),
         (MemoryError(), 1, "this machine's memory does not suffice"),
         (_out_of_memory(), 1, "the devices' memory does not suffice (RESOURCE_EXHAUSTED: Out of"),
+        (_of_tensorstore(errno.EFBIG), 1, "/run/a: file too large; files may not grow so large"),
         (KeyboardInterrupt(), 130, "stopped"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
@@ -71,13 +77,28 @@ def test_what_ends_a_command_is_one_line(capsys, error, code, message):
     assert said.count("\n") == 1
 
 
+def as_if_of(module, action):
+    """The same function, as if a module had it."""
+    names = {**action.__globals__, "__name__": module}
+    return type(action)(action.__code__, names, closure=action.__closure__)
+
+
 def as_ours(action):
     """The same function, as if a module of the project had it."""
-    return type(action)(
-        action.__code__,
-        {**action.__globals__, "__name__": "peft_jax.hub.files"},
-        closure=action.__closure__,
-    )
+    return as_if_of("peft_jax.hub.files", action)
+
+
+def test_a_platform_without_its_plug_in_is_named(capsys, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+
+    def action():
+        assert sys is None
+
+    code, said = ended(capsys, as_if_of("jax._src.xla_bridge", action))
+    assert code == ExitCode.REFUSED
+    assert said.startswith("measure: JAX finds no devices of JAX_PLATFORMS=cuda; cpu works")
+    with pytest.raises(AssertionError):
+        exits.command("measure")(as_ours(action))()
 
 
 @pytest.mark.parametrize(
@@ -133,6 +154,7 @@ def test_a_command_says_what_it_returns(capsys):
 
 PROGRAM = """
 import sys
+from examples import tiny_world
 from peft_jax import exits
 
 @exits.command("count")
@@ -208,3 +230,26 @@ def test_the_page_has_every_exit_code():
     page = (ROOT / "docs" / "exit_codes.md").read_text(encoding="utf-8")
     listed = [int(code) for code in re.findall(r"^\| (\d+) \|", page, re.M)]
     assert listed == [int(code) for code in ExitCode]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["stories", "--rows=0"], "--rows is 0; it must be at least 1"),
+        (["tokenizer", "--vocabulary=2"], "--vocabulary is 2; it must be at least 261"),
+        (["novels"], "argument what: invalid choice: 'novels'"),
+        (["stories", "--out=/dev/null/x"], "/dev/null: "),
+    ],
+)
+def test_the_examples_refuse_in_one_line(flags, message, tmp_path, monkeypatch, capsys):
+    out = [] if any("--out" in flag for flag in flags) else [f"--out={tmp_path / 'out'}"]
+    monkeypatch.setattr(sys, "argv", ["tiny_world.py", *flags, *out])
+    try:
+        code = tiny_world.main()
+    except SystemExit as left:
+        code = left.code
+    assert code == ExitCode.REFUSED
+    said = capsys.readouterr().err
+    assert said.startswith(f"examples.tiny_world: {message}")
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import socket
 import threading
 import urllib.parse
 
@@ -224,3 +225,37 @@ def test_a_bucket_is_written_and_loaded(saved, bucket, tmp_path, monkeypatch):
         "peft_jax_checkpoint.json",
         "tokenizer.json",
     ]
+
+
+@pytest.mark.parametrize("place", ["http://localhost:1/a", "ftp://host/a", "memory://a", "://a"])
+def test_a_place_of_another_kind_is_refused_at_once(saved, place, capsys):
+    folder, _ = saved
+    assert command.main([str(folder), place]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"peft_jax.convert: {place} begins with {place.partition(':')[0]}://")
+    assert "give gs://bucket/folder" in said
+    with pytest.raises(ValueError, match="no checkpoint can be converted to or read from"):
+        find_folder(place)
+
+
+@pytest.fixture
+def silent_bucket(monkeypatch):
+    """A host that takes connections and never answers."""
+    with socket.create_server(("localhost", 0)) as server:
+        monkeypatch.setenv(
+            "TENSORSTORE_GCS_HTTP_URL", f"http://localhost:{server.getsockname()[1]}"
+        )
+        monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "token")
+        yield
+
+
+def test_a_bucket_that_does_not_answer_is_given_up(saved, silent_bucket, monkeypatch, capsys):
+    assert converted._CONTACT_SECONDS < 20
+    monkeypatch.setattr(converted, "_CONTACT_SECONDS", 0.2)
+    place = "gs://bucket-of-the-test/model"
+    assert command.main([str(saved[0]), place]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"peft_jax.convert: {place} cannot be reached: there was no answer in")
+    assert said.count("\n") == 1
+    with pytest.raises(ValueError, match="cannot be reached"):
+        find_folder(place)

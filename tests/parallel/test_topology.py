@@ -1,6 +1,7 @@
 """Devices that are not there, described by the TPU compiler."""
 
 import importlib.util
+import re
 
 import jax
 import pytest
@@ -49,6 +50,31 @@ def test_slices_lie_along_their_axis():
 )
 def test_unknown_topologies_are_refused_with_known_ones(name, message):
     with pytest.raises(ValueError, match=message):
+        find_topology(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v5e:0x0", "'v5e:0x0' has no chips; known sizes of v5e: 1x1, 2x2"),
+        ("v5p:4x0x4", "has no chips"),
+        ("v5e:2x2*0", "has no chips"),
+        ("v5p:4x4", "has 2 sizes, and a v5p has 3; known sizes of v5p"),
+        ("v6e:2x2x2", "has 3 sizes, and a v6e has 2"),
+        ("v5e:4", "has 1 sizes, and a v5e has 2"),
+        ("v5e:32x32", "has 1,024 chips, and one slice of v5e at most 256; several slices are"),
+        ("v5p:64x64x64", "has 262,144 chips"),
+        ("v5e:16x16*999", "has 255,744 chips; plans end at 131,072"),
+        ("v5e:-1x2", "is not of the form"),
+        ("v5e:٢x٢", "is not of the form"),
+        (f"v5e:{'9' * 5000}x1", "is not of the form"),
+        ("v5e:2x2*", "is not of the form"),
+        ("", "is not of the form"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_sizes_that_no_tpu_has_are_refused_before_the_compiler_sees_them(name, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         find_topology(name)
 
 

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -400,6 +401,9 @@ def test_who_has_finished_misses_nobody():
     ("given", "message"),
     [
         ({"coordinator": "here"}, "host:port, but is 'here'"),
+        ({"coordinator": ":1"}, "host:port, but is ':1'"),
+        ({"coordinator": "here:²"}, "host:port, but is 'here:²'"),
+        ({"coordinator": "here:99999"}, "'here:99999'; a port is a number from 1 to 65535"),
         ({"count": 0}, "at least 1, but is 0"),
         ({"count": 2, "index": 2}, "process 2 of 2"),
         ({"contact_timeout": 1}, "contact_timeout is 1"),
@@ -413,17 +417,31 @@ def test_settings_that_do_not_fit(given, message):
 def test_a_process_says_for_whom_it_waits_and_what_is_missing(monkeypatch):
     """Nobody else comes, and then: nobody says where the coordinator is."""
     monkeypatch.setattr(processes, "_PATIENCE_SECONDS", 0.1)
+    said: list[str] = []
+    heard = threading.Event()
+
+    def say(message: str) -> None:
+        said.append(message)
+        heard.set()
 
     def initialize(**_: object) -> None:
-        time.sleep(0.5)
+        assert heard.wait(60)
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
-    said: list[str] = []
     with pytest.raises(RefusedError, match=r"nothing is given for --coordinator\. On TPU pods"):
-        processes.join_processes(ProcessSettings(count=2, index=0), say=said.append)
+        processes.join_processes(ProcessSettings(count=2, index=0), say=say)
     assert len(said) == 1
     assert said[0].startswith("process 0 of 2 is waiting for the other processes")
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "a" * 70, "..", "[::1"])
+def test_a_coordinator_whose_name_has_no_address_is_refused(monkeypatch, host):
+    monkeypatch.setattr(processes, "_RESOLVE_SECONDS", 0.0)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: pytest.fail("too late"))
+    settings = ProcessSettings(coordinator=f"{host}:1234", count=2, index=1)
+    with pytest.raises(RefusedError, match=r"host '.*' cannot be found .*--coordinator=HOST:PORT"):
+        processes.join_processes(settings, say=pytest.fail)
 
 
 def test_settings_from_the_environment():
