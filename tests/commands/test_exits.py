@@ -211,7 +211,8 @@ def test_every_program_is_a_command():
     for path in sorted(ROOT.rglob("*.py")):
         name = path.relative_to(ROOT).as_posix()
         text = path.read_text(encoding="utf-8")
-        if name.startswith(("tests/", "benchmarks/")) or not re.search(r'^if __name__ == "__main__":', text, re.M):
+        program = re.search(r'^if __name__ == "__main__":', text, re.M)
+        if name.startswith(("tests/", "benchmarks/")) or not program:
             continue
         source = re.search(r"^from ([\w.]+) import main$", text, re.M)
         if source:
