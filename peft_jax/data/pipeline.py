@@ -26,6 +26,7 @@ from peft_jax.data.labelled import LabelledEncoder
 from peft_jax.data.packing import RowsDataset, fill_row, first_fit_decreasing, stack_rows
 from peft_jax.data.passes import Lengths, count_rows
 from peft_jax.data.recipes import Recipe, get_recipe
+from peft_jax.data.recipes.columns import warn_of_unread_columns
 from peft_jax.data.settings import DataSettings
 from peft_jax.data.sources import open_sources
 from peft_jax.data.tables import MemoryTable, Row, Table
@@ -83,6 +84,7 @@ def build_data(
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     recipe = get_recipe(settings.recipe).configured(settings)
     sources = open_sources(settings, recipe, seed=seed)
+    warn_of_unread_columns(recipe, sources.train)
     # Another thread tokenises, and a fast tokenizer that two threads use at once may refuse.
     own_tokenizer = copy.deepcopy(tokenizer)
     encoder: Encoder | LabelledEncoder

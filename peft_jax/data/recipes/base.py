@@ -37,7 +37,7 @@ class Recipe:
     Attributes:
       name: what `data.recipe` calls it.
       about: one line on the task.
-      fields: the columns each field is read from: the first that the row has.
+      fields: the columns each field is read from: the first that is not null.
       optional: the fields that may be missing or empty.
       prompt: the prompt, with fields in braces.
       completion: the answer, with fields in braces; it begins with the space or line end that
@@ -164,11 +164,19 @@ class Recipe:
         return value
 
     def read_value(self, row: Row, field: str) -> Any:
-        """One field as it is; None for an optional one that the row does not have."""
-        for column in self.fields[field]:
-            if column in row:
+        """One field as it is, from the first of its columns that is not null.
+
+        Returns:
+          None where all of them are null, or an optional field has none of them in the row.
+
+        Raises:
+          BadRowError: if a field that is not optional has none of them in the row.
+        """
+        columns = [column for column in self.fields[field] if column in row]
+        for column in columns:
+            if row[column] is not None:
                 return row[column]
-        if field in self.optional:
+        if columns or field in self.optional:
             return None
         wanted = " or ".join(repr(column) for column in self.fields[field])
         raise BadRowError(

@@ -9,6 +9,7 @@ from peft_jax.data.bad_rows import BadRowError
 from peft_jax.data.examples import Conversation
 from peft_jax.data.recipes.base import Recipe
 from peft_jax.data.tables import Row
+from peft_jax.data.templates import without_nulls
 
 _ROLES = {
     "system": "system",
@@ -26,7 +27,9 @@ class Chat(Recipe):
     """A row's messages; the assistant's turns are learnt, every one of them.
 
     A row has "messages" with "role" and "content", or "conversations" with "from" and "value", or
-    "prompt" and "completion", each a text or a list of messages.
+    "prompt" and "completion", each a text or a list of messages, of which the completion is learnt.
+    A turn of the assistant's with "weight" 0 is context. The first column that is not null is read;
+    what a column "system" says stands before the others.
     """
 
     templated: ClassVar[bool] = False
@@ -35,9 +38,11 @@ class Chat(Recipe):
         """The row's conversation.
 
         Raises:
-          BadRowError: if the row is none of these, or the assistant says nothing in it.
+          BadRowError: if the row is none of these, or the assistant says nothing in it that is to
+            be learnt.
         """
         messages = self.read_value(row, "messages")
+        context = 0
         if messages is None:
             prompt, completion = self.read_value(row, "prompt"), self.read_value(row, "completion")
             if prompt is None or completion is None:
@@ -46,16 +51,35 @@ class Chat(Recipe):
                     "no 'messages', and not both 'prompt' and 'completion'"
                     f"{did_you_mean('messages', row)}",
                 )
-            messages = [*_turns(prompt, "user"), *_turns(completion, "assistant")]
+            before = _turns(prompt, "user")
+            context = len(before)
+            messages = [*before, *_turns(completion, "assistant")]
         tools = self.read_value(row, "tools") or ()
         if not _is_list_of_objects(tools):
             raise BadRowError("wrong type", "field 'tools' is no list of objects")
-        checked = tuple(
-            _message(number, message) for number, message in enumerate(_listed(messages))
+        # Arrow fills the keys that other rows have with nulls.
+        listed = without_nulls(_listed(messages))
+        weights = [_weight(number, message) for number, message in enumerate(listed)]
+        checked = [_message(number, message) for number, message in enumerate(listed)]
+        learnt = tuple(
+            number
+            for number, message in enumerate(checked)
+            if message["role"] == "assistant" and number >= context and weights[number]
         )
-        if not any(message["role"] == "assistant" for message in checked):
-            raise BadRowError("empty", "the assistant says nothing")
-        return Conversation(messages=checked, tools=tuple(tools))
+        if not learnt:
+            raise BadRowError("empty", "the assistant says nothing that is to be learnt")
+        system = self.read_text(row, "system")
+        if system.strip():
+            if checked[0]["role"] == "system" and checked[0]["content"] != system:
+                raise BadRowError(
+                    "two system texts", "the conversation has one, and column 'system' another"
+                )
+            if checked[0]["role"] != "system":
+                checked.insert(0, {"role": "system", "content": system})
+                learnt = tuple(number + 1 for number in learnt)
+        return Conversation(
+            messages=tuple(checked), tools=tuple(without_nulls(tools)), learnt=learnt
+        )
 
 
 def _turns(value: Any, role: str) -> list[Any]:
@@ -77,13 +101,23 @@ def _is_list_of_objects(value: Any) -> bool:
     return is_list and all(isinstance(item, Mapping) for item in value)
 
 
+def _weight(number: int, message: Mapping[str, Any]) -> bool:
+    """Whether a message is learnt, if it is the assistant's."""
+    weight = message.get("weight", 1)
+    if weight not in (0, 1):
+        raise BadRowError(
+            "wrong type",
+            f"message {number + 1} has weight {weight!r}; it is 1, learnt, or 0, context",
+        )
+    return bool(weight)
+
+
 def _message(number: int, message: Mapping[str, Any]) -> dict[str, Any]:
     """A message with the names that chat templates know."""
-    # Arrow fills the fields that other rows have with None.
-    fields = {key: value for key, value in message.items() if value is not None}
+    fields = {key: value for key, value in message.items() if key != "weight"}
     if "from" in fields and "role" not in fields:
         fields["role"] = fields.pop("from")
-        fields["content"] = fields.pop("value", None)
+        fields["content"] = fields.pop("value", "")
     role = fields.get("role")
     if not isinstance(role, str) or role not in _ROLES:
         raise BadRowError(
@@ -109,6 +143,7 @@ CHAT = Chat(
         "prompt": ("prompt",),
         "completion": ("completion", "response"),
         "tools": ("tools",),
+        "system": ("system",),
     },
-    optional=("messages", "prompt", "completion", "tools"),
+    optional=("messages", "prompt", "completion", "tools", "system"),
 )
