@@ -127,9 +127,9 @@ def test_arrow(tmp_path, tokenizer, ending, kind):
 
 
 TEMPLATES = {
-    "TypeError": "{{ messages[0]['content'] + 1 }}",
-    "ZeroDivisionError": "{{ 1 / 0 }}",
-    "chat template": "{{ raise_exception('refused') }}",
+    "chat template: TypeError": "{{ messages[0]['content'] + 1 }}",
+    "chat template: ZeroDivisionError": "{{ 1 / 0 }}",
+    "chat template: refused": "{{ raise_exception('refused') }}",
 }
 
 
