@@ -107,8 +107,12 @@ class ClassifierEvaluator:
                 return None
             placed = self._placement.put_microbatches(batch, self._microbatches)
             found.append(self._measure(frozen, adapter, placed))
+        # A batch is cut into microbatches as it stands, [microbatches, B, ...], in every process.
         columns = zip(*jax.device_get(found), strict=True)
-        outputs, losses = (np.concatenate([_in_order(p) for p in parts]) for parts in columns)
+        outputs, losses = (
+            np.concatenate([part.reshape(-1, *part.shape[2:]) for part in parts])
+            for parts in columns
+        )
         # The last batch is filled up with rows after those of the examples.
         examples = self._data.examples
         measured = {
@@ -121,14 +125,3 @@ class ClassifierEvaluator:
     def _answers(self, outputs: np.ndarray) -> Sequence[str]:
         values = outputs[:, 0] if self._regression else np.argmax(outputs, axis=-1)
         return [self._data.recipe.answer_of(float(value)) for value in values.tolist()]
-
-
-def _in_order(rows: np.ndarray) -> np.ndarray:
-    """What was measured of one batch, [microbatches, B, ...], by row in the data's order.
-
-    A batch is shared out over processes first, and each cuts its own part into microbatches.
-    """
-    count, size, *rest = rows.shape
-    processes = jax.process_count()
-    by_process = rows.reshape(count, processes, size // processes, *rest).swapaxes(0, 1)
-    return by_process.reshape(count * size, *rest)

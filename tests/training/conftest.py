@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -24,6 +25,8 @@ LLAMA = {
     "max_position_embeddings": 64,
     "tie_word_embeddings": True,
 }
+
+ENCODER_WORDS = [*WORDS, "good", "bad"]
 
 
 def _save_tokenizer(folder: Path) -> int:
@@ -70,6 +73,59 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint")
     model = build_model({**LLAMA, "vocab_size": _save_tokenizer(folder)})
     save_model(folder, model, model.init_params(jax.random.key(0)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bert() -> dict[str, Any]:
+    """The configuration of a tiny BERT, without its number of tokens."""
+    return {
+        "model_type": "bert",
+        "architectures": ["BertModel"],
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 32,
+    }
+
+
+@pytest.fixture(scope="session")
+def encoder(bert: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT of random weights without a head, with a WordPiece tokenizer."""
+    from safetensors.numpy import load_file, save_file
+    from transformers import BertTokenizerFast
+
+    from peft_jax.hub import save_model
+    from peft_jax.models import build_classifier
+
+    folder = tmp_path_factory.mktemp("encoder")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "?", *ENCODER_WORDS]
+    vocabulary = folder / "vocab.txt"
+    vocabulary.write_text("\n".join(words) + "\n")
+    BertTokenizerFast(vocab=str(vocabulary)).save_pretrained(folder)
+    model = build_classifier({**bert, "vocab_size": len(words), "initializer_range": 0.2})
+    save_model(folder, model, model.init_params(jax.random.key(0)))
+    tensors = load_file(folder / "model.safetensors")
+    kept = {n.removeprefix("bert."): t for n, t in tensors.items() if not n.startswith("classif")}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def similar(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs of sentences, and how many of their words they share as a number from 0 to 5."""
+    folder = tmp_path_factory.mktemp("similar")
+    rng = np.random.default_rng(0)
+    for name, count in (("train", 48), ("validation", 11)):
+        rows = []
+        for _ in range(count):
+            one, other = rng.choice(WORDS[:8], (2, 4))
+            score = round(1.2345 * len(set(one) & set(other)), 4)
+            rows.append(
+                {"sentence1": " ".join(one), "sentence2": " ".join(other), "label": min(score, 5)}
+            )
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     return folder
 
 

@@ -16,56 +16,8 @@ from peft_jax.training import RefusedError, run
 from peft_jax.training.classification import ClassifierEvaluator, classifier_outputs
 from peft_jax.training.placement import RowPlacement
 
-WORDS = [f"w{number}" for number in range(40)] + ["good", "bad"]
-BERT = {
-    "model_type": "bert",
-    "architectures": ["BertModel"],
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 32,
-}
 METHODS = ("full", "lora", "lora_ga", "boft", "unitary", "hybrid")
 SMALL = {"rank": 2, "block_size": 4}
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    """A BERT of random weights without a head, with a WordPiece tokenizer."""
-    from safetensors.numpy import load_file, save_file
-    from transformers import BertTokenizerFast
-
-    from peft_jax.hub import save_model
-
-    folder = tmp_path_factory.mktemp("encoder")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "?", *WORDS]
-    vocabulary = folder / "vocab.txt"
-    vocabulary.write_text("\n".join(words) + "\n")
-    BertTokenizerFast(vocab=str(vocabulary)).save_pretrained(folder)
-    model = build_classifier({**BERT, "vocab_size": len(words), "initializer_range": 0.2})
-    save_model(folder, model, model.init_params(jax.random.key(0)))
-    tensors = load_file(folder / "model.safetensors")
-    kept = {n.removeprefix("bert."): t for n, t in tensors.items() if not n.startswith("classif")}
-    save_file(kept, folder / "model.safetensors", {"format": "pt"})
-    return folder
-
-
-@pytest.fixture(scope="module")
-def similar(tmp_path_factory):
-    """Pairs of sentences, and how many of their words they share as a number from 0 to 5."""
-    folder = tmp_path_factory.mktemp("similar")
-    rng = np.random.default_rng(0)
-    for name, count in (("train", 48), ("validation", 11)):
-        rows = []
-        for _ in range(count):
-            one, other = rng.choice(WORDS[:8], (2, 4))
-            score = round(1.2345 * len(set(one) & set(other)), 4)
-            rows.append(
-                {"sentence1": " ".join(one), "sentence2": " ".join(other), "label": min(score, 5)}
-            )
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +169,45 @@ def test_a_regression_is_measured_by_correlations(encoded, similar, tmp_path, li
     assert after["spearman"] == pytest.approx(stats.spearmanr(said, right)[0], abs=1e-4)
 
 
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_answers_go_with_their_rows(encoded, encoder, similar, monkeypatch, processes):
+    """However many processes share the devices: batches are cut into microbatches as they stand."""
+    from scipy import stats
+
+    config = encoded(**{"data.recipe": "stsb", "data.path": str(similar), "train.max_length": 12})
+    data = held_out(config, encoder)
+    model, params = load_classifier(encoder, num_labels=1, head_key=jax.random.key(9))
+    spec = AdapterSpec(
+        method=LoRA(rank=2), target_modules="all-linear", modules_to_save=("classifier",)
+    )
+    state = spec.init(jax.random.key(1), params)
+    rows = batch_sharding(make_mesh(MeshSettings(devices=4)))
+    placement = RowPlacement(
+        rows=rows, microbatches=jax.NamedSharding(rows.mesh, jax.P(None, *rows.spec))
+    )
+    everywhere = jax.device_put((params, state), jax.NamedSharding(rows.mesh, jax.P()))
+    monkeypatch.setattr(jax, "process_count", lambda *_: processes)
+    evaluator = ClassifierEvaluator(model, spec, data, placement=placement, microbatches=2)
+    measured = evaluator(spec.frozen(everywhere[0]), everywhere[1])
+
+    said, labels = [], []
+    bound = spec.bind(params, state)
+    for batch in data:
+        outputs = model(
+            bound,
+            jnp.asarray(batch.tokens),
+            token_types=jnp.asarray(batch.token_types),
+            segment_ids=jnp.asarray(batch.segment_ids),
+        )
+        there = np.asarray(batch.loss_mask) > 0
+        said += np.asarray(outputs, np.float64)[there, 0].tolist()
+        labels += np.asarray(batch.labels, np.float64)[there].tolist()
+    assert len(said) == 11, "the last batch is filled up"
+    said = np.clip(said, 0, 5)
+    assert measured["pearson"] == pytest.approx(stats.pearsonr(said, labels)[0], abs=1e-5)
+    assert measured["spearman"] == pytest.approx(stats.spearmanr(said, labels)[0], abs=1e-5)
+
+
 def test_pairs_are_cut_padded_and_told_apart(encoder):
     from transformers import AutoTokenizer
 
@@ -286,14 +277,14 @@ def test_what_an_encoder_cannot_do_is_refused(changes, named, encoded, tmp_path,
 
 
 @pytest.mark.parametrize("kind", ["bert", pytest.param("roberta", marks=pytest.mark.slow)])
-def test_peft_loads_the_adapter_with_its_head(kind, tmp_path):
+def test_peft_loads_the_adapter_with_its_head(kind, bert, tmp_path):
     peft = pytest.importorskip("peft")
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     from peft_jax.hub import save_adapter, save_model
 
     model = build_classifier(
-        {**BERT, "model_type": kind, "architectures": None, "vocab_size": 40}, num_labels=3
+        {**bert, "model_type": kind, "architectures": None, "vocab_size": 40}, num_labels=3
     )
     params = model.init_params(jax.random.key(0))
     save_model(tmp_path / "base", model, params)
@@ -324,8 +315,8 @@ def test_peft_loads_the_adapter_with_its_head(kind, tmp_path):
     np.testing.assert_allclose(again, expected, atol=1e-4 * np.abs(expected).max())
 
 
-def test_rows_that_fill_up_have_no_loss():
-    model = build_classifier({**BERT, "vocab_size": 40}, num_labels=2)
+def test_rows_that_fill_up_have_no_loss(bert):
+    model = build_classifier({**bert, "vocab_size": 40}, num_labels=2)
     params = model.init_params(jax.random.key(0))
     batch = LabelledBatch(
         tokens=jnp.ones((2, 4), jnp.int32),

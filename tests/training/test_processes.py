@@ -115,7 +115,7 @@ def flags(checkpoint, data):
         return [
             config,
             f"--workdir={workdir}",
-            *(f"--config.{name}={value}" for name, value in settings.items()),
+            *(f"--config.{name}={value}" for name, value in settings.items() if value is not None),
         ]
 
     return make
@@ -189,6 +189,32 @@ def test_classification_is_measured_as_in_one_process(flags, data, tmp_path):
     assert "accuracy" in summaries[0]["after"]
     assert summaries[0]["after"]["accuracy"] == summaries[1]["after"]["accuracy"]
     assert summaries[0]["loss_after"] == pytest.approx(summaries[1]["loss_after"], rel=2e-5)
+
+
+@pytest.mark.slow
+def test_an_encoder_is_measured_as_in_one_process(flags, encoder, similar, tmp_path):
+    """Several microbatches a batch: each answer goes with its row in any number of processes."""
+    changes = {
+        "model.path": encoder,
+        "data.recipe": "stsb",
+        "data.path": similar,
+        "data.prompt_template": None,
+        "data.completion_template": None,
+        "method.target_modules": "all-linear",
+        "train.max_length": 12,
+        "parallel.fsdp": 1,
+    }
+    measured = []
+    for count in (1, 2, 4):
+        workdir = tmp_path / str(count)
+        given = flags(workdir, steps=2, **changes)
+        with Processes(given, count, devices=4 // count) as all_of_them:
+            ended = all_of_them.finish()
+        assert [code for code, _, _ in ended] == [0] * count, ended
+        measured.append(json.loads((workdir / "summary.json").read_text())["after"])
+    for other in measured[1:]:
+        for name in ("loss", "pearson", "spearman"):
+            assert other[name] == pytest.approx(measured[0][name], abs=2e-4), name
 
 
 @pytest.mark.slow
