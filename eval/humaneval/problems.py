@@ -1,10 +1,13 @@
 """HumanEval's problems, from the hub or a local file."""
 
+import contextlib
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from eval.sandbox import TestedProgram
 from eval.tasks.local_data import local_folder
 from peft_jax.data import DataSettings
 from peft_jax.data.files import Layout, find_splits, open_files
@@ -30,9 +33,26 @@ class Problem:
     test: str
     entry_point: str
 
-    def program(self, completion: str) -> str:
-        """What is run: it comes to its end if the completion passes."""
-        return f"{self.prompt}{completion}\n{self.test}\ncheck({self.entry_point})\n"
+    def program(self, completion: str) -> TestedProgram:
+        """Returns what is run: it passes if the completion does."""
+        return TestedProgram(
+            source=f"{self.prompt}{completion}\n",
+            function=self.entry_point,
+            given=self._given(),
+            test=f"{self.test}\ncheck({self.entry_point})\n",
+        )
+
+    def _given(self) -> str:
+        """Returns the prompt as a program: its imports and functions are there for the test.
+
+        A function that ends with its signature, where others end with a docstring, gets a body.
+        """
+        for text in (self.prompt, f"{self.prompt}\n    pass\n"):
+            with contextlib.suppress(SyntaxError, ValueError), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                compile(text, "prompt.py", "exec")
+                return text
+        return ""
 
 
 def open_problems(data: Path | None) -> list[Problem]:

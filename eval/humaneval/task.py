@@ -17,7 +17,7 @@ from eval.model import HarnessModel
 from eval.parallel import as_done
 from eval.results import Metric, TaskResult
 from eval.run import Job
-from eval.sandbox import IsolationError, Outcome, Sandbox, SandboxLimits
+from eval.sandbox import IsolationError, Outcome, Sandbox, SandboxLimits, TestedProgram
 from eval.settings import EvalSettings
 from eval.tasks.names import Wanted
 from peft_jax.core.checks import check_finite, check_positive_int
@@ -201,10 +201,9 @@ def _run(
         for problem, some in zip(problems, completions, strict=True)
     ]
     different = list(dict.fromkeys(program for some in programs for program in some))
-    limits = dataclasses.asdict(code.limits)
-    found: dict[str, Outcome] = {}
+    found: dict[TestedProgram, Outcome] = {}
     for program in different:
-        known = model.store.get("run", program, limits, code.unisolated)
+        known = model.store.get(*_run_key(program, code))
         if known is not None:
             found[program] = Outcome(**known)
     waiting = [program for program in different if program not in found]
@@ -218,9 +217,15 @@ def _run(
         for program, done in outcomes:
             found[program] = done.result()
             record = dataclasses.asdict(found[program])
-            model.store.add(record, "run", program, limits, code.unisolated)
+            model.store.add(record, *_run_key(program, code))
             counter.advance()
     return [[found[program] for program in some] for some in programs]
+
+
+def _run_key(program: TestedProgram, code: HumanEvalSettings) -> tuple[Any, ...]:
+    """Returns what an outcome depends on, for `ResponseStore`."""
+    limits = dataclasses.asdict(code.limits)
+    return ("run tested", dataclasses.asdict(program), limits, code.unisolated)
 
 
 def _metric(k: int, outcomes: list[list[Outcome]]) -> Metric:

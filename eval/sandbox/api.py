@@ -14,9 +14,11 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from eval.sandbox.limits import SandboxLimits
+from eval.sandbox.programs import TestedProgram
+from eval.sandbox.standard_library import files_of
 from eval.sandbox.usage import memory_of_tree
 
 Verdict = Literal["passed", "failed", "timeout", "memory", "output", "crashed"]
@@ -50,6 +52,12 @@ for family in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX):
     except OSError:
         continue
     raise AssertionError("it can open a socket")
+try:
+    socket.socketpair()
+except OSError:
+    pass
+else:
+    raise AssertionError("it can open a pair of sockets")
 import resource
 assert resource.getrlimit(resource.RLIMIT_NPROC)[0] > 0, "its processes are not limited"
 """
@@ -88,9 +96,12 @@ class Outcome:
 class Sandbox:
     """Runs programs, each in processes of its own that reach nothing and end with it.
 
-    A program has no network and no socket; a file system of the Python installation alone,
+    A program has no network and no socket; a file system of Python's standard library alone,
     read-only, and an empty /tmp; processes of its own only; no privileges, whoever runs this; and
-    what `limits` give it. It has Python's standard library and no other package.
+    what `limits` give it. There is no other package that it could import.
+
+    A program by itself passes if it comes to its end, which it reports itself: one that is written
+    to cheat can. A `TestedProgram` cannot: its test runs, compares and reports in another process.
 
     It is kept apart by Linux namespaces (user, mount, process, network, IPC, host name), a filter
     of system calls, and limits of resources. Where those cannot be had, `check` says so, and
@@ -105,6 +116,9 @@ class Sandbox:
       >>> sandbox = Sandbox(SandboxLimits(seconds=2.0), isolated=False)
       >>> sandbox.run("assert 1 + 1 == 3").verdict
       'failed'
+      >>> source, test = "def add(a, b): return a + b", "assert add(1, 1) == 2"
+      >>> sandbox.run(TestedProgram(source=source, function="add", test=test)).verdict
+      'passed'
     """
 
     def __init__(self, limits: SandboxLimits | None = None, *, isolated: bool = True):
@@ -125,11 +139,11 @@ class Sandbox:
                 f"generated code cannot be kept apart here: {outcome.detail or outcome.verdict}"
             )
 
-    def run(self, program: str, *, stop: threading.Event | None = None) -> Outcome:
+    def run(self, program: str | TestedProgram, *, stop: threading.Event | None = None) -> Outcome:
         """Runs one program to its end or to the end of its limits.
 
         Args:
-          program: Python source.
+          program: Python source, or a program with a test.
           stop: ends it when set.
 
         Raises:
@@ -143,18 +157,28 @@ class Sandbox:
             os.chmod(folder, 0o755)
             return self._run(program, folder, stop or threading.Event())
 
-    def _run(self, program: str, folder: str, stop: threading.Event) -> Outcome:
+    def _run(self, program: str | TestedProgram, folder: str, stop: threading.Event) -> Outcome:
         token = secrets.token_hex(16)
+        settings = self._settings(folder)
         readable, writable = os.pipe()
-        settings = self._settings(folder, token, writable)
-        with open(readable, "rb", buffering=0) as result:
+        settings["result"] = writable
+        with open(readable, "rb", buffering=0) as result, contextlib.ExitStack() as files:
+            passed = [writable]
+            if isinstance(program, TestedProgram):
+                test = files.enter_context(tempfile.TemporaryFile())
+                _write_test(test, program, token)
+                settings |= {"test": test.fileno(), "function": program.function}
+                passed.append(test.fileno())
+                program = program.source
+            else:
+                settings["token"] = token
             try:
                 process = subprocess.Popen(
                     [_interpreter(), "-I", "-S", "-B", str(_JAIL)],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
-                    pass_fds=(writable,),
+                    pass_fds=passed,
                     start_new_session=True,
                     cwd="/",
                     env={"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8"},
@@ -162,29 +186,30 @@ class Sandbox:
             finally:
                 os.close(writable)
             try:
-                _feed(process, settings, program)
+                _feed(process, json.dumps(settings), program)
                 watch = _Watch(process, result, self._limits)
                 watch.until_end(stop)
             finally:
                 _end(process)
         return self._judge(watch, token, process.returncode)
 
-    def _settings(self, folder: str, token: str, result: int) -> str:
+    def _settings(self, folder: str) -> dict[str, Any]:
         limits = self._limits
-        return json.dumps(
-            {
-                "isolated": self._isolated,
-                "folder": folder,
-                "folders": [sys.base_prefix, sys.base_exec_prefix],
-                "token": token,
-                "result": result,
-                "parent": os.getpid(),
-                "seconds": limits.seconds,
-                "memory_bytes": limits.memory_mib << 20,
-                "file_bytes": limits.file_mib << 20,
-                "processes": limits.processes,
-            }
-        )
+        try:
+            needed = files_of(_interpreter()) if self._isolated else {"folders": [], "files": []}
+        except OSError as error:
+            raise IsolationError(f"generated code cannot be kept apart here: {error}") from error
+        return {
+            "isolated": self._isolated,
+            "folder": folder,
+            **needed,
+            "test": None,
+            "parent": os.getpid(),
+            "seconds": limits.seconds,
+            "memory_bytes": limits.memory_mib << 20,
+            "file_bytes": limits.file_mib << 20,
+            "processes": limits.processes,
+        }
 
     def _judge(self, watch: "_Watch", token: str, returncode: int) -> Outcome:
         """The outcome, from what was seen and what the jail has said."""
@@ -294,6 +319,13 @@ class _Watch:
 def _interpreter() -> str:
     """The interpreter outside of any virtual environment, which the jail knows nothing of."""
     return os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+
+
+def _write_test(file: IO[bytes], program: TestedProgram, token: str) -> None:
+    """Writes what the test's process reads, and leaves the file at its beginning."""
+    text = json.dumps({"token": token, "given": program.given, "test": program.test})
+    file.write(text.encode())
+    file.seek(0)
 
 
 def _feed(process: subprocess.Popen, settings: str, program: str) -> None:

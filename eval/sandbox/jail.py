@@ -5,20 +5,28 @@
 The input is a line of JSON, the settings, and after it the program.
 
 Three processes share the work. The first leaves the machine's namespaces and waits. The second is
-the first process of the new ones (their "init"): it builds a file system of the interpreter alone,
-read-only, and an empty /tmp; gives up every privilege; and waits for the third, which runs the
+the first process of the new ones (their "init"): it builds a file system of the standard library
+alone, read-only, and an empty /tmp; gives up every privilege; and starts the third, which runs the
 program. When the init ends, the kernel ends everything that the program has started.
 
 Only the standard library is used: nothing else is there. The result is one line of JSON on the
-descriptor that the settings name, and a program counts as passed only if it came to its end: the
-line then carries the settings' token. No argument, variable or environment hands that token to the
-program, so none gives it by accident or by leaving early. One that is written to cheat can: it runs
-in the process that reports its end, and can look for what that process holds.
+descriptor that the settings name, and carries the settings' token if what was run came to its end.
+
+A program by itself reports its own end. No argument, variable or environment hands the token to it,
+so that none gives it by accident or by leaving early.
+
+A program with a test has neither the token nor that descriptor. The test runs in the init, which
+reads both it and the token, after the program's process has begun, from a file that is closed to
+the program. The two talk through pipes, in plain data: the init sends the arguments of each call,
+and compares the values that come back. The program can neither trace nor read nor kill the init, so
+that it decides nothing but its answers.
 """
 
+import builtins
 import contextlib
 import ctypes
 import errno
+import itertools
 import json
 import os
 import random
@@ -26,6 +34,7 @@ import resource
 import signal
 import stat
 import sys
+import time
 
 _NEW_NS, _NEW_UTS, _NEW_IPC = 0x00020000, 0x04000000, 0x08000000
 _NEW_USER, _NEW_PID, _NEW_NET = 0x10000000, 0x20000000, 0x40000000
@@ -40,11 +49,20 @@ _ATTR_RDONLY, _ATTR_NOSUID, _ATTR_NODEV = 1, 2, 4
 _PR_SET_PDEATHSIG, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 1, 24, 38
 _CAPABILITY_VERSION = 0x20080522
 
-_SYSTEM_FOLDERS = ("/usr", "/lib", "/lib32", "/lib64", "/bin")
+_LIBRARY_FOLDERS = ("/lib", "/lib32", "/lib64", "/libx32")
+"""Links on many systems, by which the loader finds what lies below /usr."""
+
+_HIDDEN = ("site-packages", "dist-packages")
+_TIME_ZONES = "/usr/share/zoneinfo"
 _DEVICES = ("null", "urandom", "random")
 """Not "zero": mapped shared, it is memory that no limit counts."""
 
 _FAILED, _NOT_ISOLATED = 1, 3
+_MOST_ANSWER = 16 << 20
+"""Bytes of one answer of a program to its test."""
+
+_PATIENCE = 1.0
+"""Seconds for a program to end that has closed its pipes."""
 
 
 class JailError(Exception):
@@ -59,7 +77,7 @@ def main() -> None:
     if not settings["isolated"]:
         os.chdir(settings["folder"])
         _limit(settings, processes=None)
-        _run_program(program, settings)
+        _supervise(program, settings)
     try:
         libc = ctypes.CDLL(None, use_errno=True)
         as_root = _leave_namespaces(libc)
@@ -112,41 +130,39 @@ def _be_init(libc: ctypes.CDLL, program: str, settings: dict, *, as_root: bool) 
         _die_with_parent(libc)
         if os.getpid() != 1:
             raise JailError("there is no new process namespace")
-        child = os.fork()
     except (JailError, OSError, ValueError, AttributeError) as error:
         _report(settings, {"not_isolated": str(error)})
         os._exit(_NOT_ISOLATED)
-    if child == 0:
-        _run_program(program, settings)
-    while True:
-        ended, status = os.wait()
-        if ended == child:
-            code = os.waitstatus_to_exitcode(status)
-            if code < 0:
-                _report(settings, {"signal": -code})
-            os._exit(_FAILED if code else 0)
+    _supervise(program, settings)
 
 
 def _build_root(libc: ctypes.CDLL, settings: dict) -> None:
     """Makes a file system of the interpreter alone the root."""
     root = settings["folder"]
     _mount(libc, None, "/", None, _MS_REC | _MS_PRIVATE)
-    _mount(libc, "tmpfs", root, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=1m,mode=755")
-    for folder in (*_SYSTEM_FOLDERS, *settings["folders"]):
+    _mount(libc, "tmpfs", root, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=4m,mode=755")
+    for folder in _LIBRARY_FOLDERS:
         if os.path.islink(folder):
             os.symlink(os.readlink(folder), root + folder)
-        elif os.path.isdir(folder) and not os.path.exists(root + folder):
+    for folder in (*settings["folders"], _TIME_ZONES):
+        if os.path.isdir(folder) and not os.path.exists(root + folder):
             os.makedirs(root + folder)
-            _mount(libc, folder, root + folder, None, _MS_BIND | _MS_REC)
-            _make_read_only(libc, root + folder)
-    os.mkdir(root + "/dev")
-    for device in _DEVICES:
-        if stat.S_ISCHR(os.stat("/dev/" + device).st_mode):
-            os.close(os.open(f"{root}/dev/{device}", os.O_CREAT | os.O_WRONLY))
-            _mount(libc, "/dev/" + device, f"{root}/dev/{device}", None, _MS_BIND)
+            _mount(libc, folder, root + folder, None, _MS_BIND)
+            _hide_packages(libc, folder, root)
+    for file in settings["files"]:
+        if not os.path.exists(root + file):
+            os.makedirs(os.path.dirname(root + file), exist_ok=True)
+            os.close(os.open(root + file, os.O_CREAT | os.O_WRONLY))
+            _mount(libc, file, root + file, None, _MS_BIND)
     os.mkdir(root + "/tmp")
-    size = settings["file_bytes"]
-    options = f"size={size},nr_inodes=4096,mode=1777"
+    os.mkdir(root + "/dev")
+    devices = [name for name in _DEVICES if stat.S_ISCHR(os.stat("/dev/" + name).st_mode)]
+    for device in devices:
+        os.close(os.open(f"{root}/dev/{device}", os.O_CREAT | os.O_WRONLY))
+    _make_read_only(libc, root)
+    for device in devices:
+        _mount(libc, "/dev/" + device, f"{root}/dev/{device}", None, _MS_BIND)
+    options = f"size={settings['file_bytes']},nr_inodes=4096,mode=1777"
     _mount(libc, "tmpfs", root + "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, options)
     os.chdir(root)
     here = os.fsencode(".")
@@ -154,8 +170,15 @@ def _build_root(libc: ctypes.CDLL, settings: dict) -> None:
         raise JailError(f"pivot_root: {os.strerror(ctypes.get_errno())}")
     if libc.umount2(here, _MNT_DETACH):
         raise JailError(f"umount: {os.strerror(ctypes.get_errno())}")
-    _make_read_only(libc, "/", recursive=False)
     os.chdir("/tmp")
+
+
+def _hide_packages(libc: ctypes.CDLL, folder: str, root: str) -> None:
+    """Puts empty folders over those of packages that lie within the standard library's."""
+    for name in _HIDDEN:
+        if os.path.isdir(os.path.join(folder, name)):
+            inner = os.path.join(root + folder, name)
+            _mount(libc, "tmpfs", inner, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=4k,mode=755")
 
 
 def _unused_user() -> int:
@@ -181,6 +204,10 @@ def _limit(settings: dict, *, processes: int | None) -> None:
         resource.RLIMIT_NOFILE: 64,
         resource.RLIMIT_CORE: 0,
     }
+    # Kernel memory that no process is charged with; not every system knows these limits.
+    for name, most in (("RLIMIT_SIGPENDING", 256), ("RLIMIT_MSGQUEUE", 0)):
+        if hasattr(resource, name):
+            limits[getattr(resource, name)] = most
     if processes is not None:
         limits[resource.RLIMIT_NPROC] = processes
     for what, most in limits.items():
@@ -203,17 +230,238 @@ def _drop_privileges(libc: ctypes.CDLL) -> None:
     _refuse_system_calls(libc)
 
 
+def _supervise(program: str, settings: dict) -> None:
+    """Runs what there is to run, and ends this process as it ends."""
+    _report(settings, {"started": True})
+    if settings["test"] is None:
+        child = _start(_run_program, program, settings)
+        while True:
+            ended, status = os.wait()
+            if ended == child:
+                code = os.waitstatus_to_exitcode(status)
+                if code < 0:
+                    _report(settings, {"signal": -code})
+                os._exit(_FAILED if code else 0)
+    calls, answers = os.pipe(), os.pipe()
+    theirs, ours = (calls[0], answers[1]), (calls[1], answers[0])
+    closed = (settings["result"], settings["test"], *ours)
+    child = _start(_serve, program, settings["function"], *theirs, closed=closed)
+    for descriptor in theirs:
+        os.close(descriptor)
+    _run_test(settings, _Ended(child), *ours)
+
+
+def _start(run, *args, closed: tuple[int, ...] = ()) -> int:
+    """Runs something in a process of its own, which has some descriptors closed."""
+    pid = os.fork()
+    if pid == 0:
+        for descriptor in closed:
+            os.close(descriptor)
+        null = os.open("/dev/null", os.O_RDONLY)
+        os.dup2(null, 0)
+        os.close(null)
+        run(*args)
+        os._exit(_FAILED)
+    return pid
+
+
+class _Ended:
+    """Takes note of how a process ends, and of all others that nobody waits for.
+
+    Args:
+      pid: The process.
+    """
+
+    def __init__(self, pid: int):
+        self._pid = pid
+        self._code: int | None = None
+        # What the program sends to this process, which is not to be disturbed, has no effect.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGCHLD, self._look)
+        self._look()
+
+    def code(self) -> int:
+        """Returns the exit code, waiting a while for it; 0 if it does not come."""
+        deadline = time.monotonic() + _PATIENCE
+        while self._code is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+            self._look()
+        return self._code or 0
+
+    def _look(self, *_) -> None:
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                ended, status = os.waitpid(-1, os.WNOHANG)
+                if not ended:
+                    return
+                if ended == self._pid:
+                    self._code = os.waitstatus_to_exitcode(status)
+
+
 def _run_program(program: str, settings: dict) -> None:
     """Runs the program in this process, and ends it."""
     result, token = settings["result"], _put_away(settings.pop("token"))
-    _report(settings, {"started": True})
-    null = os.open("/dev/null", os.O_RDONLY)
-    os.dup2(null, 0)
     try:
         exec(compile(program, "program.py", "exec"), {"__name__": "__main__"})
     except BaseException as error:
         _leave({"error": f"{type(error).__name__}: {error}"[:500]}, result, _FAILED)
     _leave({"token": os.read(token, 64).decode()}, result, 0)
+
+
+def _serve(program: str, function: str, calls: int, answers: int) -> None:
+    """Runs the program, and then its function for each call that comes; ends with the calls."""
+    requests = os.fdopen(calls, "rb")
+    number = None
+    try:
+        namespace: dict = {"__name__": "__main__"}
+        exec(compile(program, "program.py", "exec"), namespace)
+        if function not in namespace:
+            raise NameError(f"name {function!r} is not defined")
+        answer: dict = {}
+    except BaseException as error:
+        answer = {"raised": _as_words(error)}
+    while True:
+        _send(answers, {**answer, "number": number})
+        line = requests.readline()
+        if not line:
+            os._exit(0)
+        call = json.loads(line)
+        number = call["number"]
+        try:
+            arguments = _VALUES["decode"](call["arguments"])
+            named = _VALUES["decode"](call["named"])
+            value = namespace[function](*arguments, **named)
+            answer = {"value": _VALUES["encode"](value)}
+            # Copied too late if the function keeps its argument and changes it afterwards.
+            after = _VALUES["encode"](arguments)
+            if after != call["arguments"]:
+                answer["arguments"] = after
+        except BaseException as error:
+            answer = {"raised": _as_words(error)}
+        _flush()
+
+
+def _run_test(settings: dict, ended: _Ended, calls: int, answers: int) -> None:
+    """Runs the test in this process, and ends it.
+
+    This is the first process of its namespace, which no other one of them can kill or stop.
+    """
+    with os.fdopen(settings["test"], "rb") as file:
+        given = json.load(file)
+    result, function = settings["result"], settings["function"]
+
+    def leave(why: str = "") -> None:
+        code = 0 if why else ended.code()
+        what = {"signal": -code} if code < 0 else {"error": why or "it left before its end"}
+        _leave(what, result, _FAILED)
+
+    stand_in = _StandIn(calls, answers, leave)
+    try:
+        stand_in.wait()
+        namespace: dict = {"__name__": "__main__"}
+        exec(compile(given["given"], "given.py", "exec"), namespace)
+        namespace[function] = stand_in.as_function(function)
+        exec(compile(given["test"], "test.py", "exec"), namespace)
+    except BaseException as error:
+        _leave({"error": ": ".join(_as_words(error))}, result, _FAILED)
+    _leave({"token": given["token"]}, result, 0)
+
+
+class _StandIn:
+    """The program's function, in the process of its test.
+
+    Args:
+      calls: Where calls are written.
+      answers: Where answers are read.
+      leave: Ends this process, saying why; without a word the program has ended.
+    """
+
+    def __init__(self, calls: int, answers: int, leave):
+        self._calls = calls
+        self._answers = os.fdopen(answers, "rb")
+        self._numbers = itertools.count(1)
+        self._leave = leave
+
+    def as_function(self, name: str):
+        """Returns a function of a name that calls the program's."""
+
+        def call(*args, **kwargs):
+            return self._call(args, kwargs)
+
+        call.__name__ = call.__qualname__ = name
+        return call
+
+    def wait(self) -> None:
+        """Waits until the program has been run; raises what it raised."""
+        self._receive(None)
+
+    def _call(self, args: tuple, kwargs: dict):
+        number = next(self._numbers)
+        encode = _VALUES["encode"]
+        request = {"number": number, "arguments": encode(list(args)), "named": encode(kwargs)}
+        try:
+            _send(self._calls, request)
+        except OSError:
+            self._leave()
+        value, arguments = self._receive(number)
+        for before, after in zip(args, arguments, strict=False):
+            _VALUES["change"](before, after)
+        return value
+
+    def _receive(self, number: int | None) -> tuple:
+        """Returns the value that a call gives, and what it has made of its arguments.
+
+        What is no answer ends this process: a test that expects a call to raise must not take it
+        for one that does.
+        """
+        line = self._answers.readline(_MOST_ANSWER)
+        if not line:
+            self._leave()
+        try:
+            answer = json.loads(line)
+            if answer["number"] != number:
+                raise ValueError("an answer to another call")
+            raised = [str(part) for part in answer.get("raised", ())]
+            value = _VALUES["decode"](answer.get("value"))
+            arguments = _VALUES["decode"](answer.get("arguments", ["list"]))
+            if type(arguments) is not list:
+                raise ValueError("no arguments")
+        except BaseException:
+            self._leave("its answer is none, or over 16 MiB")
+        if raised:
+            raise _as_error(*raised)
+        return value, arguments
+
+
+def _as_words(error: BaseException) -> list[str]:
+    """Returns an error's type and message; neither can be trusted to be had."""
+    try:
+        message = str(error)[:500]
+    except BaseException:
+        message = ""
+    return [type(error).__name__, message]
+
+
+def _as_error(name: str, message: str = "", *_) -> Exception:
+    """Returns an error of a built-in type; of a type of that name where it is of none.
+
+    Example:
+      >>> _as_error("KeyError", "a"), _as_error("SystemExit", "0")
+      (KeyError('a'), SystemExit('0'))
+      >>> isinstance(_as_error("SystemExit", "0"), Exception)
+      True
+    """
+    kind = getattr(builtins, name, None)
+    if isinstance(kind, type) and issubclass(kind, Exception):
+        with contextlib.suppress(TypeError):  # Some take other arguments.
+            return kind(message)
+    return type(name[:100] or "Exception", (Exception,), {})(message)
+
+
+def _send(descriptor: int, what: dict) -> None:
+    left = memoryview((json.dumps(what) + "\n").encode())
+    while left:
+        left = left[os.write(descriptor, left) :]
 
 
 def _put_away(token: str) -> int:
@@ -230,11 +478,15 @@ def _leave(what: dict, result: int, code: int) -> None:
         os.write(result, (json.dumps(what) + "\n").encode())
     except BaseException:
         code = code or _FAILED
+    _flush()
+    os._exit(code)
+
+
+def _flush() -> None:
     for stream in ("stdout", "stderr"):
         # The program may have closed them, or put something else in their places.
         with contextlib.suppress(BaseException):
             getattr(sys, stream).flush()
-    os._exit(code)
 
 
 def _report(settings: dict, what: dict) -> None:
@@ -259,13 +511,11 @@ def _mount(libc, source, target, kind, flags, options=None) -> None:
         raise JailError(f"mount {target}: {os.strerror(ctypes.get_errno())}")
 
 
-def _make_read_only(libc: ctypes.CDLL, path: str, *, recursive: bool = True) -> None:
+def _make_read_only(libc: ctypes.CDLL, path: str) -> None:
+    """Makes a mount and all below it read-only."""
     attributes = (ctypes.c_uint64 * 4)(_ATTR_RDONLY | _ATTR_NOSUID | _ATTR_NODEV, 0, 0, 0)
-    flags = _AT_RECURSIVE if recursive else 0
-    size = ctypes.sizeof(attributes)
-    if libc.syscall(
-        _MOUNT_SETATTR, _AT_FDCWD, os.fsencode(path), flags, ctypes.byref(attributes), size
-    ):
+    place, given, size = os.fsencode(path), ctypes.byref(attributes), ctypes.sizeof(attributes)
+    if libc.syscall(_MOUNT_SETATTR, _AT_FDCWD, place, _AT_RECURSIVE, given, size):
         raise JailError(f"{path} cannot be made read-only: {os.strerror(ctypes.get_errno())}")
 
 
@@ -280,8 +530,10 @@ def _refuse_system_calls(libc: ctypes.CDLL) -> None:
 
 
 _FILTER: dict = {}
+_VALUES: dict = {}
 if __name__ == "__main__":
-    _beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "system_calls.py")
-    with open(_beside, encoding="utf-8") as _source:
-        exec(compile(_source.read(), _beside, "exec"), _FILTER)
+    for _name, _names in (("system_calls.py", _FILTER), ("values.py", _VALUES)):
+        _beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), _name)
+        with open(_beside, encoding="utf-8") as _source:
+            exec(compile(_source.read(), _beside, "exec"), _names)
     main()

@@ -17,6 +17,7 @@ _X32_BIT = 0x40000000
 # Name: (number on x86_64, number on aarch64); None where there is none.
 _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "socket": (41, 198),
+    "socketpair": (53, 199),
     "ptrace": (101, 117),
     "process_vm_readv": (310, 270),
     "process_vm_writev": (311, 271),
@@ -40,6 +41,16 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "mq_open": (240, 180),
     "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
+    # Memory of the kernel's that grows with what a program asks for: pages that a pipe keeps from
+    # being freed, queues of events, rules.
+    "splice": (275, 76),
+    "tee": (276, 77),
+    "vmsplice": (278, 75),
+    "inotify_init": (253, None),
+    "inotify_init1": (294, 26),
+    "fanotify_init": (300, 262),
+    "io_setup": (206, 0),
+    "landlock_create_ruleset": (444, 444),
     # Parts of the kernel with a long record of faults.
     "bpf": (321, 280),
     "perf_event_open": (298, 241),
@@ -57,7 +68,7 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "quotactl": (179, 60),
 }
 
-_CLONE, _CLONE3, _MMAP = (56, 220), 435, (9, 222)
+_CLONE, _CLONE3, _MMAP, _FCNTL = (56, 220), 435, (9, 222), (72, 25)
 _NEW_NAMESPACES = 0x7E020080
 """The flags of clone that make namespaces: CLONE_NEWTIME, NEWNS, NEWCGROUP, NEWUTS, … NEWNET."""
 
@@ -65,10 +76,15 @@ _SHARED, _ANONYMOUS, _HUGE_PAGES = 0x01, 0x20, 0x40000
 """Flags of mmap. Shared memory without a file stays taken when its pages have left every process,
 and huge pages are counted in none: what a process takes is no measure of either."""
 
+_LOCKS_AND_SIZES = (6, 7, 37, 38, 1031)
+"""Commands of fcntl: locks of parts of a file, each of which takes memory, and how much a pipe
+holds."""
+
 # Instructions of the filter: load a word, jump on equality, on a set bit, on at least; return.
 _LOAD, _IF_EQUAL, _IF_ANY_BIT, _IF_AT_LEAST, _RETURN = 0x20, 0x15, 0x45, 0x35, 0x06
 _ALLOW, _KILL, _FAIL = 0x7FFF0000, 0x80000000, 0x00050000
-_NUMBER_AT, _ARCHITECTURE_AT, _FIRST_ARGUMENT_AT, _FOURTH_ARGUMENT_AT = 0, 4, 16, 40
+_NUMBER_AT, _ARCHITECTURE_AT = 0, 4
+_FIRST_ARGUMENT_AT, _SECOND_ARGUMENT_AT, _FOURTH_ARGUMENT_AT = 16, 24, 40
 
 _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
 
@@ -129,6 +145,14 @@ def filter_program(machine: str) -> bytes:
         _instruction(_IF_ANY_BIT, _ANONYMOUS, 0, 2),
         _instruction(_IF_ANY_BIT, _SHARED, 0, 1),
         _instruction(_RETURN, _FAIL | errno.EPERM),
+        _instruction(_RETURN, _ALLOW),
+        _instruction(_IF_EQUAL, _FCNTL[column], 0, 2 + 2 * len(_LOCKS_AND_SIZES)),
+        _instruction(_LOAD, _SECOND_ARGUMENT_AT),
+    ]
+    for command in _LOCKS_AND_SIZES:
+        code.append(_instruction(_IF_EQUAL, command, 0, 1))
+        code.append(_instruction(_RETURN, _FAIL | errno.EPERM))
+    code += [
         _instruction(_RETURN, _ALLOW),
         _instruction(_IF_EQUAL, _CLONE[column], 0, 3),
         _instruction(_LOAD, _FIRST_ARGUMENT_AT),

@@ -51,7 +51,34 @@ def test_a_program_passes_only_by_coming_to_its_end(sandbox):
 
 def test_it_has_the_standard_library_and_nothing_else(sandbox):
     assert run(sandbox, "import json, math, re, hashlib, typing, collections").passed
+    assert run(sandbox, "import ctypes, ssl, sqlite3, lzma, zlib, decimal, select").passed
     assert "ModuleNotFoundError" in run(sandbox, "import numpy").detail
+
+
+def test_no_other_package_can_be_found_anywhere(sandbox):
+    """Wherever packages are installed, for whichever interpreter, their files are not there."""
+    program = f"""
+        import os, sys
+        standard = tuple(path + "/" for path in sys.path if os.path.isdir(path))
+        found = [
+            os.path.join(folder, name)
+            for folder, _, names in os.walk("/")
+            for name in names
+            if name.endswith((".py", ".pyc", ".pth", ".zip", ".whl", ".egg"))
+        ]
+        others = [file for file in found if not file.startswith(standard)]
+        packages = [file for file in found if "-packages/" in file]
+        assert not others and not packages, (others + packages)[:5]
+        sys.path += {[path for path in sys.path if "-packages" in path]!r}
+        try:
+            import pytest
+        except ModuleNotFoundError:
+            pass
+        else:
+            raise AssertionError(pytest.__file__)
+        """
+    outcome = run(sandbox, program)
+    assert outcome.passed, outcome
 
 
 @pytest.mark.parametrize("program", ["while True: pass", "import time; time.sleep(3600)"])
@@ -160,10 +187,55 @@ def test_the_memory_of_all_processes_together_is_limited(sandbox):
         "import mmap; mmap.mmap(-1, 1 << 20)",
         "import mmap; mmap.mmap(-1, 1 << 21, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON | 0x40000)",
         "import mmap; mmap.mmap(open('/dev/zero', 'r+b').fileno(), 1 << 20)",
+        "import socket; socket.socketpair()",
+        "import socket; socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)",
+        "import fcntl, os; fcntl.fcntl(os.pipe()[0], 1031, 1 << 20)",
+        "import fcntl; fcntl.lockf(open('file', 'w'), fcntl.LOCK_EX, 1, 0)",
+        "import os; r, w = os.pipe(); assert libc.vmsplice(w, None, 0, 0) == 0",
+        "import os; r, w = os.pipe(); assert libc.tee(r, w, 1, 2) == 0",
+        "assert libc.inotify_init() >= 0",
+        "assert libc.inotify_init1(0) >= 0",
+        "assert libc.fanotify_init(0, 0) >= 0",
+        "assert libc.syscall(206 if os.uname().machine == 'x86_64' else 0, 1, None) == 0",
+        "assert libc.msgget(0, 0o1600) >= 0",
+        "assert libc.semget(0, 1, 0o1600) >= 0",
     ],
 )
 def test_memory_that_no_limit_counts_cannot_be_had(sandbox, program):
-    assert run(sandbox, program).verdict == "failed"
+    before = "import ctypes, os; libc = ctypes.CDLL(None)\n"
+    assert run(sandbox, before + program).verdict == "failed"
+
+
+def test_pipes_hold_little(sandbox):
+    """All the pipes that all processes may have hold a small part of the memory they may take."""
+    program = """
+        import os
+        kept, held = [], 0
+        try:
+            while True:
+                pair = os.pipe()
+                kept.append(pair)
+                os.set_blocking(pair[1], False)
+                try:
+                    while True:
+                        held += os.write(pair[1], bytes(1 << 16))
+                except BlockingIOError:
+                    pass
+        except OSError:
+            print(held)
+        """
+    outcome = run(sandbox, program)
+    assert outcome.passed, outcome
+    assert 0 < int(outcome.output) * LIMITS.processes < LIMITS.memory_mib << 20 >> 2
+
+
+def test_signals_that_wait_are_few(sandbox):
+    program = """
+        import ctypes, os, resource, signal
+        assert resource.getrlimit(resource.RLIMIT_SIGPENDING)[1] <= 1024
+        assert resource.getrlimit(resource.RLIMIT_MSGQUEUE)[1] == 0
+        """
+    assert run(sandbox, program).passed
 
 
 def test_memory_that_is_counted_can_be_mapped(sandbox):
@@ -184,8 +256,9 @@ def test_nothing_can_be_written_outside(sandbox, tmp_path):
     tmp_path.chmod(0o777)
     program = f"""
         import os
-        places = [{str(outside)!r}, "/escaped", "/usr/escaped", "/etc/passwd", "/dev/escaped",
-                  os.__file__, "../escaped", "/proc/self/oom_score_adj",
+        places = [{str(outside)!r}, "/escaped", "/usr/escaped", "/usr/lib/escaped",
+                  "/etc/passwd", "/dev/escaped", os.__file__, "../escaped",
+                  "/proc/self/oom_score_adj",
                   {str(Path.home() / "escaped")!r}]
         written = []
         for place in places:
