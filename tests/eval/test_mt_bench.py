@@ -709,7 +709,7 @@ def test_estimates_are_of_the_right_size(benchmark):
         ({"prices": (1.0,)}, "give two"),
         ({"prices": (float("nan"), 1.0)}, "judge_prices must be a finite number"),
         ({"prices": (1.0, -1.0)}, "judge_prices must be a finite number"),
-        ({"prices": (1.0, 1.0), "budget": float("inf")}, "judge_budget must be a finite number"),
+        ({"prices": (1.0, 1.0), "budget": float("inf")}, "judge_budget must be a number above 0"),
         ({"prices": (1.0, 1.0), "budget": 1.0, "options": {"max_tokens": None}}, "have no limit"),
         ({"retries": -1}, "judge_retries"),
     ],
