@@ -121,6 +121,27 @@ class MethodSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class StartSettings:
+    """The adapter that a run starts from.
+
+    Attributes:
+      path: Folder of an adapter, ours or Hugging Face PEFT's, or its name on the hub; its method
+        and modules have to be those of the section `method`. Empty: a new adapter.
+      revision: Branch, tag or commit on the hub; empty: the newest.
+    """
+
+    path: str = ""
+    revision: str = ""
+
+    def __post_init__(self) -> None:
+        if self.revision and not self.path:
+            raise ValueError(
+                f"adapter.revision is {self.revision!r}, and adapter.path is empty; give the"
+                " adapter's name on the hub"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     """How long, how fast, and on how much at a time.
 
@@ -258,6 +279,7 @@ class RunConfig:
       model: the checkpoint.
       execution: how the model is computed.
       method: what is trained.
+      adapter: the adapter to start from, in place of a new one.
       mixing: how the hybrid's branches are weighed; of no use with another method.
       data: where the rows come from.
       train: steps, batches, learning rate.
@@ -273,6 +295,7 @@ class RunConfig:
     model: ModelSettings
     execution: ExecutionSettings = dataclasses.field(default_factory=ExecutionSettings)
     method: MethodSettings
+    adapter: StartSettings = dataclasses.field(default_factory=StartSettings)
     mixing: MixingSettings = dataclasses.field(default_factory=MixingSettings)
     data: DataSettings
     train: TrainSettings

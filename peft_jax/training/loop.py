@@ -223,7 +223,7 @@ class _Run:
             self._saved = start.step
             self._reporter.say(f"going on from step {start.step} of {self._job.steps}")
         with self._phases("load"):
-            arrays = self._load()
+            arrays = self._load(start.adapter)
         with self._phases("compile"):
             step = self._compile()
         evaluator = make_evaluator(self._job)
@@ -234,8 +234,12 @@ class _Run:
 
     # Before the first step.
 
-    def _load(self) -> _Arrays:
-        """The arrays of a checkpoint, or those that a run begins with."""
+    def _load(self, given: AdapterState | None) -> _Arrays:
+        """The arrays of a checkpoint, or those that a run begins with.
+
+        Args:
+          given: The adapter to start from where there is no checkpoint; None: a new one.
+        """
         params = self._load_base()
         frozen = self._job.spec.frozen(params)
         if self._saved is not None:
@@ -243,7 +247,7 @@ class _Run:
             arrays = self._checkpoints.read_arrays(self._saved, abstract)
             return _Arrays(frozen=frozen, constant=arrays["constant"], state=arrays["state"])
         with self._phases("initialise"):
-            adapter = self._initialise(params)
+            adapter = self._initialise(params) if given is None else self._place(given)
             state = self._make_state(adapter.trainable)
         return _Arrays(frozen=frozen, constant=adapter.constant, state=state)
 
@@ -291,6 +295,14 @@ class _Run:
         return AdapterState(
             trainable=_laid_out(adapter.trainable, job.state.trainable),
             constant=_laid_out(constant, job.constant),
+        )
+
+    def _place(self, given: AdapterState) -> AdapterState:
+        """An adapter's arrays, laid out over the devices."""
+        self._reporter.say(f"starting from the adapter in {self._config.adapter.path}")
+        return AdapterState(
+            trainable=_laid_out(given.trainable, self._job.state.trainable),
+            constant=_laid_out(given.constant, self._job.constant),
         )
 
     def _first_microbatches(self) -> tuple[list[AnyBatch], float]:

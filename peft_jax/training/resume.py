@@ -7,11 +7,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax.adapters import AdapterState
 from peft_jax.optim import OptimizerSettings, learning_rate_schedule
 from peft_jax.training.checkpoints import Checkpoints
 from peft_jax.training.errors import RefusedError
 from peft_jax.training.inputs import Inputs, check_unchanged
 from peft_jax.training.prepare import Job
+from peft_jax.training.start_adapter import load_start
 from peft_jax.training.workdir import WorkDir, compare_configs
 
 
@@ -22,10 +24,12 @@ class Start:
     Attributes:
       step: Number of steps that have been taken.
       saved: What a checkpoint holds beside its arrays; None where there is no checkpoint.
+      adapter: The adapter to start from where there is no checkpoint; None for a new one.
     """
 
     step: int = 0
     saved: Mapping[str, Any] | None = None
+    adapter: AdapterState | None = None
 
 
 def find_start(
@@ -56,7 +60,7 @@ def find_start(
     step = checkpoints.newest(say=warn)
     if step is None:
         _check_nothing_lost(folder, finished=finished, warn=warn)
-        return Start()
+        return Start(adapter=load_start(job) if job.config.adapter.path else None)
     saved = checkpoints.read_run(step)
     where = str(checkpoints.path(step))
     compare_configs(saved["config"], job.config, where=where)

@@ -1,0 +1,116 @@
+"""The adapter that a run starts from, in place of a new one."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from peft_jax.adapters import AdapterSpec, AdapterState, Plan
+from peft_jax.core import Path, Tree, flatten, join_path, unflatten
+from peft_jax.hub import find_folder, load_adapter
+from peft_jax.training.errors import RefusedError
+from peft_jax.training.prepare import Job
+
+_OF_TRAINING = frozenset(
+    {
+        "dropout",
+        "rotation_dropout",
+        "direction",
+        "init_scale",
+        "gamma",
+        "convention",
+        "gradient_init",
+    }
+)
+"""Settings of methods that do not change what an adapter's arrays compute."""
+
+_NAMED_AT_MOST = 4
+
+
+def load_start(job: Job) -> AdapterState:
+    """Loads the adapter that a run starts from, ours or Hugging Face PEFT's.
+
+    Args:
+      job: What the run is made of; its configuration names the adapter.
+
+    Returns:
+      The adapter's arrays on the host's first device, in the dtypes that the run trains in.
+
+    Raises:
+      RefusedError: There is no such adapter, or it is not of the run's method, modules and base.
+    """
+    settings = job.config.adapter
+    try:
+        folder = find_folder(settings.path, revision=settings.revision or None)
+        spec, state = load_adapter(folder, job.model, job.params)
+    except (ValueError, OSError) as error:
+        raise RefusedError(f"adapter.path: {error}") from error
+    _check_same(spec, job.spec, job.params, where=settings.path)
+    return AdapterState(
+        trainable=_as_trained(state.trainable, job.state.trainable),
+        constant=_as_trained(state.constant, job.constant),
+    )
+
+
+def _as_trained(tree: Tree, abstract: Tree) -> Tree:
+    """Returns arrays in the dtypes that a run has them in."""
+    return jax.tree.map(
+        lambda x, leaf: jnp.asarray(x).astype(leaf.dtype), unflatten(flatten(tree)), abstract
+    )
+
+
+def _check_same(given: AdapterSpec, wanted: AdapterSpec, params: Tree, *, where: str) -> None:
+    """Rejects an adapter that is not what the run trains."""
+    theirs, ours = given.plan(params), wanted.plan(params)
+    faults = _other_settings(given.method, wanted.method) or [
+        *_other_modules(theirs, ours),
+        *_other_kernels(theirs, ours),
+    ]
+    if faults:
+        raise RefusedError(
+            f"adapter.path is {where}, which is not what this run trains: {'; '.join(faults)}. Give"
+            " the method and the modules that the adapter has"
+        )
+
+
+def _other_settings(given: Any, wanted: Any) -> list[str]:
+    """Returns the settings of two methods that differ and count, in words."""
+    if given.name != wanted.name:
+        return [f"method.name is {wanted.name!r}, and the adapter's is {given.name!r}"]
+    return [
+        f"method.{field.name} is {getattr(wanted, field.name)!r}, and the adapter's is"
+        f" {getattr(given, field.name)!r}"
+        for field in dataclasses.fields(wanted)
+        if field.name not in _OF_TRAINING
+        and getattr(given, field.name) != getattr(wanted, field.name)
+    ]
+
+
+def _other_modules(theirs: Plan, ours: Plan) -> list[str]:
+    """Returns the modules that only one of two plans has, in words."""
+    faults = []
+    for what, one, other in (
+        ("adapts", set(theirs.adapted), set(ours.adapted)),
+        ("holds trained values of", set(theirs.trained), set(ours.trained)),
+    ):
+        if only := one - other:
+            faults.append(f"the adapter {what} {_listing(only)}, and the run does not")
+        if only := other - one:
+            faults.append(f"the run {what} {_listing(only)}, and the adapter does not")
+    return faults
+
+
+def _other_kernels(theirs: Plan, ours: Plan) -> list[str]:
+    """Returns how the methods of single kernels differ, in words."""
+    return [
+        f"at {join_path(path[:-1])} {fault}"
+        for path in sorted(set(theirs.adapted) & set(ours.adapted))
+        for fault in _other_settings(theirs.adapted[path], ours.adapted[path])
+    ][:_NAMED_AT_MOST]
+
+
+def _listing(paths: set[Path]) -> str:
+    names = sorted({join_path(path) for path in paths})
+    more = len(names) - _NAMED_AT_MOST
+    return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
