@@ -53,6 +53,7 @@ from peft_jax.models.fused_attention import fused_attention
 from peft_jax.parallel.chips import find_chip
 
 PARTS = ("kernels", "attention", "steps", "generation")
+"""In this order."""
 BLOCK_SIZE = 16
 SHARE_OF_COPY = 0.8
 """The least share of the copy's bandwidth, of the rotation and of the unitary product."""
@@ -70,37 +71,41 @@ BF16 = ("--dtype", "bfloat16")
 LARGE = ("--size", "large", *BF16)
 SCANNED = ("--scan_layers",)
 STEPS = (
-    {
-        "LoRA": (OURS, "lora", *LARGE, *SCANNED),
-        "BOFT": (OURS, "boft", *LARGE, *SCANNED),
-        "PEFT LoRA": (THEIRS, "lora", *LARGE),
-        "PEFT BOFT": (THEIRS, "boft", *LARGE),
-    },
-    {
-        "LoRA, 8B": (OURS, "lora", "--size", "8b", *BF16, *SCANNED),
-        "PEFT LoRA, 8B": (THEIRS, "lora", "--size", "8b", *BF16),
-    },
-    {
-        "full": (OURS, "full", *LARGE, *SCANNED),
-        "PEFT full": (THEIRS, "full", *LARGE),
-    },
-    {
-        "LoRA once more": (OURS, "lora", *LARGE, *SCANNED),
-        "hybrid": (OURS, "hybrid", *LARGE, *SCANNED),
-        "LoRA, int8 base": (OURS, "lora", *LARGE, *SCANNED, "--quantization", "int8"),
-    },
+    (
+        {
+            "LoRA": (OURS, "lora", *LARGE, *SCANNED),
+            "BOFT": (OURS, "boft", *LARGE, *SCANNED),
+            "PEFT LoRA": (THEIRS, "lora", *LARGE),
+            "PEFT BOFT": (THEIRS, "boft", *LARGE),
+        },
+        (
+            ("LoRA", "PEFT LoRA", LORA_OF_PEFT),
+            ("BOFT", "PEFT BOFT", BOFT_OF_PEFT),
+            ("BOFT", "LoRA", BOFT_OF_LORA),
+        ),
+    ),
+    (
+        {
+            "LoRA": (OURS, "lora", *LARGE, *SCANNED),
+            "hybrid": (OURS, "hybrid", *LARGE, *SCANNED),
+            "LoRA, int8 base": (OURS, "lora", *LARGE, *SCANNED, "--quantization", "int8"),
+        },
+        (("hybrid", "LoRA", HYBRID_OF_LORA),),
+    ),
+    (
+        {"full": (OURS, "full", *LARGE, *SCANNED), "PEFT full": (THEIRS, "full", *LARGE)},
+        (("full", "PEFT full", FULL_OF_PEFT),),
+    ),
+    (
+        {
+            "LoRA, 8B": (OURS, "lora", "--size", "8b", *BF16, *SCANNED),
+            "PEFT LoRA, 8B": (THEIRS, "lora", "--size", "8b", *BF16),
+        },
+        (("LoRA, 8B", "PEFT LoRA, 8B", LORA_OF_PEFT),),
+    ),
 )
-"""What runs in turn: each group is alone on the GPU, whose memory does not hold all."""
-
-STEP_RATIOS = (
-    ("LoRA", "PEFT LoRA", LORA_OF_PEFT),
-    ("BOFT", "PEFT BOFT", BOFT_OF_PEFT),
-    ("BOFT", "LoRA", BOFT_OF_LORA),
-    ("LoRA, 8B", "PEFT LoRA, 8B", LORA_OF_PEFT),
-    ("full", "PEFT full", FULL_OF_PEFT),
-    ("hybrid", "LoRA once more", HYBRID_OF_LORA),
-)
-"""One step, another of its group, and the most of its time that the first may take."""
+"""What runs in turn, and what is compared: one, another, and the most of its time that the first
+may take. Each group is alone on the GPU, whose memory does not hold all."""
 
 GENERATION = {
     "generation": ("benchmarks.generate_ours", "generate", *LARGE),
@@ -128,6 +133,39 @@ class Figure:
     shown: str
     value: float
     met: bool | None = None
+
+
+class Report:
+    """What has been measured so far, on disk after every addition: a long run may be cut short.
+
+    Args:
+      folder: Where `gpu.md` and `gpu.json` are written.
+      title: Its first line.
+    """
+
+    def __init__(self, folder: Path, title: str):
+        self._folder = folder
+        self._lines = [title]
+        self.figures: list[Figure] = []
+        folder.mkdir(parents=True, exist_ok=True)
+        self.add(*_HEADING)
+
+    def add(self, *lines: str) -> None:
+        """Adds lines of Markdown."""
+        self._lines += lines
+        print("\n".join(lines), flush=True)
+        (self._folder / "gpu.md").write_text("\n".join(self._lines) + "\n")
+
+    def judge(self, *figures: Figure) -> None:
+        """Adds rows of figures."""
+        words = {None: "", True: "yes", False: "**no**"}
+        self.figures += figures
+        self.add(*(f"| {f.name} | {f.shown} | {words[f.met]} |" for f in figures))
+        listed = [dataclasses.asdict(figure) for figure in self.figures]
+        (self._folder / "gpu.json").write_text(json.dumps(listed))
+
+
+_HEADING = ("", "| | | met |", "| --- | --- | --- |")
 
 
 def rotation_arrays(tokens: int, d: int, block_size: int) -> tuple[jax.Array, ...]:
@@ -233,12 +271,12 @@ def time_in_turn(runs: dict[str, tuple[Run, int]], rounds: int, repeats: int) ->
     return {name: statistics.median(found) for name, found in times.items()}
 
 
-def measure_kernels(options: argparse.Namespace, implementations: list[str]) -> list[Figure]:
+def measure_kernels(options: argparse.Namespace, report: Report) -> None:
     """The products' shares of the copy's bandwidth; the best implementation of each is judged.
 
     Only the most tokens are judged: a copy of few is as fast as its launch.
     """
-    figures = []
+    implementations = checked_implementations()
     for tokens in options.tokens:
         for d in options.widths:
             where = f"{tokens} x {d}"
@@ -253,21 +291,18 @@ def measure_kernels(options: argparse.Namespace, implementations: list[str]) -> 
                 shown = (
                     f"{1e6 * seconds[name]:.1f} µs, {rate / 1e9:.0f} GB/s, {share:.2f} of the copy"
                 )
-                figures.append(Figure(f"{where}, {name}", shown, share))
+                report.judge(Figure(f"{where}, {name}", shown, share))
                 if name != "copy":
                     kernel, _, direction = name.split()
                     best[kernel, direction] = max(best.get((kernel, direction), 0.0), share)
             if tokens == max(options.tokens):
-                figures += [
-                    _judged(f"{where}, {' '.join(key)}, the best", share, at_least=SHARE_OF_COPY)
-                    for key, share in best.items()
-                ]
-    return figures
+                for key, share in best.items():
+                    name = f"{where}, {' '.join(key)}, the best"
+                    report.judge(_judged(name, share, at_least=SHARE_OF_COPY))
 
 
-def measure_attention(options: argparse.Namespace) -> list[Figure]:
+def measure_attention(options: argparse.Namespace, report: Report) -> None:
     """Attention in each implementation; segments of a quarter of a row where a name says packed."""
-    figures = []
     for sizes in ATTENTION_SIZES:
         runs: dict[str, tuple[Run, int]] = {}
         for name in ATTENTION:
@@ -276,12 +311,8 @@ def measure_attention(options: argparse.Namespace) -> list[Figure]:
                 forwards, both = _attention_runs(name, sizes, packed=packed)
                 runs[f"{kind}, forwards"] = forwards, 0
                 runs[f"{kind}, with gradients"] = both, 0
-        seconds = time_in_turn(runs, options.rounds, 5)
-        figures += [
-            Figure(f"attention {sizes}, {name}", f"{1e3 * spent:.2f} ms", spent)
-            for name, spent in seconds.items()
-        ]
-    return figures
+        for name, spent in time_in_turn(runs, options.rounds, 5).items():
+            report.judge(Figure(f"attention {sizes}, {name}", f"{1e3 * spent:.2f} ms", spent))
 
 
 def _attention_runs(name: str, sizes: tuple[int, ...], *, packed: bool) -> tuple[Run, Run]:
@@ -306,29 +337,41 @@ def _attention_runs(name: str, sizes: tuple[int, ...], *, packed: bool) -> tuple
     return _compiled(attend, query, key, value), both
 
 
-def measure_steps(options: argparse.Namespace) -> tuple[list[str], list[Figure]]:
+def measure_steps(options: argparse.Namespace, report: Report) -> None:
     """Training steps: a table of each, and of those that are compared."""
-    sides: dict[str, Side] = {}
     chip = find_chip(jax.devices()[0].device_kind)
-    lines = [
-        "| step | s, median (least – most) | tokens a second | utilisation | GiB |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for group in STEPS:
-        found = run_in_turn(group, rounds=options.rounds, steps=5)
-        sides |= found
-        for name, side in found.items():
+    for group, compared in STEPS:
+        sides = run_in_turn(group, rounds=options.rounds, steps=5)
+        report.add("", *_TIMES)
+        for name, side in sides.items():
             size = small_llama.SIZES["8b" if name.endswith("8B") else "large"]
             rate = size.flops(trained=name.endswith("full")) / statistics.median(side.seconds)
             share = "" if chip is None else f"{rate / chip.flops:.1%}"
-            lines.append(_row(name, side, size.tokens, share))
-            print(lines[-1], file=sys.stderr, flush=True)
-    compared = [Comparison(f"{a} / {b}", sides[a], sides[b]) for a, b, _ in STEP_RATIOS]
-    figures = [
-        _judged(f"step, {one.name}", one.ratio, at_most=bound)
-        for one, (_, _, bound) in zip(compared, STEP_RATIOS, strict=True)
-    ]
-    return [*lines, "", table(compared)], figures
+            report.add(_row(name, side, size.tokens, share))
+        _compare(report, sides, compared)
+
+
+def measure_generation(options: argparse.Namespace, report: Report) -> None:
+    """Greedy generation beside transformers'."""
+    sides = run_in_turn(GENERATION, rounds=options.rounds, steps=1)
+    new = small_llama.SIZES["large"].batch_size * small_llama.NEW_TOKENS
+    report.add("", *_TIMES, *(_row(name, side, new, "") for name, side in sides.items()))
+    _compare(report, sides, (("generation", "transformers", GENERATION_OF_TRANSFORMERS),))
+
+
+def _compare(
+    report: Report, sides: dict[str, Side], ratios: tuple[tuple[str, str, float], ...]
+) -> None:
+    compared = [Comparison(f"{a} / {b}", sides[a], sides[b]) for a, b, _ in ratios]
+    report.add("", table(compared), *_HEADING)
+    for one, (_, _, bound) in zip(compared, ratios, strict=True):
+        report.judge(_judged(one.name, one.ratio, at_most=bound))
+
+
+_TIMES = (
+    "| | s, median (least – most) | tokens a second | utilisation | GiB |",
+    "| --- | --- | --- | --- | --- |",
+)
 
 
 def _row(name: str, side: Side, tokens: int, share: str) -> str:
@@ -337,17 +380,6 @@ def _row(name: str, side: Side, tokens: int, share: str) -> str:
         f"| {name} | {median:.4f} ({min(side.seconds):.4f} – {max(side.seconds):.4f}) |"
         f" {tokens / median:,.0f} | {share} | {side.peak_bytes / 2**30:.2f} |"
     )
-
-
-def measure_generation(options: argparse.Namespace) -> tuple[list[str], list[Figure]]:
-    """Greedy generation beside transformers'."""
-    sides = run_in_turn(GENERATION, rounds=min(options.rounds, 5), steps=1)
-    new = small_llama.SIZES["large"].batch_size * small_llama.NEW_TOKENS
-    lines = ["| generation | s | new tokens a second | | GiB |", "| --- | --- | --- | --- | --- |"]
-    lines += [_row(name, side, new, "") for name, side in sides.items()]
-    compared = Comparison("generation / transformers", *sides.values())
-    judged = _judged(compared.name, compared.ratio, at_most=GENERATION_OF_TRANSFORMERS)
-    return [*lines, "", table([compared])], [judged]
 
 
 def _judged(
@@ -380,26 +412,19 @@ def main() -> int:
             " on a machine with one, or try it out with --on_cpu --tokens 256 --widths 512 --only"
             " kernels"
         )
-    lines, figures = [f"{kind}, {_versions()}."], []
-    if "kernels" in options.only:
-        figures += measure_kernels(options, checked_implementations())
-    if "attention" in options.only:
-        figures += measure_attention(options)
-    for part, measure in (("steps", measure_steps), ("generation", measure_generation)):
+    report = Report(options.output, f"{kind}, {_versions()}.")
+    for part in PARTS:
         if part in options.only:
-            rows, judged = measure(options)
-            lines += ["", *rows]
-            figures += judged
-    words = {None: "", True: "yes", False: "**no**"}
-    lines += ["", "| | | met |", "| --- | --- | --- |"]
-    lines += [f"| {f.name} | {f.shown} | {words[f.met]} |" for f in figures]
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "gpu.md").write_text("\n".join(lines) + "\n")
-    (options.output / "gpu.json").write_text(
-        json.dumps([dataclasses.asdict(figure) for figure in figures])
-    )
-    print("\n".join(lines))
-    return int(platform == "gpu" and any(figure.met is False for figure in figures))
+            MEASURES[part](options, report)
+    return int(platform == "gpu" and any(figure.met is False for figure in report.figures))
+
+
+MEASURES = {
+    "kernels": measure_kernels,
+    "attention": measure_attention,
+    "steps": measure_steps,
+    "generation": measure_generation,
+}
 
 
 def checked_implementations() -> list[str]:

@@ -103,7 +103,7 @@ def make_attention(
       ValueError: The fused kernel is asked for where it cannot be used.
     """
     if spans(tokens, "sequence"):
-        why_not = 'the tokens of a row are sharded along "sequence"'
+        why_not: str | None = 'the tokens of a row are sharded along "sequence"'
     else:
         why_not = why_not_fused(
             layout,
