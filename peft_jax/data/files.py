@@ -112,7 +112,7 @@ def find_splits(folder: Path, unwanted: Sequence[str] = ()) -> dict[str, list[Pa
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         if hidden or not path.is_file() or not is_data_file(path):
             continue
-        words = [word for part in path.relative_to(folder).parts for word in _words(part)]
+        words = [word for part in path.relative_to(folder).parts for word in words_of(part)]
         if set(unwanted) & set(words):
             continue
         split = split_of(path.name) or (split_of(path.parent.name) if path.parent != folder else "")
@@ -136,7 +136,7 @@ def split_of(name: str) -> str:
       >>> split_of("train-00000-of-00002.parquet"), split_of("dev_matched.tsv"), split_of("a.json")
       ('train', 'validation_matched', '')
     """
-    words = _words(name)
+    words = words_of(name)
     kinds = [SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES]
     if not kinds:
         return ""
@@ -153,7 +153,13 @@ def missing_file_message(path: Path) -> str:
     return f"there is no {name!r} in {folder}{did_you_mean(name, names[:50])}"
 
 
-def _words(name: str) -> list[str]:
+def words_of(name: str) -> list[str]:
+    """The words of a file's or folder's name, in lower case.
+
+    Example:
+      >>> words_of("XNLI.train-sw.tsv")
+      ['xnli', 'train', 'sw', 'tsv']
+    """
     return [word for word in re.split(r"[-_.]", name.lower()) if word]
 
 

@@ -43,9 +43,11 @@ class DataSettings:
         quotation mark at the start of a sentence stays what it is).
       text_unit: what one row of a plain text file is: a line, a paragraph (blank lines between), or
         the whole file.
-      language: the language of the xnli recipe.
-      source_language: what the flores recipe translates from.
-      target_language: what the flores recipe translates to.
+      language: The language of the xnli recipe; several with commas between ("fr,sw") train on all
+        of them in one run.
+      source_language: What the flores recipe translates from; several with commas between.
+      target_language: What the flores recipe translates to; several with commas between. Each
+        source goes with each target but itself.
       prompt_template: replaces the recipe's prompt; its fields stand in braces. None: the recipe's.
       completion_template: replaces the recipe's answer. None: the recipe's.
       label_words: replaces the words that stand for a classification's labels, in their order.
@@ -128,6 +130,13 @@ class DataSettings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"data.{name} is {value}; it must be at least {least}, or None")
+        for name in ("language", "source_language", "target_language"):
+            languages = split_names(getattr(self, name))
+            if not all(languages) or len(set(languages)) < len(languages):
+                raise ValueError(
+                    f"data.{name} is {getattr(self, name)!r}; it must be one language, or"
+                    " different ones with commas between"
+                )
         if self.train_rows_by_seed and self.train_rows is None:
             raise ValueError(
                 "data.train_rows_by_seed is True, but data.train_rows is None: all rows are used;"
@@ -139,6 +148,16 @@ class DataSettings:
                     f"data.{name} is {getattr(self, name)!r} and data.hold_out is {self.hold_out}:"
                     " give one of the two"
                 )
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    """The names in a text, which have commas between.
+
+    Example:
+      >>> split_names("fr, sw")
+      ('fr', 'sw')
+    """
+    return tuple(name.strip() for name in text.split(","))
 
 
 def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -11,9 +11,9 @@ import numpy as np
 
 from peft_jax.core import did_you_mean
 from peft_jax.data.files import is_data_file, missing_file_message, split_of
-from peft_jax.data.recipes.base import Recipe
+from peft_jax.data.recipes.base import HubHome, Recipe
 from peft_jax.data.settings import DataSettings
-from peft_jax.data.tables import AlignedTable, ArrowTable, Row, Table
+from peft_jax.data.tables import AlignedTable, ArrowTable, LanguagesTable, Row, Table
 from peft_jax.data.totals import Origin
 
 _AUTOMATIC_SHARE = 0.05
@@ -94,15 +94,9 @@ def open_sources(settings: DataSettings, recipe: Recipe, *, seed: int = 0) -> So
       FileNotFoundError: if a path leads nowhere; near matches are named.
       ValueError: if a split is missing, or nothing is left to train on.
     """
-    path, subset = settings.path, settings.subset
-    if not path:
-        home = recipe.hub_home(settings)
-        if home is None:
-            raise ValueError(
-                f"data.path is empty, and recipe {recipe.name!r} has no data of its own"
-            )
-        path, subset = home.path, subset or home.subset
-    splits = _open_splits(path, subset, settings, recipe)
+    first, of_first = recipe.languages(settings)[0]
+    path = settings.path or _home(of_first, first).path
+    splits = _open_languages(settings.path, settings, recipe)
     train_name = _choose_train(splits, settings, recipe)
     train = splits[train_name]()
     named = not _is_file(path)
@@ -165,6 +159,65 @@ def _train_rows_seed(settings: DataSettings, seed: int) -> int:
         return settings.hold_out_seed + 1
     words = np.random.SeedSequence([settings.hold_out_seed + 1, seed]).generate_state(1)
     return int(words[0])
+
+
+def _home(settings: DataSettings, recipe: Recipe) -> HubHome:
+    home = recipe.hub_home(settings)
+    if home is None:
+        raise ValueError(f"data.path is empty, and recipe {recipe.name!r} has no data of its own")
+    return home
+
+
+def _open_languages(
+    path: str, settings: DataSettings, recipe: Recipe
+) -> dict[str, Callable[[], Table]]:
+    """What opens each split, in all languages that the settings name.
+
+    Args:
+      path: a path or a hub name; empty: the recipe's own set on the hub.
+      settings: the run's data settings.
+      recipe: the recipe as configured by them.
+    """
+    opened = []
+    languages = recipe.languages(settings)
+    for one, of_one in languages:
+        home = HubHome(path=path, subset=settings.subset) if path else _home(of_one, one)
+        subset = settings.subset or home.subset
+        opened.append(_open_splits(home.path, subset, of_one, one))
+    if len(opened) == 1:
+        return opened[0]
+
+    def join(split: str) -> Table:
+        tables: list[Table] = []
+        files: set[Path] = set()
+        for (one, of_one), splits in zip(languages, opened, strict=True):
+            if split not in splits:
+                raise ValueError(
+                    f"there are no rows called {split!r} for {_name_language(of_one)}; it has"
+                    f" {', '.join(sorted(splits))}: name a split that all languages have"
+                )
+            table = splits[split]()
+            joined = one.joinable(table)
+            if joined is table and (both := files & {*table.files}):
+                raise ValueError(
+                    f"{sorted(both)[0]} is of no one language by its name, so it would be read once"
+                    " for each of several; give a folder with a file for each language, or one"
+                    " data.language"
+                )
+            files.update(table.files)
+            tables.append(joined)
+        return LanguagesTable(tables)
+
+    return {
+        split: functools.partial(join, split)
+        for split in dict.fromkeys(split for splits in opened for split in splits)
+    }
+
+
+def _name_language(settings: DataSettings) -> str:
+    if settings.recipe == "flores":
+        return f"{settings.source_language} to {settings.target_language}"
+    return f"data.language {settings.language!r}"
 
 
 def _open_splits(
@@ -319,7 +372,7 @@ def _open_eval(
     train_path: str, train_name: str, settings: DataSettings, recipe: Recipe
 ) -> tuple[Table, str]:
     """The rows of `data.eval_path`, and the split they are."""
-    splits = _open_splits(settings.eval_path, settings.subset, settings, recipe)
+    splits = _open_languages(settings.eval_path, settings, recipe)
     if settings.eval_split:
         name = _find_split("data.eval_split", settings.eval_split, splits)
     else:
@@ -338,12 +391,34 @@ def _open_eval(
 
 
 def _hold_out(train: Table, settings: DataSettings) -> tuple[Table, Table | None]:
-    """Takes held-out rows from the training rows."""
+    """Takes held-out rows from the training rows.
+
+    Of several languages, each gives its share. Where they are translations of each other, they
+    have the same number of rows and give the same ones, so that none is trained on in another
+    language.
+    """
+    if not isinstance(train, LanguagesTable):
+        return _hold_out_of_one(train, settings, most=_AUTOMATIC_MOST)
+    count = len(train.parts)
+    asked = settings.hold_out
+    if asked is not None and asked >= 1:
+        settings = dataclasses.replace(settings, hold_out=max(round(asked / count), 1))
+    most = max(_AUTOMATIC_MOST // count, 1)
+    pairs = [_hold_out_of_one(part, settings, most=most) for part in train.parts]
+    held_out = [held for _, held in pairs if held is not None]
+    if not held_out:
+        return train, None
+    return LanguagesTable([rest for rest, _ in pairs]), LanguagesTable(held_out)
+
+
+def _hold_out_of_one(
+    train: Table, settings: DataSettings, *, most: int
+) -> tuple[Table, Table | None]:
     size, asked = len(train), settings.hold_out
     if asked == 0 or size < 2:
         return train, None
     if asked is None:
-        number = min(max(round(size * _AUTOMATIC_SHARE), 1), _AUTOMATIC_MOST)
+        number = min(max(round(size * _AUTOMATIC_SHARE), 1), most)
     else:
         number = max(round(size * asked), 1) if asked < 1 else int(asked)
     if number >= size:

@@ -198,6 +198,19 @@ class JoinedTable:
         return self._tables[number], index - before
 
 
+class LanguagesTable(JoinedTable):
+    """The same rows in several languages, one language after the other.
+
+    Attributes:
+      parts: the rows of each language.
+    """
+
+    def __init__(self, parts: Sequence[Table]):
+        """Joins the languages' tables."""
+        super().__init__(parts)
+        self.parts = tuple(parts)
+
+
 class AlignedTable:
     """Rows that are spread over several tables, the same row of each belonging together."""
 

@@ -80,8 +80,8 @@ class RowTotals:
         """
         apart = {"held out": self.origin.held_out, "set aside": self.origin.set_aside}
         notes = ", ".join(f"{number:,} {name}" for name, number in apart.items() if number)
-        of = f"{self.rows:,} of the {self.origin.rows:,} in {self.origin} ({notes})"
-        head = of if notes else f"{self.rows:,} in {self.origin}"
+        of = f" of the {self.origin.rows:,}" if self.rows < self.origin.rows else ""
+        head = f"{self.rows:,}{of} in {self.origin}" + (f" ({notes})" if notes else "")
         if not self.rows or not self.checked:
             return f"{self.what}: {head}" + ("; none was checked" if self.rows else "")
         sample = f"of {self.checked:,} checked, " if self.checked < self.rows else ""

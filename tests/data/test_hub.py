@@ -115,3 +115,26 @@ def test_sets_saved_to_disk(tmp_path, split):
     sources = open_settings(recipe="gsm8k", path=str(tmp_path / "saved"))
     assert len(sources.held_out) == (1 if split else 2)
     assert len(sources.train) == (40 if split else 38)
+
+
+def test_several_languages_are_several_subsets(hub):
+    asked, sets = hub
+    for language in ("fr", "sw"):
+        rows = [{"premise": language, "hypothesis": str(n), "label": 1} for n in range(3)]
+        sets["facebook/xnli", language] = {"train": rows, "validation": rows[:1]}
+    sources = open_settings(recipe="xnli", language="fr,sw")
+    assert [name for _, name, _, _ in asked] == ["fr", "sw"]
+    found = rows_of(sources.train)
+    assert [row["premise"] for row in found] == ["fr"] * 3 + ["sw"] * 3
+    assert len(sources.held_out) == 2
+
+
+def test_flores_joins_several_pairs_of_languages(hub):
+    _, sets = hub
+    for code in ("eng_Latn", "deu_Latn", "fra_Latn"):
+        rows = [{"id": index, "text": f"{code} {index}"} for index in range(3)]
+        sets["openlanguagedata/flores_plus", code] = {"dev": rows, "devtest": rows[:1]}
+    sources = open_settings(recipe="flores", target_language="deu_Latn,fra_Latn")
+    found = rows_of(sources.train)
+    assert [row["target"] for row in found[::3]] == ["deu_Latn 0", "fra_Latn 0"]
+    assert len(sources.held_out) == 2

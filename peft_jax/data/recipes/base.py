@@ -130,6 +130,18 @@ class Recipe:
         """By column, the hub subset it comes from, where one row is spread over several subsets."""
         return {}
 
+    def languages(self, settings: DataSettings) -> tuple[tuple["Recipe", DataSettings], ...]:
+        """The recipe and the settings for each language that a run's rows are in.
+
+        One pair, unless the settings name several languages. Each language's rows are opened by
+        themselves and then joined.
+        """
+        return ((self, settings),)
+
+    def joinable(self, table: Table) -> Table:
+        """A language's rows in a form in which those of several languages can be joined."""
+        return table
+
     def example(self, row: Row) -> Example | Conversation:
         """What is made of a row.
 

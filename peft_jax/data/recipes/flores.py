@@ -6,6 +6,7 @@ arXiv 2207.04672.
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,11 +17,14 @@ from peft_jax.data.examples import Example
 from peft_jax.data.files import open_lines, split_of
 from peft_jax.data.recipes.base import HubHome, Recipe
 from peft_jax.data.recipes.measures import chrf
-from peft_jax.data.settings import DataSettings
+from peft_jax.data.settings import DataSettings, split_names
 from peft_jax.data.tables import AlignedTable, Row, Table
 
 _CODE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
 """How FLORES's codes look: language and script."""
+
+_LANGUAGES = "languages"
+"""The column of joined rows that holds the codes of their two languages."""
 
 LANGUAGE_NAMES = {
     "arb_Arab": "Arabic",
@@ -73,28 +77,49 @@ class Translation(Recipe):
     and "target"; or a column "translation" with both.
 
     Attributes:
-      source_code: the language translated from.
-      target_code: the language translated to.
+      source_code: the language translated from; empty: each row says it.
+      target_code: the language translated to; empty: each row says it.
     """
 
     source_code: str = ""
     target_code: str = ""
 
     def configured(self, settings: DataSettings) -> Recipe:
-        """The recipe for the settings' two languages.
+        """The recipe for the settings' languages.
 
         Raises:
-          ValueError: if they are the same.
+          ValueError: if source and target are the same.
         """
-        source, target = settings.source_language, settings.target_language
-        if source == target:
-            raise ValueError(f"data.source_language and data.target_language are both {source!r}")
+        pairs = _pairs(settings)
+        if not pairs:
+            language = settings.source_language
+            raise ValueError(f"data.source_language and data.target_language are both {language!r}")
+        pair = self._between(*pairs[0]) if len(pairs) == 1 else self
+        return super(Translation, pair).configured(settings)
+
+    def languages(self, settings: DataSettings) -> tuple[tuple[Recipe, DataSettings], ...]:
+        """The recipe and the settings for each pair of languages."""
+        if self.source_code:
+            return ((self, settings),)
+        return tuple(
+            (
+                self._between(source, target),
+                dataclasses.replace(settings, source_language=source, target_language=target),
+            )
+            for source, target in _pairs(settings)
+        )
+
+    def joinable(self, table: Table) -> Table:
+        """The rows of one pair of languages, each with the languages' codes."""
+        return _PairTable(table, self)
+
+    def _between(self, source: str, target: str) -> "Translation":
+        """The recipe for one pair of languages, whose columns are called by their codes."""
         fields = {
-            field: (f"sentence_{code}", code, field)
+            field: (f"sentence_{code}", code, *self.fields[field])
             for field, code in (("source", source), ("target", target))
         }
-        pair = dataclasses.replace(self, fields=fields, source_code=source, target_code=target)
-        return super(Translation, pair).configured(settings)
+        return dataclasses.replace(self, fields=fields, source_code=source, target_code=target)
 
     def aligned_subsets(self, settings: DataSettings) -> dict[str, str]:
         """The hub's set has a subset a language, its rows in the same order in each."""
@@ -138,11 +163,9 @@ class Translation(Recipe):
 
     def read(self, row: Row) -> dict[str, str]:
         """The two sentences, and the languages' names."""
-        return {
-            **super().read(row),
-            "source_language": LANGUAGE_NAMES.get(self.source_code, self.source_code),
-            "target_language": LANGUAGE_NAMES.get(self.target_code, self.target_code),
-        }
+        codes = (self.source_code, self.target_code) if self.source_code else row[_LANGUAGES]
+        source, target = (LANGUAGE_NAMES.get(code, code) for code in codes)
+        return {**super().read(row), "source_language": source, "target_language": target}
 
     def template_fields(self) -> tuple[str, ...]:
         """The sentences and the languages' names."""
@@ -158,6 +181,33 @@ class Translation(Recipe):
             return {}
         answers = [example.answer for example in examples]
         return {self.metric: chrf([_first_line(text) for text in predictions], answers)}
+
+
+def _pairs(settings: DataSettings) -> list[tuple[str, str]]:
+    """Each source language with each target language but itself."""
+    sources, targets = map(split_names, (settings.source_language, settings.target_language))
+    return [pair for pair in itertools.product(sources, targets) if pair[0] != pair[1]]
+
+
+class _PairTable:
+    """The rows of one pair of languages as "source" and "target", with the languages' codes."""
+
+    def __init__(self, table: Table, recipe: Translation):
+        self.name = table.name
+        self.files = table.files
+        self._table = table
+        self._recipe = recipe
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: int) -> Row:
+        row = self._table[index]
+        values = {field: self._recipe.read_value(row, field) for field in self._recipe.fields}
+        return {**values, _LANGUAGES: (self._recipe.source_code, self._recipe.target_code)}
+
+    def where(self, index: int) -> str:
+        return self._table.where(index)
 
 
 def _first_line(text: str) -> str:

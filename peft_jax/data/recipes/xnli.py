@@ -6,12 +6,16 @@ The prompt's own words and the labels' stay English in every language; `data.pro
 """
 
 import dataclasses
+from collections.abc import Callable
+from pathlib import Path
 
 from peft_jax.core import did_you_mean
-from peft_jax.data.recipes.base import HubHome
+from peft_jax.data.files import is_data_file, words_of
+from peft_jax.data.recipes.base import HubHome, Recipe
 from peft_jax.data.recipes.classification import Classification
 from peft_jax.data.recipes.glue import ENTAILMENT
-from peft_jax.data.settings import DataSettings
+from peft_jax.data.settings import DataSettings, split_names
+from peft_jax.data.tables import Table
 
 LANGUAGES = (
     "ar", "bg", "de", "el", "en", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi", "zh",
@@ -20,7 +24,34 @@ LANGUAGES = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CrossLingualInference(Classification):
-    """One language's files of a folder, or one language's subset of the hub's set."""
+    """Each language's files of a folder, or each language's subset of the hub's set."""
+
+    def languages(self, settings: DataSettings) -> tuple[tuple[Recipe, DataSettings], ...]:
+        """The settings for each language in `data.language`."""
+        names = split_names(settings.language)
+        return tuple((self, dataclasses.replace(settings, language=name)) for name in names)
+
+    def find_splits(self, folder: Path, settings: DataSettings) -> dict[str, Callable[[], Table]]:
+        """What opens each split that is found in a local folder.
+
+        Raises:
+          ValueError: the folder has files in some of the languages, but not in this one.
+        """
+        wanted = _language(settings)
+        there = {
+            word
+            for path in folder.rglob("*")
+            if path.is_file() and is_data_file(path)
+            for part in path.relative_to(folder).parts
+            for word in words_of(part)
+            if word in LANGUAGES
+        }
+        if there and wanted not in there:
+            raise ValueError(
+                f"data.language is {wanted!r}, and {folder} has no file in it"
+                f"{did_you_mean(wanted, there)}"
+            )
+        return super().find_splits(folder, settings)
 
     def hub_home(self, settings: DataSettings) -> HubHome:
         """The hub's set in the wanted language."""
@@ -42,7 +73,7 @@ def _language(settings: DataSettings) -> str:
 
 XNLI = CrossLingualInference(
     name="xnli",
-    about="does a premise imply a hypothesis, in one of fifteen languages",
+    about="does a premise imply a hypothesis, in any of fifteen languages",
     fields={
         "premise": ("premise", "sentence1"),
         "hypothesis": ("hypothesis", "sentence2"),
