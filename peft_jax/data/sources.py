@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def open_sources(settings: DataSettings, recipe: Recipe, *, seed: int = 0) -> So
     train = splits[train_name]()
     named = not _is_file(path)
     train_origin = Origin(
-        name=_short(train.name),
+        name=_name(train),
         split=train_name if named else "",
         rows=len(train),
         chosen=bool(settings.train_split),
@@ -117,9 +118,7 @@ def open_sources(settings: DataSettings, recipe: Recipe, *, seed: int = 0) -> So
         train, held_out = _hold_out(train, settings)
         origin = train_origin
     else:
-        origin = Origin(
-            name=_short(held_out.name), split=eval_name if named else "", rows=len(held_out)
-        )
+        origin = Origin(name=_name(held_out), split=eval_name if named else "", rows=len(held_out))
     before = len(train)
     train = _limit(train, settings.train_rows, _train_rows_seed(settings, seed))
     train_origin = dataclasses.replace(
@@ -140,17 +139,16 @@ def _is_file(path: str) -> bool:
     return Path(path).expanduser().is_file()
 
 
-def _short(name: str) -> str:
-    """A table's name, of which the names of many files are left out.
-
-    Example:
-      >>> _short(", ".join(f"part-{number}.jsonl" for number in range(9)))
-      'part-0.jsonl, part-1.jsonl, part-2.jsonl and 6 more'
-    """
-    names = name.split(", ")
-    if len(names) <= _MOST_NAMES:
-        return name
-    return f"{', '.join(names[:_MOST_NAMES])} and {len(names) - _MOST_NAMES} more"
+def _name(table: Table) -> str:
+    """What messages call a table: its files, each once, below the folder that all are in."""
+    files = list(dict.fromkeys(table.files))
+    # The files of a hub's set are of a cache, and say less than its name.
+    if len(files) < 2 or any(str(file) not in table.name for file in files):
+        return table.name
+    folder = Path(os.path.commonpath(files))
+    shown = [str(file.relative_to(folder)) for file in files[:_MOST_NAMES]]
+    more = len(files) - len(shown)
+    return f"{', '.join(shown)}{f' and {more} more' if more else ''} in {folder}"
 
 
 def _train_rows_seed(settings: DataSettings, seed: int) -> int:

@@ -43,7 +43,7 @@ def test_xnli_joins_the_files_of_its_languages(xnli):
     assert read_xnli(found.held_out, recipe) == [("fr", n) for n in range(5)] + [
         ("sw", n) for n in range(5)
     ]
-    assert found.train_origin.name == f"{xnli / 'train-fr.tsv'}, {xnli / 'train-sw.tsv'}"
+    assert found.train_origin.name == f"train-fr.tsv, train-sw.tsv in {xnli}"
     assert found.train.where(61) == f"{xnli / 'train-sw.tsv'}:2"
 
 
@@ -101,6 +101,7 @@ def test_flores_joins_pairs_of_files(tmp_path):
     found, recipe = sources(tmp_path, "flores", target_language="fra_Latn,swh_Latn")
     assert len(found.train) == 80
     assert len(found.held_out) == 6
+    assert found.train_origin.name == f"{', '.join(f'{code}.dev' for code in CODES)} in {tmp_path}"
     assert prompts(found.train, recipe)[1] == "English: eng_Latn 1\nFrench:"
     last = recipe.example(found.train[79])
     assert (last.prompt, last.completion) == ("English: eng_Latn 39\nSwahili:", " swh_Latn 39")
