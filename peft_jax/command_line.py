@@ -166,8 +166,22 @@ def say(message: str) -> None:
     exits.say(message, name=name)
 
 
+def _setting_of_flag(name: str) -> str:
+    """The setting that a flag was probably meant to change, which --config. has to come before."""
+    if flags.FLAGS["config"].flag_type() != "config object":
+        return ""
+    from peft_jax.training.config import default_config
+    from peft_jax.training.other_names import settings_called
+
+    meant = settings_called(name.rpartition(".")[2], default_config().to_dict())
+    flags_meant = [one if one.startswith("--") else f"--config.{one}" for one in meant[:3]]
+    return f"; did you mean {' or '.join(flags_meant)}?" if flags_meant else ""
+
+
 def explain_config_error(error: Exception) -> str:
     """Returns what is wrong with a configuration, without ml_collections' own tracebacks."""
+    if isinstance(error, flags.UnrecognizedFlagError) and "config" in flags.FLAGS:
+        return f"{error}{_setting_of_flag(error.flagname)}"
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     head, found, trace = text.partition("Error whilst parsing config file:")
     if found:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -60,16 +60,30 @@ def count_step(blueprint: Blueprint) -> StepArithmetic:
     )
 
 
-def count_step_flops(blueprint: Blueprint, traced: jax.stages.Traced) -> float:
-    """`StepArithmetic.total` alone, for a run that has traced its step anyway.
+def count_step_flops(
+    blueprint: Blueprint, traced: jax.stages.Traced, *, say: Callable[[str], None]
+) -> float | None:
+    """Returns `StepArithmetic.total` alone, for a run that has traced its step anyway.
 
     Args:
       blueprint: the run's.
       traced: the step's program; where it is the plain one, it is what is counted.
+      say: told why nothing could be counted.
+
+    Returns:
+      The operations, or None where they could not be counted: a run does not depend on them.
     """
-    if _is_plain(blueprint):
-        return _known(count_jaxpr(traced.jaxpr.jaxpr))
-    return _count(blueprint, remat="none")
+    try:
+        if _is_plain(blueprint):
+            return _known(count_jaxpr(traced.jaxpr.jaxpr))
+        return _count(blueprint, remat="none")
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), "")
+        say(
+            "the operations of a step were not counted, so the summary has neither a rate nor a"
+            f" utilization: {type(error).__name__}: {reason}"
+        )
+        return None
 
 
 def _is_plain(blueprint: Blueprint) -> bool:

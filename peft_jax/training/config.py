@@ -30,6 +30,7 @@ from peft_jax.models import ExecutionSettings
 from peft_jax.models.architectures import ARCHITECTURES
 from peft_jax.optim import MixingSettings, OptimizerSettings
 from peft_jax.parallel import MeshSettings
+from peft_jax.training.other_names import check_names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -344,6 +345,7 @@ class RunConfig:
         given = dict(given)
         if isinstance(given.get("optimizer"), Mapping) and "learning_rate" in given["optimizer"]:
             raise ValueError("optimizer.learning_rate is given; it is called train.learning_rate")
+        check_names(given, default_config().to_dict())
         if isinstance(given.get("method"), Mapping):
             given["method"] = _method_from_mapping(given["method"])
         return from_mapping(RunConfig, given)

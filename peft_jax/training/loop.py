@@ -335,7 +335,7 @@ class _Run:
         traced = self._job.trace_step()
         compiled = traced.lower().compile()
         self._check_fits(compiled)
-        self._totals.step_flops = count_step_flops(self._job, traced)
+        self._totals.step_flops = count_step_flops(self._job, traced, say=self._reporter.warn)
         return compiled
 
     def _check_fits(self, compiled: Any) -> None:
@@ -573,8 +573,12 @@ def _speed(summary: dict[str, Any]) -> str:
     Example:
       >>> _speed({"flops_per_second": 2.5e12, "utilization": 0.4})
       '2.5 TFLOP/s, 40% of the peak'
+      >>> _speed({"flops_per_second": None, "utilization": None})
+      'operations not counted'
     """
-    rate, share = summary["flops_per_second"] or 0.0, summary["utilization"]
+    rate, share = summary["flops_per_second"], summary["utilization"]
+    if rate is None:
+        return "operations not counted"
     return f"{rate / 1e12:.3g} TFLOP/s" + ("" if share is None else f", {share:.0%} of the peak")
 
 

@@ -27,12 +27,13 @@ class Totals:
       tokens: tokens read in training steps, padding not counted.
       step_bytes: what the compiled step needs on each device, as the compiler counts it; 0 where it
         does not say.
-      step_flops: what the model and its gradient take in a step, see `StepArithmetic.total`.
+      step_flops: what the model and its gradient take in a step, see `StepArithmetic.total`; None
+        where it could not be counted.
     """
 
     tokens: int = 0
     step_bytes: int = 0
-    step_flops: float = 0.0
+    step_flops: float | None = None
 
 
 def summarize(
@@ -114,8 +115,8 @@ def _data_totals(job: Job) -> dict[str, Any]:
     }
 
 
-def _utilization(job: Job, flops: float, seconds: float) -> dict[str, float | None]:
-    if not seconds:
+def _utilization(job: Job, flops: float | None, seconds: float) -> dict[str, float | None]:
+    if not seconds or flops is None:
         return {"flops_per_second": None, "utilization": None}
     measured = measure_utilization(flops, seconds, list(job.mesh.devices.flat))
     return {
