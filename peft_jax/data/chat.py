@@ -10,7 +10,7 @@ from peft_jax.data.examples import Conversation, Example, Piece, Span
 from peft_jax.data.render import Rendered, Wanted
 from peft_jax.data.templates import ChatTemplate, Messages, without_nulls
 
-_SHOWN = 60
+_SHOWN = 40
 """How many characters of two texts are shown before they differ."""
 
 
@@ -44,18 +44,29 @@ class ChatRenderer:
     learnt.
     """
 
-    def __init__(self, tokenizer: Any, *, chat_template: str = "", system_prompt: str = ""):
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        chat_template: str = "",
+        system_prompt: str = "",
+        split_special_tokens: bool = False,
+    ):
         """Takes the tokenizer's template or another.
 
         Args:
           tokenizer: a transformers tokenizer.
           chat_template: a file with a Jinja template; empty: the tokenizer's own.
           system_prompt: a system turn for conversations without one; empty: none.
+          split_special_tokens: tell control tokens in the messages' text, the assistant's aside,
+            from those that the template writes (`Example.plain`).
 
         Raises:
           ValueError: if there is no template, or one that can never be rendered.
         """
-        self._template = ChatTemplate(tokenizer, path=chat_template)
+        self._template = ChatTemplate(
+            tokenizer, path=chat_template, split_special_tokens=split_special_tokens
+        )
         # The longest first: a tokenizer takes a token before the ones that it begins with.
         added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
         self._longest_token = max(map(len, added), default=0)
@@ -79,11 +90,11 @@ class ChatRenderer:
             learnt &= {index + moved for index in conversation.learnt}
         if not learnt:
             raise BadRowError("empty", "the assistant says nothing that is to be learnt")
-        text, turns = self._read(messages, tools, Wanted(messages=messages), learnt)
-        pieces = _pieces(text, turns, learnt)
+        whole, turns = self._read(messages, tools, Wanted(messages=messages), learnt)
+        pieces = _pieces(whole.text, turns, learnt)
         if not any(piece.learn for piece in pieces):
             raise BadRowError("empty", "the assistant says nothing")
-        example = Example(pieces=pieces, templated=True)
+        example = Example(pieces=pieces, templated=True, plain=whole.plain)
         content = _content(messages[max(learnt)])
         lead = example.completion.partition(content)[0] if content else ""
         return dataclasses.replace(
@@ -105,9 +116,9 @@ class ChatRenderer:
         """
         given = self._messages(messages)
         asked = Wanted(messages=given, generation_prompt=True)
-        text, turns = self._read(given, without_nulls(tools), asked, set())
-        open_end = Piece(text="", learn=True)
-        return Example(pieces=(*_pieces(text, turns, set()), open_end), templated=True)
+        whole, turns = self._read(given, without_nulls(tools), asked, set())
+        pieces = (*_pieces(whole.text, turns, set()), Piece(text="", learn=True))
+        return Example(pieces=pieces, templated=True, plain=whole.plain)
 
     def _messages(self, messages: Sequence[Mapping[str, Any]]) -> Messages:
         if not messages:
@@ -119,7 +130,7 @@ class ChatRenderer:
 
     def _read(
         self, messages: Messages, tools: Messages, whole: Wanted, learnt: set[int]
-    ) -> tuple[str, list[_Turn]]:
+    ) -> tuple[Rendered, list[_Turn]]:
         """The text of a conversation, and the assistant's turns in it.
 
         Args:
@@ -140,7 +151,7 @@ class ChatRenderer:
         text = rendered[0].text
         with_it, asked = ([part.text for part in rendered[first::2]] for first in (1, 2))
         if self._template.marks_turns(tools):
-            return text, self._marked_turns(rendered[0], indices, asked, learnt)
+            return rendered[0], self._marked_turns(rendered[0], indices, asked, learnt)
         turns: list[_Turn] = []
         for index, up_to, prompt in zip(indices, with_it, asked, strict=True):
             try:
@@ -154,7 +165,7 @@ class ChatRenderer:
                     raise
                 continue
             turns.append(_Turn(message=index, start=start, stop=stop, learnt=((start, stop),)))
-        return text, turns
+        return rendered[0], turns
 
     def _marked_turns(
         self, whole: Rendered, indices: Sequence[int], asked: Sequence[str], learnt: set[int]
@@ -291,6 +302,8 @@ def _prompt_error(why: str, asked: str, text: str) -> BadRowError:
     )
     first = max(common - _SHOWN, 0)
     lead = "…" if first else ""
+    if not why and "".join(text.split()).startswith("".join(asked.split())):
+        why = "they differ in white space, as the indentation of a template's file makes it: "
     trained = text[first : max(len(asked), common) + _SHOWN]
     return BadRowError(
         "generation prompt",

@@ -28,7 +28,8 @@ from absl import logging
 
 from peft_jax.data.bad_rows import BadRowError
 from peft_jax.data.chat import ChatRenderer
-from peft_jax.data.examples import Conversation, Example, Piece
+from peft_jax.data.control_tokens import ControlTokens
+from peft_jax.data.examples import Conversation, Example, Piece, Span
 from peft_jax.data.settings import TooLong
 
 TOO_LONG = "too long"
@@ -77,6 +78,7 @@ class Encoder:
         completion_only: bool = True,
         too_long: TooLong = "skip",
         renderer: ChatRenderer | None = None,
+        split_special_tokens: bool = False,
     ):
         """Finds out what the tokenizer puts before a text.
 
@@ -87,6 +89,11 @@ class Encoder:
           too_long: what to do with longer sequences; "skip" and "error" both raise `BadRowError`.
           renderer: what makes text of conversations; None: the tokenizer's chat template, looked
             for when the first conversation comes.
+          split_special_tokens: tokenise control tokens in text that is not learnt, or that a
+            renderer calls plain, as the characters that they are.
+
+        Raises:
+          ValueError: if no position is left, or the tokenizer cannot split special tokens.
         """
         if max_length < 1:
             raise ValueError(f"max_length is {max_length}; it must be at least 1")
@@ -103,6 +110,16 @@ class Encoder:
         pads = (tokenizer.pad_token_id, self._eos_id, 0)
         self.pad_id: int = next(pad for pad in pads if pad is not None)
         self._fast = bool(getattr(tokenizer, "is_fast", False))
+        self._control: ControlTokens | None = None
+        if split_special_tokens:
+            if not self._fast:
+                raise ValueError(
+                    "data.split_special_tokens is True, which needs a fast tokenizer, and"
+                    f" {type(tokenizer).__name__} is none"
+                )
+            own = getattr(tokenizer, "chat_template", None) or ""
+            templates = own.values() if isinstance(own, Mapping) else (own,)
+            self._control = ControlTokens(tokenizer, templates)
 
     def as_example(self, example: Example | Conversation) -> Example:
         """The example itself, or what the chat template makes of a conversation.
@@ -118,7 +135,8 @@ class Encoder:
     def renderer(self) -> ChatRenderer:
         """What makes text of conversations."""
         if self._renderer is None:
-            self._renderer = ChatRenderer(self.tokenizer)
+            split = self._control is not None
+            self._renderer = ChatRenderer(self.tokenizer, split_special_tokens=split)
         return self._renderer
 
     def encode(self, example: Example | Conversation) -> list[Encoded]:
@@ -128,7 +146,8 @@ class Encoder:
           BadRowError: if it is too long, or has no token to learn.
         """
         example = self.as_example(example)
-        ids, learn = self._join(self._tokenize_pieces(example.pieces), example)
+        pieces = self._tokenize_pieces(example.pieces, self._plain(example))
+        ids, learn = self._join(pieces, example)
         limit = self.max_length + 1
         if len(ids) <= limit:
             parts = [(ids, learn)]
@@ -152,17 +171,18 @@ class Encoder:
 
     def prompt_ids(self, example: Example) -> np.ndarray:
         """int32 [n], the tokens of an example's prompt as training shows them to the model."""
-        ids, _ = self._tokenize_pieces(example.before_answer)
+        ids, _ = self._tokenize_pieces(example.before_answer, self._plain(example))
         return self._begin(ids, example)
 
     def choice_ids(self, example: Example) -> list[np.ndarray]:
         """For each choice, int32 [n], its tokens as they follow the prompt's."""
         prompt = self.prompt_ids(example)
+        plain = self._plain(example)
         choices = []
         for choice in example.choices:
             last = Piece(text=choice, learn=True)
             pieces = (Piece(text=example.prompt, learn=False), last) if example.prompt else (last,)
-            ids, _ = self._tokenize_pieces(pieces)
+            ids, _ = self._tokenize_pieces(pieces, plain)
             choices.append(self._begin(ids, example)[len(prompt) :])
         return choices
 
@@ -196,40 +216,103 @@ class Encoder:
             return ids
         return np.concatenate([prefix, ids])
 
-    def _tokenize_pieces(self, pieces: Sequence[Piece]) -> tuple[np.ndarray, np.ndarray]:
+    def _plain(self, example: Example) -> tuple[Span, ...]:
+        """Where a text has control tokens that are no more than their characters."""
+        if self._control is None or example.templated:
+            return example.plain
+        spans: list[Span] = []
+        done = 0
+        for piece in example.pieces:
+            found = () if piece.learn or piece.written else self._control.spans(piece.text)
+            spans += [(done + start, done + stop) for start, stop in found]
+            done += len(piece.text)
+        return tuple(spans)
+
+    def _tokenize_pieces(
+        self, pieces: Sequence[Piece], plain: Sequence[Span]
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of a text, int32 [n], and which of them are learnt, bool [n].
 
         Those before an answer depend on nothing that comes after: they are what a model is given.
+
+        Args:
+          pieces: the text.
+          plain: where it has control tokens that are no more than their characters.
         """
         if not pieces:
             return np.zeros(0, np.int32), np.zeros(0, bool)
         if not self._fast:
             return self._tokenize_apart(pieces)
-        runs = [_Run(behind=False)]
+        runs = [_Run(begin=0)]
         for group in _groups(pieces):
             run = runs[-1]
-            longer = run.with_group(group, self._tokenize_run([*run.pieces, *group], run.behind))
+            longer = run.with_group(group, self._tokenize_run(run, group, plain))
             if not np.array_equal(longer.ids[: len(run.ids)], run.ids):
                 # A token would reach across the border, or the prompt alone has other tokens.
-                runs.append(_Run(behind=True))
-                longer = runs[-1].with_group(group, self._tokenize_run(group, behind=True))
+                runs.append(_Run(begin=run.begin + len(run.text)))
+                longer = runs[-1].with_group(group, self._tokenize_run(runs[-1], group, plain))
             runs[-1] = longer
         return (
             np.concatenate([run.ids for run in runs]),
             np.concatenate([run.learn() for run in runs]),
         )
 
-    def _tokenize_run(self, pieces: Sequence[Piece], behind: bool) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens of pieces as one text, int32 [n], and where they begin in it, int64 [n]."""
-        text = "".join(piece.text for piece in pieces)
-        for anchor, alone in self._anchors.items() if behind else ():
-            ids, starts = self._tokenize_with_starts(anchor + text)
-            if len(ids) > len(alone) and np.array_equal(ids[: len(alone)], alone):
-                return ids[len(alone) :], starts[len(alone) :] - len(anchor)
-        return self._tokenize_with_starts(text)
+    def _tokenize_run(
+        self, run: "_Run", group: Sequence[Piece], plain: Sequence[Span]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of a run and more pieces, int32 [n], and where they begin in it, int64 [n]."""
+        text = run.text + "".join(piece.text for piece in group)
+        parts: list[tuple[int, int, bool]] = []
+        done = 0
+        for start, stop in ((a - run.begin, b - run.begin) for a, b in plain):
+            if start >= 0 and stop <= len(text):
+                parts += [(done, start, False), (start, stop, True)]
+                done = stop
+        parts.append((done, len(text), False))
+        ids, starts = [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]
+        for start, stop, as_text in parts:
+            if start < stop:
+                behind = run.begin + start > 0
+                found = self._tokenize_part(text[start:stop], behind=behind, as_text=as_text)
+                ids.append(found[0])
+                starts.append(found[1] + start)
+        return np.concatenate(ids), np.concatenate(starts)
 
-    def _tokenize_with_starts(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    def _tokenize_part(
+        self, text: str, *, behind: bool, as_text: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of a text, int32 [n], and where they begin in it, int64 [n].
+
+        Args:
+          text: the text.
+          behind: whether other text goes before it.
+          as_text: whether it is a control token that is to be tokenised as its characters.
+
+        Raises:
+          BadRowError: if the tokenizer has no other token for it than the control token.
+        """
+        ids, starts = self._tokenize_with_starts(text, as_text=as_text)
+        for anchor, alone in self._anchors.items() if behind else ():
+            joint, begins = self._tokenize_with_starts(anchor + text, as_text=as_text)
+            if len(joint) > len(alone) and np.array_equal(joint[: len(alone)], alone):
+                ids, starts = joint[len(alone) :], begins[len(alone) :] - len(anchor)
+                break
+        if as_text and not self.tokenizer.added_tokens_decoder.keys().isdisjoint(ids.tolist()):
+            if len(text) == 1:
+                raise BadRowError("control token", f"{text!r} has no other token than its own")
+            # One that was added and is not special is found wherever it stands whole.
+            first = self._tokenize_part(text[:1], behind=behind, as_text=True)
+            rest = self._tokenize_part(text[1:], behind=True, as_text=True)
+            return np.append(first[0], rest[0]), np.append(first[1], rest[1] + 1)
+        return ids, starts
+
+    def _tokenize_with_starts(self, text: str, *, as_text: bool) -> tuple[np.ndarray, np.ndarray]:
+        encoded = self.tokenizer(
+            text,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            **({"split_special_tokens": True} if as_text else {}),
+        )
         offsets = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)
         return np.array(encoded["input_ids"], np.int32), offsets[:, 0]
 
@@ -259,18 +342,23 @@ class _Run:
     """Pieces that are tokenised as one text.
 
     Attributes:
-      behind: whether other text goes before it.
+      begin: how many characters go before it.
       pieces: the pieces.
       ids: int32 [n], their tokens.
       starts: int64 [n], the first character of each.
       answers: by piece, how many tokens go before it where it is an answer.
     """
 
-    behind: bool
+    begin: int
     pieces: tuple[Piece, ...] = ()
     ids: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
     starts: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
     answers: Mapping[int, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """Their text."""
+        return "".join(piece.text for piece in self.pieces)
 
     def with_group(self, group: Sequence[Piece], tokens: tuple[np.ndarray, np.ndarray]) -> "_Run":
         """The run with more pieces, whose first is an answer if there are any before it."""

@@ -41,6 +41,7 @@ class Example:
         place.
       templated: whether a chat template wrote the text, so that it holds its own special tokens
         and none are added.
+      plain: where a templated text has control tokens that are no more than their characters.
     """
 
     pieces: tuple[Piece, ...]
@@ -50,6 +51,7 @@ class Example:
     value: float | None = None
     sentences: tuple[str, ...] = ()
     templated: bool = False
+    plain: tuple[Span, ...] = ()
 
     @property
     def prompt(self) -> str:

@@ -17,6 +17,7 @@ _OF_PROMPTS = (
     "chat",
     "chat_template",
     "system_prompt",
+    "split_special_tokens",
     "prompt_template",
     "completion_template",
     "completion_only",

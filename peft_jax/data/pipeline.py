@@ -118,7 +118,10 @@ def _make_encoder(
     renderer = None
     if settings.chat or settings.chat_template or settings.system_prompt:
         renderer = ChatRenderer(
-            tokenizer, chat_template=settings.chat_template, system_prompt=settings.system_prompt
+            tokenizer,
+            chat_template=settings.chat_template,
+            system_prompt=settings.system_prompt,
+            split_special_tokens=settings.split_special_tokens,
         )
     return Encoder(
         tokenizer,
@@ -126,6 +129,7 @@ def _make_encoder(
         completion_only=recipe.completion_only,
         too_long=recipe.too_long,
         renderer=renderer,
+        split_special_tokens=settings.split_special_tokens,
     )
 
 

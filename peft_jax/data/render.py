@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_jax.data.bad_rows import BadRowError
+from peft_jax.data.examples import Span
 
 _SECONDS = 2.0
 """The most computing time for one text, which usually takes less than a millisecond."""
@@ -53,10 +54,12 @@ class Rendered:
     Attributes:
       text: the text.
       marked: the characters that the template marks with `{% generation %}`.
+      plain: where control tokens stand that are others' text, if they are told apart.
     """
 
     text: str
-    marked: tuple[tuple[int, int], ...] = ()
+    marked: tuple[Span, ...] = ()
+    plain: tuple[Span, ...] = ()
 
 
 class TemplateError(BadRowError):

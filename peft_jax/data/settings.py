@@ -55,6 +55,10 @@ class DataSettings:
         assistant turn.
       chat_template: a file with a Jinja chat template, used in place of the tokenizer's own.
       system_prompt: a system turn put before conversations that have none.
+      split_special_tokens: tokenise a control token that stands in the data's own text
+        ("<|im_end|>" in what a user says) as the characters that it is, as transformers'
+        `split_special_tokens`. What a chat template writes and what the assistant says keep theirs.
+        Generation has a flag of the same name.
       completion_only: learn the answer only. None: as the recipe says.
       too_long: what to do with a row of more than the run's length: "skip" and count it,
         "truncate" it at its end, "split" it into as many sequences as it takes, "error". None:
@@ -98,6 +102,7 @@ class DataSettings:
     chat: bool = False
     chat_template: str = ""
     system_prompt: str = ""
+    split_special_tokens: bool = False
     completion_only: bool | None = None
     too_long: TooLong | None = None
     on_bad_row: OnBadRow = "error"

@@ -1,5 +1,6 @@
 """Chat templates: messages to text, in one place for training, evaluation and generation."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import jinja2
 
 from peft_jax.data.bad_rows import BadRowError
+from peft_jax.data.control_tokens import ControlTokens
 from peft_jax.data.render import Rendered, TemplateError, Wanted, render
 
 Messages = list[dict[str, Any]]
@@ -28,12 +30,14 @@ _NEVER_LOADED = ("include", "import", "from", "extends")
 class ChatTemplate:
     """A tokenizer's chat template, or one from a file."""
 
-    def __init__(self, tokenizer: Any, *, path: str = ""):
+    def __init__(self, tokenizer: Any, *, path: str = "", split_special_tokens: bool = False):
         """Takes the tokenizer's templates or another.
 
         Args:
           tokenizer: a transformers tokenizer.
           path: a file with a Jinja template; empty: the tokenizer's own.
+          split_special_tokens: tell control tokens in the messages' text, the assistant's aside,
+            from those that the template writes.
 
         Raises:
           ValueError: if there is no template, or one that can never be rendered.
@@ -54,6 +58,9 @@ class ChatTemplate:
         self._marks_turns: dict[str, bool] = {}
         for source in (self._given,) if path else named:
             self._learn(source)
+        self._control = (
+            ControlTokens(tokenizer, self._marks_turns) if split_special_tokens else None
+        )
 
     def _learn(self, source: str) -> None:
         """Takes up a template, unless it fails whatever the conversation.
@@ -102,13 +109,34 @@ class ChatTemplate:
         Raises:
           BadRowError: if the template refuses the messages or fails on them.
         """
-        return render(
+        control = self._control
+        if control is not None:
+            wanted = self._with_marks(control, wanted)
+            tools = control.mark(tools)
+        rendered = render(
             self.source(tools),
             wanted,
             tools=tools,
             variables=self._variables,
             marks=self.marks_turns(tools),
         )
+        if control is None:
+            return rendered
+        unmarked = (control.unmark(one.text, one.marked) for one in rendered)
+        return [Rendered(text=text, marked=marked, plain=plain) for text, marked, plain in unmarked]
+
+    def _with_marks(self, control: ControlTokens, wanted: Sequence[Wanted]) -> list[Wanted]:
+        """What is wanted, with marks around the control tokens in the text of others."""
+        # A message that stands in several texts stays one.
+        marked: dict[int, Mapping[str, Any]] = {}
+        for message in (message for one in wanted for message in one.messages):
+            is_own = message.get("role") == "assistant"
+            if id(message) not in marked:
+                marked[id(message)] = message if is_own else control.mark(message)
+        return [
+            dataclasses.replace(one, messages=[marked[id(message)] for message in one.messages])
+            for one in wanted
+        ]
 
 
 def without_nulls(value: Any) -> Any:

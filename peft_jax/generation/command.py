@@ -63,7 +63,14 @@ def _answer(
         begin = [{"role": "system", "content": given.system}] if given.system else []
         asked = [[*begin, {"role": "user", "content": prompt}] for prompt in prompts]
     settings = dataclasses.replace(settings, eos_ids=loaded.eos_ids)
-    found = generate_text(loaded.model, loaded.params, loaded.tokenizer, asked, settings)
+    found = generate_text(
+        loaded.model,
+        loaded.params,
+        loaded.tokenizer,
+        asked,
+        settings,
+        split_special_tokens=given.split_special_tokens,
+    )
     print(found.stats, file=sys.stderr)
     return found.completions
 
@@ -107,6 +114,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompt", action="append", help="a prompt; may be given several times")
     add("--chat", action="store_true", help="put the tokenizer's chat template around prompts")
     add("--system", default="", help="with --chat, what the system says first")
+    add(
+        "--split_special_tokens",
+        action="store_true",
+        help="tokenise control tokens in prompts as the characters that they are",
+    )
     add("--max_new_tokens", type=int, default=default.max_new_tokens, help="the most new tokens")
     add("--temperature", type=float, default=default.temperature, help="0 takes the likeliest")
     add("--top_k", type=int, default=default.top_k, help="sample among so many likeliest tokens")

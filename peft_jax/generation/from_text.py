@@ -66,6 +66,7 @@ def generate_text(
     settings: GenerationSettings | None = None,
     *,
     row_sharding: jax.sharding.NamedSharding | None = None,
+    split_special_tokens: bool = False,
 ) -> GeneratedText:
     """Continues texts.
 
@@ -79,6 +80,9 @@ def generate_text(
       prompts: the prompts.
       settings: how; by default greedily.
       row_sharding: as for `generate`.
+      split_special_tokens: tokenise control tokens in texts, and in messages that are not the
+        assistant's, as the characters that they are; as the setting of that name in training's
+        data, and right for text of others.
 
     Raises:
       ValueError: as `generate`; or a conversation and no chat template, or one that refuses it.
@@ -86,7 +90,7 @@ def generate_text(
     """
     if isinstance(prompts, str):
         raise ValueError("prompts must be a list of prompts, but is one text: put it in a list")
-    encoder = Encoder(tokenizer, max_length=1)
+    encoder = Encoder(tokenizer, max_length=1, split_special_tokens=split_special_tokens)
     tokens = [encoder.prompt_ids(_as_example(prompt, encoder)) for prompt in prompts]
     return generate_text_from_tokens(
         model, params, tokenizer, tokens, settings, row_sharding=row_sharding
