@@ -8,6 +8,10 @@ import numpy as np
 
 from peft_jax.data.packing import first_fit_decreasing
 
+_PACKED_PASSES = 4
+_PACKED_WINDOWS = 256
+"""The least that is packed to count the rows of many passes: passes, or windows."""
+
 
 class Lengths:
     """The positions that each row's sequences take, for the rows that have been encoded.
@@ -72,7 +76,8 @@ def count_rows(
 
     Without packing every sequence fills a row. With packing, the stream packs `window` usable rows
     of the data at a time, and this packs the same windows. Of a window that the last pass ends in,
-    the part is counted that belongs to the pass. The result depends on the data, the settings and
+    the part is counted that belongs to the pass. Passes beyond the first few are not packed, but
+    taken to fill as many rows as those. The result depends on the data, the settings and
     the seed alone, so it is the same on every process and whenever a run is resumed.
 
     Args:
@@ -95,7 +100,8 @@ def count_rows(
     """
     if not packing:
         return math.ceil(_exact(passes * lengths.sequences))
-    left = math.ceil(_exact(passes * lengths.usable))
+    wanted = math.ceil(_exact(passes * lengths.usable))
+    packed = left = min(wanted, max(_PACKED_PASSES * lengths.usable, _PACKED_WINDOWS * window))
     usable = (row for row in order if lengths[row])
     rows = 0
     while left > 0:
@@ -104,7 +110,7 @@ def count_rows(
         bins = len(first_fit_decreasing(positions, max_length))
         rows += bins if left >= window else math.ceil(bins * left / window)
         left -= window
-    return rows
+    return math.ceil(_exact(rows * (wanted / packed)))
 
 
 def _exact(number: float) -> float:

@@ -142,6 +142,21 @@ class StartSettings:
             )
 
 
+MOST_STEPS = 2**31 - 1
+"""The most steps of a run: the optimizer counts them in int32."""
+
+
+def check_steps(steps: int, of: str = "train.steps") -> None:
+    """Raises ValueError where a run has more steps than can be counted.
+
+    Args:
+      steps: Number of steps.
+      of: what asks for them.
+    """
+    if steps > MOST_STEPS:
+        raise ValueError(f"{of} makes too many steps; a run has at most {MOST_STEPS:,}")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     """How long, how fast, and on how much at a time.
@@ -191,8 +206,11 @@ class TrainSettings:
             )
         if self.steps is not None:
             check_positive_int("steps", self.steps)
+            check_steps(self.steps)
         elif self.epochs is not None:
             check_positive("epochs", self.epochs)
+            if self.epochs > MOST_STEPS:
+                raise ValueError(f"epochs is {self.epochs:g}; it must be at most {MOST_STEPS:,}")
         else:
             raise ValueError("train.steps or train.epochs must be given; both are None")
 

@@ -23,7 +23,7 @@ from peft_jax.models.architectures import check_architecture
 from peft_jax.parallel import make_mesh
 from peft_jax.parallel.memory import check_fits, device_memory, gib
 from peft_jax.training.blueprint import Blueprint, draw_blueprint
-from peft_jax.training.config import RunConfig
+from peft_jax.training.config import RunConfig, check_steps
 from peft_jax.training.errors import RefusedError
 from peft_jax.training.inputs import Inputs, identify_base, identify_data
 from peft_jax.training.metrics import require_wandb
@@ -119,7 +119,9 @@ def _prepare(config: RunConfig, say: Callable[[str], None], pinned: RunConfig) -
     for warning in (*train.warnings, *held_out.warnings):
         say(warning)
     if config.train.epochs is not None:
-        blueprint = blueprint.lasting(train.count_steps(config.train.epochs))
+        steps = train.count_steps(config.train.epochs)
+        check_steps(steps, of=f"train.epochs {config.train.epochs:g}")
+        blueprint = blueprint.lasting(steps)
     of_blueprint = {
         field.name: getattr(blueprint, field.name) for field in dataclasses.fields(Blueprint)
     }

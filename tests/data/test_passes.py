@@ -105,6 +105,13 @@ def test_passes_are_the_inverse_of_steps(tmp_path, tokenizer, packing):
     assert train.all_checked
 
 
+@pytest.mark.parametrize("epochs", [1e6, 2e9])
+def test_many_passes_are_counted_in_no_time(tmp_path, tokenizer, epochs):
+    train = build(tmp_path, tokenizer, packing_window=5)
+    a_hundred = train.count_steps(100.0)
+    assert train.count_steps(epochs) == pytest.approx(a_hundred * (epochs / 100), rel=0.01)
+
+
 def test_passes_are_estimated_from_the_rows_that_were_checked(tmp_path, tokenizer):
     exact = build(tmp_path, tokenizer).passes(100)
     some = build(tmp_path, tokenizer, check_rows=12)

@@ -106,6 +106,11 @@ def test_method_settings_reach_the_method():
         ({"train.steps": None, "train.epochs": 0}, "epochs must be a number above 0"),
         ({"train.steps": None, "train.epochs": float("inf")}, "epochs must be a number above 0"),
         ({"train.steps": None, "train.epochs": "2"}, "train.epochs must be a number; it is '2'"),
+        ({"train.steps": 10**20}, "train.steps makes too many steps; a run has at most 2,147"),
+        (
+            {"train.steps": None, "train.epochs": 1e300},
+            "epochs is 1e+300; it must be at most 2,147",
+        ),
         ({"train.steps": 0}, "steps must be a whole number of at least 1"),
         ({"train.steps": True}, "train.steps must be an integer; it is True"),
         ({"train.learning_rate": -1.0}, "learning_rate must be a number above 0"),

@@ -22,6 +22,7 @@ from peft_jax.training.prepare import prepare
         ({"train.batch_size": 10**9}, "activations alone take"),
         ({"train.batch_size": 3, "parallel.devices": 2}, "must be a multiple of 2"),
         ({"parallel.tensor": 3, "parallel.devices": 8}, "does not fit 8 devices"),
+        ({"train.steps": None, "train.epochs": 1e9}, "train.epochs 1e+09 makes too many steps"),
         ({"parallel.devices": 1000}, "devices is 1000"),
     ],
     ids=str,
