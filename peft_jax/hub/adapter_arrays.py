@@ -10,6 +10,7 @@ import numpy as np
 
 from peft_jax.adapters import AdapterState, Plan
 from peft_jax.core import Path, flatten, is_stacked, join_path, unflatten
+from peft_jax.hub.finite import check_finite
 from peft_jax.hub.tensors import StoredTensor, TensorToWrite
 from peft_jax.models import Model
 
@@ -154,9 +155,14 @@ def make_state(arrays: Mapping[tuple[str, Path], jax.Array]) -> AdapterState:
 
 
 def read_tensor(tensor: StoredTensor) -> np.ndarray:
-    """A whole tensor, in its own dtype."""
+    """A whole tensor, in its own dtype.
+
+    Raises:
+      ValueError: it holds NaN or infinity.
+    """
     whole = np.empty(tensor.shape, tensor.numpy_dtype)
     for rows, values in tensor.pieces():
+        check_finite(values, whole.dtype, name=tensor.name, where=str(tensor.file))
         whole[rows] = values
     return whole
 

@@ -26,10 +26,14 @@ import tensorstore as ts
 
 from peft_jax.core import Path, flatten, join_path
 from peft_jax.hub.files import parse_json_object, read_json_object, whole_folder
+from peft_jax.hub.finite import check_finite
 from peft_jax.hub.leaves import LeafSource, Ranges
 from peft_jax.models import Model
 
 MANIFEST = "peft_jax_checkpoint.json"
+
+WEIGHTS = "weights"
+"""The manifest's key for the digest of the weights that a conversion has read and kept."""
 
 _VERSION = 1
 _ARRAYS = "arrays/"
@@ -255,13 +259,14 @@ class ConvertedLeaf:
             )
             waiting.append((within, array[_slices(piece)].read()))
             if len(waiting) >= _IN_FLIGHT:
-                _take(target, *waiting.popleft())
+                self._take(target, *waiting.popleft())
         while waiting:
-            _take(target, *waiting.popleft())
+            self._take(target, *waiting.popleft())
 
-
-def _take(target: np.ndarray, within: tuple[slice, ...], reading: Any) -> None:
-    target[within] = reading.result()
+    def _take(self, target: np.ndarray, within: tuple[slice, ...], reading: Any) -> None:
+        values = reading.result()
+        check_finite(values, target.dtype, name=self.name, where=self.location)
+        target[within] = values
 
 
 def _copy(source: LeafSource, array: ts.TensorStore, part: Ranges, dtype: str) -> None:

@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from peft_jax.hub.finite import check_finite
 from peft_jax.hub.tensors import StoredTensor
 
 Ranges = tuple[tuple[int, int], ...]
@@ -22,6 +23,9 @@ class LeafSource(Protocol):
         Args:
           target: of the part's shape.
           ranges: which part.
+
+        Raises:
+          ValueError: a number is NaN or infinite; the tensor is named.
         """
 
 
@@ -53,4 +57,5 @@ class StoredLeaf:
         (first, last), *others = ranges
         columns = slice(*others[0]) if others else None
         for rows, values in tensor.pieces(slice(first, last), columns):
+            check_finite(values, target.dtype, name=tensor.name, where=str(tensor.file))
             target[rows.start - first : rows.stop - first] = values
