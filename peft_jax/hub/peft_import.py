@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from peft_jax.adapters import BOFT, AdapterSpec, LoRA
@@ -74,6 +75,54 @@ def spec_of(
         return AdapterSpec(method=_lora(config), **common)
     except (TypeError, ValueError) as error:
         raise ValueError(str(error) if what in str(error) else f"{what} {error}") from error
+
+
+def without_base_copies(
+    stored: Mapping[str, StoredTensor], model: Model, params: Tree, *, what: str
+) -> dict[str, StoredTensor]:
+    """The tensors without the copies of the base that PEFT saves beside an adapted head.
+
+    Args:
+      stored: the tensors of an adapter of PEFT's.
+      model: the base.
+      params: its parameters; of abstract ones only shapes are compared.
+      what: what the adapter is called in messages.
+
+    Raises:
+      ValueError: a copy is not what the base has.
+    """
+    leaves = flatten(params)
+    copies = {
+        f"{PEFT_PREFIX}{module}.base_layer.weight": (path, layer)
+        for path in leaves
+        if path[-1] == "kernel"
+        for layer, module in enumerate(modules_of(model, path))
+    }
+    for name in stored.keys() & copies.keys():
+        path, layer = copies[name]
+        if not _is_copy(stored[name], leaves[path], layer if is_stacked(path) else None):
+            raise ValueError(
+                f"{what} comes with {name}, which is not the base's {join_path(path)}: it was made"
+                " on other weights. Load the base it was made on, or merge the adapter in PEFT and"
+                " load the result"
+            )
+    return {name: tensor for name, tensor in stored.items() if name not in copies}
+
+
+def _is_copy(tensor: StoredTensor, leaf: Any, layer: int | None) -> bool:
+    """Whether a stored [out, in] is a leaf's kernel [in, out], in the leaf's dtype."""
+    shape = leaf.shape if layer is None else leaf.shape[1:]
+    if tensor.shape != shape[::-1]:
+        return False
+    if not isinstance(leaf, jax.Array):
+        return True
+    kernel = leaf if layer is None else leaf[layer]
+    values = read_tensor(tensor).T.astype(kernel.dtype)
+    # The parts of this process: others compare theirs.
+    return all(
+        np.array_equal(np.asarray(shard.data), values[shard.index])
+        for shard in kernel.addressable_shards
+    )
 
 
 def check_tied(model: Model, stored: Mapping[str, StoredTensor], *, what: str) -> None:

@@ -151,6 +151,17 @@ CONFIGS = {
         },
     ),
     "all-linear": ("llama", "LoraConfig", {"r": 2, "target_modules": "all-linear"}),
+    # PEFT saves a copy of the base's head beside these.
+    "lora over the head": (
+        "llama",
+        "LoraConfig",
+        {"r": 2, "target_modules": ["q_proj", "lm_head"]},
+    ),
+    "boft over the head": (
+        "llama",
+        "BOFTConfig",
+        {"boft_block_size": 4, "target_modules": ["lm_head"]},
+    ),
     "boft": ("llama", "BOFTConfig", {"boft_block_size": 4, "target_modules": LINEAR["llama"]}),
     "boft, clamped": (
         "llama",
@@ -211,6 +222,19 @@ def test_adapters_of_peft_load(name, base, tokens, tmp_path):
     spec, state = load_adapter(tmp_path, base.model, base.params)
     found = base.adapted_logits(tokens, spec, state)
     assert_same(found, theirs(module, tokens), base.logits(tokens))
+
+
+def test_an_adapter_over_another_head_is_refused(base, tmp_path):
+    base = base("llama")
+    settings = {"r": 2, "target_modules": ["lm_head"]}
+    save_with_peft(base, tmp_path, "LoraConfig", settings)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    name = "base_model.model.lm_head.base_layer.weight"
+    tensors[name] = tensors[name] * np.float32(1.5)
+    safetensors.numpy.save_file(tensors, file)
+    with pytest.raises(ValueError, match=rf"{name}, which is not the base's lm_head\.kernel"):
+        load_adapter(tmp_path, base.model, base.params)
 
 
 def test_an_adapter_of_peft_keeps_its_bits(base, tmp_path):
