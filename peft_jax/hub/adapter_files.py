@@ -5,6 +5,9 @@
     adapter_config.json           the same adapter for PEFT, where PEFT has the method
     adapter_model.safetensors     its arrays in PEFT's form
 
+`peft_jax_adapter.json` has digests of the arrays and of the settings that are computed with; PEFT's
+own files have none.
+
 So a folder of LoRA, LoRA-GA or BOFT loads in `peft.PeftModel.from_pretrained` as it is. Where
 PEFT's form gives back every array bit for bit (LoRA, LoRA-GA, BOFT with one factor), it is the only
 copy. For BOFT with several factors PEFT's files are a copy, made for it, with the factors
@@ -33,6 +36,7 @@ from peft_jax.adapters import (
 )
 from peft_jax.core import did_you_mean
 from peft_jax.core.convert import convert, from_mapping
+from peft_jax.hub.adapter_digests import DIGESTS, digest_settings
 from peft_jax.version import __version__
 
 CONFIG = "peft_jax_adapter.json"
@@ -54,7 +58,10 @@ def write_config(
     model_type: str,
     base_model_name: str,
     arrays_in: str,
+    arrays_digest: str,
     peft: Mapping[str, Any],
+    quantization: str | None,
+    base_digest: str | None,
 ) -> dict[str, Any]:
     """The content of `peft_jax_adapter.json`.
 
@@ -63,19 +70,56 @@ def write_config(
       model_type: of the base's `config.json`.
       base_model_name: where the base is, or its name on the hub.
       arrays_in: the file that holds the arrays, `ARRAYS` or `PEFT_ARRAYS`.
+      arrays_digest: the digest of the arrays in it.
       peft: whether PEFT loads the folder, and why not.
+      quantization: how the base's kernels were held while it was trained; None if not known.
+      base_digest: the digest of the base's weights; None if not known.
     """
-    return {
+    config = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "peft_jax_version": __version__,
         "base_model_name_or_path": base_model_name,
+        "base_digest": base_digest,
         "model_type": model_type,
+        "quantization": quantization,
         "method": {"name": spec.method.name, **dataclasses.asdict(spec.method)},
         **{name: _plain(getattr(spec, name)) for name in _SPEC_FIELDS},
         "arrays": arrays_in,
         "peft": dict(peft),
     }
+    settings = digest_settings(_computed_with(config))
+    return {**config, DIGESTS: {"arrays": arrays_digest, "settings": settings}}
+
+
+def check_settings_digest(config: Mapping[str, Any], file: Path) -> str | None:
+    """Checks that the settings that are computed with are those that were written.
+
+    The names in the file, of the base above all, may be edited.
+
+    Returns:
+      The digest that the arrays have to have; None of an adapter of before there were digests.
+
+    Raises:
+      ValueError: a setting was changed.
+    """
+    digests = config.get(DIGESTS)
+    if digests is None:
+        return None
+    if not isinstance(digests, Mapping) or not isinstance(digests.get("arrays"), str):
+        raise ValueError(f"{file}: {DIGESTS} must have the arrays' and the settings'")
+    if digests.get("settings") != digest_settings(_computed_with(config)):
+        raise ValueError(
+            f"{file} was changed since it was written: its settings do not have the digest"
+            f" {digests.get('settings')}. Restore it, or save the adapter again"
+        )
+    return digests["arrays"]
+
+
+def _computed_with(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that decide what an adapter computes."""
+    names = ("method", *_SPEC_FIELDS, "arrays", "quantization")
+    return {name: config.get(name) for name in names}
 
 
 def read_spec(config: Mapping[str, Any], file: Path) -> AdapterSpec:

@@ -1,5 +1,6 @@
 """Loading an adapter that this library, or Hugging Face PEFT, has written."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path as FilePath
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 from peft_jax.adapters import AdapterSpec, AdapterState, Full, Plan
 from peft_jax.core import Path, Tree, flatten
 from peft_jax.hub.adapter_arrays import (
+    ArrayTensors,
     adapted_tensors,
     check_tensors,
     make_state,
@@ -18,17 +20,28 @@ from peft_jax.hub.adapter_arrays import (
     stack,
     trained_tensors,
 )
-from peft_jax.hub.adapter_files import ARRAYS, CONFIG, PEFT_ARRAYS, PEFT_CONFIG, read_spec
+from peft_jax.hub.adapter_base import warn_of_another_base
+from peft_jax.hub.adapter_digests import digest_arrays
+from peft_jax.hub.adapter_files import (
+    ARRAYS,
+    CONFIG,
+    PEFT_ARRAYS,
+    PEFT_CONFIG,
+    check_settings_digest,
+    read_spec,
+)
 from peft_jax.hub.adapter_save import peft_trained_tensors
 from peft_jax.hub.checkpoint import PICKLED
 from peft_jax.hub.fetch import find_folder
 from peft_jax.hub.files import read_json_object
 from peft_jax.hub.peft_config import check_peft_config, check_unchanged, write_peft_config
 from peft_jax.hub.peft_forms import peft_form
-from peft_jax.hub.peft_import import check_tied, spec_of
+from peft_jax.hub.peft_import import check_tied, spec_of, without_base_copies
 from peft_jax.hub.peft_names import PEFT_PREFIX
 from peft_jax.hub.tensors import StoredTensor, read_header
 from peft_jax.models import Model
+
+_log = logging.getLogger(__name__)
 
 
 def load_adapter(
@@ -36,9 +49,11 @@ def load_adapter(
 ) -> tuple[AdapterSpec, AdapterState]:
     """An adapter from a folder, or from the Hugging Face hub.
 
-    What `save_adapter` wrote comes back bit for bit. Of Hugging Face PEFT's own adapters LoRA
-    (plain, rank-stabilised, with patterns and modules_to_save) and BOFT are read; a setting that
-    changes what is computed and is not implemented is refused by name. Nothing is ever unpickled.
+    What `save_adapter` wrote comes back bit for bit: digests tell whether its arrays or settings
+    were changed since. A base of another family, or with other weights, is a warning. Of Hugging
+    Face PEFT's own adapters LoRA (plain, rank-stabilised, with patterns and modules_to_save) and
+    BOFT are read; a setting that changes what is computed and is not implemented is refused by
+    name. Nothing is ever unpickled.
 
     Args:
       folder: where it is, or its name on the hub.
@@ -50,7 +65,8 @@ def load_adapter(
 
     Raises:
       ValueError: the folder holds no adapter, or not one of this base: the modules or tensors that
-        are missing, left over or of another shape are named.
+        are missing, left over or of another shape are named. Or it is damaged, was changed, or
+        holds NaN or infinity.
     """
     folder = find_folder(folder)
     if (folder / CONFIG).is_file():
@@ -64,6 +80,13 @@ def _load_own(folder: FilePath, model: Model, params: Tree) -> tuple[AdapterSpec
     file = folder / CONFIG
     config = read_json_object(file)
     spec = read_spec(config, file)
+    digest = check_settings_digest(config, file)
+    if digest is None:
+        _log.warning(
+            "%s has no digests, as those of peft_jax 0.1 have none: damage to it is not noticed;"
+            " saved again, the adapter has them",
+            file,
+        )
     base = f"{config.get('base_model_name_or_path')} ({config.get('model_type')})"
     try:
         plan = spec.plan(params)
@@ -73,20 +96,48 @@ def _load_own(folder: FilePath, model: Model, params: Tree) -> tuple[AdapterSpec
             f" {model.family.model_type} model: {error}"
         ) from error
     what = f"the adapter in {folder}, made for {base},"
+    stored = _open(folder, _arrays_file(config, spec, model, plan, folder))
     if config["arrays"] == PEFT_ARRAYS:
-        form = None if isinstance(spec.method, Full) else peft_form(spec.method)
-        if form is None or not form.exact:
-            raise ValueError(f"{file} says that its arrays are in {PEFT_ARRAYS}; they cannot be")
-        written = write_peft_config(model, spec, plan, form, base_model_name="")
-        check_unchanged(read_json_object(folder / PEFT_CONFIG), written, folder / PEFT_CONFIG)
-        return spec, _read_peft_state(folder, model, spec, params, what=what)
-    if config["arrays"] != ARRAYS:
-        raise ValueError(f"{file} says that its arrays are in {config['arrays']!r}, not {ARRAYS}")
-    abstract = spec.abstract(params)
-    arrays = [*adapted_tensors(model, plan, abstract), *trained_tensors(model, plan, abstract)]
-    stored = _open(folder, ARRAYS)
-    check_tensors({name: item.shape for item in arrays for name in item.names}, stored, what)
+        _check_peft_tensors(stored, model, spec, params, what=what)
+    else:
+        arrays = _own_arrays(model, spec, plan, params)
+        check_tensors({name: item.shape for item in arrays for name in item.names}, stored, what)
+    if digest is not None and digest_arrays(stored) != digest:
+        raise ValueError(
+            f"{folder / config['arrays']} is damaged or was changed since it was written: its"
+            f" arrays do not have the digest {digest}, which {CONFIG} gives. Copy the adapter again"
+        )
+    warn_of_another_base(folder, config, model, params)
+    if config["arrays"] == PEFT_ARRAYS:
+        return spec, _read_peft_state(stored, model, spec, params)
     return spec, make_state(read_arrays(arrays, stored))
+
+
+def _arrays_file(
+    config: Mapping[str, Any], spec: AdapterSpec, model: Model, plan: Plan, folder: FilePath
+) -> str:
+    """The file with the arrays of an adapter of ours.
+
+    Raises:
+      ValueError: the configuration names another, or PEFT's no longer says what it said.
+    """
+    file = folder / CONFIG
+    if config["arrays"] == ARRAYS:
+        return ARRAYS
+    if config["arrays"] != PEFT_ARRAYS:
+        raise ValueError(f"{file} says that its arrays are in {config['arrays']!r}, not {ARRAYS}")
+    form = None if isinstance(spec.method, Full) else peft_form(spec.method)
+    if form is None or not form.exact:
+        raise ValueError(f"{file} says that its arrays are in {PEFT_ARRAYS}; they cannot be")
+    written = write_peft_config(model, spec, plan, form, base_model_name="")
+    check_unchanged(read_json_object(folder / PEFT_CONFIG), written, folder / PEFT_CONFIG)
+    return PEFT_ARRAYS
+
+
+def _own_arrays(model: Model, spec: AdapterSpec, plan: Plan, params: Tree) -> list[ArrayTensors]:
+    """The tensors of all arrays, in this library's own form."""
+    abstract = spec.abstract(params)
+    return [*adapted_tensors(model, plan, abstract), *trained_tensors(model, plan, abstract)]
 
 
 def _load_peft(folder: FilePath, model: Model, params: Tree) -> tuple[AdapterSpec, AdapterState]:
@@ -94,25 +145,36 @@ def _load_peft(folder: FilePath, model: Model, params: Tree) -> tuple[AdapterSpe
     check_peft_config(config, folder / PEFT_CONFIG)
     what = f"the adapter in {folder}, made for {config.get('base_model_name_or_path')},"
     stored = _open(folder, PEFT_ARRAYS)
+    stored = without_base_copies(stored, model, params, what=what)
     spec = spec_of(config, stored, model, params, what=what)
-    return spec, _read_peft_state(folder, model, spec, params, what=what)
+    _check_peft_tensors(stored, model, spec, params, what=what)
+    return spec, _read_peft_state(stored, model, spec, params)
 
 
-def _read_peft_state(
-    folder: FilePath, model: Model, spec: AdapterSpec, params: Tree, *, what: str
-) -> AdapterState:
-    """The arrays of an adapter in PEFT's form."""
+def _check_peft_tensors(
+    stored: Mapping[str, StoredTensor], model: Model, spec: AdapterSpec, params: Tree, *, what: str
+) -> None:
+    """Checks that the tensors are just those of the adapter in PEFT's form.
+
+    Raises:
+      ValueError: they are not; they are named.
+    """
     plan = spec.plan(params)
-    abstract = spec.abstract(params)
-    stored = _open(folder, PEFT_ARRAYS)
-    trained = peft_trained_tensors(model, plan, abstract)
+    trained = peft_trained_tensors(model, plan, spec.abstract(params))
     wanted = {name: item.shape for item in trained for name in item.names}
     flat = flatten(params)
     for path in plan.adapted:
         wanted |= _shapes(model, plan, path, flat[path].shape)
     check_tensors(wanted, stored, what)
     check_tied(model, stored, what=what)
-    arrays = read_arrays(trained, stored)
+
+
+def _read_peft_state(
+    stored: Mapping[str, StoredTensor], model: Model, spec: AdapterSpec, params: Tree
+) -> AdapterState:
+    """The arrays of an adapter in PEFT's form."""
+    plan = spec.plan(params)
+    arrays = read_arrays(peft_trained_tensors(model, plan, spec.abstract(params)), stored)
     for path in plan.adapted:
         arrays |= _read_adapted(model, plan, path, stored, np.dtype(spec.dtype))
     return make_state(arrays)

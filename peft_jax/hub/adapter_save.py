@@ -20,13 +20,15 @@ from peft_jax.hub.adapter_arrays import (
     tensors_to_write,
     trained_tensors,
 )
+from peft_jax.hub.adapter_base import base_digest
+from peft_jax.hub.adapter_digests import digest_arrays
 from peft_jax.hub.adapter_files import ARRAYS, CONFIG, PEFT_ARRAYS, PEFT_CONFIG, write_config
 from peft_jax.hub.files import whole_folder, write_json
 from peft_jax.hub.peft_config import HEAD, tied_embedding, write_peft_config
 from peft_jax.hub.peft_forms import NoPeftFormError, PeftForm, nbytes, peft_form
 from peft_jax.hub.peft_names import PEFT_PREFIX
 from peft_jax.hub.save import MAX_SHARD_BYTES, save_model
-from peft_jax.hub.tensors import TensorToWrite, write_tensors
+from peft_jax.hub.tensors import TensorToWrite, read_header, write_tensors
 from peft_jax.models import Model
 
 FILES = (CONFIG, ARRAYS, PEFT_CONFIG, PEFT_ARRAYS)
@@ -43,6 +45,8 @@ def save_adapter(
     spec: AdapterSpec,
     state: AdapterState,
     base_model_name: str,
+    *,
+    quantization: str | None = None,
 ) -> None:
     """Writes an adapter that `load_adapter` gives back bit for bit, and PEFT loads where it can.
 
@@ -56,6 +60,8 @@ def save_adapter(
       spec: what is adapted.
       state: the adapter's arrays.
       base_model_name: the base's path, or its name on the hub, for whoever loads the adapter.
+      quantization: how the base's kernels were held while the adapter was trained ("none", "int8",
+        "nf4"), so that it is used as it was trained; None if not known.
 
     Raises:
       ValueError: the arrays are not what `spec` makes for this model, or the folder holds files
@@ -94,6 +100,7 @@ def save_adapter(
         form, peft_tensors = None, []
         peft = {"loads": False, "why": str(error)}
     exact = form is not None and form.exact
+    arrays_in = PEFT_ARRAYS if exact else ARRAYS
 
     with whole_folder(folder) as temporary:
         _keep_other_files(folder, temporary)
@@ -109,8 +116,11 @@ def save_adapter(
             spec,
             model_type=model.family.model_type,
             base_model_name=base_model_name,
-            arrays_in=PEFT_ARRAYS if exact else ARRAYS,
+            arrays_in=arrays_in,
+            arrays_digest=digest_arrays(read_header(temporary / arrays_in)),
             peft=peft,
+            quantization=quantization,
+            base_digest=base_digest(FilePath(model.origin)) if model.origin else None,
         )
         write_json(temporary / CONFIG, config)
 

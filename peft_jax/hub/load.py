@@ -5,6 +5,7 @@ the host never holds more than its share of the model and one tensor. Of a tenso
 read that this process's devices hold.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path as FilePath
@@ -71,6 +72,7 @@ def load_model(
     """
     folder = find_folder(path, revision=revision)
     model = build_model(read_config(folder), execution)
+    model = dataclasses.replace(model, origin=str(folder))
     return model, load_params(
         folder, model, dtype=dtype, quantization=quantization, sharding=sharding
     )
@@ -104,6 +106,7 @@ def load_classifier(
     """
     folder = find_folder(path, revision=revision)
     model = build_classifier(read_config(folder), execution, num_labels=num_labels)
+    model = dataclasses.replace(model, origin=str(folder))
     return model, load_params(folder, model, dtype=dtype, sharding=sharding, head_key=head_key)
 
 

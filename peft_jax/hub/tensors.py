@@ -47,6 +47,7 @@ class StoredTensor:
       dtype: safetensors' name of its dtype.
       shape: of the tensor, as stored.
       start: the offset of its first byte in the file.
+      nbytes: how many bytes it has there.
     """
 
     file: Path
@@ -54,6 +55,7 @@ class StoredTensor:
     dtype: str
     shape: tuple[int, ...]
     start: int
+    nbytes: int
 
     @property
     def numpy_dtype(self) -> np.dtype:
@@ -123,6 +125,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             dtype=entry["dtype"],
             shape=tuple(entry["shape"]),
             start=8 + length + entry["data_offsets"][0],
+            nbytes=entry["data_offsets"][1] - entry["data_offsets"][0],
         )
         for name, entry in header.items()
         if name != "__metadata__"

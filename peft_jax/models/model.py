@@ -53,12 +53,15 @@ class Model:
       execution: how it is computed.
       hf_json: the `config.json` it was built from, as text; models that differ in it only (in
         token ids, say) are equal.
+      origin: the folder that its parameters were read from; empty if they were not, or not known.
+        It makes no difference to equality.
     """
 
     family: Family
     config: ModelConfig
     execution: ExecutionSettings
     hf_json: str = dataclasses.field(repr=False, compare=False)
+    origin: str = dataclasses.field(default="", repr=False, compare=False)
 
     @property
     def hf_config(self) -> dict[str, Any]:
