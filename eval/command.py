@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         adapter=given.adapter,
         merge=given.merge,
         dtype=given.dtype,
+        quantization=given.quantization,
         output=given.output,
         data=given.data,
         limit=given.limit,
@@ -156,6 +157,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--adapter", help="an adapter's folder or name on the hub")
     add("--merge", action="store_true", help="merge the adapter into the parameters first")
     add("--dtype", default="float32", help="of parameters and computation: float32, bfloat16")
+    add(
+        "--quantization",
+        choices=("none", "int8", "nf4"),
+        help="how the base's kernels are held; by default as the adapter was trained",
+    )
     add = parser.add_argument_group("on what").add_argument
     add("--tasks", default="", help="names, parted by commas; `list` shows what there is")
     add("--data", type=Path, help="a folder of local files; else the Hugging Face hub")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import jax
 from eval.settings import EvalSettings
 from peft_jax.generation import Loaded, load_for_generation
 from peft_jax.generation.from_tokens import context_length
-from peft_jax.generation.loading import base_of
-from peft_jax.hub import find_folder, open_checkpoint, read_config
-from peft_jax.hub.load import match_tensors
+from peft_jax.generation.loading import base_of, choose_quantization
+from peft_jax.hub import find_folder, read_config
+from peft_jax.hub.adapter_base import recorded_quantization
+from peft_jax.hub.files import read_json_object
+from peft_jax.hub.load import open_sources
 from peft_jax.hub.tokenizer import load_tokenizer
 from peft_jax.models import build_model
 from peft_jax.models.registry import is_encoder
@@ -30,12 +33,14 @@ class ModelFiles:
       adapter: the adapter's folder; None without one.
       tokenizer: its transformers tokenizer.
       context: how many tokens it was made for; None where its positions have no end.
+      quantization: how the base's kernels are held.
     """
 
     model: Path
     adapter: Path | None
     tokenizer: Any
     context: int | None
+    quantization: str
 
     def identity(self) -> dict[str, str]:
         """The folders, and a digest of what is in them, by which a changed model is noticed."""
@@ -45,6 +50,8 @@ class ModelFiles:
                 "adapter": str(self.adapter.resolve()),
                 "adapter_digest": _digest(self.adapter),
             }
+        if self.quantization != "none":
+            found["quantization"] = self.quantization
         return found
 
 
@@ -69,19 +76,37 @@ def find_model(settings: EvalSettings) -> ModelFiles:
             " one on held-out rows while it is fine-tuned (docs/encoders.md)"
         )
     model = build_model(config, None)
-    match_tensors(open_checkpoint(folder), model)
+    open_sources(folder, model)
     with_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(adapter if with_tokenizer and adapter else folder)
-    if settings.chat_template is not None:
-        tokenizer.chat_template = settings.chat_template.read_text(encoding="utf-8")
+    tokenizer = load_tokenizer(
+        adapter if with_tokenizer and adapter else folder, chat_template=settings.chat_template
+    )
     if settings.chat and not tokenizer.chat_template:
         raise ValueError(
             f"--chat: the tokenizer of {folder} has no chat template: name a file with one in"
             " --chat_template"
         )
     return ModelFiles(
-        model=folder, adapter=adapter, tokenizer=tokenizer, context=context_length(model)
+        model=folder,
+        adapter=adapter,
+        tokenizer=tokenizer,
+        context=context_length(model),
+        quantization=_quantization(settings, adapter),
     )
+
+
+def _quantization(settings: EvalSettings, adapter: Path | None) -> str:
+    """How the base's kernels are held: as asked, or as they were while the adapter was trained.
+
+    A run of peft_jax 0.1 has not written it down with its adapter, but in its configuration.
+    """
+    asked = settings.quantization
+    if asked is None and settings.workdir is not None and adapter is not None:
+        config = settings.workdir / "config.json"
+        if recorded_quantization(adapter) is None and config.is_file():
+            model = read_json_object(config).get("model")
+            asked = model.get("quantization") if isinstance(model, dict) else None
+    return choose_quantization(asked, adapter)
 
 
 def load(settings: EvalSettings, files: ModelFiles) -> tuple[Loaded, jax.sharding.NamedSharding]:
@@ -93,9 +118,21 @@ def load(settings: EvalSettings, files: ModelFiles) -> tuple[Loaded, jax.shardin
     Raises:
       ValueError: the devices cannot be shared out as asked, or the model cannot be loaded.
     """
+    if settings.quantization is None and files.quantization != "none":
+        print(
+            f"the base's kernels are held in {files.quantization}, as the adapter was trained;"
+            " --quantization=none for as they are",
+            file=sys.stderr,
+        )
     mesh = make_mesh(settings.mesh)
     loaded = load_for_generation(
-        files.model, files.adapter, merge=settings.merge, dtype=settings.dtype, mesh=mesh
+        files.model,
+        files.adapter,
+        merge=settings.merge,
+        dtype=settings.dtype,
+        mesh=mesh,
+        quantization=files.quantization,
+        chat_template=settings.chat_template,
     )
     # The one that was looked at, with the chat template it was given.
     return dataclasses.replace(loaded, tokenizer=files.tokenizer), batch_sharding(mesh)

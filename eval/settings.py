@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.tasks.build import TaskSettings
+from peft_jax.core import FORMATS
 from peft_jax.core.checks import check_choice, check_positive_int
 from peft_jax.parallel import MeshSettings
 
@@ -24,6 +25,8 @@ class EvalSettings:
       adapter: an adapter's folder, or its name on the hub.
       merge: whether the adapter is merged into the parameters or bound to them.
       dtype: of parameters and computation, "float32" or "bfloat16".
+      quantization: how the base's kernels are held, "none", "int8" or "nf4"; None: as they were
+        while the adapter was trained, else "none".
       output: where results go; None: eval/ in the run's folder, or runs/eval-NAME.
       data: a folder of local data; None: the hub.
       limit: so many rows of each task, or a share of them below 1; None: all.
@@ -48,6 +51,7 @@ class EvalSettings:
     adapter: str | None = None
     merge: bool = False
     dtype: str = "float32"
+    quantization: str | None = None
     output: Path | None = None
     data: Path | None = None
     limit: float | None = None
@@ -74,6 +78,8 @@ class EvalSettings:
         if self.data is not None and not self.data.is_dir():
             raise ValueError(f"--data: there is no folder {self.data}")
         check_choice("dtype", self.dtype, ("float32", "bfloat16"))
+        if self.quantization is not None:
+            check_choice("quantization", self.quantization, FORMATS)
         check_choice("prompts", self.prompts, ("harness", "trained"))
         check_positive_int("batch_size", self.batch_size)
         for name in ("max_new_tokens", "max_length"):

@@ -4,10 +4,12 @@ r"""Continues prompts with a model, or with what a run made of it.
         --prompt=$'Question: Ann has 3 apples and buys 4. How many has she?\nAnswer:'
 
 The base is the one the run started from, unless --model names another; without --adapter it is
---model alone. --prompt may be given several times; without it, every line of the standard input is
-a prompt. With --chat a prompt is what the user says, and the tokenizer's chat template is put
-around it. What is asked should look like what was trained on: `docs/data.md` says how rows become
-prompts. Answers go to the standard output, what else there is to say to the standard error.
+--model alone. A base that an adapter was trained on in fewer bits is held in these again, unless
+--quantization says otherwise. --prompt may be given several times; without it, every line of the
+standard input is a prompt. With --chat a prompt is what the user says, and the tokenizer's chat
+template, or that of --chat_template, is put around it. What is asked should look like what was
+trained on: `docs/data.md` says how rows become prompts. Answers go to the standard output, what
+else there is to say to the standard error.
 
 Exit codes: 0 done; 1 failed; 2 refused; 130 stopped by Ctrl-C. docs/exit_codes.md says more.
 """
@@ -20,6 +22,7 @@ from collections.abc import Sequence
 
 from peft_jax import exits
 from peft_jax.arguments import Arguments
+from peft_jax.core import FORMATS
 from peft_jax.generation.from_text import Prompt, TextCompletion, generate_text
 from peft_jax.generation.loading import load_for_generation
 from peft_jax.generation.settings import GenerationSettings
@@ -57,7 +60,14 @@ def _answer(
         merge=given.merge,
         dtype=given.dtype,
         quantization=given.quantization,
+        chat_template=given.chat_template,
     )
+    if given.quantization is None and loaded.quantization != "none":
+        print(
+            f"the base's kernels are held in {loaded.quantization}, as the adapter was trained;"
+            " --quantization=none for as they are",
+            file=sys.stderr,
+        )
     asked: list[Prompt] = list(prompts)
     if given.chat:
         begin = [{"role": "system", "content": given.system}] if given.system else []
@@ -110,9 +120,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--adapter", help="an adapter's folder, such as a run's adapter/")
     add("--merge", action="store_true", help="merge the adapter into the parameters first")
     add("--dtype", default="float32", help="of parameters and computation: float32, bfloat16")
-    add("--quantization", default="none", help="the base's kernels in fewer bits: int8, nf4")
+    add(
+        "--quantization",
+        choices=FORMATS,
+        help="the base's kernels as they are (none) or in fewer bits; by default as the adapter was"
+        " trained",
+    )
     add("--prompt", action="append", help="a prompt; may be given several times")
     add("--chat", action="store_true", help="put the tokenizer's chat template around prompts")
+    add("--chat_template", help="a file with a Jinja template; else the tokenizer's own")
     add("--system", default="", help="with --chat, what the system says first")
     add(
         "--split_special_tokens",

@@ -11,11 +11,12 @@ from peft_jax.adapters import AdapterState
 from peft_jax.core import FORMATS, Tree, flatten, unflatten
 from peft_jax.core.checks import check_choice
 from peft_jax.generation.ends import end_tokens
-from peft_jax.hub import find_folder, load_adapter, load_model
+from peft_jax.hub import find_folder, load_adapter, load_params, read_config
+from peft_jax.hub.adapter_base import recorded_quantization
 from peft_jax.hub.adapter_files import CONFIG, PEFT_CONFIG
 from peft_jax.hub.files import read_json_object
 from peft_jax.hub.tokenizer import load_tokenizer
-from peft_jax.models import CausalLM, ExecutionSettings
+from peft_jax.models import CausalLM, ExecutionSettings, build_model
 from peft_jax.parallel import sharding_tree
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -30,12 +31,14 @@ class Loaded:
       params: its parameters, the adapter bound or merged.
       tokenizer: its transformers tokenizer.
       eos_ids: what ends a text, for `GenerationSettings`; with what `generation_config.json` adds.
+      quantization: how the base's kernels are held.
     """
 
     model: CausalLM
     params: Tree
     tokenizer: Any
     eos_ids: tuple[int, ...]
+    quantization: str = "none"
 
 
 def load_for_generation(
@@ -45,7 +48,8 @@ def load_for_generation(
     merge: bool = False,
     dtype: str = "float32",
     mesh: jax.sharding.Mesh | None = None,
-    quantization: str = "none",
+    quantization: str | None = None,
+    chat_template: str | Path | None = None,
 ) -> Loaded:
     """A model, with or without an adapter, ready to generate.
 
@@ -58,41 +62,68 @@ def load_for_generation(
       dtype: of the parameters and of what is computed, "float32" or "bfloat16".
       mesh: the devices that the parameters are laid out over, by the rules of `peft_jax.parallel`;
         None: the first device.
-      quantization: the blocks' kernels as "int8" or "nf4": what an adapter was trained on may be
-        what it is used on; "none" for as they are. Merging makes them arrays of `dtype` again.
+      quantization: the blocks' kernels as "int8" or "nf4", or "none" for as they are; None: as they
+        were while the adapter was trained, where it says so, else "none". Merging makes them arrays
+        of `dtype` again.
+      chat_template: a file with a Jinja chat template, in place of the tokenizer's own.
 
     Raises:
       ValueError: neither is given, or one of them cannot be loaded.
     """
     check_choice("dtype", dtype, ("float32", "bfloat16"))
-    check_choice("quantization", quantization, FORMATS)
     adapter_folder = None if adapter is None else find_folder(adapter)
     if model is None:
         if adapter_folder is None:
             raise ValueError("give a model, an adapter, or both")
         model = base_of(adapter_folder)
+    quantization = choose_quantization(quantization, adapter_folder)
     folder = find_folder(model)
     execution = ExecutionSettings(compute_dtype=dtype)
-    causal_lm, params = load_model(
+    causal_lm = dataclasses.replace(build_model(read_config(folder), execution), origin=str(folder))
+    # What is small is read first, so that what is wrong with it is found first.
+    with_tokenizer = folder
+    if adapter_folder is not None and (adapter_folder / _TOKENIZER_CONFIG).is_file():
+        with_tokenizer = adapter_folder
+    tokenizer = load_tokenizer(with_tokenizer, chat_template=chat_template)
+    eos_ids = end_tokens(causal_lm, tokenizer=tokenizer, folder=folder)
+    params = load_params(
         folder,
+        causal_lm,
         dtype=dtype,
-        execution=execution,
         quantization=quantization,
         sharding=None
         if mesh is None
         else functools.partial(_param_shardings, quantization=quantization, mesh=mesh),
     )
-    with_tokenizer = folder
     if adapter_folder is not None:
         spec, state = load_adapter(adapter_folder, causal_lm, params)
         if mesh is not None:
             state = _lay_out(state, spec.axes(params, causal_lm.logical_axes()), mesh)
         params = spec.merge(params, state) if merge else spec.bind(params, state)
-        if (adapter_folder / _TOKENIZER_CONFIG).is_file():
-            with_tokenizer = adapter_folder
-    tokenizer = load_tokenizer(with_tokenizer)
-    eos_ids = end_tokens(causal_lm, tokenizer=tokenizer, folder=folder)
-    return Loaded(model=causal_lm, params=params, tokenizer=tokenizer, eos_ids=eos_ids)
+    return Loaded(
+        model=causal_lm,
+        params=params,
+        tokenizer=tokenizer,
+        eos_ids=eos_ids,
+        quantization=quantization,
+    )
+
+
+def choose_quantization(asked: str | None, adapter: Path | None) -> str:
+    """How the base's kernels are held: as asked, or as they were while the adapter was trained.
+
+    Args:
+      asked: "none", "int8" or "nf4"; None: whatever the adapter says.
+      adapter: the adapter's folder; None without one.
+
+    Raises:
+      ValueError: the format is not known.
+    """
+    if asked is not None:
+        check_choice("quantization", asked, FORMATS)
+        return asked
+    recorded = None if adapter is None else recorded_quantization(adapter)
+    return recorded or "none"
 
 
 def _param_shardings(model: CausalLM, *, quantization: str, mesh: jax.sharding.Mesh) -> Tree:

@@ -1,5 +1,6 @@
 """The result of a run as files for others: the adapter, and the whole model where asked for."""
 
+import dataclasses
 import shutil
 
 import jax
@@ -29,7 +30,13 @@ def export_results(job: Job, folder: WorkDir, frozen: Tree, adapter: AdapterStat
     whole = jax.jit(lambda arrays: arrays, out_shardings=everywhere)(adapter)
     if jax.process_index() != 0:
         return
-    save_adapter(folder.adapter, job.model, job.spec, whole, job.config.model.path)
+    settings = job.config.model
+    model = job.model
+    if settings.weights == "checkpoint":
+        model = dataclasses.replace(model, origin=str(job.folder))
+    save_adapter(
+        folder.adapter, model, job.spec, whole, settings.path, quantization=settings.quantization
+    )
     job.tokenizer.save_pretrained(folder.adapter)
     remove_unfinished(folder.adapter)  # the work directory is this run's alone
     if exports_model(job.config):

@@ -2,14 +2,16 @@
 
 import io
 import json
+import shutil
 
 import jax
+import numpy as np
 import pytest
 
 from peft_jax.adapters import AdapterSpec, LoRA
 from peft_jax.generation import GenerationSettings, generate_text, load_for_generation
 from peft_jax.generation.command import main
-from peft_jax.hub import save_adapter, save_model
+from peft_jax.hub import load_model, save_adapter, save_model
 
 PROMPTS = ["the cat", "who?", "a", "is"]
 
@@ -114,3 +116,57 @@ def test_a_base_that_is_not_named_is_asked_for(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     with pytest.raises(ValueError, match="does not say what base it is for: give the model"):
         load_for_generation(adapter=tmp_path)
+
+
+@pytest.fixture
+def quantised(speaker, checkpoint, tmp_path):
+    """An adapter's folder, trained on a base in int8, and the parameters that it was trained as."""
+    model, _ = speaker
+    params = load_model(checkpoint, quantization="int8")[1]
+    spec = AdapterSpec(method=LoRA(rank=2), target_modules=("q_proj",))
+    state = jax.tree.map(lambda leaf: leaf + 0.3, spec.init(jax.random.key(0), params))
+    save_adapter(tmp_path, model, spec, state, str(checkpoint), quantization="int8")
+    return tmp_path, spec.bind(params, state)
+
+
+def test_a_base_is_held_as_the_adapter_was_trained(quantised, checkpoint):
+    folder, trained = quantised
+    loaded = load_for_generation(adapter=folder)
+    assert loaded.quantization == "int8"
+    assert jax.tree.structure(loaded.params) == jax.tree.structure(trained)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, trained)
+    assert load_for_generation(checkpoint).quantization == "none"
+
+
+def test_what_a_base_is_held_as_is_said_and_may_be_overridden(quantised, capsys, caplog):
+    folder, _ = quantised
+    flags = [f"--adapter={folder}", "--prompt=the", "--max_new_tokens=2"]
+    assert main(flags) == 0
+    assert "held in int8, as the adapter was trained" in capsys.readouterr().err
+    assert not caplog.records
+    assert main([*flags, "--quantization=none"]) == 0
+    assert "held in" not in capsys.readouterr().err
+    (record,) = caplog.records
+    assert "trained on" in record.getMessage()
+
+
+def test_a_chat_template_is_taken_from_a_file(checkpoint, tmp_path, capsys):
+    file = tmp_path / "mine.jinja"
+    file.write_text("{% for m in messages %}<{{ m['content'] }}>{% endfor %}")
+    loaded = load_for_generation(checkpoint, chat_template=file)
+    messages = [{"role": "user", "content": "who?"}]
+    assert loaded.tokenizer.apply_chat_template(messages, tokenize=False) == "<who?>"
+    flags = [f"--model={checkpoint}", "--prompt=who?", "--chat", "--max_new_tokens=2"]
+    assert main([*flags, f"--chat_template={file}"]) == 0
+    capsys.readouterr()
+    assert main([*flags, f"--chat_template={tmp_path / 'none.jinja'}"]) == 2
+    assert "none.jinja' cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["{", '{"eos_token_id": "</s>"}'])
+def test_a_broken_generation_config_is_refused_in_one_line(content, checkpoint, tmp_path, capsys):
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    (tmp_path / "copy" / "generation_config.json").write_text(content)
+    assert main([f"--model={tmp_path / 'copy'}", "--prompt=a"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "generation_config.json" in line
