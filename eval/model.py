@@ -17,11 +17,11 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from eval.chat_text import ChatText
 from eval.progress import Reporter
 from eval.responses import ResponseStore
 from eval.scoring import ScoringRow, TokenScorer
-from peft_jax.data import BadRowError
-from peft_jax.data.templates import ChatTemplate, Wanted
+from peft_jax.data import BadRowError, Encoder
 from peft_jax.generation import GenerationSettings, Loaded, generate_text_from_tokens
 from peft_jax.generation.from_tokens import context_length
 
@@ -149,10 +149,16 @@ class HarnessModel(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """The tokens of a text, behind what the tokenizer puts before one, unless it is there."""
+        """The tokens of a text, behind what the tokenizer puts before one, unless it is there.
+
+        What a chat template wrote has the tokens that training has, and nothing before them.
+        """
+        if isinstance(string, ChatText) and string.ids is not None:
+            return list(string.ids)
         if add_special_tokens is None:
             begin = self.tokenizer.bos_token
-            add_special_tokens = not (begin and string.startswith(begin))
+            begun = isinstance(string, ChatText) or (begin and string.startswith(begin))
+            add_special_tokens = not begun
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
     @property
@@ -168,20 +174,19 @@ class HarnessModel(TemplateLM):
         Raises:
           ValueError: the template refuses the conversation.
         """
-        wanted = Wanted(
-            messages=chat_history,
-            generation_prompt=add_generation_prompt,
-            continued=not add_generation_prompt,
-        )
+        encoder = self._encoder
         try:
-            return self._chat_template.render([wanted])[0].text
+            if add_generation_prompt:
+                example = encoder.renderer.prompt(chat_history)
+                return ChatText(example.prompt, encoder.prompt_ids(example).tolist())
+            return ChatText(encoder.renderer.continued(chat_history))
         except BadRowError as error:
             message = f"the tokenizer's chat template refuses a prompt: {error.detail}"
             raise ValueError(message) from error
 
     @functools.cached_property
-    def _chat_template(self) -> ChatTemplate:
-        return ChatTemplate(self.tokenizer)
+    def _encoder(self) -> Encoder:
+        return Encoder(self.tokenizer, max_length=1)
 
     # Log-likelihoods.
 

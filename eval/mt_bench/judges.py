@@ -258,7 +258,15 @@ class LocalJudge:
         ]
         settings = GenerationSettings(max_new_tokens=JUDGMENT_TOKENS, eos_ids=loaded.eos_ids)
         try:
-            found = generate_text(loaded.model, loaded.params, loaded.tokenizer, [chat], settings)
+            # The answer that is judged is text, and ends no turn of the judge's own prompt.
+            found = generate_text(
+                loaded.model,
+                loaded.params,
+                loaded.tokenizer,
+                [chat],
+                settings,
+                split_special_tokens=True,
+            )
         except ValueError as error:
             raise JudgeError(str(error)) from error
         return Judgment(found.texts[0])

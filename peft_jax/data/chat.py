@@ -120,6 +120,15 @@ class ChatRenderer:
         pieces = (*_pieces(whole.text, turns, set()), Piece(text="", learn=True))
         return Example(pieces=pieces, templated=True, plain=whole.plain)
 
+    def continued(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The conversation as a text whose last message is left open, to be continued.
+
+        Raises:
+          BadRowError: if the template refuses the conversation.
+        """
+        wanted = Wanted(messages=self._messages(messages), continued=True)
+        return self._template.render([wanted])[0].text
+
     def _messages(self, messages: Sequence[Mapping[str, Any]]) -> Messages:
         if not messages:
             raise BadRowError("empty", "there are no messages")
