@@ -19,6 +19,7 @@ from peft_jax.adapters.method import GradientFactors
 from peft_jax.core import Path as TreePath
 from peft_jax.core import Tree, flatten, unflatten
 from peft_jax.data import AnyBatch, DataSettings, EvalData, LabelledBatch, build_data
+from peft_jax.data.examples import Example
 from peft_jax.generation import GenerationSettings, generate
 from peft_jax.hub import load_params
 from peft_jax.models import CausalLM, SequenceClassifier
@@ -26,6 +27,12 @@ from peft_jax.optim import component_values, make_optimizer
 from peft_jax.training import RunConfig, TrainState, TrainStep
 from peft_jax.training.blueprint import step_bytes
 from peft_jax.training.classification import classifier_outputs
+from peft_jax.training.evaluate import (
+    choice_log_likelihood,
+    choice_parts,
+    choice_rows,
+    preferred_answers,
+)
 from peft_jax.training.losses import chunked_token_scores
 from peft_jax.training.prepare import prepare
 from peft_jax.training.step import summed_loss
@@ -41,7 +48,8 @@ class Measured:
     Attributes:
       losses: float64 [n], each row's summed loss.
       targets: float64 [n], over how many targets it is summed.
-      measures: the recipe's own measures of all rows together.
+      measures: the recipe's own measures of all rows together, of an encoder's answers or of a
+        language model's likeliest choices; empty where the task names none.
     """
 
     losses: np.ndarray
@@ -121,10 +129,30 @@ class Bench:
         self._batches: dict[int, list[AnyBatch]] = {}
         self._programs: dict[str, Program] = {}
         self._evaluations: dict[str, Any] = {}
+        self._preferences: dict[str, Any] = {}
         self._factors: dict[tuple[int, int, int], dict[TreePath, GradientFactors]] = {}
         self._own: Any = None
+        self._check_metric()
+
+    def _check_metric(self) -> None:
+        """Raises ValueError unless the task's measure is one that its test rows have."""
+        metric, data = self.task.metric, self.held_out["test"]
+        examples = self._scored(data)
+        known = data.recipe.metrics([example.answer for example in examples], examples)
+        if metric and metric not in known:
+            names = ", ".join(known) or "none, since its answers are not of a few choices"
+            raise ValueError(
+                f"task {self.task.name!r}: metric is {metric!r}, but the measures of recipe"
+                f" {data.recipe.name!r} are {names}"
+            )
 
     # Data.
+
+    def _scored(self, data: EvalData) -> Sequence[Example]:
+        """The examples whose answers are measured: of a language model those with choices."""
+        if isinstance(self.model, SequenceClassifier):
+            return data.examples
+        return [example for example in data.examples if example.choices]
 
     def batches(self, seed: int) -> list[AnyBatch]:
         """The batches of all steps, the same for every arm."""
@@ -255,7 +283,37 @@ class Bench:
             recipe = data.recipe
             answers = [recipe.answer_of(float(x)) for x in outputs[0][there]]
             measures = recipe.metrics(answers, data.examples)
+        elif self.task.metric:
+            examples = self._scored(data)
+            answers = self._preferred(arm, config, frozen, adapter, which)
+            measures = data.recipe.metrics(answers, examples)
         return Measured(losses=losses[there], targets=targets[there], measures=measures)
+
+    def _preferred(
+        self,
+        arm: ArmSettings,
+        config: RunConfig,
+        frozen: Tree,
+        adapter: AdapterState,
+        which: str,
+    ) -> list[str]:
+        """The choices that a language model holds likeliest."""
+        assert isinstance(self.model, CausalLM)
+        model, spec, data = self.model, self.spec(config), self.held_out[which]
+        if arm.name not in self._preferences:
+            self._preferences[arm.name] = jax.jit(
+                lambda frozen, adapter, rows: choice_log_likelihood(
+                    model, spec.bind(frozen, adapter), rows
+                )
+            )
+        prefer = self._preferences[arm.name]
+        examples = self._scored(data)
+        rows = choice_rows(examples, data.encoder)
+        scores = [
+            prefer(frozen, adapter, jax.tree.map(jnp.asarray, part))
+            for part in choice_parts(rows, config.train.batch_size)
+        ]
+        return preferred_answers(np.concatenate(jax.device_get(scores)), examples)
 
     def forgetting(self, config: RunConfig, adapter: AdapterState) -> float | None:
         """How far the adapted model has gone from the base on text that the base is at home with.

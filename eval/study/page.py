@@ -39,7 +39,7 @@ class Entry:
     def loss(self) -> float:
         """The mean test loss over seeds; infinite where one diverged."""
         losses = [math.inf if cell["loss"] is None else cell["loss"] for cell in self.cells]
-        return mean_and_deviation(losses)[0]
+        return statistics.fmean(losses)
 
 
 Finished = dict[str, dict[str, Entry]]
@@ -107,6 +107,7 @@ def _draw(study: StudySettings, store: Store, finished: Finished, folder: Path) 
         task.title: finished[task.name][study.hybrid].cells
         for task in study.tasks
         if study.hybrid in finished[task.name]
+        and all(_has_layers(cell) for cell in finished[task.name][study.hybrid].cells)
     }
     pictures: dict[str, Any] = {}
     if methods:
@@ -117,6 +118,11 @@ def _draw(study: StudySettings, store: Store, finished: Finished, folder: Path) 
         draw_mixing(hybrid, folder / "lambda.png")
         pictures["lambda"] = "lambda.png"
     return pictures
+
+
+def _has_layers(cell: Cell) -> bool:
+    """Whether a run has a λ for each layer at every step."""
+    return not cell["diverged"] and "layers" in cell["steps"]["lambda"]
 
 
 def _seconds(study: StudySettings, store: Store, task: TaskSettings) -> dict[str, float]:
@@ -143,8 +149,9 @@ def _sections(
     done, total = count_finished(study, store), count_cells(study)
     state = "All" if done == total else f"**Not finished:** {done} of"
     yield f"{state} {total} cells are done." + _missing(study, finished)
-    yield "## Does the hybrid beat its better branch?"
-    yield _verdict(study, finished)
+    if study.hybrid:
+        yield "## Does the hybrid beat its better branch?"
+        yield _verdict(study, finished)
     yield "## Methods"
     for task in study.tasks:
         if rows := [e for e in finished[task.name].values() if not e.arm.ablation]:
@@ -154,8 +161,9 @@ def _sections(
     if "losses" in pictures:
         yield f"![Training loss]({pictures['losses']})"
         yield "The training loss against steps and against seconds, mean over seeds, smoothed."
-    yield "## The hybrid's parts"
-    yield _ablations(study, finished)
+    if study.hybrid:
+        yield "## The hybrid's parts"
+        yield _ablations(study, finished)
     if "lambda" in pictures:
         yield f"![λ by layer]({pictures['lambda']})"
         yield "λ of each layer over the steps, for the hybrid as it is by default."
@@ -240,16 +248,16 @@ def _methods(task: TaskSettings, entries: Sequence[Entry], seconds: dict[str, fl
     best = min(entry.loss for entry in entries)
     for entry in entries:
         cells = entry.cells
-        loss = _pm([cell["loss"] for cell in cells], 4)
+        loss = _pm(cells, [cell["loss"] for cell in cells], 4)
         row = [entry.arm.title, f"**{loss}**" if entry.loss == best else loss]
         if metric:
-            row.append(_pm([cell["measures"].get(task.metric) for cell in cells], 3))
+            row.append(_pm(cells, [cell["measures"].get(task.metric) for cell in cells], 3))
         row += [
             f"{entry.choice.rate:g}{'*' if entry.choice.at_edge else ''}",
             f"{cells[0]['trainable_parameters']:,}",
             f"{cells[0]['step_bytes'] / 2**20:.0f}",
             f"{seconds[entry.arm.name]:.3f}" if seconds else "not timed",
-            "" if cells[0]["forgetting"] is None else _pm([c["forgetting"] for c in cells], 3),
+            _pm(cells, [cell["forgetting"] for cell in cells], 3),
         ]
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
@@ -271,12 +279,15 @@ def _ablations(study: StudySettings, finished: Finished) -> str:
     if not tasks:
         return "Not known yet: the hybrid itself is not finished on any task."
     names = [arm.name for arm in study.arms if arm.ablation or arm.name in study.branches]
+    without = {task.name for task in tasks if _diverged(finished[task.name][study.hybrid])}
     lines = [
         f"| variant | {' | '.join(task.title for task in tasks)} |",
         f"| --- {'| ---: ' * len(tasks)}|",
     ]
     hybrids = [finished[task.name][study.hybrid] for task in tasks]
-    default = [f"{entry.loss:.4f}{_share(entry)}" for entry in hybrids]
+    default = [
+        "diverged" if _diverged(entry) else f"{entry.loss:.4f}{_share(entry)}" for entry in hybrids
+    ]
     lines.append(f"| {study.arm(study.hybrid).title}: loss | {' | '.join(default)} |")
     for name in names:
         row = []
@@ -285,8 +296,10 @@ def _ablations(study: StudySettings, finished: Finished) -> str:
             if name not in entries:
                 in_it = study.arm(name) in study.arms_of(task)
                 row.append("not done" if in_it else "")
-            elif any(cell["diverged"] for cell in entries[name].cells):
+            elif _diverged(entries[name]):
                 row.append("diverged")
+            elif task.name in without:
+                row.append(f"{entries[name].loss:.4f}, alone")
             else:
                 result = compare(entries[name].cells, entries[study.hybrid].cells)
                 sign = "**" if result.p < SIGNIFICANT else ""
@@ -300,6 +313,10 @@ def _ablations(study: StudySettings, finished: Finished) -> str:
         " seeds."
     )
     return "\n".join([head, "", *lines])
+
+
+def _diverged(entry: Entry) -> bool:
+    return any(cell["diverged"] for cell in entry.cells)
 
 
 def _share(entry: Entry) -> str:
@@ -321,7 +338,7 @@ def _protocol(study: StudySettings) -> str:
         length = f"{train.epochs:g} epochs" if train.steps is None else f"{train.steps} steps"
         rows.append(
             f"- {task.title}: {length} of {train.batch_size} rows of at most"
-            f" {train.max_length} tokens."
+            f" {train.max_length} tokens{_which_rows(task, study.arms[0])}."
             + "".join(
                 f" What is trained under `{component}` has the learning rate {rate:g} in all arms."
                 for component, rate in task.config.optimizer.learning_rates.items()
@@ -340,10 +357,37 @@ def _protocol(study: StudySettings) -> str:
     return "\n".join([text, "", *rows, "", f"Drawn up with {used}, on {device}."])
 
 
-def _pm(values: Sequence[float | None], digits: int) -> str:
-    """Mean ± deviation; what diverged says so."""
+def _which_rows(task: TaskSettings, arm: ArmSettings) -> str:
+    """Says which training rows a task's seeds have, where it uses some of them."""
+    data = task.run_config(arm, learning_rate=1.0, seed=0).data
+    if data.train_rows is None:
+        return ""
+    whose = "others for each seed" if data.train_rows_by_seed else "the same for all seeds"
+    return f", from {data.train_rows:,} training rows, {whose}"
+
+
+def _pm(cells: Sequence[Cell], values: Sequence[float | None], digits: int) -> str:
+    """Returns mean ± deviation over cells, or why values are not there.
+
+    Example:
+      >>> fine, gone = {"diverged": False}, {"diverged": True}
+      >>> _pm([fine, fine], [1.0, 3.0], 1)
+      '2.0 ± 1.4'
+      >>> _pm([fine, gone], [1.0, None], 1), _pm([gone], [None], 1)
+      ('1 diverged', 'diverged')
+      >>> _pm([fine, fine], [None, None], 1), _pm([fine, fine], [1.0, None], 1)
+      ('not measured', '1 not measured')
+    """
     numbers = [value for value in values if value is not None]
-    if len(numbers) < len(values):
-        return "diverged" if not numbers else f"{len(values) - len(numbers)} diverged"
-    mean, deviation = mean_and_deviation(numbers)
-    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+    if len(numbers) == len(values):
+        mean, deviation = mean_and_deviation(numbers)
+        return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+    counts = {"diverged": 0, "not measured": 0}
+    for cell, value in zip(cells, values, strict=True):
+        if value is None:
+            counts["diverged" if cell["diverged"] else "not measured"] += 1
+    return ", ".join(
+        reason if count == len(values) else f"{count} {reason}"
+        for reason, count in counts.items()
+        if count
+    )

@@ -140,7 +140,7 @@ class StudySettings:
       title: on the page.
       tasks: what is learnt.
       arms: what is compared.
-      hybrid: the arm whose claim is tested.
+      hybrid: the arm whose claim is tested; empty for a study that compares methods and has none.
       branches: the arms of the hybrid's branches alone; the better of them is its measure.
       tune_seed: of the runs that learning rates are chosen by; not among `seeds`.
       seeds: of the runs that are measured.
@@ -154,8 +154,8 @@ class StudySettings:
     title: str
     tasks: tuple[TaskSettings, ...]
     arms: tuple[ArmSettings, ...]
-    hybrid: str
-    branches: tuple[str, ...]
+    hybrid: str = ""
+    branches: tuple[str, ...] = ()
     tune_seed: int = 0
     seeds: tuple[int, ...] = (1, 2, 3)
     about: tuple[str, ...] = ()
@@ -171,8 +171,7 @@ class StudySettings:
         for task in self.tasks:
             for arm in self.arms:
                 task.rotation_rate(arm)
-        for name in (self.hybrid, *self.branches):
-            self.arm(name)
+        self._check_hybrid()
         for task in self.tasks:
             for name in task.arms:
                 self.arm(name)
@@ -180,6 +179,28 @@ class StudySettings:
             raise ValueError(f"tune_seed {self.tune_seed} is among the seeds {self.seeds}")
         if len(self.seeds) < 2:
             raise ValueError("a standard deviation needs at least two seeds")
+
+    def _check_hybrid(self) -> None:
+        for name in self.branches:
+            self.arm(name)
+        if not self.hybrid:
+            ablations = [arm.name for arm in self.arms if arm.ablation]
+            if self.branches or ablations:
+                raise ValueError(
+                    f"hybrid names no arm, but branches is {self.branches} and the ablations are"
+                    f" {ablations}: name the hybrid they belong to, or leave them out"
+                )
+            return
+        method = self.arm(self.hybrid).method.get("name")
+        if method != "hybrid":
+            raise ValueError(
+                f"hybrid is the arm {self.hybrid!r}, whose method is {method!r}; it must be an arm"
+                " of the method 'hybrid', or empty for a study without one"
+            )
+        if not self.branches:
+            raise ValueError(
+                f"branches is empty: name the arms that the hybrid {self.hybrid!r} is measured by"
+            )
 
     def arms_of(self, task: TaskSettings) -> tuple[ArmSettings, ...]:
         """The arms that are run on a task."""

@@ -1,7 +1,7 @@
 """Measuring on held-out data: the loss, and for classifications which label the model prefers."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -122,38 +122,24 @@ class Evaluator:
             "targets": int(targets),
         }
         if self._choices:
-            preferred = self._preferred(frozen, adapter, stop)
-            if preferred is None:
+            scores = self._scores(frozen, adapter, stop)
+            if scores is None:
                 return None
-            measured |= self._score(preferred)
+            answers = preferred_answers(scores, self._choices)
+            measured |= self._data.recipe.metrics(answers, self._choices)
         return measured
 
-    def _preferred(
+    def _scores(
         self, frozen: Tree, adapter: AdapterState, stop: Callable[[], bool]
-    ) -> list[int] | None:
-        """The index of the likeliest choice of each example."""
+    ) -> np.ndarray | None:
+        """The log-likelihood of each choice of each example; None when stopped."""
         rows = choice_rows(self._choices, self._data.encoder)
-        size = self._microbatch_size
         scores = []
-        for start in range(0, len(rows.tokens), size):
+        for part in choice_parts(rows, self._microbatch_size):
             if stop():
                 return None
-            part = jax.tree.map(lambda x, at=start: _filled(x[at : at + size], size), rows)
             scores.append(self._preference(frozen, adapter, self._placement.put(part)))
-        flat = np.concatenate([np.asarray(score) for score in jax.device_get(scores)])
-        preferred, at = [], 0
-        for example in self._choices:
-            preferred.append(int(np.argmax(flat[at : at + len(example.choices)])))
-            at += len(example.choices)
-        return preferred
-
-    def _score(self, preferred: Sequence[int]) -> dict[str, float]:
-        """What the recipe measures, taking the preferred choices for answers."""
-        answers = [
-            example.choices[index].strip()
-            for example, index in zip(self._choices, preferred, strict=True)
-        ]
-        return self._data.recipe.metrics(answers, self._choices)
+        return np.concatenate([np.asarray(score) for score in jax.device_get(scores)])
 
 
 AnyEvaluator = Evaluator | ClassifierEvaluator
@@ -247,6 +233,29 @@ def choice_rows(examples: Sequence[Example], encoder: Any) -> ChoiceRows:
     return ChoiceRows(
         tokens=tokens, segment_ids=segment_ids, before=before, targets=targets, mask=mask
     )
+
+
+def choice_parts(rows: ChoiceRows, size: int) -> Iterator[ChoiceRows]:
+    """Yields rows a fixed number at a time; the last part is filled up with zeros."""
+    for start in range(0, len(rows.tokens), size):
+        yield jax.tree.map(lambda x, at=start: _filled(x[at : at + size], size), rows)
+
+
+def preferred_answers(
+    scores: Float[np.ndarray, " choices"], examples: Sequence[Example]
+) -> list[str]:
+    """Returns the likeliest choice of each example.
+
+    Args:
+      scores: Log-likelihood of each row of `choice_rows`; what follows is padding.
+      examples: The examples that the rows were made of.
+    """
+    answers, at = [], 0
+    for example in examples:
+        best = int(np.argmax(scores[at : at + len(example.choices)]))
+        answers.append(example.choices[best].strip())
+        at += len(example.choices)
+    return answers
 
 
 def _filled(rows: np.ndarray, count: int) -> np.ndarray:

@@ -423,6 +423,146 @@ def test_a_task_may_have_some_of_the_arms(study, finished, tmp_path):
         dataclasses.replace(study, tasks=(dataclasses.replace(few, arms=("lo",)),))
 
 
+def test_a_measure_that_was_not_taken_is_not_one_that_diverged(study, finished, tmp_path):
+    store, _ = finished
+    task = dataclasses.replace(study.tasks[0], metric="accuracy")
+    text = write_page(dataclasses.replace(study, tasks=(task,)), store, tmp_path).read_text()
+    assert "| method | test loss | accuracy |" in text
+    assert text.count("not measured") == 3
+    assert "diverged" not in text
+
+
+def test_a_study_needs_no_hybrid(study, finished, tmp_path):
+    store, _ = finished
+    plain = dataclasses.replace(study, arms=study.arms[:2], hybrid="", branches=())
+    text = write_page(plain, store, tmp_path).read_text()
+    assert "All 8 cells are done." in text
+    assert "hybrid" not in text
+    assert "(losses.png)" in text
+    for settings, message in (
+        ({"hybrid": ""}, "hybrid names no arm, but branches is"),
+        ({"hybrid": "low"}, "is the arm 'low', whose method is 'lora_ga'"),
+        ({"branches": ()}, "branches is empty"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(study, **settings)
+
+
+def test_a_page_is_written_of_a_hybrid_that_diverged(study, finished, tmp_path):
+    """In one of its seeds, after some steps; and in all."""
+    store, _ = finished
+    (task,) = study.tasks
+    changed = Store(tmp_path)
+    for arm in study.arms:
+        for final, seeds in ((False, (0,)), (True, (1, 2))):
+            for seed in seeds:
+                for rate in task.rates(arm):
+                    place = {"learning_rate": rate, "seed": seed, "final": final}
+                    cell = store.read(task, arm, **place)
+                    if cell is not None:
+                        changed.write(task, arm, cell, final=final)
+    hybrid = study.arm("both")
+    entry = collect(study, store)["words"]["both"]
+    for cell in entry.cells:
+        steps = cell["steps"]
+        gone = {
+            **cell,
+            "diverged": True,
+            "loss": None,
+            "row_losses": [None] * len(cell["row_losses"]),
+            "forgetting": None,
+            "steps": {
+                **steps,
+                "grad_norm": steps["grad_norm"][:2],
+                "lambda": {"layers": steps["lambda"]["layers"][:2]},
+            },
+        }
+        changed.write(task, hybrid, gone, final=True)
+        text = write_page(study, changed, tmp_path / "page").read_text()
+        assert "diverged" in text
+        assert "Not known yet: no task has the hybrid" in text
+        assert "(lambda.png)" not in text
+    row = next(line for line in text.splitlines() if line.startswith("| both | "))
+    assert row.count("diverged") == 2
+
+
+@pytest.fixture(scope="module")
+def labelled(study, tmp_path_factory):
+    """A task of two labels for the same language model."""
+    folder = tmp_path_factory.mktemp("labelled")
+    generator = np.random.default_rng(1)
+    for name, count in (("train", 40), ("test", 9)):
+        lines = ["sentence\tlabel"]
+        for at in generator.integers(0, len(WORDS), count):
+            lines.append(f"{WORDS[at]} {WORDS[(at + 3) % len(WORDS)]}\t{at % 2}")
+        (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+    config = ConfigDict(study.tasks[0].config.to_dict())
+    config.data.recipe = "sst2"
+    config.data.path = str(folder)
+    config.data.prompt_template = "{sentence}"
+    config.data.completion_template = " {label}"
+    config.data.label_words = ("w0 w1", "w2")
+    config.data.hold_out = 8
+    config.train.max_length = 8
+    return dataclasses.replace(study.tasks[0], config=config, metric="accuracy")
+
+
+def test_a_language_models_labels_are_measured(study, labelled):
+    """Against whole logits, a choice at a time."""
+    arm = study.arm("both")
+    bench = Bench(labelled, arm)
+    config = labelled.run_config(arm, learning_rate=1e-2, seed=1)
+    adapter = bench.initialise(config)
+    noisy = jax.tree.map(
+        lambda x: x + 0.3 * jax.random.normal(jax.random.key(2), x.shape), adapter.trainable
+    )
+    adapter = dataclasses.replace(adapter, trainable=noisy)
+    measured = bench.measure(arm, config, adapter, "test")
+    merged = bench.spec(config).merge(bench.params(1), adapter)
+    data = bench.held_out["test"]
+    right = []
+    for example in data.examples:
+        prompt = data.encoder.prompt_ids(example)
+        scores = []
+        for choice in data.encoder.choice_ids(example):
+            ids = np.concatenate([prompt, choice])
+            logits = np.asarray(bench.model(merged, jax.numpy.asarray(ids[None, :-1])), np.float64)[
+                0
+            ]
+            logs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+            scores.append(sum(logs[at - 1, ids[at]] for at in range(len(prompt), len(ids))))
+        right.append(int(np.argmax(scores)) == example.label)
+    assert len(right) == 9
+    assert 0 < sum(right) < 9
+    assert measured.measures["accuracy"] == pytest.approx(np.mean(right))
+
+
+def test_a_measure_that_there_is_none_of_is_refused_before_anything_is_trained(study, labelled):
+    with pytest.raises(ValueError, match=r"metric is 'acuracy', but the measures .* accuracy"):
+        Bench(dataclasses.replace(labelled, metric="acuracy"), study.arms[0])
+    with pytest.raises(ValueError, match=r"metric is 'accuracy', but .* are none"):
+        Bench(dataclasses.replace(study.tasks[0], metric="accuracy"), study.arms[0])
+
+
+@pytest.mark.parametrize("by_seed", [False, True])
+def test_seeds_can_have_rows_of_their_own(study, tmp_path, by_seed):
+    task = study.tasks[0]
+    config = ConfigDict(task.config.to_dict())
+    config.data.train_rows = 12
+    config.data.train_rows_by_seed = by_seed
+    config.train.steps = 3
+    task = dataclasses.replace(task, config=config)
+    bench = Bench(task, study.arms[0])
+    rows = {
+        seed: sorted(row.tobytes() for batch in bench.batches(seed) for row in batch.tokens)
+        for seed in study.seeds
+    }
+    assert (rows[1] != rows[2]) == by_seed
+    text = write_page(dataclasses.replace(study, tasks=(task,)), Store(tmp_path), tmp_path)
+    whose = "others for each seed" if by_seed else "the same for all seeds"
+    assert f"from 12 training rows, {whose}." in text.read_text()
+
+
 def test_settings_that_would_not_be_fair_are_refused(study):
     task = study.tasks[0]
     with pytest.raises(ValueError, match="as large"):
