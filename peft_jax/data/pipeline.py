@@ -37,6 +37,8 @@ _ROWS_LOOKED_AT = 64
 _READ_FOR_ONE_ENCODED = 10
 """So many times the rows that the check encodes are read by it: reading takes far less time."""
 
+_HELD_OUT = "held-out rows"
+
 _UNKNOWN, _LEFT_OUT, _USED, _TRUNCATED = range(4)
 """What became of a row."""
 
@@ -520,6 +522,8 @@ def _describe_none_left(bad_rows: BadRows, total: int) -> str:
     advice = "No row is left."
     if TOO_LONG in bad_rows.counts:
         advice += " Raise train.max_length, or set data.too_long to truncate or split."
+    if bad_rows.what == _HELD_OUT:
+        advice += " To train without measuring on held-out rows, set data.hold_out=0."
     return f"{bad_rows.describe(total)}\n{advice}"
 
 
@@ -558,7 +562,7 @@ class EvalData(Sequence[AnyBatch]):
         self.recipe = reader.recipe
         self.files = table.files
         self.encoder: Any = reader.encoder
-        self.bad_rows = BadRows("held-out rows")
+        self.bad_rows = BadRows(_HELD_OUT)
         self.examples: list[Example] = []
         self._batch_size = batch_size
         sequences: list[Any] = []

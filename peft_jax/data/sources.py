@@ -14,7 +14,7 @@ from peft_jax.core import did_you_mean
 from peft_jax.data.files import is_data_file, missing_file_message, split_of
 from peft_jax.data.recipes.base import HubHome, Recipe
 from peft_jax.data.settings import DataSettings
-from peft_jax.data.tables import AlignedTable, ArrowTable, LanguagesTable, Row, Table
+from peft_jax.data.tables import AlignedTable, ArrowTable, LanguagesTable, SelectedTable, Table
 from peft_jax.data.totals import Origin
 
 _AUTOMATIC_SHARE = 0.05
@@ -38,46 +38,6 @@ class Sources:
     held_out: Table | None
     train_origin: Origin
     held_out_origin: Origin
-
-
-class SelectedTable:
-    """Some rows of another table.
-
-    The rows that others hold out are skipped by arithmetic, so nothing is held for those that stay.
-    """
-
-    def __init__(self, table: Table, rows: np.ndarray, *, without: bool = False):
-        """Selects.
-
-        Args:
-          table: the rows to select from.
-          rows: int64 [n], sorted indices without repetition.
-          without: select all rows but these.
-        """
-        self.name = table.name
-        self.files = table.files
-        self._table = table
-        self._rows = rows
-        self._without = without
-        # Row i of those that stay is i plus the number of left-out rows before it.
-        self._stays_before = rows - np.arange(len(rows))
-
-    def __len__(self) -> int:
-        """How many rows are selected."""
-        return len(self._table) - len(self._rows) if self._without else len(self._rows)
-
-    def __getitem__(self, index: int) -> Row:
-        """One row."""
-        return self._table[self._original(index)]
-
-    def where(self, index: int) -> str:
-        """As the table itself says."""
-        return self._table.where(self._original(index))
-
-    def _original(self, index: int) -> int:
-        if self._without:
-            return index + int(np.searchsorted(self._stays_before, index, side="right"))
-        return int(self._rows[index])
 
 
 def open_sources(settings: DataSettings, recipe: Recipe, *, seed: int = 0) -> Sources:
@@ -196,7 +156,9 @@ def _open_languages(
                 )
             table = splits[split]()
             joined = one.joinable(table)
-            if joined is table and (both := files & {*table.files}):
+            # Rows that were chosen by what they say of their language are not the same ones.
+            whole = joined is table and not isinstance(table, SelectedTable)
+            if whole and (both := files & {*table.files}):
                 raise ValueError(
                     f"{sorted(both)[0]} is of no one language by its name, so it would be read once"
                     " for each of several; give a folder with a file for each language, or one"

@@ -211,6 +211,46 @@ class LanguagesTable(JoinedTable):
         self.parts = tuple(parts)
 
 
+class SelectedTable:
+    """Some rows of another table.
+
+    The rows that others hold out are skipped by arithmetic, so nothing is held for those that stay.
+    """
+
+    def __init__(self, table: Table, rows: np.ndarray, *, without: bool = False):
+        """Selects.
+
+        Args:
+          table: the rows to select from.
+          rows: int64 [n], sorted indices without repetition.
+          without: select all rows but these.
+        """
+        self.name = table.name
+        self.files = table.files
+        self._table = table
+        self._rows = rows
+        self._without = without
+        # Row i of those that stay is i plus the number of left-out rows before it.
+        self._stays_before = rows - np.arange(len(rows))
+
+    def __len__(self) -> int:
+        """How many rows are selected."""
+        return len(self._table) - len(self._rows) if self._without else len(self._rows)
+
+    def __getitem__(self, index: int) -> Row:
+        """One row."""
+        return self._table[self._original(index)]
+
+    def where(self, index: int) -> str:
+        """As the table itself says."""
+        return self._table.where(self._original(index))
+
+    def _original(self, index: int) -> int:
+        if self._without:
+            return index + int(np.searchsorted(self._stays_before, index, side="right"))
+        return int(self._rows[index])
+
+
 class AlignedTable:
     """Rows that are spread over several tables, the same row of each belonging together."""
 

@@ -96,7 +96,8 @@ def describe_data(job: Job) -> str:
     lines = [job.train.totals.describe(), job.held_out.totals.describe()]
     passes = job.train.passes(job.steps)
     kind = "packed rows" if job.train.packing else "rows"
-    length = f"{job.steps:,} steps of {train.batch_size:,} {kind}"
+    steps = "1 step" if job.steps == 1 else f"{job.steps:,} steps"
+    length = f"{steps} of {train.batch_size:,} {kind}"
     if passes is None:
         lines.append(f"{length}; the number of passes is not known, since no row was checked")
     else:

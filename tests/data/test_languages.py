@@ -1,11 +1,13 @@
 """Several languages in one run: which rows there are, how they are read, and what is held out."""
 
 import collections
+import contextlib
 import json
 
 import pytest
 
 from peft_jax.data import DataSettings, build_data
+from peft_jax.data.bad_rows import BadRowError
 from peft_jax.data.recipes import get_recipe
 from peft_jax.data.sources import open_sources
 
@@ -76,6 +78,27 @@ def test_what_is_held_out_is_held_out_in_every_language(xnli, hold_out, each):
 def test_languages_that_are_not_there(xnli, changes, message):
     with pytest.raises(ValueError, match=message):
         sources(xnli, "xnli", **changes)
+
+
+def test_rows_that_say_their_language_are_chosen_by_it(tmp_path):
+    """The published files hold all languages, with a column that says which."""
+    lines = ["language\tgold_label\tsentence1\tsentence2"]
+    lines += [f"{code}\tneutral\t{code} {n}\t{n}" for code in ("ar", "en", "fr") for n in range(4)]
+    lines.insert(3, "a line of one column")
+    (tmp_path / "xnli.dev.tsv").write_text("\n".join(lines))
+    for path in (tmp_path, tmp_path / "xnli.dev.tsv"):
+        for language in ("fr", "ar,fr"):
+            found, recipe = sources(path, "xnli", language=language, hold_out=0)
+            rows = []
+            for index in range(len(found.train)):
+                # The broken line stays, to be counted.
+                with contextlib.suppress(BadRowError):
+                    rows.append(recipe.example(found.train[index]).sentences[0])
+            assert rows == [f"{code} {n}" for code in language.split(",") for n in range(4)]
+        with pytest.raises(
+            ValueError, match=r"language is 'sw', and .* no row in it; .*ar, en, fr"
+        ):
+            sources(path, "xnli", language="sw")
 
 
 def test_a_file_of_no_language_is_not_read_twice(xnli):

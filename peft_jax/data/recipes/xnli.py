@@ -6,25 +6,36 @@ The prompt's own words and the labels' stay English in every language; `data.pro
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from peft_jax.core import did_you_mean
+from peft_jax.data.bad_rows import BadRowError, as_bad_row
 from peft_jax.data.files import is_data_file, words_of
 from peft_jax.data.recipes.base import HubHome, Recipe
 from peft_jax.data.recipes.classification import Classification
 from peft_jax.data.recipes.glue import ENTAILMENT
 from peft_jax.data.settings import DataSettings, split_names
-from peft_jax.data.tables import Table
+from peft_jax.data.tables import SelectedTable, Table
 
 LANGUAGES = (
     "ar", "bg", "de", "el", "en", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi", "zh",
 )  # fmt: skip
 
+_ROWS_LOOKED_AT = 16
+"""So many rows tell whether a file's rows say their languages."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CrossLingualInference(Classification):
-    """Each language's files of a folder, or each language's subset of the hub's set."""
+    """Each language's files of a folder, or each language's subset of the hub's set.
+
+    Of a file whose rows have a column "language", as the published ones have, those in the wanted
+    language are taken.
+    """
 
     def languages(self, settings: DataSettings) -> tuple[tuple[Recipe, DataSettings], ...]:
         """The settings for each language in `data.language`."""
@@ -51,7 +62,19 @@ class CrossLingualInference(Classification):
                 f"data.language is {wanted!r}, and {folder} has no file in it"
                 f"{did_you_mean(wanted, there)}"
             )
-        return super().find_splits(folder, settings)
+        return {
+            split: functools.partial(_open_in_language, open_split, wanted)
+            for split, open_split in super().find_splits(folder, settings).items()
+        }
+
+    def open_file(self, path: Path, settings: DataSettings) -> Table:
+        """The rows of one local file that are in the wanted language.
+
+        Raises:
+          ValueError: the file says which language its rows are in, and none is in this one.
+        """
+        open_all = functools.partial(super().open_file, path, settings)
+        return _open_in_language(open_all, _language(settings))
 
     def hub_home(self, settings: DataSettings) -> HubHome:
         """The hub's set in the wanted language."""
@@ -61,6 +84,32 @@ class CrossLingualInference(Classification):
         """The other languages, whose files are passed over."""
         language = _language(settings)
         return tuple(other for other in LANGUAGES if other != language)
+
+
+def _open_in_language(open_all: Callable[[], Table], language: str) -> Table:
+    """The rows in a language; all of them where they do not say which they are in."""
+    table = open_all()
+    of_rows = [_language_of(table, index) for index in range(min(len(table), _ROWS_LOOKED_AT))]
+    if not any(of_rows):
+        return table
+    of_rows = [_language_of(table, index) for index in range(len(table))]
+    # Rows that cannot be read stay, to be counted with the others that cannot be used.
+    rows = [index for index, found in enumerate(of_rows) if found in ("", language)]
+    if language not in of_rows:
+        raise ValueError(
+            f"data.language is {language!r}, and {table.name} has no row in it"
+            f"{did_you_mean(language, set(filter(None, of_rows)))}"
+        )
+    return SelectedTable(table, np.array(rows, np.int64))
+
+
+def _language_of(table: Table, index: int) -> str:
+    """What a row says of its language; "" where it says nothing or cannot be read."""
+    try:
+        with as_bad_row():
+            return str(table[index].get("language") or "")
+    except BadRowError:
+        return ""
 
 
 def _language(settings: DataSettings) -> str:
