@@ -230,19 +230,21 @@ class EndpointJudge:
 class LocalJudge:
     """A judge that is a model of this library, asked through its chat template.
 
+    What it is asked about is the text of others: a control token in it is tokenized as the
+    characters that it is, so that no answer can end the judge's turn or begin one.
+
     Args:
       loaded: the model.
       name: the name that a score is quoted with.
 
     Raises:
-      ValueError: its tokenizer has no chat template.
+      ValueError: its tokenizer has no chat template, or cannot split control tokens.
     """
 
     workers = 1
 
     def __init__(self, loaded: Loaded, name: str):
-        if not loaded.tokenizer.chat_template:
-            raise ValueError(f"the judge {name} has no chat template to be asked through")
+        check_judge_tokenizer(loaded.tokenizer, name)
         self.name = name
         self._loaded = loaded
 
@@ -270,6 +272,18 @@ class LocalJudge:
         except ValueError as error:
             raise JudgeError(str(error)) from error
         return Judgment(found.texts[0])
+
+
+def check_judge_tokenizer(tokenizer: Any, name: str) -> None:
+    """Raises ValueError unless a tokenizer can ask a local judge."""
+    if not tokenizer.chat_template:
+        raise ValueError(f"the judge {name} has no chat template to be asked through")
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"the judge {name} has the tokenizer {type(tokenizer).__name__}, which cannot keep"
+            " control tokens out of the text it judges: give a judge with a fast tokenizer"
+            " (tokenizer.json)"
+        )
 
 
 def _content(response: Any) -> str:

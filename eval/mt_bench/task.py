@@ -21,6 +21,7 @@ from eval.mt_bench.judges import (
     JudgeError,
     LocalJudge,
     UnreadableAnswerError,
+    check_judge_tokenizer,
 )
 from eval.mt_bench.rating import find_rating
 from eval.mt_bench.requests import JudgeRequest, estimate, judge_requests
@@ -117,8 +118,7 @@ class MTBenchSettings:
             )
         if self.judge.startswith(_LOCAL):
             folder = find_folder(self.judge.removeprefix(_LOCAL))
-            if not load_tokenizer(folder).chat_template:
-                raise ValueError(f"the judge {folder} has no chat template to be asked through")
+            check_judge_tokenizer(load_tokenizer(folder), str(folder))
             return lambda: LocalJudge(load_for_generation(folder), folder.resolve().name)
         judge = EndpointJudge(
             url=self.judge,
