@@ -9,6 +9,8 @@ import contextlib
 import json
 import math
 import os
+import socket
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -23,6 +25,13 @@ Record = dict[str, Any]
 
 TRAIN = "train"
 HELD_OUT = "held_out"
+
+_FLUSH_SECONDS = 30.0
+"""The most that TensorBoard lags behind, unless steps take longer."""
+
+_POSITIVE_BINS = 1e-12 * 1.1 ** np.arange(774)
+_HISTOGRAM_BINS = np.concatenate([-_POSITIVE_BINS[::-1], [0.0], _POSITIVE_BINS])
+"""TensorBoard's own bins: from 1e-12 to 1e20 in steps of a tenth, and as many below zero."""
 
 
 @runtime_checkable
@@ -196,6 +205,9 @@ def _leaves(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 class TensorBoard:
     """Records as TensorBoard events: numbers, and lists by layer as their mean and a histogram.
 
+    Events are written as they come. tensorboardX's own writer hands them to a thread, which dies
+    on a full disk, and the run then waits for it forever.
+
     Args:
       folder: where the event files go.
       from_step: the step a run goes on from; TensorBoard hides what was written later.
@@ -203,24 +215,42 @@ class TensorBoard:
 
     def __init__(self, folder: Path, *, from_step: int | None = None):
         # Imported here: only runs that write events pay for it.
-        from tensorboardX import SummaryWriter
+        from tensorboardX.proto import event_pb2
+        from tensorboardX.record_writer import RecordWriter
 
-        purge = None if from_step is None else from_step + 1
-        self._writer = SummaryWriter(str(folder), purge_step=purge)
+        self._event: Any = event_pb2.Event
+        self._flushed = -math.inf  # so that the first record can be seen at once
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+        self._file = RecordWriter(str(folder / name))
+        self._add(file_version="brain.Event:2")
+        if from_step is not None:
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._add(step=from_step + 1, session_log=start)
 
     def write(self, record: Record) -> None:
         """Writes one record as events."""
+        from tensorboardX import summary
+
         plain_record = plain(record)
         for name, value in scalars(plain_record):
-            self._writer.add_scalar(name, value, record["step"])
+            self._add(step=record["step"], summary=summary.scalar(name, value))
         for name, value in _leaves(plain_record):
             if isinstance(value, list) and None not in value:
                 tag = f"{record['split']}/{name}/by_layer"
-                self._writer.add_histogram(tag, np.asarray(value), record["step"])
+                histogram = summary.histogram(tag, np.asarray(value), _HISTOGRAM_BINS)
+                self._add(step=record["step"], summary=histogram)
+        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self._file.flush()
+            self._flushed = time.monotonic()
 
     def close(self) -> None:
-        """Flushes the event file."""
-        self._writer.close()
+        """Closes the event file."""
+        self._file.close()
+
+    def _add(self, **content: Any) -> None:
+        event = self._event(wall_time=time.time(), **content)
+        self._file.write(event.SerializeToString())
 
 
 class WeightsAndBiases:

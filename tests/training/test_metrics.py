@@ -1,7 +1,9 @@
 """Metrics: every step once, whatever happened to the process that wrote them."""
 
 import json
+import resource
 import sys
+import threading
 import types
 
 import numpy as np
@@ -92,6 +94,21 @@ def test_tensorboard_reads_back_what_was_logged(tmp_path):
     assert values["train/loss"] == (7, 0.25)
     assert values["train/lambda/layers"] == (7, 0.5)
     assert "train/lambda/layers/by_layer" in values
+
+
+def test_events_on_a_full_disk_end_the_run_and_stop_no_thread(tmp_path):
+    threads = threading.active_count()
+    sink = TensorBoard(tmp_path, from_step=4)
+    assert threading.active_count() == threads
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            sink.write(_record(7, loss=0.25))
+        with pytest.raises(OSError, match="File too large"):
+            sink.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
 def test_wandb_goes_on_with_the_same_run(tmp_path, monkeypatch):
