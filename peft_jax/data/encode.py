@@ -241,15 +241,18 @@ class Encoder:
         """
         if not pieces:
             return np.zeros(0, np.int32), np.zeros(0, bool)
-        if not self._fast:
+        if not self._fast or (len(pieces) == 1 and not plain):
             return self._tokenize_apart(pieces)
-        runs = [_Run(begin=0)]
-        for group in _groups(pieces):
+        groups = _groups(pieces)
+        # Where an answer ends its text, only its beginning is to be found.
+        located = any(len(group) > 1 for group in groups)
+        runs = [_Run(begin=0, located=located)]
+        for group in groups:
             run = runs[-1]
             longer = run.with_group(group, self._tokenize_run(run, group, plain))
             if not np.array_equal(longer.ids[: len(run.ids)], run.ids):
                 # A token would reach across the border, or the prompt alone has other tokens.
-                runs.append(_Run(begin=run.begin + len(run.text)))
+                runs.append(_Run(begin=run.begin + len(run.text), located=located))
                 longer = runs[-1].with_group(group, self._tokenize_run(runs[-1], group, plain))
             runs[-1] = longer
         return (
@@ -273,13 +276,15 @@ class Encoder:
         for start, stop, as_text in parts:
             if start < stop:
                 behind = run.begin + start > 0
-                found = self._tokenize_part(text[start:stop], behind=behind, as_text=as_text)
+                found = self._tokenize_part(
+                    text[start:stop], behind=behind, as_text=as_text, located=run.located
+                )
                 ids.append(found[0])
                 starts.append(found[1] + start)
         return np.concatenate(ids), np.concatenate(starts)
 
     def _tokenize_part(
-        self, text: str, *, behind: bool, as_text: bool
+        self, text: str, *, behind: bool, as_text: bool, located: bool
     ) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of a text, int32 [n], and where they begin in it, int64 [n].
 
@@ -287,13 +292,15 @@ class Encoder:
           text: the text.
           behind: whether other text goes before it.
           as_text: whether it is a control token that is to be tokenised as its characters.
+          located: whether it matters where the tokens begin; it costs as much as they do.
 
         Raises:
           BadRowError: if the tokenizer has no other token for it than the control token.
         """
-        ids, starts = self._tokenize_with_starts(text, as_text=as_text)
+        how = {"as_text": as_text, "located": located}
+        ids, starts = self._tokenize_with_starts(text, **how)
         for anchor, alone in self._anchors.items() if behind else ():
-            joint, begins = self._tokenize_with_starts(anchor + text, as_text=as_text)
+            joint, begins = self._tokenize_with_starts(anchor + text, **how)
             if len(joint) > len(alone) and np.array_equal(joint[: len(alone)], alone):
                 ids, starts = joint[len(alone) :], begins[len(alone) :] - len(anchor)
                 break
@@ -301,20 +308,24 @@ class Encoder:
             if len(text) == 1:
                 raise BadRowError("control token", f"{text!r} has no other token than its own")
             # One that was added and is not special is found wherever it stands whole.
-            first = self._tokenize_part(text[:1], behind=behind, as_text=True)
-            rest = self._tokenize_part(text[1:], behind=True, as_text=True)
+            first = self._tokenize_part(text[:1], behind=behind, **how)
+            rest = self._tokenize_part(text[1:], behind=True, **how)
             return np.append(first[0], rest[0]), np.append(first[1], rest[1] + 1)
         return ids, starts
 
-    def _tokenize_with_starts(self, text: str, *, as_text: bool) -> tuple[np.ndarray, np.ndarray]:
+    def _tokenize_with_starts(
+        self, text: str, *, as_text: bool, located: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
         encoded = self.tokenizer(
             text,
             add_special_tokens=False,
-            return_offsets_mapping=True,
+            return_offsets_mapping=located,
             **({"split_special_tokens": True} if as_text else {}),
         )
-        offsets = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)
-        return np.array(encoded["input_ids"], np.int32), offsets[:, 0]
+        ids = np.array(encoded["input_ids"], np.int32)
+        if not located:
+            return ids, np.zeros(len(ids), np.int64)
+        return ids, np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)[:, 0]
 
     def _tokenize_apart(self, pieces: Sequence[Piece]) -> tuple[np.ndarray, np.ndarray]:
         """Each piece's tokens by themselves, one after the other."""
@@ -343,13 +354,15 @@ class _Run:
 
     Attributes:
       begin: how many characters go before it.
+      located: whether it matters where tokens begin.
       pieces: the pieces.
       ids: int32 [n], their tokens.
-      starts: int64 [n], the first character of each.
+      starts: int64 [n], the first character of each, where it matters.
       answers: by piece, how many tokens go before it where it is an answer.
     """
 
     begin: int
+    located: bool
     pieces: tuple[Piece, ...] = ()
     ids: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
     starts: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))

@@ -118,7 +118,8 @@ def _make_encoder(
     settings: DataSettings, recipe: Recipe, tokenizer: Any, max_length: int
 ) -> Encoder:
     renderer = None
-    if settings.chat or settings.chat_template or settings.system_prompt:
+    asked = settings.chat or settings.chat_template or settings.system_prompt
+    if asked or recipe.makes_conversations:
         renderer = ChatRenderer(
             tokenizer,
             chat_template=settings.chat_template,

@@ -22,6 +22,9 @@ from typing import Any
 from peft_jax.data.bad_rows import BadRowError
 from peft_jax.data.examples import Span
 
+OVER_BOUNDS = ("Endless", "MemoryError", "Killed")
+"""The kinds of errors of a template that goes over a bound, or is ended by the system."""
+
 _SECONDS = 2.0
 """The most computing time for one text, which usually takes less than a millisecond."""
 
@@ -66,16 +69,14 @@ class TemplateError(BadRowError):
     """A template refuses a conversation or fails on it.
 
     Attributes:
-      kind: the name of what it raised; "TemplateError" is a refusal of its own, "Endless" and
-        "MemoryError" are bounds that it went over.
+      kind: the name of what it raised; "TemplateError" is a refusal of its own.
     """
 
     def __init__(self, kind: str, message: str):
         message = " ".join(message.split())
-        # What a template itself refuses it says in words of its own.
-        super().__init__(
-            "chat template", message if kind == "TemplateError" else f"{kind}: {message}"
-        )
+        # What a template itself refuses, and what it is ended for, is said in words.
+        is_told = kind in ("TemplateError", *OVER_BOUNDS)
+        super().__init__("chat template", message if is_told else f"{kind}: {message}")
         self.kind = kind
 
 

@@ -9,7 +9,7 @@ import jinja2
 
 from peft_jax.data.bad_rows import BadRowError
 from peft_jax.data.control_tokens import ControlTokens
-from peft_jax.data.render import Rendered, TemplateError, Wanted, render
+from peft_jax.data.render import OVER_BOUNDS, Rendered, TemplateError, Wanted, render
 
 Messages = list[dict[str, Any]]
 """Messages, or tools, as `apply_chat_template` takes them."""
@@ -19,9 +19,6 @@ _SHORTEST: Messages = [
     {"role": "assistant", "content": "Hello"},
 ]
 """What a template is tried on."""
-
-_OVER_BOUNDS = ("Endless", "MemoryError")
-"""How a template fails that takes too much."""
 
 _NEVER_LOADED = ("include", "import", "from", "extends")
 """Jinja's statements that load another template; a chat template has none to load."""
@@ -72,7 +69,7 @@ class ChatTemplate:
         try:
             render(source, [Wanted(messages=_SHORTEST)], variables=self._variables)
         except TemplateError as error:
-            if error.kind in ("TemplateSyntaxError", "TemplateAssertionError", *_OVER_BOUNDS):
+            if error.kind in ("TemplateSyntaxError", "TemplateAssertionError", *OVER_BOUNDS):
                 raise ValueError(f"{self._origin}, which cannot be used: {error.detail}") from None
         self._marks_turns[source] = marks_turns
 

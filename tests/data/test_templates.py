@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from peft_jax.data import DataSettings, build_data
 from peft_jax.data import render as render_module
 from peft_jax.data.bad_rows import BadRowError
 from peft_jax.data.chat import ChatRenderer
@@ -93,7 +94,7 @@ def test_a_template_among_named_ones_is_chosen_as_transformers_does(tokenizer):
         ("{% if x %}", "TemplateSyntaxError: Unexpected end of template"),
         (
             "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-            "Endless",
+            "it does not end",
         ),
         ("{{ 10 ** (10 ** 10) }}", "does not end within 0.2 s"),
         ("{{ 'a' * 10 ** 11 }}", "takes more than 1024 MiB"),
@@ -117,7 +118,7 @@ def test_a_template_that_cannot_be_used_is_refused_by_name(
         ("{{ m.content + 3 }}", "TypeError: can only concatenate str"),
         ("{{ m.content.nothing.at_all }}", "UndefinedError: "),
         ("{% for i in range(10 ** 10) %}{% endfor %}", "OverflowError: Range too big"),
-        ("{% set x = (9 + m.content | length) ** (10 ** 10) %}", "Endless: it does not end"),
+        ("{% set x = (9 + m.content | length) ** (10 ** 10) %}", "chat template: it does not end"),
         ("{{ m.content * 20000000 }}", "writes 20,000,013"),
     ],
 )
@@ -199,3 +200,25 @@ def test_a_process_that_is_killed_is_a_bad_row():
     with pytest.raises(TemplateError, match="SIGKILL"):
         render("a", [Wanted(messages=MESSAGES)])
     assert render("a", [Wanted(messages=MESSAGES)])[0].text == "a"
+
+
+def test_a_run_is_refused_for_its_template_and_not_for_each_row(tokenizer, tmp_path, impatient):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "Hi", "completion": "Yo"}\n' * 50)
+    before = tokenizer.chat_template
+    loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    try:
+        for template, message in ((None, "no chat template"), (loops, "it does not end within")):
+            tokenizer.chat_template = template
+            began = time.monotonic()
+            with pytest.raises(ValueError, match=message):
+                build_data(
+                    DataSettings(recipe="chat", path=str(path), on_bad_row="skip"),
+                    tokenizer,
+                    batch_size=1,
+                    max_length=99,
+                    seed=0,
+                )
+            assert time.monotonic() - began < 10
+    finally:
+        tokenizer.chat_template = before

@@ -70,6 +70,9 @@ class Recipe:
     templated: ClassVar[bool] = True
     """Whether the recipe's prompt and completion are templates that settings may replace."""
 
+    makes_conversations: ClassVar[bool] = False
+    """Whether the recipe's rows need a chat template."""
+
     def configured(self, settings: DataSettings) -> "Recipe":
         """The recipe with what the settings replace.
 

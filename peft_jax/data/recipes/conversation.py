@@ -33,6 +33,7 @@ class Chat(Recipe):
     """
 
     templated: ClassVar[bool] = False
+    makes_conversations: ClassVar[bool] = True
 
     def example(self, row: Row) -> Conversation:
         """The row's conversation.
