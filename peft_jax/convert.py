@@ -6,6 +6,9 @@ What it makes is given as `model.path` in place of the checkpoint. Every host th
 of each kernel that its devices hold, and nothing else. The command takes a few hundred MiB of
 memory, whatever the model's size; the same command again goes on where it was stopped.
 
+The weights keep their dtype, so that no number is changed. --dtype=bfloat16 rounds those of a
+float32 checkpoint, and says so.
+
 Exit codes: 0 done; 1 failed; 2 refused; 130 stopped by Ctrl-C. docs/exit_codes.md says more.
 """
 
@@ -13,20 +16,27 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from pathlib import Path as FilePath
 
 from peft_jax import exits
 from peft_jax.arguments import Arguments
-from peft_jax.core import flatten
+from peft_jax.core import Path, flatten
 from peft_jax.hub import find_folder, read_config
+from peft_jax.hub.adapter_base import base_digest
 from peft_jax.hub.checkpoint import INDEX, open_checkpoint
 from peft_jax.hub.converted import check_place, convert, is_converted, local_folder
 from peft_jax.hub.fetch import FETCHED
+from peft_jax.hub.leaves import LeafSource, StoredLeaf
 from peft_jax.hub.load import open_sources
 from peft_jax.models import build_model
 
-_DTYPES = ("bfloat16", "float32")
+_DTYPES: Mapping[str, frozenset[str]] = {
+    "bfloat16": frozenset({"BF16"}),
+    "float16": frozenset({"F16"}),
+    "float32": frozenset({"BF16", "F16", "F32"}),
+}
+"""What can be written, and which of safetensors' dtypes it holds without rounding."""
 
 
 @exits.command("peft_jax.convert", stopped="stopped; the same command goes on from here")
@@ -38,20 +48,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def convert_checkpoint(
-    model: str, out: str, *, dtype: str = "bfloat16", revision: str | None = None
+    model: str, out: str, *, dtype: str | None = None, revision: str | None = None
 ) -> None:
     """Converts a checkpoint; see the module.
 
     Args:
       model: a folder with safetensors, or a name on the Hugging Face hub.
       out: "gs://…", "s3://…", "file://…" or a folder.
-      dtype: of what is written.
+      dtype: of what is written, "bfloat16", "float16" or "float32"; None: the narrowest of them
+        that holds the checkpoint's numbers as they are, or float32.
       revision: a branch, tag or commit on the hub.
 
     Raises:
       ValueError: the checkpoint cannot be read, or the place holds something else.
     """
-    given, place = Path(model).expanduser(), local_folder(out)
+    given, place = FilePath(model).expanduser(), local_folder(out)
     if place is not None and given.is_dir() and given.resolve() == place.resolve():
         raise ValueError(f"{out} is the checkpoint itself: give another place")
     # Before the checkpoint is fetched, which may take hours.
@@ -61,6 +72,14 @@ def convert_checkpoint(
         raise ValueError(f"{model} is a converted checkpoint already")
     lm = build_model(read_config(folder))
     leaves = open_sources(folder, lm)
+    stored = _stored_dtypes(leaves)
+    dtype = dtype or next((name for name, held in _DTYPES.items() if stored <= held), "float32")
+    exact = stored <= _DTYPES[dtype]
+    if not exact:
+        print(
+            f"the weights are {', '.join(sorted(stored))} and are rounded to {dtype}"
+            + ("" if dtype == "float32" else "; --dtype=float32 rounds less")
+        )
     convert(
         out,
         small_files=_small_files(folder),
@@ -68,18 +87,29 @@ def convert_checkpoint(
         shapes={path: leaf.shape for path, leaf in flatten(lm.abstract_params()).items()},
         dtype=dtype,
         identity=_identity(folder),
+        weights=base_digest(folder) if exact else None,
         say=print,
     )
 
 
-def _small_files(folder: Path) -> dict[str, bytes]:
+def _stored_dtypes(leaves: Mapping[Path, LeafSource]) -> set[str]:
+    """The dtypes of what the leaves are read from, by safetensors' names."""
+    return {
+        tensor.dtype
+        for leaf in leaves.values()
+        if isinstance(leaf, StoredLeaf)
+        for tensor in leaf.tensors
+    }
+
+
+def _small_files(folder: FilePath) -> dict[str, bytes]:
     """The configuration and the tokenizer, as the hub's checkpoints keep them."""
     patterns = [pattern for pattern in FETCHED if not pattern.endswith(".safetensors")]
     files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
     return {file.name: file.read_bytes() for file in files if file.name != INDEX}
 
 
-def _identity(folder: Path) -> str:
+def _identity(folder: FilePath) -> str:
     """What a conversion has read: every tensor's name, dtype, shape and place."""
     tensors = [
         (name, tensor.dtype, tensor.shape, tensor.file.name, tensor.start)
@@ -92,8 +122,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = Arguments("peft_jax.convert", usage="python -m peft_jax.convert", description=__doc__)
     parser.add_argument("model", help="a folder with safetensors, or a name on the hub")
     parser.add_argument("out", help="gs://bucket/folder, s3://bucket/folder, or a folder")
-    parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="of what is written")
-    parser.add_argument("--revision", default=None, help="a branch, tag or commit on the hub")
+    parser.add_argument(
+        "--dtype", choices=_DTYPES, help="of what is written; by default as the checkpoint has it"
+    )
+    parser.add_argument(
+        "--revision", help="a branch, tag or commit on the hub; by default the newest commit"
+    )
     return parser
 
 

@@ -14,6 +14,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import shutil
 import urllib.parse
@@ -30,10 +31,12 @@ from peft_jax.hub.finite import check_finite
 from peft_jax.hub.leaves import LeafSource, Ranges
 from peft_jax.models import Model
 
+_log = logging.getLogger(__name__)
+
 MANIFEST = "peft_jax_checkpoint.json"
 
 WEIGHTS = "weights"
-"""The manifest's key for the digest of the weights that a conversion has read and kept."""
+"""The manifest's key for the digest of the weights that were converted; null if rounded."""
 
 _VERSION = 1
 _ARRAYS = "arrays/"
@@ -106,6 +109,7 @@ def convert(
     dtype: str,
     identity: str,
     say: Callable[[str], None],
+    weights: str | None = None,
 ) -> None:
     """Writes a converted checkpoint; a piece at a time, and going on where it was stopped.
 
@@ -118,6 +122,7 @@ def convert(
       identity: what the checkpoint is read from; a conversion of something else is not gone on
         with.
       say: told of the progress.
+      weights: the digest of the weights, where no number is rounded.
 
     Raises:
       ValueError: another conversion was begun at the location, or it holds something else.
@@ -164,6 +169,7 @@ def convert(
         "version": _VERSION,
         "source": identity,
         "dtype": dtype,
+        WEIGHTS: weights,
         "arrays": {join_path(path): list(shape) for path, shape in shapes.items()},
         "files": sorted(small_files),
     }
@@ -234,6 +240,27 @@ def open_converted(folder: FilePath, model: Model) -> dict[Path, LeafSource]:
             )
         sources[path] = ConvertedLeaf(location, name)
     return sources
+
+
+def warn_of_dtype(folder: FilePath, dtype: np.dtype) -> None:
+    """Warns where a checkpoint is loaded in float32 and was converted to something narrower.
+
+    Args:
+      folder: what `is_converted` says yes to.
+      dtype: what it is loaded in.
+    """
+    manifest = read_json_object(folder / MANIFEST)
+    held = manifest.get("dtype")
+    if dtype != np.float32 or held == "float32":
+        return
+    location = manifest.get("location") or folder
+    if manifest.get(WEIGHTS) is not None:
+        why = f"its source is {held} too: {held} takes half the memory for the same numbers"
+    elif WEIGHTS in manifest:
+        why = "its source was wider, and was rounded when it was converted"
+    else:
+        why = "if its source was wider, it was rounded when it was converted"
+    _log.warning("%s holds %s and is loaded in float32: %s", location, held, why)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 
 from peft_jax.core import Path, Tree, did_you_mean, flatten, is_stacked, unflatten
 from peft_jax.hub.checkpoint import Checkpoint, open_checkpoint, read_config
-from peft_jax.hub.converted import is_converted, open_converted
+from peft_jax.hub.converted import is_converted, open_converted, warn_of_dtype
 from peft_jax.hub.fetch import find_folder
 from peft_jax.hub.leaves import LeafSource, StoredLeaf
 from peft_jax.hub.place import place
@@ -134,6 +134,8 @@ def load_params(
     else:
         shardings = flatten(sharding)
     _check_memory(shapes, shardings, dtype)
+    if is_converted(folder):
+        warn_of_dtype(folder, jnp.dtype(dtype))
     sources = open_sources(folder, model, new_head=head_key is not None)
     drawn: dict[Path, jax.Array] = {}
     if head_key is not None:

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from peft_jax import convert as command
 from peft_jax.core import flatten
 from peft_jax.hub import converted, find_folder, load_model, save_model
+from peft_jax.hub.adapter_base import base_digest
 from peft_jax.models import build_model, quantise_params
 
 CONFIG = {
@@ -110,8 +111,39 @@ def test_what_is_there_is_not_overwritten(saved, tmp_path, capsys):
     assert "holds another checkpoint" in capsys.readouterr().err
     assert command.main([str(tmp_path), str(tmp_path / "twice")]) == 2
     assert "is a converted checkpoint already" in capsys.readouterr().err
-    assert command.main([str(folder), str(tmp_path), "--dtype=float32"]) == 2
-    assert "holds this checkpoint in bfloat16, and not in float32" in capsys.readouterr().err
+    assert command.main([str(folder), str(tmp_path), "--dtype=bfloat16"]) == 2
+    assert "holds this checkpoint in float32, and not in bfloat16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
+def test_the_dtype_is_kept_by_default(stored, tmp_path, capsys, caplog):
+    model = build_model(CONFIG)
+    params = model.init_params(jax.random.key(0), stored if stored != "float16" else "float32")
+    params = jax.tree.map(lambda leaf: leaf.astype(stored), params)
+    save_model(tmp_path / "source", model, params)
+    assert command.main([str(tmp_path / "source"), str(tmp_path / "out")]) == 0
+    assert "rounded" not in capsys.readouterr().out
+    manifest = json.loads((tmp_path / "out" / converted.MANIFEST).read_text())
+    assert manifest["dtype"] == stored
+    _, loaded = load_model(tmp_path / "out")
+    assert_same(loaded, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params))
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == (stored != "float32")
+    assert all(f"holds {stored} and is loaded in float32" in message for message in messages)
+    # The weights are the same, whichever form they are in.
+    assert base_digest(tmp_path / "out") == base_digest(tmp_path / "source")
+
+
+def test_rounding_is_said_and_a_float32_run_over_it_is_warned_of(saved, tmp_path, capsys, caplog):
+    folder, _ = saved
+    assert command.main([str(folder), str(tmp_path), "--dtype=bfloat16"]) == 0
+    assert "the weights are F32 and are rounded to bfloat16" in capsys.readouterr().out
+    load_model(tmp_path, dtype=jnp.bfloat16)
+    assert not caplog.records
+    load_model(tmp_path)
+    (record,) = caplog.records
+    assert "its source was wider, and was rounded" in record.getMessage()
+    assert base_digest(tmp_path) is None
 
 
 def test_an_occupied_place_is_left_alone(saved, tmp_path):
