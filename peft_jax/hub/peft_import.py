@@ -7,9 +7,11 @@ stacked is refused.
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from pathlib import Path as FilePath
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.adapters import BOFT, AdapterSpec, LoRA
@@ -17,6 +19,7 @@ from peft_jax.adapters.names import matches_name
 from peft_jax.core import Path, Tree, flatten, is_stacked, join_path
 from peft_jax.core.patterns import compile_pattern
 from peft_jax.hub.adapter_arrays import listing, modules_of, read_tensor
+from peft_jax.hub.load import open_sources
 from peft_jax.hub.peft_config import HEAD
 from peft_jax.hub.peft_forms import BOFT_NAMES, LORA_NAMES
 from peft_jax.hub.peft_names import PEFT_PREFIX
@@ -85,7 +88,8 @@ def without_base_copies(
     Args:
       stored: the tensors of an adapter of PEFT's.
       model: the base.
-      params: its parameters; of abstract ones only shapes are compared.
+      params: its parameters; in place of abstract ones the base's files are read, where it is known
+        which they are.
       what: what the adapter is called in messages.
 
     Raises:
@@ -100,13 +104,24 @@ def without_base_copies(
     }
     for name in stored.keys() & copies.keys():
         path, layer = copies[name]
-        if not _is_copy(stored[name], leaves[path], layer if is_stacked(path) else None):
+        leaf = leaves[path]
+        if not isinstance(leaf, jax.Array) and model.origin:
+            leaf = _read_leaf(model, path, leaf)
+        if not _is_copy(stored[name], leaf, layer if is_stacked(path) else None):
             raise ValueError(
                 f"{what} comes with {name}, which is not the base's {join_path(path)}: it was made"
                 " on other weights. Load the base it was made on, or merge the adapter in PEFT and"
                 " load the result"
             )
     return {name: tensor for name, tensor in stored.items() if name not in copies}
+
+
+def _read_leaf(model: Model, path: Path, leaf: Any) -> jax.Array:
+    """A leaf of the base from its files, in the dtype that it is wanted in."""
+    whole = np.empty(leaf.shape, leaf.dtype)
+    source = open_sources(FilePath(model.origin), model)[path]
+    source.read_into(whole, tuple((0, size) for size in leaf.shape))
+    return jnp.asarray(whole)
 
 
 def _is_copy(tensor: StoredTensor, leaf: Any, layer: int | None) -> bool:

@@ -279,11 +279,12 @@ class LoggingSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportSettings:
-    """What the result is written as, beside `adapter/`.
+    """What the result is written as.
 
     Attributes:
-      merged: also as a whole model in Hugging Face's format, in `model/`. None: only where the
-        whole model is what was trained, by the method "full".
+      merged: beside `adapter/` also as a whole model in Hugging Face's format and in `model.dtype`,
+        in `model/`. None: only where the whole model is what was trained, by the method "full",
+        whose weights are then in `model/` alone.
     """
 
     merged: bool | None = None

@@ -1,6 +1,5 @@
-"""The result of a run as files for others: the adapter, and the whole model where asked for."""
+"""The result of a run as files for others: the adapter, or the whole model, or both."""
 
-import dataclasses
 import shutil
 
 import jax
@@ -18,7 +17,7 @@ _GENERATION_CONFIG = "generation_config.json"
 
 
 def export_results(job: Job, folder: WorkDir, frozen: Tree, adapter: AdapterState) -> None:
-    """Writes `adapter/`, and `model/` where asked for, each with the tokenizer.
+    """Writes `adapter/` and `model/`, whichever the run leaves, each with the tokenizer.
 
     Args:
       job: what the run was made of.
@@ -26,20 +25,12 @@ def export_results(job: Job, folder: WorkDir, frozen: Tree, adapter: AdapterStat
       frozen: the base's parameters, without those that are trained themselves.
       adapter: the adapter's arrays; every process has to call this with its part of them.
     """
-    everywhere = jax.NamedSharding(job.mesh, jax.P())
-    whole = jax.jit(lambda arrays: arrays, out_shardings=everywhere)(adapter)
-    if jax.process_index() != 0:
-        return
-    settings = job.config.model
-    model = job.model
-    if settings.weights == "checkpoint":
-        model = dataclasses.replace(model, origin=str(job.folder))
-    save_adapter(
-        folder.adapter, model, job.spec, whole, settings.path, quantization=settings.quantization
-    )
-    job.tokenizer.save_pretrained(folder.adapter)
-    remove_unfinished(folder.adapter)  # the work directory is this run's alone
-    if exports_model(job.config):
+    if exports_adapter(job.config):
+        everywhere = jax.NamedSharding(job.mesh, jax.P())
+        whole = jax.jit(lambda arrays: arrays, out_shardings=everywhere)(adapter)
+        if jax.process_index() == 0:
+            _export_adapter(job, folder, whole)
+    if exports_model(job.config) and jax.process_index() == 0:
         _export_model(job, folder, frozen, adapter)
 
 
@@ -49,6 +40,32 @@ def exports_model(config: RunConfig) -> bool:
     if merged is None:
         merged = isinstance(config.method.method, Full) and jax.process_count() == 1
     return merged
+
+
+def exports_adapter(config: RunConfig) -> bool:
+    """Whether a run leaves an adapter; full weights are in the whole model, and written once."""
+    return not (isinstance(config.method.method, Full) and exports_model(config))
+
+
+def exported(config: RunConfig) -> tuple[str, ...]:
+    """The names of the folders that a run leaves, the one to load first."""
+    present = {"model": exports_model(config), "adapter": exports_adapter(config)}
+    return tuple(name for name, there in present.items() if there)
+
+
+def _export_adapter(job: Job, folder: WorkDir, adapter: AdapterState) -> None:
+    """The adapter, in a folder that is there when it is whole."""
+    settings = job.config.model
+    save_adapter(
+        folder.adapter,
+        job.model,
+        job.spec,
+        adapter,
+        settings.path,
+        quantization=settings.quantization,
+    )
+    job.tokenizer.save_pretrained(folder.adapter)
+    remove_unfinished(folder.adapter)  # the work directory is this run's alone
 
 
 def _export_model(job: Job, folder: WorkDir, frozen: Tree, adapter: AdapterState) -> None:

@@ -25,7 +25,12 @@ from peft_jax.training.config import RunConfig
 from peft_jax.training.cpu_memory import dispatch_inline, keep_freed_memory
 from peft_jax.training.errors import BadDataError, NonFiniteError, RefusedError, StorageError
 from peft_jax.training.evaluate import AnyEvaluator, make_evaluator
-from peft_jax.training.export import export_results, exports_model
+from peft_jax.training.export import (
+    export_results,
+    exported,
+    exports_adapter,
+    exports_model,
+)
 from peft_jax.training.files import locked, write_json
 from peft_jax.training.inbox import Inbox, Measured
 from peft_jax.training.inputs import Inputs, check_allowed, pin
@@ -137,7 +142,8 @@ def run(
 
 def _list_lost(folder: WorkDir, config: RunConfig) -> str:
     """The results of a finished run that are gone, for a message; empty where none is."""
-    return ", ".join(map(str, folder.lost_results(model=exports_model(config))))
+    lost = folder.lost_results(adapter=exports_adapter(config), model=exports_model(config))
+    return ", ".join(map(str, lost))
 
 
 def _say_finished(folder: WorkDir, reporter: Reporter) -> None:
@@ -562,9 +568,18 @@ class _Run:
         self._reporter.say(
             f"{summary['steps']} steps, {summary['seconds_per_step']:.3g} s a step, "
             f"{summary['tokens_per_second']:.4g} tokens/s, {_speed(summary)}\n"
-            f"adapter: {self._folder.adapter}\n"
+            f"{_list_results(self._config, self._folder)}\n"
             f"report:  {self._folder.report / 'README.md'}"
         )
+
+
+def _list_results(config: RunConfig, folder: WorkDir) -> str:
+    """What a run has left, and which of it to load."""
+    names = exported(config)
+    lines = [f"{name + ':':<8} {folder.path / name}" for name in names]
+    if "model" in names:
+        lines[0] += f" (the whole model in {config.model.dtype}: load this)"
+    return "\n".join(lines)
 
 
 def _speed(summary: dict[str, Any]) -> str:

@@ -85,6 +85,7 @@ def _prepare(config: RunConfig, say: Callable[[str], None], pinned: RunConfig) -
         check_architecture(config.model.architecture, model.config)
     new_head = False
     if config.model.weights == "checkpoint":
+        model = dataclasses.replace(model, origin=str(folder))
         is_classifier = isinstance(model, SequenceClassifier)
         found = open_sources(folder, model, new_head=is_classifier)
         if absent := sorted(".".join(path) for path in model.hf_names() if path not in found):
@@ -95,7 +96,8 @@ def _prepare(config: RunConfig, say: Callable[[str], None], pinned: RunConfig) -
     )
     _check_memory(blueprint)
 
-    tokenizer = load_tokenizer(folder)
+    # With the template that is trained with, which goes with the tokenizer into the results.
+    tokenizer = load_tokenizer(folder, chat_template=config.data.chat_template)
     _check_vocabulary(tokenizer, model, folder)
     _check_positions(config, model)
     context = model.hf_config.get("max_position_embeddings")

@@ -160,23 +160,45 @@ def _percent(share: float | None) -> str | None:
 
 
 def _usage(summary: Mapping[str, Any]) -> str:
-    return (
-        "`adapter/` holds the trained arrays as safetensors and their settings as JSON:\n\n"
-        "```python\n"
-        f"{_loading(summary)}"
-        'spec, adapter = load_adapter("adapter", model, params)\n'
-        "params = spec.bind(params, adapter)   # or spec.merge(params, adapter): plain arrays\n"
-        "```"
-    )
+    """How the result is loaded: the whole model where there is one, and the adapter."""
+    names = summary.get("exported") or ["adapter"]
+    parts = []
+    if "model" in names:
+        loader = "load_model" if summary.get("labels") is None else "load_classifier"
+        auto = (
+            "AutoModelForCausalLM"
+            if summary.get("labels") is None
+            else "AutoModelForSequenceClassification"
+        )
+        parts.append(
+            "`model/` holds the whole model, in Hugging Face's format, in"
+            f" {summary.get('model_dtype', 'the dtype of the base')}. Load it as any other:\n\n"
+            "```python\n"
+            f"from peft_jax.hub import {loader}\n\n"
+            f'model, params = {loader}("model")   # or transformers\' {auto}.from_pretrained\n'
+            "```"
+        )
+    if "adapter" in names:
+        parts.append(
+            "`adapter/` holds the trained arrays as safetensors and their settings as JSON:\n\n"
+            "```python\n"
+            f"{_loading(summary)}"
+            'spec, adapter = load_adapter("adapter", model, params)\n'
+            "params = spec.bind(params, adapter)   # or spec.merge(params, adapter): plain arrays\n"
+            "```"
+        )
+    return "\n\n".join(parts)
 
 
 def _loading(summary: Mapping[str, Any]) -> str:
-    """The lines that load the base."""
+    """The lines that load the base, as it was held while the adapter was trained."""
     labels = summary.get("labels")
     if labels is None:
+        quantization = summary.get("quantization", "none")
+        held = "" if quantization == "none" else f', quantization="{quantization}"'
         return (
             "from peft_jax.hub import load_adapter, load_model\n\n"
-            f'model, params = load_model("{summary["model"]}")\n'
+            f'model, params = load_model("{summary["model"]}"{held})\n'
         )
     return (
         "import jax\n\n"

@@ -111,11 +111,17 @@ def explain_schedule(optimizer: OptimizerSettings, *, before: int, steps: int, d
 
 def _check_nothing_lost(folder: WorkDir, *, finished: bool, warn: Callable[[str], None]) -> None:
     """Rejects a run from the first step that would overwrite results."""
-    if finished or folder.holds_adapter():
+    if finished or folder.holds_adapter() or folder.holds_model():
+        held = "an adapter" if folder.holds_adapter() else "a model"
+        start = (
+            f"--config.adapter.path={folder.adapter} starts from its adapter"
+            if folder.holds_adapter()
+            else f"--config.model.path={folder.model} starts from its model"
+        )
         raise RefusedError(
-            f"{folder.path} holds {'a finished run' if finished else 'an adapter'}, and no"
-            " checkpoint that it could be resumed from; nothing is overwritten: give another"
-            f" --workdir, where --config.adapter.path={folder.adapter} starts from its adapter"
+            f"{folder.path} holds {'a finished run' if finished else held}, and no checkpoint that"
+            " it could be resumed from; nothing is overwritten: give another --workdir, where"
+            f" {start}"
         )
     if folder.metrics.is_file() and folder.metrics.stat().st_size:
         warn(

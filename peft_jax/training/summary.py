@@ -12,6 +12,7 @@ import jax
 
 from peft_jax.models import SequenceClassifier
 from peft_jax.training.arithmetic import measure_utilization
+from peft_jax.training.export import exported
 from peft_jax.training.metrics import HELD_OUT, TRAIN, Record
 from peft_jax.training.prepare import Job
 
@@ -55,7 +56,8 @@ def summarize(
       model and its gradient take (padding included), and "utilization" its share of what the
       devices' makers state for bfloat16; None where that is not known. "data" has the totals of
       the rows, of those met so far where not all were checked before the first step, and the number
-      of passes over the training rows.
+      of passes over the training rows. "exported" names the folders with the result, the one to
+      load first.
     """
     steps = job.steps
     before, after = _measures(records, 0), _measures(records, steps)
@@ -83,6 +85,9 @@ def summarize(
         "step_memory_bytes": totals.step_bytes or None,
         "method": job.config.method.name,
         "model": job.config.model.path,
+        "model_dtype": job.config.model.dtype,
+        "quantization": job.config.model.quantization,
+        "exported": list(exported(job.config)),
         "recipe": job.config.data.recipe,
         "labels": job.model.num_labels if isinstance(job.model, SequenceClassifier) else None,
         "devices": [f"{device.device_kind} {device.id}" for device in jax.devices()],

@@ -5,7 +5,7 @@ inputs.json     its base and its data by content: commits on the hub, digests
 metrics.jsonl   what was measured, a line a record
 checkpoints/    to go on from
 tensorboard/    events, where asked for
-adapter/        the result
+adapter/        the result; where the whole model was trained, it is in model/ alone
 model/          the result as a whole model, where asked for
 summary.json    the result in numbers; the run is finished when it is there
 report/         the result as a page with pictures
@@ -203,15 +203,20 @@ class WorkDir:
             return False
         return isinstance(arrays, str) and (self.adapter / arrays).is_file()
 
-    def lost_results(self, *, model: bool) -> list[Path]:
+    def holds_model(self) -> bool:
+        """Whether there is a whole model; its configuration is written last."""
+        return (self.model / "config.json").is_file()
+
+    def lost_results(self, *, adapter: bool, model: bool) -> list[Path]:
         """What a finished run has left and is gone.
 
         Args:
+          adapter: whether the run leaves an adapter.
           model: whether the run leaves the whole model.
         """
         present = {
-            self.adapter: self.holds_adapter(),
-            self.model: not model or (self.model / "config.json").is_file(),
+            self.adapter: not adapter or self.holds_adapter(),
+            self.model: not model or self.holds_model(),
             self.report: (self.report / "README.md").is_file(),
         }
         return [path for path, there in present.items() if not there]
