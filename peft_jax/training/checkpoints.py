@@ -22,6 +22,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -412,11 +413,20 @@ class _OrbaxTracebacks(logging.Filter):
 
 @contextlib.contextmanager
 def _without_tracebacks() -> Iterator[None]:
-    """Keeps Orbax from logging tracebacks while the block lasts."""
+    """Keeps Orbax, and what it leaves running, from printing tracebacks while the block lasts."""
     held_back = _OrbaxTracebacks()
     logger = logging.getLogger("absl")
     logger.addFilter(held_back)
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        # After the first array that cannot be written, Orbax does not wait for the others.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
     try:
         yield
     finally:
+        sys.unraisablehook = before
         logger.removeFilter(held_back)
