@@ -272,8 +272,9 @@ def _open_arrow(load: Callable[[str], Any], path: Path) -> Table:
 
     try:
         return ArrowTable(load(str(path)), str(path), files=(path,))
-    # A footer or a schema that cannot be read is Arrow's error, what lies before it datasets' own.
-    except (pyarrow.ArrowException, DatasetsError) as error:
+    # A footer or a schema that cannot be read is Arrow's error, which may be a plain OSError; what
+    # lies before it is datasets' own.
+    except (pyarrow.ArrowException, DatasetsError, OSError) as error:
         raise ValueError(f"{path} cannot be read as {_format(path)[1:]}: {error}") from error
 
 

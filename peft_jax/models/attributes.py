@@ -221,4 +221,7 @@ def require(hf_config: Mapping[str, Any], name: str) -> Any:
 def given(hf_config: Mapping[str, Any], name: str, default: Any) -> Any:
     """The value of an attribute, or transformers' default where it is absent or null."""
     value = hf_config.get(name)
-    return default if value is None else value
+    if value is None:
+        return default
+    # JSON may write a number without its point.
+    return float(value) if isinstance(default, float) and isinstance(value, int) else value

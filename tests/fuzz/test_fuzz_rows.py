@@ -1,0 +1,130 @@
+"""Rows of data: each recipe in each format, with anything in the place of a field."""
+
+import csv
+import io
+import json
+
+import pytest
+from fuzzing import COUNTS, JUNK, fuzz, outcome
+from hypothesis import strategies as st
+
+from peft_jax.data import DataSettings, build_data
+
+ROWS = {
+    "alpaca": {"instruction": "Name a bird.", "input": "", "output": "A wren."},
+    "gsm8k": {"question": "What is 1 + 1?", "answer": "It is 2.\n#### 2"},
+    "chat": {
+        "messages": [
+            {"role": "user", "content": "Name a bird."},
+            {"role": "assistant", "content": "A wren."},
+        ]
+    },
+    "text": {"text": "A wren sang."},
+    "sst2": {"sentence": "a fine film", "label": 1},
+    "rte": {"sentence1": "A wren sang.", "sentence2": "A bird sang.", "label": "entailment"},
+}
+
+MESSAGE = st.one_of(
+    JUNK,
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "assistant", "system", "tool", "gpt", ""]) | JUNK},
+        optional={"content": st.text(max_size=9) | JUNK, "tool_calls": JUNK, "weight": JUNK},
+    ),
+)
+SURROGATE = st.sampled_from(["\ud800", "a\udfffb"])
+FIELDS = st.one_of(JUNK, SURROGATE, st.lists(MESSAGE, max_size=4))
+
+
+def encoded(rows, kind):
+    """A file's bytes; what a format cannot hold is text in it."""
+    if kind == "jsonl":
+        return "".join(json.dumps(row) + "\n" for row in rows).encode()
+    if kind == "json":
+        return json.dumps(rows).encode()
+    names = list(dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row))
+    stream = io.StringIO()
+    delimiter = "\t" if kind == "tsv" else ","
+    writer = csv.DictWriter(stream, names, delimiter=delimiter, extrasaction="ignore")
+    writer.writeheader()
+    for row in rows:
+        if isinstance(row, dict):
+            writer.writerow({k: str(v) for k, v in row.items()})
+    return stream.getvalue().encode("utf-8", "surrogatepass")
+
+
+@st.composite
+def cases(draw):
+    recipe = draw(st.sampled_from(sorted(ROWS)))
+    good = ROWS[recipe]
+    bad = draw(
+        st.one_of(
+            st.sampled_from(sorted(good)).flatmap(
+                lambda name: FIELDS.map(lambda value: {**good, name: value})
+            ),
+            st.sampled_from(sorted(good)).map(
+                lambda name: {k: v for k, v in good.items() if k != name}
+            ),
+            JUNK,
+            st.dictionaries(st.text(min_size=1, max_size=5), FIELDS, max_size=2),
+        )
+    )
+    kinds = ["jsonl", "json"] if recipe == "chat" else ["jsonl", "json", "csv", "tsv"]
+    return recipe, draw(st.sampled_from(kinds)), bad, draw(st.integers(0, 4))
+
+
+def load(path, recipe, tokenizer, on_bad_row, seen):
+    settings = DataSettings(
+        recipe=recipe, path=str(path), on_bad_row=on_bad_row, hold_out=0, packing=False
+    )
+    train, _ = build_data(settings, tokenizer, batch_size=2, max_length=64, seed=0)
+    try:
+        next(train)
+        seen.append(train.totals)
+        return train.totals
+    finally:
+        train.close()
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_a_bad_row_is_named_and_can_be_skipped(tokenizer, tmp_path, count):
+    def check(case):
+        recipe, kind, bad, at = case
+        rows = [dict(ROWS[recipe]) for _ in range(4)]
+        rows.insert(at, bad)
+        path = tmp_path / f"rows.{kind}"
+        path.write_bytes(encoded(rows, kind))
+        seen = []
+        _, strict = outcome(lambda: load(path, recipe, tokenizer, "error", seen), names=("rows.",))
+        totals, message = outcome(
+            lambda: load(path, recipe, tokenizer, "skip", seen), names=("rows.",)
+        )
+        if not message and not strict:
+            return
+        if strict and not message:
+            assert totals.left_out, f"{strict!r} is left out without a count"
+
+    fuzz(check, cases(), count=count)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_a_file_that_is_no_data_is_named(tokenizer, tmp_path, count):
+    good = {kind: encoded([ROWS["alpaca"]] * 3, kind) for kind in ("jsonl", "json", "csv", "tsv")}
+
+    def check(case):
+        kind, content = case
+        path = tmp_path / f"rows.{kind}"
+        path.write_bytes(content)
+        outcome(lambda: load(path, "alpaca", tokenizer, "error", []), names=("rows.",))
+
+    def broken(kind):
+        whole = good.get(kind, b"PAR1" + bytes(20))
+        return st.one_of(
+            st.binary(max_size=60),
+            st.integers(0, len(whole) - 1).map(lambda at: whole[:at]),
+            st.tuples(st.integers(0, len(whole) - 1), st.integers(0, 255)).map(
+                lambda pair: whole[: pair[0]] + bytes([pair[1]]) + whole[pair[0] + 1 :]
+            ),
+        ).map(lambda content: (kind, content))
+
+    kinds = ("jsonl", "json", "csv", "tsv", "parquet", "arrow", "jsonl.gz", "json.gz")
+    fuzz(check, st.one_of(*map(broken, kinds)), count=count)
