@@ -141,12 +141,16 @@ def _json_object(flag: str, text: str) -> dict[str, Any]:
       ValueError: something else.
     """
     try:
-        value = json.loads(text)
-    except ValueError as error:
+        value = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{flag} is no JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{flag} should be a JSON object, but is {text!r}")
     return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number that JSON has")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from eval.tasks.names import GLUE, SUITES, Wanted
@@ -58,9 +58,47 @@ class TaskResult:
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> "TaskResult":
-        """From what `to_mapping` gave."""
-        metrics = tuple(Metric(**metric) for metric in mapping["metrics"])
-        return cls(**{**mapping, "metrics": metrics})
+        """From what `to_mapping` gave.
+
+        Raises:
+          ValueError: it is of another form; what is wrong with it is named.
+        """
+        try:
+            metrics = tuple(Metric(**metric) for metric in mapping["metrics"])
+            found = cls(**{**mapping, "metrics": metrics})
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from error
+        records: tuple[TaskResult | Metric, ...] = (found, *metrics)
+        for record in records:
+            for field in dataclasses.fields(record):
+                value = getattr(record, field.name)
+                if not _FORMS[field.name](value):
+                    raise ValueError(f"{field.name} is {str(value)[:100]!r}, of a wrong type")
+        return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+_FORMS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("task", "suite", "name", "variant"), _is_text),
+    **dict.fromkeys(("rows", "rows_in_all"), _is_count),
+    **dict.fromkeys(("value", "seconds"), _is_number),
+    "standard_error": lambda value: value is None or _is_number(value),
+    "higher_is_better": lambda value: isinstance(value, bool),
+    "metrics": lambda value: isinstance(value, tuple),
+    "details": lambda value: isinstance(value, Mapping),
+}
+"""Tells of the value of each field whether it is of the field's type."""
 
 
 def averages(results: Sequence[TaskResult], wanted: Sequence[Wanted]) -> list[dict[str, Any]]:

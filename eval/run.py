@@ -1,7 +1,6 @@
 """One evaluation: tasks are built and checked, the model is loaded, and task after task done."""
 
 import dataclasses
-import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -12,6 +11,7 @@ import lm_eval.tasks
 from lm_eval.tasks import TaskManager
 
 from eval.harness import evaluate_task, metrics_of, quiet_harness, write_samples
+from eval.json_files import not_one, read_object
 from eval.loading import find_model, load
 from eval.model import HarnessModel, check_room, longest_text, new_tokens_of
 from eval.progress import Reporter
@@ -62,6 +62,13 @@ Maker = Callable[[Wanted, Path], Job]
 """Builds a task that is not the harness's, given where its files go."""
 
 
+_MOVE = "Move the folder away, or give another one with --output"
+_REMOVE = (
+    "Remove it and give the same command again: it is written anew from the answers in"
+    " responses.jsonl, or give another --output"
+)
+
+
 class OutputFolder:
     """The folder that an evaluation writes to.
 
@@ -86,7 +93,7 @@ class OutputFolder:
         """
         file = self.path / "identity.json"
         if file.is_file():
-            before = json.loads(file.read_text(encoding="utf-8"))
+            before = read_object(file, "what an evaluation notes of its model", _MOVE)
             differing = [
                 f"  {key}: {before.get(key)!r} there, {identity.get(key)!r} now"
                 for key in sorted({*before, *identity})
@@ -107,12 +114,23 @@ class OutputFolder:
         write_json(file, dict(identity))
 
     def read(self) -> dict[str, TaskResult]:
-        """The results so far, by task."""
+        """The results so far, by task.
+
+        Raises:
+          RefusedError: the file is cut off, or none of this command's.
+        """
         file = self.path / "results.json"
         if not file.is_file():
             return {}
-        content = json.loads(file.read_text(encoding="utf-8"))
-        results = map(TaskResult.from_mapping, content["tasks"])
+        what = "an evaluation's results"
+        content = read_object(file, what, _REMOVE)
+        tasks = content.get("tasks")
+        try:
+            if not isinstance(tasks, list) or not all(isinstance(task, dict) for task in tasks):
+                raise ValueError("it has no list of tasks")
+            results = [TaskResult.from_mapping(task) for task in tasks]
+        except ValueError as error:
+            raise not_one(file, what, error, _REMOVE) from error
         return {result.task: result for result in results}
 
     def write(self, results: Sequence[TaskResult], means: Sequence[Mapping[str, Any]]) -> None:
@@ -159,9 +177,9 @@ def run(
                 )
             _check_lengths(jobs, longest_text(files.context, settings.max_length))
             folder.claim({**files.identity(), **settings.identity()})
+            results = folder.read()
         except (ValueError, OSError) as error:
             raise RefusedError(str(error)) from error
-        results = folder.read()
         waiting = [job for job in jobs if not _done(job, results, reporter)]
         if waiting:
             try:
@@ -197,6 +215,7 @@ def _build(
     manager = _manager(settings.tasks)
     jobs: list[Job] = []
     missing: dict[str, list[str]] = {}
+    why: dict[str, MissingDataError] = {}
     for wanted in expand(settings.tasks, manager.all_tasks):
         if wanted.name in (HUMANEVAL, MT_BENCH):
             jobs.append(makers[wanted.name](wanted, folder.path))
@@ -208,11 +227,10 @@ def _build(
             if not wanted.suite:
                 raise
             missing.setdefault(wanted.suite, []).append(wanted.name)
-            if not any(job.wanted.suite == wanted.suite for job in jobs):
-                last_error = error
+            why.setdefault(wanted.suite, error)
     for suite, names in missing.items():
         if not any(job.wanted.suite == suite for job in jobs):
-            raise ValueError(f"{settings.data} has none of {suite}'s data: {last_error}")
+            raise ValueError(f"{settings.data} has none of {suite}'s data: {why[suite]}")
         reporter.warn(f"{settings.data} lacks data of {suite}, left out: {', '.join(names)}")
     return jobs
 

@@ -27,6 +27,10 @@ TEMPERATURES = {
 WITH_REFERENCE = ("math", "reasoning", "coding", "arena-hard-200")
 """The categories whose judge sees a reference answer; FastChat's `NEED_REF_CATS`."""
 
+_FIELDS = ("question", "answer", "question_1", "question_2", "answer_1", "answer_2")
+_REFERENCE_FIELDS = ("ref_answer_1", "ref_answer_2")
+"""What a judge's prompt is filled with."""
+
 _DEFAULT_TEMPERATURE = 0.7
 _TURNS = 2
 
@@ -112,7 +116,7 @@ def read_benchmark(folder: Path) -> Benchmark:
 
 def _question(row: dict[str, Any], where: str, references: dict[int, tuple[str, ...]]) -> Question:
     number, category, turns = (row.get(key) for key in ("question_id", "category", "turns"))
-    if not isinstance(number, int) or not isinstance(category, str):
+    if type(number) is not int or not isinstance(category, str):
         raise ValueError(f"{where}: a question has a question_id and a category")
     if not isinstance(turns, list) or len(turns) != _TURNS or not all(map(_is_text, turns)):
         raise ValueError(f"{where}: question {number} should have {_TURNS} turns of text")
@@ -137,13 +141,13 @@ def _read_references(folder: Path) -> dict[int, tuple[str, ...]]:
     for row, where in _rows(file):
         try:
             found[int(row["question_id"])] = tuple(map(str, row["choices"][0]["turns"]))
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{where}: not a reference answer of FastChat's form") from error
     return found
 
 
 def _read_prompts(file: Path) -> dict[tuple[bool, int], JudgePrompt]:
-    named = {row.get("name"): (row, where) for row, where in _rows(file)}
+    named = {str(row.get("name")): (row, where) for row, where in _rows(file)}
     prompts = {}
     for key, name in _PROMPTS.items():
         if name not in named:
@@ -153,7 +157,21 @@ def _read_prompts(file: Path) -> dict[tuple[bool, int], JudgePrompt]:
         if not all(map(_is_text, texts)):
             raise ValueError(f"{where}: {name!r} should have a system_prompt and a prompt_template")
         prompts[key] = JudgePrompt(name, str(texts[0]), str(texts[1]))
+        _check_template(prompts[key], key, where)
     return prompts
+
+
+def _check_template(prompt: JudgePrompt, key: tuple[bool, int], where: str) -> None:
+    """Raises ValueError unless a prompt's fields are those that it is filled with."""
+    with_reference, _ = key
+    known = {*_FIELDS, *(_REFERENCE_FIELDS if with_reference else ())}
+    try:
+        prompt.template.format_map(dict.fromkeys(known, ""))
+    except (LookupError, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{where}: the prompt_template of {prompt.name!r} cannot be filled"
+            f" ({type(error).__name__}: {error}); its fields are {', '.join(sorted(known))}"
+        ) from error
 
 
 def _rows(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
@@ -163,13 +181,13 @@ def _rows(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
             f"{file.parent} lacks {file.name}: copy FastChat's files there, from"
             " fastchat/llm_judge/data/mt_bench"
         )
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
         where = f"{file}:{number}"
         try:
-            row = json.loads(line)
-        except ValueError as error:
+            row = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: broken JSON: {error}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{where}: should be a JSON object")

@@ -20,6 +20,7 @@ from eval.sandbox.limits import SandboxLimits
 from eval.sandbox.programs import TestedProgram
 from eval.sandbox.standard_library import files_of
 from eval.sandbox.usage import memory_of_tree
+from peft_jax.training.errors import RefusedError
 
 Verdict = Literal["passed", "failed", "timeout", "memory", "output", "crashed"]
 """What came of a program: it came to its end; it raised, or left before; it took too long, too
@@ -63,7 +64,7 @@ assert resource.getrlimit(resource.RLIMIT_NPROC)[0] > 0, "its processes are not 
 """
 
 
-class IsolationError(Exception):
+class IsolationError(RefusedError):
     """Generated code cannot be kept apart on this machine; the message says why."""
 
 

@@ -6,11 +6,21 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from eval.json_files import not_one, read_object
 from eval.study.cell import Cell
 from eval.study.settings import ArmSettings, TaskSettings, digest
 from eval.study.source import agree, source_of
 from peft_jax.training.errors import RefusedError
 from peft_jax.training.files import locked, write_text
+
+_FIELDS = (
+    *("learning_rate", "seed", "diverged", "train_loss", "trainable_parameters", "step_bytes"),
+    *("loss", "measures"),
+)
+_FINAL_FIELDS = ("row_losses", "row_targets", "forgetting", "steps")
+"""What every cell holds, and what a measured one does besides."""
+
+_REMOVE = "Remove it and give the same command again: it is run anew"
 
 
 class Store:
@@ -46,10 +56,14 @@ class Store:
         file = self.path(task, arm, final=final, **place)
         if not file.is_file():
             return None
-        cell = json.loads(file.read_text(encoding="utf-8"))
+        cell = read_object(file, "a cell of a study", _REMOVE)
         wanted = digest(task.run_config(arm, **place), task)
-        if cell["digest"] != wanted or not agree(cell.get("source", {}), source_of(task)):
+        if cell.get("digest") != wanted or not agree(cell.get("source", {}), source_of(task)):
             return None
+        wanted_fields = {*_FIELDS, *(_FINAL_FIELDS if final else ())}
+        if missing := sorted(wanted_fields - cell.keys()):
+            error = ValueError(f"it lacks {', '.join(missing)}")
+            raise not_one(file, "a cell of a study", error, _REMOVE)
         return cell
 
     def write(self, task: TaskSettings, arm: ArmSettings, cell: Cell, *, final: bool) -> None:
@@ -70,8 +84,8 @@ class Store:
         file = self.timing_path(task)
         if not file.is_file():
             return None
-        timing = json.loads(file.read_text(encoding="utf-8"))
-        return timing["seconds"] if timing["digests"] == _digests(task, arms) else None
+        timing = read_object(file, "a study's timing", _REMOVE)
+        return timing["seconds"] if timing.get("digests") == _digests(task, arms) else None
 
     def write_timing(
         self, task: TaskSettings, arms: Sequence[ArmSettings], seconds: dict[str, list[float]]

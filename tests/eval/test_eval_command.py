@@ -66,7 +66,7 @@ def test_results_resumption_and_changes(
         (["--tasks=humaneval", "--pass_at="], "--pass_at should be whole numbers"),
         (["--tasks=humaneval", "--temperature=-1"], "temperature must be a finite number"),
         (["--tasks=humaneval", "--temperature=nan"], "temperature must be a finite number"),
-        (["--tasks=humaneval", "--code_seconds=inf"], "a day at most"),
+        (["--tasks=humaneval", "--code_seconds=1e6"], "a day at most"),
         (["--tasks=humaneval", "--code_memory_mib=100000000"], "must be at most 16777216"),
         (["--tasks=cola", "--limit=inf"], "limit must be a number of rows"),
         (["--tasks=cola,gsm8k", "--max_new_tokens=512"], "gsm8k: up to 512 new tokens"),

@@ -23,7 +23,7 @@ from eval.study.statistics import compare, holm, mean_and_deviation, sign_flip_p
 from eval.study.store import Store
 from eval.study.timing import ROUNDS
 from peft_jax.optim import MixingSettings, OptimizerSettings, make_optimizer
-from peft_jax.training import run
+from peft_jax.training import RefusedError, run
 from peft_jax.training.metrics import read_records
 
 WORDS = [f"w{number}" for number in range(20)]
@@ -594,3 +594,22 @@ def test_the_committed_study_is_well_formed():
             for arm in study.arms:
                 config = task.run_config(arm, learning_rate=task.rates(arm)[0], seed=1)
                 assert config.method.name == arm.method["name"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "5", "[" * 100_000])
+def test_a_cell_that_was_cut_off_is_refused_by_name(study, tmp_path, text):
+    store = Store(tmp_path)
+    (task,) = study.tasks
+    place = {"learning_rate": 1e-3, "seed": 0, "final": False}
+    file = store.path(task, study.arms[0], **place)
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    with pytest.raises(RefusedError, match=r"tune-0.001.json is not a cell of a study"):
+        store.read(task, study.arms[0], **place)
+    config = task.run_config(study.arms[0], learning_rate=1e-3, seed=0)
+    file.write_text(json.dumps({"digest": digest(config, task), "loss": 1.0}))
+    with pytest.raises(RefusedError, match=r"it lacks diverged, learning_rate, measures"):
+        store.read(task, study.arms[0], **place)
+    store.timing_path(task).write_text(text)
+    with pytest.raises(RefusedError, match=r"timing.json is not a study's timing"):
+        store.read_timing(task, study.arms)
