@@ -4,7 +4,8 @@ import collections
 import copy
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -39,6 +40,9 @@ _READ_FOR_ONE_ENCODED = 10
 
 _HELD_OUT = "held-out rows"
 
+_LONG_CHECK = 15.0
+"""Seconds after which the check says how long it takes."""
+
 _UNKNOWN, _LEFT_OUT, _USED, _TRUNCATED = range(4)
 """What became of a row."""
 
@@ -56,6 +60,7 @@ def build_data(
     max_length: int,
     seed: int,
     labelled: bool = False,
+    say: Callable[[str], None] = logging.info,
 ) -> tuple["TrainData", "EvalData"]:
     """The training stream and the held-out set of a run.
 
@@ -72,6 +77,7 @@ def build_data(
       labelled: rows for an encoder with a head: `LabelledBatch`es in place of `Batch`es, a text or
         pair of texts to a row (never packed), and long ones truncated where the settings say
         nothing else.
+      say: Told of a check that takes long.
 
     Returns:
       An endless iterator of `Batch`es of [batch_size, max_length] whose state can be taken and set;
@@ -110,6 +116,7 @@ def build_data(
         origin=sources.train_origin,
         batch_size=batch_size,
         seed=seed,
+        say=say,
     )
     return train, held_out
 
@@ -234,6 +241,7 @@ class TrainData(Iterator[AnyBatch]):
         origin: Origin,
         batch_size: int,
         seed: int,
+        say: Callable[[str], None],
     ):
         """Checks the rows and starts the stream; see `build_data` for the arguments."""
         self.bad_rows = BadRows("training rows")
@@ -242,6 +250,7 @@ class TrainData(Iterator[AnyBatch]):
         self._table = table
         self._reader = reader
         self._origin = origin
+        self._say = say
         self._settings = settings
         self._batch_size = batch_size
         self._became = np.full(len(table), _UNKNOWN, np.uint8)
@@ -423,7 +432,17 @@ class TrainData(Iterator[AnyBatch]):
         read = _spread(size, None if limit is None else limit * _READ_FOR_ONE_ENCODED)
         read = np.union1d(encoded, read)
         stops = False
-        for index, whole in zip(read.tolist(), np.isin(read, encoded).tolist(), strict=True):
+        began, is_told = time.monotonic(), False
+        pairs = zip(read.tolist(), np.isin(read, encoded).tolist(), strict=True)
+        for done, (index, whole) in enumerate(pairs):
+            spent = time.monotonic() - began
+            if spent > _LONG_CHECK and not is_told:
+                is_told = True
+                self._say(
+                    f"encoding {len(encoded):,} of {size:,} training rows before the first step"
+                    f" takes about {spent * len(read) / max(done, 1):,.0f} s; data.check_rows is"
+                    " another number of rows, and train.epochs takes all of them"
+                )
             positions: list[int] = []
             try:
                 if whole:

@@ -117,6 +117,7 @@ def _prepare(config: RunConfig, say: Callable[[str], None], pinned: RunConfig) -
         max_length=config.train.max_length,
         seed=config.seed,
         labelled=isinstance(model, SequenceClassifier),
+        say=say,
     )
     for warning in (*train.warnings, *held_out.warnings):
         say(warning)

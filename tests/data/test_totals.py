@@ -1,5 +1,6 @@
 """How many rows there are and are used, where they come from, and what is warned of."""
 
+import itertools
 import json
 
 import pytest
@@ -101,6 +102,22 @@ def test_rows_that_training_meets_are_added(tmp_path, tokenizer):
     for _ in range(20):
         next(train)
     assert (train.totals.checked, train.totals.used) == (20, 15)
+
+
+def test_a_long_check_says_how_long_it_takes(tmp_path, tokenizer, monkeypatch):
+    path = write(tmp_path / "rows.jsonl", 40)
+    settings = DataSettings(recipe="alpaca", path=str(path), hold_out=0, check_rows=3)
+    said = []
+    options = {"batch_size": 2, "max_length": 200, "seed": 0, "say": said.append}
+    build_data(settings, tokenizer, **options)
+    assert not said
+    clock = itertools.count()
+    monkeypatch.setattr("peft_jax.data.pipeline.time.monotonic", lambda: float(next(clock)))
+    build_data(settings, tokenizer, **options)
+    # Thirty rows are read, in a second each.
+    [message] = said
+    assert message.startswith("encoding 3 of 40 training rows before the first step takes about 3")
+    assert "data.check_rows" in message
 
 
 def test_bad_rows_that_are_only_read_do_not_change_the_shares(tmp_path, tokenizer):
