@@ -1,5 +1,129 @@
-"""Parameter-efficient fine-tuning of large language models in JAX and Flax."""
+"""Parameter-efficient fine-tuning of large language models in JAX and Flax.
+
+    import peft_jax as pj
+
+Models and checkpoints:
+  `load_model`, `load_classifier`, `build_model`, `save_model`, `ExecutionSettings`.
+Methods, each over one kernel:
+  `LoRA`, `LoRAGA`, `BOFT`, `Unitary`, `Hybrid`, `Full`.
+Adapters over a whole model:
+  `AdapterSpec` makes, binds and merges an `AdapterState`; `load_adapter`, `save_adapter`,
+  `export_merged`, `trainable_table`.
+Data:
+  `Batch`, `DataSettings`, `build_data`.
+Training in memory:
+  `Trainer`, with `Hooks`; `hybrid_mixing` and its `MixingSettings` are optax transformations.
+Training from settings, with a work directory:
+  `RunConfig`, `run`.
+Generation:
+  `generate`, `generate_text`, `GenerationSettings`.
+
+Names are imported when they are first used: `import peft_jax` itself imports nothing of JAX.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from peft_jax.version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from peft_jax.adapters import (
+        BOFT,
+        AdapterSpec,
+        AdapterState,
+        Full,
+        Hybrid,
+        LoRA,
+        LoRAGA,
+        Unitary,
+        trainable_table,
+    )
+    from peft_jax.data import Batch, DataSettings, build_data
+    from peft_jax.generation import GenerationSettings, generate, generate_text
+    from peft_jax.hub import (
+        export_merged,
+        load_adapter,
+        load_classifier,
+        load_model,
+        save_adapter,
+        save_model,
+    )
+    from peft_jax.models import ExecutionSettings, build_model
+    from peft_jax.optim import MixingSettings, hybrid_mixing
+    from peft_jax.training import Hooks, RunConfig, Trainer, run
+
+_HOMES = {
+    "adapters": (
+        "AdapterSpec",
+        "AdapterState",
+        "BOFT",
+        "Full",
+        "Hybrid",
+        "LoRA",
+        "LoRAGA",
+        "Unitary",
+        "trainable_table",
+    ),
+    "data": ("Batch", "DataSettings", "build_data"),
+    "generation": ("GenerationSettings", "generate", "generate_text"),
+    "hub": (
+        "export_merged",
+        "load_adapter",
+        "load_classifier",
+        "load_model",
+        "save_adapter",
+        "save_model",
+    ),
+    "models": ("ExecutionSettings", "build_model"),
+    "optim": ("MixingSettings", "hybrid_mixing"),
+    "training": ("Hooks", "RunConfig", "Trainer", "run"),
+}
+"""By subpackage, the names that are offered here."""
+
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "BOFT",
+    "AdapterSpec",
+    "AdapterState",
+    "Batch",
+    "DataSettings",
+    "ExecutionSettings",
+    "Full",
+    "GenerationSettings",
+    "Hooks",
+    "Hybrid",
+    "LoRA",
+    "LoRAGA",
+    "MixingSettings",
+    "RunConfig",
+    "Trainer",
+    "Unitary",
+    "__version__",
+    "build_data",
+    "build_model",
+    "export_merged",
+    "generate",
+    "generate_text",
+    "hybrid_mixing",
+    "load_adapter",
+    "load_classifier",
+    "load_model",
+    "run",
+    "save_adapter",
+    "save_model",
+    "trainable_table",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a name of the front door from its home."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

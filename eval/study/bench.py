@@ -25,7 +25,6 @@ from peft_jax.hub import load_params
 from peft_jax.models import CausalLM, SequenceClassifier
 from peft_jax.optim import component_values, make_optimizer
 from peft_jax.training import RunConfig, TrainState, TrainStep
-from peft_jax.training.blueprint import step_bytes
 from peft_jax.training.classification import classifier_outputs
 from peft_jax.training.evaluate import (
     choice_log_likelihood,
@@ -35,6 +34,7 @@ from peft_jax.training.evaluate import (
 )
 from peft_jax.training.losses import chunked_token_scores
 from peft_jax.training.prepare import prepare
+from peft_jax.training.program import step_bytes
 from peft_jax.training.step import summed_loss
 
 _OWN_TOKENS = 128

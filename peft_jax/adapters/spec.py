@@ -70,7 +70,7 @@ class AdapterSpec:
       'AdaptedKernel'
     """
 
-    method: AdapterMethod | Full
+    method: AdapterMethod | Full = dataclasses.field(kw_only=False)
     target_modules: str | tuple[str, ...] = ALL_LINEAR
     exclude_modules: str | tuple[str, ...] = ()
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)

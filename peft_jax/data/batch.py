@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 from flax import struct
+from numpy.typing import ArrayLike
 
 
 @struct.dataclass
@@ -38,6 +39,55 @@ class Batch:
     def shape(self) -> tuple[int, int]:
         """(B, T)."""
         return self.tokens.shape
+
+    @staticmethod
+    def from_tokens(
+        tokens: ArrayLike, mask: ArrayLike | None = None, lengths: ArrayLike | None = None
+    ) -> "Batch":
+        """Makes a batch whose rows hold one sequence each.
+
+        Args:
+          tokens: [B, T] whole numbers; token t + 1 is the target at position t.
+          mask: [B, T]; nonzero where a token is to be learned. All are by default. The first token
+            of a row is never learned, since nothing precedes it.
+          lengths: [B]; number of tokens of each row, padding following them. T by default.
+
+        Raises:
+          ValueError: the shapes do not agree, or a length is not between 1 and T.
+
+        Example:
+          >>> batch = Batch.from_tokens([[5, 6, 7, 0]], mask=[[0, 0, 1, 1]], lengths=[3])
+          >>> batch.targets.tolist(), batch.loss_mask.tolist(), batch.segment_ids.tolist()
+          ([[6, 7, 0, 0]], [[0.0, 1.0, 0.0, 0.0]], [[1, 1, 1, 0]])
+        """
+        tokens = np.asarray(tokens)
+        if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+            raise ValueError(
+                f"tokens must be whole numbers [rows, positions], but are {tokens.dtype}"
+                f"{list(tokens.shape)}"
+            )
+        rows, length = tokens.shape
+        learned = np.ones(tokens.shape, bool) if mask is None else np.asarray(mask) != 0
+        if learned.shape != tokens.shape:
+            raise ValueError(
+                f"mask must have the shape of tokens, {list(tokens.shape)}, but has"
+                f" {list(learned.shape)}"
+            )
+        ends = np.full(rows, length) if lengths is None else np.asarray(lengths)
+        if ends.shape != (rows,) or (rows and not (ends.min() >= 1 and ends.max() <= length)):
+            raise ValueError(
+                f"lengths must be {rows} numbers from 1 to {length}, but are {ends.tolist()}"
+            )
+        present = np.arange(length) < ends[:, None]
+        following = np.pad(learned & present, ((0, 0), (0, 1)))[:, 1:]
+        positions = np.where(present, np.arange(length), 0)
+        return Batch(
+            tokens=tokens.astype(np.int32),
+            targets=np.pad(tokens, ((0, 0), (0, 1)))[:, 1:].astype(np.int32),
+            loss_mask=following.astype(np.float32),
+            positions=positions.astype(np.int32),
+            segment_ids=present.astype(np.int32),
+        )
 
 
 @struct.dataclass

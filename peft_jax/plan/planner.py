@@ -17,9 +17,10 @@ from peft_jax.plan.compiler import Decisions, ask_compiler
 from peft_jax.plan.estimate import Estimate, estimate_step
 from peft_jax.plan.memory import Memory, measure_memory
 from peft_jax.training.arithmetic import StepArithmetic, count_step
-from peft_jax.training.blueprint import Blueprint, draw_blueprint, step_bytes
+from peft_jax.training.blueprint import Blueprint, draw_blueprint
 from peft_jax.training.config import RunConfig
 from peft_jax.training.errors import RefusedError
+from peft_jax.training.program import step_bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

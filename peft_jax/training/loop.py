@@ -2,23 +2,20 @@
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.adapters import AdapterState
-from peft_jax.core import Tree, flatten, unflatten
+from peft_jax.core import Tree
 from peft_jax.data import AnyBatch, UnusableRowsError
 from peft_jax.hub import load_params
 from peft_jax.parallel import on_mesh
 from peft_jax.parallel.memory import device_memory
 from peft_jax.training.arithmetic import count_step_flops
-from peft_jax.training.blueprint import step_bytes
 from peft_jax.training.checkpoints import Checkpoints
 from peft_jax.training.clock import Phases, Rate
 from peft_jax.training.config import RunConfig
@@ -47,11 +44,10 @@ from peft_jax.training.metrics import (
 )
 from peft_jax.training.placement import check_processes, from_first
 from peft_jax.training.prepare import Job, identify_inputs, prepare
+from peft_jax.training.program import Training, step_bytes
 from peft_jax.training.progress import Reporter, StepProgress
 from peft_jax.training.report import write_report
 from peft_jax.training.resume import Start, find_start
-from peft_jax.training.state import TrainState
-from peft_jax.training.step import summed_loss
 from peft_jax.training.summary import Totals, describe_data, summarize
 from peft_jax.training.workdir import WorkDir
 
@@ -172,25 +168,6 @@ def _explaining_failures(folder: WorkDir, checkpoints: Checkpoints) -> Iterator[
         ) from error
 
 
-@dataclasses.dataclass
-class _Arrays:
-    """What a run holds on the devices.
-
-    Attributes:
-      frozen: the base's parameters, without those that are trained themselves.
-      constant: the adapter's constant arrays.
-      state: what a step changes; its buffers are given to the next step.
-    """
-
-    frozen: Tree
-    constant: Tree
-    state: TrainState
-
-    @property
-    def adapter(self) -> AdapterState:
-        return AdapterState(trainable=self.state.trainable, constant=self.constant)
-
-
 class _Run:
     """One process's part in one run."""
 
@@ -240,7 +217,7 @@ class _Run:
 
     # Before the first step.
 
-    def _load(self, given: AdapterState | None) -> _Arrays:
+    def _load(self, given: AdapterState | None) -> Training:
         """The arrays of a checkpoint, or those that a run begins with.
 
         Args:
@@ -251,11 +228,11 @@ class _Run:
         if self._saved is not None:
             abstract = {"state": self._job.state, "constant": self._job.constant}
             arrays = self._checkpoints.read_arrays(self._saved, abstract)
-            return _Arrays(frozen=frozen, constant=arrays["constant"], state=arrays["state"])
+            return Training(frozen=frozen, constant=arrays["constant"], state=arrays["state"])
         with self._phases("initialise"):
             adapter = self._initialise(params) if given is None else self._place(given)
-            state = self._make_state(adapter.trainable)
-        return _Arrays(frozen=frozen, constant=adapter.constant, state=state)
+            state = self._job.make_state(adapter.trainable)
+        return Training(frozen=frozen, constant=adapter.constant, state=state)
 
     def _load_base(self) -> Tree:
         """The base's parameters, read or made, laid out over the devices."""
@@ -279,62 +256,33 @@ class _Run:
 
     def _initialise(self, params: Tree) -> AdapterState:
         """The adapter's first arrays, along the gradient where the method wants that."""
-        job = self._job
-        key = jax.random.fold_in(jax.random.key(self._config.seed), 0)
-        loss_fn, batches = None, None
+        batches = None
         if getattr(self._config.method.method, "gradient_rank", 0):
-            batches, targets = self._first_microbatches()
+            batches = self._first_microbatches()
             self._reporter.say(
                 f"estimating the gradient's directions from {len(batches)} microbatches"
             )
-
-            def loss_fn(bound: Tree, batch: AnyBatch) -> jax.Array:
-                total, _ = summed_loss(
-                    job.model, bound, batch, chunk_size=self._config.train.loss_chunk
-                )
-                return total / targets
-
-        adapter = job.spec.init(key, params, loss_fn=loss_fn, batches=batches)
-        # Copied: constants may share buffers with what they are the first values of, and those are
-        # given away to the first step.
-        constant = jax.tree.map(jnp.copy, unflatten(flatten(adapter.constant)))
-        return AdapterState(
-            trainable=_laid_out(adapter.trainable, job.state.trainable),
-            constant=_laid_out(constant, job.constant),
-        )
+        key = jax.random.fold_in(jax.random.key(self._config.seed), 0)
+        return self._job.initialise(key, params, batches)
 
     def _place(self, given: AdapterState) -> AdapterState:
         """An adapter's arrays, laid out over the devices."""
         self._reporter.say(f"starting from the adapter in {self._config.adapter.path}")
-        return AdapterState(
-            trainable=_laid_out(given.trainable, self._job.state.trainable),
-            constant=_laid_out(given.constant, self._job.constant),
-        )
+        return self._job.place(given)
 
-    def _first_microbatches(self) -> tuple[list[AnyBatch], float]:
-        """The first microbatches of the stream, which then stands at its beginning again."""
+    def _first_microbatches(self) -> list[AnyBatch]:
+        """The first microbatches of the stream, which is rewound afterwards."""
         train = self._config.train
         wanted = self._config.method.init_batches
         before = self._job.train.get_state()
         rows = [self._next_batch() for _ in range(-(-wanted // train.gradient_accumulation))]
         self._job.train.set_state(before)
         size = train.microbatch_size
-        pieces = [
+        return [
             jax.tree.map(lambda x, at=at: x[at : at + size], batch)
             for batch in rows
             for at in range(0, len(batch.tokens), size)
         ][:wanted]
-        targets = sum(float(np.sum(piece.loss_mask)) for piece in pieces)
-        return [self._job.placement.put(piece) for piece in pieces], max(targets, 1.0)
-
-    def _make_state(self, trainable: Tree) -> TrainState:
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self._job.state)
-        make = jax.jit(
-            functools.partial(TrainState.create, optimizer=self._job.optimizer),
-            out_shardings=shardings,
-            donate_argnums=0,
-        )
-        return make(trainable)
 
     def _compile(self) -> jax.stages.Compiled:
         """The step, compiled, if it fits."""
@@ -400,7 +348,7 @@ class _Run:
 
     # Step by step.
 
-    def _train(self, arrays: _Arrays, step: Any, evaluator: AnyEvaluator) -> None:
+    def _train(self, arrays: Training, step: Any, evaluator: AnyEvaluator) -> None:
         """All steps that are left, and what is due before, between and after them."""
         train, steps = self._config.train, self._job.steps
         done = self._saved or 0
@@ -442,7 +390,7 @@ class _Run:
     def _between_steps(
         self,
         done: int,
-        arrays: _Arrays,
+        arrays: Training,
         evaluator: AnyEvaluator,
         progress: StepProgress | None = None,
     ) -> None:
@@ -475,7 +423,7 @@ class _Run:
                 f"checkpoint in {self._checkpoints.path(done)}; the same command goes on from there"
             )
 
-    def _save(self, done: int, arrays: _Arrays) -> None:
+    def _save(self, done: int, arrays: Training) -> None:
         """Starts writing a checkpoint; every record up to it is on disk before."""
         self._log.sync()
         self._checkpoints.save(
@@ -539,7 +487,7 @@ class _Run:
 
     # After the last step.
 
-    def _finish(self, arrays: _Arrays) -> dict[str, Any]:
+    def _finish(self, arrays: Training) -> dict[str, Any]:
         """The adapter, the summary and the report."""
         with self._phases("export"):
             self._checkpoints.wait()
@@ -609,8 +557,3 @@ def _measure(value: float | None) -> str:
 
 def _is_multiple(step: int, every: int) -> bool:
     return every > 0 and step > 0 and step % every == 0
-
-
-def _laid_out(tree: Tree, abstract: Tree) -> Tree:
-    """Arrays on the devices that the shapes ask for."""
-    return jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), tree, abstract)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from peft_jax.core.convert import differences
-from peft_jax.data import AnyBatch
 from peft_jax.training.errors import RefusedError
 from peft_jax.training.files import write_text
 
@@ -29,6 +29,23 @@ class RowPlacement:
     rows: jax.sharding.NamedSharding
     microbatches: jax.sharding.NamedSharding
 
+    @property
+    def parts(self) -> int:
+        """Number of parts that rows are sharded into.
+
+        Example:
+          >>> from peft_jax.parallel import MeshSettings, make_mesh
+          >>> mesh = make_mesh(MeshSettings(devices=1))
+          >>> rows, microbatches = (
+          ...     jax.NamedSharding(mesh, jax.P(*leading, ("data", "fsdp")))
+          ...     for leading in ((), (None,)))
+          >>> RowPlacement(rows=rows, microbatches=microbatches).parts
+          1
+        """
+        axes = self.rows.spec[0]
+        names = axes if isinstance(axes, tuple) else (axes,) if axes else ()
+        return math.prod(self.rows.mesh.shape[name] for name in names)
+
     def put(self, arrays: Any) -> Any:
         """Rows, leaves [rows, ...] that every process has whole, each on the device it belongs to.
 
@@ -36,7 +53,7 @@ class RowPlacement:
         """
         return jax.tree.map(lambda x: _spread(np.asarray(x), self.rows), arrays)
 
-    def put_microbatches(self, batch: AnyBatch, count: int) -> AnyBatch:
+    def put_microbatches(self, batch: Any, count: int) -> Any:
         """The rows of one step, [count * rows, T], as arrays [count, rows, T]; see `put`."""
         return jax.tree.map(
             lambda x: _spread(np.reshape(x, (count, -1, *x.shape[1:])), self.microbatches), batch

@@ -21,6 +21,10 @@ from peft_jax.training.state import TrainState
 
 Metrics = dict[str, Any]
 
+LossFn = Callable[[Any, Tree, Any], tuple[Float[Array, ""], Float[Array, ""]]]
+"""A custom loss: maps (model, parameters with adapters bound, microbatch) to the summed losses and
+the weight that the sum is divided by. The weight must not depend on the parameters."""
+
 ADAPTER = "adapter"
 """The name in the metrics of gradients of an adapter that has no branches."""
 
@@ -77,27 +81,30 @@ class TrainStep:
       model: the model.
       spec: what is adapted.
       optimizer: turns gradients into updates.
-      learning_rate: the schedule, for the metrics.
+      learning_rate: the schedule, for the metrics; None leaves it out of them.
       chunk_size: positions whose logits are held at a time.
       seed: of dropout.
       shardings: of what is trained, and so of its gradients; None leaves them to the compiler. It
         would cut them as the optimiser's state is, and gather activations for that in every layer.
       packed: whether rows may hold several segments, as `CausalLM.hidden_states` takes it.
+      loss_fn: a custom loss; None for the model's own. With one, batches may be any pytree whose
+        leaves have a leading axis of rows, and the metrics have no "targets" and "tokens".
       traces: how often the step has been traced; one compilation each.
     """
 
     model: Model
     spec: AdapterSpec
-    optimizer: optax.GradientTransformationExtraArgs
-    learning_rate: Callable[[Any], Any]
+    optimizer: optax.GradientTransformation
+    learning_rate: Callable[[Any], Any] | None
     chunk_size: int
     seed: int
     shardings: Tree | None = None
     packed: bool = True
+    loss_fn: LossFn | None = None
     traces: int = 0
 
     def __call__(
-        self, state: TrainState, frozen: Tree, constant: Tree, batch: AnyBatch
+        self, state: TrainState, frozen: Tree, constant: Tree, batch: Any
     ) -> tuple[TrainState, Metrics]:
         """Takes one step.
 
@@ -105,7 +112,8 @@ class TrainStep:
           state: before the step.
           frozen: the base's parameters, without those that are trained themselves.
           constant: the adapter's constant arrays.
-          batch: the rows of the step, cut into microbatches: leaves [microbatches, B, T].
+          batch: the rows of the step, divided into microbatches: a `Batch` or `LabelledBatch` with
+            leaves [microbatches, B, T], or what the custom loss takes.
 
         Returns:
           The state after the step, and what was measured in it: "loss" (before the update),
@@ -114,20 +122,31 @@ class TrainStep:
           weights by group) and "finite", whether loss and gradient are.
         """
         self.traces += 1
-        targets = jnp.sum(batch.loss_mask, dtype=jnp.float32)
-        loss, gradients = self._accumulate(state, frozen, constant, batch, targets)
+        counts = {}
+        if self.loss_fn is None:
+            targets = jnp.sum(batch.loss_mask, dtype=jnp.float32)
+            counts = {
+                "targets": targets.astype(jnp.int32),
+                "tokens": jnp.sum(batch.segment_ids > 0, dtype=jnp.int32),
+            }
+            loss, gradients = self._accumulate(state, frozen, constant, batch, targets)
+        else:
+            loss, gradients = self._accumulate_weighted(state, frozen, constant, batch)
         if self.shardings is not None:
             gradients = jax.lax.with_sharding_constraint(gradients, self.shardings)
-        updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.trainable)
+        # optax's own transformations rely on implicit promotion.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         grad_norm = optax.tree.norm(gradients)
+        if self.learning_rate is not None:
+            rate = jnp.asarray(self.learning_rate(state.step), jnp.float32)
+            counts["learning_rate"] = rate
         metrics = {
             "loss": loss,
-            "targets": targets.astype(jnp.int32),
-            "tokens": jnp.sum(batch.segment_ids > 0, dtype=jnp.int32),
+            **counts,
             "grad_norm": grad_norm,
             "grad_norm_by_layer": norms_by_layer(gradients),
-            "learning_rate": jnp.asarray(self.learning_rate(state.step), jnp.float32),
             "lambda": mixing_weights(opt_state),
             "finite": jnp.isfinite(loss) & jnp.isfinite(grad_norm),
         }
@@ -151,9 +170,7 @@ class TrainStep:
           rows: the microbatch.
           dropout_key: of this microbatch's dropout; None without.
         """
-        adapter = AdapterState(trainable=trainable, constant=constant)
-        remat = self.model.execution.remat != "none"
-        bound = self.spec.bind(frozen, adapter, dropout_key=dropout_key, recompute=remat)
+        bound = self._bind(trainable, frozen, constant, dropout_key)
         total, _ = summed_loss(
             self.model, bound, rows, chunk_size=self.chunk_size, packed=self.packed
         )
@@ -190,6 +207,36 @@ class TrainStep:
         start = (jnp.zeros((), jnp.float32), zeros)
         (loss, gradients), _ = jax.lax.scan(add, start, (batch, jnp.arange(count)))
         return loss, gradients
+
+    def _accumulate_weighted(
+        self, state: TrainState, frozen: Tree, constant: Tree, batch: Any
+    ) -> tuple[Float[Array, ""], Tree]:
+        """The mean of a custom loss, and its gradient, divided once all is summed."""
+        assert self.loss_fn is not None
+        loss_fn = self.loss_fn
+
+        def loss_of(trainable: Tree, rows: Any, index: Array) -> tuple[Array, Array]:
+            key = self._dropout_key(state, index)
+            return loss_fn(self.model, self._bind(trainable, frozen, constant, key), rows)
+
+        def add(carry: Any, microbatch: tuple[Any, Array]) -> tuple[Any, None]:
+            one = jax.value_and_grad(loss_of, has_aux=True)(state.trainable, *microbatch)
+            one = jax.tree.map(lambda x: x.astype(jnp.float32), one)
+            return jax.tree.map(jnp.add, carry, one), None
+
+        count = jax.tree.leaves(batch)[0].shape[0]
+        zero = jnp.zeros((), jnp.float32)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.trainable)
+        start = ((zero, zero), zeros)
+        ((total, weight), gradients), _ = jax.lax.scan(add, start, (batch, jnp.arange(count)))
+        scale = 1.0 / jnp.where(weight == 0, 1.0, weight)
+        return total * scale, jax.tree.map(lambda x: x * scale, gradients)
+
+    def _bind(self, trainable: Tree, frozen: Tree, constant: Tree, key: Array | None) -> Tree:
+        """The parameters with the adapter bound."""
+        adapter = AdapterState(trainable=trainable, constant=constant)
+        remat = self.model.execution.remat != "none"
+        return self.spec.bind(frozen, adapter, dropout_key=key, recompute=remat)
 
     def _dropout_key(self, state: TrainState, index: Array) -> Array | None:
         """The key of one microbatch of one step, made of the seed; None without dropout."""

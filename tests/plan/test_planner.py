@@ -26,7 +26,8 @@ from peft_jax.plan.planner import find_model
 from peft_jax.plan.search import _layouts, _Sizes
 from peft_jax.training import RefusedError, RunConfig, from_config_dict
 from peft_jax.training.arithmetic import count_step
-from peft_jax.training.blueprint import draw_blueprint, step_bytes
+from peft_jax.training.blueprint import draw_blueprint
+from peft_jax.training.program import step_bytes
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
