@@ -78,7 +78,7 @@ class TaskResult:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _is_text(value: Any) -> bool:

@@ -26,6 +26,9 @@ _NO_USE_WAITING = 3600.0
 _MOST_TOKENS = 1 << 40
 """A larger number of tokens is no count of any text."""
 
+_LEAST_SECRET = 8
+"""A shorter key ("x", "EMPTY") is a placeholder, and may be a part of any text."""
+
 _QUOTED = 500
 """How many characters of an answer a message quotes."""
 
@@ -200,7 +203,10 @@ class EndpointJudge:
         """
         try:
             response = json.loads(answer.body)
-            return Judgment(_content(response), _tokens(response))
+            content = _content(response)
+            if len(self.key) >= _LEAST_SECRET:  # It goes into files.
+                content = self._without_key(content)
+            return Judgment(content, _tokens(response))
         except (ValueError, RecursionError) as error:
             why = self._clean(f"an answer that cannot be read: {error}")
             raise UnreadableAnswerError(why) from error
@@ -221,10 +227,15 @@ class EndpointJudge:
 
         The key is taken out first: its beginning could otherwise be left by the cut.
         """
-        for form in (self.key, repr(self.key)[1:-1], urllib.parse.quote(self.key, safe="")):
-            message = message.replace(form, "…") if form else message
+        message = self._without_key(message)
         most = len(self.url) + _QUOTED
         return printable(message if len(message) <= most else message[:most] + " …")
+
+    def _without_key(self, text: str) -> str:
+        """Returns a text of the endpoint's without the key, in whatever way it is written there."""
+        for form in (self.key, repr(self.key)[1:-1], urllib.parse.quote(self.key, safe="")):
+            text = text.replace(form, "…") if form else text
+        return text
 
 
 class LocalJudge:

@@ -40,6 +40,8 @@ def changed(**changes):
         changed(metrics=[{"name": "acc"}]),
         changed(metrics=[{"name": "acc", "value": None}]),
         changed(metrics=[{"name": 1, "value": 1.0}]),
+        changed(metrics=[{"name": "acc", "value": float("nan")}]),
+        changed(seconds=float("inf")),
         changed(details=[]),
         changed(unknown=1),
         "[" * 100_000,

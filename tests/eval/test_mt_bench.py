@@ -458,6 +458,10 @@ def test_messages_show_neither_the_key_nor_control_characters(server, waits):
             judge(REQUEST)
         assert key not in str(caught.value)
         assert str(caught.value).isprintable()
+    server.answer = lambda _: (200, said(f"Your key is {key}. Rating: [[5]]"), {})
+    assert judge(REQUEST).text == "Your key is …. Rating: [[5]]", "it goes into files"
+    server.answer = lambda _: (200, said("Rating: [[5]]"), {})
+    assert EndpointJudge(url=server.url, name="m", key="5")(REQUEST).text == "Rating: [[5]]"
     with RawServer(lambda: [f"nonsense {key} \x1b[2J\r\n\r\n".encode()]) as broken:
         judge = EndpointJudge(url=broken.url, name="m", key=key, retries=0)
         for ask in (judge.check, lambda: judge(REQUEST)):
