@@ -5,6 +5,7 @@
 - [`batch`][peft_jax.data.batch]: `Batch` and `LabelledBatch`, the arrays a step is given.
 - [`recipes`][peft_jax.data.recipes]: how a row becomes a prompt and an answer.
 - [`examples`][peft_jax.data.examples]: `Example`, a row as text.
+- [`chat`][peft_jax.data.chat]: `ChatRenderer`, conversations to text.
 - [`encode`][peft_jax.data.encode]: `Encoder`, text to tokens.
 - [`labelled`][peft_jax.data.labelled]: `LabelledEncoder`, texts with a label, for encoders.
 """

@@ -166,7 +166,7 @@ class ChatRenderer:
             try:
                 start, stop = self._find(messages, index, text, up_to, prompt)
                 if turns and start < turns[-1].stop:
-                    raise _turn_error(index)
+                    raise _turn_error(index, up_to, text)
                 if index in learnt:
                     self._check(messages, index, tools, text[start:stop], prompt)
             except BadRowError:
@@ -231,7 +231,7 @@ class ChatRenderer:
         turn = up_to[start:]
         if content not in turn:
             if common < len(with_it):
-                raise _turn_error(index)
+                raise _turn_error(index, with_it, text)
             raise BadRowError(
                 "chat template",
                 f"the template does not write the assistant's words in turn {index + 1} as they"
@@ -293,32 +293,44 @@ class ChatRenderer:
         return common
 
 
-def _turn_error(index: int) -> BadRowError:
+def _turn_error(index: int, with_it: str, text: str) -> BadRowError:
     """What is wrong where a turn of the assistant's cannot be told apart."""
+    last, amid = _from_difference(with_it, text)
     return BadRowError(
         "chat template",
         f"the assistant's words in turn {index + 1} cannot be told apart, because the template"
-        " writes a turn differently when more follow; use one that marks them with"
-        " {% generation %} (data.chat_template)",
+        f" writes {last!r} where nothing follows and {amid!r} where more does; use one that marks"
+        " them with {% generation %} (data.chat_template)",
     )
 
 
 def _prompt_error(why: str, asked: str, text: str) -> BadRowError:
     """What is wrong where a prompt and what is trained on do not begin alike."""
+    given, trained = _from_difference(asked, text)
+    if not why and "".join(text.split()).startswith("".join(asked.split())):
+        why = "they differ in white space, as the indentation of a template's file makes it: "
+    return BadRowError(
+        "generation prompt",
+        f"{why}generation is given {given!r}, and training has {trained!r}; the first must be how"
+        " the second begins (data.chat_template)",
+    )
+
+
+def _from_difference(one: str, other: str) -> tuple[str, str]:
+    """Two texts from a little before they differ: the first to its end, and as much of the other.
+
+    Example:
+      >>> _from_difference("Who? <think>", "Who? Ivy.")
+      ('Who? <think>', 'Who? Ivy.')
+    """
     common = next(
-        (index for index, (a, b) in enumerate(zip(asked, text, strict=False)) if a != b),
-        min(len(asked), len(text)),
+        (index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
+        min(len(one), len(other)),
     )
     first = max(common - _SHOWN, 0)
     lead = "…" if first else ""
-    if not why and "".join(text.split()).startswith("".join(asked.split())):
-        why = "they differ in white space, as the indentation of a template's file makes it: "
-    trained = text[first : max(len(asked), common) + _SHOWN]
-    return BadRowError(
-        "generation prompt",
-        f"{why}generation is given {lead + asked[first:]!r}, and training has"
-        f" {lead + trained!r}; the first must be how the second begins (data.chat_template)",
-    )
+    stop = max(len(one), common) + _SHOWN
+    return lead + one[first:stop], lead + other[first:stop]
 
 
 def _before(messages: Messages, index: int) -> Wanted:

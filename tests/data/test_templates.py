@@ -8,6 +8,8 @@ import threading
 import time
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from peft_jax.data import DataSettings, build_data
 from peft_jax.data import render as render_module
@@ -222,3 +224,57 @@ def test_a_run_is_refused_for_its_template_and_not_for_each_row(tokenizer, tmp_p
             assert time.monotonic() - began < 10
     finally:
         tokenizer.chat_template = before
+
+
+FRAGMENTS = (
+    "{% for m in messages %}",
+    "{% endfor %}",
+    "{% if add_generation_prompt %}",
+    "{% if m.role == 'assistant' %}",
+    "{% else %}",
+    "{% endif %}",
+    "{% generation %}",
+    "{% endgeneration %}",
+    "{% macro f() %}",
+    "{{ f() }}",
+    "{% endmacro %}",
+    "{% set m = messages[0] %}",
+    "{% include 'x' %}",
+    "{{ m.content }}",
+    "{{ m.role + 1 }}",
+    "{{ messages | tojson }}",
+    "{{ raise_exception(m) }}",
+    "{{ bos_token * 3 }}",
+    "{# {% generation %} #}",
+    "{% raw %}",
+    "{% endraw %}",
+    "{%",
+    "}}",
+    "<|im_start|>",
+    "assistant\n",
+    " ",
+)
+
+
+@given(st.lists(st.sampled_from(FRAGMENTS), max_size=12).map("".join), st.booleans())
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_templates_of_fragments_are_used_or_refused(tmp_path_factory, tokenizer, source, split):
+    path = tmp_path_factory.getbasetemp() / "fragments.jinja"
+    path.write_text(source)
+    messages = (
+        {"role": "user", "content": "Hi </s>"},
+        {"role": "assistant", "content": "Yo"},
+    )
+    example = None
+    try:
+        renderer = ChatRenderer(tokenizer, chat_template=str(path), split_special_tokens=split)
+        example = renderer.render(Conversation(messages=messages))
+    except ValueError as error:
+        refusal = str(error)
+    if example is None:
+        # A bad row is told of behind its file and line, and a refusal names the template's.
+        assert "\n" not in refusal
+        return
+    text = tokenizer.apply_chat_template(list(messages), chat_template=source, tokenize=False)
+    assert "".join(piece.text for piece in example.pieces) == text
+    assert "Hi" not in example.completion
