@@ -181,7 +181,7 @@ def _marks_turns(source: str, origin: str) -> bool:
     try:
         statements = set(_statements(source))
     except jinja2.TemplateSyntaxError as error:
-        detail = f"{error} (line {error.lineno})"
+        detail = f"{error.message} (line {error.lineno})"
         raise ValueError(f"{origin}, which cannot be used: no Jinja template: {detail}") from None
     for name in _NEVER_LOADED:
         if name in statements:
