@@ -117,7 +117,8 @@ def make_job(wanted: Wanted, folder: Path, settings: EvalSettings, code: HumanEv
         ) from error
     asked = {**settings.asked(), "samples": code.samples, "pass_at": list(code.pass_at)}
     asked |= {"temperature": code.sampling_temperature, "isolated": not code.unisolated}
-    asked |= {"code_limits": dataclasses.asdict(code.limits)}
+    # Results from before tests ran in a process of their own are taken anew.
+    asked |= {"code_limits": dataclasses.asdict(code.limits), "tests": "in a process of their own"}
 
     def evaluate(model: HarnessModel) -> TaskResult:
         started = time.monotonic()

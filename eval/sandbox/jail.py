@@ -445,6 +445,8 @@ def _as_words(error: BaseException) -> list[str]:
 def _as_error(name: str, message: str = "", *_) -> Exception:
     """Returns an error of a built-in type; of a type of that name where it is of none.
 
+    One that ends an iteration is of none: in a test's `all(map(...))` it would end the test's own.
+
     Example:
       >>> _as_error("KeyError", "a"), _as_error("SystemExit", "0")
       (KeyError('a'), SystemExit('0'))
@@ -452,7 +454,8 @@ def _as_error(name: str, message: str = "", *_) -> Exception:
       True
     """
     kind = getattr(builtins, name, None)
-    if isinstance(kind, type) and issubclass(kind, Exception):
+    ends_iteration = name in ("StopIteration", "StopAsyncIteration")
+    if isinstance(kind, type) and issubclass(kind, Exception) and not ends_iteration:
         with contextlib.suppress(TypeError):  # Some take other arguments.
             return kind(message)
     return type(name[:100] or "Exception", (Exception,), {})(message)

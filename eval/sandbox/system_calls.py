@@ -68,7 +68,8 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "quotactl": (179, 60),
 }
 
-_CLONE, _CLONE3, _MMAP, _FCNTL = (56, 220), 435, (9, 222), (72, 25)
+_CLONE, _CLONE3, _MMAP = (56, 220), 435, (9, 222)
+_FCNTL, _PRLIMIT = (72, 25), (302, 261)
 _NEW_NAMESPACES = 0x7E020080
 """The flags of clone that make namespaces: CLONE_NEWTIME, NEWNS, NEWCGROUP, NEWUTS, … NEWNET."""
 
@@ -153,6 +154,12 @@ def filter_program(machine: str) -> bytes:
         code.append(_instruction(_IF_EQUAL, command, 0, 1))
         code.append(_instruction(_RETURN, _FAIL | errno.EPERM))
     code += [
+        _instruction(_RETURN, _ALLOW),
+        # A process changes its own limits, and not those of the one that its test runs in.
+        _instruction(_IF_EQUAL, _PRLIMIT[column], 0, 4),
+        _instruction(_LOAD, _FIRST_ARGUMENT_AT),
+        _instruction(_IF_EQUAL, 0, 1, 0),
+        _instruction(_RETURN, _FAIL | errno.EPERM),
         _instruction(_RETURN, _ALLOW),
         _instruction(_IF_EQUAL, _CLONE[column], 0, 3),
         _instruction(_LOAD, _FIRST_ARGUMENT_AT),

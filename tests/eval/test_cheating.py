@@ -356,6 +356,21 @@ CHEATS = {
         ),
         TWO,
     ),
+    "takes resources from the test's process": (
+        behind(
+            WRONG,
+            """
+            import os, resource
+            for what in (resource.RLIMIT_AS, resource.RLIMIT_CPU, resource.RLIMIT_NOFILE):
+                try:
+                    resource.prlimit(os.getppid(), what, (0, 0))
+                except PermissionError:
+                    continue
+                raise SystemExit("it can")
+            """,
+        ),
+        TWO,
+    ),
     "kills itself": (behind(WRONG, "import os; os.kill(os.getpid(), 9)"), ("crashed", "SIGKILL")),
     "never ends": ("    while True: pass\n", ("timeout", "over 2 s")),
     "closes every descriptor": (behind(WRONG, "import os; os.closerange(3, 64)"), LEFT),
@@ -481,6 +496,14 @@ def test_leaving_is_not_the_error_that_a_test_expects(sandbox, end):
     test = "try:\n    fail()\nexcept BaseException:\n    pass\n"
     outcome = sandbox.run(TestedProgram(source=source, function="fail", test=test))
     assert outcome.verdict in ("failed", "crashed"), outcome
+
+
+def test_an_error_does_not_end_the_tests_own_iteration(sandbox):
+    test = "assert all(map(lambda x: same(x) == x, range(3))), 'wrong'"
+    for raised in ("StopIteration", "GeneratorExit", "StopAsyncIteration"):
+        source = f"def same(x): raise {raised}"
+        outcome = sandbox.run(TestedProgram(source=source, function="same", test=test))
+        assert (outcome.verdict, outcome.detail) == ("failed", f"{raised}: ")
 
 
 def test_a_prompt_that_ends_with_a_signature_is_given_a_body(sandbox):
