@@ -15,6 +15,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,56 @@ class Inputs:
           ValueError: It holds something else.
         """
         return Inputs.from_mapping(json.loads(file.read_text(encoding="utf-8")))
+
+
+class InputsReader:
+    """Reads what a run computes with; the base in the background, from when its folder is known.
+
+    Args:
+      config: The run's configuration.
+      reads: Whether this process reads anything.
+    """
+
+    def __init__(self, config: RunConfig, *, reads: bool):
+        self._config = config
+        self._reads = reads
+        self._pool = ThreadPoolExecutor(1)
+        self._base: Future[Content] | None = None
+
+    def __enter__(self) -> "InputsReader":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        # Whatever ended the block is told at once, and not when the last byte is read.
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def begin(self, folder: Path) -> None:
+        """Begins to read the base.
+
+        Args:
+          folder: Where it is.
+        """
+        if self._reads:
+            model = self._config.model
+            weights = model.weights == "checkpoint"
+            self._base = self._pool.submit(identify_base, folder, path=model.path, weights=weights)
+
+    def finish(self, files: Sequence[Path]) -> Inputs | None:
+        """Returns what the run computes with; None where this process reads nothing.
+
+        Args:
+          files: The files that rows are read from.
+
+        Raises:
+          RefusedError: A file cannot be read.
+        """
+        if self._base is None:
+            return None
+        try:
+            data = identify_data(files, self._config.data)
+            return Inputs(base=self._base.result(), data=data)
+        except (ValueError, OSError) as error:
+            raise RefusedError(str(error)) from error
 
 
 def identify_base(folder: Path, *, path: str, weights: bool) -> Content:

@@ -30,7 +30,7 @@ from peft_jax.training.export import (
 )
 from peft_jax.training.files import locked, write_json
 from peft_jax.training.inbox import Inbox, Measured
-from peft_jax.training.inputs import Inputs, check_allowed, pin
+from peft_jax.training.inputs import Inputs, InputsReader, check_allowed, pin
 from peft_jax.training.interruption import Interruption
 from peft_jax.training.metrics import (
     HELD_OUT,
@@ -43,7 +43,7 @@ from peft_jax.training.metrics import (
     read_records,
 )
 from peft_jax.training.placement import check_processes, from_first
-from peft_jax.training.prepare import Job, identify_inputs, prepare
+from peft_jax.training.prepare import Job, prepare
 from peft_jax.training.program import Training, step_bytes
 from peft_jax.training.progress import Reporter, StepProgress
 from peft_jax.training.report import write_report
@@ -99,12 +99,11 @@ def run(
         folder.check_writable()
         folder.check_results(model=exports_model(config))
     phases = Phases()
-    with phases("prepare"):
+    with phases("prepare"), InputsReader(config, reads=first) as reader:
         pinned = pin(config, folder.read_inputs(), allow_changed)
-        job = prepare(config, say=reporter.warn, pinned=pinned)
-        inputs = Inputs.from_mapping(
-            from_first(identify_inputs(job).to_mapping() if first else None)
-        )
+        job = prepare(config, say=reporter.warn, pinned=pinned, on_folder=reader.begin)
+        read = reader.finish([*job.train.files, *job.held_out.files])
+        inputs = Inputs.from_mapping(from_first(None if read is None else read.to_mapping()))
     with contextlib.ExitStack() as stack:
         stack.callback(job.train.close)
         if first:

@@ -25,7 +25,6 @@ from peft_jax.parallel.memory import check_fits, device_memory, gib
 from peft_jax.training.blueprint import Blueprint, draw_blueprint
 from peft_jax.training.config import RunConfig, check_steps
 from peft_jax.training.errors import RefusedError
-from peft_jax.training.inputs import Inputs, identify_base, identify_data
 from peft_jax.training.metrics import require_wandb
 
 
@@ -53,7 +52,11 @@ class Job(Blueprint):
 
 
 def prepare(
-    config: RunConfig, *, say: Callable[[str], None], pinned: RunConfig | None = None
+    config: RunConfig,
+    *,
+    say: Callable[[str], None],
+    pinned: RunConfig | None = None,
+    on_folder: Callable[[Path], None] = lambda folder: None,
 ) -> Job:
     """Builds what a run is made of, and refuses what cannot work.
 
@@ -61,6 +64,7 @@ def prepare(
       config: the configuration.
       say: told what is worth knowing.
       pinned: the same with the commits of the hub that a resumed run began with.
+      on_folder: told of the checkpoint's folder as soon as it is known.
 
     Raises:
       RefusedError: something that was asked for cannot be done; the message says what.
@@ -73,13 +77,19 @@ def prepare(
             "which has the whole model; merge adapter/ afterwards with peft_jax.hub.export_merged"
         )
     try:
-        return _prepare(config, say, pinned or config)
+        return _prepare(config, say, pinned or config, on_folder)
     except (ValueError, OSError) as error:
         raise RefusedError(str(error)) from error
 
 
-def _prepare(config: RunConfig, say: Callable[[str], None], pinned: RunConfig) -> Job:
+def _prepare(
+    config: RunConfig,
+    say: Callable[[str], None],
+    pinned: RunConfig,
+    on_folder: Callable[[Path], None],
+) -> Job:
     folder = find_folder(config.model.path, revision=pinned.model.revision or None)
+    on_folder(folder)
     model = _build_model(folder, config)
     if config.model.architecture:
         check_architecture(config.model.architecture, model.config)
@@ -203,19 +213,3 @@ def _check_memory(blueprint: Blueprint) -> None:
             f"tokens: one block's activations alone take {gib(least)} on a device, which has "
             f"{gib(memory)}"
         )
-
-
-def identify_inputs(job: Job) -> Inputs:
-    """Returns the base and the data of a run by their content.
-
-    Raises:
-      RefusedError: a file of theirs cannot be read.
-    """
-    model, data = job.config.model, job.config.data
-    try:
-        return Inputs(
-            base=identify_base(job.folder, path=model.path, weights=model.weights == "checkpoint"),
-            data=identify_data([*job.train.files, *job.held_out.files], data),
-        )
-    except (ValueError, OSError) as error:
-        raise RefusedError(str(error)) from error
