@@ -3,6 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from peft_jax.hub.files import read_json_object
+
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+"""Files that transformers takes for JSON objects, whatever is in them."""
+
 
 def load_tokenizer(folder: Path, *, chat_template: str | Path | None = None) -> Any:
     """The tokenizer in a checkpoint's folder; none of its code is ever run.
@@ -18,13 +23,19 @@ def load_tokenizer(folder: Path, *, chat_template: str | Path | None = None) -> 
     from transformers import AutoTokenizer
 
     template = read_chat_template(chat_template) if chat_template else None
+    for name in _SETTINGS:
+        if (folder / name).is_file():
+            read_json_object(folder / name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
         )
     except Exception as error:
         # transformers raises whatever its many tokenizers raise.
-        raise ValueError(f"{folder} has no tokenizer that can be loaded: {error}") from error
+        said = " ".join(str(error).split())
+        if not isinstance(error, (ValueError, OSError)):
+            said = f"{type(error).__name__}: {said}"
+        raise ValueError(f"{folder} has no tokenizer that can be loaded: {said}") from error
     if template is not None:
         tokenizer.chat_template = template
     return tokenizer

@@ -82,6 +82,10 @@ _NOT_NEGATIVE: Kind = ("a finite number of at least 0", lambda v: _is_finite(v) 
 _BOOL: Kind = ("true or false", lambda value: isinstance(value, bool))
 _TEXT: Kind = ("a text", lambda value: isinstance(value, str))
 _TEXTS: Kind = ("a list of texts", _are_strings)
+_TOKENS: Kind = (
+    "the number of a token, or a list of numbers",
+    lambda value: all(map(_is_integer, value if isinstance(value, list) else [value])),
+)
 _OBJECT: Kind = ("an object", lambda value: isinstance(value, Mapping))
 
 _KINDS: Mapping[str, Kind] = {
@@ -111,11 +115,14 @@ _KINDS: Mapping[str, Kind] = {
         ),
         _BOOL,
     ),
+    # Read by transformers, with the tokenizer, and by generation.
+    **dict.fromkeys(("bos_token_id", "eos_token_id"), _TOKENS),
+    **dict.fromkeys(("dtype", "torch_dtype"), _TEXT),
     **dict.fromkeys(("hidden_act", "model_type", "problem_type", "rope_type", "type"), _TEXT),
     **dict.fromkeys(("architectures", "layer_types"), _TEXTS),
     **dict.fromkeys(("id2label", "rope_parameters", "rope_scaling"), _OBJECT),
 }  # fmt: skip
-"""What the attributes that are read have to be, whatever the family."""
+"""What attributes have to be, whatever the family."""
 
 
 def check_kind(hf_config: Mapping[str, Any], name: str, *, where: str = "config.json sets") -> None:
@@ -172,10 +179,10 @@ class AttributeTable:
     def check(self, hf_config: Mapping[str, Any]) -> None:
         """Raises ValueError for the first attribute that would change the computation unseen.
 
-        Attributes that are null, or private (a leading underscore), say nothing and pass. Those
-        that are read are checked by type and range too.
+        Attributes that are null, or private (a leading underscore), say nothing and pass. The
+        others are checked by type and range too, where these are known.
         """
-        for name in sorted({"architectures", *self.read} & hf_config.keys()):
+        for name in hf_config:
             check_kind(hf_config, name)
         self._check_architectures(hf_config.get("architectures"))
         fixed = {**_FIXED, **self.fixed}

@@ -45,6 +45,11 @@ def test_sizes_are_whole_numbers_from_one_on(name, value):
         (LLAMA, {"tie_word_embeddings": "yes"}),
         (LLAMA, {"attention_bias": 1}),
         (LLAMA, {"initializer_range": -1}),
+        (LLAMA, {"eos_token_id": "</s>"}),
+        (LLAMA, {"eos_token_id": [1, "2"]}),
+        (LLAMA, {"bos_token_id": {}}),
+        (LLAMA, {"id2label": 5}),
+        (LLAMA, {"torch_dtype": [1]}),
         (LLAMA | {"model_type": "qwen2"}, {"layer_types": "full_attention"}),
         (LLAMA | {"model_type": "qwen2"}, {"layer_types": ["full_attention"]}),
         (LLAMA | {"model_type": "qwen2"}, {"max_window_layers": "all"}),
@@ -67,11 +72,11 @@ def test_an_activation_is_a_name(value):
 
 
 def test_a_billion_layers_are_refused_at_once():
-    start = time.monotonic()
+    start = time.process_time()
     for model_type in ("llama", "mistral", "qwen2", "qwen3"):
         with pytest.raises(ValueError, match=r"num_hidden_layers = 1000000000; it must be"):
             build_model(LLAMA | {"model_type": model_type, "num_hidden_layers": 10**9})
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_values_too_long_to_show_are_cut():
