@@ -135,16 +135,21 @@ def read_records(path: Path) -> list[Record]:
     """
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_bytes().split(b"\n")
+    if not lines[-1]:
+        lines.pop()
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
-            _ = (record["step"], record["split"])
+            record = json.loads(line.decode("utf-8"))
+            if type(record["step"]) is not int or not isinstance(record["split"], str):
+                raise ValueError("a step is a number, and a split a name")
         except (ValueError, TypeError, KeyError) as error:
             if number == len(lines):
                 break
-            raise ValueError(f"{path}:{number} is not a record of a run: {line[:80]!r}") from error
+            raise ValueError(
+                f"{path}:{number} is not a record of a run: {line[:80].decode(errors='replace')!r}"
+            ) from error
         records.append(record)
     return records
 

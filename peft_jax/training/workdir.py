@@ -146,6 +146,8 @@ class WorkDir:
             return []
         try:
             before = json.loads(self.config.read_text(encoding="utf-8"))
+            if not isinstance(before, dict) or "train" not in before:
+                raise ValueError("it does not hold the settings of a run")
         except ValueError as error:
             raise RefusedError(
                 f"{self.config} cannot be read ({error}), so this run cannot tell whether the "
@@ -176,8 +178,8 @@ class WorkDir:
             return None
         try:
             summary = json.loads(self.summary.read_text(encoding="utf-8"))
-            if not isinstance(summary, dict):
-                raise ValueError("it holds no object")
+            if not isinstance(summary, dict) or "steps" not in summary:
+                raise ValueError("it holds no summary of a run")
         except ValueError as error:
             say(
                 f"{self.summary} cannot be read ({error}); it is written again at the end of the"

@@ -78,6 +78,17 @@ def test_damage_before_the_last_line_is_named(tmp_path):
         read_records(path)
 
 
+@pytest.mark.parametrize("line", ['{"step": "2", "split": "train"}', '{"step": 2}', "[2]", "\0\0"])
+def test_what_is_no_record_is_named(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1, "split": "train"}}\n{line}\n{{"step": 3, "split": "train"}}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl:2 is not a record"):
+        MetricsLog(path, from_step=3)
+    path.write_bytes(b'\xff\xfe\n{"step": 1, "split": "train"}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl:1 is not a record"):
+        read_records(path)
+
+
 def test_tensorboard_reads_back_what_was_logged(tmp_path):
     event_file_loader = pytest.importorskip("tensorboardX.proto.event_pb2")
 

@@ -68,3 +68,18 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
             WorkDir.at(path).check_writable()
     (tmp_path / "mine").mkdir()
     WorkDir.at(tmp_path / "mine").check_writable()
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"model_type": "llama"}', "\udcff"])
+def test_a_configuration_that_is_no_run_s(tmp_path, config, content):
+    (tmp_path / "config.json").write_bytes(content.encode(errors="surrogateescape"))
+    assert "cannot tell whether the folder is its own" in refusal(tmp_path, config)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null"])
+def test_a_summary_that_is_none_is_said(tmp_path, content):
+    (tmp_path / "summary.json").write_text(content)
+    said = []
+    assert WorkDir.at(tmp_path).read_summary(say=said.append) is None
+    assert len(said) == 1
+    assert "summary.json cannot be read" in said[0]
