@@ -189,6 +189,9 @@ def explain_config_error(error: Exception) -> str:
         text = f"{head}{re.sub(r'^(builtins[.])?ValueError: ', '', lines[-1].strip())}"
     elif missing := re.search(r"Failed loading config file(?s:.*)directory: '(.*)'", text):
         text = f"there is no configuration file {missing[1]}"
+    elif "has no attribute 'get_config'" in text:
+        given = next((word for word in sys.argv if word.startswith("--config=")), "--config")
+        text = f"{given} has no get_config(); configs/finetune.py is one to copy"
     elif isinstance(error, SyntaxError):
         text = f"{error.filename}:{error.lineno}: {error.msg}"
     elif not isinstance(error, (flags.Error, KeyError, OSError)):

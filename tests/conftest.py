@@ -26,6 +26,7 @@ install_import_hook(["peft_jax", "kernels_pallas"], "beartype.beartype").__enter
 
 import jax
 import pytest
+from stand_in import make_stand_in
 
 from kernels_pallas import dispatch
 
@@ -56,11 +57,22 @@ def said() -> Iterator[list[str]]:
     logger.setLevel(level)
 
 
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """The folder of real data, which is not part of the project; the test is skipped without it."""
+def _published() -> Path | None:
     beside = Path(__file__).parents[2] / "shared" / "data"
     folder = Path(os.environ.get("PEFT_JAX_SHARED_DATA", beside))
-    if not folder.is_dir():
-        pytest.skip(f"no shared data: {folder} is not a folder (set PEFT_JAX_SHARED_DATA)")
+    return folder if folder.is_dir() else None
+
+
+@pytest.fixture(scope="session")
+def published_data() -> Path:
+    """The folder of published data sets, which are not part of the project."""
+    folder = _published()
+    if folder is None:
+        pytest.skip("it checks published data sets themselves: set PEFT_JAX_SHARED_DATA to a copy")
     return folder
+
+
+@pytest.fixture(scope="session")
+def shared_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The published data sets; where they are not at hand, rows of our own in their form."""
+    return _published() or make_stand_in(tmp_path_factory.mktemp("data_of_our_own"))

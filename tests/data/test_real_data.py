@@ -31,8 +31,8 @@ def raw_tsv(path) -> list[list[str]]:
         ("rte", "RTE", (2490, 277), 3, True, {"not_entailment": "no", "entailment": "yes"}),
     ],
 )
-def test_glue(shared_data, recipe, folder, sizes, label_column, header, names):
-    path = shared_data / "glue" / folder
+def test_glue(published_data, recipe, folder, sizes, label_column, header, names):
+    path = published_data / "glue" / folder
     sources, made = open_settings(recipe=recipe, path=str(path))
     assert (len(sources.train), len(sources.held_out)) == sizes
     raw = raw_tsv(path / "dev.tsv")[header:]
@@ -56,9 +56,9 @@ def test_glue(shared_data, recipe, folder, sizes, label_column, header, names):
 
 
 @pytest.mark.parametrize("language", ["ar", "de", "en", "es", "fr", "hi", "sw", "zh"])
-def test_xnli(shared_data, language):
+def test_xnli(published_data, language):
     sources, recipe = open_settings(
-        recipe="xnli", path=str(shared_data / "xnli"), language=language
+        recipe="xnli", path=str(published_data / "xnli"), language=language
     )
     assert (len(sources.train), len(sources.held_out)) == (2490, 5010)
     assert f"dev-{language}.tsv:1" in sources.train.where(0)
@@ -67,8 +67,8 @@ def test_xnli(shared_data, language):
 
 
 @pytest.mark.parametrize("target", ["deu_Latn", "zho_Hans", "arb_Arab"])
-def test_flores(shared_data, target):
-    folder = shared_data / "flores200"
+def test_flores(published_data, target):
+    folder = published_data / "flores200"
     sources, recipe = open_settings(recipe="flores", path=str(folder), target_language=target)
     assert (len(sources.train), len(sources.held_out)) == (997, 1012)
     english = (folder / "devtest" / "eng_Latn.devtest").read_text().split("\n")
@@ -80,8 +80,8 @@ def test_flores(shared_data, target):
         assert recipe.score(example.completion, example) == pytest.approx(1.0)
 
 
-def test_alpaca(shared_data):
-    path = shared_data / "sft" / "alpaca_en_demo.json"
+def test_alpaca(published_data):
+    path = published_data / "sft" / "alpaca_en_demo.json"
     rows = json.loads(path.read_text())
     sources, recipe = open_settings(recipe="alpaca", path=str(path))
     held_out = round(len(rows) * 0.05)
@@ -92,8 +92,8 @@ def test_alpaca(shared_data):
     assert example.completion == f"\n{row['output']}"
 
 
-def test_gsm8k_learns_the_answers_only(shared_data, llama3):
-    folder = shared_data / "gsm8k"
+def test_gsm8k_learns_the_answers_only(published_data, llama3):
+    folder = published_data / "gsm8k"
     train, held_out = build_data(
         DataSettings(recipe="gsm8k", path=str(folder), eval_rows=40),
         llama3,
@@ -124,11 +124,11 @@ def test_gsm8k_learns_the_answers_only(shared_data, llama3):
     assert held_out.recipe.metrics(perfect, held_out.examples) == {"exact_match": 1.0}
 
 
-def test_gsm8k_conversations_through_llama_3_s_own_template(shared_data, llama3):
+def test_gsm8k_conversations_through_llama_3_s_own_template(published_data, llama3):
     _, held_out = build_data(
         DataSettings(
             recipe="gsm8k",
-            path=str(shared_data / "gsm8k"),
+            path=str(published_data / "gsm8k"),
             eval_rows=8,
             train_rows=8,
             chat=True,

@@ -49,7 +49,7 @@ LINES = [
     ([*GENERATE], "there is no prompt"),
     (["-m", "peft_jax.convert", TINY, "http://localhost:1/x"], "http://localhost:1/x"),
     (["-m", "peft_jax.convert", TINY, "/dev/null/x"], "/dev/null"),
-    ([*EVALUATE, "--tasks=nothing"], "nothing"),
+    ([*EVALUATE, "--tasks=gsm8"], "gsm8k"),
     (["-m", "eval.study", "--config=/nowhere.py"], "/nowhere.py"),
     (["-m", "eval.study", "--config=configs/study_cpu.py", "--only=("], "--only"),
     (["-m", "examples.demo", "--config=lroa"], "lora"),
@@ -75,7 +75,7 @@ def test_a_wrong_command_line_is_refused_by_name(line, named, tmp_path):
         text=True,
         cwd=ROOT,
         env=environment,
-        timeout=60,
+        timeout=180,
         check=False,
     )
     assert done.returncode == 2, done.stderr

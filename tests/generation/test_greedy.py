@@ -48,12 +48,12 @@ def test_tokens_are_those_of_transformers(family, pair, prompts):
     assert reasons_of(found) == ["eos" if eos in row else "max_new_tokens" for row in ended]
 
 
-def test_a_pretrained_model_continues_as_in_transformers(shared_data):
+def test_a_pretrained_model_continues_as_in_transformers(published_data):
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
     from peft_jax.hub import load_model
 
-    folder = shared_data / "models" / "tinystories656K"
+    folder = published_data / "models" / "tinystories656K"
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     texts = ["Once upon a time", "Lily and Tom went to the park. They"]

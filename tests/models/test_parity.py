@@ -127,7 +127,7 @@ def test_logits_of_a_pretrained_model_agree(shared_data, relative_error):
     folder = shared_data / "models" / "tinystories656K"
     model, params = load_model(folder)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    tokens = np.random.default_rng(0).integers(0, 2048, (2, 200))
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 200))
     with torch.no_grad():
         expected = theirs(torch.tensor(tokens)).logits.numpy()
     found = jax.jit(model)(params, jnp.asarray(tokens, jnp.int32))

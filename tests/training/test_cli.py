@@ -54,6 +54,7 @@ def flags(checkpoint, data):
 
 REFUSED = [
     (["--config=nowhere.py"], "there is no configuration file nowhere.py"),
+    (["--config=/dev/null"], "--config=/dev/null has no get_config()"),
     (["--config=configs/finetune.py:loar"], "there is no method 'loar'; did you mean 'lora'"),
     (["--config.train.stesp=3"], "train.stesp is not a setting; did you mean 'steps'"),
     (["--config.trian.steps=3"], "trian"),
