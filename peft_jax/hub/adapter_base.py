@@ -36,6 +36,22 @@ def base_digest(folder: Path) -> str | None:
     return weights if isinstance(weights, str) else None
 
 
+def digest_of_origin(model: Model) -> str | None:
+    """Returns the digest of the weights that a model's parameters were read from.
+
+    Returns:
+      None where it is not known what they were read from, or that can no longer be read, which is
+      a warning: a result is not lost with its base.
+    """
+    if not model.origin:
+        return None
+    try:
+        return base_digest(Path(model.origin))
+    except (OSError, ValueError) as error:
+        _log.warning("the weights in %s can no longer be read: %s", model.origin, error)
+        return None
+
+
 def recorded_quantization(folder: Path) -> str | None:
     """Returns how the base of an adapter was quantised when it was trained; None if not recorded.
 
@@ -90,9 +106,7 @@ def warn_of_another_base(
             held,
         )
     weights = config.get("base_digest")
-    if weights is None or not model.origin or not Path(model.origin).is_dir():
-        return
-    found = base_digest(Path(model.origin))
+    found = None if weights is None else digest_of_origin(model)
     if found is not None and found != weights:
         _log.warning(
             "the adapter in %s was made on %s, whose weights have the digest %s, and is loaded onto"

@@ -20,7 +20,7 @@ from peft_jax.hub.adapter_arrays import (
     tensors_to_write,
     trained_tensors,
 )
-from peft_jax.hub.adapter_base import base_digest
+from peft_jax.hub.adapter_base import digest_of_origin
 from peft_jax.hub.adapter_digests import digest_arrays
 from peft_jax.hub.adapter_files import ARRAYS, CONFIG, PEFT_ARRAYS, PEFT_CONFIG, write_config
 from peft_jax.hub.files import whole_folder, write_json
@@ -120,7 +120,7 @@ def save_adapter(
             arrays_digest=digest_arrays(read_header(temporary / arrays_in)),
             peft=peft,
             quantization=quantization,
-            base_digest=base_digest(FilePath(model.origin)) if model.origin else None,
+            base_digest=digest_of_origin(model),
         )
         write_json(temporary / CONFIG, config)
 

@@ -157,6 +157,18 @@ def test_the_same_weights_in_other_files_are_no_warning(saved, bases, tmp_path, 
     assert not caplog.records
 
 
+def test_a_base_that_is_gone_does_not_take_the_result_with_it(
+    bases, tmp_path, arbitrary_state, caplog
+):
+    model, params = load_model(bases["one"])
+    model = dataclasses.replace(model, origin=str(tmp_path / "gone"))
+    state = arbitrary_state(SPECS["lora"], params)
+    save_adapter(tmp_path / "adapter", model, SPECS["lora"], state, "gone")
+    (record,) = caplog.records
+    assert "can no longer be read" in record.getMessage()
+    load_adapter(tmp_path / "adapter", *load_model(bases["one"]))
+
+
 @pytest.mark.parametrize(("trained", "used"), [("nf4", "none"), ("none", "int8")])
 def test_another_quantization_is_a_warning(trained, used, saved, bases, caplog):
     folder, _, _ = saved("lora", quantization=trained)
