@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from peft_jax.core.checks import check_choice, check_positive
+from peft_jax.core.checks import check_choice, check_finite, check_positive
 from peft_jax.optim.mixing import MixingSettings, hybrid_mixing
 from peft_jax.optim.schedules import ScheduleSettings, make_schedule
 
@@ -117,8 +117,7 @@ class OptimizerSettings:
             check_positive(f"learning_rates[{component!r}]", rate)
         if self.clip_norm is not None:
             check_positive("clip_norm", self.clip_norm)
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay must be at least 0, but is {self.weight_decay!r}")
+        check_finite("weight_decay", self.weight_decay)
         direction = _DIRECTIONS[self.name]
         if self.weight_decay and not direction.decays:
             raise ValueError(

@@ -506,7 +506,7 @@ def _method_from_mapping(given: Mapping[str, Any]) -> MethodSettings:
     name = given.get("name")
     if name is None:
         raise ValueError(f"method.name must be given; known: {', '.join(METHODS)}")
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"method.name is {name!r}{did_you_mean(str(name), METHODS)}")
     common = [field.name for field in dataclasses.fields(MethodSettings) if field.name != "method"]
     own = method_settings(name)

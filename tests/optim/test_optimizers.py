@@ -264,7 +264,7 @@ def test_a_component_that_is_not_there_is_named():
         ({"learning_rates": {"head": 0.0}}, r"learning_rates\['head'\] must be a number above 0"),
         ({"name": "adamv"}, "name is 'adamv', which is not known; did you mean 'adam"),
         ({"learning_rate": -1.0}, "learning_rate must be a number above 0, but is -1.0"),
-        ({"weight_decay": -0.1}, "weight_decay must be at least 0, but is -0.1"),
+        ({"weight_decay": -0.1}, "weight_decay must be a finite number of at least 0, but is -0.1"),
         ({"clip_norm": 0.0}, "clip_norm must be a number above 0, but is 0.0"),
         ({"name": "adam", "weight_decay": 0.1}, "adam has no weight decay; use adamw"),
         ({"name": "lion", "eps": 1e-8}, "lion has no eps; it takes b1, b2"),

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from peft_jax.training import default_config, from_config_dict
+from peft_jax.training import RunConfig, default_config, from_config_dict
 from peft_jax.training.other_names import OTHER_NAMES
 
 
@@ -51,3 +51,9 @@ def test_what_is_meant_is_named(given, meant):
 
 def test_columns_may_have_any_name(tiny):
     assert tiny(data__columns={"instruction": "lr"}).data.columns == {"instruction": "lr"}
+
+
+@pytest.mark.parametrize("name", [[], {}, 3, None])
+def test_a_method_s_name_is_a_text(name):
+    with pytest.raises(ValueError, match=r"^method\.name "):
+        RunConfig.from_mapping({"method": {"name": name}})
