@@ -525,7 +525,13 @@ def _list_results(config: RunConfig, folder: WorkDir) -> str:
     names = exported(config)
     lines = [f"{name + ':':<8} {folder.path / name}" for name in names]
     if "model" in names:
-        lines[0] += f" (the whole model in {config.model.dtype}: load this)"
+        held, trained = config.model.dtype, config.method.dtype
+        rounded = (
+            f", rounded from the {trained} it was trained in"
+            if (held, trained) == ("bfloat16", "float32")
+            else ""
+        )
+        lines[0] += f" (the whole model in {held}{rounded}: load this)"
     return "\n".join(lines)
 
 
