@@ -114,7 +114,9 @@ def _ending_together(contact: "Contact") -> Iterator[None]:
         ending = exits.explain(error)
         if ending is None:
             contact.fail(error)
-        command_line.say(ending.message)
+        # Where nobody reads what this process says, the others still have to be told.
+        with contextlib.suppress(BrokenPipeError):
+            command_line.say(ending.message)
         contact.leave(ending.message, ending.code)
     contact.closing()
 

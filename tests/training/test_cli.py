@@ -140,3 +140,30 @@ def test_help_names_the_flags():
     result = train("--help")
     assert "--workdir" in result.stdout
     assert "--config" in result.stdout
+
+
+_ENDS_TOGETHER = """
+import train
+from absl import flags
+from peft_jax import command_line
+class Contact:
+    def leave(self, reason, code):
+        raise SystemExit(f"the others are told {code}")
+def broken(message):
+    raise BrokenPipeError
+command_line.say = broken
+flags.FLAGS(["train.py"])
+with train._ending_together(Contact()):
+    raise BrokenPipeError
+"""
+
+
+def test_the_other_processes_are_told_where_nobody_reads_what_is_said():
+    ended = subprocess.run(
+        [sys.executable, "-c", _ENDS_TOGETHER],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment() | {"PYTHONPATH": str(ROOT)},
+    )
+    assert ended.stderr.strip() == "the others are told 141"
