@@ -1,0 +1,49 @@
+"""A loop of one's own over `Trainer.initialise` and `Trainer.step`.
+
+    python -m examples.own_loop
+
+It stops when the held-out loss has not fallen for three evaluations, and keeps the best adapter.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import peft_jax as pj
+from examples.pairwise_loss import CONFIG
+
+
+def make_batch(seed: int) -> pj.Batch:
+    """Returns rows that count upwards from random tokens."""
+    starts = np.random.default_rng(seed).integers(0, 32, (16, 1))
+    return pj.Batch.from_tokens((starts + np.arange(12)) % 32)
+
+
+def main() -> tuple[list[float], Any]:
+    """Trains, and returns the held-out losses and the merged parameters of the best adapter."""
+    model = pj.build_model(CONFIG)
+    params = model.init_params(jax.random.key(0))
+    trainer = pj.Trainer(model, pj.AdapterSpec(pj.LoRA(rank=16)), optax.adam(1e-2))
+    training = trainer.initialise(params)
+    held_out = [make_batch(-1 % 2**32)]
+    losses: list[float] = []
+    best = training.adapter
+    for step in range(1, 401):
+        trainer.step(training, make_batch(step))
+        if step % 20:
+            continue
+        losses.append(trainer.evaluate(training, held_out))
+        if losses[-1] == min(losses):
+            # A copy: the next step reuses the buffers.
+            best = jax.tree.map(jnp.copy, training.adapter)
+        elif min(losses[-3:]) > min(losses):
+            break
+    print(f"held-out loss {losses[0]:.3f} -> {min(losses):.3f} in {20 * len(losses)} steps")
+    return losses, trainer.spec.merge(params, best)
+
+
+if __name__ == "__main__":
+    main()

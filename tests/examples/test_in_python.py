@@ -1,0 +1,25 @@
+"""The examples of training from Python learn what they set out to."""
+
+import jax
+import numpy as np
+import optax
+
+from examples import own_loop, pairwise_loss
+from peft_jax.models import build_model
+
+
+def test_the_better_answer_becomes_the_likelier():
+    losses = pairwise_loss.main()
+    assert losses[0] == np.float32(np.log(2))  # nothing is trained yet
+    assert np.mean(losses[-5:]) < 0.4
+
+
+def test_a_loop_of_ones_own_keeps_the_best_adapter():
+    losses, merged = own_loop.main()
+    assert min(losses) < 0.5 * losses[0]
+    batch = own_loop.make_batch(-1 % 2**32)
+    logits = build_model(own_loop.CONFIG)(merged, jax.numpy.asarray(batch.tokens))
+    with jax.numpy_dtype_promotion("standard"):
+        found = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
+    mean = float((found * batch.loss_mask).sum() / batch.loss_mask.sum())
+    np.testing.assert_allclose(mean, min(losses), rtol=1e-4)
