@@ -10,7 +10,7 @@ from peft_jax.models import build_model
 
 def test_the_better_answer_becomes_the_likelier():
     losses = pairwise_loss.main()
-    assert losses[0] == np.float32(np.log(2))  # nothing is trained yet
+    np.testing.assert_allclose(losses[0], np.log(2), rtol=1e-5)  # nothing is trained yet
     assert np.mean(losses[-5:]) < 0.4
 
 
