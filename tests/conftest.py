@@ -24,6 +24,7 @@ from jaxtyping import install_import_hook
 # Array annotations are checked at every call while the tests run.
 install_import_hook(["peft_jax", "kernels_pallas"], "beartype.beartype").__enter__()
 
+import hypothesis
 import jax
 import pytest
 from stand_in import make_stand_in
@@ -31,6 +32,10 @@ from stand_in import make_stand_in
 from kernels_pallas import dispatch
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# How long an example takes depends on what else the machine does.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 # Looking for doctests in them would import several modules by the one name.
 collect_ignore_glob = ["conftest.py", "*/conftest.py"]

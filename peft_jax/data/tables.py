@@ -459,8 +459,16 @@ def find_csv_records(data: Bytes, delimiter: str) -> Records:
 
     starts, stops, numbers = [], [], []
     before = 0
-    for fields in csv.reader(text_lines(), delimiter=delimiter):
-        if fields:
+    reader = csv.reader(text_lines(), delimiter=delimiter)
+    while True:
+        try:
+            empty = not next(reader)
+        except StopIteration:
+            break
+        # A record too, which is refused by itself when it is read.
+        except csv.Error:
+            empty = False
+        if not empty:
             starts.append(lines.starts[before])
             stops.append(lines.stops[consumed - 1])
             numbers.append(before + 1)
@@ -515,7 +523,7 @@ def split_record(text: str, delimiter: str, *, quoting: bool) -> list[str]:
     """The fields of one csv or tsv record.
 
     Raises:
-      BadRowError: if a quote does not close.
+      BadRowError: if a quote does not close, or a carriage return stands outside quotes.
 
     Example:
       >>> split_record('a,"b, c"', ",", quoting=True)
@@ -526,10 +534,16 @@ def split_record(text: str, delimiter: str, *, quoting: bool) -> list[str]:
     if not quoting:
         return text.rstrip("\r").split(delimiter)
     try:
-        return next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+        # Lines end as in `find_csv_records`: a carriage return alone would cut the record short.
+        return next(csv.reader(io.StringIO(text, newline="\n"), delimiter=delimiter, strict=True))
     except csv.Error as error:
         detail, lines = str(error), text.count("\n") + 1
-        if lines > 1:
+        if "new-line character" in detail:
+            detail = (
+                "a carriage return stands in a field without quotation marks; lines should end in"
+                " a line feed"
+            )
+        elif lines > 1:
             detail += f"; the record has {lines:,} lines: is a quotation mark not closed?"
         raise BadRowError("broken CSV", detail) from None
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import AddedToken
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import make_tokenizer  # type: ignore[import-not-found]
+from byte_tokenizer import make_tokenizer
 
 from peft_jax.data import DataSettings, build_data
 from peft_jax.data.bad_rows import BadRowError

@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import make_tokenizer  # type: ignore[import-not-found]
+from byte_tokenizer import make_tokenizer
 
 from peft_jax.data.bad_rows import BadRowError
 from peft_jax.data.chat import ChatRenderer

@@ -153,6 +153,20 @@ def test_csv_line_numbers_count_line_ends_within_fields(tmp_path):
         table[2]
 
 
+@pytest.mark.parametrize("field", [b"x\r\x00y", b"a\rb", b'"c" d'])
+def test_a_record_that_the_csv_module_refuses_is_a_bad_row(tmp_path, field):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"question,answer\r\na,b\r\n" + field + b",c\r\nd,e\r\n")
+    table = open_file(path, DataSettings(recipe="gsm8k"), LAYOUT)
+    assert [table.where(index) for index in range(3)] == [f"{path}:{n}" for n in (2, 3, 4)]
+    with pytest.raises(BadRowError, match="broken CSV"):
+        table[1]
+    assert (table[0], table[2]) == (
+        {"question": "a", "answer": "b"},
+        {"question": "d", "answer": "e"},
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -161,6 +175,16 @@ def test_csv_line_numbers_count_line_ends_within_fields(tmp_path):
         ("a.json", b'[{"a": 1},\n {"b": "]}', r"a\.json:2: broken JSON: a string does not end"),
         ("a.json", b'[{"a": 1}]\n, 2', r"a\.json:2: broken JSON: something follows the array"),
         ("a.csv", b'"question\n1,2\n', r"a\.csv:1: the first line cannot be read: broken CSV"),
+        (
+            "a.csv",
+            b"question,answer\r\x001,2\r\n",
+            r"a\.csv:1: the first line cannot be read: broken CSV: a carriage return",
+        ),
+        (
+            "a.csv",
+            b"question,answer\r1,2\r3,4\r",
+            r"a\.csv:1: .* lines should end in a line feed",
+        ),
         ("a.jsonl.gz", b"\x1f\x8b not gzip", "is damaged"),
         ("a.jsonll", b"", r"not a known data format; did you mean '\.jsonl'"),
     ],
