@@ -10,25 +10,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from peft_jax.adapters import METHODS
 from peft_jax.core import did_you_mean
 from peft_jax.training.config import default_config
-
-LEARNING_RATES = {
-    "full": 2e-5,
-    "lora": 2e-4,
-    "lora_ga": 5e-5,
-    "boft": 5e-4,
-    "unitary": 5e-4,
-    "hybrid": 1e-4,
-}
-"""Where to begin with each method; the best one depends on the model and the task."""
-
-HYBRID_ROTATION_RATE = 10.0
-"""The rotation branch's learning rate as a multiple of the hybrid's.
-
-Each branch begins with twice the rate that it has as a method of its own, for it takes about half
-of its update; and BOFT wants longer steps than LoRA-GA.
-"""
 
 PRECISIONS = ("bfloat16", "float32")
 
@@ -37,16 +21,15 @@ def base(*, method: str = "hybrid", precision: str = "bfloat16") -> ConfigDict:
     """Every setting at its default, for one method and one precision.
 
     Args:
-      method: a method's name; the learning rate is where one begins with it, for the hybrid those
-        of both branches.
+      method: a method's name; learning rates are left to it.
       precision: how the base's weights are held and activations are computed. What is trained is
         float32 either way.
 
     Raises:
       ValueError: the method or the precision is not known.
     """
-    if method not in LEARNING_RATES:
-        raise ValueError(f"there is no method {method!r}{did_you_mean(method, LEARNING_RATES)}")
+    if method not in METHODS:
+        raise ValueError(f"there is no method {method!r}{did_you_mean(method, METHODS)}")
     if precision not in PRECISIONS:
         raise ValueError(
             f"there is no precision {precision!r}{did_you_mean(precision, PRECISIONS)}"
@@ -55,9 +38,6 @@ def base(*, method: str = "hybrid", precision: str = "bfloat16") -> ConfigDict:
     config.method.name = method
     config.model.dtype = precision
     config.execution.compute_dtype = precision
-    config.train.learning_rate = LEARNING_RATES[method]
-    if method == "hybrid":
-        config.mixing.rotation_rate = HYBRID_ROTATION_RATE
     return config
 
 

@@ -5,7 +5,8 @@
 Models and checkpoints:
   `load_model`, `load_classifier`, `build_model`, `save_model`, `ExecutionSettings`.
 Methods, each over one kernel:
-  `LoRA`, `LoRAGA`, `BOFT`, `Unitary`, `Hybrid`, `Full`.
+  `LoRA`, `LoRAGA`, `BOFT`, `Unitary`, `Hybrid`, `Full`; one of your own: `AdapterMethod`,
+  `register_method`.
 Adapters over a whole model:
   `AdapterSpec` makes, binds and merges an `AdapterState`; `load_adapter`, `save_adapter`,
   `export_merged`, `trainable_table`.
@@ -29,6 +30,7 @@ from peft_jax.version import __version__
 if TYPE_CHECKING:
     from peft_jax.adapters import (
         BOFT,
+        AdapterMethod,
         AdapterSpec,
         AdapterState,
         Full,
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
         LoRA,
         LoRAGA,
         Unitary,
+        register_method,
         trainable_table,
     )
     from peft_jax.data import Batch, DataSettings, build_data
@@ -54,6 +57,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "adapters": (
+        "AdapterMethod",
         "AdapterSpec",
         "AdapterState",
         "BOFT",
@@ -62,6 +66,7 @@ _HOMES = {
         "LoRA",
         "LoRAGA",
         "Unitary",
+        "register_method",
         "trainable_table",
     ),
     "data": ("Batch", "DataSettings", "build_data"),
@@ -84,6 +89,7 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "BOFT",
+    "AdapterMethod",
     "AdapterSpec",
     "AdapterState",
     "Batch",
@@ -109,6 +115,7 @@ __all__ = [
     "load_adapter",
     "load_classifier",
     "load_model",
+    "register_method",
     "run",
     "save_adapter",
     "save_model",

@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Float
 
 from eval.study.settings import ArmSettings, TaskSettings
-from peft_jax.adapters import AdapterSpec, AdapterState, Hybrid
+from peft_jax.adapters import AdapterSpec, AdapterState
 from peft_jax.adapters.method import GradientFactors
 from peft_jax.core import Path as TreePath
 from peft_jax.core import Tree, flatten, unflatten
@@ -210,7 +210,7 @@ class Bench:
         self, spec: AdapterSpec, config: RunConfig, key: jax.Array
     ) -> dict[TreePath, GradientFactors]:
         """The gradient's directions on the first batches; arms with the same ranks share them."""
-        rank = getattr(config.method.method, "gradient_rank", 0)
+        rank = config.method.method.gradient_rank
         if not rank:
             return {}
         place = (config.seed, rank, config.method.init_batches)
@@ -238,7 +238,7 @@ class Bench:
 
     def _compile(self, config: RunConfig, adapter: AdapterState) -> Program:
         spec = self.spec(config)
-        mixing = config.mixing if isinstance(config.method.method, Hybrid) else None
+        mixing = config.mixing if config.method.method.branches else None
         settings = dataclasses.replace(config.optimizer, learning_rate=1.0)
         inner = make_optimizer(settings, self._steps, mixing=mixing)
         optimizer = with_rate(inner, 1.0, settings.learning_rates)

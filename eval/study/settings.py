@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from peft_jax.adapters import Hybrid
+from peft_jax.adapters import METHODS
 from peft_jax.core.checks import check_positive, check_positive_int
 from peft_jax.training import RunConfig
 
@@ -192,10 +192,12 @@ class StudySettings:
                 )
             return
         method = self.arm(self.hybrid).method.get("name")
-        if method != "hybrid":
+        mixed = [name for name, known in METHODS.items() if known.branches]
+        if method not in mixed:
             raise ValueError(
                 f"hybrid is the arm {self.hybrid!r}, whose method is {method!r}; it must be an arm"
-                " of the method 'hybrid', or empty for a study without one"
+                f" of a method that mixes branches ({', '.join(mixed)}), or empty for a study"
+                " without one"
             )
         if not self.branches:
             raise ValueError(
@@ -223,7 +225,7 @@ def digest(config: RunConfig, task: TaskSettings) -> str:
     mapping = config.to_mapping()
     for section in ("logging", "checkpoint", "evaluate", "export", "parallel"):
         del mapping[section]
-    if not isinstance(config.method.method, Hybrid):
+    if not config.method.method.branches:
         del mapping["mixing"]
     # Where a file lies does not matter, and what it is called does.
     for section, name in (("model", "path"), ("data", "path")):

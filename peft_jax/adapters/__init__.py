@@ -14,9 +14,15 @@ from peft_jax.adapters.full import Full
 from peft_jax.adapters.hybrid import LOW_RANK, ROTATION, Hybrid
 from peft_jax.adapters.lora import LoRA
 from peft_jax.adapters.lora_ga import LoRAGA
-from peft_jax.adapters.method import AdapterMethod, GradientFactors
+from peft_jax.adapters.method import AdapterMethod, GradientFactors, TrainingMethod
 from peft_jax.adapters.plan import ALL_LINEAR, Plan
-from peft_jax.adapters.registry import METHODS, make_method, method_settings
+from peft_jax.adapters.registry import (
+    METHODS,
+    make_method,
+    method_settings,
+    register_installed,
+    register_method,
+)
 from peft_jax.adapters.sketch import gradient_factors
 from peft_jax.adapters.spec import AdapterSpec, AdapterState
 from peft_jax.adapters.table import ParameterCount, count_parameters, trainable_table
@@ -38,10 +44,15 @@ __all__ = [
     "LoRAGA",
     "ParameterCount",
     "Plan",
+    "TrainingMethod",
     "Unitary",
     "count_parameters",
     "gradient_factors",
     "make_method",
     "method_settings",
+    "register_method",
     "trainable_table",
 ]
+
+# Last: what it imports may take names from here.
+register_installed()

@@ -45,6 +45,7 @@ class BOFT(AdapterMethod):
     """
 
     name: ClassVar[str] = "boft"
+    learning_rate: ClassVar[float] = 5e-4
 
     block_size: int = 8
     n_butterfly_factors: int = 2

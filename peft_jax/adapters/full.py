@@ -3,9 +3,11 @@
 import dataclasses
 from typing import ClassVar
 
+from peft_jax.adapters.method import TrainingMethod
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Full:
+class Full(TrainingMethod):
     """Every selected leaf is trained itself, y = x W with W trained.
 
     Not an `AdapterMethod`: nothing stands beside the kernel. `AdapterSpec` puts the trained leaf in
@@ -13,3 +15,5 @@ class Full:
     """
 
     name: ClassVar[str] = "full"
+    learning_rate: ClassVar[float] = 2e-5
+    trains_base: ClassVar[bool] = True

@@ -1,7 +1,8 @@
 """The hybrid: a low-rank branch that starts along the gradient, and a rotation, on one kernel."""
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import jax
@@ -44,6 +45,10 @@ class Hybrid(AdapterMethod):
     """
 
     name: ClassVar[str] = "hybrid"
+    learning_rate: ClassVar[float] = 1e-4
+    # Each branch begins with twice the rate that it has as a method of its own, for it takes about
+    # half of its update; and BOFT wants longer steps than LoRA-GA.
+    branches: ClassVar[Mapping[str, float]] = MappingProxyType({LOW_RANK: 1.0, ROTATION: 10.0})
 
     rank: int = 8
     alpha: float = 16.0

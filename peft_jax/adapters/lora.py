@@ -37,6 +37,7 @@ class LoRA(AdapterMethod):
     """
 
     name: ClassVar[str] = "lora"
+    learning_rate: ClassVar[float] = 2e-4
 
     rank: int = 8
     alpha: float = 16.0

@@ -40,6 +40,7 @@ class LoRAGA(LoRA):
     """
 
     name: ClassVar[str] = "lora_ga"
+    learning_rate: ClassVar[float] = 5e-5
 
     rank_stabilized: bool = True
     direction: str = "ArB2r"

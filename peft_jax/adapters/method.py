@@ -11,7 +11,8 @@ A method is a frozen dataclass of settings. Its functions speak of one kernel [d
 
 import abc
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -41,16 +42,37 @@ class GradientFactors(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdapterMethod(abc.ABC):
-    """One way of adapting a kernel."""
+class TrainingMethod:
+    """What a method of fine-tuning says of itself: an `AdapterMethod`, or `Full`.
+
+    Nothing outside of `peft_jax.adapters` asks which method it has; it asks these.
+    """
 
     name: ClassVar[str]
     """What the method is called in configurations."""
+    learning_rate: ClassVar[float]
+    """The learning rate to begin with; the best one depends on the model and the task."""
+    branches: ClassVar[Mapping[str, float]] = MappingProxyType({})
+    """The branches whose updates are mixed, by their key in the adapter's trees, and the factor on
+    each one's learning rate; empty where there is nothing to mix."""
+    trains_base: ClassVar[bool] = False
+    """Whether the base's own leaves are trained, so that the result is a whole model."""
 
     @property
     def gradient_rank(self) -> int:
-        """How many singular directions of the gradient `init` needs; 0 for none."""
+        """Number of singular directions of the gradient that `init` needs; 0 for none."""
         return 0
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether anything is dropped while training."""
+        names = (field.name for field in dataclasses.fields(self))
+        return any(getattr(self, name) > 0 for name in names if name.endswith("dropout"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterMethod(TrainingMethod, abc.ABC):
+    """One way of adapting a kernel."""
 
     def for_module(self, module: str, *, rank: int | None, alpha: float | None) -> "AdapterMethod":
         """This method as it applies to one module, given that module's own rank and alpha.
@@ -72,10 +94,10 @@ class AdapterMethod(abc.ABC):
             )
         return dataclasses.replace(self, **changes) if changes else self
 
-    def check_modules(self, modules: Collection[str]) -> None:  # noqa: B027
+    def check_modules(self, modules: Collection[str]) -> None:
         """Raises ValueError when the settings speak of a module that is not among the adapted."""
 
-    def check_kernel(self, module: str, shape: tuple[int, int]) -> None:  # noqa: B027
+    def check_kernel(self, module: str, shape: tuple[int, int]) -> None:
         """Raises ValueError, naming `module`, when a kernel [d_in, d_out] cannot be adapted."""
 
     @abc.abstractmethod

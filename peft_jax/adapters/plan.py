@@ -6,8 +6,7 @@ from typing import Any
 
 from qwix import QArray
 
-from peft_jax.adapters.full import Full
-from peft_jax.adapters.method import AdapterMethod
+from peft_jax.adapters.method import AdapterMethod, TrainingMethod
 from peft_jax.adapters.names import matches_name, matches_pattern, select_modules
 from peft_jax.adapters.sketch import kernel_shape
 from peft_jax.core import Path, Tree, flatten, is_stacked, join_path
@@ -33,7 +32,7 @@ class Plan:
 
 def make_plan(
     params: Tree,
-    method: AdapterMethod | Full,
+    method: TrainingMethod,
     *,
     target_modules: str | Collection[str],
     exclude_modules: str | Collection[str],
@@ -51,7 +50,7 @@ def make_plan(
     n_layers = next((kernel_shape(v)[0] for path, v in flat.items() if is_stacked(path)), 1)
     leaves = _leaves_by_module(flat)
     saved = _choose(modules_to_save, leaves, n_layers, "modules_to_save") if modules_to_save else []
-    if isinstance(method, Full):
+    if not isinstance(method, AdapterMethod):
         if rank_pattern or alpha_pattern:
             raise ValueError("full fine-tuning has no ranks: leave rank_pattern and alpha_pattern")
         chosen = _without(

@@ -1,23 +1,69 @@
-"""The adapter methods by name."""
+"""The methods by name, and how a method from another package becomes one of them."""
 
 import dataclasses
-from typing import Any
+import importlib.metadata
+from typing import Any, TypeVar
 
 from peft_jax.adapters.boft import BOFT
 from peft_jax.adapters.full import Full
 from peft_jax.adapters.hybrid import Hybrid
 from peft_jax.adapters.lora import LoRA
 from peft_jax.adapters.lora_ga import LoRAGA
-from peft_jax.adapters.method import AdapterMethod
+from peft_jax.adapters.method import TrainingMethod
 from peft_jax.adapters.unitary import Unitary
 from peft_jax.core import did_you_mean
 
-METHODS: dict[str, type[AdapterMethod] | type[Full]] = {
+METHODS: dict[str, type[TrainingMethod]] = {
     method.name: method for method in (Full, LoRA, LoRAGA, BOFT, Unitary, Hybrid)
 }
 
 
-def make_method(name: str, **settings: Any) -> AdapterMethod | Full:
+ENTRY_POINTS = "peft_jax.methods"
+"""The group of entry points under which an installed package offers methods."""
+
+_Method = TypeVar("_Method", bound=type[TrainingMethod])
+
+
+def register_method(method: _Method) -> _Method:
+    """Makes a method known by its name, on the command line and in the files of adapters.
+
+    Args:
+      method: A dataclass that derives from `AdapterMethod`, with a `name` and a `learning_rate`.
+
+    Returns:
+      The method, so that this can be used as a decorator.
+
+    Raises:
+      ValueError: It is no such class, or another method has the name.
+
+    Example:
+      >>> from peft_jax.adapters import LoRA
+      >>> register_method(LoRA).name  # registering the same class again changes nothing
+      'lora'
+    """
+    if not (isinstance(method, type) and issubclass(method, TrainingMethod)):
+        raise ValueError(f"{method!r} is no method: derive it from peft_jax.adapters.AdapterMethod")
+    for wanted in ("name", "learning_rate"):
+        if not hasattr(method, wanted):
+            raise ValueError(f"the method {method.__name__} has no class variable {wanted!r}")
+    if not dataclasses.is_dataclass(method):
+        raise ValueError(f"the method {method.__name__} must be a frozen dataclass")
+    if METHODS.get(method.name, method) is not method:
+        raise ValueError(
+            f"the method {method.__name__} is called {method.name!r}, as is"
+            f" {METHODS[method.name].__name__}; give it another name"
+        )
+    METHODS[method.name] = method
+    return method
+
+
+def register_installed() -> None:
+    """Registers the methods that installed packages offer as entry points."""
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        register_method(entry.load())
+
+
+def make_method(name: str, **settings: Any) -> TrainingMethod:
     """The method called `name` with these settings; the others at their defaults.
 
     Raises:

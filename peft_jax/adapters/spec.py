@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 from qwix import QArray
 
-from peft_jax.adapters.full import Full
-from peft_jax.adapters.method import AdapterMethod, GradientFactors
+from peft_jax.adapters.method import AdapterMethod, GradientFactors, TrainingMethod
 from peft_jax.adapters.plan import ALL_LINEAR, Plan, make_plan
 from peft_jax.adapters.sketch import LossFn, gradient_factors, kernel_shape
 from peft_jax.core import (
@@ -70,7 +69,7 @@ class AdapterSpec:
       'AdaptedKernel'
     """
 
-    method: AdapterMethod | Full = dataclasses.field(kw_only=False)
+    method: TrainingMethod = dataclasses.field(kw_only=False)
     target_modules: str | tuple[str, ...] = ALL_LINEAR
     exclude_modules: str | tuple[str, ...] = ()
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -79,8 +78,8 @@ class AdapterSpec:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.method, AdapterMethod | Full):
-            raise ValueError(f"method must be an adapter method, but is {self.method!r}")
+        if not isinstance(self.method, TrainingMethod):
+            raise ValueError(f"method must be a method of fine-tuning, but is {self.method!r}")
         for setting in ("target_modules", "exclude_modules", "modules_to_save"):
             value = getattr(self, setting)
             if not isinstance(value, str):

@@ -26,6 +26,7 @@ class Unitary(AdapterMethod):
     """
 
     name: ClassVar[str] = "unitary"
+    learning_rate: ClassVar[float] = 5e-4
 
     def check_kernel(self, module: str, shape: tuple[int, int]) -> None:
         """The input must be even: it is read as complex numbers."""

@@ -28,9 +28,8 @@ from typing import Any
 
 from peft_jax.adapters import (
     METHODS,
-    AdapterMethod,
     AdapterSpec,
-    Full,
+    TrainingMethod,
     make_method,
     method_settings,
 )
@@ -148,7 +147,7 @@ def read_spec(config: Mapping[str, Any], file: Path) -> AdapterSpec:
         raise ValueError(f"{file}: {error}") from error
 
 
-def _read_method(given: Mapping[str, Any]) -> AdapterMethod | Full:
+def _read_method(given: Mapping[str, Any]) -> TrainingMethod:
     """The method whose name and settings are given.
 
     Raises:

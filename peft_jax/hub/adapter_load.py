@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from peft_jax.adapters import AdapterSpec, AdapterState, Full, Plan
+from peft_jax.adapters import AdapterSpec, AdapterState, Plan
 from peft_jax.core import Path, Tree, flatten
 from peft_jax.hub.adapter_arrays import (
     ArrayTensors,
@@ -126,7 +126,7 @@ def _arrays_file(
         return ARRAYS
     if config["arrays"] != PEFT_ARRAYS:
         raise ValueError(f"{file} says that its arrays are in {config['arrays']!r}, not {ARRAYS}")
-    form = None if isinstance(spec.method, Full) else peft_form(spec.method)
+    form = peft_form(spec.method)
     if form is None or not form.exact:
         raise ValueError(f"{file} says that its arrays are in {PEFT_ARRAYS}; they cannot be")
     written = write_peft_config(model, spec, plan, form, base_model_name="")

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax.adapters import AdapterSpec, AdapterState, Full, Plan
+from peft_jax.adapters import AdapterSpec, AdapterState, Plan
 from peft_jax.core import Tree, flatten, is_stacked
 from peft_jax.hub.adapter_arrays import (
     ArrayTensors,
@@ -178,7 +178,7 @@ def _check_form(spec: AdapterSpec, plan: Plan, params: Tree) -> PeftForm:
     Raises:
       NoPeftFormError: PEFT has no such method, or its form would be too large.
     """
-    if isinstance(spec.method, Full):
+    if spec.method.trains_base:
         raise NoPeftFormError(
             "full fine-tuning changes the base's own tensors and is no adapter to PEFT; export the"
             " merged model instead"

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.cayley import cayley, compose_butterfly
-from peft_jax.adapters import BOFT, AdapterMethod, LoRA, LoRAGA
+from peft_jax.adapters import BOFT, LoRA, LoRAGA, TrainingMethod
 from peft_jax.adapters.method import Arrays
 
 Shapes = dict[str, tuple[int, ...]]
@@ -200,7 +200,7 @@ _HALF_TURN = (
     " without its CUDA extension, cannot"
 )
 
-_FORMS: dict[type[AdapterMethod], Callable[[Any], PeftForm]] = {
+_FORMS: dict[type[TrainingMethod], Callable[[Any], PeftForm]] = {
     LoRA: LoRAForm,
     LoRAGA: LoRAGAForm,
     BOFT: lambda method: (
@@ -209,7 +209,7 @@ _FORMS: dict[type[AdapterMethod], Callable[[Any], PeftForm]] = {
 }
 
 
-def peft_form(method: AdapterMethod) -> PeftForm | None:
+def peft_form(method: TrainingMethod) -> PeftForm | None:
     """How a method's arrays are written for PEFT; None where PEFT has no such method."""
     make = _FORMS.get(type(method))
     return make(method) if make else None

@@ -5,7 +5,13 @@
 - [`schedules`][peft_jax.optim.schedules]: `make_schedule`, `ScheduleSettings`.
 """
 
-from peft_jax.optim.mixing import MixingSettings, MixingState, hybrid_mixing, mixing_weights
+from peft_jax.optim.mixing import (
+    MIXING_RATES,
+    MixingSettings,
+    MixingState,
+    hybrid_mixing,
+    mixing_weights,
+)
 from peft_jax.optim.optimizers import (
     NO_DECAY,
     OPTIMIZERS,
@@ -18,6 +24,7 @@ from peft_jax.optim.optimizers import (
 from peft_jax.optim.schedules import SCHEDULES, ScheduleSettings, make_schedule
 
 __all__ = [
+    "MIXING_RATES",
     "NO_DECAY",
     "OPTIMIZERS",
     "SCHEDULES",

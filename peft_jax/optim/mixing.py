@@ -9,6 +9,7 @@ arXiv 2507.18076).
 import dataclasses
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,11 @@ LOW_RANK = "low_rank"
 
 ROTATION = "rotation"
 """The path component under which a hybrid adapter keeps its rotation branch."""
+
+MIXING_RATES: Mapping[str, str] = MappingProxyType(
+    {LOW_RANK: "low_rank_rate", ROTATION: "rotation_rate"}
+)
+"""The field of `MixingSettings` that holds a branch's rate, by branch."""
 
 RULES = ("proportional", "inverse", "predicted_decrease", "fixed", "none")
 BY_NORM = ("proportional", "inverse")
@@ -97,7 +103,7 @@ class MixingSettings:
 
     def rate(self, branch: str) -> float:
         """The factor on the learning rate of a branch."""
-        return self.low_rank_rate if branch == LOW_RANK else self.rotation_rate
+        return getattr(self, MIXING_RATES[branch])
 
 
 class MixingState(NamedTuple):

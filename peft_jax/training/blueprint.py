@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import optax
 
-from peft_jax.adapters import AdapterSpec, Hybrid
+from peft_jax.adapters import AdapterSpec
 from peft_jax.data import AnyBatch, Batch, LabelledBatch, abstract_batch
 from peft_jax.models import Model, SequenceClassifier
 from peft_jax.optim import learning_rate_schedule, make_optimizer
@@ -125,7 +125,7 @@ def optimizer_of(
       config: the configuration.
       steps: Number of steps that the schedule spans; the state's shapes do not depend on it.
     """
-    mixing = config.mixing if isinstance(config.method.method, Hybrid) else None
+    mixing = config.mixing if config.method.method.branches else None
     return make_optimizer(config.optimizer, steps, mixing=mixing)
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from ml_collections import ConfigDict
 from ml_collections.config_dict import FieldReference
 
-from peft_jax.adapters import METHODS, AdapterMethod, AdapterSpec, Full, Hybrid, method_settings
+from peft_jax.adapters import METHODS, AdapterSpec, TrainingMethod, method_settings
 from peft_jax.core import did_you_mean
 from peft_jax.core.checks import check_choice, check_positive, check_positive_int
 from peft_jax.core.convert import (
@@ -28,7 +28,7 @@ from peft_jax.core.convert import (
 from peft_jax.data import DataSettings
 from peft_jax.models import ExecutionSettings
 from peft_jax.models.architectures import ARCHITECTURES
-from peft_jax.optim import MixingSettings, OptimizerSettings
+from peft_jax.optim import MIXING_RATES, MixingSettings, OptimizerSettings
 from peft_jax.parallel import MeshSettings
 from peft_jax.training.other_names import check_names
 
@@ -87,7 +87,7 @@ class MethodSettings:
         hybrid's low-rank branch, start along. Training then begins at the first batch again.
     """
 
-    method: AdapterMethod | Full
+    method: TrainingMethod
     target_modules: str | tuple[str, ...] = "all-linear"
     exclude_modules: str | tuple[str, ...] = ()
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -167,7 +167,8 @@ class TrainSettings:
       steps: Optimizer steps.
       epochs: Passes over the training rows, in place of `steps`; 0.5 is half a pass. All rows are
         encoded before the first step to find the number of steps.
-      learning_rate: the peak of the schedule, which the section `optimizer` describes.
+      learning_rate: the peak of the schedule, which the section `optimizer` describes; by default
+        where one begins with the method.
       batch_size: rows in one optimiser step, over all devices and microbatches.
       gradient_accumulation: microbatches that one step's rows are cut into, one after another: the
         same result (to rounding) in less memory.
@@ -331,13 +332,13 @@ class RunConfig:
             raise ValueError(f"seed is {self.seed}; it must lie between 0 and 2³² - 1")
         optimizer = dataclasses.replace(self.optimizer, learning_rate=self.train.learning_rate)
         object.__setattr__(self, "optimizer", optimizer)
-        if self.model.quantization != "none" and isinstance(self.method.method, Full):
+        if self.model.quantization != "none" and self.method.method.trains_base:
             raise ValueError(
                 f"model.quantization is {self.model.quantization!r}, and method.name 'full', which"
                 " trains every parameter: what is quantised cannot be trained; use an adapter's"
                 " method, or model.quantization none"
             )
-        if not isinstance(self.method.method, Hybrid):
+        if not self.method.method.branches:
             changed = differences(to_mapping(MixingSettings()), to_mapping(self.mixing))
             for name in changed:
                 raise ValueError(
@@ -367,6 +368,7 @@ class RunConfig:
         check_names(given, default_config().to_dict())
         if isinstance(given.get("method"), Mapping):
             given["method"] = _method_from_mapping(given["method"])
+            _fill_in(given, given["method"].method)
         return from_mapping(RunConfig, given)
 
 
@@ -400,8 +402,9 @@ def under(name: str, prefixes: tuple[str, ...]) -> bool:
 def default_config() -> ConfigDict:
     """Every setting at its default, for configuration files to build on.
 
-    The section `method` holds the settings of all methods, at None: each method's own default. What
-    has no default is None too, and must be given.
+    The section `method` holds the settings of all methods, at None: each method's own default. So
+    are the learning rate and the rates of branches. What has no default is None too, and must be
+    given.
 
     Example:
       >>> config = default_config()
@@ -411,6 +414,8 @@ def default_config() -> ConfigDict:
     """
     config = _section(RunConfig)
     del config.optimizer["learning_rate"]
+    for name in MIXING_RATES.values():
+        config.mixing[name] = FieldReference(None, field_type=object)
     method = config.method
     del method["method"]
     method["name"] = FieldReference(None, field_type=str)
@@ -534,7 +539,7 @@ def _method_from_mapping(given: Mapping[str, Any]) -> MethodSettings:
         method = METHODS[name](**settings)
     except ValueError as error:
         raise ValueError(f"method: {error}") from error
-    if rest.get("init_batches") is not None and not getattr(method, "gradient_rank", 0):
+    if rest.get("init_batches") is not None and not method.gradient_rank:
         default = MethodSettings.__dataclass_fields__["init_batches"].default
         if rest["init_batches"] != default:
             raise ValueError(
@@ -542,6 +547,20 @@ def _method_from_mapping(given: Mapping[str, Any]) -> MethodSettings:
                 f"it, and {name!r} does not"
             )
     return from_mapping(MethodSettings, {"method": method, **rest}, where="method")
+
+
+def _fill_in(given: dict[str, Any], method: TrainingMethod) -> None:
+    """Puts in the rates that are left to the method."""
+    if isinstance(given.get("train"), Mapping) and given["train"].get("learning_rate") is None:
+        given["train"] = {**given["train"], "learning_rate": method.learning_rate}
+    if not isinstance(given.get("mixing", {}), Mapping):
+        return
+    mixing = dict(given.get("mixing", {}))
+    for name in MIXING_RATES.values():
+        if mixing.get(name, 0.0) is None:
+            del mixing[name]
+    rates = {MIXING_RATES[branch]: factor for branch, factor in method.branches.items()}
+    given["mixing"] = rates | mixing
 
 
 def _names(targets: str | tuple[str, ...]) -> str | tuple[str, ...]:

@@ -4,7 +4,7 @@ import shutil
 
 import jax
 
-from peft_jax.adapters import AdapterState, Full
+from peft_jax.adapters import AdapterState
 from peft_jax.core import Tree
 from peft_jax.hub import export_merged, save_adapter
 from peft_jax.hub.files import remove_unfinished, whole_folder
@@ -38,13 +38,13 @@ def exports_model(config: RunConfig) -> bool:
     """Whether a run leaves the whole model; one process alone can write it."""
     merged = config.export.merged
     if merged is None:
-        merged = isinstance(config.method.method, Full) and jax.process_count() == 1
+        merged = config.method.method.trains_base and jax.process_count() == 1
     return merged
 
 
 def exports_adapter(config: RunConfig) -> bool:
     """Whether a run leaves an adapter; full weights are in the whole model, and written once."""
-    return not (isinstance(config.method.method, Full) and exports_model(config))
+    return not (config.method.method.trains_base and exports_model(config))
 
 
 def exported(config: RunConfig) -> tuple[str, ...]:

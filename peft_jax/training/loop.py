@@ -256,7 +256,7 @@ class _Run:
     def _initialise(self, params: Tree) -> AdapterState:
         """The adapter's first arrays, along the gradient where the method wants that."""
         batches = None
-        if getattr(self._config.method.method, "gradient_rank", 0):
+        if self._config.method.method.gradient_rank:
             batches = self._first_microbatches()
             self._reporter.say(
                 f"estimating the gradient's directions from {len(batches)} microbatches"

@@ -240,15 +240,10 @@ class TrainStep:
 
     def _dropout_key(self, state: TrainState, index: Array) -> Array | None:
         """The key of one microbatch of one step, made of the seed; None without dropout."""
-        if not has_dropout(self.spec):
+        if not self.spec.method.has_dropout:
             return None
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)
         return jax.random.fold_in(key, index)
-
-
-def has_dropout(spec: AdapterSpec) -> bool:
-    """Whether the method drops anything while training."""
-    return any(getattr(spec.method, name, 0.0) > 0 for name in ("dropout", "rotation_dropout"))
 
 
 def norms_by_layer(gradients: Tree) -> dict[str, Float[Array, " layers"]]:

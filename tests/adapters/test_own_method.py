@@ -1,0 +1,129 @@
+"""A method that the library does not have: registered, it does what the others do."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from peft_jax.adapters import METHODS, AdapterMethod, AdapterSpec, LoRA, register_method
+from peft_jax.core import flatten, linear
+from peft_jax.data import Batch
+from peft_jax.hub import load_adapter, save_adapter
+from peft_jax.models import build_model
+from peft_jax.training import RunConfig, Trainer, default_config, from_config_dict
+
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "initializer_range": 0.2,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scaled(AdapterMethod):
+    """y = (x W) ⊙ (1 + strength · s)."""
+
+    name: ClassVar[str] = "scaled"
+    learning_rate: ClassVar[float] = 3e-3
+
+    strength: float = 1.0
+
+    def init(self, key, shape, gradient=None):
+        return {"s": jnp.zeros(shape[1], jnp.float32)}, {}
+
+    def axes(self, d_in, d_out):
+        return {"s": (d_out,)}, {}
+
+    def prepare(self, trainable, constant, *, dropout_key=None):
+        return {"scale": 1.0 + self.strength * trainable["s"]}
+
+    def project(self, x, base, arrays, *, dropout_key=None):
+        return linear(x, base) * arrays["scale"].astype(x.dtype)
+
+    def merge(self, base, arrays):
+        return base.astype(jnp.float32) * arrays["scale"]
+
+
+@pytest.fixture
+def scaled():
+    register_method(Scaled)
+    yield Scaled
+    del METHODS[Scaled.name]
+
+
+def test_it_is_a_setting_of_a_run(scaled):
+    config = default_config()
+    config.method.name, config.method.strength = "scaled", 2.0
+    config.model.path, config.data.path, config.data.recipe = "base", "rows.jsonl", "chat"
+    config.train.steps, config.train.batch_size, config.train.max_length = 10, 4, 32
+    found = from_config_dict(config)
+    assert found.method.method == Scaled(strength=2.0)
+    assert found.train.learning_rate == 3e-3
+    assert RunConfig.from_mapping(found.to_mapping()) == found
+
+
+def test_it_trains_is_saved_loaded_and_merged(scaled, tmp_path):
+    model = build_model(CONFIG)
+    params = model.init_params(jax.random.key(0))
+    spec = AdapterSpec(Scaled(strength=2.0), target_modules=("up_proj", "q_proj"))
+    rows = np.arange(8 * 12).reshape(8, 12) % 32
+    losses = []
+    trainer = Trainer(model, spec, optax.adam(1e-2))
+    training = trainer.initialise(params)
+    for _ in range(5):
+        losses.append(float(trainer.step(training, Batch.from_tokens(rows))["loss"]))
+    assert losses[-1] < losses[0]
+    save_adapter(tmp_path / "mine", model, spec, training.adapter, "someone/base")
+    loaded, state = load_adapter(tmp_path / "mine", model, params)
+    assert loaded == spec
+    for path, leaf in flatten(training.adapter.trainable).items():
+        np.testing.assert_array_equal(flatten(state.trainable)[path], leaf)
+    tokens = jnp.asarray(rows)
+    bound, merged = loaded.bind(params, state), loaded.merge(params, state)
+    np.testing.assert_allclose(model(bound, tokens), model(merged, tokens), atol=1e-5)
+    assert float(jnp.abs(model(bound, tokens) - model(params, tokens)).max()) > 1e-3
+
+
+def test_names_are_taken_once(scaled):
+    assert register_method(Scaled) is Scaled
+    other = dataclasses.make_dataclass("Other", [], bases=(Scaled,), frozen=True)
+    with pytest.raises(ValueError, match="the method Other is called 'scaled', as is Scaled"):
+        register_method(other)
+
+
+@pytest.mark.parametrize("missing", ["name", "learning_rate"])
+def test_what_a_method_must_say(missing):
+    kept = {"name": "bare", "learning_rate": 1.0}
+    del kept[missing]
+    bare = dataclasses.dataclass(frozen=True)(type("Bare", (AdapterMethod,), kept))
+    with pytest.raises(ValueError, match=f"Bare has no class variable '{missing}'"):
+        register_method(bare)
+
+
+def test_an_entry_point_is_loaded(monkeypatch):
+    class Entry:
+        def load(self):
+            return Scaled
+
+    found = {"peft_jax.methods": [Entry()]}
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda *, group: found.get(group, []))
+    from peft_jax.adapters import registry
+
+    registry.register_installed()
+    assert METHODS.pop("scaled") is Scaled
+
+
+def test_each_method_says_where_to_begin():
+    assert all(method.learning_rate > 0 for method in METHODS.values())
+    assert {name for name, method in METHODS.items() if method.branches} == {"hybrid"}
+    assert {name for name, method in METHODS.items() if method.trains_base} == {"full"}
+    assert not LoRA().has_dropout
+    assert LoRA(dropout=0.1).has_dropout
