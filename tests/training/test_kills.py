@@ -1,104 +1,88 @@
-"""Runs that are killed at random, or whose disk fills up, end bit for bit as one that is not.
-
-Twenty kills and five limits of a file's size, each in a process of its own:
-
-    python -m pytest -m slow tests/training/test_kills.py
-"""
+"""Runs that are killed at random, or whose disk fills up, end bit for bit as one that is not."""
 
 import json
 import os
-import random
-import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from benchmarks import reliability
+
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.slow
+RECORDS = [
+    {"step": 0, "split": "held_out", "loss": 2.0},
+    {"step": 1, "split": "train", "loss": 1.5, "timing": {"seconds": 0.1}},
+]
 
 
-def start(workdir, flags, *, most_bytes=None):
-    """Starts a run, whose files may not grow over so many bytes."""
+def write_run(folder, *, weights=b"weights", tokens=7, records=RECORDS):
+    """What the program compares of a finished run."""
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes(weights)
+    summary = dict.fromkeys(reliability.COMPARED, 1.0) | {"tokens": tokens, "seconds": {"train": 1}}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    lines = [json.dumps(record) for record in records]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
 
-    def limit():
-        if most_bytes is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
 
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), f"--workdir={workdir}", *flags],
+def test_clock_times_may_differ(tmp_path):
+    later = [RECORDS[0], {**RECORDS[1], "timing": {"seconds": 9.0}}]
+    one, other = write_run(tmp_path / "one"), write_run(tmp_path / "other", records=later)
+    assert reliability.differences(one, other) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"weights": b"weightt"}, "adapter/adapter_model.safetensors differs"),
+        ({"tokens": 8}, "tokens of summary.json differs"),
+        ({"records": RECORDS[:1]}, "metrics.jsonl differs"),
+        ({"records": [*RECORDS, RECORDS[1]]}, "metrics.jsonl differs"),
+    ],
+    ids=["a bit", "a total", "a lost record", "a record twice"],
+)
+def test_whatever_else_differs_is_named(tmp_path, changed, named):
+    one, other = write_run(tmp_path / "one"), write_run(tmp_path / "other", **changed)
+    assert reliability.differences(one, other) == [named]
+
+
+LINE = "train.py: a: No space left on device. Once mended, the same command resumes the run\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "fault"),
+    [
+        (1, LINE, ""),
+        (0, LINE, "exit code 0"),
+        (1, f"Traceback (most recent call last)\n{LINE}", "more than one line"),
+        (1, LINE * 2, "more than one line"),
+        (1, "train.py: a: No space left on device\n", "nothing of resuming"),
+    ],
+    ids=["as it should", "finished", "traceback", "twice", "no way on"],
+)
+def test_a_full_disk_ends_in_one_line(code, said, fault):
+    found = reliability.fault_of_ending(code, said)
+    assert fault in found
+    assert bool(found) == bool(fault)
+
+
+@pytest.mark.slow
+def test_killed_runs_and_full_disks_end_as_the_run_that_nothing_stops(tmp_path):
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "benchmarks.reliability"),
+            *("--kills=2", "--full_disks=1", f"--output={tmp_path}"),
+        ],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": ""},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
         text=True,
-        preexec_fn=limit,
+        check=False,
     )
-
-
-@pytest.fixture(scope="module")
-def flags(checkpoint, data):
-    return [
-        "--config=configs/finetune.py:lora,precision=float32",
-        f"--config.model.path={checkpoint}",
-        "--config.data.recipe=alpaca",
-        f"--config.data.path={data / 'words'}",
-        "--config.data.prompt_template={instruction}",
-        "--config.data.completion_template= {output}",
-        "--config.method.dropout=0.1",
-        "--config.train.steps=24",
-        "--config.train.batch_size=4",
-        "--config.train.max_length=16",
-        "--config.checkpoint.every=3",
-        "--config.evaluate.every=8",
-    ]
-
-
-@pytest.fixture(scope="module")
-def whole(flags, tmp_path_factory):
-    """A run that nothing stops, and how long it took."""
-    workdir, began = tmp_path_factory.mktemp("whole") / "run", time.monotonic()
-    _, said = start(workdir, flags).communicate()
-    assert (workdir / "summary.json").is_file(), said
-    return workdir, time.monotonic() - began
-
-
-def outcome(workdir):
-    """What a run has computed: its adapter's bytes, and its records without the clock's."""
-    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    for record in records:
-        record.pop("timing", None)
-    return (workdir / "adapter" / "adapter_model.safetensors").read_bytes(), records
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_a_run_killed_at_random_ends_the_same(whole, flags, tmp_path, seed):
-    reference, seconds = whole
-    chance = random.Random(seed)
-    for _ in range(chance.randint(1, 3)):
-        process = start(tmp_path / "run", flags)
-        try:
-            # The first part of a process is its imports, which there is nothing to learn from.
-            process.wait(timeout=seconds * chance.uniform(0.4, 1.0))
-        except subprocess.TimeoutExpired:
-            process.kill()
-        process.communicate()
-    _, said = start(tmp_path / "run", flags).communicate()
-    assert "Traceback" not in said
-    assert outcome(tmp_path / "run") == outcome(reference)
-
-
-@pytest.mark.parametrize("share", [0.01, 0.3, 0.6, 0.9, 0.99])
-def test_a_run_whose_files_may_not_grow_ends_the_same_once_they_may(whole, flags, tmp_path, share):
-    reference, _ = whole
-    largest = max(path.stat().st_size for path in reference.rglob("*") if path.is_file())
-    process = start(tmp_path / "run", flags, most_bytes=int(largest * share))
-    _, said = process.communicate()
-    assert process.returncode == 1
-    assert "Traceback" not in said
-    assert "the same command resumes the run" in said.strip().splitlines()[-1]
-    _, said = start(tmp_path / "run", flags).communicate()
-    assert outcome(tmp_path / "run") == outcome(reference)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 kills" in done.stdout
+    assert "1 full disk" in done.stdout
