@@ -190,16 +190,23 @@ def say(message: str, *, name: str) -> None:
     print(f"{name}: {printable(message)}", file=sys.stderr, flush=True)
 
 
-def printable(text: str) -> str:
-    r"""A text with its control characters escaped, which could steer a terminal.
+def printable(text: str, *, keep: str = "\n\t") -> str:
+    r"""Returns a text in which only what can be seen is left as it is.
+
+    A row's, a model's or an endpoint's words can hold sequences that move a terminal's cursor, hide
+    text or turn its direction around. Such characters are written as Python's escapes.
+
+    Args:
+      text: The text.
+      keep: Characters that are left as they are all the same.
 
     Example:
-      >>> printable("a name\x1b[2J\nand a second line")
-      'a name\\x1b[2J\nand a second line'
+      >>> print(printable("a\x1b[2Jb\n\u202ec é", keep=""))
+      a\x1b[2Jb\n\u202ec é
     """
     return "".join(
         character
-        if character.isprintable() or character in "\n\t"
+        if character.isprintable() or character in keep
         else character.encode("unicode_escape").decode("ascii")
         for character in text
     )

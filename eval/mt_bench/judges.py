@@ -12,8 +12,7 @@ from typing import Any, Protocol
 
 from eval.mt_bench.exchange import SECONDS, Answer, exchange
 from eval.mt_bench.requests import JudgeRequest
-from eval.printable import printable
-from peft_jax.exits import EndingError
+from peft_jax.exits import EndingError, printable
 from peft_jax.generation import GenerationSettings, Loaded, generate_text
 
 JUDGMENT_TOKENS = 2048
@@ -229,7 +228,7 @@ class EndpointJudge:
         """
         message = self._without_key(message)
         most = len(self.url) + _QUOTED
-        return printable(message if len(message) <= most else message[:most] + " …")
+        return printable(message if len(message) <= most else message[:most] + " …", keep="")
 
     def _without_key(self, text: str) -> str:
         """Returns a text of the endpoint's without the key, in whatever way it is written there."""
