@@ -1,7 +1,6 @@
 """One evaluation: tasks are built and checked, the model is loaded, and task after task done."""
 
 import dataclasses
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
@@ -28,7 +27,7 @@ from eval.tasks.names import (
     Wanted,
     expand,
     is_flores,
-    is_near_ours,
+    names_in,
     reads_local_data,
 )
 from eval.tasks.trained_prompts import has_trained_prompts
@@ -190,6 +189,7 @@ def run(
                     batch_size=settings.batch_size,
                     max_length=settings.max_length,
                     seed=settings.seed,
+                    split_special_tokens=files.split_special_tokens,
                     store=ResponseStore(folder.path / "responses.jsonl"),
                     reporter=reporter,
                 )
@@ -236,24 +236,20 @@ def _build(
 
 
 def _manager(names: Sequence[str]) -> TaskManager:
-    """The harness's tasks; those alone that are known here, where no others are named.
+    """Returns the harness's tasks; those known here alone, where no others are named.
 
-    Reading all of the harness's thousands of configurations takes many seconds, which a slip in the
-    name of a task of ours is not made to wait for.
+    Reading all of the harness's thousands of configurations takes many seconds, which a slip in a
+    name is not made to wait for.
+
+    Raises:
+      ValueError: A name is not known.
     """
     tasks = Path(lm_eval.tasks.__file__).parent
-    others = [name for name in names if not (name in OURS or is_flores(name) or name in SUITES)]
-    slips = [name for name in others if is_near_ours(name) and not _occurs(name, tasks)]
-    if slips or not others:
+    if all(name in OURS or is_flores(name) or name in SUITES for name in names):
         folders: list[str | Path] = [tasks / name for name in ("glue", "gsm8k", "xnli")]
         return TaskManager(include_defaults=False, include_path=folders)
+    expand(names, names_in(tasks))
     return TaskManager()
-
-
-def _occurs(name: str, tasks: Path) -> bool:
-    """Whether a name stands anywhere in the harness's configurations, as a task's does."""
-    word = re.compile(rb"(?<![\w-])" + re.escape(name.encode()) + rb"(?![\w-])")
-    return any(word.search(file.read_bytes()) for file in tasks.rglob("*.yaml"))
 
 
 def _harness_job(

@@ -1,12 +1,15 @@
 """`python -m eval`, from end to end on real data, and what it refuses before it does anything."""
 
 import json
+from pathlib import Path
 
+import lm_eval.tasks
 import pytest
 
 from eval import run
 from eval.command import main
 from eval.model import HarnessModel
+from eval.tasks.names import names_in
 from peft_jax.training.files import locked
 
 
@@ -116,12 +119,18 @@ def test_a_slip_does_not_wait_for_the_whole_harness(arguments, capsys, monkeypat
             super().__init__(**{"include_defaults": False, **settings})
 
     monkeypatch.setattr(run, "TaskManager", Manager)
-    assert main([*arguments, "--tasks=gsm8"]) == 2
-    assert "did you mean 'gsm8k'" in capsys.readouterr().err
+    for slip, said in (
+        ("gsm8", "did you mean 'gsm8k'"),
+        ("hellaswg", "did you mean 'hellaswag'"),
+        ("nothing", "there is no task 'nothing'"),
+    ):
+        assert main([*arguments, f"--tasks=cola,{slip}"]) == 2
+        assert said in capsys.readouterr().err
+    assert made == []
     # Names of the harness that are near ones of ours are looked for there.
     for name in ("copa", "gsm8k_cot", "xnli_eu"):
         main([*arguments, f"--tasks={name}"])
-    assert made == [False, True, True, True]
+    assert made == [True, True, True]
 
 
 def test_a_harness_task_does_not_read_local_data(arguments, capsys, monkeypatch):
@@ -166,3 +175,9 @@ def test_a_harness_task_that_runs_code_in_this_process_is_refused(arguments, cap
     monkeypatch.setattr(run, "build_task", lambda *_: {"tasks": {"cola": Unsafe()}})
     assert main([*arguments, "--tasks=cola"]) == 2
     assert "without a sandbox" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_no_name_of_the_harness_is_taken_for_a_slip():
+    names = names_in(Path(lm_eval.tasks.__file__).parent)
+    assert names.issuperset(lm_eval.tasks.TaskManager().all_tasks)

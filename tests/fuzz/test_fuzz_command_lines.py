@@ -50,6 +50,7 @@ LINES = [
     (["-m", "peft_jax.convert", TINY, "http://localhost:1/x"], "http://localhost:1/x"),
     (["-m", "peft_jax.convert", TINY, "/dev/null/x"], "/dev/null"),
     ([*EVALUATE, "--tasks=gsm8"], "gsm8k"),
+    ([*EVALUATE, "--tasks=nothing"], "there is no task 'nothing'"),
     (["-m", "eval.study", "--config=/nowhere.py"], "/nowhere.py"),
     (["-m", "eval.study", "--config=configs/study_cpu.py", "--only=("], "--only"),
     (["-m", "examples.demo", "--config=lroa"], "lora"),
