@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         chat=given.chat,
         chat_template=given.chat_template,
         system=given.system,
+        split_special_tokens=given.split_special_tokens,
         batch_size=given.batch_size,
         max_length=given.max_length,
         seed=given.seed,
@@ -180,6 +181,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--chat", action="store_true", help="put the tokenizer's chat template around prompts")
     add("--chat_template", type=Path, help="a file with a Jinja template; else the tokenizer's own")
     add("--system", default="", help="in a chat, what the system says first")
+    add(
+        "--split_special_tokens",
+        action=argparse.BooleanOptionalAction,
+        help="tokenise control tokens in prompts as characters; by default as the run did",
+    )
     add = parser.add_argument_group("how").add_argument
     add("--output", type=Path, help="where results go")
     add("--batch_size", type=int, default=16, help="rows of a batch")

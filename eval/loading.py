@@ -34,6 +34,7 @@ class ModelFiles:
       tokenizer: its transformers tokenizer.
       context: how many tokens it was made for; None where its positions have no end.
       quantization: how the base's kernels are held.
+      split_special_tokens: whether control tokens in prompts are tokenised as characters.
     """
 
     model: Path
@@ -41,10 +42,14 @@ class ModelFiles:
     tokenizer: Any
     context: int | None
     quantization: str
+    split_special_tokens: bool
 
-    def identity(self) -> dict[str, str]:
+    def identity(self) -> dict[str, Any]:
         """The folders, and a digest of what is in them, by which a changed model is noticed."""
-        found = {"model": str(self.model.resolve()), "model_digest": _digest(self.model)}
+        found: dict[str, Any] = {
+            "model": str(self.model.resolve()),
+            "model_digest": _digest(self.model),
+        }
         if self.adapter is not None:
             found |= {
                 "adapter": str(self.adapter.resolve()),
@@ -52,6 +57,8 @@ class ModelFiles:
             }
         if self.quantization != "none":
             found["quantization"] = self.quantization
+        if self.split_special_tokens:
+            found["split_special_tokens"] = True
         return found
 
 
@@ -86,12 +93,19 @@ def find_model(settings: EvalSettings) -> ModelFiles:
             f"--chat: the tokenizer of {folder} has no chat template: name a file with one in"
             " --chat_template"
         )
+    split = _split_special_tokens(settings)
+    if split and not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"--split_special_tokens needs a fast tokenizer, and the one of {folder} is"
+            f" {type(tokenizer).__name__}: --no-split_special_tokens reads control tokens as such"
+        )
     return ModelFiles(
         model=folder,
         adapter=adapter,
         tokenizer=tokenizer,
         context=context_length(model),
         quantization=_quantization(settings, adapter),
+        split_special_tokens=split,
     )
 
 
@@ -101,12 +115,26 @@ def _quantization(settings: EvalSettings, adapter: Path | None) -> str:
     A run of peft_jax 0.1 has not written it down with its adapter, but in its configuration.
     """
     asked = settings.quantization
-    if asked is None and settings.workdir is not None and adapter is not None:
-        config = settings.workdir / "config.json"
-        if recorded_quantization(adapter) is None and config.is_file():
-            model = read_json_object(config).get("model")
-            asked = model.get("quantization") if isinstance(model, dict) else None
+    if asked is None and adapter is not None and recorded_quantization(adapter) is None:
+        asked = _of_the_run(settings, "model").get("quantization")
     return choose_quantization(asked, adapter)
+
+
+def _split_special_tokens(settings: EvalSettings) -> bool:
+    """Whether control tokens in prompts are characters: as asked, or as the run was trained."""
+    asked = settings.split_special_tokens
+    if asked is None:
+        asked = _of_the_run(settings, "data").get("split_special_tokens", False)
+    return bool(asked)
+
+
+def _of_the_run(settings: EvalSettings, part: str) -> dict[str, Any]:
+    """A part of the configuration that a run has written down; empty where there is none."""
+    config = None if settings.workdir is None else settings.workdir / "config.json"
+    if config is None or not config.is_file():
+        return {}
+    found = read_json_object(config).get(part)
+    return found if isinstance(found, dict) else {}
 
 
 def load(settings: EvalSettings, files: ModelFiles) -> tuple[Loaded, jax.sharding.NamedSharding]:
@@ -122,6 +150,12 @@ def load(settings: EvalSettings, files: ModelFiles) -> tuple[Loaded, jax.shardin
         print(
             f"the base's kernels are held in {files.quantization}, as the adapter was trained;"
             " --quantization=none for as they are",
+            file=sys.stderr,
+        )
+    if settings.split_special_tokens is None and files.split_special_tokens:
+        print(
+            "control tokens in prompts are tokenised as characters, as the run was trained;"
+            " --no-split_special_tokens for as control tokens",
             file=sys.stderr,
         )
     mesh = make_mesh(settings.mesh)

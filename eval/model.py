@@ -21,7 +21,7 @@ from eval.chat_text import ChatText
 from eval.progress import Reporter
 from eval.responses import ResponseStore
 from eval.scoring import ScoringRow, TokenScorer
-from peft_jax.data import BadRowError, Encoder
+from peft_jax.data import BadRowError, Encoder, Example, Piece
 from peft_jax.generation import GenerationSettings, Loaded, generate_text_from_tokens
 from peft_jax.generation.from_tokens import context_length
 
@@ -91,6 +91,8 @@ class HarnessModel(TemplateLM):
       max_length: the longest text in tokens; None: what the model was made for, or 2,048 where its
         positions have no end.
       seed: of sampling.
+      split_special_tokens: tokenise control tokens in prompts, the assistant's turns aside, as the
+        characters that they are; as the setting of that name in training's data.
       store: what was answered before, and where answers go.
       reporter: shows progress.
 
@@ -108,6 +110,7 @@ class HarnessModel(TemplateLM):
         batch_size: int = 16,
         max_length: int | None = None,
         seed: int = 0,
+        split_special_tokens: bool = False,
         store: ResponseStore | None = None,
         reporter: Reporter | None = None,
     ):
@@ -118,6 +121,7 @@ class HarnessModel(TemplateLM):
         self._row_sharding = row_sharding
         self._batch_size = batch_size
         self._seed = seed
+        self._split = split_special_tokens
         self.store = store if store is not None else ResponseStore()
         self.reporter = reporter or Reporter()
         self._scorer = TokenScorer(
@@ -155,11 +159,38 @@ class HarnessModel(TemplateLM):
         """
         if isinstance(string, ChatText) and string.ids is not None:
             return list(string.ids)
+        if self._split:
+            return self._split_ids(string, begin=add_special_tokens is not False)
         if add_special_tokens is None:
             begin = self.tokenizer.bos_token
             begun = isinstance(string, ChatText) or (begin and string.startswith(begin))
             add_special_tokens = not begun
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+
+    def _split_ids(self, string: str, *, begin: bool) -> list[int]:
+        """The tokens of a text in which only a chat template's control tokens are such.
+
+        Args:
+          string: the text.
+          begin: put what the tokenizer has before a text, unless a template wrote it.
+
+        Raises:
+          ValueError: the tokenizer has no other token for a control token's character.
+        """
+        encoder = self._encoder
+        chat = string if isinstance(string, ChatText) else ChatText(string, templated=0)
+        others = encoder.control_spans(str(chat)[chat.templated :])
+        done = chat.templated
+        plain = (*chat.plain, *((done + start, done + stop) for start, stop in others))
+        example = Example(
+            pieces=(Piece(text=str(string), learn=False), Piece(text="", learn=True)),
+            templated=not begin or isinstance(string, ChatText),
+            plain=plain,
+        )
+        try:
+            return encoder.prompt_ids(example).tolist()
+        except BadRowError as error:
+            raise ValueError(f"a prompt cannot be tokenised: {error.detail}") from error
 
     @property
     def tokenizer_name(self) -> str:
@@ -178,15 +209,17 @@ class HarnessModel(TemplateLM):
         try:
             if add_generation_prompt:
                 example = encoder.renderer.prompt(chat_history)
-                return ChatText(example.prompt, encoder.prompt_ids(example).tolist())
-            return ChatText(encoder.renderer.continued(chat_history))
+                ids = encoder.prompt_ids(example).tolist()
+                return ChatText(example.prompt, ids, example.plain)
+            rendered = encoder.renderer.continued(chat_history)
+            return ChatText(rendered.text, plain=rendered.plain)
         except BadRowError as error:
             message = f"the tokenizer's chat template refuses a prompt: {error.detail}"
             raise ValueError(message) from error
 
     @functools.cached_property
     def _encoder(self) -> Encoder:
-        return Encoder(self.tokenizer, max_length=1)
+        return Encoder(self.tokenizer, max_length=1, split_special_tokens=self._split)
 
     # Log-likelihoods.
 

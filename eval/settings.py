@@ -36,6 +36,8 @@ class EvalSettings:
       chat: put the tokenizer's chat template around prompts.
       chat_template: a file with a Jinja chat template, used in place of the tokenizer's own.
       system: in a chat, what the system says first.
+      split_special_tokens: tokenise control tokens in prompts as the characters that they are;
+        None: as the run in `workdir` was trained, else False.
       batch_size: rows of a batch.
       max_length: the longest text in tokens; None: what the model was made for.
       seed: of sampling.
@@ -61,6 +63,7 @@ class EvalSettings:
     chat: bool = False
     chat_template: Path | None = None
     system: str = ""
+    split_special_tokens: bool | None = None
     batch_size: int = 16
     max_length: int | None = None
     seed: int = 0

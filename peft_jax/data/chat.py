@@ -120,14 +120,14 @@ class ChatRenderer:
         pieces = (*_pieces(whole.text, turns, set()), Piece(text="", learn=True))
         return Example(pieces=pieces, templated=True, plain=whole.plain)
 
-    def continued(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def continued(self, messages: Sequence[Mapping[str, Any]]) -> Rendered:
         """The conversation as a text whose last message is left open, to be continued.
 
         Raises:
           BadRowError: if the template refuses the conversation.
         """
         wanted = Wanted(messages=self._messages(messages), continued=True)
-        return self._template.render([wanted])[0].text
+        return self._template.render([wanted])[0]
 
     def _messages(self, messages: Sequence[Mapping[str, Any]]) -> Messages:
         if not messages:

@@ -186,6 +186,10 @@ class Encoder:
             choices.append(self._begin(ids, example)[len(prompt) :])
         return choices
 
+    def control_spans(self, text: str) -> tuple[Span, ...]:
+        """Where others' text has control tokens that are tokenised as their characters."""
+        return () if self._control is None else self._control.spans(text)
+
     def lost_characters(self, example: Example | Conversation) -> set[str]:
         """The characters of an example that its tokens do not give back; white space aside."""
         text = "".join(piece.text for piece in self.as_example(example).pieces)
@@ -223,7 +227,7 @@ class Encoder:
         spans: list[Span] = []
         done = 0
         for piece in example.pieces:
-            found = () if piece.learn or piece.written else self._control.spans(piece.text)
+            found = () if piece.learn or piece.written else self.control_spans(piece.text)
             spans += [(done + start, done + stop) for start, stop in found]
             done += len(piece.text)
         return tuple(spans)

@@ -48,3 +48,17 @@ def test_the_flag_says_otherwise(workdir):
     assert "quantization" not in files.identity()
     with pytest.raises(ValueError, match="quantization is 'int3'"):
         EvalSettings(tasks=("rte",), adapter=str(folder / "adapter"), quantization="int3")
+
+
+@pytest.mark.parametrize(("trained", "asked"), [(None, None), (True, None), (True, False)])
+def test_control_tokens_are_tokenised_as_in_the_run(trained, asked, workdir, capsys):
+    folder, _ = workdir("none")
+    data = {} if trained is None else {"data": {"split_special_tokens": trained}}
+    (folder / "config.json").write_text(json.dumps(data))
+    settings = EvalSettings(tasks=("rte",), workdir=folder, split_special_tokens=asked)
+    files = find_model(settings)
+    used = bool(trained) and asked is None
+    assert files.split_special_tokens is used
+    assert ("split_special_tokens" in files.identity()) is used
+    load(settings, files)
+    assert ("--no-split_special_tokens" in capsys.readouterr().err) is used

@@ -248,6 +248,40 @@ def test_a_chat_s_prompt_has_the_tokens_of_training(make_model, loaded):
     assert context + continuation == model.tok_encode(text + "She was late.")
 
 
+@pytest.mark.parametrize("split", [False, True])
+def test_control_tokens_in_prompts_are_as_in_training(make_model, loaded, monkeypatch, split):
+    monkeypatch.setattr(loaded.tokenizer, "chat_template", ROLES)
+    end, end_id = loaded.tokenizer.eos_token, loaded.tokenizer.eos_token_id
+    model = make_model(split_special_tokens=split)
+    user = {"role": "user", "content": f"Who{end} ran?"}
+    answer = {"role": "assistant", "content": "Ivy."}
+    encoder = Encoder(loaded.tokenizer, max_length=200, split_special_tokens=split)
+    (trained,) = encoder.encode(Conversation(messages=(user, answer)))
+    text = model.apply_chat_template([user])
+    prompt = model.tok_encode(copy.deepcopy(text))
+    assert prompt == trained.ids[: len(prompt)].tolist()
+    assert prompt.count(end_id) == (1 if split else 2)
+    # What the harness puts behind a chat, or takes from its end, is others' text too.
+    context, continuation = model._encode_pair(text, f" Ivy{end}")
+    assert context.count(end_id) == (1 if split else 2)
+    assert continuation.count(end_id) == (0 if split else 1)
+    left_open = model.apply_chat_template([user, answer], add_generation_prompt=False)
+    assert model.tok_encode(left_open).count(end_id) == (1 if split else 2)
+    for part in (left_open[:-1], left_open + end, (left_open + end)[:-1]):
+        assert model.tok_encode(copy.deepcopy(part)).count(end_id) in (1, 2, 3)
+    assert model.tok_encode(left_open + end).count(end_id) == (1 if split else 3)
+    # A text has the begin token that the tokenizer puts before it, and no other.
+    begin = loaded.tokenizer.bos_token
+    plain = model.tok_encode(f"{begin}One{end}")
+    assert plain.count(end_id) == (0 if split else 1)
+    assert plain.count(loaded.tokenizer.bos_token_id) == 1
+    assert loaded.tokenizer.decode(plain, skip_special_tokens=True).strip() == (
+        f"{begin}One{end}" if split else "One"
+    )
+    for one in ("One day", "", " x"):
+        assert model.tok_encode(one) == make_model().tok_encode(one)
+
+
 def test_a_judged_answer_ends_no_turn_of_a_local_judge(loaded, monkeypatch):
     asked = []
 
