@@ -5,7 +5,7 @@ import copy
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -29,7 +29,7 @@ from peft_jax.data.passes import Lengths, count_rows
 from peft_jax.data.recipes import Recipe, get_recipe
 from peft_jax.data.recipes.columns import warn_of_unread_columns
 from peft_jax.data.settings import DataSettings
-from peft_jax.data.sources import open_sources
+from peft_jax.data.sources import Sources, open_sources
 from peft_jax.data.tables import MemoryTable, Row, Table
 from peft_jax.data.totals import Origin, RowTotals
 
@@ -38,18 +38,14 @@ _ROWS_LOOKED_AT = 64
 _READ_FOR_ONE_ENCODED = 10
 """So many times the rows that the check encodes are read by it: reading takes far less time."""
 
-_HELD_OUT = "held-out rows"
-
 _LONG_CHECK = 15.0
 """Seconds after which the check says how long it takes."""
 
 _UNKNOWN, _LEFT_OUT, _USED, _TRUNCATED = range(4)
 """What became of a row."""
 
-_ADVICE = (
-    "Set data.on_bad_row=skip to go on without such rows; for rows that are too long, set"
-    " data.too_long to skip, truncate or split."
-)
+_TEMPLATE = "chat template"
+"""Why a row cannot be used that the chat template refuses or fails on."""
 
 
 def build_data(
@@ -106,6 +102,7 @@ def build_data(
         MemoryTable([], "no held-out rows") if sources.held_out is None else sources.held_out,
         reader,
         origin=sources.held_out_origin,
+        otherwise=_without_held_out(settings, sources),
         packing=settings.packing,
         batch_size=batch_size,
     )
@@ -119,6 +116,18 @@ def build_data(
         say=say,
     )
     return train, held_out
+
+
+def _without_held_out(settings: DataSettings, sources: Sources) -> str:
+    """How to do without the held-out rows of a run."""
+    instead = "measure on rows taken from the training rows, set data.hold_out=0.05"
+    for name in ("eval_path", "eval_split"):
+        if getattr(settings, name):
+            return f"To {instead} and leave data.{name} out."
+    train, held_out = sources.train_origin, sources.held_out_origin
+    if (train.name, train.split) != (held_out.name, held_out.split):
+        return f"To {instead}."
+    return "To train without measuring on held-out rows, set data.hold_out=0."
 
 
 def _make_encoder(
@@ -214,6 +223,47 @@ class _Reader:
         if error.reason == TOO_LONG:
             return self.recipe.too_long == "error"
         return self.settings.on_bad_row == "error"
+
+    def describe(self, bad_rows: BadRows, total: int, otherwise: str = "") -> str:
+        """Rows that end the run, and what would help.
+
+        Args:
+          bad_rows: those that cannot be used.
+          total: Number of rows that were read.
+          otherwise: how to do without these rows, where none of them is left.
+        """
+        reasons = set(bad_rows.counts)
+        if len(bad_rows) < total:
+            return f"{bad_rows.describe(total)}\n{self.advice(reasons)}"
+        advice = ["No row is left."]
+        if TOO_LONG in reasons:
+            advice.append(f"Raise train.max_length, or set data.too_long to {self._keeps_long}.")
+        if reasons == {_TEMPLATE}:
+            advice.append(
+                "The chat template takes none of the rows: name another in data.chat_template, or"
+                " give rows that it takes."
+            )
+        if otherwise:
+            advice.append(otherwise)
+        return f"{bad_rows.describe(total)}\n{' '.join(advice)}"
+
+    def advice(self, reasons: Collection[str]) -> str:
+        """What would help against rows with these faults, where others can be used."""
+        advice = []
+        if self.settings.on_bad_row == "error" and set(reasons) - {TOO_LONG}:
+            advice.append("Set data.on_bad_row=skip to go on without such rows.")
+        if self.recipe.too_long == "error" and TOO_LONG in reasons:
+            advice.append(
+                "For rows that are too long, raise train.max_length, or set data.too_long to skip,"
+                f" {self._keeps_long}."
+            )
+        return " ".join(advice)
+
+    @property
+    def _keeps_long(self) -> str:
+        """The values of data.too_long that use some of a row that is too long."""
+        # A row with one label cannot be split.
+        return "truncate" if isinstance(self.encoder, LabelledEncoder) else "truncate or split"
 
 
 def _check_text(example: Example | Conversation) -> None:
@@ -454,7 +504,7 @@ class TrainData(Iterator[AnyBatch]):
                 stops |= self._reader.stops(error)
             if whole:
                 self._lengths.add(index, positions)
-        _report(self.bad_rows, len(read), stops=stops)
+        _report(self.bad_rows, len(read), self._reader, stops=stops)
 
     def _warn_of_lost_text(self) -> None:
         """Looks at a few rows for characters that the tokenizer has no token for."""
@@ -500,14 +550,15 @@ class TrainData(Iterator[AnyBatch]):
             where = self._table.where(index)
             is_news = self.bad_rows.add(index, where, error)
             if self._reader.stops(error):
-                message = f"{self.bad_rows.what}: {where}: {error}\n{_ADVICE}"
+                advice = self._reader.advice({error.reason})
+                message = f"{self.bad_rows.what}: {where}: {error}\n{advice}"
                 raise UnusableRowsError(message) from None
             if is_news:
                 logging.warning("%s: skipped %s: %s", self.bad_rows.what, where, error)
         self._tried += 1
         self._used += sequences is not None
         if not self._used and self._tried >= len(self._table):
-            raise UnusableRowsError(_describe_none_left(self.bad_rows, self._tried))
+            raise UnusableRowsError(self._reader.describe(self.bad_rows, len(self.bad_rows)))
         return sequences
 
 
@@ -523,28 +574,26 @@ def _spread(size: int, number: int | None) -> np.ndarray:
     return np.round(np.linspace(0, size - 1, number)).astype(np.int64)
 
 
-def _report(bad_rows: BadRows, total: int, *, stops: bool) -> None:
+def _report(
+    bad_rows: BadRows, total: int, reader: _Reader, *, stops: bool, otherwise: str = ""
+) -> None:
     """Says what is wrong with the rows that were read.
+
+    Args:
+      bad_rows: those that cannot be used.
+      total: Number of rows that were read.
+      reader: has read them.
+      stops: whether the settings make that an error.
+      otherwise: how to do without these rows, where none of them is left.
 
     Raises:
       UnusableRowsError: if the settings make that an error, or none of the rows can be used.
     """
     if not len(bad_rows):
         return
-    if stops:
-        raise UnusableRowsError(f"{bad_rows.describe(total)}\n{_ADVICE}")
-    if len(bad_rows) == total:
-        raise UnusableRowsError(_describe_none_left(bad_rows, total))
+    if stops or len(bad_rows) == total:
+        raise UnusableRowsError(reader.describe(bad_rows, total, otherwise))
     logging.warning("%s", bad_rows.describe(total))
-
-
-def _describe_none_left(bad_rows: BadRows, total: int) -> str:
-    advice = "No row is left."
-    if TOO_LONG in bad_rows.counts:
-        advice += " Raise train.max_length, or set data.too_long to truncate or split."
-    if bad_rows.what == _HELD_OUT:
-        advice += " To train without measuring on held-out rows, set data.hold_out=0."
-    return f"{bad_rows.describe(total)}\n{advice}"
 
 
 class EvalData(Sequence[AnyBatch]):
@@ -567,6 +616,7 @@ class EvalData(Sequence[AnyBatch]):
         reader: _Reader,
         *,
         origin: Origin,
+        otherwise: str,
         packing: bool,
         batch_size: int,
     ):
@@ -576,13 +626,14 @@ class EvalData(Sequence[AnyBatch]):
           table: the rows.
           reader: makes examples and sequences of them.
           origin: where they come from.
+          otherwise: how to do without them.
           packing: several sequences to a row.
           batch_size: the rows of a batch.
         """
         self.recipe = reader.recipe
         self.files = table.files
         self.encoder: Any = reader.encoder
-        self.bad_rows = BadRows(_HELD_OUT)
+        self.bad_rows = BadRows("held-out rows")
         self.examples: list[Example] = []
         self._batch_size = batch_size
         sequences: list[Any] = []
@@ -599,7 +650,7 @@ class EvalData(Sequence[AnyBatch]):
             self.examples.append(example)
             if cut := sum(sequence.cut for sequence in encoded):
                 truncated.append(sum(len(sequence.ids) for sequence in encoded) + cut)
-        _report(self.bad_rows, len(table), stops=stops)
+        _report(self.bad_rows, len(table), reader, stops=stops, otherwise=otherwise)
         self.totals = RowTotals(
             what=self.bad_rows.what,
             origin=origin,

@@ -173,6 +173,64 @@ def test_held_out_rows_are_checked_alike(tmp_path, tokenizer):
     assert (held_out.totals.used, held_out.totals.left_out) == (2, {"not Unicode": 1})
 
 
+NO_BIRDS = (
+    "{% for m in messages %}{% if 'bird' in m.content %}{{ m.nothing.at_all }}{% endif %}"
+    "{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+ROW, BIRD = (
+    json.dumps({"prompt": prompt, "completion": "A wren."}) + "\n"
+    for prompt in ("Name it.", "Name a bird.")
+)
+
+
+@pytest.mark.parametrize("on_bad_row", ["error", "skip"])
+@pytest.mark.parametrize(
+    ("files", "changes", "advised"),
+    [
+        ({"rows": BIRD * 3}, {"hold_out": 0}, ""),
+        ({"rows": BIRD * 3}, {"hold_out": 1}, "held-out rows, set data.hold_out=0."),
+        ({"train": ROW * 3, "dev": BIRD * 3}, {}, "training rows, set data.hold_out=0.05."),
+        (
+            {"train": ROW * 3, "dev": BIRD * 3},
+            {"eval_split": "validation"},
+            "data.hold_out=0.05 and leave data.eval_split out.",
+        ),
+    ],
+)
+def test_what_cannot_help_is_not_advised(tmp_path, tokenizer, on_bad_row, files, changes, advised):
+    template = tmp_path / "chat.jinja"
+    template.write_text(NO_BIRDS)
+    for name, rows in files.items():
+        (tmp_path / f"{name}.jsonl").write_text(rows)
+    settings = {"recipe": "chat", "chat_template": str(template), "on_bad_row": on_bad_row}
+    with pytest.raises(ValueError, match=r"(\d) of \1 cannot be used") as caught:
+        build(tmp_path, tokenizer, **{**settings, "hold_out": None, **changes})
+    advice = str(caught.value).splitlines()[-1]
+    assert advice.startswith("No row is left. The chat template takes none of the rows: ")
+    assert "on_bad_row" not in advice
+    assert advice.endswith(advised)
+    assert ("data.hold_out" in advice) is bool(advised)
+    if "train" in files:
+        train, held_out = build(tmp_path, tokenizer, **{**settings, "hold_out": 0.34})
+        assert (train.totals.used, held_out.totals.used) == (2, 1)
+
+
+def test_advice_is_of_the_faults_there_are(tmp_path, tokenizer):
+    path = tmp_path / "rows.jsonl"
+    long = json.dumps({"text": "word " * 100}) + "\n"
+    for rows, on_bad_row, advised in (
+        (long, "skip", (False, True)),
+        ("[]\n", "error", (True, False)),
+        (long + "[]\n", "error", (True, True)),
+    ):
+        path.write_text(json.dumps(GOOD) + "\n" + rows)
+        with pytest.raises(ValueError, match="cannot be used") as caught:
+            build(path, tokenizer, on_bad_row=on_bad_row, too_long="error")
+        advice = str(caught.value).splitlines()[-1]
+        assert ("data.on_bad_row=skip" in advice, "data.too_long to skip" in advice) == advised
+
+
 def test_encoders_check_theirs_alike(tmp_path, tokenizer):
     path = write(tmp_path, "jsonl", rb'"\ud800"', {"sentence": "good", "label": 1})
     settings = DataSettings(recipe="sst2", path=str(path), hold_out=0, on_bad_row="skip")
