@@ -248,6 +248,12 @@ def check_peft_config(config: Mapping[str, Any], file: Path) -> None:
     for name, annotation in _TYPES.items():
         if config.get(name) is not None:
             convert(config[name], annotation, where=f"{file}: {name}")
+    for name in settings.read & {"r", "lora_alpha"}:
+        if name in config and config[name] is None:
+            raise ValueError(
+                f"{file} sets {name} to null, with which PEFT computes nothing; give the number"
+                " that the adapter was trained with"
+            )
     for name, value in config.items():
         if name in settings.read or name in settings.irrelevant:
             continue

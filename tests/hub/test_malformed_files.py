@@ -168,6 +168,8 @@ MALFORMED = [
     ("peft", {"r": 1.5}, "r must be an integer"),
     ("peft", {"r": 1000000}, "rank 1000000 is larger than"),
     ("peft", {"lora_alpha": [1]}, "lora_alpha must be a number"),
+    ("peft", {"lora_alpha": None}, "sets lora_alpha to null"),
+    ("peft", {"r": None}, "sets r to null"),
     ("peft", {"lora_alpha": "16"}, "lora_alpha must be a number"),
     ("peft", {"use_rslora": "no"}, "use_rslora must be true or false"),
     ("peft", {"rank_pattern": 5}, "rank_pattern must be a mapping"),
