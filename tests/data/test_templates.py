@@ -110,7 +110,7 @@ def test_a_template_that_cannot_be_used_is_refused_by_name(
         make_template(source)
     assert message in str(caught.value)
     assert str(tmp_path / "template.jinja") in str(caught.value).splitlines()[0]
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 100
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_the_process_that_renders_stands_signals_to_its_group_and_ends_with_its_
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     pid = int(done.stdout)
-    for _ in range(100):
+    for _ in range(600):
         try:
             os.kill(pid, 0)
         except ProcessLookupError:
@@ -221,7 +221,7 @@ def test_a_run_is_refused_for_its_template_and_not_for_each_row(tokenizer, tmp_p
                     max_length=99,
                     seed=0,
                 )
-            assert time.monotonic() - began < 10
+            assert time.monotonic() - began < 100
     finally:
         tokenizer.chat_template = before
 

@@ -21,7 +21,7 @@ from eval.settings import EvalSettings
 from eval.tasks.names import Wanted
 
 WANTED = Wanted("humaneval")
-LIMITS = SandboxLimits(seconds=30.0)
+LIMITS = SandboxLimits(seconds=300.0)
 
 
 class Writer:

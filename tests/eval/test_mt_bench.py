@@ -323,9 +323,9 @@ class RawServer:
 
 
 def slowly(first, piece):
-    """Yields `first`, and then a piece every twentieth of a second, for ten seconds."""
+    """Yields `first`, and then a piece every twentieth of a second, for five minutes."""
     yield first
-    for _ in range(200):
+    for _ in range(6000):
         time.sleep(0.05)
         yield piece
 
@@ -365,7 +365,7 @@ def test_a_slow_answer_ends_with_its_whole_time(first, piece):
         began = time.monotonic()
         with pytest.raises(JudgeError, match="TimeoutError"):
             judge(REQUEST)
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 100
 
 
 @pytest.mark.parametrize("length", [b"Content-Length: 1000000000000", b"Connection: close"])

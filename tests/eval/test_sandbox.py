@@ -86,7 +86,7 @@ def test_an_endless_program_is_ended(sandbox, program):
     impatient = Sandbox(SandboxLimits(seconds=1.0))
     outcome = run(impatient, program)
     assert outcome.verdict == "timeout"
-    assert 1.0 <= outcome.seconds < 15.0
+    assert 1.0 <= outcome.seconds < 100.0
     still_works(sandbox)
 
 
@@ -463,7 +463,7 @@ def test_the_program_ends_when_who_runs_it_is_killed(sandbox, tmp_path):
     script.write_text(
         "from eval.sandbox import Sandbox, SandboxLimits\n"
         "print('begun', flush=True)\n"
-        "Sandbox(SandboxLimits(seconds=60.0)).run('while True: pass')\n"
+        "Sandbox(SandboxLimits(seconds=600.0)).run('while True: pass')\n"
     )
     root = Path(__file__).parents[2]
     runner = subprocess.Popen(
@@ -473,7 +473,7 @@ def test_the_program_ends_when_who_runs_it_is_killed(sandbox, tmp_path):
     )
     assert runner.stdout.readline() == b"begun\n"
     jails = []
-    for _ in range(300):
+    for _ in range(3000):
         jails = jail_processes(runner.pid)
         if len(jails) >= 3:
             break
@@ -482,7 +482,7 @@ def test_the_program_ends_when_who_runs_it_is_killed(sandbox, tmp_path):
     runner.kill()
     runner.wait()
     runner.stdout.close()
-    for _ in range(100):
+    for _ in range(1000):
         if not any(alive(pid) for pid in jails):
             break
         time.sleep(0.1)
@@ -547,10 +547,11 @@ def test_without_isolation_nothing_is_run(monkeypatch, tmp_path):
 
 
 def test_unisolated_programs_still_have_limits():
-    sandbox = Sandbox(SandboxLimits(seconds=1.0, file_mib=1), isolated=False)
+    impatient = Sandbox(SandboxLimits(seconds=1.0), isolated=False)
+    sandbox = Sandbox(SandboxLimits(seconds=60.0, file_mib=1), isolated=False)
     sandbox.check()
     assert run(sandbox, "print(1)").passed
-    assert run(sandbox, "while True: pass").verdict == "timeout"
+    assert run(impatient, "while True: pass").verdict == "timeout"
     assert "File too large" in run(sandbox, "open('big', 'wb').write(bytes(2 << 20))").detail
 
 

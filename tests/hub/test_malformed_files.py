@@ -193,7 +193,7 @@ def test_malformed_adapters_are_refused_by_name(kind, changes, message, folders,
             load_adapter(folders[kind], model, model.abstract_params())
     finally:
         file.write_text(text)
-    assert time.process_time() - start < 10
+    assert time.process_time() - start < 60
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -206,4 +206,4 @@ def test_a_model_beyond_all_memory_is_refused_before_it_is_read(dtype, model, tm
     message = rf"GiB of memory, too little for the parameters in {dtype} \(\d+"
     with pytest.raises(ValueError, match=message):
         load_model(Path(tmp_path), dtype=dtype)
-    assert time.process_time() - start < 10
+    assert time.process_time() - start < 60

@@ -121,7 +121,7 @@ def test_stopped_twice_and_killed_ends_bit_for_bit_as_uninterrupted(flags, tmp_p
         )
         wait_for(broken / "metrics.jsonl", step, process)
         process.send_signal(number)
-        _, said = process.communicate(timeout=120)
+        _, said = process.communicate(timeout=300)
         assert process.returncode == code, said
         assert not (broken / "summary.json").exists()
     steps = sorted(int(p.name) for p in (broken / "checkpoints").iterdir() if p.name.isdigit())

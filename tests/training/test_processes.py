@@ -254,7 +254,7 @@ def test_who_is_lost_ends_the_others_and_the_run_goes_on(flags, tmp_path, number
         _, said = survivor.communicate(timeout=SECONDS)
         seconds = time.monotonic() - began
     assert survivor.returncode not in (0, None)
-    assert seconds < 60, said
+    assert seconds < 200, said
     if number == signal.SIGKILL and lost == 0:
         # Without its coordinator JAX ends a process at once, with a message of its own.
         assert "leader task was preempted/died/restarted unexpectedly" in said, said
@@ -334,7 +334,7 @@ def in_a_hurry(monkeypatch):
 class Watched(Contact):
     """A watch whose process does not end, but remembers how it would have."""
 
-    def __init__(self, store: Store, index: int, timeout: float = 0.8):
+    def __init__(self, store: Store, index: int, timeout: float = 2.0):
         self.said: list[str] = []
         self.codes: list[int] = []
         super().__init__(
@@ -347,7 +347,7 @@ class Watched(Contact):
         )
 
     def wait(self) -> None:
-        self._thread.join(10)
+        self._thread.join(100)
         assert not self._thread.is_alive()
 
 
@@ -355,7 +355,7 @@ class Watched(Contact):
 def test_who_is_silent_is_named():
     store = Store()
     one, other = Watched(store, 0), Watched(store, 1)
-    time.sleep(1.2)
+    time.sleep(3.0)
     assert one.codes == other.codes == []
     other.closing()
     one.wait()
