@@ -5,6 +5,7 @@
 It stops when the held-out loss has not fallen for three evaluations, and keeps the best adapter.
 """
 
+import sys
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import optax
 
 import peft_jax as pj
 from examples.pairwise_loss import CONFIG
+from peft_jax import exits
 
 
 def make_batch(seed: int) -> pj.Batch:
@@ -22,7 +24,7 @@ def make_batch(seed: int) -> pj.Batch:
     return pj.Batch.from_tokens((starts + np.arange(12)) % 32)
 
 
-def main() -> tuple[list[float], Any]:
+def train() -> tuple[list[float], Any]:
     """Trains, and returns the held-out losses and the merged parameters of the best adapter."""
     model = pj.build_model(CONFIG)
     params = model.init_params(jax.random.key(0))
@@ -41,9 +43,15 @@ def main() -> tuple[list[float], Any]:
             best = jax.tree.map(jnp.copy, training.adapter)
         elif min(losses[-3:]) > min(losses):
             break
-    print(f"held-out loss {losses[0]:.3f} -> {min(losses):.3f} in {20 * len(losses)} steps")
     return losses, trainer.spec.merge(params, best)
 
 
+@exits.command("own_loop")
+def main() -> None:
+    """Trains, and prints the first and the best held-out loss."""
+    losses, _ = train()
+    print(f"held-out loss {losses[0]:.3f} -> {min(losses):.3f} in {20 * len(losses)} steps")
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,6 +7,7 @@ own difference as the zero point: Rafailov et al., 2023 (arXiv 2305.18290), eq. 
 batches are dictionaries, whose leaves have a leading axis of rows as any batch's.
 """
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import optax
 
 import peft_jax as pj
+from peft_jax import exits
 
 CONFIG = {
     "model_type": "llama",
@@ -59,7 +61,7 @@ def make_batches(model: Any, params: Any, count: int) -> Iterator[dict[str, Any]
         yield batch | {"reference": reference}
 
 
-def main() -> list[float]:
+def train() -> list[float]:
     """Trains, and returns the losses."""
     model = pj.build_model(CONFIG)
     params = model.init_params(jax.random.key(0))
@@ -72,9 +74,15 @@ def main() -> list[float]:
     losses: list[float] = []
     hooks = pj.Hooks(on_step=lambda step, metrics: losses.append(float(metrics["loss"])))
     trainer.fit(params, make_batches(model, params, 60), hooks=hooks)
-    print(f"loss {losses[0]:.3f} -> {np.mean(losses[-5:]):.3f}")
     return losses
 
 
+@exits.command("pairwise_loss")
+def main() -> None:
+    """Trains, and prints the first and the last losses."""
+    losses = train()
+    print(f"loss {losses[0]:.3f} -> {np.mean(losses[-5:]):.3f}")
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

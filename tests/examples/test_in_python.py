@@ -9,13 +9,13 @@ from peft_jax.models import build_model
 
 
 def test_the_better_answer_becomes_the_likelier():
-    losses = pairwise_loss.main()
+    losses = pairwise_loss.train()
     np.testing.assert_allclose(losses[0], np.log(2), rtol=1e-5)  # nothing is trained yet
     assert np.mean(losses[-5:]) < 0.4
 
 
 def test_a_loop_of_ones_own_keeps_the_best_adapter():
-    losses, merged = own_loop.main()
+    losses, merged = own_loop.train()
     assert min(losses) < 0.5 * losses[0]
     batch = own_loop.make_batch(-1 % 2**32)
     logits = build_model(own_loop.CONFIG)(merged, jax.numpy.asarray(batch.tokens))
