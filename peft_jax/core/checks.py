@@ -19,6 +19,12 @@ def check_positive_int(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a whole number of at least 1, but is {value!r}")
 
 
+def check_count(name: str, value: Any) -> None:
+    """Raises ValueError unless `value` is a whole number of at least zero."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name} must be a whole number of at least 0, but is {value!r}")
+
+
 def check_finite(name: str, value: Any) -> None:
     """Raises ValueError unless `value` is a finite number of at least zero."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:

@@ -53,7 +53,8 @@ class Batch:
           lengths: [B]; number of tokens of each row, padding following them. T by default.
 
         Raises:
-          ValueError: the shapes do not agree, or a length is not between 1 and T.
+          ValueError: the shapes do not agree, a length is not between 1 and T, or a token is
+            negative.
 
         Example:
           >>> batch = Batch.from_tokens([[5, 6, 7, 0]], mask=[[0, 0, 1, 1]], lengths=[3])
@@ -61,10 +62,10 @@ class Batch:
           ([[6, 7, 0, 0]], [[0.0, 1.0, 0.0, 0.0]], [[1, 1, 1, 0]])
         """
         tokens = np.asarray(tokens)
-        if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+        if tokens.ndim != 2 or 0 in tokens.shape or not np.issubdtype(tokens.dtype, np.integer):
             raise ValueError(
-                f"tokens must be whole numbers [rows, positions], but are {tokens.dtype}"
-                f"{list(tokens.shape)}"
+                "tokens must be whole numbers [rows, positions], at least one of each, but are"
+                f" {tokens.dtype}{list(tokens.shape)}"
             )
         rows, length = tokens.shape
         learned = np.ones(tokens.shape, bool) if mask is None else np.asarray(mask) != 0
@@ -74,11 +75,18 @@ class Batch:
                 f" {list(learned.shape)}"
             )
         ends = np.full(rows, length) if lengths is None else np.asarray(lengths)
-        if ends.shape != (rows,) or (rows and not (ends.min() >= 1 and ends.max() <= length)):
+        if ends.shape != (rows,) or not (ends.min() >= 1 and ends.max() <= length):
             raise ValueError(
                 f"lengths must be {rows} numbers from 1 to {length}, but are {ends.tolist()}"
             )
         present = np.arange(length) < ends[:, None]
+        # Whatever stands in the padding (-100, say) may be no token of the model's.
+        tokens = np.where(present, tokens, 0)
+        if tokens.min() < 0:
+            raise ValueError(
+                f"tokens must be at least 0, but one is {tokens.min()}; `lengths` marks padding,"
+                " and `mask` what is not to be learned"
+            )
         following = np.pad(learned & present, ((0, 0), (0, 1)))[:, 1:]
         positions = np.where(present, np.arange(length), 0)
         return Batch(

@@ -5,14 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwix import QArray
-
-from peft_jax.core import FORMATS, Tree, flatten, format_of
+from peft_jax.core import FORMATS, Tree
 from peft_jax.hub.adapter_files import CONFIG
 from peft_jax.hub.converted import MANIFEST, WEIGHTS, is_converted
 from peft_jax.hub.digests import sample_tensors
 from peft_jax.hub.files import read_json_object
-from peft_jax.models import Model
+from peft_jax.models import Model, quantization_of
 
 _log = logging.getLogger(__name__)
 
@@ -94,7 +92,7 @@ def warn_of_another_base(
         )
         return
     recorded = config.get("quantization")
-    held = _quantization_of(params)
+    held = quantization_of(params)
     if recorded is not None and recorded != held:
         _log.warning(
             "the adapter in %s was trained on %s with quantization %s and is loaded onto %s with"
@@ -117,10 +115,3 @@ def warn_of_another_base(
             here,
             found,
         )
-
-
-def _quantization_of(params: Tree) -> str:
-    """How the kernels of some parameters are held."""
-    return next(
-        (format_of(leaf) for leaf in flatten(params).values() if isinstance(leaf, QArray)), "none"
-    )

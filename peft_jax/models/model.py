@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from qwix import QArray
 
 from peft_jax.core import (
     FORMATS,
@@ -20,6 +21,7 @@ from peft_jax.core import (
     abstract_quantised,
     did_you_mean,
     flatten,
+    format_of,
     is_quantised_leaf,
     is_stacked,
     join_path,
@@ -167,6 +169,26 @@ class Model:
         """
         return self.family.naming.module(path, layer)
 
+    def check_params(self, params: Tree, quantization: str = "none") -> None:
+        """Rejects parameters that are not this model's.
+
+        Args:
+          params: The parameters, arrays or shapes.
+          quantization: As for `abstract_params`.
+
+        Raises:
+          ValueError: A leaf is missing or unknown, or has another shape.
+        """
+        expected, found = flatten(self.abstract_params(quantization=quantization)), flatten(params)
+        if found.keys() != expected.keys():
+            _refuse_leaves(set(found), set(expected))
+        for path, leaf in found.items():
+            if tuple(leaf.shape) != tuple(expected[path].shape):
+                raise ValueError(
+                    f"the parameters are not this model's: {'.'.join(path)} has the shape"
+                    f" {list(leaf.shape)}, and the model's has {list(expected[path].shape)}"
+                )
+
     @property
     def _variables(self) -> dict[Path, nnx.Variable]:
         return _template(self.family, self.config, self.execution)[1]
@@ -203,6 +225,13 @@ def quantise_params(params: Tree, quantization: str) -> Tree:
             path: _quantise(leaf, quantization) if is_quantised_leaf(path) else leaf
             for path, leaf in flatten(params).items()
         }
+    )
+
+
+def quantization_of(params: Tree) -> str:
+    """Returns what the kernels of some parameters are held as: "none", "int8" or "nf4"."""
+    return next(
+        (format_of(leaf) for leaf in flatten(params).values() if isinstance(leaf, QArray)), "none"
     )
 
 

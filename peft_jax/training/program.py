@@ -27,7 +27,7 @@ from peft_jax.parallel import (
 )
 from peft_jax.training.placement import RowPlacement
 from peft_jax.training.state import TrainState, abstract_state
-from peft_jax.training.step import LossFn, TrainStep, summed_loss
+from peft_jax.training.step import LossFn, TrainStep, call_loss, summed_loss
 
 _WITHIN_A_SLICE = ("tensor", "fsdp", "sequence", "data")
 """Intra-slice mesh axes, fastest links first."""
@@ -173,7 +173,7 @@ class StepProgram:
         """The loss of one microbatch, as its part of the mean over all of them."""
         if self.loss_fn is not None:
             loss_fn = self.loss_fn
-            return lambda bound, rows: loss_fn(self.model, bound, rows)[0]
+            return lambda bound, rows: call_loss(loss_fn, self.model, bound, rows)[0]
         targets = max(sum(float(np.sum(rows.loss_mask)) for rows in batches), 1.0)
 
         def loss(bound: Tree, rows: Any) -> jax.Array:
@@ -234,7 +234,7 @@ def lay_out(
     return Layout(
         params=_with_shardings(params, model.logical_axes(quantization), mesh, rules),
         constant=_with_shardings(adapter.constant, axes.constant, mesh, rules),
-        state=_shard_state(state, trainable, optimizer, mesh),
+        state=_shard_state(state, trainable, mesh),
     )
 
 
@@ -266,7 +266,6 @@ def _with_shardings(
 def _shard_state(
     state: TrainState,
     trainable: Tree,
-    optimizer: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
 ) -> TrainState:
     """The state's shapes with shardings: the optimizer's are sharded as their parameters, and on.
@@ -281,21 +280,20 @@ def _shard_state(
     def whole(leaf: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
 
-    def as_its_own(leaf: Any, of: Any) -> Any:
+    parameters = dict(jax.tree.leaves_with_path(trainable))
+
+    def as_its_own(path: tuple[Any, ...], leaf: Any) -> Any:
+        # A state may hold what belongs to a parameter in a tree shaped like all of them, or like
+        # some of them (`optax.partition`): the end of the path says which parameter it is.
+        ends = (path[start:] for start in range(len(path)))
+        of = next((parameters[end] for end in ends if end in parameters), None)
         # A factored second moment has other axes than what it belongs to.
-        if leaf.shape != of.shape:
+        if of is None or leaf.shape != of.shape:
             return whole(leaf)
         sharding = cut_further(of.sharding, of.shape, _WITHIN_A_SLICE)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    opt_state = optax.tree_map_params(
-        optimizer,
-        as_its_own,
-        state.opt_state,
-        trainable,
-        # What belongs to no parameter may be a tree of its own, as the mixing's weights are.
-        transform_non_params=lambda node: jax.tree.map(whole, node),
-    )
+    opt_state = jax.tree.map_with_path(as_its_own, state.opt_state)
     return TrainState(step=whole(state.step), trainable=trainable, opt_state=opt_state)
 
 

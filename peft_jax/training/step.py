@@ -32,6 +32,25 @@ WEIGHTS = "weights"
 """The name in the metrics of gradients of leaves that are trained themselves."""
 
 
+def call_loss(
+    loss_fn: LossFn, model: Any, params: Tree, batch: Any
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Calls a custom loss and returns its two numbers as float32.
+
+    Raises:
+      ValueError: It does not return two numbers.
+    """
+    found = loss_fn(model, params, batch)
+    shapes = jax.tree.map(jnp.shape, found)
+    if shapes != ((), ()):
+        raise ValueError(
+            "a loss function must return two numbers, the summed losses and the weight that the"
+            f" sum is divided by, but returned values of the shapes {shapes}"
+        )
+    total, weight = found
+    return jnp.asarray(total, jnp.float32), jnp.asarray(weight, jnp.float32)
+
+
 def summed_loss(
     model: Any, params: Tree, batch: AnyBatch, *, chunk_size: int, packed: bool = True
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -136,7 +155,9 @@ class TrainStep:
             gradients = jax.lax.with_sharding_constraint(gradients, self.shardings)
         # optax's own transformations rely on implicit promotion.
         with jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.trainable)
+            updates, opt_state = optax.with_extra_args_support(self.optimizer).update(
+                gradients, state.opt_state, state.trainable, value=loss
+            )
         trainable = optax.apply_updates(state.trainable, updates)
         grad_norm = optax.tree.norm(gradients)
         if self.learning_rate is not None:
@@ -217,7 +238,8 @@ class TrainStep:
 
         def loss_of(trainable: Tree, rows: Any, index: Array) -> tuple[Array, Array]:
             key = self._dropout_key(state, index)
-            return loss_fn(self.model, self._bind(trainable, frozen, constant, key), rows)
+            bound = self._bind(trainable, frozen, constant, key)
+            return call_loss(loss_fn, self.model, bound, rows)
 
         def add(carry: Any, microbatch: tuple[Any, Array]) -> tuple[Any, None]:
             one = jax.value_and_grad(loss_of, has_aux=True)(state.trainable, *microbatch)

@@ -9,7 +9,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -18,12 +18,15 @@ import numpy as np
 import optax
 
 from peft_jax.adapters import AdapterSpec, AdapterState
-from peft_jax.core import Tree
-from peft_jax.core.checks import check_positive_int
-from peft_jax.models import Model
+from peft_jax.core import Tree, flatten, unflatten
+from peft_jax.core.checks import check_count, check_positive_int
+from peft_jax.data import Batch, LabelledBatch
+from peft_jax.models import Model, SequenceClassifier, quantization_of
 from peft_jax.parallel import MeshSettings, make_mesh, on_mesh
 from peft_jax.training.program import StepProgram, Training, lay_out, place_rows
-from peft_jax.training.step import LossFn, Metrics, TrainStep, summed_loss
+from peft_jax.training.step import LossFn, Metrics, TrainStep, call_loss, summed_loss
+
+_NO_TARGET = "there is nothing to evaluate: no batch has a target"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,10 @@ class Hooks:
     on_evaluation: Callable[[int, float], None] | None = None
     checkpoint_every: int = 0
     on_checkpoint: Callable[[int, Training], None] | None = None
+
+    def __post_init__(self) -> None:
+        check_count("evaluate_every", self.evaluate_every)
+        check_count("checkpoint_every", self.checkpoint_every)
 
 
 class Trainer:
@@ -118,9 +125,19 @@ class Trainer:
           params: The model's parameters, arrays or shapes.
 
         Raises:
-          ValueError: What is to be adapted cannot be, or the mesh does not divide the model.
+          ValueError: The parameters are not the model's, what is to be adapted cannot be, or the
+            mesh does not divide the model.
         """
-        layout = lay_out(self.model, self.spec, self.optimizer, self._mesh, params=params)
+        quantization = quantization_of(params)
+        self.model.check_params(params, quantization)
+        layout = lay_out(
+            self.model,
+            self.spec,
+            self.optimizer,
+            self._mesh,
+            params=params,
+            quantization=quantization,
+        )
         self._program = StepProgram(
             model=self.model,
             spec=self.spec,
@@ -151,18 +168,26 @@ class Trainer:
         """Makes the arrays of a run.
 
         Args:
-          params: The model's parameters. They are not copied where they lie as the mesh asks, and
-            never changed.
+          params: The model's parameters. They are never changed, and those that stay frozen are not
+            copied where they lie as the mesh asks.
           batches: Batches that show the gradient's directions to methods that start along them
             (`LoRAGA`, `Hybrid`).
           adapter: The adapter to start from; a new one by default.
 
         Raises:
-          ValueError: As `prepare`; or the method starts along the gradient and no batch is given.
+          ValueError: As `prepare`; or the method starts along the gradient and no batch is given;
+            or `adapter` is another's.
         """
         program = self.prepare(params)
-        placed = jax.tree.map(
-            lambda x, leaf: jax.device_put(x, leaf.sharding), params, program.params
+        frozen = flatten(self.spec.frozen(params))
+        # What is trained is copied, because the first step takes its buffers.
+        placed = unflatten(
+            {
+                path: _placed(leaf, program_leaf, copied=path not in frozen)
+                for (path, leaf), program_leaf in zip(
+                    flatten(params).items(), flatten(program.params).values(), strict=True
+                )
+            }
         )
         with on_mesh(self._mesh):
             if adapter is None:
@@ -170,11 +195,11 @@ class Trainer:
                 key = jax.random.key(self._seed)
                 adapter = program.initialise(key, placed, rows or None)
             else:
+                _check_adapter(adapter, program.adapter)
                 # The first step takes the buffers.
                 adapter = program.place(jax.tree.map(jnp.copy, adapter))
             state = program.make_state(adapter.trainable)
-        frozen = self.spec.frozen(placed)
-        return Training(frozen=frozen, constant=adapter.constant, state=state)
+        return Training(frozen=self.spec.frozen(placed), constant=adapter.constant, state=state)
 
     def step(self, training: Training, batch: Any) -> Metrics:
         """Takes one optimizer step, replacing `training.state`.
@@ -208,14 +233,14 @@ class Trainer:
         program = self._prepared()
         total = weight = 0.0
         for batch in batches:
-            self._check_rows(batch)
+            self._check_rows(batch, microbatches=1)
             with on_mesh(self._mesh):
                 found = self._evaluate(
                     training.frozen, training.adapter, program.placement.put(batch)
                 )
             total, weight = total + float(found[0]), weight + float(found[1])
         if not weight:
-            raise ValueError("there is nothing to evaluate: no batch has a target")
+            raise ValueError(_NO_TARGET)
         return total / weight
 
     def fit(
@@ -234,18 +259,27 @@ class Trainer:
           params: The model's parameters.
           batches: The batches.
           steps: Number of steps; by default as many as there are batches.
-          held_out: Batches to evaluate; gone through once an evaluation.
+          held_out: Batches for `hooks.on_evaluation`; gone through once an evaluation.
           hooks: What is called in between.
-          init_batches: As `initialise` takes them.
+          init_batches: As `initialise` takes them. All of them are read before the first step.
 
         Returns:
           The trained arrays.
 
         Raises:
-          ValueError: As `initialise` and `step`; or the batches end before `steps`.
+          ValueError: As `initialise`, `step` and `evaluate`, whose batches are checked before the
+            first step; or the batches end before `steps`.
         """
+        if steps is not None:
+            check_count("steps", steps)
+        if init_batches is batches and isinstance(batches, Iterator):
+            raise ValueError(
+                "init_batches and batches are one iterator, of which nothing would be left to train"
+                " on; give init_batches a list, as list(itertools.islice(batches, 1))"
+            )
         hooks, held_out = hooks or Hooks(), list(held_out)
         training = self.initialise(params, init_batches)
+        self._check_held_out(held_out)
         done = 0
         for batch in itertools.islice(batches, steps):
             self._between(training, done, held_out, hooks)
@@ -278,7 +312,7 @@ class Trainer:
     def _loss(self, frozen: Tree, adapter: AdapterState, batch: Any) -> tuple[Any, Any]:
         bound = self.spec.bind(frozen, adapter)
         if self._loss_fn is not None:
-            return self._loss_fn(self.model, bound, batch)
+            return call_loss(self._loss_fn, self.model, bound, batch)
         return summed_loss(
             self.model, bound, batch, chunk_size=self._chunk_size, packed=self._packed
         )
@@ -291,26 +325,96 @@ class Trainer:
         outer, inner = jax.tree.structure(batch), jax.tree.structure([0] * count)
         return jax.tree.transpose(outer, inner, split)
 
-    def _check_rows(self, batch: Any) -> None:
-        """Rejects batches whose rows cannot be divided among microbatches and devices."""
-        rows = {np.shape(leaf)[0] for leaf in jax.tree.leaves(batch)}
+    def _check_rows(self, batch: Any, *, microbatches: int | None = None) -> None:
+        """Rejects what is no batch, or whose rows microbatches and devices cannot share equally."""
+        if self._loss_fn is None:
+            self._check_kind(batch)
+        leaves = jax.tree.leaves(batch)
+        if not leaves:
+            raise ValueError(f"a batch must hold arrays, but is {batch!r}")
+        odd = next((leaf for leaf in leaves if not np.shape(leaf)), None)
+        if odd is not None:
+            raise ValueError(
+                "the leaves of a batch must be arrays with a leading axis of rows, but one is"
+                f" {odd!r}"
+            )
+        rows = {np.shape(leaf)[0] for leaf in leaves}
         if len(rows) != 1:
             raise ValueError(
                 f"the arrays of a batch must have the same number of rows, but have {sorted(rows)}"
             )
         (count,) = rows
-        parts = self._accumulation * self._prepared().placement.parts
-        if count % parts:
+        microbatches = self._accumulation if microbatches is None else microbatches
+        devices = self._prepared().placement.parts
+        parts = microbatches * devices
+        if not count or count % parts:
             raise ValueError(
-                f"a batch has {count} rows, which {self._accumulation} microbatches on"
-                f" {parts // self._accumulation} devices cannot share equally; the number must be"
-                f" a multiple of {parts}"
+                f"a batch has {count} rows, which {microbatches} microbatches on {devices} devices"
+                f" cannot share equally; the number must be a multiple of {parts}"
             )
+
+    def _check_held_out(self, held_out: list[Any]) -> None:
+        """Rejects what `evaluate` would, before the first step."""
+        for batch in held_out:
+            self._check_rows(batch, microbatches=1)
+        targets = self._loss_fn is not None or any(np.any(one.loss_mask) for one in held_out)
+        if held_out and not targets:
+            raise ValueError(_NO_TARGET)
+
+    def _check_kind(self, batch: Any) -> None:
+        """Rejects what the model's own loss does not take; numbers of arrays on the host only."""
+        wanted = LabelledBatch if isinstance(self.model, SequenceClassifier) else Batch
+        if not isinstance(batch, wanted):
+            raise ValueError(
+                f"a batch must be a {wanted.__name__} without a loss_fn of your own, but is a"
+                f" {type(batch).__name__}"
+            )
+        size = self.model.config.vocab_size
+        _check_range("tokens", batch.tokens, size, "model.config.vocab_size")
+        if isinstance(batch, Batch) and isinstance(batch.loss_mask, np.ndarray):
+            learned = np.asarray(batch.targets)[batch.loss_mask != 0]
+            _check_range("targets", learned, size, "model.config.vocab_size")
+        if isinstance(self.model, SequenceClassifier) and self.model.num_labels > 1:
+            _check_range("labels", batch.labels, self.model.num_labels, "model.num_labels")
 
     def _prepared(self) -> StepProgram:
         if self._program is None:
             raise ValueError("call initialise before a step is taken")
         return self._program
+
+
+def _placed(leaf: Any, of: Any, *, copied: bool) -> Any:
+    """A parameter on the devices that its shape asks for; `QArray`s have arrays of their own."""
+    there = jax.tree.map(lambda x, one: jax.device_put(x, one.sharding), leaf, of)
+    return jax.tree.map(jnp.copy, there) if copied else there
+
+
+def _check_adapter(given: AdapterState, expected: AdapterState) -> None:
+    """Rejects an adapter of another `AdapterSpec` or another model."""
+    shapes = [
+        {path: tuple(leaf.shape) for path, leaf in flatten(state.trainable).items()}
+        for state in (given, expected)
+    ]
+    if shapes[0] == shapes[1]:
+        return
+    path = min(path for path, _ in shapes[0].items() ^ shapes[1].items())
+    found, wanted = (one.get(path, "not there") for one in shapes)
+    raise ValueError(
+        f"the adapter is not one of this AdapterSpec: {'.'.join(path)} is {found} in it, and would"
+        f" be {wanted}"
+    )
+
+
+def _check_range(name: str, values: Any, size: int, limit: str) -> None:
+    """Rejects numbers that are none of 0 to `size` - 1; reading a device's array would wait."""
+    if not isinstance(values, np.ndarray) or not values.size:
+        return
+    for found in (values.min(), values.max()):
+        if not 0 <= found < size:
+            raise ValueError(
+                f"the {name} of a batch must be from 0 to {size - 1} ({limit} is {size}), but one"
+                f" is {found:g}"
+            )
 
 
 def _is_due(step: int, every: int) -> bool:

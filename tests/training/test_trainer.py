@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from peft_jax.adapters import AdapterSpec, LoRA, LoRAGA
+from peft_jax.adapters import AdapterSpec, Full, LoRA, LoRAGA
 from peft_jax.core import flatten
 from peft_jax.data import Batch
 from peft_jax.models import build_model
@@ -190,7 +190,7 @@ def test_a_step_comes_after_initialise(model, params, batches):
     [
         (lambda t, p, b: t.fit(p, b, steps=4), "the batches end after 3 of 4 steps"),
         (lambda t, p, b: t.fit(p, [jax.tree.map(lambda x: x[:7], b[0])]), "a batch has 7 rows"),
-        (lambda t, p, b: t.fit(p, [{"a": b[0].tokens, "b": b[0].tokens[:4]}]), r"\[4, 8\]"),
+        (lambda t, p, b: t.fit(p, [b[0].replace(tokens=b[0].tokens[:4])]), r"\[4, 8\]"),
     ],
 )
 def test_what_cannot_work_is_refused(model, params, batches, act, message):
@@ -213,8 +213,188 @@ def test_what_cannot_work_is_refused(model, params, batches, act, message):
         (([[1, 2]], [[1]]), "mask must have the shape of tokens"),
         (([[1, 2]], None, [3]), "lengths must be 1 numbers from 1 to 2"),
         (([[1, 2]], None, [0]), "lengths must be"),
+        (([[1, -100]],), "tokens must be at least 0, but one is -100"),
+        ((np.zeros((4, 0), int),), "at least one of each"),
     ],
 )
 def test_tokens_that_make_no_batch_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         Batch.from_tokens(*arguments)
+
+
+def test_padding_may_hold_any_number():
+    batch = Batch.from_tokens([[5, 6, -100]], lengths=[2])
+    assert batch.tokens.tolist() == [[5, 6, 0]]
+    assert batch.targets.tolist() == [[6, 0, 0]]
+
+
+@pytest.mark.parametrize(("method", "devices"), [(Full(), 1), (LoRA(rank=2), 2)])
+def test_trained_parameters_are_copied_from_the_given_ones(model, params, batches, method, devices):
+    spec = AdapterSpec(method, modules_to_save=() if method.name == "full" else ("lm_head",))
+    before = jax.tree.map(np.array, params)
+    mesh = make_mesh(MeshSettings(devices=devices))
+    trainer = Trainer(model, spec, optax.sgd(0.1), mesh=mesh)
+    training = trainer.fit(params, batches[:1])
+    close(params, before, atol=0)
+    trained = flatten(spec.merge(params, training.adapter))["lm_head", "kernel"]
+    assert np.any(trained != before["lm_head"]["kernel"])
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_a_quantized_base_is_sharded_and_trained_on(batches, quantization):
+    sizes = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 128}
+    model, batches = build_model(CONFIG | sizes), batches[:1]
+    params = model.init_params(jax.random.key(0), quantization=quantization)
+    spec, optimizer = AdapterSpec(LoRA(rank=2)), optax.adam(1e-2)
+    losses, _ = plain_loop(model, params, spec, optimizer, batches)
+    mesh = make_mesh(MeshSettings(devices=2, fsdp=2))
+    trainer, seen = Trainer(model, spec, optimizer, mesh=mesh), []
+    training = trainer.fit(
+        params, batches, hooks=Hooks(on_step=lambda step, m: seen.append(float(m["loss"])))
+    )
+    np.testing.assert_allclose(seen, losses, rtol=1e-5)
+    kernel = training.frozen["layers"]["mlp"]["up_proj"]["kernel"].qvalue
+    assert kernel.addressable_shards[0].data.size * 2 == kernel.size
+
+
+def of_some(params):
+    """A label for each parameter: the low-rank `a`s, and the others."""
+    return jax.tree.map_with_path(lambda path, _: "a" if path[-1].key == "a" else "b", params)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.partition({"a": optax.adam(1e-2), "b": optax.sgd(1e-2)}, of_some),
+        optax.sm3(1e-2),
+    ],
+    ids=["partition", "sm3"],
+)
+def test_optimizers_whose_state_has_a_form_of_its_own(model, params, batches, optimizer):
+    spec = AdapterSpec(LoRA(rank=2))
+    losses, expected = plain_loop(model, params, spec, optimizer, batches)
+    mesh, seen = make_mesh(MeshSettings(devices=2)), []
+    training = Trainer(model, spec, optimizer, mesh=mesh).fit(
+        params, batches, hooks=Hooks(on_step=lambda step, m: seen.append(float(m["loss"])))
+    )
+    np.testing.assert_allclose(seen, losses, rtol=1e-5)
+    close(training.adapter.trainable, expected, atol=1e-4)
+
+
+def test_an_optimizer_that_asks_for_the_loss_is_given_it(model, params, batches):
+    trainer = Trainer(model, AdapterSpec(LoRA(rank=2)), optax.polyak_sgd(), mesh=one_device())
+    training = trainer.initialise(params)
+    before = flatten(jax.tree.map(np.array, training.adapter.trainable))
+    metrics = trainer.step(training, batches[0])
+    # Polyak's step is (loss - 0) / ‖gradient‖², along the gradient.
+    moved = sum(
+        float(np.sum(np.square(leaf - before[path])))
+        for path, leaf in flatten(training.adapter.trainable).items()
+    )
+    expected = min(1.0, float(metrics["loss"]) / float(metrics["grad_norm"]) ** 2)
+    assert moved**0.5 == pytest.approx(expected * float(metrics["grad_norm"]), rel=1e-3)
+
+
+def test_held_out_rows_need_not_fill_microbatches(model, params, batches):
+    trainer = Trainer(
+        model,
+        AdapterSpec(LoRA(rank=2)),
+        optax.sgd(0.1),
+        gradient_accumulation=4,
+        mesh=one_device(),
+    )
+    training = trainer.initialise(params)
+    rows = jax.tree.map(lambda x: x[:3], batches[0])
+    bound = trainer.spec.bind(params, training.adapter)
+    total, weight = mean_loss(model, bound, rows)
+    assert trainer.evaluate(training, [rows]) == pytest.approx(float(total / weight), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("held_out", "message"),
+    [
+        (lambda batch: jax.tree.map(lambda x: x[:3], batch), "a batch has 3 rows"),
+        (lambda batch: batch.replace(loss_mask=0 * batch.loss_mask), "no batch has a target"),
+    ],
+)
+def test_held_out_batches_are_checked_before_the_first_step(
+    model, params, batches, held_out, message
+):
+    mesh, taken = make_mesh(MeshSettings(devices=2)), []
+    trainer = Trainer(model, AdapterSpec(LoRA(rank=2)), optax.sgd(0.1), mesh=mesh)
+    hooks = Hooks(on_step=lambda *_: taken.append(1))
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(params, batches, held_out=[held_out(batches[0])], hooks=hooks)
+    assert not taken
+
+
+def test_initial_batches_may_not_use_the_training_batches_up(model, params, batches):
+    trainer = Trainer(model, AdapterSpec(LoRAGA(rank=2)), optax.sgd(0.1), mesh=one_device())
+    stream = iter(batches)
+    with pytest.raises(ValueError, match="init_batches and batches are one iterator"):
+        trainer.fit(params, stream, init_batches=stream)
+    assert len(list(stream)) == 3
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"tokens": np.zeros((8, 10), np.int32)}, "a batch must be a Batch .* but is a dict"),
+        (Batch.from_tokens(np.full((8, 10), 32)), "must be from 0 to 31 .* one is 32"),
+        (jax.tree.map(lambda x: x[:0], Batch.from_tokens(np.ones((8, 4), int))), "has 0 rows"),
+    ],
+)
+def test_what_is_no_batch_of_the_models_is_refused(model, params, batch, message):
+    trainer = Trainer(model, AdapterSpec(LoRA(rank=2)), optax.sgd(0.1), mesh=one_device())
+    with pytest.raises(ValueError, match=message):
+        trainer.step(trainer.initialise(params), batch)
+
+
+@pytest.mark.parametrize("batch", [{}, {"x": 3.0, "y": np.zeros((8, 2))}, {"x": [[1, 2]] * 8}])
+def test_a_custom_loss_wants_arrays_of_rows(model, params, batch):
+    trainer = Trainer(
+        model, AdapterSpec(LoRA(rank=2)), optax.sgd(0.1), mesh=one_device(), loss_fn=mean_loss
+    )
+    with pytest.raises(ValueError, match="batch must"):
+        trainer.step(trainer.initialise(params), batch)
+
+
+def test_a_custom_loss_returns_two_numbers(model, params, batches):
+    def trained(loss_fn):
+        trainer = Trainer(
+            model, AdapterSpec(LoRA(rank=2)), optax.sgd(0.1), mesh=one_device(), loss_fn=loss_fn
+        )
+        return trainer.step(trainer.initialise(params), batches[0])["loss"]
+
+    def total(model, bound, batch):
+        return mean_loss(model, bound, batch)[0]
+
+    expected = float(trained(lambda *given: (total(*given), jnp.float32(8))))
+    assert float(trained(lambda *given: (total(*given), 8))) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="a loss function must return two numbers"):
+        trained(total)
+
+
+def test_an_adapter_of_another_spec_is_refused(model, params):
+    trainer = Trainer(model, AdapterSpec(LoRA(rank=2)), optax.sgd(0.1), mesh=one_device())
+    for other in (AdapterSpec(LoRA(rank=4)), AdapterSpec(LoRA(rank=2), target_modules=("q_proj",))):
+        adapter = other.init(jax.random.key(0), params)
+        with pytest.raises(ValueError, match="the adapter is not one of this AdapterSpec"):
+            trainer.initialise(params, adapter=adapter)
+
+
+def test_parameters_of_another_model_are_refused(model, params):
+    trainer = Trainer(model, AdapterSpec(LoRA(rank=2)), optax.sgd(0.1), mesh=one_device())
+    wider = build_model(CONFIG | {"hidden_size": 32}).init_params(jax.random.key(0))
+    with pytest.raises(ValueError, match=r"not this model's: .* has the shape .*32"):
+        trainer.prepare(wider)
+    with pytest.raises(ValueError, match="not this model's: they lack"):
+        trainer.prepare({"layers": params["layers"]})
+
+
+def test_numbers_of_steps_are_not_negative(model, params, batches):
+    trainer = Trainer(model, AdapterSpec(LoRA(rank=2)), optax.sgd(0.1), mesh=one_device())
+    with pytest.raises(ValueError, match="steps must be a whole number"):
+        trainer.fit(params, batches, steps=-1)
+    with pytest.raises(ValueError, match="evaluate_every must be a whole number"):
+        Hooks(evaluate_every=-1)
