@@ -7,6 +7,7 @@ never repeated.
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from kernels_pallas.chips import target_platform
-from kernels_pallas.dispatch import say_once
 from peft_jax.models.attention_layout import (
     MASKED,
     Attend,
@@ -32,6 +32,8 @@ from peft_jax.parallel import active_mesh, over_shards, spans
 
 Scores = Float32[Array, "batch kv_heads tokens group keys"]
 Weights = Float[Array, "batch kv_heads tokens group keys"]
+
+_log = logging.getLogger(__name__)
 
 _LAYOUT_AXES = {
     "query_segments": ("batch", "sequence"),
@@ -114,7 +116,7 @@ def make_attention(
             keys=keys,
         )
     name = choose_attention(execution.attention, tokens=tokens, keys=keys, why_not_fused=why_not)
-    say_once(
+    _log_once(
         f"attention of {tokens} tokens to {keys} keys: {name}"
         + (f", because the fused kernel cannot be used: {why_not}" if why_not else "")
     )
@@ -122,6 +124,11 @@ def make_attention(
     if active_mesh() is None:
         return make(layout, tokens=tokens, keys=keys)
     return _sharded(make, layout, tokens=tokens, keys=keys)
+
+
+@functools.lru_cache(maxsize=1024)
+def _log_once(message: str) -> None:
+    _log.info(message)
 
 
 def _sharded(

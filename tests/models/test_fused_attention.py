@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from peft_jax.models import ExecutionSettings, build_model
-from peft_jax.models.attention import dense_attention
+from peft_jax.models.attention import dense_attention, make_attention
 from peft_jax.models.attention_layout import AttentionLayout
 from peft_jax.models.fused_attention import fused_attention, why_not_fused
 
@@ -108,3 +108,12 @@ def test_numbers_and_gradients_are_those_of_dense_attention(layout, tokens):
     for one, other in zip(found, expected, strict=True):
         scale = float(jnp.max(jnp.abs(other)))
         np.testing.assert_allclose(one.astype(jnp.float32), other, atol=0.02 * scale)
+
+
+def test_the_choice_is_logged_once_with_its_reason(caplog):
+    sizes = {"tokens": 7, "keys": 7, "head_dim": 8, "execution": ExecutionSettings()}
+    with caplog.at_level("INFO", logger="peft_jax.models.attention"):
+        for _ in range(2):
+            make_attention(AttentionLayout.causal(None, None), **sizes)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("attention of 7 tokens to 7 keys: dense, because the fused kernel")
