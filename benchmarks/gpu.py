@@ -64,7 +64,7 @@ HYBRID_OF_LORA = 1.1
 LORA_OF_PEFT = 0.7
 FULL_OF_PEFT = 0.8
 GENERATION_OF_TRANSFORMERS = 1 / 3
-"""The most of the other's time that the rest may take."""
+"""Largest allowed share of the other side's time, for the remaining comparisons."""
 
 OURS, THEIRS = "benchmarks.step_ours", "benchmarks.step_peft"
 BF16 = ("--dtype", "bfloat16")
@@ -136,7 +136,7 @@ class Figure:
 
 
 class Report:
-    """What has been measured so far, on disk after every addition: a long run may be cut short.
+    """Collects figures and writes them after every addition, since a long run may be cut short.
 
     Args:
       folder: Where `gpu.md` and `gpu.json` are written.
@@ -272,7 +272,7 @@ def time_in_turn(runs: dict[str, tuple[Run, int]], rounds: int, repeats: int) ->
 
 
 def measure_kernels(options: argparse.Namespace, report: Report) -> None:
-    """The products' shares of the copy's bandwidth; the best implementation of each is judged.
+    """Measures each product's share of the copy's bandwidth, and judges the best implementation.
 
     Only the most tokens are judged: a copy of few is as fast as its launch.
     """
@@ -428,7 +428,7 @@ MEASURES = {
 
 
 def checked_implementations() -> list[str]:
-    """The implementations that there are here, whose numbers are right."""
+    """Returns the implementations available here whose numbers are right."""
     implementations = []
     for name in ("xla", "pallas"):
         try:

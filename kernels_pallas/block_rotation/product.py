@@ -22,7 +22,7 @@ COLUMNS_A_TOKEN = {"cpu": 1, "gpu": 2}
 
 On a GPU two batched products of blocks move the kernel and no activation; on an H200, 8,192 tokens
 and a kernel of 4,096 x 14,336, the product with its gradients takes 2.60 ms so and 2.74 ms with the
-tokens turned by the kernel written for it (`python -m benchmarks.gpu`)."""
+tokens turned by the kernel written for it (one trial by hand; docs/kernels.md has the table)."""
 
 
 def turning_the_kernel_pays(
