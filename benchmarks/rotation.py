@@ -34,7 +34,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.block_rotation import block_rotation
-from kernels_pallas.cayley import cayley, compose_butterfly
+from kernels_pallas.butterfly import compose_butterfly
+from kernels_pallas.cayley import cayley
 from peft_jax import exits
 
 BLOCK_SIZE, FACTORS = 8, 2

@@ -1,8 +1,8 @@
 """The orthogonal and unitary products, one folder a kernel.
 
 - `block_rotation`: activations times a block-diagonal matrix.
-- `butterfly`: activations times a product of butterfly factors too large to be made one.
-- `cayley`: orthogonal blocks from the free entries of skew-symmetric ones, and their composition.
+- `butterfly`: activations times a product of butterfly factors, and that product as dense blocks.
+- `cayley`: orthogonal blocks from the free entries of skew-symmetric matrices.
 - `unitary`: the unitary product of phases, Fourier transforms and reflections.
 
 Beside them, what they share:

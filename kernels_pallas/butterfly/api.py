@@ -5,6 +5,7 @@ from jaxtyping import Array, Float
 
 from kernels_pallas.block_rotation.api import block_rotation
 from kernels_pallas.butterfly import vjp, xla
+from kernels_pallas.butterfly.factors import check_factors
 from kernels_pallas.checks import check_real, check_width
 from kernels_pallas.dispatch import report_xla, resolve
 from kernels_pallas.layout import spread
@@ -54,16 +55,3 @@ def butterfly_rotation(
         feature_axes=(1,),
         implementation=chosen,
     )
-
-
-def check_factors(factors: jax.Array) -> None:
-    """Raises ValueError unless factors can be multiplied."""
-    shape = list(factors.shape)
-    if factors.ndim != 4 or shape[2] != shape[3] or shape[0] == 0:
-        raise ValueError(f"factors must be [m, n, b, b] with m at least 1, but are {shape}")
-    m, n, block_size, _ = shape
-    if m > 1 and (block_size % 2 or n % 2 ** (m - 1)):
-        raise ValueError(
-            f"{m} factors pair half-blocks over {2 ** (m - 1)} blocks, so b must be even and n a"
-            f" multiple of {2 ** (m - 1)}; they are {shape}"
-        )

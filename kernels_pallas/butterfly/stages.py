@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from kernels_pallas.block_rotation.config import LANES, MAX_MATRIX
+from kernels_pallas.butterfly.factors import compose_butterfly
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +94,6 @@ def to_matrices(
 
     The low ones are composed in the dtype of the factors.
     """
-    from kernels_pallas.cayley import compose_butterfly
-
     low = compose_butterfly(factors[: stages.low]).astype(dtype)
     factors = factors.astype(dtype)
     m = factors.shape[0]

@@ -16,8 +16,8 @@ from jaxtyping import Array, Float
 from kernels_pallas.block_rotation import tpu as block_rotation
 from kernels_pallas.block_rotation.tpu import as_rows, dot, like
 from kernels_pallas.butterfly.config import choose_tokens, vmem_bytes
+from kernels_pallas.butterfly.factors import compose_butterfly
 from kernels_pallas.butterfly.stages import Stages, composes, split, to_matrices
-from kernels_pallas.cayley import compose_butterfly
 from kernels_pallas.chips import RESERVED_BYTES, target_vmem_bytes
 
 

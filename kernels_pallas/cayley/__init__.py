@@ -1,5 +1,5 @@
-"""Orthogonal blocks from the free entries of skew-symmetric ones, and their composition."""
+"""Orthogonal blocks from the free entries of skew-symmetric matrices."""
 
-from kernels_pallas.cayley.api import cayley, compose_butterfly, skew_entries, skew_symmetric
+from kernels_pallas.cayley.api import cayley, skew_entries, skew_symmetric
 
-__all__ = ["cayley", "compose_butterfly", "skew_entries", "skew_symmetric"]
+__all__ = ["cayley", "skew_entries", "skew_symmetric"]

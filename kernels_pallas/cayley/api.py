@@ -1,4 +1,4 @@
-"""The Cayley transform's public functions."""
+"""The Cayley transform's public functions, and its derivative."""
 
 import functools
 
@@ -7,8 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from kernels_pallas.butterfly import xla
-from kernels_pallas.butterfly.api import check_factors
 from kernels_pallas.checks import check_real
 
 UNROLLED_BLOCK_SIZE = 32
@@ -98,34 +96,6 @@ def _cayley_backward(block_size: int, q: jax.Array, dq: jax.Array) -> tuple[jax.
 
 
 cayley.defvjp(_cayley_forward, _cayley_backward)
-
-
-def compose_butterfly(factors: Float[Array, "m n b b"]) -> Float[Array, "blocks B B"]:
-    """The dense blocks of the product F_{m-1} ... F_0 of butterfly factors.
-
-    The product is block-diagonal with blocks of B = b 2^(m-1); they are the images of the unit
-    vectors, B at a time since blocks do not mix.
-
-    Args:
-      factors: [m, n, b, b].
-
-    Returns:
-      [n b / B, B, B].
-
-    Raises:
-      TypeError, ValueError: as `kernels_pallas.butterfly.butterfly_rotation`.
-    """
-    check_real(factors=factors)
-    check_factors(factors)
-    m, n, b, _ = factors.shape
-    if m == 1:
-        return factors[0]
-    size = b * 2 ** (m - 1)
-    blocks = n * b // size
-    unit = jnp.broadcast_to(jnp.eye(size, dtype=factors.dtype)[:, None], (size, blocks, size))
-    # Once a step over few rows, for all layers at once: nothing that a kernel would make faster.
-    (images,) = xla.forward(unit.reshape(size, n * b), factors, precision=jax.lax.Precision.HIGHEST)
-    return jnp.swapaxes(images.reshape(size, blocks, size), 0, 1)
 
 
 _product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)

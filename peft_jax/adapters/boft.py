@@ -13,8 +13,8 @@ from kernels_pallas.block_rotation import (
     turned_kernel_product,
     turning_the_kernel_pays,
 )
-from kernels_pallas.butterfly import butterfly_rotation
-from kernels_pallas.cayley import cayley, compose_butterfly
+from kernels_pallas.butterfly import butterfly_rotation, compose_butterfly
+from kernels_pallas.cayley import cayley
 from peft_jax.adapters.method import AdapterMethod, Arrays, Axes, GradientFactors
 from peft_jax.core import LINEAR_OUTPUT, Kernel, linear
 from peft_jax.core.checks import check_fraction, check_positive_int

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.cayley import cayley, compose_butterfly
+from kernels_pallas.butterfly import compose_butterfly
+from kernels_pallas.cayley import cayley
 from peft_jax.adapters import BOFT, LoRA, LoRAGA, TrainingMethod
 from peft_jax.adapters.method import Arrays
 

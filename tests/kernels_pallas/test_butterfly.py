@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas.butterfly import butterfly_rotation, reference
+from kernels_pallas.butterfly import butterfly_rotation, compose_butterfly, reference
 from kernels_pallas.butterfly.cases import CASES, Case
 from kernels_pallas.butterfly.config import choose_tokens, vmem_bytes
 from kernels_pallas.butterfly.stages import split
+from kernels_pallas.cayley import cayley
 from kernels_pallas.chips import MIB, VMEM_BYTES
 from kernels_pallas.tpu_compiler import TOPOLOGIES, compile_for, traffic
 
@@ -167,6 +168,55 @@ def test_composed_blocks_no_matrix_holds_are_left_to_xla(tpu, said):
     factors = jax.ShapeDtypeStruct((2, 16, 14, 14), jnp.float32)
     assert not tpu.runs_pallas(compile_for("v5e", butterfly_rotation, x, factors))
     assert "xla, because blocks of 28 would be multiplied as matrices of 896" in said[-1]
+
+
+def product_by_peft(factors: np.ndarray) -> np.ndarray:
+    """F_{m-1} ... F_0 [d, d] in float64, with the permutation matrices PEFT makes."""
+    peft_layer = pytest.importorskip("peft.tuners.boft.layer")
+    m, n, b, _ = factors.shape
+    d = n * b
+    product = np.eye(d)
+    for level, blocks in enumerate(factors):
+        dense = np.zeros((d, d))
+        for block in range(n):
+            part = slice(block * b, (block + 1) * b)
+            dense[part, part] = blocks[block]
+        order = peft_layer.BOFTLayer.block_butterfly_perm(None, d, n // 2**level, b // 2, m - 1)
+        permutation = peft_layer.BOFTLayer.perm2mat(None, order).numpy().astype(np.float64)
+        product = permutation @ dense @ permutation.T @ product
+    return product
+
+
+def normal(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def composed_and_staged(entries, size, x):
+    factors = cayley(entries, size)
+    return factors, compose_butterfly(factors), butterfly_rotation(x, factors)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "b"), [(1, 3, 5), (1, 4, 4), (2, 4, 2), (2, 6, 4), (3, 4, 4), (3, 12, 2), (4, 8, 4)]
+)
+def test_products_of_factors_are_pefts(m, n, b):
+    x = normal(6, n * b)
+    factors, blocks, turned = composed_and_staged(0.7 * normal(m, n, b * (b - 1) // 2), b, x)
+    product = product_by_peft(np.asarray(factors, np.float64))
+    size = b * 2 ** (m - 1)
+    assert blocks.shape == (n * b // size, size, size)
+    dense = np.zeros_like(product)
+    for index, block in enumerate(np.asarray(blocks)):
+        part = slice(index * size, (index + 1) * size)
+        dense[part, part] = block
+    np.testing.assert_allclose(dense, product, atol=1e-6)
+    np.testing.assert_allclose(turned, x @ product, atol=5e-6)
+    blocks = np.asarray(blocks, np.float64)
+    error = np.abs(np.swapaxes(blocks, -1, -2) @ blocks - np.eye(size)).max()
+    assert error < m * 4 * np.finfo(np.float32).eps * np.sqrt(size)
+    # The factors do mix everything within a block.
+    assert m == 1 or np.count_nonzero(np.abs(product) > 1e-6) == product.shape[0] * size
 
 
 @pytest.mark.parametrize(

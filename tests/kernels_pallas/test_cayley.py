@@ -1,6 +1,4 @@
-"""The Cayley transform and its composition against float64, and against PEFT's permutations."""
-
-import functools
+"""The Cayley transform against float64."""
 
 import jax
 import jax.numpy as jnp
@@ -9,16 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas.butterfly import butterfly_rotation
-from kernels_pallas.cayley import (
-    cayley,
-    compose_butterfly,
-    reference,
-    skew_entries,
-    skew_symmetric,
-)
+from kernels_pallas.cayley import cayley, reference, skew_entries, skew_symmetric
 
-EPSILON = 2.0**-23
 BLOCK_SIZES = [2, 3, 4, 8, 32, 40]
 """The largest is beyond what is eliminated unrolled."""
 
@@ -118,46 +108,3 @@ def test_gradient_against_finite_differences_in_float64(size):
         ]
         slope = (ends[0] - ends[1]) / (2 * step)
         np.testing.assert_allclose(np.sum(gradient * direction), slope, rtol=1e-4, atol=1e-4)
-
-
-def butterfly_reference(factors: np.ndarray) -> np.ndarray:
-    """F_{m-1} ... F_0 [d, d] in float64, with the permutation matrices PEFT makes."""
-    peft_layer = pytest.importorskip("peft.tuners.boft.layer")
-    m, n, b, _ = factors.shape
-    d = n * b
-    product = np.eye(d)
-    for level, blocks in enumerate(factors):
-        dense = np.zeros((d, d))
-        for block in range(n):
-            part = slice(block * b, (block + 1) * b)
-            dense[part, part] = blocks[block]
-        order = peft_layer.BOFTLayer.block_butterfly_perm(None, d, n // 2**level, b // 2, m - 1)
-        permutation = peft_layer.BOFTLayer.perm2mat(None, order).numpy().astype(np.float64)
-        product = permutation @ dense @ permutation.T @ product
-    return product
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def composed_and_staged(entries, size, x):
-    factors = cayley(entries, size)
-    return factors, compose_butterfly(factors), butterfly_rotation(x, factors)
-
-
-@pytest.mark.parametrize(
-    ("m", "n", "b"), [(1, 3, 5), (1, 4, 4), (2, 4, 2), (2, 6, 4), (3, 4, 4), (3, 12, 2), (4, 8, 4)]
-)
-def test_products_of_factors_are_pefts(m, n, b):
-    x = random_entries(6, n * b, scale=1.0)
-    factors, blocks, turned = composed_and_staged(random_entries(m, n, b * (b - 1) // 2), b, x)
-    product = butterfly_reference(np.asarray(factors, np.float64))
-    size = b * 2 ** (m - 1)
-    assert blocks.shape == (n * b // size, size, size)
-    dense = np.zeros_like(product)
-    for index, block in enumerate(np.asarray(blocks)):
-        part = slice(index * size, (index + 1) * size)
-        dense[part, part] = block
-    np.testing.assert_allclose(dense, product, atol=1e-6)
-    np.testing.assert_allclose(turned, x @ product, atol=5e-6)
-    assert max_orthogonality_error(blocks) < m * 4 * EPSILON * np.sqrt(size)
-    # The factors do mix everything within a block.
-    assert m == 1 or np.count_nonzero(np.abs(product) > 1e-6) == product.shape[0] * size
