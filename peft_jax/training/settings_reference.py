@@ -1,0 +1,275 @@
+"""Every setting of a run, with its type, its default and its meaning, read from the dataclasses.
+
+`python -m peft_jax.settings` prints what `settings_reference` returns, and the documentation's page
+of settings is made of it. Nothing is written down twice: names, types and defaults are the fields
+of `RunConfig` and of the methods, and meanings are the `Attributes:` of their docstrings.
+"""
+
+import collections.abc
+import dataclasses
+import inspect
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from peft_jax.adapters import METHODS, method_settings
+from peft_jax.core.convert import is_required, union_members
+from peft_jax.optim import MIXING_RATES
+from peft_jax.training.config import MethodSettings, RunConfig
+
+REQUIRED = "required"
+"""The default of a setting that has none."""
+
+OF_THE_METHOD = "the method's"
+"""The default of a setting that is left to the method."""
+
+_LEFT_TO_THE_METHOD = ("train.learning_rate", *(f"mixing.{name}" for name in MIXING_RATES.values()))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One setting of a run.
+
+    Attributes:
+      name: Dotted name, as in `--config.train.steps=100`.
+      type: The values it takes, in words.
+      default: The default as it is written in Python, `REQUIRED`, or `OF_THE_METHOD`.
+      meaning: What it does; Markdown in one paragraph.
+      methods: Names of the methods that have it; empty for a setting of every run.
+    """
+
+    name: str
+    type: str
+    default: str
+    meaning: str
+    methods: tuple[str, ...] = ()
+
+    @property
+    def section(self) -> str:
+        """The name without its last part; empty for a setting outside all sections."""
+        return self.name.rpartition(".")[0]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Section:
+    """Settings that share a prefix.
+
+    Attributes:
+      name: The prefix; empty for the settings outside all sections.
+      summary: First sentence about the section.
+      settings: Its settings, in the order of the dataclass.
+    """
+
+    name: str
+    summary: str
+    settings: tuple[Setting, ...]
+
+
+def settings_reference() -> tuple[Section, ...]:
+    """Returns every section of `RunConfig` with its settings.
+
+    Example:
+      >>> rows = {one.name: one for section in settings_reference() for one in section.settings}
+      >>> rows["checkpoint.every"].type, rows["checkpoint.every"].default
+      ('integer', '100')
+      >>> rows["method.block_size"].methods
+      ('boft', 'hybrid')
+    """
+    return tuple(section for section in _sections(RunConfig, "") if section.settings)
+
+
+def attributes_of(cls: type) -> dict[str, str]:
+    """Returns what the `Attributes:` of a class and of its bases say, each as one paragraph.
+
+    Args:
+      cls: A class with Google-style docstrings.
+
+    Example:
+      >>> attributes_of(Setting)["default"]
+      'The default as it is written in Python, `REQUIRED`, or `OF_THE_METHOD`.'
+    """
+    found: dict[str, str] = {}
+    for one in reversed(cls.__mro__):
+        lines = inspect.cleandoc(one.__dict__.get("__doc__") or "").splitlines()
+        if "Attributes:" not in lines:
+            continue
+        name = ""
+        for line in lines[lines.index("Attributes:") + 1 :]:
+            if line and not line.startswith(" "):
+                break
+            entry = re.match(r"  (\w+): (.*)", line)
+            if entry:
+                name = entry[1]
+                found[name] = entry[2].strip()
+            elif name and line.strip():
+                found[name] += f" {line.strip()}"
+    return found
+
+
+def to_markdown(sections: Sequence[Section]) -> str:
+    """Returns the documentation's page."""
+    lines = [
+        "# Settings",
+        "",
+        "Every setting of a run, with its type, its default and its meaning. Each is a flag of",
+        "the commands that take `--config`, for example `--config.train.steps=100`, and an",
+        "attribute of the `ConfigDict` that a configuration file returns.",
+        "`python -m peft_jax.settings` prints this list for the installed version.",
+        "",
+    ]
+    for section in sections:
+        title = f"`{section.name}`" if section.name else "Outside all sections"
+        lines += [f"## {title}", "", section.summary, ""]
+        lines += ["| setting | type | default | meaning |", "| --- | --- | --- | --- |"]
+        for one in section.settings:
+            methods = f" Methods: {', '.join(f'`{name}`' for name in one.methods)}."
+            cells = (
+                f"`{one.name}`",
+                one.type,
+                one.default if one.default in (REQUIRED, OF_THE_METHOD) else f"`{one.default}`",
+                f"{_sentence(one.meaning)}{methods if one.methods else ''}",
+            )
+            lines.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def to_json(sections: Sequence[Section]) -> list[dict[str, Any]]:
+    """Returns the settings as dictionaries that JSON can hold."""
+    return [
+        {**dataclasses.asdict(one), "methods": list(one.methods)}
+        for section in sections
+        for one in section.settings
+    ]
+
+
+def _sections(cls: Any, name: str) -> Iterator[Section]:
+    """Yields the section of a dataclass, and after it those of its fields."""
+    if cls is MethodSettings:
+        yield _method_section(name)
+        return
+    hints, meanings = typing.get_type_hints(cls), attributes_of(cls)
+    own, inner = [], []
+    for field in dataclasses.fields(cls):
+        full = f"{name}.{field.name}" if name else field.name
+        if full == "optimizer.learning_rate":
+            continue  # It is called train.learning_rate.
+        if dataclasses.is_dataclass(hints[field.name]):
+            inner.append((hints[field.name], full))
+        else:
+            own.append(_setting(field, hints[field.name], full, meanings))
+    yield Section(name=name, summary=_summary(cls), settings=tuple(own))
+    for one, full in inner:
+        yield from _sections(one, full)
+
+
+def _method_section(name: str) -> Section:
+    """Returns the section `method`: the common settings, then those of the methods."""
+    hints, meanings = typing.get_type_hints(MethodSettings), attributes_of(MethodSettings)
+    settings = [
+        Setting(
+            name=f"{name}.name",
+            type=_choices(METHODS),
+            default=REQUIRED,
+            meaning="The fine-tuning method.",
+        )
+    ]
+    settings += [
+        _setting(field, hints[field.name], f"{name}.{field.name}", meanings)
+        for field in dataclasses.fields(MethodSettings)
+        if field.name != "method"
+    ]
+    for key in dict.fromkeys(key for known in METHODS for key in method_settings(known)):
+        settings.append(_method_setting(name, key))
+    return Section(name=name, summary=_summary(MethodSettings), settings=tuple(settings))
+
+
+def _method_setting(section: str, key: str) -> Setting:
+    """Returns a setting that some methods have, with the default of each."""
+    owners = [name for name in METHODS if key in method_settings(name)]
+    rows = {}
+    for owner in owners:
+        cls = METHODS[owner]
+        (field,) = (one for one in dataclasses.fields(cls) if one.name == key)
+        hint = typing.get_type_hints(cls)[key]
+        rows[owner] = _setting(field, hint, f"{section}.{key}", attributes_of(cls))
+    first = rows[owners[0]]
+    defaults: dict[str, list[str]] = {}
+    for owner, row in rows.items():
+        defaults.setdefault(row.default, []).append(owner)
+    text = first.default
+    if len(defaults) > 1:
+        text = "; ".join(f"{value} ({', '.join(names)})" for value, names in defaults.items())
+    meanings = dict.fromkeys(row.meaning for row in rows.values())
+    return dataclasses.replace(
+        first, default=text, meaning=" ".join(map(_sentence, meanings)), methods=tuple(owners)
+    )
+
+
+def _setting(
+    field: dataclasses.Field[Any], annotation: Any, name: str, meanings: Mapping[str, str]
+) -> Setting:
+    if name in _LEFT_TO_THE_METHOD:
+        default = OF_THE_METHOD
+    elif is_required(field):
+        default = REQUIRED
+    elif field.default is not dataclasses.MISSING:
+        default = repr(field.default)
+    else:
+        default = repr(typing.cast(Any, field.default_factory)())
+    return Setting(
+        name=name,
+        type=type_in_words(annotation),
+        default=default,
+        meaning=meanings.get(field.name, ""),
+    )
+
+
+def type_in_words(annotation: Any) -> str:
+    """Returns the values that an annotation allows, in words.
+
+    Example:
+      >>> type_in_words(int | None), type_in_words(tuple[str, ...])
+      ('integer or None', 'names')
+    """
+    if members := union_members(annotation):
+        words = [type_in_words(one) for one in members if one is not types.NoneType]
+        if types.NoneType in members:
+            words.append("None")
+        return " or ".join(words)
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return _choices(arguments)
+    if origin is tuple:
+        named = len(arguments) == 2 and arguments[1] is Ellipsis and arguments[0] is str
+        return "names" if named else f"tuple of {', '.join(map(_plain, arguments))}"
+    if origin in (dict, collections.abc.Mapping):
+        return f"mapping of names to {_plain(arguments[1])}s"
+    return _plain(annotation)
+
+
+def _plain(annotation: Any) -> str:
+    words = {int: "integer", float: "number", str: "text", bool: "True or False"}
+    if annotation is Ellipsis:
+        return "…"
+    return words.get(annotation) or str(getattr(annotation, "__name__", annotation))
+
+
+def _choices(values: Any) -> str:
+    *first, last = (f'"{value}"' for value in values)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def _summary(cls: type) -> str:
+    """The first paragraph of a class's docstring."""
+    return " ".join(inspect.cleandoc(cls.__doc__ or "").partition("\n\n")[0].split())
+
+
+def _sentence(text: str) -> str:
+    """A text with a capital at its beginning, unless it begins with a symbol, and a full stop."""
+    if not text:
+        return text
+    symbol = re.match(r"(?!a\b)\w\b", text)
+    return f"{text[0] if symbol else text[0].upper()}{text[1:].removesuffix('.')}."
