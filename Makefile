@@ -2,6 +2,7 @@
 # make test      the tests (make test-all: the slow ones too)
 # make lint      ruff and mypy
 # make format    let ruff put the layout right
+# make docs      the documentation's site, in site/ (make docs-serve: while you write)
 # make bench     speed and memory, side by side with Hugging Face PEFT
 #
 # Each sets up what it needs in .venv first, and only when setup.cfg or pyproject.toml has changed.
@@ -23,7 +24,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check --no-input install -qq
 METADATA := setup.cfg pyproject.toml
 
-.PHONY: help demo test test-all lint format bench clean
+.PHONY: help demo test test-all lint format docs docs-serve bench clean
 # The demo and the benchmark are made for a CPU; where others are to be looked for, clear it.
 demo bench: export JAX_PLATFORMS ?= cpu
 
@@ -48,11 +49,22 @@ format: $(VENV)/.dev
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
+# The theme prints an announcement at every start unless it is told not to.
+docs docs-serve: export NO_MKDOCS_2_WARNING := 1
+docs docs-serve: export JAX_PLATFORMS ?= cpu
+
+docs: $(VENV)/.dev
+	$(RUN) -m mkdocs build --strict --quiet $(ARGS)
+	@echo "The documentation is in site/index.html."
+
+docs-serve: $(VENV)/.dev
+	$(RUN) -m mkdocs serve $(ARGS)
+
 bench: $(VENV)/.dev
 	$(RUN) -m benchmarks.run $(ARGS)
 
 clean:
-	rm -rf out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf out site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # The environment: made once, filled for use (.base) or for development (.dev).
 
