@@ -31,12 +31,13 @@ from typing import TYPE_CHECKING
 
 from absl import flags, logging
 
-from peft_jax import command_line, exits
+from peft_jax.runtime import exits
+from peft_jax.training import config_flags
 
 if TYPE_CHECKING:
-    from peft_jax.training.processes import Contact
+    from peft_jax.runtime.processes import Contact
 
-_CONFIG = command_line.define_config()
+_CONFIG = config_flags.define_config()
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run works; by default runs/ and the configuration's name."
 )
@@ -46,8 +47,8 @@ _ALLOW_CHANGED = flags.DEFINE_list(
     "What may have changed since the run in the work directory began: base, data, or both, with a "
     "comma between.",
 )
-_TRACEBACK = command_line.define_traceback()
-_PLAN = command_line.define_plan()
+_TRACEBACK = config_flags.define_traceback()
+_PLAN = config_flags.define_plan()
 
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
@@ -75,7 +76,7 @@ _CONTACT_TIMEOUT = flags.DEFINE_integer(
 
 def main(argv: Sequence[str]) -> int:
     """Runs the configuration of the flags, in the work directory of the flags."""
-    given = command_line.check_config(argv, _CONFIG.value)
+    given = config_flags.check_config(argv, _CONFIG.value)
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
     contact = None if _PLAN.wanted else _join_processes()
@@ -100,7 +101,7 @@ def main(argv: Sequence[str]) -> int:
 @contextlib.contextmanager
 def _ending_together(contact: "Contact") -> Iterator[None]:
     """Tells the other processes how this one ends."""
-    from peft_jax.training.errors import InterruptedRunError
+    from peft_jax.runtime.errors import InterruptedRunError
 
     try:
         yield
@@ -116,7 +117,7 @@ def _ending_together(contact: "Contact") -> Iterator[None]:
             contact.fail(error)
         # Where nobody reads what this process says, the others still have to be told.
         with contextlib.suppress(BrokenPipeError):
-            command_line.say(ending.message)
+            config_flags.say(ending.message)
         contact.leave(ending.message, ending.code)
     contact.closing()
 
@@ -130,18 +131,18 @@ def _join_processes() -> "Contact | None":
     }
     if not _DISTRIBUTED.value and all(value is None for value in given.values()):
         return None
-    from peft_jax.training.processes import ProcessSettings, join_processes
+    from peft_jax.runtime.processes import ProcessSettings, join_processes
 
     settings = ProcessSettings.from_environment(**given, contact_timeout=_CONTACT_TIMEOUT.value)
-    return join_processes(settings, say=command_line.say)
+    return join_processes(settings, say=config_flags.say)
 
 
 def _default_workdir() -> str:
     """`runs/finetune-lora` for `configs/finetune.py:lora`."""
-    path, _, arg = command_line.config_name().partition(":")
+    path, _, arg = config_flags.config_name().partition(":")
     words = re.findall(r"[\w.]+", arg)
     return str(Path("runs", "-".join([Path(path).stem, *words])))
 
 
 if __name__ == "__main__":
-    command_line.run("train.py", main)
+    config_flags.run("train.py", main)

@@ -10,7 +10,7 @@ Each kernel's numbers are first checked against the references, at several shape
 - attention in each implementation, forwards and with its gradients;
 - training steps in bfloat16 beside Hugging Face PEFT's on the same GPU (which needs a torch with
   CUDA): LoRA, BOFT and full fine-tuning of a Llama of 1.1 billion parameters, the hybrid, LoRA over
-  an int8 base, and LoRA at the widths of Llama 3 8B. Those of a group run in turn. Utilisation is
+  an int8 base, and LoRA at the widths of Llama 3 8B. Those of a group run in turn. Utilization is
   of the maker's bfloat16 peak, without recomputation: 4 or 6 operations a parameter and token,
   attention over the pairs that causal order leaves, nothing for adapters;
 - greedy generation beside transformers'.
@@ -45,12 +45,12 @@ from kernels_pallas.cases import tolerance
 from kernels_pallas.dispatch import KernelError
 from kernels_pallas.unitary import reference as unitary_reference
 from kernels_pallas.unitary import unitary_product
-from peft_jax import exits
+from peft_jax.cost.chips import find_chip
 from peft_jax.models.attention import dense_attention
 from peft_jax.models.attention_layout import AttentionLayout
 from peft_jax.models.chunked_attention import chunked_attention
 from peft_jax.models.fused_attention import fused_attention
-from peft_jax.parallel.chips import find_chip
+from peft_jax.runtime import exits
 
 PARTS = ("kernels", "attention", "steps", "generation")
 """In this order."""
@@ -369,7 +369,7 @@ def _compare(
 
 
 _TIMES = (
-    "| | s, median (least – most) | tokens a second | utilisation | GiB |",
+    "| | s, median (least – most) | tokens a second | utilization | GiB |",
     "| --- | --- | --- | --- | --- |",
 )
 

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 
 from kernels_pallas.dispatch import using
 from kernels_pallas.tpu_compiler import TOPOLOGIES, compile_for, traffic
-from peft_jax import exits
 from peft_jax.adapters import make_method
+from peft_jax.runtime import exits
 
 METHODS = {
     "LoRA": ("lora", {"rank": 16}),

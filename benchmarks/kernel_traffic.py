@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from kernels_pallas.tpu_compiler import TOPOLOGIES
 from kernels_pallas.traffic import Program, measure
-from peft_jax import exits
+from peft_jax.runtime import exits
 
 KERNELS = ("block_rotation", "butterfly", "unitary")
 IMPLEMENTATIONS = ("pallas", "xla")

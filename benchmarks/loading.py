@@ -4,7 +4,7 @@
 
 Makes a synthetic Llama checkpoint in files of half a gigabyte, in a temporary folder that is
 deleted afterwards, and loads it in processes of their own: whole; as each of two hosts that hold
-half of every kernel; quantised on the way; converted first. Before each, the same bytes are copied,
+half of every kernel; quantized on the way; converted first. Before each, the same bytes are copied,
 file to file, and the pages of the files are given back, so that both read from the disk.
 
 Peak memory is the largest resident set while loading, beyond what the process took before; the
@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from peft_jax import exits
+from peft_jax.runtime import exits
 
 GIB = 2**30
 

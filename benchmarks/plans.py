@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from peft_jax import exits
-from peft_jax.parallel import find_topology
+from peft_jax.cost import find_topology
 from peft_jax.plan import make_plan
 from peft_jax.plan.text import table
+from peft_jax.runtime import exits
 from peft_jax.training import from_config_dict
 
 TOPOLOGIES = {
@@ -27,8 +27,8 @@ TOPOLOGIES = {
     "hybrid_7b": "v5e:4x4",
 }
 METHODS = ("full", "lora", "lora_ga", "boft", "unitary", "hybrid")
-QUANTISED = {"hybrid_405b": ("hybrid", "nf4")}
-"""Where a method is planned over a quantised base too."""
+QUANTIZED = {"hybrid_405b": ("hybrid", "nf4")}
+"""Where a method is planned over a quantized base too."""
 
 
 def plan_all(folder: Path) -> dict[str, dict[str, Any]]:
@@ -37,8 +37,8 @@ def plan_all(folder: Path) -> dict[str, dict[str, Any]]:
     plans: dict[str, dict[str, Any]] = {}
     for name, topology in TOPOLOGIES.items():
         rows = [(method, method, "none") for method in METHODS]
-        if name in QUANTISED:
-            method, quantization = QUANTISED[name]
+        if name in QUANTIZED:
+            method, quantization = QUANTIZED[name]
             rows.append((f"{method}, base in {quantization}", method, quantization))
         for row, method, quantization in rows:
             file = folder / f"{name}-{method}-{quantization}.json"

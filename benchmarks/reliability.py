@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from peft_jax import exits
+from peft_jax.runtime import exits
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -36,7 +36,7 @@ import numpy as np
 from kernels_pallas.block_rotation import block_rotation
 from kernels_pallas.butterfly import compose_butterfly
 from kernels_pallas.cayley import cayley
-from peft_jax import exits
+from peft_jax.runtime import exits
 
 BLOCK_SIZE, FACTORS = 8, 2
 COMPOSED = BLOCK_SIZE * 2 ** (FACTORS - 1)

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.compare import ROOT, Comparison, compare, table
-from peft_jax import exits
+from peft_jax.runtime import exits
 
 ROTATION = "rotation"
 OURS, THEIRS = "benchmarks.step_ours", "benchmarks.step_peft"

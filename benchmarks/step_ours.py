@@ -16,7 +16,7 @@ from peft_jax.optim import (
     learning_rate_schedule,
     make_optimizer,
 )
-from peft_jax.training.cpu_memory import dispatch_inline, keep_freed_memory
+from peft_jax.runtime.cpu_allocator import dispatch_inline, keep_freed_memory
 from peft_jax.training.state import TrainState
 from peft_jax.training.step import TrainStep, summed_loss
 
@@ -39,7 +39,7 @@ CHUNK = 2048
 
 
 def make_batch(size: setup.Size) -> Batch:
-    """Random tokens, every one but the last of a row to be learnt."""
+    """Random tokens, every one but the last of a row to be learned."""
     shape = (size.batch_size, size.length)
     tokens = np.random.default_rng(0).integers(0, size.config["vocab_size"], shape, np.int32)
     mask = np.ones(shape, np.float32)

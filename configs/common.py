@@ -2,8 +2,7 @@
 
 A configuration is a file with `get_config(arg)`, where `arg` is what follows the colon in
 `--config=configs/finetune.py:lora`. It takes `base()`, which holds every setting there is, and
-changes what it wants changed; what it gets wrong (a misspelt name, a wrong type) is refused before
-anything is loaded.
+changes some of them. A wrong name or type is rejected before anything is loaded.
 """
 
 from typing import Any

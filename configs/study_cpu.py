@@ -117,15 +117,15 @@ def get_config(data: str = "") -> StudySettings:
         hybrid="hybrid",
         branches=("lora_ga", "boft"),
         about=(
-            "Two small pretrained models, five tasks, few steps: what is learnt here is how the"
+            "Two small pretrained models, five tasks, few steps: what is learned here is how the"
             " methods compare in this setting, not how good they can be. The hybrid weighs its"
             " branches by predicted decrease; the paper's rule is among its variants. Each of its"
             " branches takes its learning rate from the grid that it has as a method of its own,"
             " both from the same place, so that the hybrid is tuned with as many runs as they are."
             " Where the grids lie was found with a few runs on the tuning rows. Training takes as"
             " many rows as its steps need, from the beginning of a shuffled pass over all of them:"
-            " a small part of SST-2's, one and a half times all of CoLA's, which is not learnt in"
-            " fewer. On RTE hardly anything is learnt in the steps that fit here. Both have fewer"
+            " a small part of SST-2's, one and a half times all of CoLA's, which is not learned in"
+            " fewer. On RTE hardly anything is learned in the steps that fit here. Both have fewer"
             " arms.",
         ),
     )

@@ -1,4 +1,4 @@
-"""Texts that a chat template wrote, which are tokenised as training tokenises them."""
+"""Texts that a chat template wrote, which are tokenized as training tokenizes them."""
 
 from collections.abc import Sequence
 from typing import Any

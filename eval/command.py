@@ -24,8 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peft_jax import exits
-from peft_jax.arguments import Arguments
+from peft_jax.runtime import exits
+from peft_jax.runtime.flags import Arguments
 
 
 @exits.command("eval", stopped="stopped; the same command goes on from here")
@@ -41,12 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from eval.humaneval.task import HumanEvalSettings
     from eval.mt_bench import task as mt_bench
     from eval.mt_bench.task import MTBenchSettings
-    from eval.progress import Reporter
     from eval.run import run
     from eval.sandbox import SandboxLimits
     from eval.settings import EvalSettings
     from eval.tasks.names import HUMANEVAL, MT_BENCH, listing
     from peft_jax.parallel import MeshSettings
+    from peft_jax.runtime.progress import Reporter
 
     names = tuple(name.strip() for name in given.tasks.split(",") if name.strip())
     if names == ("list",):
@@ -184,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--split_special_tokens",
         action=argparse.BooleanOptionalAction,
-        help="tokenise control tokens in prompts as characters; by default as the run did",
+        help="tokenize control tokens in prompts as characters; by default as the run did",
     )
     add = parser.add_argument_group("how").add_argument
     add("--output", type=Path, help="where results go")

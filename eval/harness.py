@@ -14,7 +14,7 @@ from lm_eval.utils import handle_non_serializable
 
 from eval.json_lines import json_line
 from eval.results import Metric
-from peft_jax.training.files import write_text
+from peft_jax.runtime.files import write_text
 
 _RESAMPLES = 1000
 """Of the harness's own bootstrap, where a metric has no standard error in closed form."""

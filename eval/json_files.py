@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from peft_jax.training.errors import RefusedError
+from peft_jax.runtime.errors import RefusedError
 
 
 def read_object(file: Path, what: str, remedy: str) -> dict[str, Any]:

@@ -14,12 +14,12 @@ from peft_jax.generation.from_tokens import context_length
 from peft_jax.generation.loading import base_of, choose_quantization
 from peft_jax.hub import find_folder, read_config
 from peft_jax.hub.adapter_base import recorded_quantization
-from peft_jax.hub.files import read_json_object
 from peft_jax.hub.load import open_sources
 from peft_jax.hub.tokenizer import load_tokenizer
 from peft_jax.models import build_model
 from peft_jax.models.registry import is_encoder
 from peft_jax.parallel import batch_sharding, make_mesh
+from peft_jax.runtime.files import read_json_object
 
 _FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
 
@@ -34,7 +34,7 @@ class ModelFiles:
       tokenizer: its transformers tokenizer.
       context: how many tokens it was made for; None where its positions have no end.
       quantization: how the base's kernels are held.
-      split_special_tokens: whether control tokens in prompts are tokenised as characters.
+      split_special_tokens: whether control tokens in prompts are tokenized as characters.
     """
 
     model: Path
@@ -154,7 +154,7 @@ def load(settings: EvalSettings, files: ModelFiles) -> tuple[Loaded, jax.shardin
         )
     if settings.split_special_tokens is None and files.split_special_tokens:
         print(
-            "control tokens in prompts are tokenised as characters, as the run was trained;"
+            "control tokens in prompts are tokenized as characters, as the run was trained;"
             " --no-split_special_tokens for as control tokens",
             file=sys.stderr,
         )

@@ -18,12 +18,12 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from eval.chat_text import ChatText
-from eval.progress import Reporter
 from eval.responses import ResponseStore
 from eval.scoring import ScoringRow, TokenScorer
 from peft_jax.data import BadRowError, Encoder, Example, Piece
 from peft_jax.generation import GenerationSettings, Loaded, generate_text_from_tokens
 from peft_jax.generation.from_tokens import context_length
+from peft_jax.runtime.progress import Reporter
 
 _NO_END = 2048
 """The longest text for a model whose positions have no end; the harness's own choice."""
@@ -91,7 +91,7 @@ class HarnessModel(TemplateLM):
       max_length: the longest text in tokens; None: what the model was made for, or 2,048 where its
         positions have no end.
       seed: of sampling.
-      split_special_tokens: tokenise control tokens in prompts, the assistant's turns aside, as the
+      split_special_tokens: tokenize control tokens in prompts, the assistant's turns aside, as the
         characters that they are; as the setting of that name in training's data.
       store: what was answered before, and where answers go.
       reporter: shows progress.
@@ -190,7 +190,7 @@ class HarnessModel(TemplateLM):
         try:
             return encoder.prompt_ids(example).tolist()
         except BadRowError as error:
-            raise ValueError(f"a prompt cannot be tokenised: {error.detail}") from error
+            raise ValueError(f"a prompt cannot be tokenized: {error.detail}") from error
 
     @property
     def tokenizer_name(self) -> str:

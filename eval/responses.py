@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.json_lines import json_line
-from peft_jax.training.errors import RefusedError
+from peft_jax.runtime.errors import RefusedError
 
 
 class ResponseStore:

@@ -13,7 +13,6 @@ from eval.harness import evaluate_task, metrics_of, quiet_harness, write_samples
 from eval.json_files import not_one, read_object
 from eval.loading import find_model, load
 from eval.model import HarnessModel, check_room, longest_text, new_tokens_of
-from eval.progress import Reporter
 from eval.responses import ResponseStore
 from eval.results import TaskResult, averages, table
 from eval.settings import EvalSettings
@@ -31,8 +30,9 @@ from eval.tasks.names import (
     reads_local_data,
 )
 from eval.tasks.trained_prompts import has_trained_prompts
-from peft_jax.training.errors import RefusedError
-from peft_jax.training.files import locked, write_json, write_text
+from peft_jax.runtime.errors import RefusedError
+from peft_jax.runtime.files import locked, write_json, write_text
+from peft_jax.runtime.progress import Reporter
 
 Evaluate = Callable[[HarnessModel], TaskResult]
 """Evaluates one task that has been built."""

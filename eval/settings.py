@@ -6,7 +6,7 @@ from typing import Any
 
 from eval.tasks.build import TaskSettings
 from peft_jax.core import FORMATS
-from peft_jax.core.checks import check_choice, check_positive_int
+from peft_jax.core.validation import check_choice, check_positive_int
 from peft_jax.parallel import MeshSettings
 
 _ADAPTER, _MODEL = "adapter", "model"
@@ -36,7 +36,7 @@ class EvalSettings:
       chat: put the tokenizer's chat template around prompts.
       chat_template: a file with a Jinja chat template, used in place of the tokenizer's own.
       system: in a chat, what the system says first.
-      split_special_tokens: tokenise control tokens in prompts as the characters that they are;
+      split_special_tokens: tokenize control tokens in prompts as the characters that they are;
         None: as the run in `workdir` was trained, else False.
       batch_size: rows of a batch.
       max_length: the longest text in tokens; None: what the model was made for.

@@ -22,12 +22,12 @@ from rich.console import Console
 from rich.table import Table
 
 from configs import demo
-from peft_jax import exits
-from peft_jax.arguments import Arguments
 from peft_jax.core import Tree
 from peft_jax.generation import GenerationSettings, generate_text
 from peft_jax.hub import load_adapter, load_model
 from peft_jax.models import CausalLM
+from peft_jax.runtime import exits
+from peft_jax.runtime.flags import Arguments
 from peft_jax.training import from_config_dict, run
 from peft_jax.training.workdir import WorkDir
 
@@ -126,8 +126,8 @@ def main() -> None:
         story, _, asked = question.messages[-1]["content"].rpartition("\n")
         console.print(f"\n[dim]{story}[/dim]\n[bold]{asked}[/bold]", highlight=False)
         for label, said in zip(("before", "after"), answers, strict=True):
-            colour = "green" if said == question.answer else "red"
-            console.print(f"  {label:<7}[{colour}]{said}[/{colour}]", highlight=False)
+            color = "green" if said == question.answer else "red"
+            console.print(f"  {label:<7}[{color}]{said}[/{color}]", highlight=False)
     scores = Table(title="\nRight answers, to the letter")
     scores.add_column("asked for")
     for name in ("before", "after"):

@@ -1,4 +1,4 @@
-"""A loop of one's own over `Trainer.initialise` and `Trainer.step`.
+"""A loop of one's own over `Trainer.initialize` and `Trainer.step`.
 
     python -m examples.own_loop
 
@@ -15,7 +15,7 @@ import optax
 
 import peft_jax as pj
 from examples.pairwise_loss import CONFIG
-from peft_jax import exits
+from peft_jax.runtime import exits
 
 
 def make_batch(seed: int) -> pj.Batch:
@@ -29,7 +29,7 @@ def train() -> tuple[list[float], Any]:
     model = pj.build_model(CONFIG)
     params = model.init_params(jax.random.key(0))
     trainer = pj.Trainer(model, pj.AdapterSpec(pj.LoRA(rank=16)), optax.adam(1e-2))
-    training = trainer.initialise(params)
+    training = trainer.initialize(params)
     held_out = [make_batch(-1 % 2**32)]
     losses: list[float] = []
     best = training.adapter

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 import peft_jax as pj
-from peft_jax import exits
+from peft_jax.runtime import exits
 
 CONFIG = {
     "model_type": "llama",

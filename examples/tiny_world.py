@@ -24,8 +24,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from peft_jax import exits
-from peft_jax.arguments import Arguments
+from peft_jax.runtime import exits
+from peft_jax.runtime.flags import Arguments
 
 NAMES = (
     "Anna Ben Cora Dan Ella Finn Gus Hugo Ivy Jack Kim Lily Max Mia Nora Otto Paul Rosa Ruby Sam "

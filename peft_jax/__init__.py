@@ -25,6 +25,7 @@ Names are imported when they are first used: `import peft_jax` itself imports no
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from peft_jax import moved
 from peft_jax.version import __version__
 
 if TYPE_CHECKING:
@@ -134,3 +135,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOME})
+
+
+moved.install()

@@ -19,17 +19,17 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
 
-from peft_jax import exits
-from peft_jax.arguments import Arguments
 from peft_jax.core import Path, flatten
 from peft_jax.hub import find_folder, read_config
 from peft_jax.hub.adapter_base import base_digest
 from peft_jax.hub.checkpoint import INDEX, open_checkpoint
 from peft_jax.hub.converted import check_place, convert, is_converted, local_folder
 from peft_jax.hub.fetch import FETCHED
-from peft_jax.hub.leaves import LeafSource, StoredLeaf
+from peft_jax.hub.leaf_sources import LeafSource, StoredLeaf
 from peft_jax.hub.load import open_sources
 from peft_jax.models import build_model
+from peft_jax.runtime import exits
+from peft_jax.runtime.flags import Arguments
 
 _DTYPES: Mapping[str, frozenset[str]] = {
     "bfloat16": frozenset({"BF16"}),

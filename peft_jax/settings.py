@@ -17,9 +17,9 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
-from peft_jax import exits
-from peft_jax.arguments import Arguments
 from peft_jax.core import did_you_mean
+from peft_jax.runtime import exits
+from peft_jax.runtime.flags import Arguments
 from peft_jax.training.settings_reference import (
     Section,
     settings_reference,

@@ -20,8 +20,8 @@ from eval.run import Job
 from eval.sandbox import IsolationError, Outcome, Sandbox, SandboxLimits, TestedProgram
 from eval.settings import EvalSettings
 from eval.tasks.names import Wanted
-from peft_jax.core.checks import check_finite, check_positive_int
-from peft_jax.training.files import write_text
+from peft_jax.core.validation import check_finite, check_positive_int
+from peft_jax.runtime.files import write_text
 
 _STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 _NEW_TOKENS = 1024

@@ -26,17 +26,17 @@ from eval.mt_bench.judges import (
 from eval.mt_bench.rating import find_rating
 from eval.mt_bench.requests import JudgeRequest, estimate, judge_requests
 from eval.parallel import as_done
-from eval.progress import Reporter
 from eval.results import Metric, TaskResult
 from eval.run import Job
 from eval.settings import EvalSettings
 from eval.tasks.local_data import local_folder
 from eval.tasks.names import Wanted
-from peft_jax.core.checks import check_finite, check_positive, check_positive_int
+from peft_jax.core.validation import check_finite, check_positive, check_positive_int
 from peft_jax.generation import load_for_generation
 from peft_jax.hub import find_folder
 from peft_jax.hub.tokenizer import load_tokenizer
-from peft_jax.training.files import write_text
+from peft_jax.runtime.files import write_text
+from peft_jax.runtime.progress import Reporter
 
 QUESTIONS = 80
 """How many questions MT-Bench has; a rating of fewer is not called by its name."""

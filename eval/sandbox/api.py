@@ -20,7 +20,7 @@ from eval.sandbox.limits import SandboxLimits
 from eval.sandbox.programs import TestedProgram
 from eval.sandbox.standard_library import files_of
 from eval.sandbox.usage import memory_of_tree
-from peft_jax.training.errors import RefusedError
+from peft_jax.runtime.errors import RefusedError
 
 Verdict = Literal["passed", "failed", "timeout", "memory", "output", "crashed"]
 """What came of a program: it came to its end; it raised, or left before; it took too long, too

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from peft_jax.core.checks import check_positive, check_positive_int
+from peft_jax.core.validation import check_positive, check_positive_int
 
 _LEAST_MEMORY, _MOST_MEMORY = 64, 1 << 24
 """In MiB; the most is 16 TiB, which kernels can still be asked for."""

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from absl import flags, logging
 
-from peft_jax import command_line
+from peft_jax.training import config_flags
 
 _CONFIG = flags.DEFINE_string("config", None, "A study's file: configs/study_cpu.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where cells are; by default runs/ and its name.")
@@ -33,23 +33,23 @@ _ONLY = flags.DEFINE_string("only", "", "A regular expression for TASK/ARM.")
 _MINUTES = flags.DEFINE_float("minutes", math.inf, "Begin no cell after so many minutes.")
 _PAGE_ONLY = flags.DEFINE_bool("page_only", False, "Write the page of what is there.")
 
-command_line.define_traceback()
+config_flags.define_traceback()
 
 
 def main(argv: Sequence[str]) -> None:
     """Does what the flags say."""
     if len(argv) > 1:
-        command_line.refuse(f"{argv[1]!r} is not a flag; flags begin with two dashes")
+        config_flags.refuse(f"{argv[1]!r} is not a flag; flags begin with two dashes")
     if _CONFIG.value is None or not Path(_CONFIG.value).is_file():
-        command_line.refuse(
+        config_flags.refuse(
             f"--config must be a file such as configs/study_cpu.py; it is {_CONFIG.value!r}"
         )
     try:
         re.compile(_ONLY.value)
     except re.error as error:
-        command_line.refuse(f"--only is {_ONLY.value!r}, no regular expression: {error}")
+        config_flags.refuse(f"--only is {_ONLY.value!r}, no regular expression: {error}")
     if not _MINUTES.value >= 0:
-        command_line.refuse(f"--minutes is {_MINUTES.value}; it must be 0 or more")
+        config_flags.refuse(f"--minutes is {_MINUTES.value}; it must be 0 or more")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.ERROR)
     # Imported here, so that a mistyped flag is refused at once and not after JAX has started.
@@ -85,7 +85,7 @@ def _load(file: Path):
         spec.loader.exec_module(module)
     except Exception as error:
         # A configuration is a program and may raise anything.
-        raise ValueError(command_line.explain_config_error(error)) from error
+        raise ValueError(config_flags.explain_config_error(error)) from error
     if not callable(getattr(module, "get_config", None)):
         raise ValueError(
             f"{file} has no get_config(data) that returns a StudySettings; configs/study_cpu.py is"
@@ -94,7 +94,7 @@ def _load(file: Path):
     try:
         study = module.get_config(_DATA.value)
     except Exception as error:
-        raise ValueError(f"{file}: {command_line.explain_config_error(error)}") from error
+        raise ValueError(f"{file}: {config_flags.explain_config_error(error)}") from error
     if not isinstance(study, StudySettings):
         raise ValueError(f"{file}: get_config must return a StudySettings")
     return study
@@ -105,4 +105,4 @@ def _say(message: str) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run("eval.study", main)
+    config_flags.run("eval.study", main)

@@ -18,7 +18,7 @@ from peft_jax.adapters import AdapterSpec, AdapterState
 from peft_jax.adapters.method import GradientFactors
 from peft_jax.core import Path as TreePath
 from peft_jax.core import Tree, flatten, unflatten
-from peft_jax.data import AnyBatch, DataSettings, EvalData, LabelledBatch, build_data
+from peft_jax.data import AnyBatch, DataSettings, EvalData, LabeledBatch, build_data
 from peft_jax.data.examples import Example
 from peft_jax.generation import GenerationSettings, generate
 from peft_jax.hub import load_params
@@ -169,7 +169,7 @@ class Bench:
             batch_size=self._config.train.batch_size,
             max_length=self._config.train.max_length,
             seed=seed,
-            labelled=isinstance(self.model, SequenceClassifier),
+            labeled=isinstance(self.model, SequenceClassifier),
         )
 
     def _test_data(self, config: RunConfig) -> EvalData:
@@ -195,7 +195,7 @@ class Bench:
             spec = dataclasses.replace(spec, modules_to_save=tuple(dict.fromkeys(saved)))
         return spec
 
-    def initialise(self, config: RunConfig) -> AdapterState:
+    def initialize(self, config: RunConfig) -> AdapterState:
         """The adapter's first arrays, just as `peft_jax.training.run` makes them."""
         spec, params = self.spec(config), self.params(config.seed)
         key = jax.random.fold_in(jax.random.key(config.seed), 0)
@@ -345,7 +345,7 @@ def row_losses(
 ) -> tuple[Float[Array, " rows"], ...]:
     """Each row's summed loss and number of targets; a classifier's answers as well."""
     bound = spec.bind(frozen, adapter)
-    if isinstance(batch, LabelledBatch):
+    if isinstance(batch, LabeledBatch):
         outputs, losses = classifier_outputs(model, bound, batch)
         values = outputs[:, 0] if model.num_labels == 1 else jnp.argmax(outputs, axis=-1)
         return losses, batch.loss_mask, values.astype(jnp.float32)

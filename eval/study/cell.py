@@ -47,7 +47,7 @@ class Start:
 def make_start(bench: Bench, arm: ArmSettings, *, learning_rate: float, seed: int) -> Start:
     """An arm ready to be trained, with its rate set."""
     config = bench.task.run_config(arm, learning_rate=learning_rate, seed=seed)
-    adapter = bench.initialise(config)
+    adapter = bench.initialize(config)
     program = bench.program(arm, config, adapter)
     return Start(
         config=config,

@@ -15,8 +15,8 @@ from eval.study.run import Choice, count_cells, measured, tuned
 from eval.study.settings import ArmSettings, StudySettings, TaskSettings
 from eval.study.statistics import LEAST_P, Comparison, compare, holm, mean_and_deviation
 from eval.study.store import Store
-from peft_jax.training.files import write_text
-from peft_jax.training.summary import versions
+from peft_jax.runtime.files import write_text
+from peft_jax.training.report.summary import versions
 
 SIGNIFICANT = 0.05
 

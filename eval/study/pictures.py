@@ -1,6 +1,5 @@
 """The study's pictures."""
 
-import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,8 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from eval.study.cell import Cell
-from peft_jax.training.files import write_atomically
-from peft_jax.training.plots import STYLE, smooth
+from peft_jax.runtime.files import whole_file
+from peft_jax.training.report.plots import STYLE, smooth
 
 _COLOURS = ("#d6604d", "#2166ac", "#1b7837", "#8c8c8c", "#e08214", "#762a83", "#35978f", "#bf812d")
 _SMOOTHED = 16
@@ -33,7 +32,7 @@ def draw_losses(cells: Cells, path: Path, *, seconds: Mapping[str, Mapping[str, 
       path: of the picture.
       seconds: of a step, by task's and arm's title; a task that was not timed has none.
     """
-    colours = _colours(cells)
+    colors = _colors(cells)
 
     def draw() -> Figure:
         figure = Figure(figsize=(9.5, 2.7 * len(cells)), layout="constrained")
@@ -42,7 +41,7 @@ def draw_losses(cells: Cells, path: Path, *, seconds: Mapping[str, Mapping[str, 
             for arm, runs in arms.items():
                 curve = _smoothed(_mean(runs, "train_loss"))
                 steps = np.arange(1, len(curve) + 1)
-                line = {"color": colours[arm], "label": arm, "linewidth": 1.4}
+                line = {"color": colors[arm], "label": arm, "linewidth": 1.4}
                 by_step.plot(steps, curve, **line)
                 if seconds[task]:
                     by_second.plot(steps * seconds[task][arm], curve, **line)
@@ -53,7 +52,7 @@ def draw_losses(cells: Cells, path: Path, *, seconds: Mapping[str, Mapping[str, 
                 by_second.set_xlabel("seconds of training")
             else:
                 by_second.set_axis_off()
-                by_second.text(0.5, 0.5, "not timed yet", ha="center", color="grey")
+                by_second.text(0.5, 0.5, "not timed yet", ha="center", color="gray")
         _legend(figure)
         return figure
 
@@ -88,7 +87,7 @@ def draw_mixing(cells: Mapping[str, Sequence[Cell]], path: Path) -> None:
 
 def draw_gradients(cells: Cells, path: Path) -> None:
     """The gradient's norm of each method over the steps, one panel a task; mean over seeds."""
-    colours = _colours(cells)
+    colors = _colors(cells)
 
     def draw() -> Figure:
         figure, panels = _panels(len(cells))
@@ -96,7 +95,7 @@ def draw_gradients(cells: Cells, path: Path) -> None:
             for arm, runs in arms.items():
                 norms = [np.asarray(run["steps"]["grad_norm"], float) for run in runs]
                 curve = _smoothed(np.mean(norms, axis=0))
-                panel.plot(curve, color=colours[arm], label=arm, linewidth=1.3)
+                panel.plot(curve, color=colors[arm], label=arm, linewidth=1.3)
             panel.set_yscale("log")
             panel.set_title(task, fontsize=9)
             panel.set_xlabel("step")
@@ -111,8 +110,8 @@ def _smoothed(values: np.ndarray) -> np.ndarray:
     return smooth(values, max(len(values) // _SMOOTHED, 1))
 
 
-def _colours(cells: Cells) -> dict[str, str]:
-    """A colour for each arm's title, the same for all tasks."""
+def _colors(cells: Cells) -> dict[str, str]:
+    """A color for each arm's title, the same for all tasks."""
     arms = dict.fromkeys(arm for task in cells.values() for arm in task)
     return dict(zip(arms, itertools.cycle(_COLOURS), strict=False))
 
@@ -150,4 +149,5 @@ def _write(path: Path, draw) -> None:
     with mpl.rc_context(STYLE):
         figure = draw()
         FigureCanvasAgg(figure)
-        write_atomically(path, functools.partial(figure.savefig, dpi=_DPI))
+        with whole_file(path) as temporary:
+            figure.savefig(temporary, dpi=_DPI)

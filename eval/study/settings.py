@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from peft_jax.adapters import METHODS
-from peft_jax.core.checks import check_positive, check_positive_int
+from peft_jax.core.validation import check_positive, check_positive_int
 from peft_jax.training import RunConfig
 
 
@@ -138,7 +138,7 @@ class StudySettings:
     Attributes:
       name: of the study.
       title: on the page.
-      tasks: what is learnt.
+      tasks: what is learned.
       arms: what is compared.
       hybrid: the arm whose claim is tested; empty for a study that compares methods and has none.
       branches: the arms of the hybrid's branches alone; the better of them is its measure.

@@ -10,8 +10,8 @@ from eval.json_files import not_one, read_object
 from eval.study.cell import Cell
 from eval.study.settings import ArmSettings, TaskSettings, digest
 from eval.study.source import agree, source_of
-from peft_jax.training.errors import RefusedError
-from peft_jax.training.files import locked, write_text
+from peft_jax.runtime.errors import RefusedError
+from peft_jax.runtime.files import locked, write_text
 
 _FIELDS = (
     *("learning_rate", "seed", "diverged", "train_loss", "trainable_parameters", "step_bytes"),

@@ -1,7 +1,7 @@
 """Tasks with the prompts and answers that training uses, for what was fine-tuned on them.
 
 The harness's prompts make numbers comparable with published ones; a model that was fine-tuned on a
-recipe is asked in the words it has learnt by these.
+recipe is asked in the words it has learned by these.
 """
 
 from typing import Any

@@ -15,7 +15,6 @@ from peft_jax.adapters.hybrid import LOW_RANK, ROTATION, Hybrid
 from peft_jax.adapters.lora import LoRA
 from peft_jax.adapters.lora_ga import LoRAGA
 from peft_jax.adapters.method import AdapterMethod, GradientFactors, TrainingMethod
-from peft_jax.adapters.plan import ALL_LINEAR, Plan
 from peft_jax.adapters.registry import (
     METHODS,
     make_method,
@@ -26,6 +25,7 @@ from peft_jax.adapters.registry import (
 from peft_jax.adapters.sketch import gradient_factors
 from peft_jax.adapters.spec import AdapterSpec, AdapterState
 from peft_jax.adapters.table import ParameterCount, count_parameters, trainable_table
+from peft_jax.adapters.targets import ALL_LINEAR, Targets
 from peft_jax.adapters.unitary import Unitary
 
 __all__ = [
@@ -43,7 +43,7 @@ __all__ = [
     "LoRA",
     "LoRAGA",
     "ParameterCount",
-    "Plan",
+    "Targets",
     "TrainingMethod",
     "Unitary",
     "count_parameters",

@@ -17,7 +17,7 @@ from kernels_pallas.butterfly import butterfly_rotation, compose_butterfly
 from kernels_pallas.cayley import cayley
 from peft_jax.adapters.method import AdapterMethod, Arrays, Axes, GradientFactors
 from peft_jax.core import LINEAR_OUTPUT, Kernel, linear
-from peft_jax.core.checks import check_fraction, check_positive_int
+from peft_jax.core.validation import check_fraction, check_positive_int
 
 MOST_FACTORS = 32
 

@@ -15,7 +15,7 @@ from peft_jax.adapters.method import AdapterMethod, Arrays, Axes, GradientFactor
 from peft_jax.adapters.names import matches_name
 from peft_jax.adapters.unitary import Unitary
 from peft_jax.core import Kernel, did_you_mean
-from peft_jax.core.checks import check_choice
+from peft_jax.core.validation import check_choice
 
 LOW_RANK = "low_rank"
 """The branch of LoRA-GA, as a key in the adapter's trees."""

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from peft_jax.adapters.low_rank import low_rank_product
 from peft_jax.adapters.method import AdapterMethod, Arrays, Axes, GradientFactors
 from peft_jax.core import Kernel, linear
-from peft_jax.core.checks import check_fraction, check_positive, check_positive_int
+from peft_jax.core.validation import check_fraction, check_positive, check_positive_int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

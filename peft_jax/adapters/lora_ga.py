@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from peft_jax.adapters.lora import LoRA
 from peft_jax.adapters.method import Arrays, Axes, GradientFactors
-from peft_jax.core.checks import check_choice, check_positive
+from peft_jax.core.validation import check_choice, check_positive
 
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
 SCALES = ("stable", "gd", "unit")

@@ -4,9 +4,9 @@ For y = x W + (x A) B the gradients at the function's start hold products with G
 
     A = 0, B = Pᵀ:   ∂L/∂A = G P        A = Q, B = 0:   ∂L/∂B = Qᵀ G
 
-so a randomised singular value decomposition (Halko, Martinsson and Tropp, 2011, arXiv 0909.4061,
+so a randomized singular value decomposition (Halko, Martinsson and Tropp, 2011, arXiv 0909.4061,
 algorithms 4.4 and 5.1) needs ordinary LoRA backward passes only: no array of G's size is ever
-formed, the base may be sharded or quantised, and microbatches accumulate.
+formed, the base may be sharded or quantized, and microbatches accumulate.
 """
 
 import dataclasses
@@ -109,45 +109,45 @@ class _Passes:
         self._params = params
         self._batches = batches
 
-        def loss(learnt: dict[Path, Arrays], fixed: dict[Path, Arrays], params: Tree, batch: Any):
+        def loss(learned: dict[Path, Arrays], fixed: dict[Path, Arrays], params: Tree, batch: Any):
             flat = flatten(params)
-            for path, arrays in learnt.items():
+            for path, arrays in learned.items():
                 both = arrays | fixed[path]
                 flat[path] = AdaptedKernel(base=flat[path], arrays=both, method=_Probe())
             return loss_fn(unflatten(flat), batch)
 
-        def accumulate(total, learnt, fixed, params, batch):
-            return jax.tree.map(jnp.add, total, jax.grad(loss)(learnt, fixed, params, batch))
+        def accumulate(total, learned, fixed, params, batch):
+            return jax.tree.map(jnp.add, total, jax.grad(loss)(learned, fixed, params, batch))
 
         self._accumulate = jax.jit(accumulate, donate_argnums=0)
 
     def times_gradient(self, directions: dict[Path, jax.Array]) -> dict[Path, jax.Array]:
         """G P [..., d_in, k] for P [..., d_out, k]."""
         flat = flatten(self._params)
-        learnt = {
+        learned = {
             path: {"a": jnp.zeros((*kernel_shape(flat[path])[:-1], p.shape[-1]), jnp.float32)}
             for path, p in directions.items()
         }
         fixed = {path: {"b": jnp.swapaxes(p, -1, -2)} for path, p in directions.items()}
-        return {path: arrays["a"] for path, arrays in self._run(learnt, fixed).items()}
+        return {path: arrays["a"] for path, arrays in self._run(learned, fixed).items()}
 
     def times_transposed(self, basis: dict[Path, jax.Array]) -> dict[Path, jax.Array]:
         """Gᵀ Q [..., d_out, k] for Q [..., d_in, k]."""
         flat = flatten(self._params)
-        learnt = {}
+        learned = {}
         for path, q in basis.items():
             *stack, _, d_out = kernel_shape(flat[path])
-            learnt[path] = {"b": jnp.zeros((*stack, q.shape[-1], d_out), jnp.float32)}
+            learned[path] = {"b": jnp.zeros((*stack, q.shape[-1], d_out), jnp.float32)}
         fixed = {path: {"a": q} for path, q in basis.items()}
-        found = self._run(learnt, fixed)
+        found = self._run(learned, fixed)
         return {path: jnp.swapaxes(arrays["b"], -1, -2) for path, arrays in found.items()}
 
     def _run(
-        self, learnt: dict[Path, Arrays], fixed: dict[Path, Arrays]
+        self, learned: dict[Path, Arrays], fixed: dict[Path, Arrays]
     ) -> dict[Path, dict[str, jax.Array]]:
-        total = jax.tree.map(jnp.zeros_like, learnt)
+        total = jax.tree.map(jnp.zeros_like, learned)
         for batch in self._batches:
-            total = self._accumulate(total, learnt, fixed, self._params, batch)
+            total = self._accumulate(total, learned, fixed, self._params, batch)
         return total
 
 
@@ -165,14 +165,14 @@ def _orthonormal(columns: dict[Path, jax.Array]) -> dict[Path, jax.Array]:
     }
 
 
-def _one_by_one(factorise: Callable[[jax.Array], Any], stack: Float[Array, "*stack m n"]) -> Any:
-    """A factorisation of each matrix of a stack, one after another.
+def _one_by_one(factorize: Callable[[jax.Array], Any], stack: Float[Array, "*stack m n"]) -> Any:
+    """A factorization of each matrix of a stack, one after another.
 
-    Batched factorisations of several arrays in one program can wait for each other forever where
+    Batched factorizations of several arrays in one program can wait for each other forever where
     the CPU's thread pool is small (jaxlib 0.10, two cores: it happened in most runs).
     """
     matrices = stack.reshape(-1, *stack.shape[-2:])
-    found = jax.lax.map(factorise, matrices)
+    found = jax.lax.map(factorize, matrices)
     return jax.tree.map(lambda x: x.reshape(*stack.shape[:-2], *x.shape[1:]), found)
 
 
@@ -182,7 +182,7 @@ def _factors(
     """The triplets of Q (Gᵀ Q)ᵀ, the gradient on the span of Q."""
 
     @jax.jit
-    def factorise(
+    def factorize(
         q: dict[Path, jax.Array], projected: dict[Path, jax.Array]
     ) -> dict[Path, GradientFactors]:
         found = {}
@@ -197,4 +197,4 @@ def _factors(
             found[path] = GradientFactors(u[..., :k], s[..., :k], v[..., :k])
         return found
 
-    return factorise(q, projected)
+    return factorize(q, projected)

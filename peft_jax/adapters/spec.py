@@ -12,8 +12,8 @@ from flax import struct
 from qwix import QArray
 
 from peft_jax.adapters.method import AdapterMethod, GradientFactors, TrainingMethod
-from peft_jax.adapters.plan import ALL_LINEAR, Plan, make_plan
 from peft_jax.adapters.sketch import LossFn, gradient_factors, kernel_shape
+from peft_jax.adapters.targets import ALL_LINEAR, Targets, find_targets
 from peft_jax.core import (
     AdaptedKernel,
     Path,
@@ -24,7 +24,7 @@ from peft_jax.core import (
     join_path,
     unflatten,
 )
-from peft_jax.core.checks import check_choice, check_positive, check_positive_int
+from peft_jax.core.validation import check_choice, check_positive, check_positive_int
 
 
 @struct.dataclass
@@ -97,7 +97,7 @@ class AdapterSpec:
             check_positive(f"alpha_pattern[{pattern!r}]", alpha)
         check_choice("dtype", self.dtype, ("float32", "bfloat16"))
 
-    def plan(self, params: Tree) -> Plan:
+    def targets(self, params: Tree) -> Targets:
         """What is adapted and what is trained itself, in a model with these parameters.
 
         Args:
@@ -107,7 +107,7 @@ class AdapterSpec:
           ValueError: when a target matches nothing, a kernel cannot be adapted, or a leaf would be
             both adapted and trained itself.
         """
-        return make_plan(
+        return find_targets(
             params,
             self.method,
             target_modules=self.target_modules,
@@ -136,11 +136,11 @@ class AdapterSpec:
           factors: what `gradient_factors` gives for them, where it is known already.
 
         Raises:
-          ValueError: as `plan`; or when a method needs gradients and no loss or batches are given.
+          ValueError: As `targets`; or a method needs gradients, and no loss or batches are given.
         """
         if factors is None:
             factors = self.gradient_factors(key, params, loss_fn=loss_fn, batches=batches)
-        return self._init(key, params, self.plan(params), factors)
+        return self._init(key, params, self.targets(params), factors)
 
     def gradient_factors(
         self,
@@ -155,8 +155,8 @@ class AdapterSpec:
         They depend on the settings only by the ranks: specifications with the same ranks on the
         same kernels may share them. Arguments and errors as for `init`.
         """
-        plan = self.plan(params)
-        ranks = {path: m.gradient_rank for path, m in plan.adapted.items() if m.gradient_rank}
+        targets = self.targets(params)
+        ranks = {path: m.gradient_rank for path, m in targets.adapted.items() if m.gradient_rank}
         if not ranks:
             return {}
         if loss_fn is None or not batches:
@@ -169,9 +169,9 @@ class AdapterSpec:
 
     def abstract(self, params: Tree) -> AdapterState:
         """The shapes and dtypes of what `init` makes, without making it or needing a gradient."""
-        plan = self.plan(params)
+        targets = self.targets(params)
         factors = {}
-        for path, method in plan.adapted.items():
+        for path, method in targets.adapted.items():
             if k := method.gradient_rank:
                 *stack, d_in, d_out = kernel_shape(flatten(params)[path])
                 shapes = ((d_in, k), (k,), (d_out, k))
@@ -180,10 +180,10 @@ class AdapterSpec:
                 ]
                 factors[path] = GradientFactors(*arrays)
         key = jax.eval_shape(lambda: jax.random.key(0))
-        trained = {path: flatten(params)[path] for path in plan.trained}
+        trained = {path: flatten(params)[path] for path in targets.trained}
         return jax.eval_shape(
             lambda key, trained, factors: self._init(
-                key, unflatten(flatten(params) | trained), plan, factors
+                key, unflatten(flatten(params) | trained), targets, factors
             ),
             key,
             trained,
@@ -191,29 +191,33 @@ class AdapterSpec:
         )
 
     def _init(
-        self, key: jax.Array, params: Tree, plan: Plan, factors: Mapping[Path, GradientFactors]
+        self,
+        key: jax.Array,
+        params: Tree,
+        targets: Targets,
+        factors: Mapping[Path, GradientFactors],
     ) -> AdapterState:
         flat = flatten(params)
         dtype = jnp.dtype(self.dtype)
-        trainable: dict[Path, Any] = {path: flat[path].astype(dtype) for path in plan.trained}
+        trainable: dict[Path, Any] = {path: flat[path].astype(dtype) for path in targets.trained}
         constant: dict[Path, Any] = {}
-        for path, method in plan.adapted.items():
+        for path, method in targets.adapted.items():
             *stack, d_in, d_out = kernel_shape(flat[path])
             module_key = jax.random.fold_in(key, zlib.crc32(join_path(path).encode()))
             make = _init_function(method, (d_in, d_out))
             if stack:
                 keys = jax.random.split(module_key, stack[0])
-                learnt, fixed = jax.vmap(make)(keys, factors.get(path))
+                learned, fixed = jax.vmap(make)(keys, factors.get(path))
             else:
-                learnt, fixed = make(module_key, factors.get(path))
-            trainable[path] = jax.tree.map(lambda a: a.astype(dtype), learnt)
+                learned, fixed = make(module_key, factors.get(path))
+            trainable[path] = jax.tree.map(lambda a: a.astype(dtype), learned)
             for name, array in flatten(fixed).items():
                 constant[(*path, *name)] = array.astype(dtype)
         return AdapterState(trainable=unflatten(trainable), constant=unflatten(constant))
 
     def frozen(self, params: Tree) -> Tree:
         """The parameters without the leaves that are trained themselves: nothing is held twice."""
-        trained = set(self.plan(params).trained)
+        trained = set(self.targets(params).trained)
         return unflatten({path: v for path, v in flatten(params).items() if path not in trained})
 
     def bind(
@@ -237,20 +241,20 @@ class AdapterSpec:
           A tree for `model(...)`; base arrays are the same objects.
         """
         flat = flatten(params)
-        learnt = _by_leaf(state.trainable, self._leaf_paths(state))
-        for path in learnt:
-            if path[-1] != "kernel" or not isinstance(learnt[path], Mapping):
-                flat[path] = learnt[path]
-        plan = self.plan(unflatten(flat))
-        fixed = _by_leaf(state.constant, plan.adapted)
-        for path, method in plan.adapted.items():
+        learned = _by_leaf(state.trainable, self._leaf_paths(state))
+        for path in learned:
+            if path[-1] != "kernel" or not isinstance(learned[path], Mapping):
+                flat[path] = learned[path]
+        targets = self.targets(unflatten(flat))
+        fixed = _by_leaf(state.constant, targets.adapted)
+        for path, method in targets.adapted.items():
             key = None
             if dropout_key is not None:
                 key = jax.random.fold_in(dropout_key, zlib.crc32(join_path(path).encode()))
                 if is_stacked(path):
                     key = jax.random.split(key, kernel_shape(flat[path])[0])
             arrays = _prepare(
-                method, learnt[path], fixed.get(path, {}), key, is_stacked(path), recompute
+                method, learned[path], fixed.get(path, {}), key, is_stacked(path), recompute
             )
             flat[path] = AdaptedKernel(
                 base=flat[path], arrays=arrays, dropout_key=key, method=method
@@ -265,7 +269,7 @@ class AdapterSpec:
           state: the adapter's arrays.
 
         Returns:
-          A new tree of arrays; merged kernels have the dtype of the base's. Of a quantised base it
+          A new tree of arrays; merged kernels have the dtype of the base's. Of a quantized base it
           is what its values stand for, in the dtype of its scales: what the adapter was trained
           on.
 
@@ -274,7 +278,7 @@ class AdapterSpec:
             names the module.
         """
         merged = flatten(self.bind(params, state))
-        trained = set(self.plan(unflatten(merged)).trained)
+        trained = set(self.targets(unflatten(merged)).trained)
         for path, leaf in merged.items():
             if isinstance(leaf, AdaptedKernel):
                 merged[path] = _merge(leaf, is_stacked(path))
@@ -296,14 +300,14 @@ class AdapterSpec:
           params: the model's parameters, arrays or abstract ones.
           kernel_axes: the model's own, a tuple of names at each leaf.
         """
-        plan = self.plan(params)
+        targets = self.targets(params)
         flat_axes = flatten(kernel_axes)
-        trainable: dict[Path, Any] = {path: flat_axes[path] for path in plan.trained}
+        trainable: dict[Path, Any] = {path: flat_axes[path] for path in targets.trained}
         constant: dict[Path, Any] = {}
-        for path, method in plan.adapted.items():
+        for path, method in targets.adapted.items():
             *stack, d_in, d_out = flat_axes[path]
-            learnt, fixed = method.axes(d_in, d_out)
-            trainable[path] = _prefix_axes(learnt, tuple(stack))
+            learned, fixed = method.axes(d_in, d_out)
+            trainable[path] = _prefix_axes(learned, tuple(stack))
             if flatten(fixed):
                 constant[path] = _prefix_axes(fixed, tuple(stack))
         return AdapterState(trainable=unflatten(trainable), constant=unflatten(constant))
@@ -327,19 +331,19 @@ def _init_function(method: AdapterMethod, shape: tuple[int, int]):
 @functools.partial(jax.jit, static_argnums=(0, 4, 5), inline=True)
 def _prepare(
     method: AdapterMethod,
-    learnt: Any,
+    learned: Any,
     fixed: Any,
     key: jax.Array | None,
     stacked: bool,
     recompute: bool,
 ):
-    def prepare(learnt: Any, fixed: Any, key: jax.Array | None):
+    def prepare(learned: Any, fixed: Any, key: jax.Array | None):
         if key is not None:
             key = jax.random.fold_in(key, 1)  # the key itself drops activations
-        return method.prepare(learnt, fixed, dropout_key=key)
+        return method.prepare(learned, fixed, dropout_key=key)
 
     prepare_all = jax.vmap(prepare) if stacked else prepare
-    return (jax.checkpoint(prepare_all) if recompute else prepare_all)(learnt, fixed, key)
+    return (jax.checkpoint(prepare_all) if recompute else prepare_all)(learned, fixed, key)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -56,18 +56,18 @@ def trainable_table(spec: AdapterSpec, params: Tree, state: AdapterState) -> str
     Returns:
       Lines of: module, number and shape of its kernels, method, trained numbers.
     """
-    plan = spec.plan(params)
+    targets = spec.targets(params)
     flat = flatten(params)
-    paths = [*plan.adapted, *plan.trained]
-    learnt = flatten(state.trainable, is_leaf=lambda path, _: path in set(paths))
+    paths = [*targets.adapted, *targets.trained]
+    learned = flatten(state.trainable, is_leaf=lambda path, _: path in set(paths))
     rows = [("module", "kernels", "method", "trained")]
     for path in paths:
         shape = kernel_shape(flat[path])
         one = list(shape[1:] if is_stacked(path) else shape)
         kernels = f"{shape[0]} x {one}" if is_stacked(path) else str(one)
-        name = join_path(path[:-1] if path in plan.adapted else path)
-        method = _label(plan.adapted[path]) if path in plan.adapted else "trained itself"
-        rows.append((name, kernels, method, f"{_size(learnt[path]):,}"))
+        name = join_path(path[:-1] if path in targets.adapted else path)
+        method = _label(targets.adapted[path]) if path in targets.adapted else "trained itself"
+        rows.append((name, kernels, method, f"{_size(learned[path]):,}"))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [
         "  ".join(
@@ -94,12 +94,12 @@ def _label(method: Any) -> str:
 
 
 def _size(tree: Any) -> int:
-    """How many numbers there are; a quantised kernel's scales are not among them.
+    """How many numbers there are; a quantized kernel's scales are not among them.
 
     Example:
-      >>> from peft_jax.core import abstract_quantised
+      >>> from peft_jax.core import abstract_quantized
       >>> kernel = jax.ShapeDtypeStruct((64, 32), "bfloat16")
-      >>> _size({"kernel": abstract_quantised(kernel, "nf4"), "bias": jax.numpy.ones(32)})
+      >>> _size({"kernel": abstract_quantized(kernel, "nf4"), "bias": jax.numpy.ones(32)})
       2080
     """
     leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, QArray))

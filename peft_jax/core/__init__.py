@@ -1,25 +1,25 @@
 """What every other part stands on: kernels that know how to multiply, and trees addressed by path.
 
-- [`activations`][peft_jax.core.activations]: how activations lie on a mesh, for kernels.
-- [`convert`][peft_jax.core.convert]: mappings to frozen dataclasses and back.
+- [`activations`][peft_jax.core.activation_axes]: how activations lie on a mesh, for kernels.
+- [`convert`][peft_jax.core.typed_settings]: mappings to frozen dataclasses and back.
 - [`kernel`][peft_jax.core.kernel]: `AdaptedKernel`, `linear`.
 - [`patterns`][peft_jax.core.patterns]: regular expressions of others, with an end to their time.
-- [`quantised`][peft_jax.core.quantised]: frozen kernels in 8 or 4 bits, `quantise`, `dequantise`.
+- [`quantized`][peft_jax.core.quantized]: frozen kernels in 8 or 4 bits, `quantize`, `dequantize`.
 - [`trees`][peft_jax.core.trees]: nested dictionaries of arrays as flat paths, and back.
 - [`suggest`][peft_jax.core.suggest]: the nearest known name, for error messages.
 """
 
 from peft_jax.core.kernel import LINEAR_OUTPUT, AdaptedKernel, Kernel, Method, dense, linear
-from peft_jax.core.quantised import (
+from peft_jax.core.quantized import (
     FORMATS,
-    abstract_quantised,
+    abstract_quantized,
     bytes_of,
-    dequantise,
+    dequantize,
     format_of,
     held_dtype,
-    is_quantised_leaf,
-    quantise,
-    quantised_axes,
+    is_quantized_leaf,
+    quantize,
+    quantized_axes,
 )
 from peft_jax.core.suggest import did_you_mean
 from peft_jax.core.trees import (
@@ -41,19 +41,19 @@ __all__ = [
     "Method",
     "Path",
     "Tree",
-    "abstract_quantised",
+    "abstract_quantized",
     "bytes_of",
     "dense",
-    "dequantise",
+    "dequantize",
     "did_you_mean",
     "flatten",
     "format_of",
     "held_dtype",
-    "is_quantised_leaf",
+    "is_quantized_leaf",
     "is_stacked",
     "join_path",
     "linear",
-    "quantise",
-    "quantised_axes",
+    "quantize",
+    "quantized_axes",
     "unflatten",
 ]

@@ -1,10 +1,10 @@
 """A kernel is whatever knows how to multiply.
 
-Every linear map of a model goes through `linear(x, kernel)`. A kernel is an array, a quantised
-array (`peft_jax.core.quantised`), or an `AdaptedKernel`: a pytree node of a frozen base kernel, an
+Every linear map of a model goes through `linear(x, kernel)`. A kernel is an array, a quantized
+array (`peft_jax.core.quantized`), or an `AdaptedKernel`: a pytree node of a frozen base kernel, an
 adapter's arrays and the method that knows what to do with them. Because the node is a pytree it
 slices under `jax.lax.scan`, shards under `jax.jit`, differentiates and checkpoints as any array
-does, and it nests: an adapter over an adapted or a quantised kernel needs no new code.
+does, and it nests: an adapter over an adapted or a quantized kernel needs no new code.
 """
 
 from typing import Any, Protocol, runtime_checkable
@@ -17,10 +17,10 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 from qwix import QArray
 
-from peft_jax.core.quantised import dequantise, quantised_product
+from peft_jax.core.quantized import dequantize, quantized_product
 
 LINEAR_OUTPUT = "linear output"
-"""What a linear map's output is called where a rematerialisation policy asks for it."""
+"""What a linear map's output is called where a rematerialization policy asks for it."""
 
 Kernel = Any
 """An array or a `QArray`, [in, out] (or stacked [layers, in, out]), or an `AdaptedKernel` over one.
@@ -67,7 +67,7 @@ def linear(x: Float[Array, "*batch d_in"], kernel: Kernel) -> Float[Array, "*bat
 
     Args:
       x: activations, [..., in].
-      kernel: an array [in, out], cast to the dtype of `x`, a quantised one, or an `AdaptedKernel`.
+      kernel: an array [in, out], cast to the dtype of `x`, a quantized one, or an `AdaptedKernel`.
 
     Returns:
       [..., out] in the dtype of `x`.
@@ -75,7 +75,7 @@ def linear(x: Float[Array, "*batch d_in"], kernel: Kernel) -> Float[Array, "*bat
     if isinstance(kernel, AdaptedKernel):
         return kernel.method.project(x, kernel.base, kernel.arrays, dropout_key=kernel.dropout_key)
     if isinstance(kernel, QArray):
-        return quantised_product(x, kernel)
+        return quantized_product(x, kernel)
     return checkpoint_name(_product(x, kernel.astype(x.dtype)), LINEAR_OUTPUT)
 
 
@@ -127,4 +127,4 @@ _product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
 
 def dense(kernel: Array | QArray) -> Array:
     """A kernel without an adapter as one array, in the dtype it is held or scaled in."""
-    return dequantise(kernel) if isinstance(kernel, QArray) else kernel
+    return dequantize(kernel) if isinstance(kernel, QArray) else kernel

@@ -1,6 +1,6 @@
 """Nested dictionaries of arrays, addressed by path.
 
-A model's parameters, an adapter's arrays and an optimiser's state are nested dictionaries with
+A model's parameters, an adapter's arrays and an optimizer's state are nested dictionaries with
 string keys. A path is the tuple of keys from the root to a leaf: ("layers", "mlp", "up_proj",
 "kernel"). What stands under the key `STACKED` at the root belongs to the transformer blocks and
 carries the block's index as its leading axis.

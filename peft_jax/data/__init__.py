@@ -2,19 +2,19 @@
 
 - [`settings`][peft_jax.data.settings]: `DataSettings`, what a run says about its data.
 - [`pipeline`][peft_jax.data.pipeline]: `build_data`, the training stream and the held-out set.
-- [`batch`][peft_jax.data.batch]: `Batch` and `LabelledBatch`, the arrays a step is given.
+- [`batch`][peft_jax.data.batch]: `Batch` and `LabeledBatch`, the arrays a step is given.
 - [`recipes`][peft_jax.data.recipes]: how a row becomes a prompt and an answer.
 - [`examples`][peft_jax.data.examples]: `Example`, a row as text.
 - [`chat`][peft_jax.data.chat]: `ChatRenderer`, conversations to text.
 - [`encode`][peft_jax.data.encode]: `Encoder`, text to tokens.
-- [`labelled`][peft_jax.data.labelled]: `LabelledEncoder`, texts with a label, for encoders.
+- [`labeled`][peft_jax.data.labeled]: `LabeledEncoder`, texts with a label, for encoders.
 """
 
 from peft_jax.data.bad_rows import BadRowError, BadRows, UnusableRowsError
-from peft_jax.data.batch import AnyBatch, Batch, LabelledBatch, abstract_batch, padding_share
+from peft_jax.data.batch import AnyBatch, Batch, LabeledBatch, abstract_batch, padding_share
 from peft_jax.data.encode import Encoded, Encoder
 from peft_jax.data.examples import Conversation, Example, Piece
-from peft_jax.data.labelled import LabelledEncoder
+from peft_jax.data.labeled import LabeledEncoder
 from peft_jax.data.pipeline import EvalData, TrainData, build_data
 from peft_jax.data.recipes import RECIPES, Recipe, get_recipe
 from peft_jax.data.settings import DataSettings
@@ -31,8 +31,8 @@ __all__ = [
     "Encoder",
     "EvalData",
     "Example",
-    "LabelledBatch",
-    "LabelledEncoder",
+    "LabeledBatch",
+    "LabeledEncoder",
     "Piece",
     "Recipe",
     "TrainData",

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 @struct.dataclass
 class Batch:
-    """Token rows with what is to be learnt of them; a pytree.
+    """Token rows with what is to be learned of them; a pytree.
 
     Axes: B rows, T positions. The fields are numpy arrays as the data pipeline yields them, and
     whatever a transformation makes of them afterwards (device arrays, shape structs, shardings).
@@ -19,7 +19,7 @@ class Batch:
     Attributes:
       tokens: int32 [B, T], what the model reads.
       targets: int32 [B, T], the token that follows each position.
-      loss_mask: float32 [B, T], 1 where the target is to be learnt, else 0.
+      loss_mask: float32 [B, T], 1 where the target is to be learned, else 0.
       positions: int32 [B, T], the position within its own segment, from 0.
       segment_ids: int32 [B, T], 1, 2, ... for the sequences packed into a row, 0 for padding.
     """
@@ -99,7 +99,7 @@ class Batch:
 
 
 @struct.dataclass
-class LabelledBatch:
+class LabeledBatch:
     """Rows of one text, or one pair of texts, each with a label; a pytree.
 
     Axes and kinds of arrays as for `Batch`.
@@ -127,11 +127,11 @@ class LabelledBatch:
         return self.tokens.shape
 
 
-AnyBatch = Batch | LabelledBatch
+AnyBatch = Batch | LabeledBatch
 
 
 def abstract_batch(
-    kind: type[Batch] | type[LabelledBatch],
+    kind: type[Batch] | type[LabeledBatch],
     leading: tuple[int, ...],
     length: int,
     sharding: jax.sharding.Sharding | None = None,
@@ -139,13 +139,13 @@ def abstract_batch(
     """The shapes and dtypes of a batch.
 
     Args:
-      kind: `Batch` or `LabelledBatch`.
+      kind: `Batch` or `LabeledBatch`.
       leading: the axes before the positions: (rows,) or (microbatches, rows).
       length: T.
       sharding: of every array.
 
     Example:
-      >>> abstract_batch(LabelledBatch, (4,), 16).labels
+      >>> abstract_batch(LabeledBatch, (4,), 16).labels
       ShapeDtypeStruct(shape=(4,), dtype=float32)
     """
     return kind(

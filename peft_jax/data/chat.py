@@ -22,13 +22,13 @@ class _Turn:
       message: the index of its message.
       start: its first character, behind the generation prompt.
       stop: one past its last character.
-      learnt: what of it is learnt, usually all.
+      learned: what of it is learned, usually all.
     """
 
     message: int
     start: int
     stop: int
-    learnt: tuple[Span, ...]
+    learned: tuple[Span, ...]
 
 
 class ChatRenderer:
@@ -39,9 +39,9 @@ class ChatRenderer:
     write, so this text must be how the whole text begins. A template that writes the one otherwise
     than the other would train on what is never asked, and the conversation is refused. The turn
     ends where the text of what goes up to it stops agreeing with the whole; white space after the
-    token that ends the turn is the template's, and is not learnt. Where a template marks the
+    token that ends the turn is the template's, and is not learned. Where a template marks the
     assistant's words itself, with `{% generation %}`, what it marks after the generation prompt is
-    learnt.
+    learned.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class ChatRenderer:
         self._system_prompt = system_prompt
 
     def render(self, conversation: Conversation) -> Example:
-        """The conversation as text, the assistant's turns learnt.
+        """The conversation as text, the assistant's turns learned.
 
         Raises:
           BadRowError: if the template refuses the conversation, writes another generation prompt
@@ -83,19 +83,19 @@ class ChatRenderer:
         """
         messages = self._messages(conversation.messages)
         tools = without_nulls(conversation.tools)
-        learnt = set(_turns_of(messages))
-        if conversation.learnt is not None:
+        learned = set(_turns_of(messages))
+        if conversation.learned is not None:
             # A system turn that was put before them moves the others.
             moved = len(messages) - len(conversation.messages)
-            learnt &= {index + moved for index in conversation.learnt}
-        if not learnt:
-            raise BadRowError("empty", "the assistant says nothing that is to be learnt")
-        whole, turns = self._read(messages, tools, Wanted(messages=messages), learnt)
-        pieces = _pieces(whole.text, turns, learnt)
+            learned &= {index + moved for index in conversation.learned}
+        if not learned:
+            raise BadRowError("empty", "the assistant says nothing that is to be learned")
+        whole, turns = self._read(messages, tools, Wanted(messages=messages), learned)
+        pieces = _pieces(whole.text, turns, learned)
         if not any(piece.learn for piece in pieces):
             raise BadRowError("empty", "the assistant says nothing")
         example = Example(pieces=pieces, templated=True, plain=whole.plain)
-        content = _content(messages[max(learnt)])
+        content = _content(messages[max(learned)])
         lead = example.completion.partition(content)[0] if content else ""
         return dataclasses.replace(
             example,
@@ -138,7 +138,7 @@ class ChatRenderer:
         return given
 
     def _read(
-        self, messages: Messages, tools: Messages, whole: Wanted, learnt: set[int]
+        self, messages: Messages, tools: Messages, whole: Wanted, learned: set[int]
     ) -> tuple[Rendered, list[_Turn]]:
         """The text of a conversation, and the assistant's turns in it.
 
@@ -146,10 +146,10 @@ class ChatRenderer:
           messages: the conversation.
           tools: the tools that it may call.
           whole: what of it is wanted as text.
-          learnt: the turns that are learnt, by their messages' indices.
+          learned: the turns that are learned, by their messages' indices.
 
         Raises:
-          BadRowError: for a turn that is learnt; of others, those that cannot be told apart are
+          BadRowError: for a turn that is learned; of others, those that cannot be told apart are
             left out.
         """
         indices = list(_turns_of(messages))
@@ -160,24 +160,24 @@ class ChatRenderer:
         text = rendered[0].text
         with_it, asked = ([part.text for part in rendered[first::2]] for first in (1, 2))
         if self._template.marks_turns(tools):
-            return rendered[0], self._marked_turns(rendered[0], indices, asked, learnt)
+            return rendered[0], self._marked_turns(rendered[0], indices, asked, learned)
         turns: list[_Turn] = []
         for index, up_to, prompt in zip(indices, with_it, asked, strict=True):
             try:
                 start, stop = self._find(messages, index, text, up_to, prompt)
                 if turns and start < turns[-1].stop:
                     raise _turn_error(index, up_to, text)
-                if index in learnt:
+                if index in learned:
                     self._check(messages, index, tools, text[start:stop], prompt)
             except BadRowError:
-                if index in learnt:
+                if index in learned:
                     raise
                 continue
-            turns.append(_Turn(message=index, start=start, stop=stop, learnt=((start, stop),)))
+            turns.append(_Turn(message=index, start=start, stop=stop, learned=((start, stop),)))
         return rendered[0], turns
 
     def _marked_turns(
-        self, whole: Rendered, indices: Sequence[int], asked: Sequence[str], learnt: set[int]
+        self, whole: Rendered, indices: Sequence[int], asked: Sequence[str], learned: set[int]
     ) -> list[_Turn]:
         """The assistant's turns in a text whose template marks them.
 
@@ -185,7 +185,7 @@ class ChatRenderer:
           whole: the text, with its marks.
           indices: the messages of the assistant's turns.
           asked: the prompt that asks for each turn.
-          learnt: the turns that are learnt.
+          learned: the turns that are learned.
 
         Raises:
           BadRowError: if the text does not begin as a prompt does, or the marks begin after it.
@@ -193,14 +193,14 @@ class ChatRenderer:
         starts = []
         for index, prompt in zip(indices, asked, strict=True):
             starts.append(self._agreement(prompt, whole.text))
-            if index and index in learnt and starts[-1] < len(prompt):
+            if index and index in learned and starts[-1] < len(prompt):
                 raise _prompt_error("", prompt, whole.text)
         turns = []
         for number, (index, start) in enumerate(zip(indices, starts, strict=True)):
             following = [*starts, len(whole.text)][number + 1]
-            # A header within the marks stands before the prompt's end, and is not learnt.
+            # A header within the marks stands before the prompt's end, and is not learned.
             spans = tuple((max(a, start), b) for a, b in whole.marked if start < b <= following)
-            if spans and spans[0][0] > start and index in learnt and index:
+            if spans and spans[0][0] > start and index in learned and index:
                 raise _prompt_error(
                     "the template marks the assistant's words later than the generation prompt"
                     " ends: ",
@@ -209,7 +209,7 @@ class ChatRenderer:
                 )
             if spans:
                 start, stop = (start if index else spans[0][0]), spans[-1][1]
-                turns.append(_Turn(message=index, start=start, stop=stop, learnt=spans))
+                turns.append(_Turn(message=index, start=start, stop=stop, learned=spans))
         return turns
 
     def _find(self, messages: Messages, index: int, text: str, with_it: str, asked: str) -> Span:
@@ -250,7 +250,7 @@ class ChatRenderer:
           messages: the conversation.
           index: of the turn's message.
           tools: the tools that the conversation may call.
-          turn: what would be learnt.
+          turn: what would be learned.
           asked: the prompt that asks for the turn.
         """
         content = _content(messages[index])
@@ -357,14 +357,14 @@ def _other(content: str) -> str:
     return "B" if content.startswith("A") else "A"
 
 
-def _pieces(text: str, turns: Sequence[_Turn], learnt: set[int]) -> tuple[Piece, ...]:
-    """The text cut at the assistant's turns, some of which are learnt."""
+def _pieces(text: str, turns: Sequence[_Turn], learned: set[int]) -> tuple[Piece, ...]:
+    """The text cut at the assistant's turns, some of which are learned."""
     pieces: list[Piece] = []
     done = 0
     for turn in turns:
         pieces.append(Piece(text=text[done : turn.start], learn=False))
         done = turn.start
-        for start, stop in turn.learnt if turn.message in learnt else ():
+        for start, stop in turn.learned if turn.message in learned else ():
             pieces += [
                 Piece(text=text[done:start], learn=False, written=True),
                 Piece(text=text[start:stop], learn=True),

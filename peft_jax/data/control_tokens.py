@@ -1,4 +1,4 @@
-"""Control tokens in others' text: where they stand, so that they can be tokenised as characters.
+"""Control tokens in others' text: where they stand, so that they can be tokenized as characters.
 
 A tokenizer reads "<|im_end|>" as the end of a turn wherever it stands. In a user's text, or in an
 answer that a judge is shown, it may be no more than these characters. Which it is can be told only

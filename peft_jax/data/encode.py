@@ -1,20 +1,20 @@
-"""Text to tokens: what is learnt, where prompt and answer meet, and what begins and ends them.
+"""Text to tokens: what is learned, where prompt and answer meet, and what begins and ends them.
 
 Three choices are made here, and hold for training, evaluation and generation alike.
 
-*Where a prompt and its answer meet.* Text is tokenised as a whole, so that tokens are the ones that
+*Where a prompt and its answer meet.* Text is tokenized as a whole, so that tokens are the ones that
 the tokenizer makes of it. Where a token would reach across the border of a prompt and its answer,
-the two are tokenised apart, because the model will be given the prompt alone: what it is trained to
+the two are tokenized apart, because the model will be given the prompt alone: what it is trained to
 continue is then exactly what it will be asked to continue. No character is lost or added either
-way. An answer tokenised apart is put behind a short anchor whose tokens are then removed, so that
+way. An answer tokenized apart is put behind a short anchor whose tokens are then removed, so that
 tokenizers that put a space before every text (SentencePiece's) put none before it. Where a token
 reaches across the end of an answer that more text follows, as in a conversation, it stays whole and
-is learnt: it ends the answer.
+is learned: it ends the answer.
 
 *What begins a text.* Whatever the tokenizer itself puts before one: `<s>` for Llama, nothing for
 Qwen or BLOOM. A chat template writes its own beginning, and nothing is added to it.
 
-*What ends a text.* The tokenizer's end token, if it has one, learnt with the answer, so that the
+*What ends a text.* The tokenizer's end token, if it has one, learned with the answer, so that the
 model learns to stop. A chat template writes its own ends.
 """
 
@@ -36,7 +36,7 @@ TOO_LONG = "too long"
 """The reason under which rows are counted that do not fit; it has a setting of its own."""
 
 _ANCHORS = ("\n", ".", "a")
-"""What an answer that is tokenised apart is put behind; the first that keeps to itself is used."""
+"""What an answer that is tokenized apart is put behind; the first that keeps to itself is used."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,11 +85,11 @@ class Encoder:
         Args:
           tokenizer: a transformers tokenizer.
           max_length: the most positions of a sequence, at least 1.
-          completion_only: learn the pieces that are to be learnt; otherwise every token.
+          completion_only: learn the pieces that are to be learned; otherwise every token.
           too_long: what to do with longer sequences; "skip" and "error" both raise `BadRowError`.
           renderer: what makes text of conversations; None: the tokenizer's chat template, looked
             for when the first conversation comes.
-          split_special_tokens: tokenise control tokens in text that is not learnt, or that a
+          split_special_tokens: tokenize control tokens in text that is not learned, or that a
             renderer calls plain, as the characters that they are.
 
         Raises:
@@ -154,7 +154,7 @@ class Encoder:
         elif self.too_long == "truncate":
             parts = [(ids[:limit], learn[:limit])]
         elif self.too_long == "split":
-            # Neighbours share a token: the last one predicted in one is the first read in the next.
+            # Neighbors share a token: the last one predicted in one is the first read in the next.
             starts = range(0, len(ids) - 1, self.max_length)
             parts = [(ids[start : start + limit], learn[start : start + limit]) for start in starts]
         else:
@@ -187,7 +187,7 @@ class Encoder:
         return choices
 
     def control_spans(self, text: str) -> tuple[Span, ...]:
-        """Where others' text has control tokens that are tokenised as their characters."""
+        """Where others' text has control tokens that are tokenized as their characters."""
         return () if self._control is None else self._control.spans(text)
 
     def lost_characters(self, example: Example | Conversation) -> set[str]:
@@ -235,7 +235,7 @@ class Encoder:
     def _tokenize_pieces(
         self, pieces: Sequence[Piece], plain: Sequence[Span]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens of a text, int32 [n], and which of them are learnt, bool [n].
+        """The tokens of a text, int32 [n], and which of them are learned, bool [n].
 
         Those before an answer depend on nothing that comes after: they are what a model is given.
 
@@ -295,7 +295,7 @@ class Encoder:
         Args:
           text: the text.
           behind: whether other text goes before it.
-          as_text: whether it is a control token that is to be tokenised as its characters.
+          as_text: whether it is a control token that is to be tokenized as its characters.
           located: whether it matters where the tokens begin; it costs as much as they do.
 
         Raises:
@@ -354,7 +354,7 @@ class Encoder:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Run:
-    """Pieces that are tokenised as one text.
+    """Pieces that are tokenized as one text.
 
     Attributes:
       begin: how many characters go before it.
@@ -389,7 +389,7 @@ class _Run:
         )
 
     def learn(self) -> np.ndarray:
-        """Bool [n], the tokens that are learnt."""
+        """Bool [n], the tokens that are learned."""
         learn = np.zeros(len(self.ids), bool)
         border = 0
         begins = []

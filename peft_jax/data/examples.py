@@ -1,4 +1,4 @@
-"""What a recipe makes of a row: text with a part to be learnt, or a conversation."""
+"""What a recipe makes of a row: text with a part to be learned, or a conversation."""
 
 import dataclasses
 import itertools
@@ -11,13 +11,13 @@ Span = tuple[int, int]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A stretch of text that is learnt, or is not.
+    """A stretch of text that is learned, or is not.
 
     Attributes:
       text: the text.
       learn: whether the loss is taken on its tokens.
-      written: whether a model writes it although it is not learnt, as an earlier turn of the
-        assistant's; what goes before it is a prompt, and is tokenised as one.
+      written: whether a model writes it although it is not learned, as an earlier turn of the
+        assistant's; what goes before it is a prompt, and is tokenized as one.
     """
 
     text: str
@@ -30,7 +30,7 @@ class Example:
     """One row as text: what the model is shown and what it is to say.
 
     Attributes:
-      pieces: the whole text in order; the answer that is evaluated is the last one that is learnt,
+      pieces: the whole text in order; the answer that is evaluated is the last one that is learned,
         with what is written around it.
       answer: the reference that a prediction is scored against ("positive", "72").
       choices: for a classification, every label's text as it would continue the prompt, with its
@@ -78,7 +78,7 @@ def _is_written(piece: Piece) -> bool:
 
 
 def prompt_and_completion(prompt: str, completion: str, **others: Any) -> Example:
-    """An example of a prompt that is not learnt and an answer that is.
+    """An example of a prompt that is not learned and an answer that is.
 
     Args:
       prompt: the prompt; it may be empty.
@@ -101,7 +101,7 @@ class Conversation:
     Attributes:
       messages: as `apply_chat_template` takes them: dictionaries with "role" and "content".
       tools: the tools the conversation may call, as `apply_chat_template` takes them.
-      learnt: the assistant's messages that are learnt, by their indices; None: every one of them.
+      learned: the assistant's messages that are learned, by their indices; None: every one of them.
       answer: as in `Example`.
       choices: as in `Example`.
       label: as in `Example`.
@@ -109,7 +109,7 @@ class Conversation:
 
     messages: tuple[Mapping[str, Any], ...]
     tools: tuple[Mapping[str, Any], ...] = ()
-    learnt: tuple[int, ...] | None = None
+    learned: tuple[int, ...] | None = None
     answer: str = ""
     choices: tuple[str, ...] = ()
     label: int | None = None

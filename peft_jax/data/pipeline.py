@@ -23,7 +23,7 @@ from peft_jax.data.batch import AnyBatch, padding_share
 from peft_jax.data.chat import ChatRenderer
 from peft_jax.data.encode import TOO_LONG, Encoder
 from peft_jax.data.examples import Conversation, Example
-from peft_jax.data.labelled import LabelledEncoder
+from peft_jax.data.labeled import LabeledEncoder
 from peft_jax.data.packing import RowsDataset, fill_row, first_fit_decreasing, stack_rows
 from peft_jax.data.passes import Lengths, count_rows
 from peft_jax.data.recipes import Recipe, get_recipe
@@ -55,14 +55,14 @@ def build_data(
     batch_size: int,
     max_length: int,
     seed: int,
-    labelled: bool = False,
+    labeled: bool = False,
     say: Callable[[str], None] = logging.info,
 ) -> tuple["TrainData", "EvalData"]:
     """The training stream and the held-out set of a run.
 
     Where several processes train together, each of them makes the whole stream and hands its
     devices their rows of every batch: the batches, and a position in the stream, are then the same
-    for any number of processes and any mesh. What that costs is tokenising, in a background thread.
+    for any number of processes and any mesh. What that costs is tokenizing, in a background thread.
 
     Args:
       settings: what data, and what is made of it.
@@ -70,7 +70,7 @@ def build_data(
       batch_size: the rows of a batch, over all devices and processes.
       max_length: T, the positions of a row.
       seed: of the order of the rows.
-      labelled: rows for an encoder with a head: `LabelledBatch`es in place of `Batch`es, a text or
+      labeled: rows for an encoder with a head: `LabeledBatch`es in place of `Batch`es, a text or
         pair of texts to a row (never packed), and long ones truncated where the settings say
         nothing else.
       say: Told of a check that takes long.
@@ -89,11 +89,11 @@ def build_data(
     recipe = get_recipe(settings.recipe).configured(settings)
     sources = open_sources(settings, recipe, seed=seed)
     warn_of_unread_columns(recipe, sources.train)
-    # Another thread tokenises, and a fast tokenizer that two threads use at once may refuse.
+    # Another thread tokenizes, and a fast tokenizer that two threads use at once may refuse.
     own_tokenizer = copy.deepcopy(tokenizer)
-    encoder: Encoder | LabelledEncoder
-    if labelled:
-        encoder = LabelledEncoder(own_tokenizer, settings, max_length=max_length)
+    encoder: Encoder | LabeledEncoder
+    if labeled:
+        encoder = LabeledEncoder(own_tokenizer, settings, max_length=max_length)
         settings = dataclasses.replace(settings, packing=False)
     else:
         encoder = _make_encoder(settings, recipe, own_tokenizer, max_length)
@@ -155,7 +155,7 @@ def _make_encoder(
 class _Reader:
     """Rows to examples to token sequences."""
 
-    def __init__(self, recipe: Recipe, encoder: Encoder | LabelledEncoder, settings: DataSettings):
+    def __init__(self, recipe: Recipe, encoder: Encoder | LabeledEncoder, settings: DataSettings):
         self.recipe = recipe
         self.encoder = encoder
         self.settings = settings
@@ -196,7 +196,7 @@ class _Reader:
     @property
     def tokens_beyond_positions(self) -> int:
         """Number of tokens of a sequence beyond the positions that it takes."""
-        return 0 if isinstance(self.encoder, LabelledEncoder) else 1
+        return 0 if isinstance(self.encoder, LabeledEncoder) else 1
 
     def _example(self, row: Row) -> Example | Conversation:
         example = self.recipe.example(row)
@@ -214,7 +214,7 @@ class _Reader:
 
     def fill_row(self, sequences: Sequence[Any]) -> AnyBatch:
         """One row of sequences."""
-        if isinstance(self.encoder, LabelledEncoder):
+        if isinstance(self.encoder, LabeledEncoder):
             return self.encoder.fill_row(sequences)
         return fill_row(sequences, self.encoder.max_length, self.encoder.pad_id)
 
@@ -263,7 +263,7 @@ class _Reader:
     def _keeps_long(self) -> str:
         """The values of data.too_long that use some of a row that is too long."""
         # A row with one label cannot be split.
-        return "truncate" if isinstance(self.encoder, LabelledEncoder) else "truncate or split"
+        return "truncate" if isinstance(self.encoder, LabeledEncoder) else "truncate or split"
 
 
 def _check_text(example: Example | Conversation) -> None:
@@ -620,7 +620,7 @@ class EvalData(Sequence[AnyBatch]):
         packing: bool,
         batch_size: int,
     ):
-        """Reads and tokenises every held-out row.
+        """Reads and tokenizes every held-out row.
 
         Args:
           table: the rows.

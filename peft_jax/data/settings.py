@@ -55,7 +55,7 @@ class DataSettings:
         assistant turn.
       chat_template: a file with a Jinja chat template, used in place of the tokenizer's own.
       system_prompt: a system turn put before conversations that have none.
-      split_special_tokens: tokenise a control token that stands in the data's own text
+      split_special_tokens: tokenize a control token that stands in the data's own text
         ("<|im_end|>" in what a user says) as the characters that it is, as transformers'
         `split_special_tokens`. What a chat template writes and what the assistant says keep theirs.
         Generation has a flag of the same name.

@@ -53,7 +53,7 @@ class RowTotals:
       origin: where they come from.
       rows: Number of rows that the run takes from there.
       checked: Number of them that have been encoded so far, each counted once.
-      used: Number of those that can be learnt or measured.
+      used: Number of those that can be learned or measured.
       left_out: Number of rows that cannot, by reason.
       truncated: Number of used rows that lost their ends.
       too_long: Number of tokens of each row that was left out or truncated.

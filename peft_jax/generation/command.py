@@ -20,12 +20,12 @@ import json
 import sys
 from collections.abc import Sequence
 
-from peft_jax import exits
-from peft_jax.arguments import Arguments
 from peft_jax.core import FORMATS
 from peft_jax.generation.from_text import Prompt, TextCompletion, generate_text
 from peft_jax.generation.loading import load_for_generation
 from peft_jax.generation.settings import GenerationSettings
+from peft_jax.runtime import exits
+from peft_jax.runtime.flags import Arguments
 
 
 @exits.command("peft_jax.generation")
@@ -133,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--split_special_tokens",
         action="store_true",
-        help="tokenise control tokens in prompts as the characters that they are",
+        help="tokenize control tokens in prompts as the characters that they are",
     )
     add("--max_new_tokens", type=int, default=default.max_new_tokens, help="the most new tokens")
     add("--temperature", type=float, default=default.temperature, help="0 takes the likeliest")

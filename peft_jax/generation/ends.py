@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-from peft_jax.hub.files import read_json_object
 from peft_jax.models import CausalLM
+from peft_jax.runtime.files import read_json_object
 
 _GENERATION_CONFIG = "generation_config.json"
 

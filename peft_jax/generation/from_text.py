@@ -70,7 +70,7 @@ def generate_text(
 ) -> GeneratedText:
     """Continues texts.
 
-    Prompts are tokenised by the functions that make training's, and so as it shows them to the
+    Prompts are tokenized by the functions that make training's, and so as it shows them to the
     model: behind what the tokenizer puts before a text, and a conversation by its chat template.
 
     Args:
@@ -80,7 +80,7 @@ def generate_text(
       prompts: the prompts.
       settings: how; by default greedily.
       row_sharding: as for `generate`.
-      split_special_tokens: tokenise control tokens in texts, and in messages that are not the
+      split_special_tokens: tokenize control tokens in texts, and in messages that are not the
         assistant's, as the characters that they are; as the setting of that name in training's
         data, and right for text of others.
 
@@ -106,7 +106,7 @@ def generate_text_from_tokens(
     *,
     row_sharding: jax.sharding.NamedSharding | None = None,
 ) -> GeneratedText:
-    """Continues prompts that are tokenised already; arguments and errors as for `generate_text`."""
+    """Continues prompts that are tokenized already; arguments and errors as for `generate_text`."""
     settings = settings or GenerationSettings()
     if settings.eos_ids is None:
         settings = dataclasses.replace(settings, eos_ids=end_tokens(model, tokenizer=tokenizer))

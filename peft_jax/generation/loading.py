@@ -9,15 +9,15 @@ import jax
 
 from peft_jax.adapters import AdapterState
 from peft_jax.core import FORMATS, Tree, flatten, unflatten
-from peft_jax.core.checks import check_choice
+from peft_jax.core.validation import check_choice
 from peft_jax.generation.ends import end_tokens
 from peft_jax.hub import find_folder, load_adapter, load_params, read_config
 from peft_jax.hub.adapter_base import recorded_quantization
 from peft_jax.hub.adapter_files import CONFIG, PEFT_CONFIG
-from peft_jax.hub.files import read_json_object
 from peft_jax.hub.tokenizer import load_tokenizer
 from peft_jax.models import CausalLM, ExecutionSettings, build_model
 from peft_jax.parallel import sharding_tree
+from peft_jax.runtime.files import read_json_object
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 

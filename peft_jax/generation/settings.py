@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from peft_jax.core.checks import check_positive_int
+from peft_jax.core.validation import check_positive_int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

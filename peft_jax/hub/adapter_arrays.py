@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax.adapters import AdapterState, Plan
+from peft_jax.adapters import AdapterState, Targets
 from peft_jax.core import Path, flatten, is_stacked, join_path, unflatten
 from peft_jax.hub.finite import check_finite
 from peft_jax.hub.tensors import StoredTensor, TensorToWrite
@@ -38,12 +38,12 @@ class ArrayTensors:
     transposed: bool = False
 
 
-def adapted_tensors(model: Model, plan: Plan, state: AdapterState) -> list[ArrayTensors]:
+def adapted_tensors(model: Model, targets: Targets, state: AdapterState) -> list[ArrayTensors]:
     """The tensors of the arrays over adapted kernels, in this library's own form.
 
     Args:
       model: gives the modules' names.
-      plan: which kernels are adapted.
+      targets: which kernels are adapted.
       state: the arrays, or abstract ones.
     """
     found = []
@@ -51,7 +51,7 @@ def adapted_tensors(model: Model, plan: Plan, state: AdapterState) -> list[Array
     for tree in trees:
         for path, array in flatten(getattr(state, tree)).items():
             leaf = path[: path.index("kernel") + 1] if "kernel" in path else path
-            if leaf not in plan.adapted:
+            if leaf not in targets.adapted:
                 continue
             rest = ".".join(path[len(leaf) :])
             found.append(
@@ -67,20 +67,20 @@ def adapted_tensors(model: Model, plan: Plan, state: AdapterState) -> list[Array
 
 
 def trained_tensors(
-    model: Model, plan: Plan, state: AdapterState, *, prefix: str = ""
+    model: Model, targets: Targets, state: AdapterState, *, prefix: str = ""
 ) -> list[ArrayTensors]:
     """The tensors of the leaves that are trained themselves, as in the base's checkpoint.
 
     Args:
       model: gives the tensors' names.
-      plan: which leaves are trained.
+      targets: which leaves are trained.
       state: the arrays, or abstract ones.
       prefix: put before every name.
     """
     names = model.hf_names()
     leaves = flatten(state.trainable)
     found = []
-    for path in plan.trained:
+    for path in targets.trained:
         tensor, array = names[path], leaves[path]
         layers = range(model.config.num_layers) if is_stacked(path) else (None,)
         shape = array.shape[1:] if is_stacked(path) else array.shape

@@ -9,8 +9,8 @@ from peft_jax.core import FORMATS, Tree
 from peft_jax.hub.adapter_files import CONFIG
 from peft_jax.hub.converted import MANIFEST, WEIGHTS, is_converted
 from peft_jax.hub.digests import sample_tensors
-from peft_jax.hub.files import read_json_object
 from peft_jax.models import Model, quantization_of
+from peft_jax.runtime.files import read_json_object
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def digest_of_origin(model: Model) -> str | None:
 
 
 def recorded_quantization(folder: Path) -> str | None:
-    """Returns how the base of an adapter was quantised when it was trained; None if not recorded.
+    """Returns how the base of an adapter was quantized when it was trained; None if not recorded.
 
     Args:
       folder: The adapter's.

@@ -34,7 +34,7 @@ from peft_jax.adapters import (
     method_settings,
 )
 from peft_jax.core import did_you_mean
-from peft_jax.core.convert import convert, from_mapping
+from peft_jax.core.typed_settings import convert, from_mapping
 from peft_jax.hub.adapter_digests import DIGESTS, digest_settings
 from peft_jax.version import __version__
 

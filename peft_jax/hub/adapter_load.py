@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from peft_jax.adapters import AdapterSpec, AdapterState, Plan
+from peft_jax.adapters import AdapterSpec, AdapterState, Targets
 from peft_jax.core import Path, Tree, flatten
 from peft_jax.hub.adapter_arrays import (
     ArrayTensors,
@@ -33,13 +33,13 @@ from peft_jax.hub.adapter_files import (
 from peft_jax.hub.adapter_save import peft_trained_tensors
 from peft_jax.hub.checkpoint import PICKLED
 from peft_jax.hub.fetch import find_folder
-from peft_jax.hub.files import read_json_object
 from peft_jax.hub.peft_config import check_peft_config, check_unchanged, write_peft_config
 from peft_jax.hub.peft_forms import peft_form
 from peft_jax.hub.peft_import import check_tied, spec_of, without_base_copies
 from peft_jax.hub.peft_names import PEFT_PREFIX
 from peft_jax.hub.tensors import StoredTensor, read_header
 from peft_jax.models import Model
+from peft_jax.runtime.files import read_json_object
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def load_adapter(
 
     What `save_adapter` wrote comes back bit for bit: digests tell whether its arrays or settings
     were changed since. A base of another family, or with other weights, is a warning. Of Hugging
-    Face PEFT's own adapters LoRA (plain, rank-stabilised, with patterns and modules_to_save) and
+    Face PEFT's own adapters LoRA (plain, rank-stabilized, with patterns and modules_to_save) and
     BOFT are read; a setting that changes what is computed and is not implemented is refused by
     name. Nothing is ever unpickled.
 
@@ -89,18 +89,18 @@ def _load_own(folder: FilePath, model: Model, params: Tree) -> tuple[AdapterSpec
         )
     base = f"{config.get('base_model_name_or_path')} ({config.get('model_type')})"
     try:
-        plan = spec.plan(params)
+        targets = spec.targets(params)
     except ValueError as error:
         raise ValueError(
             f"the adapter in {folder} was made for {base} and does not fit this"
             f" {model.family.model_type} model: {error}"
         ) from error
     what = f"the adapter in {folder}, made for {base},"
-    stored = _open(folder, _arrays_file(config, spec, model, plan, folder))
+    stored = _open(folder, _arrays_file(config, spec, model, targets, folder))
     if config["arrays"] == PEFT_ARRAYS:
         _check_peft_tensors(stored, model, spec, params, what=what)
     else:
-        arrays = _own_arrays(model, spec, plan, params)
+        arrays = _own_arrays(model, spec, targets, params)
         check_tensors({name: item.shape for item in arrays for name in item.names}, stored, what)
     if digest is not None and digest_arrays(stored) != digest:
         raise ValueError(
@@ -114,7 +114,7 @@ def _load_own(folder: FilePath, model: Model, params: Tree) -> tuple[AdapterSpec
 
 
 def _arrays_file(
-    config: Mapping[str, Any], spec: AdapterSpec, model: Model, plan: Plan, folder: FilePath
+    config: Mapping[str, Any], spec: AdapterSpec, model: Model, targets: Targets, folder: FilePath
 ) -> str:
     """The file with the arrays of an adapter of ours.
 
@@ -129,15 +129,17 @@ def _arrays_file(
     form = peft_form(spec.method)
     if form is None or not form.exact:
         raise ValueError(f"{file} says that its arrays are in {PEFT_ARRAYS}; they cannot be")
-    written = write_peft_config(model, spec, plan, form, base_model_name="")
+    written = write_peft_config(model, spec, targets, form, base_model_name="")
     check_unchanged(read_json_object(folder / PEFT_CONFIG), written, folder / PEFT_CONFIG)
     return PEFT_ARRAYS
 
 
-def _own_arrays(model: Model, spec: AdapterSpec, plan: Plan, params: Tree) -> list[ArrayTensors]:
+def _own_arrays(
+    model: Model, spec: AdapterSpec, targets: Targets, params: Tree
+) -> list[ArrayTensors]:
     """The tensors of all arrays, in this library's own form."""
     abstract = spec.abstract(params)
-    return [*adapted_tensors(model, plan, abstract), *trained_tensors(model, plan, abstract)]
+    return [*adapted_tensors(model, targets, abstract), *trained_tensors(model, targets, abstract)]
 
 
 def _load_peft(folder: FilePath, model: Model, params: Tree) -> tuple[AdapterSpec, AdapterState]:
@@ -159,12 +161,12 @@ def _check_peft_tensors(
     Raises:
       ValueError: they are not; they are named.
     """
-    plan = spec.plan(params)
-    trained = peft_trained_tensors(model, plan, spec.abstract(params))
+    targets = spec.targets(params)
+    trained = peft_trained_tensors(model, targets, spec.abstract(params))
     wanted = {name: item.shape for item in trained for name in item.names}
     flat = flatten(params)
-    for path in plan.adapted:
-        wanted |= _shapes(model, plan, path, flat[path].shape)
+    for path in targets.adapted:
+        wanted |= _shapes(model, targets, path, flat[path].shape)
     check_tensors(wanted, stored, what)
     check_tied(model, stored, what=what)
 
@@ -173,18 +175,18 @@ def _read_peft_state(
     stored: Mapping[str, StoredTensor], model: Model, spec: AdapterSpec, params: Tree
 ) -> AdapterState:
     """The arrays of an adapter in PEFT's form."""
-    plan = spec.plan(params)
-    arrays = read_arrays(peft_trained_tensors(model, plan, spec.abstract(params)), stored)
-    for path in plan.adapted:
-        arrays |= _read_adapted(model, plan, path, stored, np.dtype(spec.dtype))
+    targets = spec.targets(params)
+    arrays = read_arrays(peft_trained_tensors(model, targets, spec.abstract(params)), stored)
+    for path in targets.adapted:
+        arrays |= _read_adapted(model, targets, path, stored, np.dtype(spec.dtype))
     return make_state(arrays)
 
 
 def _shapes(
-    model: Model, plan: Plan, path: Path, shape: tuple[int, ...]
+    model: Model, targets: Targets, path: Path, shape: tuple[int, ...]
 ) -> dict[str, tuple[int, ...]]:
     """The tensors, by name, of one adapted kernel [..., d_in, d_out] over its layers."""
-    form = peft_form(plan.adapted[path])
+    form = peft_form(targets.adapted[path])
     assert form is not None
     return {
         f"{PEFT_PREFIX}{module}.{name}": size
@@ -195,13 +197,13 @@ def _shapes(
 
 def _read_adapted(
     model: Model,
-    plan: Plan,
+    targets: Targets,
     path: Path,
     stored: Mapping[str, StoredTensor],
     dtype: np.dtype,
 ) -> dict[tuple[str, Path], Any]:
     """The arrays over one adapted kernel, by tree and path."""
-    form = peft_form(plan.adapted[path])
+    form = peft_form(targets.adapted[path])
     assert form is not None
     layers = []
     for module in modules_of(model, path):

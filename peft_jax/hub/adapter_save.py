@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax.adapters import AdapterSpec, AdapterState, Plan
+from peft_jax.adapters import AdapterSpec, AdapterState, Targets
 from peft_jax.core import Tree, flatten, is_stacked
 from peft_jax.hub.adapter_arrays import (
     ArrayTensors,
@@ -23,13 +23,13 @@ from peft_jax.hub.adapter_arrays import (
 from peft_jax.hub.adapter_base import digest_of_origin
 from peft_jax.hub.adapter_digests import digest_arrays
 from peft_jax.hub.adapter_files import ARRAYS, CONFIG, PEFT_ARRAYS, PEFT_CONFIG, write_config
-from peft_jax.hub.files import whole_folder, write_json
 from peft_jax.hub.peft_config import HEAD, tied_embedding, write_peft_config
 from peft_jax.hub.peft_forms import NoPeftFormError, PeftForm, nbytes, peft_form
 from peft_jax.hub.peft_names import PEFT_PREFIX
 from peft_jax.hub.save import MAX_SHARD_BYTES, save_model
 from peft_jax.hub.tensors import TensorToWrite, read_header, write_tensors
 from peft_jax.models import Model
+from peft_jax.runtime.files import whole_folder, write_json
 
 FILES = (CONFIG, ARRAYS, PEFT_CONFIG, PEFT_ARRAYS)
 
@@ -90,11 +90,11 @@ def save_adapter(
     folder = FilePath(folder)
     check_adapter_folder(folder)
     params = model.abstract_params()
-    plan = spec.plan(params)
+    targets = spec.targets(params)
     check_state(state, spec.abstract(params))
     try:
-        form = _check_form(spec, plan, params)
-        peft_tensors = list(_peft_tensors(model, plan, state, form))
+        form = _check_form(spec, targets, params)
+        peft_tensors = list(_peft_tensors(model, targets, state, form))
         peft: dict[str, Any] = {"loads": True}
     except NoPeftFormError as error:
         form, peft_tensors = None, []
@@ -106,10 +106,15 @@ def save_adapter(
         _keep_other_files(folder, temporary)
         if form is not None:
             write_tensors(temporary / PEFT_ARRAYS, peft_tensors, _METADATA)
-            settings = write_peft_config(model, spec, plan, form, base_model_name=base_model_name)
+            settings = write_peft_config(
+                model, spec, targets, form, base_model_name=base_model_name
+            )
             write_json(temporary / PEFT_CONFIG, settings)
         if not exact:
-            arrays = [*adapted_tensors(model, plan, state), *trained_tensors(model, plan, state)]
+            arrays = [
+                *adapted_tensors(model, targets, state),
+                *trained_tensors(model, targets, state),
+            ]
             tensors = list(tensors_to_write(arrays, state))
             write_tensors(temporary / ARRAYS, tensors, _METADATA)
         config = write_config(
@@ -158,13 +163,13 @@ def export_merged(
     save_model(folder, model, merged, max_shard_bytes=max_shard_bytes)
 
 
-def peft_trained_tensors(model: Model, plan: Plan, state: AdapterState) -> list[ArrayTensors]:
+def peft_trained_tensors(model: Model, targets: Targets, state: AdapterState) -> list[ArrayTensors]:
     """The tensors of the leaves that are trained themselves, as PEFT names them.
 
     A trained embedding that is the output head too is there under both names.
     """
-    found = trained_tensors(model, plan, state, prefix=PEFT_PREFIX)
-    tied = tied_embedding(model, plan)
+    found = trained_tensors(model, targets, state, prefix=PEFT_PREFIX)
+    tied = tied_embedding(model, targets)
     return found + [
         dataclasses.replace(item, names=(f"{PEFT_PREFIX}{HEAD}.weight",))
         for item in found
@@ -172,7 +177,7 @@ def peft_trained_tensors(model: Model, plan: Plan, state: AdapterState) -> list[
     ]
 
 
-def _check_form(spec: AdapterSpec, plan: Plan, params: Tree) -> PeftForm:
+def _check_form(spec: AdapterSpec, targets: Targets, params: Tree) -> PeftForm:
     """How the method's arrays are written for PEFT.
 
     Raises:
@@ -191,7 +196,7 @@ def _check_form(spec: AdapterSpec, plan: Plan, params: Tree) -> PeftForm:
     if not form.exact:
         size = 0
         for path, leaf in flatten(params).items():
-            if path in plan.adapted:
+            if path in targets.adapted:
                 layers = leaf.shape[0] if is_stacked(path) else 1
                 size += layers * nbytes(form.shapes(*leaf.shape[-2:]))
         if size > MAX_COPY_BYTES:
@@ -203,7 +208,7 @@ def _check_form(spec: AdapterSpec, plan: Plan, params: Tree) -> PeftForm:
 
 
 def _peft_tensors(
-    model: Model, plan: Plan, state: AdapterState, form: PeftForm
+    model: Model, targets: Targets, state: AdapterState, form: PeftForm
 ) -> Iterator[TensorToWrite]:
     """The adapter's tensors for PEFT.
 
@@ -211,10 +216,10 @@ def _peft_tensors(
       NoPeftFormError: a module's arrays have no such form.
     """
     trees = [
-        flatten(tree, is_leaf=lambda path, _: path in plan.adapted)
+        flatten(tree, is_leaf=lambda path, _: path in targets.adapted)
         for tree in (state.trainable, state.constant)
     ]
-    for path, method in plan.adapted.items():
+    for path, method in targets.adapted.items():
         own = peft_form(method)
         assert own is not None
         arrays = {
@@ -233,7 +238,7 @@ def _peft_tensors(
                     shape=tensor.shape,
                     fetch=_given(tensor),
                 )
-    yield from tensors_to_write(peft_trained_tensors(model, plan, state), state)
+    yield from tensors_to_write(peft_trained_tensors(model, targets, state), state)
 
 
 def _given(tensor: np.ndarray) -> Callable[[], np.ndarray]:

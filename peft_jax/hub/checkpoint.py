@@ -6,8 +6,8 @@ from typing import Any
 
 from peft_jax.hub.adapter_files import CONFIG as ADAPTER_CONFIG
 from peft_jax.hub.adapter_files import PEFT_CONFIG
-from peft_jax.hub.files import read_json_object
 from peft_jax.hub.tensors import StoredTensor, read_header
+from peft_jax.runtime.files import read_json_object
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"

@@ -26,10 +26,10 @@ import numpy as np
 import tensorstore as ts
 
 from peft_jax.core import Path, flatten, join_path
-from peft_jax.hub.files import parse_json_object, read_json_object, whole_folder
 from peft_jax.hub.finite import check_finite
-from peft_jax.hub.leaves import LeafSource, Ranges
+from peft_jax.hub.leaf_sources import LeafSource, Ranges
 from peft_jax.models import Model
+from peft_jax.runtime.files import parse_json_object, read_json_object, whole_folder
 
 _log = logging.getLogger(__name__)
 

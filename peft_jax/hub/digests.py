@@ -29,8 +29,8 @@ from peft_jax.hub.converted import (
     is_converted,
     local_folder,
 )
-from peft_jax.hub.files import read_json_object
-from peft_jax.hub.leaves import Ranges
+from peft_jax.hub.leaf_sources import Ranges
+from peft_jax.runtime.files import read_json_object
 
 WHOLE_BELOW = 2**30
 """Files of fewer bytes are read whole."""

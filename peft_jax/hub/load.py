@@ -1,6 +1,6 @@
 """Loading a Hugging Face checkpoint straight into stacked, sharded arrays.
 
-Tensors are read a piece at a time into the arrays of the wanted dtype, or quantised on the way, so
+Tensors are read a piece at a time into the arrays of the wanted dtype, or quantized on the way, so
 the host never holds more than its share of the model and one tensor. Of a tensor only the part is
 read that this process's devices hold.
 """
@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.core import Path, Tree, did_you_mean, flatten, is_stacked, unflatten
+from peft_jax.cost.memory import check_fits
 from peft_jax.hub.checkpoint import Checkpoint, open_checkpoint, read_config
 from peft_jax.hub.converted import is_converted, open_converted, warn_of_dtype
 from peft_jax.hub.fetch import find_folder
-from peft_jax.hub.leaves import LeafSource, StoredLeaf
-from peft_jax.hub.place import place
+from peft_jax.hub.leaf_loading import place
+from peft_jax.hub.leaf_sources import LeafSource, StoredLeaf
 from peft_jax.hub.tensors import StoredTensor
 from peft_jax.models import (
     CausalLM,
@@ -30,7 +31,6 @@ from peft_jax.models import (
     build_classifier,
     build_model,
 )
-from peft_jax.parallel.memory import check_fits
 
 Shardings = Tree | jax.sharding.Sharding | Callable[[Model], Tree]
 """A tree of shardings as the parameters', one for all, or what makes the tree for a model."""
@@ -166,7 +166,7 @@ def _check_memory(shapes: dict[Path, Any], shardings: dict[Path, Any], dtype: An
     }
     check_fits(
         {f"the parameters in {jnp.dtype(dtype)}": laid_out},
-        "load them in bfloat16 or quantised (int8, nf4), shard them over more devices, or take a"
+        "load them in bfloat16 or quantized (int8, nf4), shard them over more devices, or take a"
         " smaller model",
     )
 

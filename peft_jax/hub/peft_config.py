@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft_jax.adapters import BOFT, AdapterSpec, LoRA, Plan
+from peft_jax.adapters import BOFT, AdapterSpec, LoRA, Targets
 from peft_jax.core import Path as TreePath
 from peft_jax.core import did_you_mean
-from peft_jax.core.convert import convert
+from peft_jax.core.typed_settings import convert
 from peft_jax.hub.adapter_arrays import modules_of
 from peft_jax.hub.adapter_files import CONFIG
 from peft_jax.hub.peft_forms import PeftForm, peft_rank_and_alpha
@@ -150,27 +150,27 @@ _COMPARED = (
 
 
 def write_peft_config(
-    model: Model, spec: AdapterSpec, plan: Plan, form: PeftForm, *, base_model_name: str
+    model: Model, spec: AdapterSpec, targets: Targets, form: PeftForm, *, base_model_name: str
 ) -> dict[str, Any]:
     """The content of `adapter_config.json`.
 
     Args:
       model: the base.
       spec: what is adapted.
-      plan: what that comes to in this model.
+      targets: what that comes to in this model.
       form: how the kernels' arrays are written.
       base_model_name: where the base is, or its name on the hub.
     """
     modules = all_modules(model)
-    saved = short_names(model, plan.trained, modules, matches_saved)
-    if tied_embedding(model, plan):
+    saved = short_names(model, targets.trained, modules, matches_saved)
+    if tied_embedding(model, targets):
         saved.append(HEAD)
     is_classifier = isinstance(model, SequenceClassifier)
-    if is_classifier and any(path[0] == CLASSIFIER for path in plan.trained):
+    if is_classifier and any(path[0] == CLASSIFIER for path in targets.trained):
         # PEFT saves a classifier's head as one module, whatever it is made of.
         heads = {
             name
-            for path in plan.trained
+            for path in targets.trained
             if path[0] == CLASSIFIER
             for name in short_names(model, [path], modules, matches_saved)
         }
@@ -182,12 +182,12 @@ def write_peft_config(
         "inference_mode": True,
         "modules_to_save": saved or None,
         "peft_type": form.peft_type,
-        "target_modules": short_names(model, list(plan.adapted), modules, matches_target),
+        "target_modules": short_names(model, list(targets.adapted), modules, matches_target),
         "task_type": "SEQ_CLS" if is_classifier else "CAUSAL_LM",
     }
     method = spec.method
     if isinstance(method, LoRA):
-        settings |= _lora_settings(model, method, plan)
+        settings |= _lora_settings(model, method, targets)
     if isinstance(method, BOFT):
         settings |= {
             "boft_block_num": 0,
@@ -198,7 +198,7 @@ def write_peft_config(
     return settings
 
 
-def tied_embedding(model: Model, plan: Plan) -> TreePath | None:
+def tied_embedding(model: Model, targets: Targets) -> TreePath | None:
     """The embedding's path, where it is trained itself and is the output head too.
 
     PEFT trains copies of modules, and so would leave the head as it was; it is given the same
@@ -206,14 +206,14 @@ def tied_embedding(model: Model, plan: Plan) -> TreePath | None:
     """
     if not model.config.tie_word_embeddings:
         return None
-    return next((path for path in plan.trained if path[-1] == "embedding"), None)
+    return next((path for path in targets.trained if path[-1] == "embedding"), None)
 
 
-def _lora_settings(model: Model, method: LoRA, plan: Plan) -> dict[str, Any]:
+def _lora_settings(model: Model, method: LoRA, targets: Targets) -> dict[str, Any]:
     rank, alpha = peft_rank_and_alpha(method)
     ranks, alphas = {}, {}
-    adapted = [module for path in plan.adapted for module in modules_of(model, path)]
-    for path, own in plan.adapted.items():
+    adapted = [module for path in targets.adapted for module in modules_of(model, path)]
+    for path, own in targets.adapted.items():
         assert isinstance(own, LoRA)
         own_rank, own_alpha = peft_rank_and_alpha(own)
         for name in short_names(model, [path], adapted, matches_target):

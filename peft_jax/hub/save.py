@@ -12,9 +12,9 @@ import numpy as np
 
 from peft_jax.core import AdaptedKernel, Path, Tree, flatten, is_stacked, join_path
 from peft_jax.hub.checkpoint import CONFIG, INDEX, WEIGHTS
-from peft_jax.hub.files import write_json
 from peft_jax.hub.tensors import TensorToWrite, write_tensors
 from peft_jax.models import HFTensor, Model
+from peft_jax.runtime.files import write_json
 
 MAX_SHARD_BYTES = 5_000_000_000
 """The size a file of weights has at most, where its tensors allow."""

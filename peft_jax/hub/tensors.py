@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from peft_jax.hub.files import whole_file
+from peft_jax.runtime.files import whole_file
 
 DTYPES: Mapping[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -62,11 +62,11 @@ class StoredTensor:
         """The dtype of what `pieces` gives.
 
         Raises:
-          ValueError: the tensor is not of a floating-point dtype known here (it is quantised).
+          ValueError: the tensor is not of a floating-point dtype known here (it is quantized).
         """
         if self.dtype not in DTYPES:
             raise ValueError(
-                f"{self.name} in {self.file} has the dtype {self.dtype}: quantised checkpoints are"
+                f"{self.name} in {self.file} has the dtype {self.dtype}: quantized checkpoints are"
                 f" not read; known: {', '.join(DTYPES)}"
             )
         return DTYPES[self.dtype]

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from peft_jax.hub.files import read_json_object
+from peft_jax.runtime.files import read_json_object
 
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 """Files that transformers takes for JSON objects, whatever is in them."""

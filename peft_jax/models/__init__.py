@@ -18,7 +18,7 @@ from peft_jax.models.classifier import (
     is_encoder,
 )
 from peft_jax.models.execution import ExecutionSettings
-from peft_jax.models.model import Model, quantise_params, quantization_of
+from peft_jax.models.model import Model, quantization_of, quantize_params
 from peft_jax.models.naming import HFTensor
 from peft_jax.models.registry import FAMILIES, build_model
 
@@ -34,6 +34,6 @@ __all__ = [
     "build_classifier",
     "build_model",
     "is_encoder",
-    "quantise_params",
     "quantization_of",
+    "quantize_params",
 ]

@@ -195,8 +195,8 @@ def dense_attention(layout: AttentionLayout, *, tokens: int, keys: int) -> Atten
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _softmax(scores: Scores, dtype: jnp.dtype) -> Weights:
     """The softmax over the last axis, computed in float32, in `dtype`; that is all it keeps."""
-    unnormalised = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
-    return (unnormalised * (1.0 / unnormalised.sum(axis=-1, keepdims=True))).astype(dtype)
+    unnormalized = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    return (unnormalized * (1.0 / unnormalized.sum(axis=-1, keepdims=True))).astype(dtype)
 
 
 def _softmax_forward(scores: Scores, dtype: jnp.dtype) -> tuple[Weights, Weights]:

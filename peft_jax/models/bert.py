@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from peft_jax.core.checks import check_choice, check_positive, check_positive_int
+from peft_jax.core.validation import check_choice, check_positive, check_positive_int
 from peft_jax.models.attention import make_attention
 from peft_jax.models.attention_layout import Attend, AttentionLayout
 from peft_jax.models.blocks import run_blocks, stack_blocks
@@ -105,7 +105,7 @@ class BertConfig:
 
     @property
     def max_tokens(self) -> int:
-        """The most tokens of a text: positions are learnt, and there are no more."""
+        """The most tokens of a text: positions are learned, and there are no more."""
         return self.num_positions - self.position_offset
 
 
@@ -118,7 +118,7 @@ def _norm(config: BertConfig) -> LayerNorm:
 
 
 class BertEmbeddings(nnx.Module):
-    """The sum of what a token, its position and its type are embedded as, normalised."""
+    """The sum of what a token, its position and its type are embedded as, normalized."""
 
     def __init__(self, config: BertConfig):
         def table(rows: int) -> Embedding:

@@ -27,7 +27,7 @@ _READ = frozenset(
     }
 )
 # Dropout acts while transformers trains, and on nothing here: an adapter has dropout of its own.
-# The language-modelling head, which may be tied, is not part of a classifier.
+# The language-modeling head, which may be tied, is not part of a classifier.
 _IRRELEVANT = frozenset(
     {
         "attention_probs_dropout_prob",

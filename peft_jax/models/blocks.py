@@ -47,7 +47,7 @@ def run_blocks(
       hidden: [B, T, D].
       layers: L.
       cache: keys and values of earlier tokens; the positions of the new ones are admitted already.
-      execution: scan or unroll; rematerialisation.
+      execution: scan or unroll; rematerialization.
 
     Returns:
       [B, T, D], and the cache with every layer's new keys and values.
@@ -68,7 +68,7 @@ def run_blocks(
             keys_values = (layer_cache.keys, layer_cache.values)
         return (hidden, keys_values), None
 
-    body = rematerialised(body, execution.remat, inside_scan=execution.scan_layers)
+    body = rematerialized(body, execution.remat, inside_scan=execution.scan_layers)
     carry = (hidden, None if cache is None else (cache.keys, cache.values))
     if execution.scan_layers:
         indices = jnp.arange(layers, dtype=jnp.int32)
@@ -94,7 +94,7 @@ def unstack(stacked: Any, layers: int) -> list[Any]:
     return [jax.tree.unflatten(treedef, [parts[i] for parts in slices]) for i in range(layers)]
 
 
-def rematerialised(body: Callable, remat: str, *, inside_scan: bool) -> Callable:
+def rematerialized(body: Callable, remat: str, *, inside_scan: bool) -> Callable:
     """`body` with what its backward pass keeps chosen by name; see `ExecutionSettings.remat`."""
     policies = jax.checkpoint_policies
     if remat == "none":

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from peft_jax.core import Kernel
-from peft_jax.core.checks import check_positive, check_positive_int
+from peft_jax.core.validation import check_positive, check_positive_int
 from peft_jax.models.attention import make_attention
 from peft_jax.models.attention_layout import Attend, AttentionLayout, alibi_slopes
 from peft_jax.models.blocks import run_blocks, stack_blocks
@@ -35,7 +35,7 @@ class BloomConfig:
       num_layers: transformer blocks.
       num_heads: K; divides D.
       norm_epsilon: added to the variance in every norm.
-      residual_after_norm: whether the normalised input of a sub-layer is what its output is added
+      residual_after_norm: whether the normalized input of a sub-layer is what its output is added
         to (`apply_residual_connection_post_layernorm`).
       tie_word_embeddings: whether the head is the transposed embedding.
       initializer_range: the standard deviation random kernels and embeddings start with.

@@ -32,7 +32,7 @@ LogSums = Float32[Array, "batch kv_heads tokens group"]
 Index = Int[Array, ""] | int
 
 SAVED_NAMES = ("attention_output", "attention_log_sum")
-"""What the backward pass needs besides queries, keys and values, by name for rematerialisation."""
+"""What the backward pass needs besides queries, keys and values, by name for rematerialization."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

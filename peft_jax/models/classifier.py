@@ -74,7 +74,7 @@ class SequenceClassifier(Model):
 
         Raises:
           ValueError: the parameters are not this model's, or a row has more tokens than there are
-            learnt positions.
+            learned positions.
         """
         if tokens.shape[1] > self.max_tokens:
             raise ValueError(

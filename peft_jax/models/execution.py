@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from kernels_pallas.dispatch import IMPLEMENTATIONS
-from peft_jax.core.checks import check_choice
+from peft_jax.core.validation import check_choice
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "full", "dots", "offload")

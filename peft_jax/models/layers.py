@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from peft_jax.core import linear
-from peft_jax.core.activations import input_axis
+from peft_jax.core.activation_axes import input_axis
 from peft_jax.parallel import constrain_features
 
 
@@ -94,10 +94,10 @@ class RMSNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
-        """The normalised `x`, computed in float32, in the dtype of `x`."""
-        return recomputed(self._normalise)(x, self.scale.get_value())
+        """The normalized `x`, computed in float32, in the dtype of `x`."""
+        return recomputed(self._normalize)(x, self.scale.get_value())
 
-    def _normalise(self, x: Array, scale: Array) -> Array:
+    def _normalize(self, x: Array, scale: Array) -> Array:
         wide = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         wide = wide * jax.lax.rsqrt(mean_square + self.epsilon)
@@ -118,10 +118,10 @@ class LayerNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
-        """The normalised `x`, computed in float32, in the dtype of `x`."""
-        return recomputed(self._normalise)(x, self.scale.get_value(), self.bias.get_value())
+        """The normalized `x`, computed in float32, in the dtype of `x`."""
+        return recomputed(self._normalize)(x, self.scale.get_value(), self.bias.get_value())
 
-    def _normalise(self, x: Array, scale: Array, bias: Array) -> Array:
+    def _normalize(self, x: Array, scale: Array, bias: Array) -> Array:
         wide = x.astype(jnp.float32)
         wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)

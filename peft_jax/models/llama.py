@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
 from peft_jax.core import Kernel
-from peft_jax.core.checks import check_positive, check_positive_int
+from peft_jax.core.validation import check_positive, check_positive_int
 from peft_jax.models.attention import make_attention
 from peft_jax.models.attention_layout import Attend, AttentionLayout
 from peft_jax.models.blocks import run_blocks, stack_blocks

@@ -18,18 +18,18 @@ from peft_jax.core import (
     STACKED,
     Path,
     Tree,
-    abstract_quantised,
+    abstract_quantized,
     did_you_mean,
     flatten,
     format_of,
-    is_quantised_leaf,
+    is_quantized_leaf,
     is_stacked,
     join_path,
-    quantise,
-    quantised_axes,
+    quantize,
+    quantized_axes,
     unflatten,
 )
-from peft_jax.core.checks import check_choice
+from peft_jax.core.validation import check_choice
 from peft_jax.models.execution import ExecutionSettings
 from peft_jax.models.family import Family, ModelConfig
 from peft_jax.models.naming import HFTensor
@@ -46,7 +46,7 @@ class Model:
 
     Parameters are plain nested dictionaries of arrays; the leaves of transformer blocks stand under
     "layers", stacked [layers, ...]. A leaf called "kernel" may be an `AdaptedKernel`, and under
-    "layers" a quantised array. What is computed of them is the business of `CausalLM` and
+    "layers" a quantized array. What is computed of them is the business of `CausalLM` and
     `SequenceClassifier`.
 
     Attributes:
@@ -80,22 +80,22 @@ class Model:
         """The shapes of all parameters, as `jax.ShapeDtypeStruct`s of `dtype`.
 
         Args:
-          dtype: of the parameters; of quantised kernels' scales.
+          dtype: of the parameters; of quantized kernels' scales.
           quantization: "none", or what the blocks' kernels are held as: "int8", "nf4". Their leaves
             are `qwix.QArray`s then.
-          platform: of the devices that hold them, as `abstract_quantised` takes it.
+          platform: of the devices that hold them, as `abstract_quantized` takes it.
 
         Raises:
-          ValueError: the format is not known, or a kernel cannot be quantised.
+          ValueError: the format is not known, or a kernel cannot be quantized.
         """
         check_choice("quantization", quantization, FORMATS)
         dtype = jnp.dtype(dtype)
         shapes: dict[Path, Any] = {}
         for path, variable in self._variables.items():
             leaf = jax.ShapeDtypeStruct(variable.get_value().shape, dtype)
-            if quantization != "none" and is_quantised_leaf(path):
+            if quantization != "none" and is_quantized_leaf(path):
                 try:
-                    leaf = abstract_quantised(leaf, quantization, platform)
+                    leaf = abstract_quantized(leaf, quantization, platform)
                 except ValueError as error:
                     raise ValueError(f"{join_path(path)}: {error}") from error
             shapes[path] = leaf
@@ -112,8 +112,8 @@ class Model:
         named: dict[Path, Any] = {}
         for path, variable in self._variables.items():
             axes = (STACKED, *variable.axes) if is_stacked(path) else variable.axes
-            if quantization != "none" and is_quantised_leaf(path):
-                axes = quantised_axes(axes, quantization)
+            if quantization != "none" and is_quantized_leaf(path):
+                axes = quantized_axes(axes, quantization)
             named[path] = axes
         return unflatten(named)
 
@@ -143,7 +143,7 @@ class Model:
           dtype: of the parameters.
           quantization: as for `abstract_params`; the same numbers are drawn, and then rounded.
         """
-        return quantise_params(_init_params(self, key, jnp.dtype(dtype)), quantization)
+        return quantize_params(_init_params(self, key, jnp.dtype(dtype)), quantization)
 
     def init_leaves(
         self, key: jax.Array, paths: Iterable[Path], dtype: Any = jnp.float32
@@ -207,7 +207,7 @@ class Model:
         return nnx.merge(graphdef, nnx.State(unflatten(state)))
 
 
-def quantise_params(params: Tree, quantization: str) -> Tree:
+def quantize_params(params: Tree, quantization: str) -> Tree:
     """Parameters with the blocks' kernels in 8 or 4 bits a number.
 
     Args:
@@ -215,14 +215,14 @@ def quantise_params(params: Tree, quantization: str) -> Tree:
       quantization: "none", "int8" or "nf4".
 
     Raises:
-      ValueError: the format is not known, or a kernel cannot be quantised.
+      ValueError: the format is not known, or a kernel cannot be quantized.
     """
     check_choice("quantization", quantization, FORMATS)
     if quantization == "none":
         return params
     return unflatten(
         {
-            path: _quantise(leaf, quantization) if is_quantised_leaf(path) else leaf
+            path: _quantize(leaf, quantization) if is_quantized_leaf(path) else leaf
             for path, leaf in flatten(params).items()
         }
     )
@@ -235,7 +235,7 @@ def quantization_of(params: Tree) -> str:
     )
 
 
-_quantise = jax.jit(quantise, static_argnums=1)
+_quantize = jax.jit(quantize, static_argnums=1)
 
 
 @functools.lru_cache(maxsize=64)

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Float64, Int
 
 from peft_jax.core import did_you_mean
-from peft_jax.core.checks import check_positive
+from peft_jax.core.validation import check_positive
 from peft_jax.models.attributes import check_kind, given
 
 Frequencies = Float64[np.ndarray, "pairs"]

@@ -1,7 +1,7 @@
 """Hybrid mixing: how much of each branch's update a layer takes, decided anew at every step.
 
 A hybrid adapter has a low-rank branch and a rotation branch on one kernel. `hybrid_mixing` wraps
-an optimiser and weighs the two branches' updates by λ and 1 − λ, where λ is read off the gradients
+an optimizer and weighs the two branches' updates by λ and 1 − λ, where λ is read off the gradients
 (Qi, Dai and Huang, "Hybrid and Unitary PEFT for Resource-Efficient Large Language Models", 2025,
 arXiv 2507.18076).
 """
@@ -18,7 +18,7 @@ import optax
 from jaxtyping import Array, Float
 
 from peft_jax.core import Path, is_stacked, join_path
-from peft_jax.core.checks import check_choice, check_fraction
+from peft_jax.core.validation import check_choice, check_fraction
 
 LOW_RANK = "low_rank"
 """The path component under which a hybrid adapter keeps its low-rank branch."""
@@ -113,7 +113,7 @@ class MixingState(NamedTuple):
       count: steps taken, int32 [].
       weights: λ of the last step by group, float32 [layers] or []; ½ before the first step.
       average: the moving average of λ, not yet corrected for its start at zero; as `weights`.
-      inner_state: the state of the wrapped optimiser.
+      inner_state: the state of the wrapped optimizer.
     """
 
     count: Any
@@ -134,10 +134,10 @@ def hybrid_mixing(
 
     where e_l = ‖g_l‖ in the paper, and by default here e_l = max(0, −⟨g_l, Δ_l⟩); `MixingSettings`
     has the rules. Norms are of the gradients *before* `inner`, and λ is applied to the updates
-    *after* it: an optimiser that normalises, as Adam does, would divide a factor on the gradients
+    *after* it: an optimizer that normalizes, as Adam does, would divide a factor on the gradients
     out again.
 
-    A branch is recognised by the path component "low_rank" or "rotation"; the kernel it belongs to
+    A branch is recognized by the path component "low_rank" or "rotation"; the kernel it belongs to
     is what stands before that component. Leaves outside a branch pass through as `inner` left them.
     Stacked kernels (under the root key "layers") have a λ for every block. A group in which one
     branch alone is present has nothing to be mixed with: it keeps its whole update, times its rate.
@@ -146,22 +146,22 @@ def hybrid_mixing(
     The paper gives λ as the ratio of gradient norms of one layer, the rule "proportional". What it
     leaves to the implementation is settled here so: the gradients are the raw ones of the whole
     (accumulated) batch; the norm of a branch is that of all its arrays in the group together; the
-    moments of the inner optimiser see the unmixed gradients; and λ scales the whole update,
+    moments of the inner optimizer see the unmixed gradients; and λ scales the whole update,
     decoupled weight decay included. The other rules, moving average, floor, norms, groupings and
     the rates of the branches are additions; of these the rule alone departs from the paper by
     default, and `MixingSettings(rule="proportional")` is the paper's.
 
     Two orders matter. `inner` must return steps *down* the gradient (what `optax.apply_updates`
-    adds), as any complete optimiser does: "predicted_decrease" reads their sign. And accumulation
+    adds), as any complete optimizer does: "predicted_decrease" reads their sign. And accumulation
     goes around the mixing, `optax.MultiSteps(hybrid_mixing(...), k)`, so that λ is that of the
     accumulated gradient.
 
     Args:
-      inner: any optimiser; extra arguments of `update` are handed to it.
+      inner: any optimizer; extra arguments of `update` are handed to it.
       settings: rule, norm, grouping and the rest; by predicted decrease by default.
 
     Returns:
-      The wrapped optimiser. Its state is a `MixingState`; read λ with `mixing_weights`.
+      The wrapped optimizer. Its state is a `MixingState`; read λ with `mixing_weights`.
 
     Raises:
       ValueError: (by `init`) no group has both branches, or a stacked leaf does not have the same
@@ -209,8 +209,8 @@ def hybrid_mixing(
         groups = _find_groups(updates, settings.grouping)
         if groups.keys() != state.weights.keys():
             raise ValueError(
-                f"the gradients have the mixing groups {sorted(groups)}, and the optimiser was "
-                f"initialised with {sorted(state.weights)}; give it the same tree"
+                f"the gradients have the mixing groups {sorted(groups)}, and the optimizer was "
+                f"initialized with {sorted(state.weights)}; give it the same tree"
             )
         steps, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         count = optax.safe_increment(state.count)
@@ -248,7 +248,7 @@ def mixing_weights(opt_state: Any) -> dict[str, Weight]:
             continue
         twice = found.keys() & node.weights.keys()
         if twice:
-            raise ValueError(f"the groups {sorted(twice)} are mixed twice in one optimiser state")
+            raise ValueError(f"the groups {sorted(twice)} are mixed twice in one optimizer state")
         found.update(node.weights)
     return found
 
@@ -333,7 +333,7 @@ def _evidence(
         name, branch = located
         g = gradient.astype(jnp.float32)
         if by_step:
-            if path not in step_at:  # masked out by the inner optimiser: it takes no step
+            if path not in step_at:  # masked out by the inner optimizer: it takes no step
                 continue
             product = -settings.rate(branch) * g * step_at[path].astype(jnp.float32)
         else:
@@ -372,7 +372,7 @@ def _raw_weights(
 
 
 def _apply(steps: Any, weights: Mapping[str, Weight], settings: MixingSettings) -> Any:
-    """The inner optimiser's steps, each branch times its rate and its share."""
+    """The inner optimizer's steps, each branch times its rate and its share."""
 
     def scale(key_path: tuple[Any, ...], step: Array) -> Array:
         located = _locate(_names(key_path), settings.grouping)

@@ -1,4 +1,4 @@
-"""One optimiser from settings: clipping, then a direction, then the mixing, then the rate."""
+"""One optimizer from settings: clipping, then a direction, then the mixing, then the rate."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from peft_jax.core.checks import check_choice, check_finite, check_positive
+from peft_jax.core.validation import check_choice, check_finite, check_positive
 from peft_jax.optim.mixing import MixingSettings, hybrid_mixing
 from peft_jax.optim.schedules import ScheduleSettings, make_schedule
 
@@ -18,7 +18,7 @@ NO_DECAY = ("bias", "scale", "rotation", "r", "phases", "reflections", "low_rank
 
 @dataclasses.dataclass(frozen=True)
 class _Direction:
-    """One optimiser's way from gradients to directions, before decay and learning rate.
+    """One optimizer's way from gradients to directions, before decay and learning rate.
 
     Attributes:
       build: from the constants named in `constants` to the transformation.
@@ -70,7 +70,7 @@ OPTIMIZERS = tuple(_DIRECTIONS)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
-    """Which optimiser, and how fast.
+    """Which optimizer, and how fast.
 
     Attributes:
       name: "adamw", "adam", "nadamw", "lion", "adafactor", "rmsprop" or "sgd".
@@ -79,7 +79,7 @@ class OptimizerSettings:
         A new head, `{"classifier": 2e-3}`, starts from nothing, and wants longer steps than what
         adapts a pretrained kernel.
       weight_decay: λ of decoupled decay: a step subtracts (its learning rate) λ w from a weight w.
-      b1: decay of the first moment, of sgd the momentum; None for what is usual for the optimiser.
+      b1: decay of the first moment, of sgd the momentum; None for what is usual for the optimizer.
       b2: decay of the second moment; None for what is usual.
       eps: what is added to a root before it divides; None for what is usual.
       clip_norm: gradients whose norm over all leaves exceeds it are scaled down to it; None for no
@@ -96,7 +96,7 @@ class OptimizerSettings:
 
     Raises:
       ValueError: the name is not known, a number is outside its range, or a constant is given that
-        the optimiser does not have.
+        the optimizer does not have.
     """
 
     name: str = "adamw"
@@ -135,7 +135,7 @@ class OptimizerSettings:
 
     @property
     def constants(self) -> dict[str, float]:
-        """b1, b2 and eps as far as the optimiser has them, each as given or as is usual."""
+        """b1, b2 and eps as far as the optimizer has them, each as given or as is usual."""
         return {
             name: usual if getattr(self, name) is None else getattr(self, name)
             for name, usual in _DIRECTIONS[self.name].constants.items()
@@ -166,7 +166,7 @@ def make_optimizer(
     mean squares) is here a whole stack of layers.
 
     Args:
-      settings: which optimiser and how fast.
+      settings: which optimizer and how fast.
       total_steps: how many steps the run takes; where the schedule ends.
       mixing: how the branches of a hybrid adapter are weighed; None without one.
 

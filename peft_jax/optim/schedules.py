@@ -6,7 +6,12 @@ import math
 import jax.numpy as jnp
 import optax
 
-from peft_jax.core.checks import check_choice, check_fraction, check_positive, check_positive_int
+from peft_jax.core.validation import (
+    check_choice,
+    check_fraction,
+    check_positive,
+    check_positive_int,
+)
 
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 

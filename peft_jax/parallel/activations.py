@@ -1,23 +1,73 @@
-"""What of its activations each device holds, where a model says so.
+"""Sharding of activations, where a model names their axes.
 
 Shardings travel through a program from its arguments, but at a product of a row-sharded activation
 and a weight that is cut along the same axis of the mesh the compiler has a choice, and the wrong
 one gathers the batch. So the models name the axes of activations at the few places that decide.
 
-The mesh is the one of `jax.set_mesh`; without one, or with a mesh of one device, nothing is done.
+`on_mesh` sets the mesh and the rules. Without a mesh, or with one of a single device, nothing is
+done.
 """
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array
 
+from peft_jax.core.activation_axes import ActivationAxes, sharded_activations
 from peft_jax.parallel.mesh import MESH_AXES
 from peft_jax.parallel.rules import LogicalAxisRules, as_tuple, dividing
 
 LogicalAxes = tuple[str | None, ...]
+
+_rules = contextvars.ContextVar[LogicalAxisRules | None]("peft_jax_axis_rules", default=None)
+
+
+@contextlib.contextmanager
+def on_mesh(mesh: Mesh, rules: LogicalAxisRules | None = None) -> Iterator[None]:
+    """Traces what is within for the mesh, with activations sharded by the rules.
+
+    Without it the same is computed, but kernels that the compiler cannot partition (those of
+    Pallas) give way to XLA's operations.
+
+    Args:
+      mesh: The devices.
+      rules: Logical axis → mesh axes.
+    """
+    rules = rules or LogicalAxisRules()
+    token = _rules.set(rules)
+    try:
+        with jax.set_mesh(mesh), sharded_activations(activation_axes(rules)):
+            yield
+    finally:
+        _rules.reset(token)
+
+
+def activation_axes(rules: LogicalAxisRules) -> ActivationAxes:
+    """Returns the mesh axes of rows, and of features where their rule names others.
+
+    Example:
+      >>> axes = activation_axes(LogicalAxisRules())
+      >>> axes.rows, axes.features["embed"], axes.features["mlp"]
+      (('slice', 'data', 'fsdp'), (), ('tensor',))
+    """
+    rows = as_tuple(rules.mesh_axes("batch"))
+    names = [field.name for field in dataclasses.fields(rules) if field.name != "batch"]
+    return ActivationAxes(
+        rows=rows,
+        features={
+            name: tuple(axis for axis in as_tuple(rules.mesh_axes(name)) if axis not in rows)
+            for name in names
+        },
+    )
+
+
+def _active_rules() -> LogicalAxisRules:
+    return _rules.get() or LogicalAxisRules()
 
 
 def active_mesh() -> AbstractMesh | None:
@@ -36,7 +86,7 @@ def activation_spec(shape: tuple[int, ...], axes: LogicalAxes, mesh: AbstractMes
       axes: the logical name of each of its axes.
       mesh: the mesh.
     """
-    spec = LogicalAxisRules().partition_spec(axes)
+    spec = _active_rules().partition_spec(axes)
     return PartitionSpec(
         *(dividing(size, names, mesh) for size, names in zip(shape, spec, strict=True))
     )
@@ -97,5 +147,5 @@ def spans(size: int, logical: str) -> tuple[str, ...]:
     mesh = active_mesh()
     if mesh is None:
         return ()
-    axes = as_tuple(dividing(size, LogicalAxisRules().mesh_axes(logical), mesh))
+    axes = as_tuple(dividing(size, _active_rules().mesh_axes(logical), mesh))
     return tuple(axis for axis in axes if mesh.shape[axis] > 1)

@@ -1,7 +1,7 @@
 """The devices as a mesh of five axes: parts of the batch, of weights, of rows, of products.
 
 - slice: rows of the batch; weights are repeated along it. The one axis that goes over the data
-  centre's network, from one slice (or pod) to the next, and all it carries is the sum of the
+  center's network, from one slice (or pod) to the next, and all it carries is the sum of the
   trained arrays' gradients.
 - data: rows of the batch; weights are repeated along it.
 - fsdp: rows of the batch as well, and weights cut up along it, gathered when they are needed.
@@ -20,7 +20,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 MESH_AXES = ("slice", "data", "fsdp", "sequence", "tensor")
-"""The mesh's axes, from the outermost: neighbours along "tensor" are nearest to each other."""
+"""The mesh's axes, from the outermost: neighbors along "tensor" are nearest to each other."""
 
 _SUGGESTIONS = 4
 
@@ -97,7 +97,7 @@ class MeshSettings:
 def make_mesh(
     settings: MeshSettings | None = None, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """The mesh of all devices, laid out so that neighbours on it are near each other.
+    """The mesh of all devices, laid out so that neighbors on it are near each other.
 
     Args:
       settings: the sizes; every device along "data" by default.
@@ -158,7 +158,7 @@ def shapes_near(asked: Mapping[str, int], device_count: int) -> list[dict[str, i
     """
     shapes = [
         dict(zip(MESH_AXES, sizes, strict=True))
-        for sizes in factorisations(device_count, len(MESH_AXES))
+        for sizes in factorizations(device_count, len(MESH_AXES))
     ]
 
     def distance(shape: dict[str, int]) -> float:
@@ -167,11 +167,11 @@ def shapes_near(asked: Mapping[str, int], device_count: int) -> list[dict[str, i
     return sorted(shapes, key=distance)
 
 
-def factorisations(number: int, count: int) -> Iterator[tuple[int, ...]]:
+def factorizations(number: int, count: int) -> Iterator[tuple[int, ...]]:
     """All ordered ways of writing a number as a product of `count` factors.
 
     Example:
-      >>> list(factorisations(4, 2))
+      >>> list(factorizations(4, 2))
       [(1, 4), (2, 2), (4, 1)]
     """
     if count == 1:
@@ -179,7 +179,7 @@ def factorisations(number: int, count: int) -> Iterator[tuple[int, ...]]:
         return
     for first in range(1, number + 1):
         if number % first == 0:
-            for rest in factorisations(number // first, count - 1):
+            for rest in factorizations(number // first, count - 1):
                 yield (first, *rest)
 
 

@@ -185,7 +185,7 @@ def sharding_tree(
     return shardings
 
 
-def cut_further(
+def shard_further(
     sharding: NamedSharding, shape: tuple[int, ...], axes: tuple[str, ...]
 ) -> NamedSharding:
     """A sharding that is cut along further axes of the mesh, where they come out even.
@@ -202,7 +202,7 @@ def cut_further(
       >>> from jax.sharding import AbstractMesh
       >>> mesh = AbstractMesh((1, 1, 4, 1, 2), MESH_AXES)
       >>> sharding = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
-      >>> tuple(cut_further(sharding, (3, 8), MESH_AXES).spec)
+      >>> tuple(shard_further(sharding, (3, 8), MESH_AXES).spec)
       (None, ('fsdp', 'tensor'))
     """
     mesh = sharding.mesh

@@ -4,16 +4,16 @@ from collections.abc import Sequence
 
 from absl import flags, logging
 
-from peft_jax import command_line
+from peft_jax.training import config_flags
 
-_CONFIG = command_line.define_config()
-command_line.define_traceback()
-_PLAN = command_line.define_plan(always=True)
+_CONFIG = config_flags.define_config()
+config_flags.define_traceback()
+_PLAN = config_flags.define_plan(always=True)
 
 
 def main(argv: Sequence[str]) -> int:
     """Plans the configuration of the flags."""
-    given = command_line.check_config(argv, _CONFIG.value)
+    given = config_flags.check_config(argv, _CONFIG.value)
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
     from peft_jax.plan.command import plan_command
@@ -23,4 +23,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    command_line.run("peft_jax.plan", main)
+    config_flags.run("peft_jax.plan", main)

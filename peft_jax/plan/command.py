@@ -5,15 +5,14 @@ import sys
 
 import jax
 
-from peft_jax.command_line import PlanFlags
-from peft_jax.exits import ExitCode
-from peft_jax.parallel import find_topology
-from peft_jax.parallel.topology import HERE, has_tpu, search_no_tpu
+from peft_jax.cost import find_topology
+from peft_jax.cost.topology import HERE, has_tpu, search_no_tpu
 from peft_jax.plan.planner import make_plan
 from peft_jax.plan.search import search
 from peft_jax.plan.text import describe
+from peft_jax.runtime.errors import ExitCode, RefusedError
 from peft_jax.training.config import RunConfig
-from peft_jax.training.errors import RefusedError
+from peft_jax.training.config_flags import PlanFlags
 
 
 def plan_command(config: RunConfig, flags: PlanFlags) -> int:

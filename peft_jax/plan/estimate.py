@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Sequence
 
-from peft_jax.parallel import Chip, Collective
-from peft_jax.training.arithmetic import StepArithmetic
+from peft_jax.cost import Chip, Collective
+from peft_jax.training.step_flops import StepArithmetic
 
 PRODUCTS = 0.65
 """The share of a chip's peak that its products reach."""

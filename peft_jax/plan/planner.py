@@ -8,19 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from peft_jax.adapters import count_parameters
+from peft_jax.cost import Collective, Topology, read_collectives
+from peft_jax.cost.memory import arrays_on_a_device, device_memory
 from peft_jax.hub import read_config
 from peft_jax.models import CausalLM, build_model
 from peft_jax.models.architectures import check_architecture, find_architecture
-from peft_jax.parallel import Collective, Topology, make_mesh, read_collectives
-from peft_jax.parallel.memory import arrays_on_a_device, device_memory
+from peft_jax.parallel import make_mesh
 from peft_jax.plan.compiler import Decisions, ask_compiler
 from peft_jax.plan.estimate import Estimate, estimate_step
-from peft_jax.plan.memory import Memory, measure_memory
-from peft_jax.training.arithmetic import StepArithmetic, count_step
+from peft_jax.plan.step_memory import Memory, measure_memory
+from peft_jax.runtime.errors import RefusedError
 from peft_jax.training.blueprint import Blueprint, draw_blueprint
 from peft_jax.training.config import RunConfig
-from peft_jax.training.errors import RefusedError
 from peft_jax.training.program import step_bytes
+from peft_jax.training.step_flops import StepArithmetic, count_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,14 +13,15 @@ import jax
 from qwix import QArray
 
 from peft_jax.core import did_you_mean, flatten
+from peft_jax.cost import TOPOLOGIES, Topology, find_topology
+from peft_jax.cost.memory import bytes_of
 from peft_jax.models import Model
-from peft_jax.parallel import TOPOLOGIES, MeshSettings, Topology, find_topology
-from peft_jax.parallel.memory import bytes_of
-from peft_jax.parallel.mesh import factorisations
+from peft_jax.parallel import MeshSettings
+from peft_jax.parallel.mesh import factorizations
 from peft_jax.plan.planner import Plan, find_model, make_plan
+from peft_jax.runtime.errors import RefusedError
 from peft_jax.training.blueprint import optimizer_of
 from peft_jax.training.config import RunConfig
-from peft_jax.training.errors import RefusedError
 from peft_jax.training.state import abstract_state
 
 REMATS = ("none", "dots", "full")
@@ -75,7 +76,7 @@ def search(
     """The plan on the smallest topology of a kind, by the best layout there.
 
     Args:
-      config: the run; its mesh, microbatches and rematerialisation are what is searched for.
+      config: the run; its mesh, microbatches and rematerialization are what is searched for.
       name: a kind of TPU, "v5p", whose sizes are tried from the smallest; or one topology, or
         "cpu" or "gpu", to find a layout for.
       say: told of each layout that is compiled.
@@ -143,9 +144,9 @@ class _Sizes:
     """What bounds are made of; bytes over all devices together.
 
     Attributes:
-      held: parameters, adapters, the optimiser's state and the gradients.
+      held: parameters, adapters, the optimizer's state and the gradients.
       weights: the parameters in the dtype of the computation, as they are multiplied.
-      gathered: the parameters as they are gathered: those, but quantised kernels as they are held.
+      gathered: the parameters as they are gathered: those, but quantized kernels as they are held.
       token: one layer's input for one token.
       outputs: of all linear maps of one layer, for one token.
       layers: how many.
@@ -208,7 +209,7 @@ def _layouts(config: RunConfig, model: Model, sizes: _Sizes, topology: Topology)
 def _meshes(config: RunConfig, model: Model, topology: Topology) -> Iterator[MeshSettings]:
     """The meshes that divide the model: every slice alike, parameters cut over all of it."""
     cut, tokens = model.cut_sizes(), config.train.max_length
-    for fsdp, sequence, tensor in factorisations(len(topology.devices) // topology.slices, 3):
+    for fsdp, sequence, tensor in factorizations(len(topology.devices) // topology.slices, 3):
         heads = all(cut[axis] % tensor == 0 for axis in ("heads", "kv_heads", "mlp"))
         if tensor > _LARGEST_TENSOR or not heads or cut["embed"] % fsdp or tokens % sequence:
             continue

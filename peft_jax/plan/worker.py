@@ -4,8 +4,9 @@ import json
 import sys
 from pathlib import Path
 
+from peft_jax.cost import find_topology
 from peft_jax.models import build_model
-from peft_jax.parallel import find_topology, make_mesh
+from peft_jax.parallel import make_mesh
 from peft_jax.training.blueprint import draw_blueprint
 from peft_jax.training.config import RunConfig
 

@@ -5,18 +5,18 @@
 - [`prepare`][peft_jax.training.prepare]: everything a run needs, checked before it begins.
 - [`trainer`][peft_jax.training.trainer]: `Trainer`, training in memory from Python.
 - [`program`][peft_jax.training.program]: `StepProgram`, what a step computes with, as shapes.
-- [`step`][peft_jax.training.step]: `TrainStep`, one optimiser step.
+- [`step`][peft_jax.training.step]: `TrainStep`, one optimizer step.
 - [`checkpoints`][peft_jax.training.checkpoints]: to go on from.
 - [`report`][peft_jax.training.report]: the page and the pictures that a run leaves.
 """
 
-from peft_jax.training.config import RunConfig, default_config, from_config_dict
-from peft_jax.training.errors import (
+from peft_jax.runtime.errors import (
     BadDataError,
     InterruptedRunError,
     NonFiniteError,
     RefusedError,
 )
+from peft_jax.training.config import RunConfig, default_config, from_config_dict
 from peft_jax.training.loop import run
 from peft_jax.training.state import TrainState
 from peft_jax.training.step import LossFn, TrainStep

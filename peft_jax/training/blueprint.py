@@ -6,7 +6,7 @@ import jax
 import optax
 
 from peft_jax.adapters import AdapterSpec
-from peft_jax.data import AnyBatch, Batch, LabelledBatch, abstract_batch
+from peft_jax.data import AnyBatch, Batch, LabeledBatch, abstract_batch
 from peft_jax.models import Model, SequenceClassifier
 from peft_jax.optim import learning_rate_schedule, make_optimizer
 from peft_jax.training.config import RunConfig
@@ -35,9 +35,9 @@ class Blueprint(StepProgram):
         return self.config.train.microbatch_size // self.placement.parts
 
     @property
-    def batch_kind(self) -> type[Batch] | type[LabelledBatch]:
+    def batch_kind(self) -> type[Batch] | type[LabeledBatch]:
         """What the batches are."""
-        return LabelledBatch if isinstance(self.model, SequenceClassifier) else Batch
+        return LabeledBatch if isinstance(self.model, SequenceClassifier) else Batch
 
     @property
     def batch(self) -> AnyBatch:
@@ -119,7 +119,7 @@ def draw_blueprint(
 def optimizer_of(
     config: RunConfig, steps: int = _STEPS_UNTIL_COUNTED
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimiser of a configuration, the hybrid's mixing around it.
+    """The optimizer of a configuration, the hybrid's mixing around it.
 
     Args:
       config: the configuration.

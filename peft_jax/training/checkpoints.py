@@ -2,7 +2,7 @@
 
     checkpoints/
       20/                   one folder a checkpoint, named by its step; it appears by a rename
-        arrays/             what Orbax writes: adapter and optimiser state
+        arrays/             what Orbax writes: adapter and optimizer state
         run/                JSON: the step, the data position, the seconds spent by phase
         manifest.json       the size and SHA-256 of every file of the folder
       damaged-30/           a folder that did not agree with its manifest, set aside
@@ -33,8 +33,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from peft_jax.training.errors import RefusedError, StorageError
-from peft_jax.training.files import write_json
+from peft_jax.runtime.errors import RefusedError, StorageError
+from peft_jax.runtime.files import write_json
 
 _STEP = re.compile(r"0|[1-9]\d*")
 _UNFINISHED = re.compile(r"\d+\.orbax-checkpoint-tmp.*")

@@ -13,13 +13,13 @@ from jaxtyping import Array, Float
 
 from peft_jax.adapters import AdapterSpec, AdapterState
 from peft_jax.core import Tree
-from peft_jax.data import EvalData, LabelledBatch
+from peft_jax.data import EvalData, LabeledBatch
 from peft_jax.models import SequenceClassifier
 from peft_jax.training.placement import RowPlacement
 
 
 def classifier_outputs(
-    model: SequenceClassifier, params: Tree, batch: LabelledBatch
+    model: SequenceClassifier, params: Tree, batch: LabeledBatch
 ) -> tuple[Float[Array, "rows labels"], Float[Array, " rows"]]:
     """The head's outputs, and each row's loss as transformers takes it.
 
@@ -70,7 +70,7 @@ class ClassifierEvaluator:
         self._microbatches = microbatches
         self._regression = model.num_labels == 1
 
-        def measure(frozen: Tree, adapter: AdapterState, batch: LabelledBatch):
+        def measure(frozen: Tree, adapter: AdapterState, batch: LabeledBatch):
             bound = spec.bind(frozen, adapter)
             return jax.lax.map(lambda rows: classifier_outputs(model, bound, rows), batch)
 

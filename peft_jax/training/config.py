@@ -16,8 +16,7 @@ from ml_collections.config_dict import FieldReference
 
 from peft_jax.adapters import METHODS, AdapterSpec, TrainingMethod, method_settings
 from peft_jax.core import did_you_mean
-from peft_jax.core.checks import check_choice, check_positive, check_positive_int
-from peft_jax.core.convert import (
+from peft_jax.core.typed_settings import (
     convert,
     differences,
     from_mapping,
@@ -25,12 +24,13 @@ from peft_jax.core.convert import (
     to_mapping,
     union_members,
 )
+from peft_jax.core.validation import check_choice, check_positive, check_positive_int
 from peft_jax.data import DataSettings
 from peft_jax.models import ExecutionSettings
 from peft_jax.models.architectures import ARCHITECTURES
 from peft_jax.optim import MIXING_RATES, MixingSettings, OptimizerSettings
 from peft_jax.parallel import MeshSettings
-from peft_jax.training.other_names import check_names
+from peft_jax.training.setting_aliases import check_names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class ModelSettings:
       architecture: the name of the architecture that the checkpoint has to have, of those in
         `peft_jax.models.architectures`; another checkpoint is refused. With it a run can be planned
         without the checkpoint. Empty: any.
-      quantization: the frozen kernels of the transformer blocks in fewer bits, quantised while they
+      quantization: the frozen kernels of the transformer blocks in fewer bits, quantized while they
         are loaded: "int8", or "nf4" (4 bits); "none": as `dtype` says. Embeddings, head and norms
         stay in `dtype`, which is the scales' too.
       weights: "checkpoint", or "random": new weights for the architecture that config.json
@@ -169,7 +169,7 @@ class TrainSettings:
         encoded before the first step to find the number of steps.
       learning_rate: the peak of the schedule, which the section `optimizer` describes; by default
         where one begins with the method.
-      batch_size: rows in one optimiser step, over all devices and microbatches.
+      batch_size: rows in one optimizer step, over all devices and microbatches.
       gradient_accumulation: microbatches that one step's rows are cut into, one after another: the
         same result (to rounding) in less memory.
       max_length: tokens in a row.
@@ -304,7 +304,7 @@ class RunConfig:
       mixing: how the hybrid's branches are weighed; of no use with another method.
       data: where the rows come from.
       train: steps, batches, learning rate.
-      optimizer: the optimiser and its schedule; its learning rate is that of `train`.
+      optimizer: the optimizer and its schedule; its learning rate is that of `train`.
       evaluate: measuring on held-out data.
       checkpoint: checkpoints to go on from.
       parallel: how many devices, and what is cut over them.
@@ -335,7 +335,7 @@ class RunConfig:
         if self.model.quantization != "none" and self.method.method.trains_base:
             raise ValueError(
                 f"model.quantization is {self.model.quantization!r}, and method.name 'full', which"
-                " trains every parameter: what is quantised cannot be trained; use an adapter's"
+                " trains every parameter: what is quantized cannot be trained; use an adapter's"
                 " method, or model.quantization none"
             )
         if not self.method.method.branches:

@@ -7,7 +7,7 @@ import jax
 from peft_jax.adapters import AdapterState
 from peft_jax.core import Tree
 from peft_jax.hub import export_merged, save_adapter
-from peft_jax.hub.files import remove_unfinished, whole_folder
+from peft_jax.runtime.files import remove_unfinished, whole_folder
 from peft_jax.training.config import RunConfig
 from peft_jax.training.prepare import Job
 from peft_jax.training.workdir import WorkDir

@@ -11,16 +11,19 @@ import numpy as np
 
 from peft_jax.adapters import AdapterState
 from peft_jax.core import Tree
+from peft_jax.cost.memory import device_memory
 from peft_jax.data import AnyBatch, UnusableRowsError
 from peft_jax.hub import load_params
 from peft_jax.parallel import on_mesh
-from peft_jax.parallel.memory import device_memory
-from peft_jax.training.arithmetic import count_step_flops
+from peft_jax.runtime.clock import Phases, Rate
+from peft_jax.runtime.cpu_allocator import dispatch_inline, keep_freed_memory
+from peft_jax.runtime.errors import BadDataError, NonFiniteError, RefusedError, StorageError
+from peft_jax.runtime.files import locked, write_json
+from peft_jax.runtime.interruption import Interruption
+from peft_jax.runtime.pending import PendingMetrics, StepMetrics
+from peft_jax.runtime.progress import Reporter, StepProgress
 from peft_jax.training.checkpoints import Checkpoints
-from peft_jax.training.clock import Phases, Rate
 from peft_jax.training.config import RunConfig
-from peft_jax.training.cpu_memory import dispatch_inline, keep_freed_memory
-from peft_jax.training.errors import BadDataError, NonFiniteError, RefusedError, StorageError
 from peft_jax.training.evaluate import AnyEvaluator, make_evaluator
 from peft_jax.training.export import (
     export_results,
@@ -28,11 +31,11 @@ from peft_jax.training.export import (
     exports_adapter,
     exports_model,
 )
-from peft_jax.training.files import locked, write_json
-from peft_jax.training.inbox import Inbox, Measured
-from peft_jax.training.inputs import Inputs, InputsReader, check_allowed, pin
-from peft_jax.training.interruption import Interruption
-from peft_jax.training.metrics import (
+from peft_jax.training.input_digests import Inputs, InputsReader, check_allowed, pin
+from peft_jax.training.placement import check_processes, from_first
+from peft_jax.training.prepare import Job, prepare
+from peft_jax.training.program import Training, step_bytes
+from peft_jax.training.report.metrics import (
     HELD_OUT,
     TRAIN,
     MetricsLog,
@@ -42,13 +45,10 @@ from peft_jax.training.metrics import (
     WeightsAndBiases,
     read_records,
 )
-from peft_jax.training.placement import check_processes, from_first
-from peft_jax.training.prepare import Job, prepare
-from peft_jax.training.program import Training, step_bytes
-from peft_jax.training.progress import Reporter, StepProgress
-from peft_jax.training.report import write_report
+from peft_jax.training.report.page import write_report
+from peft_jax.training.report.summary import Totals, describe_data, summarize
 from peft_jax.training.resume import Start, find_start
-from peft_jax.training.summary import Totals, describe_data, summarize
+from peft_jax.training.step_flops import count_step_flops
 from peft_jax.training.workdir import WorkDir
 
 
@@ -188,7 +188,7 @@ class _Run:
         self._interruption = interruption
         self._checkpoints = checkpoints
         self._phases = phases
-        self._inbox = Inbox()
+        self._pending = PendingMetrics()
         self._totals = Totals()
         self._rate = Rate(now=lambda: phases.spent("train") + phases.spent("data"))
         self._saved: int | None = None
@@ -228,8 +228,8 @@ class _Run:
             abstract = {"state": self._job.state, "constant": self._job.constant}
             arrays = self._checkpoints.read_arrays(self._saved, abstract)
             return Training(frozen=frozen, constant=arrays["constant"], state=arrays["state"])
-        with self._phases("initialise"):
-            adapter = self._initialise(params) if given is None else self._place(given)
+        with self._phases("initialize"):
+            adapter = self._initialize(params) if given is None else self._place(given)
             state = self._job.make_state(adapter.trainable)
         return Training(frozen=frozen, constant=adapter.constant, state=state)
 
@@ -253,7 +253,7 @@ class _Run:
         )
         return make(jax.random.fold_in(jax.random.key(self._config.seed), 1))
 
-    def _initialise(self, params: Tree) -> AdapterState:
+    def _initialize(self, params: Tree) -> AdapterState:
         """The adapter's first arrays, along the gradient where the method wants that."""
         batches = None
         if self._config.method.method.gradient_rank:
@@ -262,7 +262,7 @@ class _Run:
                 f"estimating the gradient's directions from {len(batches)} microbatches"
             )
         key = jax.random.fold_in(jax.random.key(self._config.seed), 0)
-        return self._job.initialise(key, params, batches)
+        return self._job.initialize(key, params, batches)
 
     def _place(self, given: AdapterState) -> AdapterState:
         """An adapter's arrays, laid out over the devices."""
@@ -363,9 +363,9 @@ class _Run:
                 done += 1
                 tokens = int(np.count_nonzero(batch.segment_ids))
                 self._totals.tokens += tokens
-                self._inbox.put(done, metrics, tokens)
+                self._pending.put(done, metrics, tokens)
                 progress.advance(done)
-                self._note(self._inbox.ready(), progress)
+                self._note(self._pending.ready(), progress)
                 self._between_steps(done, arrays, evaluator, progress)
 
     def _next_batch(self) -> AnyBatch:
@@ -400,7 +400,7 @@ class _Run:
         save = ends or _is_multiple(done, self._config.checkpoint.every)
         if not (measure or save or stop):
             return
-        self._note(self._inbox.drain(), progress)
+        self._note(self._pending.drain(), progress)
         if measure and not stop and not evaluator.empty and not self._log.has(done, HELD_OUT):
             with self._phases("evaluate"):
                 measured = evaluator(
@@ -442,7 +442,7 @@ class _Run:
         )
         self._saved = done
 
-    def _note(self, steps: Iterator[Measured], progress: StepProgress | None) -> None:
+    def _note(self, steps: Iterator[StepMetrics], progress: StepProgress | None) -> None:
         """Writes down what was measured in steps that are done.
 
         Raises:

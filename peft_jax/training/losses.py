@@ -50,7 +50,7 @@ def chunked_cross_entropy(
         table.
       targets: the token to be predicted at each position, in [0, V); of no matter where the weight
         is 0.
-      weights: the weight of each position; 0 for what is not to be learnt.
+      weights: the weight of each position; 0 for what is not to be learned.
       chunk_size: how many tokens' logits are held at a time, at most, over all devices.
 
     Returns:
@@ -208,38 +208,38 @@ def _summed_loss_forward(
 
     Arrays come as pairs (value, perturbed): `perturbed` says whether a gradient is wanted.
     """
-    learnt = tuple(leaf.value for leaf in leaves if leaf.perturbed)
+    learned = tuple(leaf.value for leaf in leaves if leaf.perturbed)
 
-    def kernel_with(learnt: tuple[Array, ...], index: Array) -> Kernel:
-        values = iter(learnt)
+    def kernel_with(learned: tuple[Array, ...], index: Array) -> Kernel:
+        values = iter(learned)
         merged = [next(values) if leaf.perturbed else leaf.value for leaf in leaves]
         return _with_chunk_dropout(jax.tree.unflatten(treedef, merged), index)
 
     def add(carry: Any, chunk: tuple[Array, Array, Array, Array]) -> tuple[Any, Any]:
-        total, learnt_sums = carry
+        total, learned_sums = carry
         index, h, t, w = chunk
         logits, pull_back = _logits_and_pull_back(
-            h, learnt, lambda learnt: kernel_with(learnt, index)
+            h, learned, lambda learned: kernel_with(learned, index)
         )
         log_normalizer, at_target = _normalizer_and_target(logits, t)
         losses = log_normalizer - at_target
         probabilities = jnp.exp(logits - log_normalizer[:, None])
         onehot = _is_target(logits, t).astype(jnp.float32)
-        of_hidden, of_learnt = pull_back((probabilities - onehot) * w[:, None])
-        learnt_sums = jax.tree.map(
-            lambda total, one: total + one.astype(jnp.float32), learnt_sums, of_learnt
+        of_hidden, of_learned = pull_back((probabilities - onehot) * w[:, None])
+        learned_sums = jax.tree.map(
+            lambda total, one: total + one.astype(jnp.float32), learned_sums, of_learned
         )
         kept = (of_hidden if hidden.perturbed else None, losses if weights.perturbed else None)
-        return (total + jnp.sum(w * losses), learnt_sums), kept
+        return (total + jnp.sum(w * losses), learned_sums), kept
 
-    zeros = tuple(jnp.zeros(leaf.shape, jnp.float32) for leaf in learnt)
+    zeros = tuple(jnp.zeros(leaf.shape, jnp.float32) for leaf in learned)
     chunks = (jnp.arange(hidden.value.shape[0]), hidden.value, targets.value, weights.value)
-    (total, of_learnt), (of_hidden, of_weights) = jax.lax.scan(
+    (total, of_learned), (of_hidden, of_weights) = jax.lax.scan(
         add, (jnp.zeros((), jnp.float32), zeros), chunks
     )
-    learnt_sums = iter(of_learnt)
+    learned_sums = iter(of_learned)
     of_leaves = tuple(
-        next(learnt_sums).astype(leaf.value.dtype) if leaf.perturbed else None for leaf in leaves
+        next(learned_sums).astype(leaf.value.dtype) if leaf.perturbed else None for leaf in leaves
     )
     return total, (of_hidden, of_leaves, of_weights)
 
@@ -259,21 +259,21 @@ _summed_loss.defvjp(_summed_loss_forward, _summed_loss_backward, symbolic_zeros=
 
 
 def _logits_and_pull_back(
-    h: Array, learnt: tuple[Array, ...], kernel_with: Callable[[tuple[Array, ...]], Kernel]
+    h: Array, learned: tuple[Array, ...], kernel_with: Callable[[tuple[Array, ...]], Kernel]
 ) -> tuple[Array, Callable[[Array], tuple[Array, tuple[Array, ...]]]]:
-    """Logits [C, V], and the map from their gradient to those of `h` and of `learnt`.
+    """Logits [C, V], and the map from their gradient to those of `h` and of `learned`.
 
     For one array the map is written out, so that both products are accumulated in float32 and take
     operands in the dtype of `h`, as the forward product does.
     """
-    kernel = kernel_with(learnt)
+    kernel = kernel_with(learned)
     if isinstance(kernel, AdaptedKernel):
-        return jax.vjp(lambda h, learnt: _logits(h, kernel_with(learnt)), h, learnt)
+        return jax.vjp(lambda h, learned: _logits(h, kernel_with(learned)), h, learned)
 
     def pull_back(gradient: Array) -> tuple[Array, tuple[Array, ...]]:
         g = gradient.astype(h.dtype)
         of_hidden = jnp.matmul(g, kernel.astype(h.dtype).T, preferred_element_type=jnp.float32)
-        if not learnt:
+        if not learned:
             return of_hidden.astype(h.dtype), ()
         of_kernel = jnp.matmul(h.T, g, preferred_element_type=jnp.float32)
         return of_hidden.astype(h.dtype), (of_kernel,)

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from peft_jax.core.convert import differences
-from peft_jax.training.errors import RefusedError
-from peft_jax.training.files import write_text
+from peft_jax.core.typed_settings import differences
+from peft_jax.runtime.errors import RefusedError
+from peft_jax.runtime.files import write_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

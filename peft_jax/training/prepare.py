@@ -1,6 +1,7 @@
 """Everything a run needs, built and checked before any weight is loaded."""
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import jax
 
 from peft_jax.adapters import AdapterSpec, ParameterCount, count_parameters, trainable_table
+from peft_jax.cost.memory import check_fits, device_memory, gib
 from peft_jax.data import EvalData, TrainData, build_data, get_recipe
 from peft_jax.hub import find_folder, read_config
 from peft_jax.hub.load import open_sources
@@ -21,11 +23,9 @@ from peft_jax.models import (
 )
 from peft_jax.models.architectures import check_architecture
 from peft_jax.parallel import make_mesh
-from peft_jax.parallel.memory import check_fits, device_memory, gib
+from peft_jax.runtime.errors import RefusedError
 from peft_jax.training.blueprint import Blueprint, draw_blueprint
 from peft_jax.training.config import RunConfig, check_steps
-from peft_jax.training.errors import RefusedError
-from peft_jax.training.metrics import require_wandb
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,8 +69,11 @@ def prepare(
     Raises:
       RefusedError: something that was asked for cannot be done; the message says what.
     """
-    if config.logging.wandb_project:
-        require_wandb()
+    if config.logging.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise RefusedError(
+            "logging.wandb_project is given, but the package wandb is not installed: pip install"
+            " wandb, or leave logging.wandb_project empty"
+        )
     if config.export.merged and jax.process_count() > 1:
         raise RefusedError(
             "export.merged cannot be asked for where several processes train together, none of "
@@ -126,7 +129,7 @@ def _prepare(
         batch_size=config.train.batch_size,
         max_length=config.train.max_length,
         seed=config.seed,
-        labelled=isinstance(model, SequenceClassifier),
+        labeled=isinstance(model, SequenceClassifier),
         say=say,
     )
     for warning in (*train.warnings, *held_out.warnings):
@@ -173,10 +176,10 @@ def _train_head(spec: AdapterSpec, model: Model) -> AdapterSpec:
 
 
 def _check_positions(config: RunConfig, model: Model) -> None:
-    """Learnt positions end somewhere."""
+    """Learned positions end somewhere."""
     if isinstance(model, SequenceClassifier) and config.train.max_length > model.max_tokens:
         raise ValueError(
-            f"train.max_length is {config.train.max_length}, and the model has learnt positions for"
+            f"train.max_length is {config.train.max_length}, and the model has positions for"
             f" {model.max_tokens} tokens"
         )
 
@@ -196,7 +199,7 @@ def _check_memory(blueprint: Blueprint) -> None:
         {
             "the frozen base": blueprint.frozen,
             "what is trained": {"trained": blueprint.adapter},
-            "the optimiser's state": {"state": blueprint.state.opt_state},
+            "the optimizer's state": {"state": blueprint.state.opt_state},
         },
         "choose model.dtype bfloat16, model.quantization int8 or nf4, a smaller method.rank, or"
         " shard over more devices",

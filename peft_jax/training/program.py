@@ -21,8 +21,8 @@ from peft_jax.parallel import (
     LogicalAxisRules,
     batch_sharding,
     check_divides,
-    cut_further,
     on_mesh,
+    shard_further,
     sharding_tree,
 )
 from peft_jax.training.placement import RowPlacement
@@ -132,7 +132,7 @@ class StepProgram:
                 self.state, self.frozen, self.constant, batch
             )
 
-    def initialise(
+    def initialize(
         self, key: jax.Array, params: Tree, batches: Sequence[Any] | None = None
     ) -> AdapterState:
         """Makes the adapter's first arrays and lays them out over the devices.
@@ -290,7 +290,7 @@ def _shard_state(
         # A factored second moment has other axes than what it belongs to.
         if of is None or leaf.shape != of.shape:
             return whole(leaf)
-        sharding = cut_further(of.sharding, of.shape, _WITHIN_A_SLICE)
+        sharding = shard_further(of.sharding, of.shape, _WITHIN_A_SLICE)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     opt_state = jax.tree.map_with_path(as_its_own, state.opt_state)

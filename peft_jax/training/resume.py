@@ -9,9 +9,9 @@ import numpy as np
 
 from peft_jax.adapters import AdapterState
 from peft_jax.optim import OptimizerSettings, learning_rate_schedule
+from peft_jax.runtime.errors import RefusedError
 from peft_jax.training.checkpoints import Checkpoints
-from peft_jax.training.errors import RefusedError
-from peft_jax.training.inputs import Inputs, check_unchanged
+from peft_jax.training.input_digests import Inputs, check_unchanged
 from peft_jax.training.prepare import Job
 from peft_jax.training.start_adapter import load_start
 from peft_jax.training.workdir import WorkDir, compare_configs

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from peft_jax.adapters import METHODS, method_settings
-from peft_jax.core.convert import is_required, union_members
+from peft_jax.core.typed_settings import is_required, union_members
 from peft_jax.optim import MIXING_RATES
 from peft_jax.training.config import MethodSettings, RunConfig
 

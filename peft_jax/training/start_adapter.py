@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from peft_jax.adapters import AdapterSpec, AdapterState, Plan
+from peft_jax.adapters import AdapterSpec, AdapterState, Targets
 from peft_jax.core import Path, Tree, flatten, join_path, unflatten
 from peft_jax.hub import find_folder, load_adapter
-from peft_jax.training.errors import RefusedError
+from peft_jax.runtime.errors import RefusedError
 from peft_jax.training.prepare import Job
 
 _OF_TRAINING = frozenset(
@@ -62,7 +62,7 @@ def _as_trained(tree: Tree, abstract: Tree) -> Tree:
 
 def _check_same(given: AdapterSpec, wanted: AdapterSpec, params: Tree, *, where: str) -> None:
     """Rejects an adapter that is not what the run trains."""
-    theirs, ours = given.plan(params), wanted.plan(params)
+    theirs, ours = given.targets(params), wanted.targets(params)
     faults = _other_settings(given.method, wanted.method) or [
         *_other_modules(theirs, ours),
         *_other_kernels(theirs, ours),
@@ -87,7 +87,7 @@ def _other_settings(given: Any, wanted: Any) -> list[str]:
     ]
 
 
-def _other_modules(theirs: Plan, ours: Plan) -> list[str]:
+def _other_modules(theirs: Targets, ours: Targets) -> list[str]:
     """Returns the modules that only one of two plans has, in words."""
     faults = []
     for what, one, other in (
@@ -101,7 +101,7 @@ def _other_modules(theirs: Plan, ours: Plan) -> list[str]:
     return faults
 
 
-def _other_kernels(theirs: Plan, ours: Plan) -> list[str]:
+def _other_kernels(theirs: Targets, ours: Targets) -> list[str]:
     """Returns how the methods of single kernels differ, in words."""
     return [
         f"at {join_path(path[:-1])} {fault}"

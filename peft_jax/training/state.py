@@ -20,7 +20,7 @@ class TrainState:
     Attributes:
       step: how many steps have been taken, int32 [].
       trainable: the adapter's trained arrays.
-      opt_state: the optimiser's state.
+      opt_state: the optimizer's state.
     """
 
     step: Int[Array, ""] | Any
@@ -40,6 +40,6 @@ def abstract_state(trainable: Tree, optimizer: optax.GradientTransformation) -> 
 
     Args:
       trainable: the adapter's arrays, or abstract ones.
-      optimizer: the optimiser.
+      optimizer: the optimizer.
     """
     return jax.eval_shape(lambda arrays: TrainState.create(arrays, optimizer), trainable)

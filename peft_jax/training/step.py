@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from peft_jax.adapters import LOW_RANK, ROTATION, AdapterSpec, AdapterState
 from peft_jax.core import Path, Tree, flatten, is_stacked
-from peft_jax.data import AnyBatch, LabelledBatch
+from peft_jax.data import AnyBatch, LabeledBatch
 from peft_jax.models import Model
 from peft_jax.optim import mixing_weights
 from peft_jax.parallel import constrain
@@ -67,7 +67,7 @@ def summed_loss(
       (sum of losses, sum of weights), float32. Losses are cross-entropies in nats; of a regression
       squared errors.
     """
-    if isinstance(batch, LabelledBatch):
+    if isinstance(batch, LabeledBatch):
         _, losses = classifier_outputs(model, params, batch)
         return jnp.sum(losses), jnp.sum(batch.loss_mask)
     hidden, _ = model.hidden_states(
@@ -90,7 +90,7 @@ def summed_loss(
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class TrainStep:
-    """One optimiser step over a global batch; call it under `jax.jit`, with the state donated.
+    """One optimizer step over a global batch; call it under `jax.jit`, with the state donated.
 
     The loss is the mean over all targets of the batch, however they are spread over microbatches
     and devices. Gradients are taken with respect to `state.trainable` alone, so that no gradient of
@@ -104,7 +104,7 @@ class TrainStep:
       chunk_size: positions whose logits are held at a time.
       seed: of dropout.
       shardings: of what is trained, and so of its gradients; None leaves them to the compiler. It
-        would cut them as the optimiser's state is, and gather activations for that in every layer.
+        would cut them as the optimizer's state is, and gather activations for that in every layer.
       packed: whether rows may hold several segments, as `CausalLM.hidden_states` takes it.
       loss_fn: a custom loss; None for the model's own. With one, batches may be any pytree whose
         leaves have a leading axis of rows, and the metrics have no "targets" and "tokens".
@@ -131,7 +131,7 @@ class TrainStep:
           state: before the step.
           frozen: the base's parameters, without those that are trained themselves.
           constant: the adapter's constant arrays.
-          batch: the rows of the step, divided into microbatches: a `Batch` or `LabelledBatch` with
+          batch: the rows of the step, divided into microbatches: a `Batch` or `LabeledBatch` with
             leaves [microbatches, B, T], or what the custom loss takes.
 
         Returns:

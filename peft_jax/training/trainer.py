@@ -4,7 +4,7 @@
     training = trainer.fit(params, batches)
     merged = trainer.spec.merge(params, training.adapter)
 
-`fit` is `initialise`, then `step` for each batch; a loop of one's own calls the same two.
+`fit` is `initialize`, then `step` for each batch; a loop of one's own calls the same two.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ import optax
 
 from peft_jax.adapters import AdapterSpec, AdapterState
 from peft_jax.core import Tree, flatten, unflatten
-from peft_jax.core.checks import check_count, check_positive_int
-from peft_jax.data import Batch, LabelledBatch
+from peft_jax.core.validation import check_count, check_positive_int
+from peft_jax.data import Batch, LabeledBatch
 from peft_jax.models import Model, SequenceClassifier, quantization_of
 from peft_jax.parallel import MeshSettings, make_mesh, on_mesh
 from peft_jax.training.program import StepProgram, Training, lay_out, place_rows
@@ -63,7 +63,7 @@ class Trainer:
       spec: What is adapted.
       optimizer: Any optax transformation, its learning rate included.
       loss_fn: A custom loss; see `peft_jax.training.step.LossFn`. None for cross-entropy over the
-        targets of a `Batch` (or of a `LabelledBatch`, with a classifier).
+        targets of a `Batch` (or of a `LabeledBatch`, with a classifier).
       gradient_accumulation: Number of microbatches that a batch is divided into.
       chunk_size: Number of positions whose logits are held at once.
       packed: Whether rows may hold several segments; see `CausalLM.hidden_states`.
@@ -158,7 +158,7 @@ class Trainer:
         self._evaluate = jax.jit(self._loss)
         return self._program
 
-    def initialise(
+    def initialize(
         self,
         params: Tree,
         batches: Iterable[Any] = (),
@@ -193,7 +193,7 @@ class Trainer:
             if adapter is None:
                 rows = [piece for batch in batches for piece in self._microbatches(batch)]
                 key = jax.random.key(self._seed)
-                adapter = program.initialise(key, placed, rows or None)
+                adapter = program.initialize(key, placed, rows or None)
             else:
                 _check_adapter(adapter, program.adapter)
                 # The first step takes the buffers.
@@ -205,7 +205,7 @@ class Trainer:
         """Takes one optimizer step, replacing `training.state`.
 
         Args:
-          training: What `initialise` made.
+          training: What `initialize` made.
           batch: Rows: a `Batch`, or with a custom loss any pytree whose leaves have a leading axis
             of rows.
 
@@ -261,13 +261,13 @@ class Trainer:
           steps: Number of steps; by default as many as there are batches.
           held_out: Batches for `hooks.on_evaluation`; gone through once an evaluation.
           hooks: What is called in between.
-          init_batches: As `initialise` takes them. All of them are read before the first step.
+          init_batches: As `initialize` takes them. All of them are read before the first step.
 
         Returns:
           The trained arrays.
 
         Raises:
-          ValueError: As `initialise`, `step` and `evaluate`, whose batches are checked before the
+          ValueError: As `initialize`, `step` and `evaluate`, whose batches are checked before the
             first step; or the batches end before `steps`.
         """
         if steps is not None:
@@ -278,7 +278,7 @@ class Trainer:
                 " on; give init_batches a list, as list(itertools.islice(batches, 1))"
             )
         hooks, held_out = hooks or Hooks(), list(held_out)
-        training = self.initialise(params, init_batches)
+        training = self.initialize(params, init_batches)
         self._check_held_out(held_out)
         done = 0
         for batch in itertools.islice(batches, steps):
@@ -363,7 +363,7 @@ class Trainer:
 
     def _check_kind(self, batch: Any) -> None:
         """Rejects what the model's own loss does not take; numbers of arrays on the host only."""
-        wanted = LabelledBatch if isinstance(self.model, SequenceClassifier) else Batch
+        wanted = LabeledBatch if isinstance(self.model, SequenceClassifier) else Batch
         if not isinstance(batch, wanted):
             raise ValueError(
                 f"a batch must be a {wanted.__name__} without a loss_fn of your own, but is a"
@@ -379,7 +379,7 @@ class Trainer:
 
     def _prepared(self) -> StepProgram:
         if self._program is None:
-            raise ValueError("call initialise before a step is taken")
+            raise ValueError("call initialize before a step is taken")
         return self._program
 
 

@@ -22,14 +22,13 @@ from typing import Any
 
 from absl import logging
 
-from peft_jax.core.convert import differences
+from peft_jax.core.typed_settings import differences
 from peft_jax.hub.adapter_files import CONFIG as ADAPTER_CONFIG
 from peft_jax.hub.adapter_save import check_adapter_folder
-from peft_jax.hub.files import read_json_object
+from peft_jax.runtime.errors import RefusedError
+from peft_jax.runtime.files import read_json_object, write_json
 from peft_jax.training.config import LENGTH, MAY_CHANGE, ROUNDING, RunConfig, under
-from peft_jax.training.errors import RefusedError
-from peft_jax.training.files import write_json
-from peft_jax.training.inputs import Inputs
+from peft_jax.training.input_digests import Inputs
 
 _UNFINISHED = re.compile(r"\.[^.].*\.\d+\.(tmp(\.\w+)?|old)|\.processes-[0-9a-f]+")
 """Names of temporary files and folders, which end in the number of their process."""

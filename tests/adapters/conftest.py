@@ -41,7 +41,7 @@ def bloom() -> CausalLM:
 
 @pytest.fixture(scope="session")
 def loss_fn(llama: CausalLM) -> Callable[[Tree, Any], jax.Array]:
-    """The cross-entropy of predicting each token's successor, as text/learnt tokens would be."""
+    """The cross-entropy of predicting each token's successor, as text/learned tokens would be."""
 
     def loss(params: Tree, tokens: jax.Array) -> jax.Array:
         log_probabilities = jax.nn.log_softmax(llama(params, tokens[:, :-1]))

@@ -114,13 +114,13 @@ def test_only_the_free_entries_are_trained():
 def test_sizes_that_do_not_divide_name_those_that_do(settings, d_in, message):
     params = {"layers": {"q_proj": {"kernel": jnp.ones((2, d_in, 6))}}}
     with pytest.raises(ValueError, match=message) as error:
-        AdapterSpec(method=BOFT(**settings)).plan(params)
+        AdapterSpec(method=BOFT(**settings)).targets(params)
     for size in str(error.value).rpartition(": ")[2].split(", "):
         if size.isdigit():
-            AdapterSpec(method=BOFT(**settings | {"block_size": int(size)})).plan(params)
+            AdapterSpec(method=BOFT(**settings | {"block_size": int(size)})).targets(params)
     if settings["n_butterfly_factors"] == 2:
         with pytest.raises(ValueError, match=r"boft with block_size 8.*q_proj has 100 inputs"):
-            AdapterSpec(method=Hybrid(rank=2, **settings)).plan(params)
+            AdapterSpec(method=Hybrid(rank=2, **settings)).targets(params)
 
 
 @pytest.mark.parametrize(

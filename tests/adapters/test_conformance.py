@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from peft_jax.adapters import BOFT, AdapterSpec, AdapterState, Full, Hybrid, LoRA, LoRAGA, Unitary
 from peft_jax.core import Path, Tree, flatten, linear, unflatten
-from peft_jax.models import quantise_params
+from peft_jax.models import quantize_params
 
 METHODS = {
     "full": Full(),
@@ -31,14 +31,14 @@ METHODS = {
     "hybrid_some_unitary": Hybrid(rank=2, block_size=4, unitary_modules=("down",)),
 }
 ADAPTERS = [name for name in METHODS if name != "full"]
-QUANTISED = {
+QUANTIZED = {
     f"{name} on {quantization}": (name, quantization)
     for name, quantization in (
         ("lora", "int8"),
         *((name, "nf4") for name in ("lora", "lora_ga", "boft", "unitary", "hybrid")),
     )
 }
-"""Methods over a base whose stacked kernels are quantised: the name of each, and the format."""
+"""Methods over a base whose stacked kernels are quantized: the name of each, and the format."""
 
 LAYERS, WIDTH, HIDDEN, OUT = 3, 24, 48, 8
 
@@ -102,8 +102,8 @@ class Problem:
 @functools.cache
 def make_problem(name: str, modules_to_save: tuple[str, ...] = ()) -> Problem:
     key = jax.random.key(0)
-    name, quantization = QUANTISED.get(name, (name, "none"))
-    params = quantise_params(make_params(jax.random.fold_in(key, 1)), quantization)
+    name, quantization = QUANTIZED.get(name, (name, "none"))
+    params = quantize_params(make_params(jax.random.fold_in(key, 1)), quantization)
     x = jax.random.normal(jax.random.fold_in(key, 2), (32, WIDTH))
     batch = (x, apply(make_params(jax.random.fold_in(key, 3)), x))
     spec = AdapterSpec(method=METHODS[name], modules_to_save=modules_to_save)
@@ -128,12 +128,12 @@ def make_problem(name: str, modules_to_save: tuple[str, ...] = ()) -> Problem:
     )
 
 
-@pytest.fixture(params=[*METHODS, *QUANTISED])
+@pytest.fixture(params=[*METHODS, *QUANTIZED])
 def problem(request: pytest.FixtureRequest) -> Problem:
     return make_problem(request.param)
 
 
-@pytest.fixture(params=[*ADAPTERS, *QUANTISED])
+@pytest.fixture(params=[*ADAPTERS, *QUANTIZED])
 def adapter_problem(request: pytest.FixtureRequest) -> Problem:
     return make_problem(request.param)
 
@@ -294,12 +294,12 @@ def test_frozen_holds_nothing_that_is_trained() -> None:
     assert full.spec.frozen(full.params) == {}
 
 
-def test_what_is_quantised_is_not_trained_itself() -> None:
-    params = quantise_params(make_params(jax.random.key(0)), "int8")
+def test_what_is_quantized_is_not_trained_itself() -> None:
+    params = quantize_params(make_params(jax.random.key(0)), "int8")
     with pytest.raises(ValueError, match=r"layers\.down, layers\.up would be trained itself"):
-        AdapterSpec(method=Full()).plan(params)
-    with pytest.raises(ValueError, match=r"layers\.up would be trained itself, and is quantised"):
-        AdapterSpec(method=LoRA(rank=2), target_modules=("down",), modules_to_save=("up",)).plan(
+        AdapterSpec(method=Full()).targets(params)
+    with pytest.raises(ValueError, match=r"layers\.up would be trained itself, and is quantized"):
+        AdapterSpec(method=LoRA(rank=2), target_modules=("down",), modules_to_save=("up",)).targets(
             params
         )
 

@@ -150,7 +150,7 @@ def test_too_high_a_rank_is_refused_with_what_would_do():
         r" a rank of at most 3"
     )
     with pytest.raises(ValueError, match=message):
-        AdapterSpec(method=LoRAGA(rank=4)).plan(params)
+        AdapterSpec(method=LoRAGA(rank=4)).targets(params)
 
 
 @pytest.mark.parametrize(

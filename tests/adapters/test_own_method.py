@@ -77,7 +77,7 @@ def test_it_trains_is_saved_loaded_and_merged(scaled, tmp_path):
     rows = np.arange(8 * 12).reshape(8, 12) % 32
     losses = []
     trainer = Trainer(model, spec, optax.adam(1e-2))
-    training = trainer.initialise(params)
+    training = trainer.initialize(params)
     for _ in range(5):
         losses.append(float(trainer.step(training, Batch.from_tokens(rows))["loss"]))
     assert losses[-1] < losses[0]

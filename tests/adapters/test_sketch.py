@@ -191,7 +191,7 @@ def test_batches_and_gradients_that_are_not_there_are_refused(key):
             gradient_factors(loss, params, {path: 2}, [scale], key)
 
 
-def test_factorisations_are_done_one_matrix_at_a_time():
+def test_factorizations_are_done_one_matrix_at_a_time():
     # Batched ones of several kernels at once can wait for each other forever on a small CPU.
     columns = {("layers", name, "kernel"): jnp.ones((3, 8, 4)) for name in ("up_proj", "down_proj")}
 

@@ -58,7 +58,7 @@ def test_an_endless_expression_is_stopped():
     ):
         spec = AdapterSpec(method=LoRA(rank=1), **settings)
         with pytest.raises(ValueError, match=r"takes more than 2 seconds over"):
-            spec.plan(model.abstract_params())
+            spec.targets(model.abstract_params())
     assert time.process_time() - start < 60
 
 

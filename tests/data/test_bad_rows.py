@@ -234,7 +234,7 @@ def test_advice_is_of_the_faults_there_are(tmp_path, tokenizer):
 def test_encoders_check_theirs_alike(tmp_path, tokenizer):
     path = write(tmp_path, "jsonl", rb'"\ud800"', {"sentence": "good", "label": 1})
     settings = DataSettings(recipe="sst2", path=str(path), hold_out=0, on_bad_row="skip")
-    train, _ = build_data(settings, tokenizer, batch_size=1, max_length=20, seed=0, labelled=True)
+    train, _ = build_data(settings, tokenizer, batch_size=1, max_length=20, seed=0, labeled=True)
     assert train.bad_rows.counts == {"not Unicode": 1}
     train.close()
 

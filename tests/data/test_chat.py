@@ -1,4 +1,4 @@
-"""Conversations: the assistant's words are learnt and nothing else, whatever the template.
+"""Conversations: the assistant's words are learned and nothing else, whatever the template.
 
 The oracle knows the templates: for each it says, as a regular expression over the text that
 transformers renders, what the assistant writes. The code under test does not.
@@ -72,7 +72,7 @@ def template_path(shared_data, tmp_path):
 
 
 def runs(ids: np.ndarray, learn: np.ndarray, tokenizer: Any) -> list[str]:
-    """The texts of the stretches that are learnt."""
+    """The texts of the stretches that are learned."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], learn.astype(np.int8), [0]])))
     return [tokenizer.decode(ids[a:b]) for a, b in edges.reshape(-1, 2)]
 
@@ -177,7 +177,7 @@ def test_a_template_without_an_end_of_turn(tokenizer, tmp_path):
     renderer = ChatRenderer(tokenizer, chat_template=str(path))
     encoder = Encoder(tokenizer, max_length=300, renderer=renderer)
     (encoded,) = encoder.encode(Conversation(messages=tuple(CONVERSATIONS["three turns"][:4])))
-    # Nothing else ends a turn, so the line end is learnt.
+    # Nothing else ends a turn, so the line end is learned.
     found = runs(encoded.ids, encoded.learn, tokenizer)
     assert found == [" It is 4.\n\nIs it not?\n", " Yes\n"]
 

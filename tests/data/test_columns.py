@@ -112,7 +112,7 @@ def test_the_same_rows_give_the_same_text_in_every_format(tmp_path, tokenizer, m
 def test_the_system_column_and_the_first_column_that_is_not_null(row):
     conversation = get_recipe("chat").example(row)
     assert conversation.messages == ({"role": "system", "content": "Be Ivy."}, *MESSAGES)
-    assert conversation.learnt == (2,)
+    assert conversation.learned == (2,)
 
 
 def test_two_system_texts_are_a_bad_row():
@@ -128,20 +128,20 @@ def test_a_turn_of_weight_0_is_context(weight):
     turns[3] = {**turns[3], "weight": 1}
     conversation = get_recipe("chat").example({"messages": turns})
     assert conversation.messages == (*MESSAGES, *MESSAGES)
-    assert conversation.learnt == (3,)
+    assert conversation.learned == (3,)
     turns[3] = turns[1]
-    with pytest.raises(BadRowError, match="nothing that is to be learnt"):
+    with pytest.raises(BadRowError, match="nothing that is to be learned"):
         get_recipe("chat").example({"messages": turns})
 
 
 @pytest.mark.parametrize("weight", [0.5, 2, "1", [1]])
 def test_another_weight_is_a_bad_row(weight):
     turns = [MESSAGES[0], {**MESSAGES[1], "weight": weight}]
-    with pytest.raises(BadRowError, match=r"message 2 has weight .*; it is 1, learnt, or 0"):
+    with pytest.raises(BadRowError, match=r"message 2 has weight .*; it is 1, learned, or 0"):
         get_recipe("chat").example({"messages": turns})
 
 
-def test_of_prompt_and_completion_the_completion_alone_is_learnt(tokenizer, tmp_path):
+def test_of_prompt_and_completion_the_completion_alone_is_learned(tokenizer, tmp_path):
     path = tmp_path / "template.jinja"
     path.write_text(TEMPLATE.replace("{{ m | tojson }}", ""))
     prompt = [
@@ -190,7 +190,7 @@ def test_history_and_system_of_alpaca_are_turns_in_a_chat():
         ("user", "And then?"),
         ("assistant", "She ran."),
     ]
-    assert conversation.learnt == (6,)
+    assert conversation.learned == (6,)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Control tokens in others' text are tokenised as characters, and only there.
+"""Control tokens in others' text are tokenized as characters, and only there.
 
 transformers' `sanitize_control_tokens` is the independent source for what a prompt then is.
 """

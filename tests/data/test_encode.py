@@ -1,4 +1,4 @@
-"""Text to tokens: the answer is learnt, and prompts are what generation is given."""
+"""Text to tokens: the answer is learned, and prompts are what generation is given."""
 
 import sys
 from pathlib import Path
@@ -24,20 +24,20 @@ KINDS = {
 TEXT = st.text(st.sampled_from("ab P\n:é你"), min_size=1, max_size=12)
 
 
-def learnt(encoded, tokenizer) -> str:
+def learned(encoded, tokenizer) -> str:
     return tokenizer.decode(encoded.ids[encoded.learn])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(prompt=TEXT, completion=TEXT)
 @settings(max_examples=60, deadline=None)
-def test_the_answer_is_learnt_and_the_prompt_is_what_generation_is_given(kind, prompt, completion):
+def test_the_answer_is_learned_and_the_prompt_is_what_generation_is_given(kind, prompt, completion):
     tokenizer = KINDS[kind]
     encoder = Encoder(tokenizer, max_length=200)
     example = prompt_and_completion(prompt, completion)
     (encoded,) = encoder.encode(example)
     end = tokenizer.eos_token or ""
-    assert learnt(encoded, tokenizer) == completion + end
+    assert learned(encoded, tokenizer) == completion + end
     begin = tokenizer.bos_token or ""
     assert tokenizer.decode(encoded.ids) == begin + prompt + completion + end
     # The tokens before the answer are those of the prompt alone, as the tokenizer makes them.
@@ -92,7 +92,7 @@ def test_padding_token(tokenizer):
     assert Encoder(KINDS["no end"], max_length=9).pad_id == 0
 
 
-def test_all_is_learnt_where_the_recipe_says_so(tokenizer):
+def test_all_is_learned_where_the_recipe_says_so(tokenizer):
     encoder = Encoder(tokenizer, max_length=50, completion_only=False)
     (encoded,) = encoder.encode(prompt_and_completion("ab", " cd"))
     assert encoded.learn.all()
@@ -161,11 +161,11 @@ def test_lost_characters_are_found(tinystories, llama3):
     assert Encoder(llama3, max_length=99).lost_characters(example) == set()
 
 
-def test_several_learnt_pieces(tokenizer):
+def test_several_learned_pieces(tokenizer):
     pieces = [("q:", False), (" a", True), ("\nq:", False), (" b", True), ("\n", False)]
     example = Example(pieces=tuple(Piece(text=text, learn=learn) for text, learn in pieces))
     (encoded,) = Encoder(tokenizer, max_length=99).encode(example)
-    assert learnt(encoded, tokenizer) == " a b</s>"
+    assert learned(encoded, tokenizer) == " a b</s>"
     assert example.prompt == "q: a\nq:"
     assert example.completion == " b"
 

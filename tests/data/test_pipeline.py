@@ -358,7 +358,7 @@ def test_rows_that_are_too_long(tmp_path, tokenizer):
         build(path, tokenizer, recipe="gsm8k", max_length=3, hold_out=2)
 
 
-def test_the_answer_and_nothing_else_is_learnt(tmp_path, tokenizer):
+def test_the_answer_and_nothing_else_is_learned(tmp_path, tokenizer):
     path = tmp_path / "a.jsonl"
     rows = [{"question": f"What is {n}?", "answer": f"It is {n}.\n#### {n}"} for n in range(20)]
     path.write_text("\n".join(json.dumps(row) for row in rows))

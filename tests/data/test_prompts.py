@@ -91,7 +91,7 @@ TEMPLATES = {
         "{0}</s>",
     ),
 }
-"""By kind: a template, and what is learnt of a turn, {0} the content and {1} the same trimmed."""
+"""By kind: a template, and what is learned of a turn, {0} the content and {1} the same trimmed."""
 
 TOKENIZER = make_tokenizer()
 RENDERERS: dict[str, ChatRenderer] = {}
@@ -155,11 +155,11 @@ def test_what_is_trained_on_is_what_is_asked(tmp_path_factory, name, messages):
     asked = [index for index, one in enumerate(messages) if one["role"] == "assistant"]
     assert len(runs) == len(asked)
     for index, (start, stop) in zip(asked, runs, strict=True):
-        # Every turn of the assistant's is learnt, and nothing of the users' texts or of headers.
+        # Every turn of the assistant's is learned, and nothing of the users' texts or of headers.
         content = messages[index]["content"]
-        learnt = TOKENIZER.decode(encoded.ids[start:stop])
-        assert learnt == form.format(content, content.strip())
-        assert "Q" not in learnt
+        learned = TOKENIZER.decode(encoded.ids[start:stop])
+        assert learned == form.format(content, content.strip())
+        assert "Q" not in learned
         # The prompt is transformers', and generation gives the model the same tokens.
         prompt = encoder.prompt_ids(_as_example(messages[:index], encoder))
         assert encoded.ids[:start].tolist() == prompt.tolist()
@@ -171,13 +171,13 @@ def test_what_is_trained_on_is_what_is_asked(tmp_path_factory, name, messages):
 @pytest.mark.parametrize("name", TEMPLATES)
 @given(messages=conversations(), data=st.data())
 @settings(max_examples=5, deadline=None, derandomize=True)
-def test_turns_that_are_context_are_not_learnt(tmp_path_factory, name, messages, data):
+def test_turns_that_are_context_are_not_learned(tmp_path_factory, name, messages, data):
     asked = [index for index, one in enumerate(messages) if one["role"] == "assistant"]
     chosen = data.draw(st.sets(st.sampled_from(asked), min_size=1))
     assume(len(chosen) < len(asked) or len(asked) == 1)
     encoder = Encoder(TOKENIZER, max_length=4000, renderer=renderer(name, tmp_path_factory))
     whole = encoder.encode(Conversation(messages=tuple(messages)))[0]
-    part = encoder.encode(Conversation(messages=tuple(messages), learnt=tuple(chosen)))[0]
+    part = encoder.encode(Conversation(messages=tuple(messages), learned=tuple(chosen)))[0]
     assert part.ids.tolist() == whole.ids.tolist()
     edges = np.flatnonzero(np.diff(np.concatenate([[0], whole.learn.astype(np.int8), [0]])))
     for index, (start, stop) in zip(asked, edges.reshape(-1, 2).tolist(), strict=True):
@@ -202,7 +202,7 @@ ROLES = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{%
             r"Who ran\?\\n        <\|assistant\|>\\n'",
             r"Who ran\?\\n    <\|assistant\|>Ivy ran\.",
         ),
-        # Nothing is asked with, so that the header would be learnt.
+        # Nothing is asked with, so that the header would be learned.
         (ROLES, r"writes '<\|assistant\|>' before .* given '<\|user\|>Who ran\?</s>'", "<|assist"),
         # Nothing is marked of what is asked for.
         (
@@ -236,7 +236,7 @@ def test_another_prompt_in_generation_is_refused_with_both_texts(
     assert renderer.prompt(messages[:1]).prompt == asked
 
 
-def test_a_call_of_a_tool_is_learnt_without_a_header(tmp_path):
+def test_a_call_of_a_tool_is_learned_without_a_header(tmp_path):
     path = tmp_path / "template.jinja"
     calls = "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}"
     body = ROLES.replace("{{ m.content }}", "{{ m.content }}" + calls)
@@ -255,7 +255,7 @@ def test_a_call_of_a_tool_is_learnt_without_a_header(tmp_path):
         ChatRenderer(TOKENIZER, chat_template=str(path)).render(Conversation(messages=messages))
 
 
-def test_a_greeting_is_learnt_without_its_header(tmp_path):
+def test_a_greeting_is_learned_without_its_header(tmp_path):
     path = tmp_path / "template.jinja"
     path.write_text(ROLES + "{% if add_generation_prompt %}<|assistant|>{% endif %}")
     messages = (
@@ -266,5 +266,5 @@ def test_a_greeting_is_learnt_without_its_header(tmp_path):
     example = ChatRenderer(TOKENIZER, chat_template=str(path)).render(
         Conversation(messages=messages)
     )
-    learnt = [piece.text for piece in example.pieces if piece.learn]
-    assert learnt == ["assistant</s>", "A</s>"]
+    learned = [piece.text for piece in example.pieces if piece.learn]
+    assert learned == ["assistant</s>", "A</s>"]

@@ -1,4 +1,4 @@
-"""Real files: how many rows there are, what is made of them, and what is learnt."""
+"""Real files: how many rows there are, what is made of them, and what is learned."""
 
 import csv
 import json
@@ -115,8 +115,8 @@ def test_gsm8k_learns_the_answers_only(published_data, llama3):
                 question = text.removeprefix("<|begin_of_text|>Question: ").partition("\nAnswer:")[
                     0
                 ]
-                learnt = here & (batch.loss_mask[row] > 0)
-                answer = llama3.decode(batch.targets[row][learnt])
+                learned = here & (batch.loss_mask[row] > 0)
+                answer = llama3.decode(batch.targets[row][learned])
                 assert answer == f" {known[question]}<|end_of_text|>"
                 begins = batch.tokens[row][here] == llama3.bos_token_id
                 assert np.flatnonzero(begins).tolist() == [0]
@@ -145,7 +145,7 @@ def test_gsm8k_conversations_through_llama_3_s_own_template(published_data, llam
     )
     assert "Question:" not in example.prompt
     batch = held_out[0]
-    learnt = llama3.decode(batch.targets[0][batch.loss_mask[0] > 0])
-    assert learnt == f"{example.completion}"
-    assert learnt.endswith("<|eot_id|>")
+    learned = llama3.decode(batch.targets[0][batch.loss_mask[0] > 0])
+    assert learned == f"{example.completion}"
+    assert learned.endswith("<|eot_id|>")
     assert (batch.tokens[0] == llama3.bos_token_id).sum() == 1

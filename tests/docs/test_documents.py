@@ -9,8 +9,9 @@ import pytest
 
 from configs import demo, finetune, pretrain_tiny
 from peft_jax.adapters import METHODS
+from peft_jax.cost import find_topology
 from peft_jax.data.recipes import RECIPES
-from peft_jax.parallel import find_topology, make_mesh
+from peft_jax.parallel import make_mesh
 from peft_jax.plan.planner import find_model
 from peft_jax.training import RunConfig, default_config, from_config_dict
 from peft_jax.training.blueprint import draw_blueprint

@@ -425,7 +425,7 @@ VALUES = """[
     "\\ud800\\n\\x00é", b"\\x00\\xff", bytearray(b"a"), [],
     [[1], (2, [3])], (), (1,), {1, 2}, frozenset({(1, 2)}),
     {}, {"a": [1], (1, 2): {3: 4}}, range(3, 9, 2), Fraction(1, 3), Decimal("0.10"),
-    OrderedDict(a=1), Counter("aab"), Point(1, 2), Colour.RED,
+    OrderedDict(a=1), Counter("aab"), Point(1, 2), Color.RED,
 ]"""
 DEFINITIONS = """
 from collections import Counter, OrderedDict, namedtuple
@@ -433,7 +433,7 @@ from decimal import Decimal
 from enum import IntEnum
 from fractions import Fraction
 Point = namedtuple("Point", "x y")
-Colour = IntEnum("Colour", "RED")
+Color = IntEnum("Color", "RED")
 """
 
 

@@ -10,7 +10,7 @@ from eval import run
 from eval.command import main
 from eval.model import HarnessModel
 from eval.tasks.names import names_in
-from peft_jax.training.files import locked
+from peft_jax.runtime.files import locked
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ import pytest
 from eval.humaneval.pass_at_k import mean_and_standard_error, pass_at_k
 from eval.humaneval.problems import open_problems
 from eval.humaneval.task import HumanEvalSettings, make_job
-from eval.progress import Reporter
 from eval.responses import ResponseStore
 from eval.sandbox import IsolationError, Sandbox, SandboxLimits
 from eval.settings import EvalSettings
 from eval.tasks.names import Wanted
+from peft_jax.runtime.progress import Reporter
 
 WANTED = Wanted("humaneval")
 LIMITS = SandboxLimits(seconds=300.0)

@@ -10,7 +10,7 @@ from eval.responses import ResponseStore
 from eval.results import Metric, TaskResult
 from eval.run import OutputFolder, _build
 from eval.settings import EvalSettings
-from peft_jax.training.errors import RefusedError
+from peft_jax.runtime.errors import RefusedError
 
 RESULT = TaskResult(
     task="cola", metrics=(Metric(name="acc", value=0.5),), rows=3, rows_in_all=9, seconds=1.0

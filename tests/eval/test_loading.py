@@ -29,7 +29,7 @@ def workdir(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("recorded", ["nf4", None])
-def test_a_quantised_base_is_evaluated_as_it_was_trained(recorded, workdir, capsys):
+def test_a_quantized_base_is_evaluated_as_it_was_trained(recorded, workdir, capsys):
     folder, trained = workdir(recorded)
     settings = EvalSettings(tasks=("rte",), workdir=folder)
     files = find_model(settings)
@@ -51,7 +51,7 @@ def test_the_flag_says_otherwise(workdir):
 
 
 @pytest.mark.parametrize(("trained", "asked"), [(None, None), (True, None), (True, False)])
-def test_control_tokens_are_tokenised_as_in_the_run(trained, asked, workdir, capsys):
+def test_control_tokens_are_tokenized_as_in_the_run(trained, asked, workdir, capsys):
     folder, _ = workdir("none")
     data = {} if trained is None else {"data": {"split_special_tokens": trained}}
     (folder / "config.json").write_text(json.dumps(data))

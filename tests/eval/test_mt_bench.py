@@ -27,10 +27,10 @@ from eval.mt_bench.judges import (
 from eval.mt_bench.rating import find_rating
 from eval.mt_bench.requests import JudgeRequest, estimate, judge_requests
 from eval.mt_bench.task import MTBenchSettings, make_job
-from eval.progress import Reporter
 from eval.responses import ResponseStore
 from eval.settings import EvalSettings
 from eval.tasks.names import Wanted
+from peft_jax.runtime.progress import Reporter
 
 REQUEST = JudgeRequest(81, "writing", 1, "Be fair.", "Rate this.")
 WANTED = Wanted("mt_bench")

@@ -24,7 +24,7 @@ from eval.study.store import Store
 from eval.study.timing import ROUNDS
 from peft_jax.optim import MixingSettings, OptimizerSettings, make_optimizer
 from peft_jax.training import RefusedError, run
-from peft_jax.training.metrics import read_records
+from peft_jax.training.report.metrics import read_records
 
 WORDS = [f"w{number}" for number in range(20)]
 LLAMA = {
@@ -487,9 +487,9 @@ def test_a_page_is_written_of_a_hybrid_that_diverged(study, finished, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def labelled(study, tmp_path_factory):
+def labeled(study, tmp_path_factory):
     """A task of two labels for the same language model."""
-    folder = tmp_path_factory.mktemp("labelled")
+    folder = tmp_path_factory.mktemp("labeled")
     generator = np.random.default_rng(1)
     for name, count in (("train", 40), ("test", 9)):
         lines = ["sentence\tlabel"]
@@ -507,12 +507,12 @@ def labelled(study, tmp_path_factory):
     return dataclasses.replace(study.tasks[0], config=config, metric="accuracy")
 
 
-def test_a_language_models_labels_are_measured(study, labelled):
+def test_a_language_models_labels_are_measured(study, labeled):
     """Against whole logits, a choice at a time."""
     arm = study.arm("both")
-    bench = Bench(labelled, arm)
-    config = labelled.run_config(arm, learning_rate=1e-2, seed=1)
-    adapter = bench.initialise(config)
+    bench = Bench(labeled, arm)
+    config = labeled.run_config(arm, learning_rate=1e-2, seed=1)
+    adapter = bench.initialize(config)
     noisy = jax.tree.map(
         lambda x: x + 0.3 * jax.random.normal(jax.random.key(2), x.shape), adapter.trainable
     )
@@ -537,9 +537,9 @@ def test_a_language_models_labels_are_measured(study, labelled):
     assert measured.measures["accuracy"] == pytest.approx(np.mean(right))
 
 
-def test_a_measure_that_there_is_none_of_is_refused_before_anything_is_trained(study, labelled):
+def test_a_measure_that_there_is_none_of_is_refused_before_anything_is_trained(study, labeled):
     with pytest.raises(ValueError, match=r"metric is 'acuracy', but the measures .* accuracy"):
-        Bench(dataclasses.replace(labelled, metric="acuracy"), study.arms[0])
+        Bench(dataclasses.replace(labeled, metric="acuracy"), study.arms[0])
     with pytest.raises(ValueError, match=r"metric is 'accuracy', but .* are none"):
         Bench(dataclasses.replace(study.tasks[0], metric="accuracy"), study.arms[0])
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from peft_jax import exits
+from peft_jax.runtime import exits
 
 SECONDS = 10
 """How long one input may compute; on a busy machine that may take ten times as long."""

@@ -119,7 +119,7 @@ def test_a_base_that_is_not_named_is_asked_for(tmp_path):
 
 
 @pytest.fixture
-def quantised(speaker, checkpoint, tmp_path):
+def quantized(speaker, checkpoint, tmp_path):
     """An adapter's folder, trained on a base in int8, and the parameters that it was trained as."""
     model, _ = speaker
     params = load_model(checkpoint, quantization="int8")[1]
@@ -129,8 +129,8 @@ def quantised(speaker, checkpoint, tmp_path):
     return tmp_path, spec.bind(params, state)
 
 
-def test_a_base_is_held_as_the_adapter_was_trained(quantised, checkpoint):
-    folder, trained = quantised
+def test_a_base_is_held_as_the_adapter_was_trained(quantized, checkpoint):
+    folder, trained = quantized
     loaded = load_for_generation(adapter=folder)
     assert loaded.quantization == "int8"
     assert jax.tree.structure(loaded.params) == jax.tree.structure(trained)
@@ -138,8 +138,8 @@ def test_a_base_is_held_as_the_adapter_was_trained(quantised, checkpoint):
     assert load_for_generation(checkpoint).quantization == "none"
 
 
-def test_what_a_base_is_held_as_is_said_and_may_be_overridden(quantised, capsys, caplog):
-    folder, _ = quantised
+def test_what_a_base_is_held_as_is_said_and_may_be_overridden(quantized, capsys, caplog):
+    folder, _ = quantized
     flags = [f"--adapter={folder}", "--prompt=the", "--max_new_tokens=2"]
     assert main(flags) == 0
     assert "held in int8, as the adapter was trained" in capsys.readouterr().err

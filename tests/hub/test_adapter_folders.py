@@ -23,8 +23,8 @@ from peft_jax.adapters import (
 )
 from peft_jax.core import flatten, unflatten
 from peft_jax.hub import load_adapter, load_model, save_adapter
-from peft_jax.hub.files import whole_folder
 from peft_jax.models import build_model
+from peft_jax.runtime.files import whole_folder
 
 LLAMA = {
     "model_type": "llama",

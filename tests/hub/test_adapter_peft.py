@@ -30,13 +30,13 @@ LLAMA_SPECS = {
         alpha_pattern={"up_proj": 5.0, "k_proj": 0.5},
         modules_to_save=("norm", "lm_head", "input_layernorm"),
     ),
-    "lora rank-stabilised": AdapterSpec(
+    "lora rank-stabilized": AdapterSpec(
         method=LoRA(rank=3, rank_stabilized=True), rank_pattern={"self_attn.k_proj": 5}
     ),
     "lora_ga": AdapterSpec(
         method=LoRAGA(rank=2, alpha=3.0), rank_pattern={"q_proj": 3}, alpha_pattern={"k_proj": 1.0}
     ),
-    "lora_ga not rank-stabilised": AdapterSpec(
+    "lora_ga not rank-stabilized": AdapterSpec(
         method=LoRAGA(rank=2, alpha=3.0, rank_stabilized=False), modules_to_save=("lm_head",)
     ),
     "boft": AdapterSpec(
@@ -133,7 +133,7 @@ LINEAR = {
 }
 CONFIGS = {
     "lora": ("llama", "LoraConfig", {"r": 3, "lora_alpha": 5, "target_modules": LINEAR["llama"]}),
-    "rank-stabilised": (
+    "rank-stabilized": (
         "llama",
         "LoraConfig",
         {"r": 3, "use_rslora": True, "target_modules": ["q_proj", "down_proj"]},

@@ -16,7 +16,7 @@ from peft_jax import convert as command
 from peft_jax.core import flatten
 from peft_jax.hub import converted, find_folder, load_model, save_model
 from peft_jax.hub.adapter_base import base_digest
-from peft_jax.models import build_model, quantise_params
+from peft_jax.models import build_model, quantize_params
 
 CONFIG = {
     "model_type": "llama",
@@ -54,8 +54,8 @@ def test_what_is_loaded_is_what_was_converted(saved, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
     assert not (tmp_path / "out" / "converting").exists()
     sharding = NamedSharding(jax.make_mesh((8,), ("a",)), PartitionSpec())
-    _, quantised = load_model(tmp_path / "out", quantization="int8", sharding=sharding)
-    assert_same(quantised, quantise_params(params, "int8"))
+    _, quantized = load_model(tmp_path / "out", quantization="int8", sharding=sharding)
+    assert_same(quantized, quantize_params(params, "int8"))
 
 
 def test_a_device_reads_the_chunks_of_its_part(saved, tmp_path, monkeypatch):

@@ -11,10 +11,10 @@ import safetensors
 import safetensors.numpy
 
 from peft_jax.adapters import AdapterSpec, Hybrid, LoRA
-from peft_jax.exits import explain
 from peft_jax.hub import load_adapter, save_adapter
 from peft_jax.hub.tensors import read_header
 from peft_jax.models import build_classifier, build_model
+from peft_jax.runtime.exits import explain
 
 LLAMA = {
     "model_type": "llama",

@@ -189,10 +189,10 @@ def test_a_missing_head_says_that_it_is_not_tied(write, tensors):
         load_model(write(tensors))
 
 
-def test_quantised_tensors_are_refused(write, tensors):
+def test_quantized_tensors_are_refused(write, tensors):
     name = "model.layers.0.mlp.up_proj.weight"
     tensors[name] = tensors[name].astype(np.int8)
-    with pytest.raises(ValueError, match=r"up_proj\.weight in .* has the dtype I8: quantised"):
+    with pytest.raises(ValueError, match=r"up_proj\.weight in .* has the dtype I8: quantized"):
         load_model(write(tensors))
 
 

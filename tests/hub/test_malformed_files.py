@@ -13,10 +13,10 @@ import safetensors.numpy
 from peft_jax.adapters import AdapterSpec, Hybrid, LoRA
 from peft_jax.generation import ends
 from peft_jax.hub import load_adapter, load_model, open_checkpoint, save_adapter, save_model
-from peft_jax.hub.files import read_json_object
 from peft_jax.hub.tensors import read_header
 from peft_jax.hub.tokenizer import load_tokenizer
 from peft_jax.models import build_model
+from peft_jax.runtime.files import read_json_object
 
 LLAMA = {
     "model_type": "llama",

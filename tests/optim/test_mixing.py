@@ -69,7 +69,7 @@ def as_jax(flat, dtype=jnp.float32):
 class Plain:
     """The mixing written down as the paper says it: layer by layer, kernel by kernel, in float64.
 
-    The inner optimiser is Adam, also written out here.
+    The inner optimizer is Adam, also written out here.
     """
 
     def __init__(self, settings, rate=0.1, b1=0.9, b2=0.99, eps=1e-8):
@@ -160,7 +160,7 @@ class Plain:
 
 
 def relaxed(inner):
-    """optax's own optimisers rely on promotion of dtypes; what wraps them here must not."""
+    """optax's own optimizers rely on promotion of dtypes; what wraps them here must not."""
     inner = optax.with_extra_args_support(inner)
 
     def update(updates, state, params=None, **extra_args):
@@ -420,7 +420,7 @@ def test_masks_around_and_inside():
 
 
 def test_inner_optimizer_that_returns_masked_nodes():
-    """A leaf the inner optimiser drops takes no step and promises no decrease."""
+    """A leaf the inner optimizer drops takes no step and promises no decrease."""
 
     def drop(updates, state, params=None):
         kept = jax.tree.map(
@@ -584,7 +584,7 @@ def test_nothing_to_mix_is_an_error():
 
 
 @pytest.mark.parametrize("rotation", ["boft", "unitary"])
-def test_the_hybrid_methods_branches_are_recognised(rotation):
+def test_the_hybrid_methods_branches_are_recognized(rotation):
     """What the adapter makes is what the mixing looks for."""
     method = Hybrid(rank=2, block_size=4, rotation=rotation, gradient_init=False)
     trainable, _ = jax.vmap(lambda key: method.init(key, (8, 6)))(
@@ -605,5 +605,5 @@ def test_another_tree_is_an_error():
     kernel = {"low_rank": {"a": jnp.ones(3)}, "rotation": {"r": jnp.ones(3)}}
     optimizer = hybrid_mixing(optax.sgd(1.0))
     state = optimizer.init({"q": {"kernel": kernel}})
-    with pytest.raises(ValueError, match=r"groups \['k.kernel'\].*initialised with \['q.kernel'\]"):
+    with pytest.raises(ValueError, match=r"groups \['k.kernel'\].*initialized with \['q.kernel'\]"):
         optimizer.update({"k": {"kernel": kernel}}, state)

@@ -1,4 +1,4 @@
-"""Composed optimisers against optax's own, and against the order of their parts written out."""
+"""Composed optimizers against optax's own, and against the order of their parts written out."""
 
 import jax
 import jax.numpy as jnp
@@ -124,7 +124,7 @@ def test_clipping_bounds_the_gradient():
 
 @pytest.mark.parametrize("rule", ["proportional", "inverse", "predicted_decrease"])
 def test_mixing_sits_between_clipping_and_the_rate(rule):
-    """The composition equals: clip, mix the unit-rate optimiser's steps, times the rate."""
+    """The composition equals: clip, mix the unit-rate optimizer's steps, times the rate."""
     settings = OptimizerSettings(learning_rate=0.01, clip_norm=0.5, schedule=COSINE)
     mixing = MixingSettings(rule=rule)
     found, state = run(make_optimizer(settings, 10, mixing=mixing), hybrid_tree)
@@ -222,7 +222,7 @@ def test_converges(name):
 
 
 def test_a_component_has_a_learning_rate_of_its_own():
-    """As one optimiser for each rate, each seeing its own leaves alone, would give it."""
+    """As one optimizer for each rate, each seeing its own leaves alone, would give it."""
     schedule = ScheduleSettings(name="linear", warmup_steps=2)
 
     def optimizer(rate, **own):
@@ -242,7 +242,7 @@ def test_a_component_has_a_learning_rate_of_its_own():
 
 
 def test_a_state_with_rates_by_component_is_known_to_optax():
-    """`optax.tree_map_params`, which shards states, initialises with a placeholder."""
+    """`optax.tree_map_params`, which shards states, initializes with a placeholder."""
     optimizer = make_optimizer(OptimizerSettings(learning_rates={"b": 0.3}), 10)
     params = lora_tree(0)
     state = optimizer.init(params)

@@ -13,21 +13,22 @@ import pytest
 from configs import colab, common, hybrid_7b, hybrid_30b, hybrid_70b, hybrid_405b
 from peft_jax.adapters import METHODS
 from peft_jax.core import flatten
+from peft_jax.cost import find_topology
 from peft_jax.models import build_model
 from peft_jax.models.architectures import (
     ARCHITECTURES,
     check_architecture,
     find_architecture,
 )
-from peft_jax.parallel import MeshSettings, find_topology, make_mesh
+from peft_jax.parallel import MeshSettings, make_mesh
 from peft_jax.plan import describe, make_plan
 from peft_jax.plan.compiler import read_out_of_memory
 from peft_jax.plan.planner import find_model
 from peft_jax.plan.search import _layouts, _Sizes
 from peft_jax.training import RefusedError, RunConfig, from_config_dict
-from peft_jax.training.arithmetic import count_step
 from peft_jax.training.blueprint import draw_blueprint
 from peft_jax.training.program import step_bytes
+from peft_jax.training.step_flops import count_step
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
@@ -241,7 +242,7 @@ def test_what_does_not_fit_is_no_and_says_what_it_needs():
 
 
 @needs_libtpu
-def test_the_search_knows_that_a_quantised_base_is_smaller():
+def test_the_search_knows_that_a_quantized_base_is_smaller():
     """70B in bfloat16 are 131 GiB, and all eight chips have 126; in NF4 they are 36."""
     eight = find_topology("v5e:2x4")
     found = {}

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from peft_jax.runtime.progress import Reporter
 from peft_jax.training import RunConfig, default_config, from_config_dict
-from peft_jax.training.progress import Reporter
 
 WORDS = [f"w{number}" for number in range(40)]
 
@@ -49,7 +49,7 @@ def _save_tokenizer(folder: Path) -> int:
 
 @pytest.fixture(scope="session", autouse=True)
 def compile_quickly(tmp_path_factory: pytest.TempPathFactory):
-    """Most of these tests' time is compilation: each program once, and not optimised much."""
+    """Most of these tests' time is compilation: each program once, and not optimized much."""
     settings = {
         "jax_disable_most_optimizations": True,
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),

@@ -14,9 +14,9 @@ import numpy as np
 import optax
 import pytest
 
+from peft_jax.runtime.errors import StorageError
 from peft_jax.training import checkpoints as checkpoints_module
 from peft_jax.training.checkpoints import Checkpoints
-from peft_jax.training.errors import StorageError
 
 
 def _arrays(seed: int):

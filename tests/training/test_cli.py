@@ -145,13 +145,13 @@ def test_help_names_the_flags():
 _ENDS_TOGETHER = """
 import train
 from absl import flags
-from peft_jax import command_line
+from peft_jax.training import config_flags
 class Contact:
     def leave(self, reason, code):
         raise SystemExit(f"the others are told {code}")
 def broken(message):
     raise BrokenPipeError
-command_line.say = broken
+config_flags.say = broken
 flags.FLAGS(["train.py"])
 with train._ending_together(Contact()):
     raise BrokenPipeError

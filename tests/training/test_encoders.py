@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from peft_jax.adapters import AdapterSpec, LoRA, method_settings
-from peft_jax.data import DataSettings, LabelledBatch, build_data, get_recipe
+from peft_jax.data import DataSettings, LabeledBatch, build_data, get_recipe
 from peft_jax.hub import load_adapter, load_classifier
 from peft_jax.models import build_classifier
 from peft_jax.parallel import MeshSettings, batch_sharding, make_mesh
@@ -74,7 +74,7 @@ def held_out(config, encoder):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(encoder)
-    _, data = build_data(config.data, tokenizer, batch_size=8, max_length=8, seed=0, labelled=True)
+    _, data = build_data(config.data, tokenizer, batch_size=8, max_length=8, seed=0, labeled=True)
     return data
 
 
@@ -215,15 +215,15 @@ def test_pairs_are_cut_padded_and_told_apart(encoder):
     rows = [{"sentence1": "w1 w2 w3 w4 w5 w6 w7", "sentence2": "w8 w9", "label": "entailment"}]
     settings = DataSettings(recipe="rte", hold_out=0, shuffle=False)
     recipe = get_recipe("rte").configured(settings)
-    from peft_jax.data import LabelledEncoder
+    from peft_jax.data import LabeledEncoder
 
-    encoder_ = LabelledEncoder(tokenizer, settings, max_length=9)
+    encoder_ = LabeledEncoder(tokenizer, settings, max_length=9)
     (text,) = encoder_.encode(recipe.example(rows[0]))
     words = tokenizer.convert_ids_to_tokens(text.ids.tolist())
     assert words == ["[CLS]", "w1", "w2", "w3", "w4", "[SEP]", "w8", "w9", "[SEP]"]
     assert text.token_types.tolist() == [0, 0, 0, 0, 0, 0, 1, 1, 1]
     assert text.label == 0.0
-    short = LabelledEncoder(tokenizer, settings, max_length=14)
+    short = LabeledEncoder(tokenizer, settings, max_length=14)
     row = short.fill_row(short.encode(recipe.example(rows[0])))
     assert row.segment_ids.tolist() == [1] * 12 + [0] * 2
     assert float(row.loss_mask) == 1.0
@@ -318,7 +318,7 @@ def test_peft_loads_the_adapter_with_its_head(kind, bert, tmp_path):
 def test_rows_that_fill_up_have_no_loss(bert):
     model = build_classifier({**bert, "vocab_size": 40}, num_labels=2)
     params = model.init_params(jax.random.key(0))
-    batch = LabelledBatch(
+    batch = LabeledBatch(
         tokens=jnp.ones((2, 4), jnp.int32),
         token_types=jnp.zeros((2, 4), jnp.int32),
         segment_ids=jnp.asarray([[1, 1, 1, 0], [0] * 4], jnp.int32),

@@ -89,7 +89,7 @@ def test_a_chat_template_goes_with_the_tokenizer(tiny, checkpoint, data, tmp_pat
 
 
 def test_a_chat_template_that_is_not_there_is_named(tiny, tmp_path):
-    from peft_jax.training.errors import RefusedError
+    from peft_jax.runtime.errors import RefusedError
 
     with pytest.raises(RefusedError, match=r"none\.jinja"):
         run(tiny(**{"data.chat_template": str(tmp_path / "none.jinja")}), tmp_path / "run")

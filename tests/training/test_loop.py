@@ -22,7 +22,7 @@ from peft_jax.training import (
     TrainStep,
     run,
 )
-from peft_jax.training.metrics import read_records
+from peft_jax.training.report.metrics import read_records
 from peft_jax.training.step import summed_loss
 
 METHODS = ("full", "lora", "lora_ga", "boft", "unitary", "hybrid")
@@ -341,7 +341,7 @@ def test_results_without_their_configuration_are_not_overwritten(stopped, tiny):
 
 
 def test_two_runs_in_one_folder_are_refused(stopped, tiny):
-    from peft_jax.training.files import locked
+    from peft_jax.runtime.files import locked
 
     with locked(stopped / ".lock"), pytest.raises(RefusedError, match="in use by another run"):
         run(hybrid(tiny), stopped)

@@ -255,7 +255,7 @@ def test_a_frozen_base_under_an_adapter_has_no_gradient():
 
 
 def test_under_scan_and_remat():
-    """Summed over microbatches in a scan, the loss rematerialised: the same gradients."""
+    """Summed over microbatches in a scan, the loss rematerialized: the same gradients."""
     hidden, head, targets, weights = problem()
     batches = tuple(x.reshape(4, 6, *x.shape[1:]) for x in (hidden, targets, weights))
 

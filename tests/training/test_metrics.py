@@ -9,7 +9,7 @@ import types
 import numpy as np
 import pytest
 
-from peft_jax.training.metrics import (
+from peft_jax.training.report.metrics import (
     HELD_OUT,
     TRAIN,
     MetricsLog,

@@ -16,11 +16,10 @@ import jax
 import numpy as np
 import pytest
 
-from peft_jax.exits import ExitCode
+from peft_jax.runtime.errors import ExitCode, RefusedError
+from peft_jax.runtime.processes import Contact, ProcessSettings
 from peft_jax.training import placement, processes
-from peft_jax.training.errors import RefusedError
-from peft_jax.training.metrics import read_records
-from peft_jax.training.processes import Contact, ProcessSettings
+from peft_jax.training.report.metrics import read_records
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 300

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from peft_jax.training.plots import _lambda_rows, draw_all, smooth
-from peft_jax.training.report import write_report
+from peft_jax.training.report.page import write_report
+from peft_jax.training.report.plots import _lambda_rows, draw_all, smooth
 
 
 def records(layers: int = 3, steps: int = 12, groups=("layers",)) -> list[dict]:

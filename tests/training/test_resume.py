@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from peft_jax.data import DataSettings
+from peft_jax.runtime.errors import StorageError
 from peft_jax.training import RefusedError, loop, prepare, run
-from peft_jax.training.errors import StorageError
-from peft_jax.training.inputs import Content, Inputs, identify_data, pin
-from peft_jax.training.metrics import MetricsLog, read_records
+from peft_jax.training.input_digests import Content, Inputs, identify_data, pin
+from peft_jax.training.report.metrics import MetricsLog, read_records
 from peft_jax.training.resume import explain_schedule
 
 CONSTANT = {"optimizer.schedule.name": "constant", "optimizer.schedule.warmup_steps": 2}

@@ -14,7 +14,7 @@ from peft_jax.models import build_model
 from peft_jax.parallel import MESH_AXES, MeshSettings, make_mesh
 from peft_jax.training import run
 from peft_jax.training.blueprint import draw_blueprint
-from peft_jax.training.metrics import read_records
+from peft_jax.training.report.metrics import read_records
 from peft_jax.training.state import TrainState
 
 LLAMA = {
@@ -45,7 +45,7 @@ SETTINGS = {
 
 
 def batch(microbatches: int) -> Batch:
-    """Rows with two texts packed into each, and padding, of which some tokens are to be learnt."""
+    """Rows with two texts packed into each, and padding, of which some tokens are to be learned."""
     random = np.random.default_rng(0)
     tokens = random.integers(0, 40, (ROWS, TOKENS + 1)).astype(np.int32)
     ends = np.sort(random.integers(2, TOKENS + 1, (ROWS, 2)), axis=1)
@@ -174,8 +174,8 @@ def test_however_it_is_computed(take_steps, changes):
     assert_same(take_steps("hybrid", INNER, **changes), take_steps("hybrid", ONE))
 
 
-def losses_over_quantised(tiny, workdir, method: str, quantization: str, mesh: dict) -> list[float]:
-    """The losses of a whole run over a quantised base, from its loading on."""
+def losses_over_quantized(tiny, workdir, method: str, quantization: str, mesh: dict) -> list[float]:
+    """The losses of a whole run over a quantized base, from its loading on."""
     config = tiny(
         **{f"method.{name}": value for name, value in SETTINGS[method].items()},
         **{f"parallel.{axis}": size for axis, size in mesh.items()},
@@ -202,9 +202,9 @@ def losses_over_quantised(tiny, workdir, method: str, quantization: str, mesh: d
     ],
     ids=str,
 )
-def test_a_quantised_base_too(tiny, tmp_path, method, quantization, mesh):
-    cut = losses_over_quantised(tiny, tmp_path / "cut", method, quantization, {"devices": 0} | mesh)
-    alone = losses_over_quantised(tiny, tmp_path / "alone", method, quantization, {"devices": 1})
+def test_a_quantized_base_too(tiny, tmp_path, method, quantization, mesh):
+    cut = losses_over_quantized(tiny, tmp_path / "cut", method, quantization, {"devices": 0} | mesh)
+    alone = losses_over_quantized(tiny, tmp_path / "alone", method, quantization, {"devices": 1})
     np.testing.assert_allclose(cut, alone, rtol=1e-3)
 
 

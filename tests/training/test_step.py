@@ -30,7 +30,7 @@ def model():
 
 
 def rows(count: int, length: int = 8, seed: int = 0) -> Batch:
-    """Random rows, some of them padded, with some tokens not to be learnt."""
+    """Random rows, some of them padded, with some tokens not to be learned."""
     random = np.random.default_rng(seed)
     tokens = random.integers(0, VOCABULARY, (count, length + 1)).astype(np.int32)
     lengths = random.integers(3, length + 1, count)

@@ -162,7 +162,7 @@ def test_the_base_and_the_adapter_it_starts_from_stay_as_they_are(model, params,
     start = spec.init(jax.random.key(5), params)
     kept = jax.tree.map(np.array, start.trainable)
     trainer = Trainer(model, spec, optax.sgd(0.1), mesh=one_device())
-    training = trainer.initialise(params, adapter=start)
+    training = trainer.initialize(params, adapter=start)
     trainer.step(training, batches[0])
     close(params, before, atol=0)
     close(start.trainable, kept, atol=0)
@@ -172,16 +172,16 @@ def test_a_method_that_starts_along_the_gradient_wants_batches(model, params, ba
     trainer = Trainer(model, AdapterSpec(LoRAGA(rank=2)), optax.sgd(0.1), mesh=one_device())
     with pytest.raises(ValueError, match="batches"):
         trainer.fit(params, batches)
-    found = trainer.initialise(params, batches[:1]).adapter.trainable
+    found = trainer.initialize(params, batches[:1]).adapter.trainable
     assert all(float(jnp.max(jnp.abs(leaf))) > 0 for leaf in flatten(found).values())
 
 
-def test_a_step_comes_after_initialise(model, params, batches):
+def test_a_step_comes_after_initialize(model, params, batches):
     def trainer():
         return Trainer(model, AdapterSpec(LoRA(rank=2)), optax.sgd(0.1), mesh=one_device())
 
-    training = trainer().initialise(params)
-    with pytest.raises(ValueError, match="call initialise before a step"):
+    training = trainer().initialize(params)
+    with pytest.raises(ValueError, match="call initialize before a step"):
         trainer().step(training, batches[0])
 
 
@@ -283,7 +283,7 @@ def test_optimizers_whose_state_has_a_form_of_its_own(model, params, batches, op
 
 def test_an_optimizer_that_asks_for_the_loss_is_given_it(model, params, batches):
     trainer = Trainer(model, AdapterSpec(LoRA(rank=2)), optax.polyak_sgd(), mesh=one_device())
-    training = trainer.initialise(params)
+    training = trainer.initialize(params)
     before = flatten(jax.tree.map(np.array, training.adapter.trainable))
     metrics = trainer.step(training, batches[0])
     # Polyak's step is (loss - 0) / ‖gradient‖², along the gradient.
@@ -303,7 +303,7 @@ def test_held_out_rows_need_not_fill_microbatches(model, params, batches):
         gradient_accumulation=4,
         mesh=one_device(),
     )
-    training = trainer.initialise(params)
+    training = trainer.initialize(params)
     rows = jax.tree.map(lambda x: x[:3], batches[0])
     bound = trainer.spec.bind(params, training.adapter)
     total, weight = mean_loss(model, bound, rows)
@@ -347,7 +347,7 @@ def test_initial_batches_may_not_use_the_training_batches_up(model, params, batc
 def test_what_is_no_batch_of_the_models_is_refused(model, params, batch, message):
     trainer = Trainer(model, AdapterSpec(LoRA(rank=2)), optax.sgd(0.1), mesh=one_device())
     with pytest.raises(ValueError, match=message):
-        trainer.step(trainer.initialise(params), batch)
+        trainer.step(trainer.initialize(params), batch)
 
 
 @pytest.mark.parametrize("batch", [{}, {"x": 3.0, "y": np.zeros((8, 2))}, {"x": [[1, 2]] * 8}])
@@ -356,7 +356,7 @@ def test_a_custom_loss_wants_arrays_of_rows(model, params, batch):
         model, AdapterSpec(LoRA(rank=2)), optax.sgd(0.1), mesh=one_device(), loss_fn=mean_loss
     )
     with pytest.raises(ValueError, match="batch must"):
-        trainer.step(trainer.initialise(params), batch)
+        trainer.step(trainer.initialize(params), batch)
 
 
 def test_a_custom_loss_returns_two_numbers(model, params, batches):
@@ -364,7 +364,7 @@ def test_a_custom_loss_returns_two_numbers(model, params, batches):
         trainer = Trainer(
             model, AdapterSpec(LoRA(rank=2)), optax.sgd(0.1), mesh=one_device(), loss_fn=loss_fn
         )
-        return trainer.step(trainer.initialise(params), batches[0])["loss"]
+        return trainer.step(trainer.initialize(params), batches[0])["loss"]
 
     def total(model, bound, batch):
         return mean_loss(model, bound, batch)[0]
@@ -380,7 +380,7 @@ def test_an_adapter_of_another_spec_is_refused(model, params):
     for other in (AdapterSpec(LoRA(rank=4)), AdapterSpec(LoRA(rank=2), target_modules=("q_proj",))):
         adapter = other.init(jax.random.key(0), params)
         with pytest.raises(ValueError, match="the adapter is not one of this AdapterSpec"):
-            trainer.initialise(params, adapter=adapter)
+            trainer.initialize(params, adapter=adapter)
 
 
 def test_parameters_of_another_model_are_refused(model, params):

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from peft_jax.training.errors import RefusedError
+from peft_jax.runtime.errors import RefusedError
 from peft_jax.training.workdir import WorkDir
 
 

@@ -46,7 +46,7 @@ class Recipe:
       headerless: the columns of the layouts that are published without a header.
       train_splits: what the training rows are called, in order of preference.
       eval_splits: what the held-out rows are called, in order of preference.
-      completion_only: whether only the answer is learnt.
+      completion_only: whether only the answer is learned.
       too_long: what is done with a row of more than the run's length.
       chat_prompt: the prompt where a chat template is put around it; empty: the same.
       metric: the name of what `score` measures; empty where a prediction cannot be scored.

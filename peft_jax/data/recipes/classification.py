@@ -15,7 +15,7 @@ from peft_jax.data.recipes.measures import f1, matthews_correlation
 from peft_jax.data.settings import DataSettings
 from peft_jax.data.tables import Row
 
-_UNLABELLED = (-1, "-1", "-", "")
+_UNLABELED = (-1, "-1", "-", "")
 """What published sets put where there is no label: test splits, and where annotators disagree."""
 
 
@@ -73,7 +73,7 @@ class Classification(Recipe):
         return tuple(label.word for label in self.labels)
 
     def example(self, row: Row) -> Example:
-        """The label's word is learnt; every label's is a choice.
+        """The label's word is learned; every label's is a choice.
 
         Raises:
           BadRowError: if the row has no label, or one that is not known.
@@ -106,7 +106,7 @@ class Classification(Recipe):
           BadRowError: if there is no label, or one that is not known.
         """
         text = value.strip().lower() if isinstance(value, str) else value
-        if text is None or text in _UNLABELLED:
+        if text is None or text in _UNLABELED:
             raise BadRowError("no label", f"field 'label' is {value!r}")
         if isinstance(text, str):
             for index, label in enumerate(self.labels):

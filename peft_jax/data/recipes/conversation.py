@@ -24,10 +24,10 @@ _ROLES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chat(Recipe):
-    """A row's messages; the assistant's turns are learnt, every one of them.
+    """A row's messages; the assistant's turns are learned, every one of them.
 
     A row has "messages" with "role" and "content", or "conversations" with "from" and "value", or
-    "prompt" and "completion", each a text or a list of messages, of which the completion is learnt.
+    "prompt" and "completion", each a text or a list of messages; the completion is learned.
     A turn of the assistant's with "weight" 0 is context. The first column that is not null is read;
     what a column "system" says stands before the others.
     """
@@ -40,7 +40,7 @@ class Chat(Recipe):
 
         Raises:
           BadRowError: if the row is none of these, or the assistant says nothing in it that is to
-            be learnt.
+            be learned.
         """
         messages = self.read_value(row, "messages")
         context = 0
@@ -62,13 +62,13 @@ class Chat(Recipe):
         listed = without_nulls(_listed(messages))
         weights = [_weight(number, message) for number, message in enumerate(listed)]
         checked = [_message(number, message) for number, message in enumerate(listed)]
-        learnt = tuple(
+        learned = tuple(
             number
             for number, message in enumerate(checked)
             if message["role"] == "assistant" and number >= context and weights[number]
         )
-        if not learnt:
-            raise BadRowError("empty", "the assistant says nothing that is to be learnt")
+        if not learned:
+            raise BadRowError("empty", "the assistant says nothing that is to be learned")
         system = self.read_text(row, "system")
         if system.strip():
             if checked[0]["role"] == "system" and checked[0]["content"] != system:
@@ -77,9 +77,9 @@ class Chat(Recipe):
                 )
             if checked[0]["role"] != "system":
                 checked.insert(0, {"role": "system", "content": system})
-                learnt = tuple(number + 1 for number in learnt)
+                learned = tuple(number + 1 for number in learned)
         return Conversation(
-            messages=tuple(checked), tools=tuple(without_nulls(tools)), learnt=learnt
+            messages=tuple(checked), tools=tuple(without_nulls(tools)), learned=learned
         )
 
 
@@ -103,12 +103,12 @@ def _is_list_of_objects(value: Any) -> bool:
 
 
 def _weight(number: int, message: Mapping[str, Any]) -> bool:
-    """Whether a message is learnt, if it is the assistant's."""
+    """Whether a message is learned, if it is the assistant's."""
     weight = message.get("weight", 1)
     if weight not in (0, 1):
         raise BadRowError(
             "wrong type",
-            f"message {number + 1} has weight {weight!r}; it is 1, learnt, or 0, context",
+            f"message {number + 1} has weight {weight!r}; it is 1, learned, or 0, context",
         )
     return bool(weight)
 
@@ -138,7 +138,7 @@ def _message(number: int, message: Mapping[str, Any]) -> dict[str, Any]:
 
 CHAT = Chat(
     name="chat",
-    about="conversations through a chat template, the assistant's turns learnt",
+    about="conversations through a chat template, the assistant's turns learned",
     fields={
         "messages": ("messages", "conversations", "conversation"),
         "prompt": ("prompt",),

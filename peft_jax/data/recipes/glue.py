@@ -45,7 +45,7 @@ class Similarity(Recipe):
     metric: str = "closeness"
 
     def example(self, row: Row) -> Example:
-        """The number is learnt.
+        """The number is learned.
 
         Raises:
           BadRowError: if the row has no number, or one out of range.

@@ -22,7 +22,7 @@ class MathProblem(Recipe):
     """A problem, its solution, and the number after the mark "####"."""
 
     def example(self, row: Row) -> Example:
-        """The solution is learnt; the number after its mark is the reference.
+        """The solution is learned; the number after its mark is the reference.
 
         Raises:
           BadRowError: if the solution has no number after a mark.

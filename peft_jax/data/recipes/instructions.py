@@ -43,7 +43,7 @@ class Instructions(Recipe):
         return super(Instructions, recipe).configured(settings)
 
     def example(self, row: Row) -> Example | Conversation:
-        """The answer is learnt."""
+        """The answer is learned."""
         values = self.read(row)
         history = self._history(row)
         system = "" if "{system}" in self.prompt else values["system"]
@@ -63,7 +63,7 @@ class Instructions(Recipe):
             if system.strip():
                 messages.insert(0, {"role": "system", "content": system})
             return Conversation(
-                messages=tuple(messages), learnt=(len(messages) - 1,), answer=answer
+                messages=tuple(messages), learned=(len(messages) - 1,), answer=answer
             )
         parts = [system] if system.strip() else []
         parts += [

@@ -23,7 +23,7 @@ def f1(predicted: np.ndarray, right: np.ndarray) -> float:
 
 
 def matthews_correlation(predicted: np.ndarray, right: np.ndarray) -> float:
-    """The correlation of two labellings by 0 and 1; 0 where one of them is constant.
+    """The correlation of two labelings by 0 and 1; 0 where one of them is constant.
 
     Args:
       predicted: int [n], labels 0 or 1.

@@ -1,0 +1,166 @@
+"""Which leaves of a model an adapter covers, and with which settings."""
+
+import dataclasses
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from qwix import QArray
+
+from peft_jax.adapters.method import AdapterMethod, TrainingMethod
+from peft_jax.adapters.names import matches_name, matches_pattern, select_modules
+from peft_jax.adapters.sketch import kernel_shape
+from peft_jax.core import Path, Tree, flatten, is_stacked, join_path
+
+ALL_LINEAR = "all-linear"
+"""Every linear map but the output head, as in Hugging Face PEFT."""
+
+_HEADS = ("lm_head", "classifier")
+
+
+@dataclasses.dataclass(frozen=True)
+class Targets:
+    """What an `AdapterSpec` does to one model.
+
+    Attributes:
+      adapted: the method at each adapted kernel's path.
+      trained: the paths of leaves that are trained themselves.
+    """
+
+    adapted: dict[Path, AdapterMethod]
+    trained: tuple[Path, ...]
+
+
+def find_targets(
+    params: Tree,
+    method: TrainingMethod,
+    *,
+    target_modules: str | Collection[str],
+    exclude_modules: str | Collection[str],
+    rank_pattern: Mapping[str, int],
+    alpha_pattern: Mapping[str, float],
+    modules_to_save: Collection[str],
+) -> Targets:
+    """The targets for a model with these parameters; for the settings see `AdapterSpec`.
+
+    Raises:
+      ValueError: when a target or a pattern matches nothing, a kernel cannot be adapted, or a leaf
+        would be both adapted and trained itself.
+    """
+    flat = flatten(params)
+    n_layers = next((kernel_shape(v)[0] for path, v in flat.items() if is_stacked(path)), 1)
+    leaves = _leaves_by_module(flat)
+    saved = _choose(modules_to_save, leaves, n_layers, "modules_to_save") if modules_to_save else []
+    if not isinstance(method, AdapterMethod):
+        if rank_pattern or alpha_pattern:
+            raise ValueError("full fine-tuning has no ranks: leave rank_pattern and alpha_pattern")
+        chosen = _without(
+            list(leaves)
+            if target_modules == ALL_LINEAR
+            else _choose(target_modules, leaves, n_layers, "target_modules"),
+            exclude_modules,
+            leaves,
+            n_layers,
+        )
+        modules = sorted({*chosen, *saved})
+        trained = tuple(path for module in modules for path in leaves[module])
+        _refuse_quantized(trained, flat)
+        return Targets({}, trained)
+
+    kernels = {join_path(path[:-1]): path for path in flat if path[-1] == "kernel"}
+    if target_modules == ALL_LINEAR:
+        chosen = [module for module in kernels if module.split(".")[0] not in _HEADS]
+    else:
+        _refuse_embeddings(target_modules, flat)
+        chosen = _choose(target_modules, kernels, n_layers, "target_modules")
+    chosen = _without(chosen, exclude_modules, kernels, n_layers)
+    if both := sorted(set(chosen) & set(saved)):
+        raise ValueError(
+            f"{', '.join(both)} would be adapted and, by modules_to_save, trained itself; take it"
+            " out of one of the two"
+        )
+    _check_patterns(rank_pattern, "rank_pattern", chosen, n_layers)
+    _check_patterns(alpha_pattern, "alpha_pattern", chosen, n_layers)
+    method.check_modules(chosen)
+    adapted = {}
+    for module in chosen:
+        own = method.for_module(
+            module,
+            rank=_first_match(rank_pattern, module, n_layers),
+            alpha=_first_match(alpha_pattern, module, n_layers),
+        )
+        d_in, d_out = kernel_shape(flat[kernels[module]])[-2:]
+        own.check_kernel(module, (d_in, d_out))
+        adapted[kernels[module]] = own
+    trained = tuple(path for module in sorted(saved) for path in leaves[module])
+    _refuse_quantized(trained, flat)
+    return Targets(adapted, trained)
+
+
+def _leaves_by_module(flat: Mapping[Path, Any]) -> dict[str, list[Path]]:
+    leaves: dict[str, list[Path]] = {}
+    for path in flat:
+        leaves.setdefault(join_path(path[:-1]), []).append(path)
+    return leaves
+
+
+def _choose(
+    targets: str | Collection[str], modules: Iterable[str], n_layers: int, setting: str
+) -> list[str]:
+    return select_modules(targets, modules, n_layers=n_layers, setting=setting)
+
+
+def _without(
+    chosen: list[str], excluded: str | Collection[str], modules: Iterable[str], n_layers: int
+) -> list[str]:
+    if not excluded:
+        return chosen
+    taken_out = set(_choose(excluded, modules, n_layers, "exclude_modules"))
+    left = [module for module in chosen if module not in taken_out]
+    if not left:
+        raise ValueError(f"exclude_modules {excluded!r} leaves nothing to train")
+    return left
+
+
+def _refuse_quantized(trained: Collection[Path], flat: Mapping[Path, Any]) -> None:
+    """Numbers of 8 or 4 bits take no small updates."""
+    quantized = [join_path(path[:-1]) for path in trained if isinstance(flat[path], QArray)]
+    if quantized:
+        raise ValueError(
+            f"{', '.join(quantized)} would be trained itself, and is quantized: adapt it, take it"
+            ' out of what is trained, or load the base with quantization "none"'
+        )
+
+
+def _refuse_embeddings(targets: str | Collection[str], flat: Mapping[Path, Any]) -> None:
+    if isinstance(targets, str):
+        return
+    embeddings = {join_path(path[:-1]) for path in flat if path[-1] == "embedding"}
+    for name in targets:
+        if any(matches_name(name, module) for module in embeddings):
+            raise ValueError(
+                f"target_modules names {name!r}, an embedding, which is a table and no linear map;"
+                " name it in modules_to_save to train it"
+            )
+
+
+def _check_patterns(
+    patterns: Mapping[str, Any], setting: str, modules: Collection[str], n_layers: int
+) -> None:
+    for pattern in patterns:
+        try:
+            found = any(_matches(pattern, module, n_layers) for module in modules)
+        except ValueError as error:
+            raise ValueError(f"{setting}: {error}") from error
+        if not found:
+            raise ValueError(
+                f"{setting} names {pattern!r}, which matches none of the adapted modules:"
+                f" {', '.join(modules)}"
+            )
+
+
+def _matches(pattern: str, module: str, n_layers: int) -> bool:
+    return matches_name(pattern, module) or matches_pattern(pattern, module, n_layers=n_layers)
+
+
+def _first_match(patterns: Mapping[str, Any], module: str, n_layers: int) -> Any:
+    return next((v for pattern, v in patterns.items() if _matches(pattern, module, n_layers)), None)

@@ -1,0 +1,90 @@
+"""What the makers of accelerators state of them, for estimates.
+
+Sources: the TPU system architecture pages of Google Cloud's documentation, "How to Scale Your
+Model" (Austin et al., 2025, chapter 2) for the links, and NVIDIA's data sheets (bfloat16, dense
+matrices). The memory that a program may use is what the TPU compiler allows it, measured
+with libtpu 0.0.52 on a program that asks for more.
+"""
+
+import dataclasses
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip:
+    """One device, as JAX counts them: a core where a chip has two that do not act as one.
+
+    Attributes:
+      name: what it is called.
+      flops: products' peak in bfloat16, FLOP/s.
+      memory: bytes that a program may use; None where the device itself has to be asked.
+      memory_bandwidth: bytes a second to and from that memory.
+      link_bandwidth: bytes a second that a device receives in a collective among neighbors: along
+        one axis of a TPU's torus, from both sides; over NVLink.
+      network_bandwidth: bytes a second a device between slices, or between hosts of GPUs.
+      per_chip: devices on one chip.
+    """
+
+    name: str
+    flops: float
+    memory: int | None
+    memory_bandwidth: float
+    link_bandwidth: float
+    network_bandwidth: float
+    per_chip: int = 1
+
+
+def _tpu(
+    name: str, flops: float, gib: float, memory: float, link: float, per_chip: int = 1
+) -> Chip:
+    return Chip(
+        name=name,
+        flops=flops,
+        memory=int(gib * GIB),
+        memory_bandwidth=memory,
+        link_bandwidth=2 * link,
+        network_bandwidth=6.25e9 / per_chip,
+        per_chip=per_chip,
+    )
+
+
+def _gpu(name: str, flops: float, memory: float, link: float) -> Chip:
+    return Chip(
+        name=name,
+        flops=flops,
+        memory=None,
+        memory_bandwidth=memory,
+        link_bandwidth=link,
+        network_bandwidth=50e9,
+    )
+
+
+CHIPS: dict[str, Chip] = {
+    "TPU v2": _tpu("TPU v2 core", 23e12, 7.48, 350e9, 62e9, per_chip=2),
+    "TPU v3": _tpu("TPU v3 core", 61e12, 15.48, 450e9, 82e9, per_chip=2),
+    "TPU v4": _tpu("TPU v4 core", 137.5e12, 15.25, 614e9, 45e9, per_chip=2),
+    "TPU v5 lite": _tpu("TPU v5e", 197e12, 15.75, 819e9, 45e9),
+    "TPU v5": _tpu("TPU v5p", 459e12, 95.73, 2765e9, 90e9),
+    "TPU v6 lite": _tpu("TPU v6e", 918e12, 31.24, 1640e9, 90e9),
+    "TPU7x": _tpu("TPU 7x core", 1153e12, 94.74, 3690e9, 100e9, per_chip=2),
+    "Tesla T4": _gpu("T4", 65e12, 320e9, 16e9),
+    "NVIDIA L4": _gpu("L4", 121e12, 300e9, 32e9),
+    "NVIDIA L40S": _gpu("L40S", 362e12, 864e9, 32e9),
+    "NVIDIA A100": _gpu("A100", 312e12, 2039e9, 300e9),
+    "NVIDIA H100": _gpu("H100", 989e12, 3350e9, 450e9),
+    "NVIDIA H200": _gpu("H200", 989e12, 4800e9, 450e9),
+    "NVIDIA B200": _gpu("B200", 2250e12, 8000e9, 900e9),
+}
+"""By the beginning of what JAX calls the device (`jax.Device.device_kind`)."""
+
+
+def find_chip(device_kind: str) -> Chip | None:
+    """What is known of a device; None for what is not, a CPU above all.
+
+    Example:
+      >>> find_chip("TPU v5 lite").name, find_chip("NVIDIA H100 80GB HBM3").name, find_chip("cpu")
+      ('TPU v5e', 'H100', None)
+    """
+    matching = [kind for kind in CHIPS if device_kind.startswith(kind)]
+    return CHIPS[max(matching, key=len)] if matching else None

@@ -1,0 +1,149 @@
+"""The arithmetic of a program, counted from its jaxpr: loops as often as they run.
+
+The compilers' own analyses count the body of a loop once, and a training step is loops: over
+layers, over microbatches, over pieces of the loss. Counted are the products that matrix units do,
+and what decompositions and Fourier transforms take; additions and the like are left out, as is
+usual.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlopCount:
+    """Floating-point operations of a program.
+
+    Attributes:
+      flops: of products, transforms and decompositions; a product and its sum are two.
+      unknown_loops: how many loops run until something computed says stop; their bodies are
+        counted once.
+    """
+
+    flops: float
+    unknown_loops: int = 0
+
+    def __add__(self, other: "FlopCount") -> "FlopCount":
+        return FlopCount(
+            flops=self.flops + other.flops, unknown_loops=self.unknown_loops + other.unknown_loops
+        )
+
+    def times(self, repetitions: int) -> "FlopCount":
+        """The same, so many times one after another."""
+        return dataclasses.replace(self, flops=self.flops * repetitions)
+
+
+def count_flops(function: Callable[..., Any], *arguments: Any) -> FlopCount:
+    """The arithmetic of a function at arguments of these shapes, over all devices together.
+
+    Args:
+      function: what is counted.
+      *arguments: arrays, or their shapes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> def layers(x, weights):
+      ...     return jax.lax.scan(lambda x, w: (x @ w, None), x, weights)[0]
+      >>> x, weights = jnp.ones((8, 16)), jnp.ones((5, 16, 16))
+      >>> count_flops(layers, x, weights).flops == 5 * 2 * 8 * 16 * 16
+      True
+    """
+    return count_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def count_jaxpr(jaxpr: Any) -> FlopCount:
+    """The arithmetic of a jaxpr."""
+    total = FlopCount(flops=0.0)
+    for equation in jaxpr.eqns:
+        total += _count_equation(equation)
+    return total
+
+
+def _count_equation(equation: Any) -> FlopCount:
+    name, params = equation.primitive.name, equation.params
+    if name in _FORMULAS:
+        return FlopCount(flops=_FORMULAS[name](equation))
+    if name == "scan":
+        return count_jaxpr(params["jaxpr"].jaxpr).times(params["length"])
+    if name == "while":
+        body = count_jaxpr(params["body_jaxpr"].jaxpr)
+        return body + FlopCount(flops=0.0, unknown_loops=1)
+    if name == "cond":
+        # One branch runs; which, is decided while the program runs.
+        return max(
+            (count_jaxpr(branch.jaxpr) for branch in params["branches"]),
+            key=lambda count: count.flops,
+        )
+    if name == "kernels_pallas":
+        # Whatever it is lowered to, its arithmetic is that of its plain form.
+        plain = functools.partial(params["operation"].xla, **dict(params["settings"]))
+        # By shape and dtype alone: within a `shard_map` the operands also carry its mesh.
+        shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars]
+        return count_flops(plain, *shapes)
+    if name == "custom_linear_solve":
+        # Its other programs are for derivatives.
+        return count_jaxpr(params["jaxprs"].solve.jaxpr)
+    if name == "pallas_call":
+        grid = params["grid_mapping"].grid
+        return count_jaxpr(params["jaxpr"]).times(math.prod(grid))
+    if name == "shard_map":
+        axes = params["newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"]
+        devices = math.prod(params["mesh"].shape[axis] for axis in axes)
+        return count_jaxpr(params["jaxpr"]).times(devices)
+    inner = FlopCount(flops=0.0)
+    for jaxpr in _inner_jaxprs(params):
+        inner += count_jaxpr(jaxpr)
+    return inner
+
+
+def _inner_jaxprs(params: Mapping[str, Any]) -> Iterator[Any]:
+    """The programs that an equation calls: of `jit`, `checkpoint`, functions with own gradients."""
+    for value in params.values():
+        for one in value if isinstance(value, (tuple, list)) else (value,):
+            if hasattr(one, "jaxpr") and hasattr(one.jaxpr, "eqns"):
+                yield one.jaxpr
+            elif hasattr(one, "eqns"):
+                yield one
+
+
+def _dot_general(equation: Any) -> float:
+    """Two operations a pair of factors: 2 x the result x what is summed over."""
+    (contracting, _), _ = equation.params["dimension_numbers"]
+    left = equation.invars[0].aval.shape
+    summed = math.prod(left[axis] for axis in contracting)
+    return 2.0 * math.prod(equation.outvars[0].aval.shape) * summed
+
+
+def _fft(equation: Any) -> float:
+    """5 n log2 n for a complex transform of n, the count of the textbook algorithm."""
+    n = math.prod(equation.params["fft_lengths"])
+    return 5.0 * math.prod(equation.invars[0].aval.shape) * math.log2(max(n, 2))
+
+
+def _lu(equation: Any) -> float:
+    *stack, rows, columns = equation.invars[0].aval.shape
+    return 2.0 / 3.0 * math.prod(stack) * rows * columns * min(rows, columns)
+
+
+def _triangular_solve(equation: Any) -> float:
+    size = equation.invars[0].aval.shape[-1]
+    return float(math.prod(equation.invars[1].aval.shape) * size)
+
+
+def _cholesky(equation: Any) -> float:
+    *stack, size, _ = equation.invars[0].aval.shape
+    return math.prod(stack) * size**3 / 3.0
+
+
+_FORMULAS: dict[str, Callable[[Any], float]] = {
+    "dot_general": _dot_general,
+    "fft": _fft,
+    "lu": _lu,
+    "triangular_solve": _triangular_solve,
+    "cholesky": _cholesky,
+}

@@ -1,0 +1,170 @@
+"""Leaves read onto the devices that hold them, quantized on the way where that is wanted.
+
+Every device's part is read by itself, so that no process holds, or reads, another's.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding
+from qwix import QArray
+
+from peft_jax.core import format_of, held_dtype, quantize
+from peft_jax.hub.leaf_sources import LeafSource, Ranges
+
+_ALIGNMENT = 64
+
+_PIECE = 64 * 2**20
+"""About how many bytes are quantized at a time."""
+
+
+def place(leaf: Any, sharding: Any, source: LeafSource) -> Any:
+    """A leaf on its devices.
+
+    Args:
+      leaf: a `jax.ShapeDtypeStruct`, or a `QArray` of them: what the leaf is to be.
+      sharding: how it is laid out; a `QArray` of shardings for a `QArray`.
+      source: where its numbers are.
+
+    Returns:
+      An array, or a `QArray` of arrays, as `leaf` says.
+    """
+    if isinstance(leaf, QArray):
+        return _place_quantized(leaf, sharding, source)
+    return jax.make_array_from_callback(leaf.shape, sharding, _reader(leaf, source))
+
+
+def _reader(leaf: jax.ShapeDtypeStruct, source: LeafSource) -> Callable[[Any], np.ndarray]:
+    """What reads one shard of a leaf, given its place in the whole as a tuple of slices.
+
+    A shard that several devices hold is read once.
+    """
+
+    @functools.cache
+    def read(ranges: Ranges) -> np.ndarray:
+        return _read(source, ranges, leaf.dtype)
+
+    return lambda index: read(_ranges(index, leaf.shape))
+
+
+def _place_quantized(leaf: QArray, sharding: QArray, source: LeafSource) -> QArray:
+    """A quantized leaf: every device quantizes its own part, a piece at a time."""
+    values_at = _parts(leaf.qvalue, sharding.qvalue)
+    scales_at = _parts(leaf.scale, sharding.scale)
+    made: dict[tuple[Ranges, Ranges], tuple[jax.Array, jax.Array]] = {}
+    held: list[tuple[jax.Array, jax.Array]] = []
+    for device, values in values_at.items():
+        part = values, scales_at[device]
+        if part not in made:
+            # Within a run on a mesh: this one device computes, and not all of that mesh.
+            with jax.set_mesh(jax.sharding.Mesh([device], ("device",))):
+                made[part] = _quantize_part(leaf, *part, source, device)
+        held.append(jax.device_put(made[part], device))
+    arrays = [
+        jax.make_array_from_single_device_arrays(array.shape, layout, [parts[at] for parts in held])
+        for at, (array, layout) in enumerate(
+            ((leaf.qvalue, sharding.qvalue), (leaf.scale, sharding.scale))
+        )
+    ]
+    return QArray(*arrays, None, leaf.qtype)
+
+
+def _quantize_part(
+    leaf: QArray, values: Ranges, scales: Ranges, source: LeafSource, device: jax.Device
+) -> tuple[jax.Array, jax.Array]:
+    """One device's part of the values and of the scales, on the device.
+
+    A tile that reaches beyond the part is read whole: its scale depends on all of it.
+    """
+    tile = leaf.shape[-2] // leaf.scale.shape[-2]
+    layers, rows, columns = values
+    tiles = scales[1]
+    dtype = leaf.scale.dtype
+    at_once = max(1, _PIECE // (tile * (columns[1] - columns[0]) * dtype.itemsize))
+    held = (
+        jnp.zeros(_shape(values), held_dtype(format_of(leaf), device.platform), device=device),
+        jnp.zeros(_shape(scales), dtype, device=device),
+    )
+    first, last = min(rows[0] // tile, tiles[0]), max(-(-rows[1] // tile), tiles[1])
+    for layer in range(*layers):
+        for begin in range(first, last, at_once):
+            end = min(begin + at_once, last)
+            part = ((layer, layer + 1), (begin * tile, end * tile), columns)
+            piece = jax.device_put(_read(source, part, dtype), device)
+            wanted_rows = _common(rows, part[1])
+            wanted_tiles = _common(tiles, (begin, end))
+            held = _write(
+                *held,
+                piece,
+                layer - layers[0],
+                wanted_rows[0] - rows[0],
+                wanted_tiles[0] - tiles[0],
+                rows=(wanted_rows[0] - begin * tile, wanted_rows[1] - begin * tile),
+                tiles=(wanted_tiles[0] - begin, wanted_tiles[1] - begin),
+                quantization=format_of(leaf),
+            )
+            # One piece at a time: the next would be read while this one is still held.
+            jax.block_until_ready(held)
+    return held
+
+
+@functools.partial(
+    jax.jit, donate_argnums=(0, 1), static_argnames=("rows", "tiles", "quantization")
+)
+def _write(
+    values: jax.Array,
+    scales: jax.Array,
+    piece: jax.Array,
+    layer: jax.Array,
+    row: jax.Array,
+    tile: jax.Array,
+    *,
+    rows: tuple[int, int],
+    tiles: tuple[int, int],
+    quantization: str,
+) -> tuple[jax.Array, jax.Array]:
+    """Quantizes a piece, and writes the wanted rows and tiles of it where they belong."""
+    q = quantize(piece, quantization)
+    values = jax.lax.dynamic_update_slice(values, q.qvalue[:, slice(*rows)], (layer, row, 0))
+    scales = jax.lax.dynamic_update_slice(scales, q.scale[:, slice(*tiles)], (layer, tile, 0))
+    return values, scales
+
+
+def _parts(leaf: Any, sharding: Sharding) -> dict[jax.Device, Ranges]:
+    """Which part of a leaf each device of this process holds."""
+    indices = sharding.addressable_devices_indices_map(leaf.shape)
+    return {device: _ranges(index, leaf.shape) for device, index in indices.items()}
+
+
+def _ranges(index: Any, shape: tuple[int, ...]) -> Ranges:
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+
+
+def _shape(ranges: Ranges) -> tuple[int, ...]:
+    return tuple(stop - start for start, stop in ranges)
+
+
+def _common(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
+    """What two ranges have in common; an empty range inside the second, if nothing."""
+    start = min(max(one[0], other[0]), other[1])
+    return start, max(start, min(one[1], other[1]))
+
+
+def _read(source: LeafSource, ranges: Ranges, dtype: Any) -> np.ndarray:
+    part = _aligned_empty(_shape(ranges), dtype)
+    source.read_into(part, ranges)
+    return part
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array that the CPU backend takes over as it is: others it copies."""
+    dtype = np.dtype(dtype)
+    size = dtype.itemsize * math.prod(shape)
+    buffer = np.empty(size + _ALIGNMENT, np.uint8)
+    offset = -buffer.ctypes.data % _ALIGNMENT
+    return buffer[offset : offset + size].view(dtype).reshape(shape)

@@ -1,0 +1,83 @@
+"""Modules of version 0.1 under their old names, which one minor version keeps."""
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+import types
+import warnings
+from collections.abc import Iterable
+
+MOVED = {
+    "peft_jax.adapters.plan": "peft_jax.adapters.targets",
+    "peft_jax.arguments": "peft_jax.runtime.flags",
+    "peft_jax.command_line": "peft_jax.training.config_flags",
+    "peft_jax.core.activations": "peft_jax.core.activation_axes",
+    "peft_jax.core.checks": "peft_jax.core.validation",
+    "peft_jax.core.convert": "peft_jax.core.typed_settings",
+    "peft_jax.core.quantised": "peft_jax.core.quantized",
+    "peft_jax.data.labelled": "peft_jax.data.labeled",
+    "peft_jax.exits": "peft_jax.runtime.exits",
+    "peft_jax.hub.files": "peft_jax.runtime.files",
+    "peft_jax.hub.leaves": "peft_jax.hub.leaf_sources",
+    "peft_jax.hub.place": "peft_jax.hub.leaf_loading",
+    "peft_jax.parallel.arithmetic": "peft_jax.cost.flops",
+    "peft_jax.parallel.chips": "peft_jax.cost.chips",
+    "peft_jax.parallel.collectives": "peft_jax.cost.collectives",
+    "peft_jax.parallel.memory": "peft_jax.cost.memory",
+    "peft_jax.parallel.running": "peft_jax.parallel.activations",
+    "peft_jax.parallel.topology": "peft_jax.cost.topology",
+    "peft_jax.plan.memory": "peft_jax.plan.step_memory",
+    "peft_jax.training.arithmetic": "peft_jax.training.step_flops",
+    "peft_jax.training.clock": "peft_jax.runtime.clock",
+    "peft_jax.training.cpu_memory": "peft_jax.runtime.cpu_allocator",
+    "peft_jax.training.errors": "peft_jax.runtime.errors",
+    "peft_jax.training.files": "peft_jax.runtime.files",
+    "peft_jax.training.inbox": "peft_jax.runtime.pending",
+    "peft_jax.training.inputs": "peft_jax.training.input_digests",
+    "peft_jax.training.interruption": "peft_jax.runtime.interruption",
+    "peft_jax.training.metrics": "peft_jax.training.report.metrics",
+    "peft_jax.training.other_names": "peft_jax.training.setting_aliases",
+    "peft_jax.training.plots": "peft_jax.training.report.plots",
+    "peft_jax.training.processes": "peft_jax.runtime.processes",
+    "peft_jax.training.progress": "peft_jax.runtime.progress",
+    "peft_jax.training.summary": "peft_jax.training.report.summary",
+}
+"""Old name → new name. They go with version 0.3."""
+
+
+class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds a module under its old name, with a warning that gives the new one."""
+
+    def find_spec(
+        self,
+        fullname: str,
+        path: Iterable[str] | None,
+        target: types.ModuleType | None = None,
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname not in MOVED:
+            return None
+        return importlib.machinery.ModuleSpec(fullname, self)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        new = MOVED[spec.name]
+        warnings.warn(
+            f"{spec.name} is now {new}; the old name goes with peft_jax 0.3",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        old = types.ModuleType(spec.name, f"The old name of `{new}`.")
+        module = importlib.import_module(new)
+        # PEP 562: whatever the new module has, the old one has too.
+        old.__dict__["__getattr__"] = lambda name: getattr(module, name)
+        old.__dict__["__dir__"] = lambda: dir(module)
+        return old
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        """Does nothing: the new module has been executed."""
+
+
+def install() -> None:
+    """Lets modules be imported under their old names."""
+    if not any(isinstance(finder, _MovedModules) for finder in sys.meta_path):
+        sys.meta_path.append(_MovedModules())

@@ -1,0 +1,175 @@
+"""Files and folders that are either whole or not there, however the process ends."""
+
+import contextlib
+import errno
+import fcntl
+import glob
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from peft_jax.runtime.errors import RefusedError
+
+_LARGEST_JSON = 256 * 2**20
+"""Bytes; the indices of the largest checkpoints have some ten million."""
+
+_DEEPEST_JSON = 64
+
+_UNFINISHED = ("tmp", "old")
+"""The ends of the names of folders that are not yet, or no longer, in their place."""
+
+
+@contextlib.contextmanager
+def whole_file(file: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `file`, and moves it into place once it is on disk.
+
+    The temporary path has the suffix of `file`, by which some libraries choose a format. Where the
+    block raises, nothing is left behind and `file` is as it was. The folder is created.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.stem}.{os.getpid()}.tmp{file.suffix}")
+    try:
+        yield temporary
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes a text file in UTF-8, whole or not at all."""
+    with whole_file(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Writes a value as indented JSON with its keys in order, whole or not at all."""
+    write_text(file, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      ValueError: there is no such file, it is too large, or there is no JSON object in it.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file.parent} lacks {file.name}")
+    if (size := file.stat().st_size) > _LARGEST_JSON:
+        raise ValueError(
+            f"{file} has {size:,} bytes; a file of settings may have {_LARGEST_JSON:,}"
+        )
+    return parse_json_object(file.read_bytes(), str(file))
+
+
+def parse_json_object(text: str | bytes, what: str) -> dict[str, Any]:
+    """The object in a JSON text.
+
+    Args:
+      text: the JSON; bytes are UTF-8.
+      what: what it is called in messages.
+
+    Raises:
+      ValueError: it is no JSON, no object, or nested more deeply than settings are.
+
+    Example:
+      >>> parse_json_object("[1]", "config.json")
+      Traceback (most recent call last):
+      ValueError: config.json is not a JSON object
+    """
+    try:
+        value = json.loads(text.decode() if isinstance(text, bytes) else text)
+    except ValueError as error:
+        raise ValueError(f"{what} is not JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{what} is nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} is not a JSON object")
+    if not _is_shallow(value, _DEEPEST_JSON):
+        raise ValueError(f"{what} is nested too deeply: more than {_DEEPEST_JSON} levels")
+    return value
+
+
+def _is_shallow(value: Any, levels: int) -> bool:
+    """Whether a value of JSON is nested no more than so many levels deep."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, list):
+        return True
+    return levels > 0 and all(_is_shallow(item, levels - 1) for item in value)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder`, which takes its place when the block is done.
+
+    What is in `folder` goes when the new one is whole, and not before: no reader meets a mixture.
+    Where the block raises, nothing is left behind and `folder` is as it was.
+    """
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary, old = (
+        folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in _UNFINISHED
+    )
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        _put_in_place(temporary, folder, old)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what processes that were killed in `whole_folder` have left beside a folder.
+
+    Call it when `folder` is in its place and no other process can be writing it.
+    """
+    for end in _UNFINISHED:
+        for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.{end}"):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _put_in_place(new: Path, folder: Path, old: Path) -> None:
+    """Moves a folder to its place, and what is there to `old`, which then goes."""
+    if not folder.exists():
+        new.rename(folder)
+        return
+    # Process numbers come again, in containers above all: one that was killed may have left it.
+    shutil.rmtree(old, ignore_errors=True)
+    folder.rename(old)
+    try:
+        new.rename(folder)
+    except OSError:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path, flag: str = "--workdir") -> Iterator[None]:
+    """Holds a lock file for the length of the block; the system releases it if the process dies.
+
+    Args:
+      path: the file.
+      flag: what names the folder to the user.
+
+    Raises:
+      RefusedError: another process holds the lock.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            raise RefusedError(
+                f"{path.parent} is in use by another run: wait until it ends, or give this one a "
+                f"folder of its own with {flag}"
+            ) from error
+        yield

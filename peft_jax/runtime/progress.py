@@ -1,0 +1,192 @@
+"""Messages and progress on the terminal."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+_SECONDS_BETWEEN_LINES = 15.0
+"""How often a line is printed where there is no terminal to draw a bar on."""
+
+
+class Reporter:
+    """Prints messages and progress: bars on a terminal, and lines elsewhere.
+
+    On a terminal a message is wrapped between words. Elsewhere it stays one line, which can be
+    searched.
+
+    Args:
+      quiet: Print nothing; for all processes of a run but the first.
+      console: Where to write; by default the standard error, so that results can be piped.
+    """
+
+    def __init__(self, *, quiet: bool = False, console: Console | None = None):
+        self._console = console or Console(stderr=True, quiet=quiet)
+
+    def say(self, message: str) -> None:
+        """Prints a message."""
+        self._print(message)
+
+    def warn(self, message: str) -> None:
+        """Prints a message that should not be missed."""
+        self._print(f"warning: {message}", style="yellow")
+
+    def steps(self, total: int, *, done: int = 0) -> "StepProgress":
+        """Returns the progress of `total` steps, of which `done` are done."""
+        return StepProgress(self._console, total=total, done=done)
+
+    @contextlib.contextmanager
+    def counting(self, what: str, total: int) -> Iterator["Counter"]:
+        """Shows a counter for the length of the block.
+
+        Args:
+          what: Name of what is counted.
+          total: Number to count to.
+        """
+        with _bar(self._console, TextColumn(what)) as bar:
+            yield Counter(self._console, bar, what, total)
+
+    def _print(self, message: str, **style: Any) -> None:
+        self._console.print(
+            message,
+            markup=False,
+            highlight=False,
+            soft_wrap=not self._console.is_terminal,
+            **style,
+        )
+
+
+class Counter:
+    """Counts what is done; see `Reporter.counting`."""
+
+    def __init__(self, console: Console, bar: Progress, what: str, total: int):
+        self._console = console
+        self._bar = bar
+        self._what = what
+        self._total = total
+        self._done = 0
+        self._task = bar.add_task(what, total=total)
+        self._last_line = time.monotonic()
+
+    def advance(self, count: int = 1) -> None:
+        """Advances the counter by `count`."""
+        self._done += count
+        self._bar.update(self._task, completed=self._done)
+        now = time.monotonic()
+        if not self._console.is_terminal and now - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            self._console.print(f"{self._what} {self._done}/{self._total}", highlight=False)
+
+
+class StepProgress:
+    """Shows steps, the loss, tokens per second and the time left; a context.
+
+    The time left is estimated from steps after the first one shown, which includes compilation.
+
+    Args:
+      console: Where it is drawn.
+      total: Number of steps.
+      done: Number of steps done before.
+    """
+
+    def __init__(self, console: Console, *, total: int, done: int):
+        self._console = console
+        self._total = total
+        self._done = done
+        self._timed_from: tuple[int, float] | None = None
+        self._last_line = time.monotonic()
+        self._numbers = ""
+        self._bar = _bar(console, TextColumn("step"), TextColumn("{task.fields[numbers]}"))
+        self._task: Any = None
+
+    def __enter__(self) -> "StepProgress":
+        self._bar.start()
+        self._task = self._bar.add_task(
+            "steps", total=self._total, completed=self._done, numbers=self._numbers
+        )
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def advance(self, step: int) -> None:
+        """Shows that `step` has been dispatched; none of its values is needed."""
+        self._bar.update(self._task, completed=step)
+
+    def show(self, step: int, *, loss: float, tokens_per_second: float) -> None:
+        """Shows the metrics of the newest step for which they are known."""
+        self._numbers = f"loss {loss:.4f}  {_short(tokens_per_second)} tokens/s"
+        self._bar.update(self._task, numbers=self._numbers)
+        now = time.monotonic()
+        self._timed_from = self._timed_from or (step, now)
+        if not self._console.is_terminal and (
+            now - self._last_line >= _SECONDS_BETWEEN_LINES or step == self._total
+        ):
+            self._last_line = now
+            self._console.print(
+                f"step {step}/{self._total}  {self._numbers}{self._left(step, now)}",
+                highlight=False,
+            )
+
+    def _left(self, step: int, now: float) -> str:
+        """Returns the time left in words; empty until two steps have been seen."""
+        first, since = self._timed_from or (step, now)
+        if step == first:
+            return ""
+        return f"  {_duration((now - since) / (step - first) * (self._total - step))} left"
+
+
+def _bar(console: Console, name: TextColumn, *more: TextColumn) -> Progress:
+    """Returns a progress bar, which is drawn on a terminal alone."""
+    return Progress(
+        name,
+        MofNCompleteColumn(),
+        BarColumn(bar_width=None),
+        *more,
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+def _short(number: float) -> str:
+    """Returns a number with three digits and its thousands: 12.3k.
+
+    Example:
+      >>> [_short(n) for n in (7.5, 123.0, 12345.0, 2.5e6)]
+      ['7.50', '123', '12.3k', '2.50M']
+    """
+    for limit, unit in ((1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{_digits(number / limit)}{unit}"
+    return _digits(number)
+
+
+def _digits(number: float) -> str:
+    return (
+        f"{number:.0f}" if number >= 100 else f"{number:.1f}" if number >= 10 else f"{number:.2f}"
+    )
+
+
+def _duration(seconds: float) -> str:
+    """Returns seconds as hours, minutes and seconds.
+
+    Example:
+      >>> [_duration(s) for s in (5.4, 65.0, 3725.0)]
+      ['0:05', '1:05', '1:02:05']
+    """
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

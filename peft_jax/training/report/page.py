@@ -1,0 +1,233 @@
+"""The page that a run leaves: what was done, what came of it, and pictures."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peft_jax.data.bad_rows import one_line
+from peft_jax.runtime.files import write_text
+from peft_jax.training.report.metrics import Record
+from peft_jax.training.report.plots import draw_all
+
+_CAPTIONS = {
+    "loss": "The loss of each training step (thin), its moving average, and the loss on held-out "
+    "data.",
+    "lambda": "λ of each layer over the steps. Red: the layer's update comes from the low-rank "
+    "branch; blue: from the rotation. Above, the mean over the layers and their range; to the "
+    "right, the mean over the steps.",
+    "gradients": "The norm of the gradient, before clipping; of each branch the median layer, and "
+    "all layers as a band.",
+    "learning_rate": "The learning rate.",
+}
+_MEASURES = {
+    "loss": "loss, mean over the targets",
+    "token_accuracy": "share of tokens that are the likeliest",
+    "accuracy": "accuracy",
+    "matthews_correlation": "Matthews correlation",
+    "f1": "F1",
+    "pearson": "Pearson correlation",
+    "spearman": "Spearman correlation",
+    "exact_match": "exact match",
+}
+
+
+def write_report(
+    folder: Path,
+    *,
+    summary: Mapping[str, Any],
+    config: Mapping[str, Any],
+    records: Sequence[Record],
+    table: str,
+) -> Path:
+    """Writes the page and its pictures.
+
+    Args:
+      folder: where they go.
+      summary: the result in numbers.
+      config: every setting.
+      records: what was measured.
+      table: what was trained.
+
+    Returns:
+      The page.
+    """
+    pictures = draw_all(records, folder)
+    page = folder / "README.md"
+    write_text(page, "\n\n".join(_sections(summary, config, pictures, table)) + "\n")
+    return page
+
+
+def _sections(
+    summary: Mapping[str, Any],
+    config: Mapping[str, Any],
+    pictures: Mapping[str, Path],
+    table: str,
+) -> Iterable[str]:
+    model = Path(str(summary["model"])).name
+    yield f"# {model} on {summary['recipe']}, with {summary['method']}"
+    yield _results(summary)
+    for name, caption in _CAPTIONS.items():
+        if name in pictures:
+            yield f"![{caption}]({pictures[name].name})\n\n{caption}"
+    yield "## The data"
+    yield _data(summary["data"])
+    yield "## What it took"
+    yield _costs(summary)
+    yield "## What was trained"
+    yield f"```\n{table}\n```"
+    yield "## How to use it"
+    yield _usage(summary)
+    yield "## Every setting"
+    yield f"```json\n{json.dumps(config, indent=2, ensure_ascii=False)}\n```"
+
+
+def _results(summary: Mapping[str, Any]) -> str:
+    """The measures before and after, as a table."""
+    before, after = summary["before"], summary["after"]
+    if not after:
+        return "There were no held-out rows, so nothing was measured but the training loss."
+    rows = [("held-out data", "before", "after")]
+    for name, value in after.items():
+        if name != "targets":
+            rows.append((_MEASURES.get(name, name), _number(before.get(name)), _number(value)))
+    return _table(rows) + f"\n\nMeasured on {after['targets']:,} held-out targets."
+
+
+def _data(data: Mapping[str, Any]) -> str:
+    """How many rows there were, how many were used, and why the others were not."""
+    rows: list[tuple[str, ...]] = [("", "training", "held out")]
+    sides = (data["train"], data["held_out"])
+    names = {
+        "source": "from",
+        "split": "split",
+        "rows_in_source": "rows there",
+        "held_out": "held out of them",
+        "set_aside": "set aside by data.train_rows or data.eval_rows",
+        "rows": "rows of this run",
+        "checked": "of these encoded so far",
+        "used": "used",
+    }
+    rows += [(name, *(_cell(side[key]) for side in sides)) for key, name in names.items()]
+    reasons = dict.fromkeys(reason for side in sides for reason in side["left_out"])
+    for reason in reasons:
+        counts = (_cell(side["left_out"].get(reason, 0)) for side in sides)
+        rows.append((f"left out: {reason}", *counts))
+    rows.append(("truncated", *(_cell(side["truncated"]) for side in sides)))
+    if data["passes"] is None:
+        return _table(rows)
+    about = "about " if data["passes_estimated"] else ""
+    return f"{_table(rows)}\n\nThe run makes {about}{data['passes']:.3g} passes over its rows."
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    # A file's name may hold what divides cells.
+    return "" if value is None else one_line(str(value)).replace("|", "\\|")
+
+
+def _costs(summary: Mapping[str, Any]) -> str:
+    peak = summary["peak_memory_bytes"]
+    rows = [
+        ("", ""),
+        ("trained parameters", f"{summary['trainable_parameters']:,}"),
+        (
+            "of all parameters",
+            f"{summary['total_parameters']:,} ({summary['trainable_percent']:.3g}%)",
+        ),
+        ("steps", f"{summary['steps']:,} of {summary['rows_per_step']:,} rows"),
+        ("tokens", f"{summary['tokens']:,}"),
+        ("tokens a second", _number(summary["tokens_per_second"])),
+        ("seconds a step", _number(summary["seconds_per_step"])),
+        ("operations a second", _tera(summary["flops_per_second"])),
+        ("of the devices' peak", _percent(summary["utilization"])),
+        ("peak memory of the host", _gib(peak["host"])),
+        ("peak memory of a device", _gib(peak["device"])),
+        ("memory of the compiled step", _gib(summary["step_memory_bytes"])),
+        ("devices", f"{len(summary['devices'])}, the first {summary['devices'][0]}"),
+    ]
+    rows += [(f"seconds: {phase}", _number(s)) for phase, s in summary["seconds"].items()]
+    return _table([row for row in rows if row[1] is not None])
+
+
+def _tera(rate: float | None) -> str | None:
+    return None if rate is None else f"{rate / 1e12:.3g} T"
+
+
+def _percent(share: float | None) -> str | None:
+    return None if share is None else f"{share:.1%}"
+
+
+def _usage(summary: Mapping[str, Any]) -> str:
+    """How the result is loaded: the whole model where there is one, and the adapter."""
+    names = summary.get("exported") or ["adapter"]
+    parts = []
+    if "model" in names:
+        loader = "load_model" if summary.get("labels") is None else "load_classifier"
+        auto = (
+            "AutoModelForCausalLM"
+            if summary.get("labels") is None
+            else "AutoModelForSequenceClassification"
+        )
+        parts.append(
+            "`model/` holds the whole model, in Hugging Face's format, in"
+            f" {summary.get('model_dtype', 'the dtype of the base')}. Load it as any other:\n\n"
+            "```python\n"
+            f"from peft_jax.hub import {loader}\n\n"
+            f'model, params = {loader}("model")   # or transformers\' {auto}.from_pretrained\n'
+            "```"
+        )
+    if "adapter" in names:
+        parts.append(
+            "`adapter/` holds the trained arrays as safetensors and their settings as JSON:\n\n"
+            "```python\n"
+            f"{_loading(summary)}"
+            'spec, adapter = load_adapter("adapter", model, params)\n'
+            "params = spec.bind(params, adapter)   # or spec.merge(params, adapter): plain arrays\n"
+            "```"
+        )
+    return "\n\n".join(parts)
+
+
+def _loading(summary: Mapping[str, Any]) -> str:
+    """The lines that load the base, as it was held while the adapter was trained."""
+    labels = summary.get("labels")
+    if labels is None:
+        quantization = summary.get("quantization", "none")
+        held = "" if quantization == "none" else f', quantization="{quantization}"'
+        return (
+            "from peft_jax.hub import load_adapter, load_model\n\n"
+            f'model, params = load_model("{summary["model"]}"{held})\n'
+        )
+    return (
+        "import jax\n\n"
+        "from peft_jax.hub import load_adapter, load_classifier\n\n"
+        "# The key is of a new head, which the adapter's own then replaces.\n"
+        f'model, params = load_classifier("{summary["model"]}", num_labels={labels},\n'
+        "                                head_key=jax.random.key(0))\n"
+    )
+
+
+def _table(rows: Sequence[Sequence[str | None]]) -> str:
+    """Rows as a Markdown table; the first is the head."""
+    lines = [f"| {' | '.join(str(cell) for cell in row)} |" for row in rows]
+    return "\n".join([lines[0], "| --- " + "| ---: " * (len(rows[0]) - 1) + "|", *lines[1:]])
+
+
+def _number(value: Any) -> str:
+    """A number with five digits.
+
+    Example:
+      >>> _number(3.0712345), _number(12345.678), _number(None)
+      ('3.0712', '12,346', 'not measured')
+    """
+    if value is None:
+        return "not measured"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.5g}"
+
+
+def _gib(size: int | None) -> str | None:
+    return None if size is None else f"{size / 2**30:.2f} GiB"

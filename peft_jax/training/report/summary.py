@@ -1,0 +1,159 @@
+"""A run's result in numbers."""
+
+import dataclasses
+import platform
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+import jax
+
+from peft_jax.models import SequenceClassifier
+from peft_jax.training.export import exported
+from peft_jax.training.prepare import Job
+from peft_jax.training.report.metrics import HELD_OUT, TRAIN, Record
+from peft_jax.training.step_flops import measure_utilization
+
+_PACKAGES = ("peft_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
+_NOT_MEASURES = ("step", "split", "timing")
+
+
+@dataclasses.dataclass
+class Totals:
+    """What is counted over all parts of a run that was stopped and gone on with.
+
+    Attributes:
+      tokens: tokens read in training steps, padding not counted.
+      step_bytes: what the compiled step needs on each device, as the compiler counts it; 0 where it
+        does not say.
+      step_flops: what the model and its gradient take in a step, see `StepArithmetic.total`; None
+        where it could not be counted.
+    """
+
+    tokens: int = 0
+    step_bytes: int = 0
+    step_flops: float | None = None
+
+
+def summarize(
+    job: Job, records: Sequence[Record], seconds: Mapping[str, float], totals: Totals
+) -> dict[str, Any]:
+    """The numbers of a finished run, as in `summary.json`.
+
+    Args:
+      job: what the run was made of.
+      records: what it measured.
+      seconds: what it spent by phase.
+      totals: what it counted.
+
+    Returns:
+      "loss_before" and "loss_after" are on held-out data, in nats a token, and None without any;
+      so are the measures of the recipe under "before" and "after". "tokens_per_second" and
+      "seconds_per_step" are over the training steps, with the waiting for data, without
+      evaluation, checkpoints and compilation. "flops_per_second" is over the same, of what the
+      model and its gradient take (padding included), and "utilization" its share of what the
+      devices' makers state for bfloat16; None where that is not known. "data" has the totals of
+      the rows, of those met so far where not all were checked before the first step, and the number
+      of passes over the training rows. "exported" names the folders with the result, the one to
+      load first.
+    """
+    steps = job.steps
+    before, after = _measures(records, 0), _measures(records, steps)
+    training = seconds.get("train", 0.0) + seconds.get("data", 0.0)
+    last = [record for record in records if record["split"] == TRAIN]
+    return {
+        "loss_before": before.get("loss"),
+        "loss_after": after.get("loss"),
+        "before": before,
+        "after": after,
+        "train_loss": last[-1]["loss"] if last else None,
+        "trainable_parameters": job.count.trainable,
+        "total_parameters": job.count.total,
+        "trainable_percent": round(job.count.percent, 6),
+        "steps": steps,
+        "data": _data_totals(job),
+        "rows_per_step": job.config.train.batch_size,
+        "tokens": totals.tokens,
+        "tokens_per_second": round(totals.tokens / training, 2) if training else None,
+        "seconds_per_step": round(training / steps, 6),
+        "flops_per_step": totals.step_flops,
+        **_utilization(job, totals.step_flops, training / steps),
+        "seconds": {phase: round(spent, 3) for phase, spent in seconds.items()},
+        "peak_memory_bytes": peak_memory(),
+        "step_memory_bytes": totals.step_bytes or None,
+        "method": job.config.method.name,
+        "model": job.config.model.path,
+        "model_dtype": job.config.model.dtype,
+        "quantization": job.config.model.quantization,
+        "exported": list(exported(job.config)),
+        "recipe": job.config.data.recipe,
+        "labels": job.model.num_labels if isinstance(job.model, SequenceClassifier) else None,
+        "devices": [f"{device.device_kind} {device.id}" for device in jax.devices()],
+        "versions": versions(),
+    }
+
+
+def describe_data(job: Job) -> str:
+    """The rows of a run in words: how many there are and are used, and how often each is seen."""
+    train = job.config.train
+    lines = [job.train.totals.describe(), job.held_out.totals.describe()]
+    passes = job.train.passes(job.steps)
+    kind = "packed rows" if job.train.packing else "rows"
+    steps = "1 step" if job.steps == 1 else f"{job.steps:,} steps"
+    length = f"{steps} of {train.batch_size:,} {kind}"
+    if passes is None:
+        lines.append(f"{length}; the number of passes is not known, since no row was checked")
+    else:
+        about = "" if job.train.all_checked else "about "
+        lines.append(f"{length}: {about}{passes:.3g} passes over the training rows")
+    return "\n".join(lines)
+
+
+def _data_totals(job: Job) -> dict[str, Any]:
+    return {
+        "train": job.train.totals.to_mapping(),
+        "held_out": job.held_out.totals.to_mapping(),
+        "epochs": job.config.train.epochs,
+        "passes": job.train.passes(job.steps),
+        "passes_estimated": not job.train.all_checked,
+    }
+
+
+def _utilization(job: Job, flops: float | None, seconds: float) -> dict[str, float | None]:
+    if not seconds or flops is None:
+        return {"flops_per_second": None, "utilization": None}
+    measured = measure_utilization(flops, seconds, list(job.mesh.devices.flat))
+    return {
+        "flops_per_second": measured.flops_per_second,
+        "utilization": measured.share_of_peak,
+    }
+
+
+def _measures(records: Sequence[Record], step: int) -> dict[str, Any]:
+    for record in records:
+        if record["split"] == HELD_OUT and record["step"] == step:
+            return {k: v for k, v in record.items() if k not in _NOT_MEASURES}
+    return {}
+
+
+def peak_memory() -> dict[str, int | None]:
+    """The most bytes held: by this process on the host, and by one device where it says so."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [int(s["peak_bytes_in_use"]) for s in stats if "peak_bytes_in_use" in s]
+    # Linux counts in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"host": host, "device": max(peaks) if peaks else None}
+
+
+def versions() -> dict[str, str]:
+    """The versions that the numbers were made with."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
