@@ -41,8 +41,8 @@ from benchmarks import small_llama
 from benchmarks.compare import Comparison, Side, run_in_turn, table
 from kernels_pallas.block_rotation import block_rotation
 from kernels_pallas.block_rotation import reference as rotation_reference
-from kernels_pallas.cases import tolerance
 from kernels_pallas.dispatch import KernelError
+from kernels_pallas.shared_cases import tolerance
 from kernels_pallas.unitary import reference as unitary_reference
 from kernels_pallas.unitary import unitary_product
 from peft_jax.cost.chips import find_chip

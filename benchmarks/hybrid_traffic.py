@@ -17,8 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.dispatch import using
-from kernels_pallas.tpu_compiler import TOPOLOGIES, compile_for, traffic
+from kernels_pallas.dispatch import use_implementation
+from kernels_pallas.memory_traffic import read_traffic
+from kernels_pallas.tpu_compiler import TOPOLOGIES, compile_for
 from peft_jax.adapters import make_method
 from peft_jax.runtime import exits
 
@@ -51,7 +52,7 @@ def compiled(chip: str, name: str, implementation: str, tokens: int, d: int) -> 
 
     x = jax.ShapeDtypeStruct((tokens, d), jnp.bfloat16)
     base = jax.ShapeDtypeStruct((d, d), jnp.bfloat16)
-    with using(implementation):
+    with use_implementation(implementation):
         return compile_for(chip, step, x, base, x, *leaves)
 
 
@@ -78,7 +79,7 @@ def main() -> None:
     for name in METHODS:
         for implementation in ("xla",) if name == "LoRA" else ("xla", "pallas"):
             found = compiled(options.chip, name, implementation, options.tokens, options.width)
-            held = traffic(found)
+            held = read_traffic(found)
             accessed = (found.cost_analysis() or {})["bytes accessed"]
             cells = [held.arguments + held.results, held.temporaries, accessed]
             shown = " | ".join(f"{cell / x:.2f}" for cell in cells)

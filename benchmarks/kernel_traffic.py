@@ -18,8 +18,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from kernels_pallas.memory_traffic import Program, measure
 from kernels_pallas.tpu_compiler import TOPOLOGIES
-from kernels_pallas.traffic import Program, measure
 from peft_jax.runtime import exits
 
 KERNELS = ("block_rotation", "butterfly", "unitary")

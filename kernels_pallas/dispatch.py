@@ -1,15 +1,14 @@
-"""Which implementation of a kernel runs: decided in one place, said once in the log, never silent.
+"""Chooses which implementation of a kernel runs, and logs each choice once with its reason.
 
-A kernel is made of operations. An `Operation` has an XLA form, which runs anywhere, and may have a
-Pallas kernel for TPUs and one for GPUs. It is one primitive to JAX: which of them it becomes is
-decided when a program is lowered, by the platform it is lowered *for*. So a training step that is
-compiled for a TPU pod on a laptop gets the TPU's kernels, and nothing of Pallas is imported or
-traced for a program that runs on a CPU.
+An `Operation` has an XLA form, which runs anywhere, and may have a Pallas kernel for TPUs and one
+for GPUs. JAX sees it as one primitive. The implementation is chosen when a program is lowered, by
+the platform it is lowered *for*. So a training step compiled for a TPU pod on a laptop contains the
+TPU kernels, and a program for a CPU neither imports nor traces anything of Pallas.
 
-    auto        a Pallas kernel where there is one for the platform and the shapes, else XLA
+    auto        the Pallas kernel if the platform has one that supports the operands, else XLA
     xla         the XLA form
-    pallas      the platform's Pallas kernel; an error where there is none
-    interpret   the TPU's kernel, interpreted step by step, on any platform: for tests
+    pallas      the platform's Pallas kernel, or an error if there is none
+    interpret   the TPU kernel, interpreted step by step on any platform, for tests
 """
 
 import contextlib
@@ -17,6 +16,8 @@ import contextvars
 import dataclasses
 import functools
 import logging
+import math
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,7 +26,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 IMPLEMENTATIONS = ("auto", "xla", "pallas", "interpret")
-"""What may be asked for."""
+"""Implementations that a caller can request."""
 
 _log = logging.getLogger("kernels_pallas")
 _requested = contextvars.ContextVar("kernels_pallas_implementation", default="auto")
@@ -34,31 +35,31 @@ _PALLAS_PLATFORMS = {"tpu": "tpu", "cuda": "gpu"}
 
 
 class KernelError(ValueError):
-    """A kernel was asked for where it cannot work; the message says why and what would work."""
+    """The requested implementation cannot run; the message gives the reason and alternatives."""
 
 
 @contextlib.contextmanager
-def using(implementation: str, *, interpreter: Any = True) -> Iterator[None]:
-    """Kernels called within that are not told otherwise use this implementation.
+def use_implementation(implementation: str, *, interpreter: Any = True) -> Iterator[None]:
+    """Sets the default implementation of the kernels called within.
 
-    It is read while a function is traced: a function that `jax.jit` has compiled keeps what it was
-    traced with.
+    The default is read while a function is traced. A function that `jax.jit` has already compiled
+    keeps the implementation it was traced with.
 
     Args:
-      implementation: one of `IMPLEMENTATIONS`.
-      interpreter: what "interpret" gives `pallas_call` as `interpret`: True for Pallas's plain
-        interpreter, or `pltpu.InterpretParams`, which simulates a TPU's memories and can look for
-        races, but not within `jax.checkpoint`.
+      implementation: One of `IMPLEMENTATIONS`.
+      interpreter: The `interpret` argument of `pallas_call` for "interpret". True selects Pallas's
+        plain interpreter. `pltpu.InterpretParams` simulates a TPU's memories and can detect races,
+        but does not work under `jax.checkpoint`.
 
     Raises:
-      ValueError: the implementation is not known.
+      ValueError: `implementation` is unknown.
 
     Example:
-      >>> with using("xla"):
+      >>> with use_implementation("xla"):
       ...     print(resolve(None))
       xla
     """
-    tokens = _requested.set(_known(implementation)), _interpreter.set(interpreter)
+    tokens = _requested.set(_checked(implementation)), _interpreter.set(interpreter)
     try:
         yield
     finally:
@@ -66,80 +67,89 @@ def using(implementation: str, *, interpreter: Any = True) -> Iterator[None]:
         _interpreter.reset(tokens[1])
 
 
+def __getattr__(name: str) -> Any:
+    """Returns `use_implementation` under its name in version 0.1, with a warning."""
+    if name == "using":
+        warnings.warn(
+            "kernels_pallas.dispatch.using is now use_implementation; the old name goes in 0.3",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return use_implementation
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def resolve(implementation: str | None) -> str:
-    """What is asked for: the explicit choice, else that of the innermost `using`, else "auto".
+    """Returns `implementation`, or if None that of the innermost `use_implementation`, or "auto".
 
     Raises:
-      ValueError: the choice is none of `IMPLEMENTATIONS`.
+      ValueError: `implementation` is not one of `IMPLEMENTATIONS`.
     """
-    return _requested.get() if implementation is None else _known(implementation)
+    return _requested.get() if implementation is None else _checked(implementation)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Operation:
-    """One product, in several implementations that compute the same; a primitive to JAX.
+    """One JAX primitive with several implementations that compute the same results.
 
-    All functions take the operation's arrays in order, then its settings by name, and return a
-    tuple of arrays. It has no derivative of its own: a kernel's `vjp` module makes it one.
+    Every implementation takes the operation's arrays by position and its settings by name, and
+    returns a tuple of arrays. An operation has no derivative; `kernels_pallas.product` adds one.
 
     Attributes:
-      name: what it is called in the log, and in a program's text.
-      xla: the form that runs anywhere. The shapes and dtypes of its results are the operation's.
-      tpu: the Pallas kernel for TPUs; takes `interpret`, for `pallas_call`, beside. Called only
-        where it is lowered or interpreted, so that what it imports of Pallas costs others nothing.
-      gpu: the Pallas kernel for GPUs.
-      refuse: given the platform ("tpu" or "gpu"), the arrays' shapes and the settings by name, the
-        reason why the kernel there cannot take them, or None.
-      hesitate: likewise, the reason why the kernel there, although it could, is not taken by
-        "auto", or None.
-      rowwise: which arrays are rows of activations, if the results are too: under `jax.vmap` over
-        those arrays alone, the mapped axis becomes one more axis of rows. Other mapped calls are
-        made one after another.
+      name: Name in the log and in a program's text.
+      xla: The form that runs anywhere. It determines the shapes and dtypes of the results.
+      tpu: The Pallas kernel for TPUs, which also takes `interpret` for `pallas_call`. It is called
+        only where it is lowered or interpreted, so its Pallas imports cost nothing elsewhere.
+      gpu: The Pallas kernel for GPUs.
+      unsupported: Returns why a kernel cannot run, or None if it can. Takes the kernel's platform
+        ("tpu" or "gpu"), the shapes of the arrays, and the settings by name.
+      rowwise: Indices of the arrays that are rows of activations, if all results are rows too.
+        `jax.vmap` over exactly these arrays adds an axis of rows. Other mapped calls run one after
+        another.
     """
 
     name: str
     xla: Callable[..., tuple[jax.Array, ...]]
     tpu: Callable[..., tuple[jax.Array, ...]] | None = None
     gpu: Callable[..., tuple[jax.Array, ...]] | None = None
-    refuse: Callable[..., str | None] = lambda platform, *shapes, **settings: None
-    hesitate: Callable[..., str | None] = lambda platform, *shapes, **settings: None
+    unsupported: Callable[..., str | None] = lambda platform, *shapes, **settings: None
     rowwise: tuple[int, ...] = ()
 
     def __call__(self, *arrays: Any, implementation: str, **settings: Any) -> tuple[jax.Array, ...]:
-        """The results.
+        """Runs the operation.
 
         Args:
-          arrays: in order.
-          implementation: one of `IMPLEMENTATIONS`.
-          settings: hashable, by name.
+          arrays: Operands in order.
+          implementation: One of `IMPLEMENTATIONS`.
+          settings: Hashable settings by name.
 
         Raises:
-          KernelError: when lowered, if what is asked for cannot work there.
+          KernelError: While lowering, if the requested implementation cannot run.
         """
-        if _known(implementation) == "interpret":
+        if _checked(implementation) == "interpret":
             return self._interpret(*arrays, **settings)
-        found = _operation.bind(
+        results = _operation.bind(
             *arrays,
             operation=self,
             implementation=implementation,
             settings=tuple(sorted(settings.items())),
         )
-        return tuple(found)
+        return tuple(results)
 
     def _interpret(self, *arrays: Any, **settings: Any) -> tuple[jax.Array, ...]:
-        """The TPU's kernel, interpreted; as it is traced, since its effects must be seen by JAX."""
+        """Interprets the TPU kernel while tracing, because JAX must see the kernel's effects."""
         shapes = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays)
-        choice = choose(self, "interpret", shapes, settings, platform="tpu", parts=1)
-        say_once(_report(self, shapes, settings, "any platform", choice))
+        choice = choose(self, "interpret", shapes, settings, platform="tpu", devices=1)
+        log_once(_log_line(self.name, shapes, settings, "any platform", choice))
         return _kernel(self, "tpu")(*arrays, interpret=_interpreter.get(), **settings)
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Which implementation runs, and why."""
+    """The implementation that runs, and the reason."""
 
     implementation: str
-    why: str
+    reason: str
 
 
 def choose(
@@ -149,38 +159,36 @@ def choose(
     settings: dict[str, Any],
     *,
     platform: str,
-    parts: int,
+    devices: int,
 ) -> Choice:
-    """What an operation becomes when it is lowered.
+    """Chooses the implementation that an operation is lowered to.
 
     Args:
-      operation: the operation.
-      requested: one of `IMPLEMENTATIONS`.
-      shapes: of its arrays.
-      settings: of its call.
-      platform: what it is lowered for, as JAX calls it.
-      parts: over how many devices the compiler is to spread it by itself, which it cannot do with
-        a Pallas kernel; 1 within `jax.shard_map`.
+      operation: The operation.
+      requested: One of `IMPLEMENTATIONS`.
+      shapes: Shapes of its arrays.
+      settings: Settings of the call.
+      platform: Platform that the program is lowered for, by JAX's name.
+      devices: Number of devices over which the compiler partitions the operation itself, which it
+        cannot do for a Pallas kernel. Within `jax.shard_map` this is 1.
 
     Raises:
-      KernelError: what is asked for cannot work there.
+      KernelError: The requested implementation cannot run.
     """
     if requested == "xla":
-        return Choice("xla", "it was asked for")
+        return Choice("xla", "requested")
     target = "tpu" if requested == "interpret" else _PALLAS_PLATFORMS.get(platform)
-    obstacle = _obstacle(operation, target, shapes, settings, platform=platform, parts=parts)
-    if obstacle is None and requested == "auto":
-        obstacle = operation.hesitate(target, *shapes, **settings)
+    obstacle = _obstacle(operation, target, shapes, settings, platform=platform, devices=devices)
     if requested == "auto":
         if obstacle is not None:
             return Choice("xla", obstacle)
-        return Choice("pallas", f"the default on {platform}")
+        return Choice("pallas", f"default on {platform}")
     if obstacle is not None:
         raise KernelError(
-            f"{_describe(operation, shapes, settings)} cannot run as {requested!r} on {platform}: "
-            f"{obstacle}. 'auto' and 'xla' work there"
+            f"{_describe(operation.name, shapes, settings)} cannot run as {requested!r} on"
+            f" {platform}: {obstacle}. Use 'auto' or 'xla'"
         )
-    return Choice(requested, "it was asked for")
+    return Choice(requested, "requested")
 
 
 def _obstacle(
@@ -190,56 +198,54 @@ def _obstacle(
     settings: dict[str, Any],
     *,
     platform: str,
-    parts: int,
+    devices: int,
 ) -> str | None:
-    """Why the target's Pallas kernel cannot be taken; None if it can."""
+    """Returns why the target's Pallas kernel cannot run; None if it can."""
     kernel = None if target is None else getattr(operation, target)
     if target is None or kernel is None:
-        return f"there is no Pallas kernel of it for {platform}"
-    if parts > 1:
+        return f"no Pallas kernel for {platform}"
+    if devices > 1:
         return (
-            f"its arrays are spread over {parts} devices and nothing says how (the compiler cannot "
-            "spread a Pallas kernel itself; see kernels_pallas.layout)"
+            f"operands span {devices} devices in an unknown layout, and the compiler cannot"
+            " partition a Pallas kernel; see kernels_pallas.layout"
         )
-    return operation.refuse(target, *shapes, **settings)
+    return operation.unsupported(target, *shapes, **settings)
 
 
-def _known(implementation: str) -> str:
+def _checked(implementation: str) -> str:
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
-            f"implementation is {implementation!r}; it must be one of {', '.join(IMPLEMENTATIONS)}"
+            f"implementation is {implementation!r} but must be one of {', '.join(IMPLEMENTATIONS)}"
         )
     return implementation
 
 
-def _describe(
-    operation: Operation, shapes: tuple[jax.ShapeDtypeStruct, ...], settings: dict[str, Any]
-) -> str:
-    arrays = ", ".join(f"{s.dtype.name}{list(s.shape)}" for s in shapes)
+def _describe(name: str, shapes: tuple[jax.ShapeDtypeStruct, ...], settings: dict[str, Any]) -> str:
+    operands = ", ".join(f"{s.dtype.name}{list(s.shape)}" for s in shapes)
     given = "".join(f", {name}={value}" for name, value in settings.items() if value is not None)
-    return f"{operation.name}({arrays}{given})"
+    return f"{name}({operands}{given})"
 
 
-def _report(
-    operation: Operation,
+def _log_line(
+    name: str,
     shapes: tuple[jax.ShapeDtypeStruct, ...],
     settings: dict[str, Any],
     platform: str,
     choice: Choice,
 ) -> str:
-    what = _describe(operation, shapes, settings)
-    return f"{what} on {platform}: {choice.implementation}, because {choice.why}"
+    call = _describe(name, shapes, settings)
+    return f"{call} on {platform}: {choice.implementation} ({choice.reason})"
 
 
-def report_xla(name: str, *arrays: jax.Array) -> None:
-    """Says in the log that XLA's form runs because it was asked for by name."""
-    shapes = ", ".join(f"{a.dtype.name}{list(a.shape)}" for a in arrays)
-    say_once(f"{name}({shapes}) on any platform: xla, because it was asked for")
+def log_requested_xla(name: str, *arrays: jax.Array) -> None:
+    """Logs that XLA's form of an operation runs because the caller requested it."""
+    shapes = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays)
+    log_once(_log_line(name, shapes, {}, "any platform", Choice("xla", "requested")))
 
 
 @functools.lru_cache(maxsize=4096)
-def say_once(message: str) -> None:
-    """A line in the log, the first time it is said."""
+def log_once(message: str) -> None:
+    """Logs a message the first time that it is given."""
     _log.info(message)
 
 
@@ -261,7 +267,7 @@ def _abstract(*avals: Any, operation: Operation, implementation: str, settings: 
 
 
 def _run(*arrays: Any, **params: Any) -> list[jax.Array]:
-    """Outside of `jax.jit`."""
+    """Runs an operation outside `jax.jit`."""
     return _compiled(tuple(sorted(params.items(), key=lambda item: item[0])))(*arrays)
 
 
@@ -282,9 +288,9 @@ def _lower(ctx: mlir.LoweringRuleContext, *values: Any, platform: str | None, **
         shapes,
         settings,
         platform=platform,
-        parts=_parts(ctx.module_context.axis_context),
+        devices=_devices(ctx.module_context.axis_context),
     )
-    say_once(_report(operation, shapes, settings, platform, choice))
+    log_once(_log_line(operation.name, shapes, settings, platform, choice))
     if choice.implementation == "xla":
         chosen = operation.xla
     elif platform == "tpu":
@@ -298,19 +304,18 @@ def _lower(ctx: mlir.LoweringRuleContext, *values: Any, platform: str | None, **
 
 def _kernel(operation: Operation, target: str) -> Callable[..., tuple[jax.Array, ...]]:
     kernel = getattr(operation, target)
-    assert kernel is not None, "choose() has seen that there is one"
+    assert kernel is not None, "choose() has checked that there is a kernel"
     return kernel
 
 
-def _parts(axis_context: Any) -> int:
-    """Over how many devices the compiler is left to spread what is being lowered."""
+def _devices(axis_context: Any) -> int:
+    """Returns the number of devices over which the compiler partitions what is being lowered."""
     if isinstance(axis_context, mlir.ShardingContext):
         return axis_context.num_devices
     if isinstance(axis_context, mlir.SPMDAxisContext):
         mesh = axis_context.mesh
         manual = set(axis_context.manual_axes) | set(mesh.manual_axes)
-        left = [size for name, size in mesh.shape.items() if name not in manual]
-        return functools.reduce(int.__mul__, left, 1)
+        return math.prod(size for name, size in mesh.shape.items() if name not in manual)
     return 1
 
 

@@ -1,9 +1,9 @@
-"""How activations lie on a mesh of devices, so that each device runs a kernel on its own part.
+"""How activations are sharded over a mesh, so that each device runs a kernel on its own shard.
 
-The compiler cuts up XLA's operations over devices by itself, but not a Pallas kernel. Under
-`jax.set_mesh`, `spread` therefore puts a kernel into a `jax.shard_map`, for which somebody has to
-say how the activations lie: whoever runs the model does, by `laid_out`. What it says decides how
-fast a kernel is, never what it computes: activations that lie otherwise are moved first.
+The compiler partitions XLA's operations by itself, but not a Pallas kernel. Under `jax.set_mesh`,
+`call_per_shard` therefore wraps a kernel in `jax.shard_map`, which needs to know how the
+activations are sharded. The code that runs the model declares this with `use_layout`. A wrong
+layout never changes results, only speed: the activations are resharded first.
 """
 
 import contextlib
@@ -19,11 +19,11 @@ from jax.sharding import AxisType, PartitionSpec
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How activations [rows, ..., features] lie on a mesh.
+    """How activations [rows, ..., features] are sharded over a mesh.
 
     Attributes:
-      rows: the axes of the mesh that the first axis is cut along; the first outermost.
-      features: those that the last axis is cut along.
+      rows: Mesh axes that shard the first axis, outermost first.
+      features: Mesh axes that shard the last axis, outermost first.
     """
 
     rows: tuple[str, ...] = ()
@@ -34,10 +34,11 @@ _layout = contextvars.ContextVar[Layout | None]("kernels_pallas_layout", default
 
 
 @contextlib.contextmanager
-def laid_out(layout: Layout | None) -> Iterator[None]:
-    """Activations of the kernels called within lie like this; None: nobody knows.
+def use_layout(layout: Layout | None) -> Iterator[None]:
+    """Declares the layout of the activations of the kernels called within; None if unknown.
 
-    It is read while a function is traced, as `kernels_pallas.dispatch.using` is.
+    The layout is read while a function is traced, as for
+    `kernels_pallas.dispatch.use_implementation`.
     """
     token = _layout.set(layout)
     try:
@@ -46,7 +47,7 @@ def laid_out(layout: Layout | None) -> Iterator[None]:
         _layout.reset(token)
 
 
-def spread(
+def call_per_shard(
     function: Callable[..., jax.Array],
     x: jax.Array,
     *parameters: jax.Array,
@@ -54,25 +55,24 @@ def spread(
     feature_axes: tuple[int | None, ...],
     implementation: str,
 ) -> jax.Array:
-    """`function(x, *parameters)`, on each device's part where the layout of `x` is known.
+    """Calls `function(x, *parameters)` on each device's shard if the layout of `x` is known.
 
-    Otherwise, on one device, within a `jax.shard_map`, or where the mesh does not divide the
-    arrays, it is the plain call.
+    It calls the function directly if the layout is unknown, on one device, within `jax.shard_map`,
+    or if the mesh does not divide the arrays.
 
     Args:
-      function: rows of activations, and parameters, to rows of activations of the same shape; the
-        rows do not depend on one another.
-      x: [rows, ..., features].
-      parameters: what the rows are multiplied by.
-      blocks: into how many independent blocks of features the function falls apart; 1 if it mixes
-        all of them. Then features that are cut are brought together, and the devices that shared
-        them share the tokens instead.
-      feature_axes: for each parameter, its axis that goes along the blocks, or None.
-      implementation: which one the function asks for, since Pallas's interpreter does not keep
-        track of what differs over the mesh.
+      function: Maps rows of activations and parameters to rows of the same shape. Rows must not
+        depend on each other.
+      x: Activations [rows, ..., features].
+      parameters: Parameters of the function.
+      blocks: Number of independent blocks of features; 1 if the function mixes all features. In
+        that case sharded features are gathered, and their devices shard the tokens instead.
+      feature_axes: For each parameter, the axis that runs along the blocks, or None.
+      implementation: Implementation that the function requests. Pallas's interpreter does not
+        track which values vary over the mesh, so `jax.shard_map` does not check that for it.
     """
     mesh, layout = jax.sharding.get_abstract_mesh(), _layout.get()
-    function = _on_alike(function)
+    function = _with_equal_variance(function)
     if layout is None or mesh.empty or mesh.size == 1 or x.ndim < 2:
         return function(x, *parameters)
     if any(kind is not AxisType.Auto for kind in mesh.axis_types):
@@ -81,14 +81,14 @@ def spread(
     features = tuple(axis for axis in layout.features if axis in mesh.shape)
     if x.shape[0] % _size(mesh, rows) or (blocks > 1 and blocks % _size(mesh, features)):
         return function(x, *parameters)
-    whole: tuple[Any, ...] = (None,) * (x.ndim - 2)
+    middle: tuple[Any, ...] = (None,) * (x.ndim - 2)
     if features and blocks == 1:
         if x.ndim > 2 and x.shape[1] % _size(mesh, features) == 0:
-            whole = (features, *whole[1:])
+            middle = (features, *middle[1:])
         elif x.shape[0] % _size(mesh, (*rows, *features)) == 0:
             rows = (*rows, *features)
         features = ()
-    activations = PartitionSpec(rows or None, *whole, features or None)
+    activations = PartitionSpec(rows or None, *middle, features or None)
     specs = [
         PartitionSpec() if axis is None else PartitionSpec(*(None,) * axis, features or None)
         for axis in feature_axes
@@ -105,19 +105,17 @@ def _size(mesh: Any, axes: tuple[str, ...]) -> int:
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
-def _on_alike(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """The function of arrays that, within a `jax.shard_map`, all differ over the same axes."""
-    return lambda *arrays: function(*_alike(arrays))
+def _with_equal_variance(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Wraps `function` so that, within `jax.shard_map`, its arrays all vary over the same axes."""
+    return lambda *arrays: function(*_equally_varying(arrays))
 
 
-def _alike(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    # JAX does this where it multiplies arrays itself; a function with a derivative of its own must
-    # have it done before, since the gradients of what did not differ are summed there.
+def _equally_varying(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    # JAX casts the operands of its own products. A function with a custom derivative needs the cast
+    # before it, because the cast's transpose sums the gradients of arrays that did not vary.
     varying = [jax.typeof(array).manual_axis_type.varying for array in arrays]
-    everywhere = frozenset[str]().union(*varying)
+    union = frozenset[str]().union(*varying)
     return tuple(
-        jax.lax.pcast(array, tuple(sorted(everywhere - own)), to="varying")
-        if everywhere - own
-        else array
+        jax.lax.pcast(array, tuple(sorted(union - own)), to="varying") if union - own else array
         for array, own in zip(arrays, varying, strict=True)
     )

@@ -47,8 +47,8 @@ def key() -> jax.Array:
 
 
 @pytest.fixture
-def said() -> Iterator[list[str]]:
-    """What the kernels' dispatch says while the test runs, also what it has said before."""
+def kernel_log() -> Iterator[list[str]]:
+    """Lines that the kernels log during the test, including those already logged before."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
@@ -56,7 +56,7 @@ def said() -> Iterator[list[str]]:
     level = logger.level
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
-    dispatch.say_once.cache_clear()
+    dispatch.log_once.cache_clear()
     yield lines
     logger.removeHandler(handler)
     logger.setLevel(level)

@@ -1,6 +1,9 @@
-"""Activations times a block-diagonal matrix."""
+"""The block rotation: activations times a block-diagonal matrix."""
 
 from kernels_pallas.block_rotation.api import block_rotation
-from kernels_pallas.block_rotation.product import turned_kernel_product, turning_the_kernel_pays
+from kernels_pallas.block_rotation.rotated_kernel import (
+    prefer_rotated_kernel,
+    rotated_kernel_product,
+)
 
-__all__ = ["block_rotation", "turned_kernel_product", "turning_the_kernel_pays"]
+__all__ = ["block_rotation", "prefer_rotated_kernel", "rotated_kernel_product"]

@@ -1,8 +1,8 @@
-"""The sizes of what the TPU's kernels hold on the chip at a time, and why.
+"""Tile sizes of the block rotation's kernels, and the reasons for them.
 
-A step of a kernel holds a tile of the activations, [tokens, features], and the blocks that turn
-those features, as square matrices of the matrix unit's size: small blocks stand in groups on the
-diagonal of one, since the unit multiplies by a full matrix in the time it takes for a small one.
+A step of a kernel holds a tile [tokens, features] of the activations and the blocks that rotate
+those features. Small blocks are packed in groups onto the diagonals of matrices of the matrix
+unit's size, because the unit takes as long for a small matrix as for a full one.
 """
 
 import dataclasses
@@ -11,50 +11,51 @@ import math
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from kernels_pallas.chips import MIB, RESERVED_BYTES, SMALLEST_VMEM_BYTES
+from kernels_pallas.target_device import MIB, RESERVED_BYTES, SMALLEST_VMEM_BYTES
 
 LANES = 128
-"""The last axis of what a TPU's vector memory holds comes in pieces of so many."""
+"""Length of the pieces in which a TPU's vector memory (VMEM) holds the last axis of an array."""
 
 MAX_MATRIX = 640
-"""The largest matrix that a group of blocks is made into. Larger ones would have the arithmetic,
-2 · 640 / 4 operations a byte moved in bfloat16, take longer than moving the activations."""
+"""Largest matrix that a group of blocks is packed into. At 640 there are 2 · 640 / 4 operations per
+byte moved in bfloat16; with larger matrices arithmetic takes longer than moving the activations."""
 
 MAX_FEATURES = 1024
-"""Features of a tile at most: a row of it is 2 kB, enough to be moved at the memory's full rate,
-and the matrices for so many features are few."""
+"""Largest number of features in a tile. Its rows of 2 kB move at the memory's full rate, and the
+matrices for this many features are few."""
 
 TOKEN_TILES = (1024, 512, 256, 128, 64, 32, 16)
-"""A bfloat16 tile of 512 x 1024 is 1 MiB; a step's fixed cost (about 0.3 µs) is then a few percent
-of the time it takes to move it. All are multiples of 16, the rows that 16-bit numbers come in."""
+"""Numbers of tokens in a tile. A bfloat16 tile of 512 x 1024 is 1 MiB, and a step's fixed cost
+(about 0.3 µs) is a few percent of the time to move it. All are multiples of 16, the rows in which
+VMEM holds 16-bit numbers."""
 
 BUDGET_BYTES = SMALLEST_VMEM_BYTES // 2
-"""Half the vector memory of the smallest chip: the rest is left for what the compiler spills."""
+"""Half the VMEM of the smallest chip. The rest is left for what the compiler spills."""
 
 
 GPU_TOKENS = 64
-"""Rows of a tile on a GPU: what one warpgroup's matrix instruction takes, so that the float32
-product of a tile and the gradient of a matrix fit its registers together."""
+"""Tokens in a tile on a GPU: the rows of one warpgroup's matrix instruction. The float32 product of
+a tile and the gradient of a matrix then fit the warpgroup's registers together."""
 
 GPU_SHARED_BYTES = 227 * 1024
-"""Shared memory of a block of threads on a Hopper; a KiB of it is left for barriers."""
+"""Shared memory of a thread block on Hopper, of which a KiB is left for barriers."""
 
 GPU_MATRICES = (64, 128)
-"""Sizes of matrices on a GPU: rows of 128 bytes at least, as shared memory is laid out for the
-matrix instructions; a float32 gradient of 128 x 128 takes half of a warpgroup's registers."""
+"""Sizes of matrices on a GPU. Matrix instructions need rows of at least 128 bytes in shared memory,
+and a float32 gradient of 128 x 128 takes half of a warpgroup's registers."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RotationConfig:
-    """The tile that one step works on.
+    """Tile that one step works on.
 
     Attributes:
-      tokens: rows of activations.
-      features: columns; whole matrices.
-      matrix: the size of the square matrices that groups of blocks are made into.
+      tokens: Number of rows of activations.
+      features: Number of columns, a multiple of `matrix`.
+      matrix: Size of the square matrices that groups of blocks are packed into.
 
     Raises:
-      ValueError: a size that the kernels cannot work with.
+      ValueError: The kernels do not support a size.
     """
 
     tokens: int
@@ -63,52 +64,49 @@ class RotationConfig:
 
     def __post_init__(self) -> None:
         if self.tokens < 16 or self.tokens % 16:
-            raise ValueError(f"tokens must be a multiple of 16, but is {self.tokens}")
+            raise ValueError(f"tokens is {self.tokens} but must be a multiple of 16")
         if self.matrix < LANES or self.matrix % LANES:
-            raise ValueError(f"matrix must be a multiple of {LANES}, but is {self.matrix}")
+            raise ValueError(f"matrix is {self.matrix} but must be a multiple of {LANES}")
         if self.features < self.matrix or self.features % self.matrix:
             raise ValueError(
-                f"features must be a multiple of the matrix, {self.matrix}, but is {self.features}"
+                f"features is {self.features} but must be a multiple of matrix={self.matrix}"
             )
 
     def vmem_bytes(self, dtype: DTypeLike, *, backward: bool) -> int:
-        """The vector memory of a step, in bytes; what comes and goes is held twice.
+        """Returns the VMEM of a step, in bytes; operands and results are double-buffered.
 
         Args:
-          dtype: of the activations.
-          backward: the step back reads two tiles and writes one and float32 gradients of the
-            matrices; the step forwards reads one and writes one.
+          dtype: Dtype of the activations.
+          backward: Whether it is a backward step, which reads two tiles and writes one tile and the
+            float32 gradients of the matrices. A forward step reads one tile and writes one.
         """
         width = jnp.dtype(dtype).itemsize
         tiles = (3 if backward else 2) * self.tokens * self.features * width
         matrices = self.features * self.matrix * (width + 4 if backward else width)
-        # The float32 product of one matrix before it is rounded, and the operands it was made of.
+        # The float32 product of one matrix before rounding, and its operands.
         scratch = 3 * self.tokens * self.matrix * 4
         return 2 * (tiles + matrices) + scratch
 
     def check(self, dtype: DTypeLike, *, backward: bool, vmem_bytes: int) -> None:
-        """Refuses a tile that does not fit the chip.
+        """Raises ValueError if the tile does not fit the chip.
 
         Args:
-          dtype: of the activations.
-          backward: as for `vmem_bytes`.
-          vmem_bytes: vector memory of the chip (`kernels_pallas.chips.VMEM_BYTES`).
-
-        Raises:
-          ValueError: with what it needs and what there is.
+          dtype: Dtype of the activations.
+          backward: As for `vmem_bytes`.
+          vmem_bytes: VMEM of the chip (`kernels_pallas.target_device.VMEM_BYTES`).
         """
-        needed, there = self.vmem_bytes(dtype, backward=backward), vmem_bytes - RESERVED_BYTES
-        if needed > there:
+        needed, spare = self.vmem_bytes(dtype, backward=backward), vmem_bytes - RESERVED_BYTES
+        if needed > spare:
             raise ValueError(
-                f"a tile of {self.tokens} tokens and {self.features} features in matrices of"
-                f" {self.matrix} needs {needed / MIB:.1f} MiB of the chip's vector memory in"
-                f" {jnp.dtype(dtype).name}, which has {there / MIB:.1f} MiB to spare; take fewer"
-                " tokens or features"
+                f"a {jnp.dtype(dtype).name} tile of {self.tokens} tokens and {self.features}"
+                f" features in matrices of {self.matrix} needs {needed / MIB:.1f} MiB of vector"
+                f" memory, and the chip has {spare / MIB:.1f} MiB to spare. Use fewer tokens or"
+                " features"
             )
 
 
 def matrix_size(block_size: int) -> int:
-    """The size of the matrices that hold whole blocks and fill whole lanes.
+    """Returns the smallest size of matrices that hold whole blocks and fill whole lanes.
 
     Example:
       >>> matrix_size(8), matrix_size(128), matrix_size(48), matrix_size(256)
@@ -118,10 +116,10 @@ def matrix_size(block_size: int) -> int:
 
 
 def gpu_matrix_size(block_size: int) -> int:
-    """The size of the matrices that hold whole blocks on a GPU.
+    """Returns the smallest size of matrices that hold whole blocks on a GPU.
 
     Raises:
-      ValueError: there is none.
+      ValueError: No size in `GPU_MATRICES` is a multiple of the block size.
 
     Example:
       >>> gpu_matrix_size(16), gpu_matrix_size(128)
@@ -131,19 +129,19 @@ def gpu_matrix_size(block_size: int) -> int:
         if size % block_size == 0:
             return size
     raise ValueError(
-        f"blocks of {block_size} do not fill matrices of {' or '.join(map(str, GPU_MATRICES))}"
+        f"blocks of {block_size} do not divide matrices of {' or '.join(map(str, GPU_MATRICES))}"
     )
 
 
 def gpu_concurrent_steps(matrix: int, *, backward: bool) -> int:
-    """Into how many steps' tiles shared memory is parted: as many as fit, up to four.
+    """Returns the number of steps whose tiles share the shared memory: as many as fit, at most 4.
 
-    Four keep memory busy while one tile is multiplied.
+    Four keep the memory busy while one tile is multiplied.
 
     Args:
-      matrix: the size of the matrices.
-      backward: a step back moves three tiles and sums a float32 gradient of the matrix; a step
-        forwards moves two.
+      matrix: Size of the matrices.
+      backward: Whether it is a backward step, which moves three tiles and sums a float32 gradient
+        of the matrix. A forward step moves two tiles.
 
     Example:
       >>> gpu_concurrent_steps(64, backward=True), gpu_concurrent_steps(128, backward=True)
@@ -157,17 +155,17 @@ def gpu_concurrent_steps(matrix: int, *, backward: bool) -> int:
 def choose_config(
     *, tokens: int, features: int, block_size: int, dtype: DTypeLike, backward: bool
 ) -> RotationConfig:
-    """The largest tile within `BUDGET_BYTES`.
+    """Returns the largest tile within `BUDGET_BYTES`.
 
     Args:
-      tokens: of the activations, in each of their rows.
-      features: of the activations.
-      block_size: of the blocks.
-      dtype: of the activations.
-      backward: as for `RotationConfig.vmem_bytes`.
+      tokens: Number of tokens in each row of the activations.
+      features: Number of features of the activations.
+      block_size: Size of the blocks.
+      dtype: Dtype of the activations.
+      backward: As for `RotationConfig.vmem_bytes`.
 
     Raises:
-      ValueError: the blocks are too large, or of a size whose common multiple with the lanes is.
+      ValueError: The least common multiple of block size and lanes exceeds `MAX_MATRIX`.
 
     Example:
       >>> choose_config(
@@ -178,8 +176,8 @@ def choose_config(
     matrix = matrix_size(block_size)
     if matrix > MAX_MATRIX:
         raise ValueError(
-            f"blocks of {block_size} would be multiplied as matrices of {matrix}, the least common"
-            f" multiple with the {LANES} lanes of a TPU, and at most {MAX_MATRIX} pays"
+            f"blocks of {block_size} need matrices of {matrix}, the least common multiple with"
+            f" the {LANES} lanes of a TPU, but at most {MAX_MATRIX} is worthwhile"
         )
     width = _features(features, matrix)
     rows = -(-max(tokens, 1) // 16) * 16
@@ -191,6 +189,6 @@ def choose_config(
 
 
 def _features(features: int, matrix: int) -> int:
-    """The widest tile that divides the features, or one matrix where none does."""
+    """Returns the widest tile that divides the features, or one matrix if none does."""
     widths = range(max(MAX_FEATURES // matrix, 1) * matrix, 0, -matrix)
     return next((width for width in widths if features % width == 0), matrix)

@@ -1,14 +1,14 @@
-"""The rotation on an NVIDIA GPU of the Hopper generation, by Pallas's Mosaic GPU.
+"""The block rotation on NVIDIA GPUs of the Hopper generation, written with Pallas's Mosaic GPU.
 
-Why Mosaic GPU: Pallas's other way to a GPU, through Triton, is deprecated from JAX 0.11 on. Why
-Hopper: its matrix instructions (wgmma) take both factors from shared memory; earlier generations
-do not have them, and the next one has others. There XLA's form runs.
+It uses Mosaic GPU because Pallas's Triton back end is deprecated from JAX 0.11. It needs Hopper
+because Hopper's matrix instructions (wgmma) take both factors from shared memory. Earlier
+generations lack them and the next generation has others; XLA's form runs there.
 
-A block of threads turns the features of one matrix. It loads the matrix once, and tiles of tokens
-pass through shared memory, some on their way in while others are multiplied. The tokens are shared
-out over several blocks of threads, so that there are enough for the whole GPU; the gradient of a
-matrix is then summed over those. What a tile has beyond the last token is read as zeros and not
-written. Only whole groups of eight tokens can be moved; others are copied once, zeros below.
+A thread block rotates the features of one matrix. It loads the matrix once and streams tiles of
+tokens through shared memory, loading some while it multiplies others. Several thread blocks share
+the tokens, so that there are enough for the whole GPU, and the gradient of a matrix is then summed
+over them. A tile reads zeros past the last token and does not write there. Only whole groups of
+eight tokens can be moved, so other arrays are copied once with zeros appended.
 """
 
 import functools
@@ -24,10 +24,10 @@ from kernels_pallas.block_rotation.config import GPU_TOKENS, gpu_concurrent_step
 from kernels_pallas.block_rotation.matrices import from_matrices, to_matrices
 
 GROUP = 8
-"""Tokens that lie together in shared memory, as the matrix instructions read them."""
+"""Number of tokens that the matrix instructions read together from shared memory."""
 
-BLOCKS_OF_THREADS = 2 * 132
-"""At least so many where the tokens allow it: two for each of an H100's 132 multiprocessors."""
+THREAD_BLOCKS = 2 * 132
+"""Least number of thread blocks if the tokens suffice: two per multiprocessor of an H100."""
 
 
 def forward(
@@ -37,19 +37,19 @@ def forward(
     precision: jax.lax.Precision | None,
     interpret: Any = None,
 ) -> tuple[Float[Array, "*batch d"]]:
-    """(y,), y = x blockdiag(blocks).
+    """Returns (y,) with y = x blockdiag(blocks).
 
     Args:
-      x: activations, bfloat16 or float16.
+      x: Activations, bfloat16 or float16.
       blocks: [n, B, B].
-      precision: of no consequence: products of 16-bit numbers are exact in float32.
-      interpret: for `plgpu.kernel`.
+      precision: Ignored, because products of 16-bit numbers are exact in float32.
+      interpret: Argument of `plgpu.kernel`.
     """
     del precision
     if not x.size:
         return (x,)
     rows = _whole_groups(x)
-    size, (parts, tiles) = gpu_matrix_size(blocks.shape[-1]), _share_out(rows, blocks)
+    size, (parts, tiles) = gpu_matrix_size(blocks.shape[-1]), _split_tokens(rows, blocks)
     tile = _tile(size, x.dtype)
 
     def body(x_gmem: Any, matrices_gmem: Any, y_gmem: Any, matrix_smem: Any, arrived: Any) -> None:
@@ -87,12 +87,12 @@ def backward(
     precision: jax.lax.Precision | None,
     interpret: Any = None,
 ) -> tuple[Float[Array, "*batch d"], Float[Array, "n B B"]]:
-    """(dx, dblocks) for the gradient g of y, in one pass over x and g; arguments as `forward`'s."""
+    """Returns (dx, dblocks) for the gradient g of y, in one pass; arguments as for `forward`."""
     del precision
     if not x.size:
         return x, jnp.zeros_like(blocks)
     rows = _whole_groups(x)
-    size, (parts, tiles) = gpu_matrix_size(blocks.shape[-1]), _share_out(rows, blocks)
+    size, (parts, tiles) = gpu_matrix_size(blocks.shape[-1]), _split_tokens(rows, blocks)
     tile = _tile(size, x.dtype)
 
     def body(
@@ -152,23 +152,23 @@ def backward(
 
 
 def _whole_groups(x: Float[Array, "*batch d"]) -> Float[Array, "tokens d"]:
-    """All tokens one under another, in whole groups."""
+    """Merges all axes of tokens and pads them with zeros to whole groups."""
     rows = x.reshape(-1, x.shape[-1])
     missing = -rows.shape[0] % GROUP
     return jnp.pad(rows, ((0, missing), (0, 0))) if missing else rows
 
 
 def _as_given(rows: Float[Array, "tokens d"], x: jax.Array) -> jax.Array:
-    """The rows of a result in the shape of the activations that were given."""
+    """Reshapes the rows of a result to the shape of the activations `x`."""
     return rows[: x.size // x.shape[-1]].reshape(x.shape)
 
 
 def _product(a_smem: Any, b_smem: Any) -> jax.Array:
-    """The float32 product of two matrices in shared memory."""
+    """Returns the float32 product of two matrices in shared memory."""
 
     def multiply(product: Any) -> jax.Array:
         plgpu.wgmma(product, a_smem, b_smem)
-        return product[...]  # which waits for it
+        return product[...]  # reading waits for the product
 
     shape = (a_smem.shape[0], b_smem.shape[1])
     return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
@@ -180,21 +180,21 @@ def _load(source: Any, target: Any, arrived: Any) -> None:
 
 
 def _at(part: Any, tiles: int, feature: Any) -> Any:
-    """Where a part's tiles are, in units of tiles."""
+    """Returns the index map of a part's tiles, in units of tiles."""
     return lambda tile: (part * tiles + tile, feature)
 
 
-def _share_out(rows: Any, blocks: Any) -> tuple[int, int]:
-    """Into how many parts the tiles of tokens go, and how many each has."""
+def _split_tokens(rows: Any, blocks: Any) -> tuple[int, int]:
+    """Returns the number of parts that share the tiles of tokens, and the tiles of each part."""
     features = rows.shape[1] // gpu_matrix_size(blocks.shape[-1])
     tiles = pl.cdiv(rows.shape[0], GPU_TOKENS)
-    wanted = pl.cdiv(BLOCKS_OF_THREADS, features)
+    wanted = pl.cdiv(THREAD_BLOCKS, features)
     parts = next(n for n in range(min(wanted, tiles), 0, -1) if tiles % n == 0)
     return parts, tiles // parts
 
 
 def _transforms(columns: int, dtype: Any) -> tuple[Any, ...]:
-    """How a matrix lies in shared memory, so that the matrix instructions can read it."""
+    """Returns the layout of a matrix in shared memory that matrix instructions can read."""
     width = jnp.dtype(dtype).itemsize
     swizzle = plgpu.find_swizzle(columns * width * 8)
     return plgpu.TilingTransform((8, swizzle // width)), plgpu.SwizzleTransform(swizzle)

@@ -1,8 +1,8 @@
-"""The rotation on a TPU: one read and one write of the activations, no transposed copy of them.
+"""The block rotation on a TPU, which reads and writes the activations once and transposes nothing.
 
-Activations [rows, tokens, features] are cut into tiles. The matrices that turn a tile's features
-stay on the chip while all its tokens pass by; so does, on the way back, the float32 gradient of
-those matrices, which the tokens add to.
+Activations [rows, tokens, features] are split into tiles. The matrices that rotate a tile's
+features stay on the chip for all tokens. In the backward pass so does the float32 gradient of those
+matrices, which is summed over the tokens.
 """
 
 import functools
@@ -16,10 +16,10 @@ from jaxtyping import Array, Float
 
 from kernels_pallas.block_rotation.config import RotationConfig, choose_config
 from kernels_pallas.block_rotation.matrices import from_matrices, to_matrices
-from kernels_pallas.chips import RESERVED_BYTES, SMALLEST_VMEM_BYTES, target_vmem_bytes
+from kernels_pallas.target_device import RESERVED_BYTES, SMALLEST_VMEM_BYTES, target_vmem_bytes
 
 GROUP = 16
-"""Tokens that lie together in a TPU's memory, of numbers of 16 bits."""
+"""Number of tokens that a TPU's memory groups together for 16-bit numbers."""
 
 _DIMENSIONS = {
     "ab": (((1,), (0,)), ((), ())),
@@ -36,17 +36,17 @@ def forward(
     interpret: Any,
     config: RotationConfig | None = None,
 ) -> tuple[Float[Array, "*batch d"]]:
-    """(y,), y = x blockdiag(blocks).
+    """Returns (y,) with y = x blockdiag(blocks).
 
     Args:
-      x: activations.
+      x: Activations.
       blocks: [n, B, B].
-      precision: of the products.
-      interpret: for `pallas_call`.
-      config: the tile, instead of the chosen one.
+      precision: Precision of the products.
+      interpret: Argument of `pallas_call`.
+      config: Tile to use instead of the chosen one.
 
     Raises:
-      ValueError: the chip has not room for the tile.
+      ValueError: The tile does not fit the chip.
     """
     if not x.size:
         return (x,)
@@ -77,7 +77,7 @@ def backward(
     interpret: Any,
     config: RotationConfig | None = None,
 ) -> tuple[Float[Array, "*batch d"], Float[Array, "n B B"]]:
-    """(dx, dblocks) for the gradient g of y, in one pass over x and g; arguments as `forward`'s."""
+    """Returns (dx, dblocks) for the gradient g of y, in one pass; arguments as for `forward`."""
     if not x.size:
         return x, jnp.zeros_like(blocks)
     rows = _whole_group(as_rows(x))
@@ -149,13 +149,13 @@ def _backward_step(
 
 
 def _columns(config: RotationConfig) -> list[tuple[int, slice]]:
-    """The columns of a tile that each of its matrices turns."""
+    """Returns the columns of a tile that each of its matrices rotates."""
     size = config.matrix
     return [(i, slice(i * size, (i + 1) * size)) for i in range(config.features // size)]
 
 
 def _inside_columns(x: jax.Array, at: slice, *, d: int, config: RotationConfig) -> jax.Array:
-    """Zeros in place of what a tile has beyond the last feature, which may be anything."""
+    """Zeroes what a tile holds past the last feature, which is undefined."""
     if d % config.features == 0:
         return x
     first = pl.program_id(0) * config.features + at.start
@@ -164,7 +164,7 @@ def _inside_columns(x: jax.Array, at: slice, *, d: int, config: RotationConfig) 
 
 
 def _inside_rows(x: jax.Array, *, tokens: int, config: RotationConfig) -> jax.Array:
-    """Zeros in place of what a tile has beyond the last token."""
+    """Zeroes what a tile holds past the last token, which is undefined."""
     if tokens % config.tokens == 0:
         return x
     first = pl.program_id(2) * config.tokens
@@ -173,17 +173,17 @@ def _inside_rows(x: jax.Array, *, tokens: int, config: RotationConfig) -> jax.Ar
 
 
 def dot(a: jax.Array, b: jax.Array, product: str, precision: jax.lax.Precision | None) -> jax.Array:
-    """The float32 product a b ("ab"), a bᵀ ("abT") or aᵀ b ("aTb") of two matrices on the chip."""
+    """Returns the float32 product a b ("ab"), a bᵀ ("abT") or aᵀ b ("aTb") of two matrices."""
     return jax.lax.dot_general(
         a, b, _DIMENSIONS[product], precision=precision, preferred_element_type=jnp.float32
     )
 
 
 def as_rows(x: Float[Array, "*batch d"]) -> Float[Array, "rows tokens d"]:
-    """[rows, tokens, d] with as few rows as can be had without moving anything.
+    """Reshapes to [rows, tokens, d] with as few rows as possible without moving data.
 
-    In memory tokens come in groups of eight (sixteen of 16 bits), so only axes before those can be
-    merged for nothing; where a row's tokens are whole groups, all tokens are one row.
+    Memory holds tokens in groups of eight (sixteen for 16-bit numbers), so only the axes before
+    them merge for free. If the tokens of a row fill whole groups, all tokens become one row.
     """
     d = x.shape[-1]
     if x.ndim < 3 or x.shape[-2] % 16 == 0 or x.shape[-2] < 16:
@@ -192,23 +192,23 @@ def as_rows(x: Float[Array, "*batch d"]) -> Float[Array, "rows tokens d"]:
 
 
 def _whole_group(rows: Float[Array, "rows tokens d"]) -> Float[Array, "rows padded d"]:
-    """The same, with zeros below where the tokens are not even one group of sixteen.
+    """Pads with zeros to one group of tokens if there are fewer.
 
-    The compiler cannot compare the columns of a few 16-bit rows; a copy of so few costs nothing.
+    The compiler cannot compare the columns of fewer 16-bit rows. Copying so few costs nothing.
     """
     missing = max(GROUP - rows.shape[1], 0)
     return jnp.pad(rows, ((0, 0), (0, missing), (0, 0))) if missing else rows
 
 
 def _as_given(rows: Float[Array, "rows padded d"], x: jax.Array) -> jax.Array:
-    """The rows of a result in the shape of the activations that were given."""
+    """Reshapes the rows of a result to the shape of the activations `x`."""
     tokens = as_rows(x).shape[1]
     return rows[:, :tokens].reshape(x.shape)
 
 
 def _params(config: RotationConfig, rows: jax.Array, *, backward: bool) -> pltpu.CompilerParams:
     over_tokens = pltpu.ARBITRARY if backward else pltpu.PARALLEL
-    # A tile given by hand may need more than the compiler allows a kernel unasked.
+    # A tile given by the caller may need more than the compiler's default limit.
     needed = config.vmem_bytes(rows.dtype, backward=backward)
     return pltpu.CompilerParams(
         dimension_semantics=(pltpu.PARALLEL, over_tokens, over_tokens),
@@ -219,7 +219,7 @@ def _params(config: RotationConfig, rows: jax.Array, *, backward: bool) -> pltpu
 def _checked(
     config: RotationConfig | None, rows: jax.Array, blocks: jax.Array, *, backward: bool
 ) -> RotationConfig:
-    """The given tile, or the chosen one, if the chip has room for it."""
+    """Returns the given or the chosen tile after checking that it fits the chip."""
     config = config or choose_config(
         tokens=rows.shape[1],
         features=rows.shape[2],
@@ -232,18 +232,18 @@ def _checked(
 
 
 def _pack(blocks: jax.Array, rows: jax.Array, config: RotationConfig) -> jax.Array:
-    """The blocks as matrices, for whole tiles of features."""
+    """Packs the blocks into matrices for whole tiles of features."""
     features = pl.cdiv(rows.shape[2], config.features) * config.features
     return to_matrices(blocks, config.matrix, features, rows.dtype)
 
 
 def _cost(rows: jax.Array, config: RotationConfig, *, passes: int) -> pl.CostEstimate:
-    """For the compiler's schedule and its `cost_analysis`.
+    """Estimates the cost for the compiler's scheduler and its `cost_analysis`.
 
     Args:
-      rows: the activations.
-      config: the tile.
-      passes: how many arrays of their size are moved; one product fewer is made.
+      rows: Activations.
+      config: Tile.
+      passes: Number of arrays of their size that are moved; there is one product fewer.
     """
     matrices = rows.shape[2] * config.matrix * (rows.dtype.itemsize + 4 * (passes - 2))
     return pl.CostEstimate(
@@ -256,7 +256,7 @@ def _cost(rows: jax.Array, config: RotationConfig, *, passes: int) -> pl.CostEst
 def _specs(
     rows: jax.Array, config: RotationConfig
 ) -> tuple[tuple[int, int, int], pl.BlockSpec, pl.BlockSpec]:
-    """The grid (features outermost), a tile of activations, and the matrices for its features."""
+    """Returns the grid (features outermost), and the specs of activations and matrices."""
     count, tokens, d = rows.shape
     grid = (pl.cdiv(d, config.features), count, pl.cdiv(tokens, config.tokens))
     tile = pl.BlockSpec((1, config.tokens, config.features), lambda f, r, t: (r, t, f))
@@ -266,6 +266,6 @@ def _specs(
 
 
 def like(x: jax.Array, dtype: Any = None) -> jax.ShapeDtypeStruct:
-    """The shape of a result of a kernel that is as `x` is."""
+    """Returns the shape of a kernel's result that equals and varies over the mesh as `x` does."""
     varying = jax.typeof(x).manual_axis_type
     return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, manual_axis_type=varying)

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from kernels_pallas.butterfly.api import butterfly_rotation
-from kernels_pallas.cases import MODEL_WIDTHS
-from kernels_pallas.traffic import Program
+from kernels_pallas.memory_traffic import Program, forward_and_backward
+from kernels_pallas.shared_cases import MODEL_WIDTHS
 
 TOKENS = 8192
-"""Of a microbatch on one device."""
+"""Tokens of a microbatch on one device."""
 
 BLOCK_SIZE, FACTORS = 32, 5
-"""Blocks of 32 in five factors mix 512 features, which divides all of the models' hidden sizes."""
+"""Five factors of blocks of 32 mix 512 features, which divides every model's hidden size."""
 
 
 def programs(
@@ -22,39 +22,13 @@ def programs(
     widths: Mapping[str, Sequence[int]] = MODEL_WIDTHS,
     dtypes: Sequence[DTypeLike] = (jnp.bfloat16, jnp.float32),
 ) -> list[Program]:
-    """Forwards and backwards at every hidden size and dtype."""
+    """Returns forward and backward programs for every hidden size and dtype."""
     made = []
     for model, (d, *_) in widths.items():
         for dtype in dtypes:
             x = jax.ShapeDtypeStruct((TOKENS, d), dtype)
-            factors = jax.ShapeDtypeStruct(
-                (FACTORS, d // BLOCK_SIZE, BLOCK_SIZE, BLOCK_SIZE), jnp.float32
-            )
+            shape = (FACTORS, d // BLOCK_SIZE, BLOCK_SIZE, BLOCK_SIZE)
+            factors = jax.ShapeDtypeStruct(shape, jnp.float32)
             case = f"{model}, d {d}, {FACTORS} factors of {BLOCK_SIZE}, {x.dtype.name}"
-            made += [
-                Program(
-                    kernel="butterfly_rotation",
-                    case=case,
-                    direction=direction,
-                    function=function,
-                    shapes=shapes,
-                )
-                for direction, function, shapes in (
-                    ("forwards", _forwards, (x, factors)),
-                    ("backwards", _backwards, (x, x, factors)),
-                )
-            ]
+            made += forward_and_backward("butterfly_rotation", case, butterfly_rotation, x, factors)
     return made
-
-
-def _forwards(x: jax.Array, factors: jax.Array, implementation: str) -> jax.Array:
-    return butterfly_rotation(x, factors, implementation=implementation)
-
-
-def _backwards(
-    x: jax.Array, g: jax.Array, factors: jax.Array, implementation: str
-) -> tuple[jax.Array, jax.Array]:
-    _, transpose = jax.vjp(
-        lambda *arrays: butterfly_rotation(*arrays, implementation=implementation), x, factors
-    )
-    return transpose(g)

@@ -1,27 +1,28 @@
-"""How many tokens the TPU's kernels hold on the chip at a time."""
+"""Tile sizes of the butterfly's TPU kernels."""
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from kernels_pallas.butterfly.stages import Stages
-from kernels_pallas.chips import MIB, RESERVED_BYTES
+from kernels_pallas.target_device import MIB, RESERVED_BYTES
 
 TOKEN_TILES = (512, 256, 128, 64, 32, 16)
-"""Multiples of 16, the rows that 16-bit numbers come in. All features that mix are held at once, so
-the tiles are wide, and a few hundred tokens make a megabyte of them."""
+"""Numbers of tokens in a tile: multiples of 16, the rows in which VMEM holds 16-bit numbers. A tile
+holds all features that mix, so a few hundred tokens make a megabyte."""
 
 
 def vmem_bytes(stages: Stages, tokens: int, dtype: DTypeLike, *, backward: bool) -> int:
-    """The vector memory of a step, in bytes.
+    """Returns the VMEM of a step, in bytes.
 
-    What comes and goes with every step is held twice; the matrices, which stay for many, once, and
-    their gradients twice.
+    Tiles that change with every step are double-buffered. Matrices stay for many steps and are held
+    once, their gradients twice.
 
     Args:
-      stages: of the factors.
-      tokens: of a tile.
-      dtype: of the activations.
-      backward: the step back keeps the input of every stage, and the matrices' float32 gradients.
+      stages: Stages of the factors.
+      tokens: Number of tokens in a tile.
+      dtype: Dtype of the activations.
+      backward: Whether it is a backward step, which keeps the input of every stage and the float32
+        gradients of the matrices.
     """
     width = jnp.dtype(dtype).itemsize
     tile = tokens * stages.features * width
@@ -33,30 +34,29 @@ def vmem_bytes(stages: Stages, tokens: int, dtype: DTypeLike, *, backward: bool)
 
 
 def choose_tokens(
-    stages: Stages, tokens: int, dtype: DTypeLike, *, backward: bool, there: int
+    stages: Stages, tokens: int, dtype: DTypeLike, *, backward: bool, vmem: int
 ) -> int:
-    """The largest tile of tokens that the chip has room for.
+    """Returns the largest number of tokens in a tile that fits the chip.
 
     Args:
-      stages: of the factors.
-      tokens: of the activations, in each of their rows.
-      dtype: of the activations.
-      backward: as for `vmem_bytes`.
-      there: the chip's vector memory in bytes.
+      stages: Stages of the factors.
+      tokens: Number of tokens in each row of the activations.
+      dtype: Dtype of the activations.
+      backward: As for `vmem_bytes`.
+      vmem: VMEM of the chip, in bytes.
 
     Raises:
-      ValueError: not even the smallest fits.
+      ValueError: Not even the smallest tile fits.
     """
     rows = -(-max(tokens, 1) // 16) * 16
-    spare = there - RESERVED_BYTES
+    spare = vmem - RESERVED_BYTES
     for tile in TOKEN_TILES:
         size = min(tile, rows)
         if vmem_bytes(stages, size, dtype, backward=backward) <= spare:
             return size
     needed = vmem_bytes(stages, TOKEN_TILES[-1], dtype, backward=backward)
     raise ValueError(
-        f"{stages.features} features that all mix, in {2 * stages.high + 1} sets of matrices of"
-        f" {stages.matrix}, need {needed / MIB:.1f} MiB of the chip's vector memory in"
-        f" {jnp.dtype(dtype).name}, which has {spare / MIB:.1f} MiB to spare; fewer factors need"
-        " less"
+        f"{stages.features} features that mix, in {2 * stages.high + 1} sets of"
+        f" {jnp.dtype(dtype).name} matrices of {stages.matrix}, need {needed / MIB:.1f} MiB of"
+        f" vector memory, and the chip has {spare / MIB:.1f} MiB to spare. Use fewer factors"
     )

@@ -5,19 +5,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels_pallas.butterfly import xla
-from kernels_pallas.checks import check_real
+from kernels_pallas.operand_checks import check_real
 
 
 def check_factors(factors: jax.Array) -> None:
     """Raises ValueError unless butterfly factors can be multiplied."""
     shape = list(factors.shape)
     if factors.ndim != 4 or shape[2] != shape[3] or shape[0] == 0:
-        raise ValueError(f"factors must be [m, n, b, b] with m at least 1, but are {shape}")
+        raise ValueError(f"factors have shape {shape} but must be [m, n, b, b] with m at least 1")
     m, n, block_size, _ = shape
     if m > 1 and (block_size % 2 or n % 2 ** (m - 1)):
         raise ValueError(
-            f"{m} factors pair half-blocks over {2 ** (m - 1)} blocks, so b must be even and n a"
-            f" multiple of {2 ** (m - 1)}; they are {shape}"
+            f"factors have shape {shape}, but {m} factors need an even b and an n that is a"
+            f" multiple of {2 ** (m - 1)}"
         )
 
 

@@ -1,7 +1,7 @@
-"""The product on a TPU: one read and one write of the activations, whatever the number of factors.
+"""The butterfly product on a TPU, which reads and writes the activations once for any factors.
 
-A step holds a tile [tokens, features] with all the features that mix, and takes it through every
-stage (see `stages`) on the chip. On the way back the stages' inputs are computed again.
+A step holds a tile [tokens, features] with all features that mix, and applies every stage (see
+`stages`) on the chip. The backward pass recomputes the stages' inputs.
 """
 
 import functools
@@ -18,7 +18,7 @@ from kernels_pallas.block_rotation.tpu import as_rows, dot, like
 from kernels_pallas.butterfly.config import choose_tokens, vmem_bytes
 from kernels_pallas.butterfly.factors import compose_butterfly
 from kernels_pallas.butterfly.stages import Stages, composes, split, to_matrices
-from kernels_pallas.chips import RESERVED_BYTES, target_vmem_bytes
+from kernels_pallas.target_device import RESERVED_BYTES, target_vmem_bytes
 
 
 def forward(
@@ -28,16 +28,16 @@ def forward(
     precision: jax.lax.Precision | None,
     interpret: Any,
 ) -> tuple[Float[Array, "*batch d"]]:
-    """(y,), y = x F_{m-1} ... F_0.
+    """Returns (y,) with y = x F_{m-1} ... F_0.
 
     Args:
-      x: activations.
-      factors: of the product.
-      precision: of the products.
-      interpret: for `pallas_call`.
+      x: Activations.
+      factors: [m, n, b, b].
+      precision: Precision of the products.
+      interpret: Argument of `pallas_call`.
 
     Raises:
-      ValueError: the chip has not room for all features that mix.
+      ValueError: The features that mix do not fit the chip.
     """
     if not x.size:
         return (x,)
@@ -70,7 +70,7 @@ def backward(
     precision: jax.lax.Precision | None,
     interpret: Any,
 ) -> tuple[Float[Array, "*batch d"], Float[Array, "m n b b"]]:
-    """(dx, dfactors) for the gradient g of y, in one pass over x and g; as `forward`."""
+    """Returns (dx, dfactors) for the gradient g of y, in one pass; arguments as for `forward`."""
     if not x.size:
         return x, jnp.zeros_like(factors)
     if composes(factors):
@@ -84,7 +84,7 @@ def backward(
     grid, tile, high, low = _specs(rows, stages, tokens, once=True)
     _, _, *gradients = _specs(rows, stages, tokens, once=False)
     packed = to_matrices(factors, stages, x.dtype)
-    # The gradients of the matrices are float32, and so is the way back from them to the factors.
+    # The gradients of the matrices are float32, so their transpose to the factors is too.
     _, to_factors = jax.vjp(
         lambda f: to_matrices(f, stages, jnp.float32), factors.astype(jnp.float32)
     )
@@ -127,7 +127,7 @@ def _forward_step(
     now = x_ref.at[0]
     for index, level in enumerate(reversed(range(stages.high))):
         after = passing_ref.at[index % 2]
-        _through(now, high_ref.at[level], after, level, stages, precision)
+        _apply_level(now, high_ref.at[level], after, level, stages, precision)
         now = after
     for t, at in _tiles(stages):
         y_ref[0, :, at] = dot(now[:, at], low_ref[t], "ab", precision).astype(y_ref.dtype)
@@ -154,14 +154,13 @@ def _backward_step(
         dhigh_ref[...] = jnp.zeros_like(dhigh_ref)
         dlow_ref[...] = jnp.zeros_like(dlow_ref)
 
-    # What a tile has beyond the last token may be anything, and the sums over tokens are to have
-    # nothing of it.
+    # A tile is undefined past the last token, which must not enter the sums over tokens.
     inside = _inside(x_ref.shape[1:], tokens, tile)
     inputs_ref[0] = inside(x_ref[0])
     passing_ref[0] = inside(g_ref[0])
     levels = list(reversed(range(stages.high)))
     for index, level in enumerate(levels):
-        _through(
+        _apply_level(
             inputs_ref.at[index],
             high_ref.at[level],
             inputs_ref.at[index + 1],
@@ -187,10 +186,10 @@ def _backward_step(
     dx_ref[0] = after[...]
 
 
-def _through(
+def _apply_level(
     now: Any, matrices: Any, after: Any, level: int, stages: Stages, precision: Any
 ) -> None:
-    """One high level, from one buffer to another."""
+    """Applies one high level to a buffer and writes the result to another."""
     for t, at in _tiles(stages):
         _, other = _partner(t, level, stages)
         y = dot(now[:, at], matrices[t, 0], "ab", precision)
@@ -212,7 +211,7 @@ def _columns(tile: int, stages: Stages) -> slice:
 
 
 def _inside(shape: tuple[int, int], tokens: int, tile: int) -> Any:
-    """Of a tile's rows, zeros for those beyond the last token."""
+    """Returns a function that zeroes a tile's rows past the last token."""
     if tokens % tile == 0:
         return lambda x: x
     row = pl.program_id(2) * tile + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
@@ -221,16 +220,16 @@ def _inside(shape: tuple[int, int], tokens: int, tile: int) -> Any:
 
 def _tokens(rows: jax.Array, stages: Stages, *, backward: bool) -> int:
     return choose_tokens(
-        stages, rows.shape[1], rows.dtype, backward=backward, there=target_vmem_bytes()
+        stages, rows.shape[1], rows.dtype, backward=backward, vmem=target_vmem_bytes()
     )
 
 
 def _specs(
     rows: jax.Array, stages: Stages, tokens: int, *, once: bool
 ) -> tuple[tuple[int, int, int], pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
-    """The grid (features outermost), a tile of activations, and the matrices for its features.
+    """Returns the grid (features outermost), and the specs of activations, high and low matrices.
 
-    The matrices are held once, rather than twice, where they are only read.
+    With `once`, matrices are not double-buffered, which suits operands that are only read.
     """
     count, length, d = rows.shape
     size = stages.matrix

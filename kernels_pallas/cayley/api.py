@@ -7,25 +7,25 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from kernels_pallas.checks import check_real
+from kernels_pallas.operand_checks import check_real
 
 UNROLLED_BLOCK_SIZE = 32
-"""Up to this size blocks are inverted all at once by an unrolled elimination, which has no pivots
-to look for; above it the sequence of rank-one updates costs more than products of halves."""
+"""Up to this size an unrolled elimination without pivoting inverts all blocks at once. For larger
+blocks its sequence of rank-one updates costs more than products of halves."""
 
 
 def skew_symmetric(
     entries: Float[Array, "*stack free"], block_size: int
 ) -> Float[Array, "*stack {block_size} {block_size}"]:
-    """The skew-symmetric blocks with the given entries above their diagonals, row by row.
+    """Returns skew-symmetric blocks with the given entries above their diagonals, row by row.
 
     Args:
       entries: [..., b (b-1) / 2].
-      block_size: b.
+      block_size: Block size b.
 
     Raises:
-      TypeError: when the entries are no real floating-point numbers.
-      ValueError: when b is less than 2, or there are not b (b-1) / 2 entries.
+      TypeError: The entries are not real floating-point.
+      ValueError: b is less than 2, or there are not b (b-1) / 2 entries.
 
     Example:
       >>> skew_symmetric(jnp.array([5.0]), 2)
@@ -36,8 +36,8 @@ def skew_symmetric(
     free = block_size * (block_size - 1) // 2
     if block_size < 2 or entries.shape[-1:] != (free,):
         raise ValueError(
-            f"skew-symmetric blocks of b = {block_size} have b (b-1) / 2 = {free} free entries,"
-            f" with b at least 2, but the entries are {list(entries.shape)}"
+            f"entries have shape {list(entries.shape)}, but skew-symmetric blocks of size b ="
+            f" {block_size} need b at least 2 and b (b-1) / 2 = {free} free entries"
         )
     rows, columns = np.triu_indices(block_size, k=1)
     index = np.zeros((block_size, block_size), np.int32)
@@ -48,7 +48,7 @@ def skew_symmetric(
 
 
 def skew_entries(blocks: Float[Array, "*stack b b"]) -> Float[Array, "*stack free"]:
-    """The entries above the diagonal of (R - Rᵀ) / 2, row by row: `skew_symmetric`'s inverse."""
+    """Returns the entries above the diagonal of (R - Rᵀ) / 2; the inverse of `skew_symmetric`."""
     rows, columns = np.triu_indices(blocks.shape[-1], k=1)
     skew = (blocks - jnp.swapaxes(blocks, -1, -2)) / 2
     return skew[..., rows, columns]
@@ -58,28 +58,31 @@ def skew_entries(blocks: Float[Array, "*stack b b"]) -> Float[Array, "*stack fre
 def cayley(
     entries: Float[Array, "*stack free"], block_size: int
 ) -> Float[Array, "*stack {block_size} {block_size}"]:
-    """Orthogonal blocks Q = (I - S)(I + S)⁻¹ with S skew-symmetric.
+    """Returns orthogonal blocks Q = (I - S)(I + S)⁻¹ with S skew-symmetric.
 
-    Computed in float32 as 2 (I + S)⁻¹ - I, and one step towards the nearest orthogonal matrix from
-    there. I + S has the identity as its symmetric part, so its elimination needs no pivots, at the
-    price of rounding errors that grow as the square of the entries; the step squares those, as far
-    as they are not orthogonal. So QᵀQ is I to 1e-6 for entries to 30 in blocks of up to 64, and to
-    10 in blocks of up to 256, where Q is off by up to 2e-5 of what float64 gives; an entry of 10 is
-    nearly half a turn. Far larger entries than these lose all digits. The gradient needs Q alone:
-    with N = (Q + I) / 2 = (I + S)⁻¹, dQ = -2 N dS N.
+    Q is computed in float32 as 2 (I + S)⁻¹ - I, followed by one Newton step towards the nearest
+    orthogonal matrix. The symmetric part of I + S is the identity, so elimination needs no pivots,
+    but its rounding errors grow with the square of the entries. The Newton step squares the
+    deviation from orthogonality.
+
+    QᵀQ equals I to 1e-6 for entries up to 30 in blocks of up to 64, and up to 10 in blocks of up to
+    256. There Q differs from its float64 value by up to 2e-5. An entry of 10 is nearly half a turn.
+    Far larger entries lose all digits.
+
+    The gradient needs Q alone: with N = (Q + I) / 2 = (I + S)⁻¹, dQ = -2 N dS N.
 
     Args:
-      entries: the entries of S above its diagonal, row by row: [..., b (b-1) / 2], float32.
-      block_size: b.
+      entries: Entries of S above its diagonal, row by row: [..., b (b-1) / 2], float32.
+      block_size: Block size b.
 
     Returns:
-      [..., b, b], float32; zeros give the identity exactly.
+      [..., b, b], float32. Zero entries give the identity exactly.
 
     Raises:
-      TypeError, ValueError: as `skew_symmetric`.
+      TypeError, ValueError: As for `skew_symmetric`.
     """
     q = 2.0 * _inverse(_plus_identity(entries, block_size)) - _eye(block_size)
-    # One step of Newton's method for the nearest orthogonal matrix: it squares what is amiss.
+    # Newton's step for the nearest orthogonal matrix squares the deviation from orthogonality.
     return q + _product(q, _eye(block_size) - _product(jnp.swapaxes(q, -1, -2), q)) / 2.0
 
 
@@ -91,7 +94,7 @@ def _cayley_forward(entries: jax.Array, block_size: int) -> tuple[jax.Array, jax
 def _cayley_backward(block_size: int, q: jax.Array, dq: jax.Array) -> tuple[jax.Array]:
     inverse_t = jnp.swapaxes((q + _eye(block_size)) / 2.0, -1, -2)
     ds = -2.0 * _product(_product(inverse_t, dq), inverse_t)
-    # An entry stands in S twice, once with each sign; skew_entries halves that sum.
+    # An entry occurs in S twice, once with each sign; skew_entries halves that sum.
     return (2.0 * skew_entries(ds),)
 
 
@@ -110,12 +113,12 @@ def _plus_identity(entries: jax.Array, block_size: int) -> jax.Array:
 
 
 def _inverse(a: Float[Array, "*stack b b"]) -> Float[Array, "*stack b b"]:
-    """The inverses of matrices whose symmetric parts are positive definite, as I + S has.
+    """Inverts matrices whose symmetric parts are positive definite, such as I + S.
 
-    Large ones by halves: with A, B, C, D the quarters, by the inverses of A and of A's Schur
-    complement D - C A⁻¹ B, whose symmetric parts are positive definite again. It is all products,
-    which a library's elimination is not; and the CPU's batched elimination, called for several
-    arrays at once, can wait for itself forever (jaxlib 0.10).
+    Large matrices are inverted by halves. With quarters A, B, C, D, this needs the inverses of A
+    and of its Schur complement D - C A⁻¹ B, whose symmetric parts are positive definite again. All
+    of it is products, unlike a library's elimination. The CPU's batched elimination can also
+    deadlock when called for several arrays at once (jaxlib 0.10).
     """
     size = a.shape[-1]
     if size > UNROLLED_BLOCK_SIZE:
@@ -131,9 +134,9 @@ def _inverse(a: Float[Array, "*stack b b"]) -> Float[Array, "*stack b b"]:
             jnp.concatenate([-_product(second, left), second], axis=-1),
         )
         return jnp.concatenate(rows, axis=-2)
-    # Gauss-Jordan in place, every block at once. The stack stands last, so that each of the few
-    # updates is one pass over long contiguous rows; its axes are not merged, for they may be cut
-    # over a mesh, and on a TPU would be moved for that.
+    # Gauss-Jordan elimination in place for all blocks at once. The stack's axes come last, so that
+    # each update is one pass over long contiguous rows. They are not merged, because they may be
+    # sharded over a mesh, and because a TPU would move the data.
     a = jnp.moveaxis(a, (-2, -1), (0, 1))
     for k in range(size):
         pivot = 1.0 / a[k, k]

@@ -1,4 +1,4 @@
-"""The unitary product of phases, Fourier transforms and reflections."""
+"""The unitary product: activations times phases, Fourier transforms and reflections."""
 
 from kernels_pallas.unitary.api import unitary_product
 

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from kernels_pallas.traffic import Program
+from kernels_pallas.memory_traffic import Program, forward_and_backward
 from kernels_pallas.unitary.api import unitary_product
-from kernels_pallas.unitary.cases import MODEL_WIDTHS
+from kernels_pallas.unitary.cases import MODELS_BY_WIDTH
 from kernels_pallas.unitary.config import choose_config, resolve_precision
 
 ROWS = 8192
@@ -17,38 +17,30 @@ ROWS = 8192
 
 def programs(
     *,
-    widths: Sequence[int] = tuple(MODEL_WIDTHS),
+    widths: Sequence[int] = tuple(MODELS_BY_WIDTH),
     dtypes: Sequence[DTypeLike] = (jnp.bfloat16, jnp.float32),
     rows: int = ROWS,
 ) -> list[Program]:
-    """Forwards and backwards at every width and dtype, where the chip with the least memory can.
+    """Returns the forward and backward programs that fit the chip with the least VMEM.
 
     Args:
-      widths: real features d.
-      dtypes: of the activations.
-      rows: of activations.
+      widths: Numbers of real features d.
+      dtypes: Dtypes of the activations.
+      rows: Number of rows of activations.
     """
     made = []
     for d in widths:
         for dtype in dtypes:
             x = jax.ShapeDtypeStruct((rows, d), dtype)
-            parameters = (
-                jax.ShapeDtypeStruct((3, d // 2), jnp.float32),
-                jax.ShapeDtypeStruct((2, 2, d // 2), jnp.float32),
-            )
+            phases = jax.ShapeDtypeStruct((3, d // 2), jnp.float32)
+            reflections = jax.ShapeDtypeStruct((2, 2, d // 2), jnp.float32)
+            case = f"{MODELS_BY_WIDTH.get(d, 'any model')}, d {d}, {x.dtype.name}"
             made += [
-                Program(
-                    kernel="unitary_product",
-                    case=f"{MODEL_WIDTHS.get(d, 'any model')}, d {d}, {x.dtype.name}",
-                    direction=direction,
-                    function=function,
-                    shapes=shapes,
+                program
+                for program in forward_and_backward(
+                    "unitary_product", case, unitary_product, x, phases, reflections
                 )
-                for direction, function, shapes in (
-                    ("forwards", _forwards, (x, *parameters)),
-                    ("backwards", _backwards, (x, x, *parameters)),
-                )
-                if _fits_every_chip(x, backward=direction == "backwards")
+                if _fits_every_chip(x, backward=program.direction == "backwards")
             ]
     return made
 
@@ -65,21 +57,3 @@ def _fits_every_chip(x: jax.ShapeDtypeStruct, *, backward: bool) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _forwards(
-    x: jax.Array, phases: jax.Array, reflections: jax.Array, implementation: str
-) -> jax.Array:
-    return unitary_product(x, phases, reflections, implementation=implementation)
-
-
-def _backwards(
-    x: jax.Array, g: jax.Array, phases: jax.Array, reflections: jax.Array, implementation: str
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    _, transpose = jax.vjp(
-        lambda *arrays: unitary_product(*arrays, implementation=implementation),
-        x,
-        phases,
-        reflections,
-    )
-    return transpose(g)

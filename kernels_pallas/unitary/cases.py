@@ -1,10 +1,10 @@
-"""Shapes of the unitary product that tests and benchmarks share."""
+"""Shapes of the unitary product, shared by tests and benchmarks."""
 
 import dataclasses
 
 import numpy as np
 
-MODEL_WIDTHS = {
+MODELS_BY_WIDTH = {
     4096: "Llama 7B, Llama 3 8B and BLOOM 7B1",
     5120: "Llama 13B",
     6656: "Llama 30B",
@@ -18,25 +18,25 @@ MODEL_WIDTHS = {
     53248: "Llama 405B, feed-forward",
     57344: "BLOOM 176B, feed-forward",
 }
-"""Inputs of a block's linear maps, and whose."""
+"""Input widths of linear maps, with the models that have them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One shape.
+    """Shape of one call.
 
     Attributes:
-      batch: the axes before the features.
-      n: complex numbers in a row.
+      batch: Axes before the features.
+      n: Number of complex numbers in a row.
     """
 
     batch: tuple[int, ...]
     n: int
 
     def arrays(self, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """(x, g [*batch, 2 n], phases [3, n], reflections [2, 2, n]), float32.
+        """Returns (x, g [*batch, 2 n], phases [3, n], reflections [2, 2, n]), float32.
 
-        bfloat16 holds every number of x and g.
+        x and g are exact in bfloat16.
         """
         rng = np.random.default_rng(seed)
 
@@ -57,7 +57,7 @@ XLA_CASES = {
     "no batch": Case((), 30),
     "no rows": Case((2, 0), 6),
 }
-"""Any n will do."""
+"""Shapes for XLA's form, which supports any n."""
 
 KERNEL_CASES = {
     "one piece, no padding of rows": Case((8,), 128),
@@ -65,4 +65,4 @@ KERNEL_CASES = {
     "pieces beyond one group of sublanes": Case((2, 16), 9 * 128),
     "one row": Case((), 2 * 128),
 }
-"""What the kernels do in different ways: n₁ from one on, and rows that do not fill a step."""
+"""One shape for each code path of the kernels: n₁ from 1 on, and rows that do not fill a step."""

@@ -1,12 +1,11 @@
-"""How the TPU's kernels cut up the transform and the rows, and why.
+"""How the unitary product's TPU kernels split the transform and the rows, and why.
 
 The transform of n = n₁ n₂ numbers is two matrix products (`kernels_pallas.unitary.fourier`). n₂ is
-the 128 lanes of a TPU: a row lies in memory as n₁ pieces of 128 numbers, each of which is whole,
-and the second transform multiplies those pieces by a matrix as they are. n₁ is what is left, any
-number: a matrix product minds neither primes nor odd numbers. The first transform works across the
-pieces of one row, so they are laid one under another on the chip. Any other n₂ would have pieces
-cut and joined within lanes, which costs more than the 8 (n₁ + n₂) operations a number that a more
-even split would save.
+128, the lanes of a TPU. A row then lies in memory as n₁ whole pieces of 128 numbers, and the second
+transform multiplies these pieces by a matrix in place. n₁ = n / 128 may be any number, prime or
+odd, because it is a matrix product. The first transform works across the pieces of one row, so the
+chip stores them one below another. Any other n₂ would need splitting and joining pieces within
+lanes. That costs more than a more even split would save of the 8 (n₁ + n₂) operations per number.
 """
 
 import dataclasses
@@ -15,56 +14,55 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from kernels_pallas.chips import MIB, RESERVED_BYTES, SMALLEST_VMEM_BYTES
+from kernels_pallas.target_device import MIB, RESERVED_BYTES, SMALLEST_VMEM_BYTES
 
 LANES = 128
-"""n₂: the last axis of what a TPU's vector memory holds comes in pieces of so many."""
+"""n₂, the length of the pieces in which a TPU's vector memory (VMEM) holds the last axis."""
 
 SUBLANES = 8
-"""The second to last axis likewise, in 32-bit numbers: n₁ is padded with zeros to a multiple."""
+"""Granularity of the second-to-last axis for 32-bit numbers. n₁ is padded to a multiple."""
 
 ROW_TILES = (128, 64, 32, 16, 8)
-"""Rows of a step, from the most wished for."""
+"""Numbers of rows in a step, most preferred first."""
 
 TILE_BYTES = MIB
-"""Activations of a step at most, once `ROW_TILES` allows: from half a MiB on the step's fixed cost
-(about 0.3 µs) is a small part of the time that it takes to move them."""
+"""Most bytes of activations in a step, if `ROW_TILES` allows. From half a MiB on, the step's fixed
+cost (about 0.3 µs) is a small part of the time to move them."""
 
 AT_ONCE_SUBLANES = {False: 256, True: 128}
-"""Rows whose pieces are up to so many in all, forwards and backwards, are turned at once. The
-matrix of the second transform then serves more pieces each time the matrix unit is loaded with it,
-and rows that do not wait for one another fill the time of reductions. With more, what they hold is
-spilled from registers, and the program takes long to compile. By the schedules of the TPU's
-compiler (v5e, bfloat16, n = 4096) a row takes 543 cycles forwards one at a time, 408 two, 334 four
-and 288 eight at a time."""
+"""Most pieces of the rows that are transformed at once, by `backward`. With several rows at once
+the matrix of the second transform serves more pieces per load of the matrix unit, and independent
+rows fill the time of reductions. With more rows the registers spill and compilation is slow. By the
+TPU compiler's schedules (v5e, bfloat16, n = 4096) a forward row takes 543 cycles one at a time, 408
+two at a time, 334 four and 288 eight at a time."""
 
 SPILLED_VALUES = {False: 6, True: 10}
-"""Complex float32 values of the rows turned at once that the compiler spills to vector memory at
-most, forwards and backwards: what it reported for v4 (5.4 and 7.5), rounded up."""
+"""Most complex float32 values of the rows transformed at once that the compiler spills to VMEM, by
+`backward`: what it reported for v4 (5.4 and 7.5), rounded up."""
 
 SPILLED_VALUES_HIGHEST = {False: 6, True: 16}
-"""The same where the transforms are multiplied in `HIGHEST` (5.4 and 15.4)."""
+"""The same with transforms in `HIGHEST` precision (5.4 and 15.4)."""
 
 PARAMETER_TABLES = 10
-"""Real tables of n numbers that a kernel reads: D₁, D₂, D₃, v₁ and v₂, real and imaginary."""
+"""Number of real tables of n numbers that a kernel reads: D₁, D₂, D₃, v₁, v₂ in two parts."""
 
 GRADIENT_TABLES = 7
-"""Real tables of n numbers that a kernel sums gradients in: three angles, two complex vectors."""
+"""Number of real tables of n numbers that sum gradients: three angles, two complex vectors."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UnitaryConfig:
-    """What one step works on.
+    """Size of one step.
 
     Attributes:
-      n1: n₁, pieces of 128 complex numbers in a row.
-      rows: of activations in a step.
-      at_once: how many of them are turned at once.
-      buffers: of each block of activations that comes in: with 2 the next one comes while this one
-        is worked on; with 1 it does not, which is for rows so long that two do not fit.
+      n1: n₁, the number of pieces of 128 complex numbers in a row.
+      rows: Number of rows of activations in a step.
+      at_once: Number of rows that are transformed at once.
+      buffers: Number of buffers of each block of activations that is read. With 2, the next block
+        loads while this one is computed. With 1 it does not, for rows so long that two do not fit.
 
     Raises:
-      ValueError: a size that the kernels cannot work with.
+      ValueError: The kernels do not support a size.
     """
 
     n1: int
@@ -74,17 +72,17 @@ class UnitaryConfig:
 
     def __post_init__(self) -> None:
         if self.n1 < 1:
-            raise ValueError(f"n1 must be at least 1, but is {self.n1}")
+            raise ValueError(f"n1 is {self.n1} but must be at least 1")
         if self.rows < SUBLANES or self.rows % SUBLANES:
-            raise ValueError(f"rows must be a multiple of {SUBLANES}, but is {self.rows}")
+            raise ValueError(f"rows is {self.rows} but must be a multiple of {SUBLANES}")
         if self.at_once < 1 or self.rows % self.at_once:
-            raise ValueError(f"at_once must divide the rows, {self.rows}, but is {self.at_once}")
+            raise ValueError(f"at_once is {self.at_once} but must divide rows={self.rows}")
         if self.buffers not in (1, 2):
-            raise ValueError(f"buffers must be 1 or 2, but is {self.buffers}")
+            raise ValueError(f"buffers is {self.buffers} but must be 1 or 2")
 
     @property
     def n(self) -> int:
-        """Complex numbers in a row."""
+        """The number of complex numbers in a row."""
         return self.n1 * LANES
 
     @property
@@ -94,21 +92,21 @@ class UnitaryConfig:
 
     @property
     def pitch(self) -> int:
-        """Sublanes from one row's pieces to the next row's, on the chip.
+        """The number of sublanes from one row's pieces to the next row's, on the chip.
 
-        It is odd, so that one piece of each of eight rows lie in eight banks of the vector memory
-        and are moved in one cycle; at a multiple of eight it takes eight.
+        It is odd, so that one piece of each of eight rows lie in eight banks of VMEM and move in
+        one cycle. At a multiple of eight they would take eight cycles.
         """
         return self.padded + 1
 
     def vmem_bytes(self, dtype: DTypeLike, *, backward: bool, precision: jax.lax.Precision) -> int:
-        """The vector memory of a step, in bytes.
+        """Returns the VMEM of a step, in bytes.
 
         Args:
-          dtype: of the activations.
-          backward: the step back reads two blocks of activations, writes one, and sums gradients;
-            the step forwards reads one and writes one.
-          precision: of the transforms (`resolve_precision`).
+          dtype: Dtype of the activations.
+          backward: Whether it is a backward step, which reads two blocks of activations, writes
+            one, and sums gradients. A forward step reads one block and writes one.
+          precision: Precision of the transforms (`resolve_precision`).
         """
         block = self.rows * 2 * self.n * jnp.dtype(dtype).itemsize
         blocks = (self.buffers * (2 if backward else 1) + 2) * block
@@ -130,34 +128,32 @@ class UnitaryConfig:
         precision: jax.lax.Precision,
         vmem_bytes: int,
     ) -> None:
-        """Refuses a step that does not fit the chip.
+        """Raises ValueError if the step does not fit the chip.
 
         Args:
-          dtype: of the activations.
-          backward: as for `vmem_bytes`.
-          precision: as for `vmem_bytes`.
-          vmem_bytes: vector memory of the chip (`kernels_pallas.chips.VMEM_BYTES`).
-
-        Raises:
-          ValueError: with what it needs and what there is.
+          dtype: Dtype of the activations.
+          backward: As for `vmem_bytes`.
+          precision: As for `vmem_bytes`.
+          vmem_bytes: VMEM of the chip (`kernels_pallas.target_device.VMEM_BYTES`).
         """
         needed = self.vmem_bytes(dtype, backward=backward, precision=precision)
         if needed > vmem_bytes - RESERVED_BYTES:
             raise ValueError(
                 f"{self.rows} rows of {2 * self.n} features in {jnp.dtype(dtype).name} need"
-                f" {needed / MIB:.1f} MiB of the chip's vector memory"
-                f" {'backwards' if backward else 'forwards'}, which has"
+                f" {needed / MIB:.1f} MiB of vector memory in the"
+                f" {'backward' if backward else 'forward'} pass, and the chip has"
                 f" {(vmem_bytes - RESERVED_BYTES) / MIB:.1f} MiB to spare"
             )
 
 
 def resolve_precision(precision: jax.lax.Precision | None, dtype: DTypeLike) -> jax.lax.Precision:
-    """What the transforms are multiplied in: by default, as good as float32 for these activations.
+    """Returns the precision of the transforms; by default one that matches float32 for `dtype`.
 
-    A TPU multiplies bfloat16 numbers. `DEFAULT` rounds to them once; `HIGH` takes each number as a
-    sum of two, in three products; `HIGHEST` as three, in six. Through the four products of the map,
-    rounding once leaves an error three times that of rounding the result to bfloat16; `HIGH` leaves
-    1e-5, invisible in bfloat16 results; float32 results need `HIGHEST`.
+    A TPU multiplies bfloat16 numbers. `DEFAULT` rounds each operand to bfloat16. `HIGH` splits each
+    operand into a sum of two and takes three products, `HIGHEST` into three and takes six. Over the
+    four products of the map, `DEFAULT` has three times the error of rounding the result to
+    bfloat16. `HIGH` has an error of 1e-5, invisible in bfloat16 results. Float32 results need
+    `HIGHEST`.
 
     Example:
       >>> resolve_precision(None, jnp.bfloat16).name, resolve_precision(None, jnp.float32).name
@@ -179,15 +175,15 @@ def choose_config(
     precision: jax.lax.Precision,
     vmem_bytes: int = SMALLEST_VMEM_BYTES,
 ) -> UnitaryConfig:
-    """As many rows as `TILE_BYTES` and the chip allow.
+    """Returns the step with as many rows as `TILE_BYTES` and the chip allow.
 
     Args:
-      n: complex numbers in a row.
-      rows: of activations in all.
-      dtype: of the activations.
-      backward: as for `UnitaryConfig.vmem_bytes`.
-      precision: of the transforms (`resolve_precision`).
-      vmem_bytes: vector memory of the chip.
+      n: Number of complex numbers in a row.
+      rows: Total number of rows of activations.
+      dtype: Dtype of the activations.
+      backward: As for `UnitaryConfig.vmem_bytes`.
+      precision: Precision of the transforms (`resolve_precision`).
+      vmem_bytes: VMEM of the chip.
 
     Raises:
       ValueError: n is not a multiple of the lanes, or not even eight rows fit the chip.
@@ -201,8 +197,8 @@ def choose_config(
     """
     if n < LANES or n % LANES:
         raise ValueError(
-            f"{n} complex features are not a multiple of {LANES}, the lanes of a TPU; widths that"
-            f" work are multiples of {2 * LANES}"
+            f"{n} complex numbers in a row are not a multiple of {LANES}, the lanes of a TPU. Use a"
+            f" width that is a multiple of {2 * LANES}"
         )
     n1 = n // LANES
     at_once = _at_once(round_up(n1, SUBLANES), backward=backward)
@@ -221,11 +217,11 @@ def choose_config(
         if needed <= vmem_bytes - RESERVED_BYTES:
             return config
     tried[-1].check(dtype, backward=backward, precision=precision, vmem_bytes=vmem_bytes)
-    raise AssertionError("the last configuration fits, but was not taken")
+    raise AssertionError("the last configuration fits but was not chosen")
 
 
 def round_up(number: int, unit: int) -> int:
-    """The next multiple of a unit.
+    """Rounds up to a multiple of `unit`.
 
     Example:
       >>> round_up(43, 8)
@@ -235,6 +231,6 @@ def round_up(number: int, unit: int) -> int:
 
 
 def _at_once(padded: int, *, backward: bool) -> int:
-    """The largest power of two of rows, to eight, whose pieces `AT_ONCE_SUBLANES` allows."""
+    """Returns the largest power of two up to eight whose rows `AT_ONCE_SUBLANES` allows."""
     limit = AT_ONCE_SUBLANES[backward]
     return max(rows for rows in (1, 2, 4, 8) if rows == 1 or rows * padded <= limit)

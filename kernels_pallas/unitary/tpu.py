@@ -1,13 +1,12 @@
-"""The unitary product on a TPU: a block of rows stays on the chip from its read to its write.
+"""The unitary product on a TPU, where a block of rows stays on the chip from its read to its write.
 
-A block comes as it lies in memory, rows by features. It is laid out anew in a scratch buffer, one
-row's pieces of 128 numbers under one another; there a few rows at a time go through the whole
-map; and it is laid back. The transform back is that of conjugates, F⁻¹ z = conj(F conj(z)), and
-conjugation is a sign, so one matrix for each of the two products serves both ways.
+A block is read as it lies in memory, rows by features. It is copied to a scratch buffer that holds
+one row's pieces of 128 numbers one below another. There the whole map is applied to a few rows at a
+time, and the result is copied back. The inverse transform is F⁻¹ z = conj(F conj(z)), and
+conjugation is a sign, so the same two matrices serve both directions.
 
-On the way back the same is done with the gradient, from the last factor to the first. What came
-into the factors is computed again from x beside it, and the parameters' gradients are summed on
-the chip.
+The backward pass does the same with the gradient, from the last factor to the first. It recomputes
+the inputs of the factors from x, and sums the gradients of the parameters on the chip.
 """
 
 import functools
@@ -21,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from kernels_pallas.chips import RESERVED_BYTES, target_vmem_bytes
+from kernels_pallas.target_device import RESERVED_BYTES, target_vmem_bytes
 from kernels_pallas.unitary import fourier
 from kernels_pallas.unitary.config import (
     GRADIENT_TABLES,
@@ -32,10 +31,10 @@ from kernels_pallas.unitary.config import (
 )
 
 Complex = tuple[jax.Array, jax.Array]
-"""Real parts and imaginary parts [rows at once, padded n₁, 128], float32."""
+"""Real and imaginary parts [rows at once, padded n₁, 128], float32."""
 
 D1, V1, D2, V2, D3 = range(5)
-"""The tables of parameters, in the order they are met."""
+"""Indices of the parameter tables, in the order of the factors."""
 
 
 def forward(
@@ -47,18 +46,18 @@ def forward(
     interpret: Any,
     config: UnitaryConfig | None = None,
 ) -> tuple[Float[Array, "*batch d"]]:
-    """(y,), y = U x.
+    """Returns (y,) with y = U x.
 
     Args:
-      x: activations.
+      x: Activations.
       phases: [3, n].
       reflections: [2, 2, n].
-      precision: of the transforms.
-      interpret: for `pallas_call`.
-      config: what a step works on, instead of the chosen one.
+      precision: Precision of the transforms.
+      interpret: Argument of `pallas_call`.
+      config: Size of a step to use instead of the chosen one.
 
     Raises:
-      ValueError: the chip has not room for the configuration.
+      ValueError: The configuration does not fit the chip.
     """
     if not x.size:
         return (x,)
@@ -93,7 +92,7 @@ def backward(
     interpret: Any,
     config: UnitaryConfig | None = None,
 ) -> tuple[Float[Array, "*batch d"], Float[Array, "3 n"], Float[Array, "2 2 n"]]:
-    """(dx, dphases, dreflections) for the gradient g of y, in one pass over x and g."""
+    """Returns (dx, dphases, dreflections) for the gradient g of y, in one pass over x and g."""
     if not x.size:
         return x, jnp.zeros_like(phases), jnp.zeros_like(reflections)
     rows = x.reshape(-1, x.shape[-1])
@@ -101,7 +100,7 @@ def backward(
     config = _checked(config, rows, precision, backward=True)
     constants = _constants(_tables(phases, reflections, config), config, precision)
     steps = pl.cdiv(rows.shape[0], config.rows)
-    # Chips with two cores split the first axis of the grid among them; each sums on its own.
+    # Chips with two cores split the first axis of the grid, and each core has its own sums.
     cores = 2 if steps % 2 == 0 else 1
     steps //= cores
     block = pl.BlockSpec((config.rows, rows.shape[1]), lambda core, i: (core * steps + i, 0))
@@ -151,7 +150,7 @@ def _forward_step(
     table = functools.partial(_table, tables_ref)
     to_frequency, to_index = _transforms(twiddles_ref, left_ref, right_ref)
 
-    def turn(first: jax.Array) -> None:
+    def transform(first: jax.Array) -> None:
         z = to_frequency(_times(_read(z_ref, first, config), table(D1)))
         z = _reflect(z, table(V1), _inner(table(V1), z))
         z = to_index(_times(z, table(D2)))
@@ -159,7 +158,7 @@ def _forward_step(
         _write(z_ref, first, _times(z, table(D3)), config)
 
     _lay_out(x_ref, z_ref, pl.program_id(0) * config.rows, total=total, config=config)
-    _for_each(config.rows // config.at_once, lambda i: turn(i * config.at_once))
+    _for_each(config.rows // config.at_once, lambda i: transform(i * config.at_once))
     _lay_back(z_ref, y_ref, config)
 
 
@@ -184,7 +183,7 @@ def _backward_step(
     def add(index: int, values: jax.Array) -> None:
         sums_ref[index] += jnp.sum(values, axis=0)
 
-    def turn(first: jax.Array) -> None:
+    def transform(first: jax.Array) -> None:
         phased = _times(_read(z_ref, first, config), table(D1))
         spectrum = to_frequency(phased)
         along1 = _inner(table(V1), spectrum)
@@ -216,16 +215,16 @@ def _backward_step(
     step = pl.program_id(0) * pl.num_programs(1) + pl.program_id(1)
     for source, target in ((x_ref, z_ref), (g_ref, dz_ref)):
         _lay_out(source, target, step * config.rows, total=total, config=config)
-    _for_each(config.rows // config.at_once, lambda i: turn(i * config.at_once))
+    _for_each(config.rows // config.at_once, lambda i: transform(i * config.at_once))
     _lay_back(dz_ref, dx_ref, config)
 
 
 def _lay_out(
     x_ref: Any, z_ref: Any, first: jax.Array, *, total: int, config: UnitaryConfig
 ) -> None:
-    """[rows, features] to [(part, row) · pitch + piece, 128] in float32; zeros in the padding.
+    """Copies [rows, features] to [(part, row) · pitch + piece, 128] in float32 with zero padding.
 
-    Rows beyond the last, which may be anything, become zeros too.
+    Rows past the last are undefined and become zeros too.
     """
     shape = (config.rows, LANES)
 
@@ -244,7 +243,7 @@ def _lay_out(
 
 
 def _lay_back(z_ref: Any, y_ref: Any, config: UnitaryConfig) -> None:
-    """`_lay_out`'s inverse, in the dtype of what is written."""
+    """Inverts `_lay_out` and casts to the dtype of the output."""
 
     def move(piece: jax.Array) -> None:
         for part in range(2):
@@ -273,13 +272,13 @@ def _write(z_ref: Any, first: jax.Array, z: Complex, config: UnitaryConfig) -> N
 
 
 def _piece_of_rows(part: int, piece: Any, config: UnitaryConfig) -> Any:
-    """Where one piece of every row is in the scratch buffer."""
+    """Returns the slice of the scratch buffer that holds one piece of every row."""
     start = part * config.rows * config.pitch + piece
     return pl.ds(start, config.rows, stride=config.pitch)
 
 
 def _pieces(part: int, row: jax.Array, config: UnitaryConfig) -> Any:
-    """Where all pieces of one row are."""
+    """Returns the slice of the scratch buffer that holds all pieces of one row."""
     return pl.ds((part * config.rows + row) * config.pitch, config.padded)
 
 
@@ -311,7 +310,7 @@ def _conjugate(a: Complex) -> Complex:
 
 
 def _inner(u: Complex, z: Complex) -> Complex:
-    """u* z of each row, [rows, 1, 1]."""
+    """Returns u* z of each row, [rows, 1, 1]."""
     real, imaginary = _conjugate_times(u, z)
     return (
         jnp.sum(real, axis=(1, 2), keepdims=True),
@@ -320,7 +319,7 @@ def _inner(u: Complex, z: Complex) -> Complex:
 
 
 def _reflect(z: Complex, u: Complex, along: Complex) -> Complex:
-    """The rows z - 2 u (u* z), with u of length one and u* z given."""
+    """Returns z - 2 u (u* z) of each row, with u of length one and u* z given."""
     real, imaginary = _times((2.0 * along[0], 2.0 * along[1]), u)
     return z[0] - real, z[1] - imaginary
 
@@ -331,7 +330,7 @@ def _reflect(z: Complex, u: Complex, along: Complex) -> Complex:
 def _transforms(
     twiddles_ref: Any, left_ref: Any, right_ref: Any
 ) -> tuple[Callable[[Complex], Complex], Callable[[Complex], Complex]]:
-    """F, from index order to frequency order, and F⁻¹, back."""
+    """Returns F, from index order to frequency order, and its inverse F⁻¹."""
 
     def twiddle(z: Complex) -> Complex:
         return _times(z, (twiddles_ref[0], twiddles_ref[1]))
@@ -347,7 +346,7 @@ def _transforms(
 
 
 def _over_pieces(z: Complex, left_ref: Any) -> Complex:
-    """The transform over n₁: one matrix times each row's real parts above its imaginary ones."""
+    """Transforms over n₁: one matrix times each row's real parts above its imaginary parts."""
     padded = z[0].shape[1]
     columns = [jnp.concatenate([real, imaginary]) for real, imaginary in zip(*z, strict=True)]
     found = [_product(left_ref, column, right=False) for column in columns]
@@ -358,7 +357,7 @@ def _over_pieces(z: Complex, left_ref: Any) -> Complex:
 
 
 def _over_lanes(z: Complex, right_ref: Any) -> Complex:
-    """The transform over n₂: all rows' real parts beside their imaginary ones, times one matrix."""
+    """Transforms over n₂: all rows' real parts beside their imaginary parts, times one matrix."""
     shape = z[0].shape
     rows = jnp.concatenate([part.reshape(-1, LANES) for part in z], axis=1)
     found = _product(right_ref, rows, right=True)
@@ -366,7 +365,7 @@ def _over_lanes(z: Complex, right_ref: Any) -> Complex:
 
 
 def _product(matrix_ref: Any, z: jax.Array, *, right: bool) -> jax.Array:
-    """A constant matrix times z, or z times it, in the precision that it is held in (`_encode`)."""
+    """Multiplies z by a constant matrix from either side, in the precision of `_encode`."""
     if matrix_ref.dtype == jnp.float32:
         return _dot(matrix_ref[0], z, right=right, precision=jax.lax.Precision.HIGHEST)
     high = z.astype(jnp.bfloat16)
@@ -384,7 +383,7 @@ def _dot(
     return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
-# What the kernels are given.
+# Operands of the kernels.
 
 
 def _checked(
@@ -394,7 +393,7 @@ def _checked(
     *,
     backward: bool,
 ) -> UnitaryConfig:
-    """The given or the chosen configuration, which fits the chip that is lowered for."""
+    """Returns the given or the chosen configuration after checking that it fits the chip."""
     if config is not None:
         config.check(
             rows.dtype, backward=backward, precision=precision, vmem_bytes=target_vmem_bytes()
@@ -413,7 +412,7 @@ def _checked(
 def _tables(
     phases: Float[Array, "3 n"], reflections: Float[Array, "2 2 n"], config: UnitaryConfig
 ) -> Float[Array, "5 2 padded lanes"]:
-    """D₁, v₁, D₂, v₂, D₃, each as it lies when it is met; the vectors of length one."""
+    """Returns D₁, v₁, D₂, v₂, D₃, each in the order of its operand; vectors have length one."""
     d1, d2, d3 = jnp.stack([jnp.cos(phases), jnp.sin(phases)], axis=1).astype(jnp.float32)
     v1, v2 = _unit(reflections)[0]
     tables = jnp.stack(
@@ -433,10 +432,11 @@ def _parameter_gradients(
     reflections: Float[Array, "2 2 n"],
     config: UnitaryConfig,
 ) -> tuple[Float[Array, "3 n"], Float[Array, "2 2 n"]]:
-    """From the sums over tokens: three angles, then v₁ and v₂, real and imaginary.
+    """Returns (dphases, dreflections) from the sums over tokens.
 
-    For a reflection by u = v / |v| the sum over tokens of conj(u* z) dz + conj(u* dz) z, times -2,
-    is the gradient as if u could have any length. It has one, so the part along u goes.
+    The sums are those of three angles, then of v₁ and v₂ in real and imaginary parts. For a
+    reflection by u = v / |v|, the sum over tokens of conj(u* z) dz + conj(u* dz) z, times -2, is
+    the gradient for a u of any length. Since u has length one, the part along u is removed.
     """
     sums = sums[:, : config.n1]
     index, frequency = fourier.from_index, fourier.from_frequency
@@ -458,7 +458,7 @@ def _unit(
 def _constants(
     tables: jax.Array, config: UnitaryConfig, precision: jax.lax.Precision
 ) -> list[jax.Array]:
-    """What every step reads whole: parameters, twiddle factors and the two matrices."""
+    """Returns what every step reads whole: parameters, twiddle factors and the two matrices."""
     fixed = (
         fourier.twiddles(config.n1, LANES, config.padded),
         _encode(fourier.left_matrix(config.n1, config.padded), precision),
@@ -475,7 +475,7 @@ def _constants(
 
 
 def _encode(matrix: np.ndarray, precision: jax.lax.Precision) -> np.ndarray:
-    """[parts, ...]: float32 for HIGHEST; two bfloat16 summands for HIGH; one for DEFAULT."""
+    """Returns [parts, ...]: float32 for HIGHEST, two bfloat16 terms for HIGH, one for DEFAULT."""
     exact = matrix.astype(np.float32)
     if precision == jax.lax.Precision.HIGHEST:
         return exact[None]
@@ -514,7 +514,7 @@ def _compiler_params(
     *,
     backward: bool,
 ) -> pltpu.CompilerParams:
-    # What it is said to need, and no more: were that too little, the compiler would refuse.
+    # Exactly the estimated memory, so that the compiler rejects the kernel if that is too little.
     needed = config.vmem_bytes(dtype, backward=backward, precision=precision)
     return pltpu.CompilerParams(
         dimension_semantics=semantics, vmem_limit_bytes=needed + RESERVED_BYTES
@@ -524,7 +524,7 @@ def _compiler_params(
 def _cost(
     rows: jax.Array, constants: list[jax.Array], config: UnitaryConfig, *, backward: bool
 ) -> pl.CostEstimate:
-    """For XLA's scheduler: real operations of the transforms, and bytes read and written."""
+    """Estimates the cost for XLA's scheduler: real operations, and bytes read and written."""
     transforms, streams = (4, 3) if backward else (2, 2)
     sums = GRADIENT_TABLES * config.padded * LANES * 4 if backward else 0
     return pl.CostEstimate(

@@ -10,8 +10,8 @@ from jaxtyping import Array, Float
 
 from kernels_pallas.block_rotation import (
     block_rotation,
-    turned_kernel_product,
-    turning_the_kernel_pays,
+    prefer_rotated_kernel,
+    rotated_kernel_product,
 )
 from kernels_pallas.butterfly import butterfly_rotation, compose_butterfly
 from kernels_pallas.cayley import cayley
@@ -141,8 +141,8 @@ class BOFT(AdapterMethod):
     ) -> Float[Array, "*batch d_out"]:
         """(x M) W, or x (M W) where that is faster."""
         plain = isinstance(base, jax.Array) and "blocks" in arrays
-        if plain and turning_the_kernel_pays(x, base):
-            y = turned_kernel_product(x, arrays["blocks"], base)
+        if plain and prefer_rotated_kernel(x, base):
+            y = rotated_kernel_product(x, arrays["blocks"], base)
             return checkpoint_name(y, LINEAR_OUTPUT)
         return linear(self._rotate(x, arrays), base)
 

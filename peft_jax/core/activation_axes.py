@@ -9,7 +9,7 @@ import contextvars
 import dataclasses
 from collections.abc import Iterator, Mapping
 
-from kernels_pallas.layout import Layout, laid_out
+from kernels_pallas.layout import Layout, use_layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,5 +43,5 @@ def input_axis(name: str) -> Iterator[None]:
     """The kernels called within get activations whose features are this logical axis."""
     axes = _axes.get()
     layout = None if axes is None else Layout(axes.rows, axes.features.get(name, ()))
-    with laid_out(layout):
+    with use_layout(layout):
         yield

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-from kernels_pallas.chips import target_platform
+from kernels_pallas.target_device import target_platform
 from peft_jax.models.attention_layout import (
     MASKED,
     Attend,

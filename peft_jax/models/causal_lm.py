@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-from kernels_pallas.dispatch import using
+from kernels_pallas.dispatch import use_implementation
 from peft_jax.core import Kernel, Tree, linear
 from peft_jax.models.cache import KVCache
 from peft_jax.models.model import Model
@@ -60,7 +60,7 @@ class CausalLM(Model):
             cache = cache.admit(positions, segment_ids)
         elif positions is None:
             positions = default_positions(tokens, segment_ids)
-        with using(self.execution.kernels):
+        with use_implementation(self.execution.kernels):
             return self._bound(params)(tokens, positions, segment_ids, cache, packed)
 
     def head_kernel(self, params: Tree) -> Kernel:

@@ -1,4 +1,4 @@
-"""Block-diagonal products against dense ones in float64: XLA's form, and the TPU's kernel."""
+"""Block rotations against dense float64 products: XLA's form and the TPU kernel."""
 
 import functools
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kernels_pallas.block_rotation import block_rotation, reference
 from kernels_pallas.block_rotation.cases import CASES, Case
-from kernels_pallas.cases import tolerance
+from kernels_pallas.shared_cases import tolerance
 
 IMPLEMENTATIONS = ["auto", "xla", "interpret"]
 DTYPES = [jnp.float32, jnp.bfloat16]
@@ -32,13 +32,13 @@ def value_and_gradients(x, g, blocks, implementation):
 
 
 def check(case: Case, dtype, implementation: str) -> None:
-    """Forwards and backwards against the reference, as closely as the dtype allows."""
+    """Compares the product and its gradients with the reference, within the dtype's rounding."""
     x, g, blocks = case.arrays()
     found = value_and_gradients(*(jnp.asarray(a, dtype) for a in (x, g)), blocks, implementation)
     expected = reference.forward(x, blocks), *reference.backward(x, g, blocks)
     tokens = max(int(np.prod(case.batch)), 1)
-    # The gradient of float32 blocks is summed in float32 whatever the activations are; XLA's own
-    # derivative then rounds it as it does them.
+    # The gradient of float32 blocks is summed in float32 for activations of any dtype. XLA's own
+    # derivative then rounds it to the dtype of the activations.
     summed_to = dtype if implementation == "xla" else jnp.float32
     for name, y, wanted, rounded_to, length in zip(
         ("y", "dx", "dblocks"),
@@ -58,7 +58,7 @@ def check(case: Case, dtype, implementation: str) -> None:
 @pytest.mark.parametrize("implementation", ["auto", "interpret"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_value_and_gradients_in_every_kind_of_shape(case, dtype, implementation):
+def test_value_and_gradients(case, dtype, implementation):
     check(case, dtype, implementation)
 
 
@@ -70,12 +70,12 @@ def test_value_and_gradients_in_every_kind_of_shape(case, dtype, implementation)
     size=st.sampled_from([1, 2, 3, 5, 8, 20, 64]),
     dtype=st.sampled_from(DTYPES),
 )
-def test_value_and_gradients_in_any_shape(implementation, batch, blocks, size, dtype):
+def test_value_and_gradients_of_random_shapes(implementation, batch, blocks, size, dtype):
     check(Case(tuple(batch), blocks, size), dtype, implementation)
 
 
 @pytest.mark.parametrize("argument", [0, 1])
-def test_the_reference_gradients_are_its_slopes(argument):
+def test_reference_gradients_match_finite_differences(argument):
     case = Case((2, 3), 2, 3)
     x, g, blocks = (a.astype(np.float64) for a in case.arrays())
     gradient = reference.backward(x, g, blocks)[argument]
@@ -88,14 +88,14 @@ def test_the_reference_gradients_are_its_slopes(argument):
     np.testing.assert_allclose((ends[0] - ends[1]) / 2e-4, np.sum(gradient * direction), rtol=1e-8)
 
 
-# Under transformations; small, so that the interpreter is quick.
+# Under JAX transformations. The arrays are small because the interpreter is slow.
 
 SMALL = Case((4, 6), 3, 8)
 
 
 @pytest.fixture(scope="module")
 def small():
-    """(x, g, blocks) and what the reference makes of them."""
+    """Returns (x, g, blocks), and the product and gradients by the reference."""
     x, g, blocks = SMALL.arrays()
     return (x, g, blocks), (reference.forward(x, blocks), *reference.backward(x, g, blocks))
 
@@ -127,14 +127,14 @@ def test_under_vmap(small, implementation, mapped):
 def test_under_scan_and_remat(small, implementation):
     (x, g, blocks), _ = small
 
-    def turned_twice(x, blocks):
+    def rotated_twice(x, blocks):
         @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
         def body(carry, _):
             return block_rotation(carry, blocks, implementation=implementation), None
 
         return jax.lax.scan(body, x, None, length=2)[0]
 
-    y, transpose = jax.jit(lambda *a: jax.vjp(turned_twice, *a))(x, blocks)
+    y, transpose = jax.jit(lambda *a: jax.vjp(rotated_twice, *a))(x, blocks)
     once = reference.forward(x, blocks)
     back, second = reference.backward(once, g, blocks)
     dx, first = reference.backward(x, back, blocks)
@@ -143,7 +143,7 @@ def test_under_scan_and_remat(small, implementation):
 
 @pytest.mark.parametrize("implementation", ["auto", "xla"])
 def test_inside_shard_map(small, implementation):
-    """Rows over four devices and features over two; blocks of the rows' devices are the same."""
+    """Shards rows over four devices and features over two; blocks are replicated over the rows."""
     (x, g, blocks), expected = small
     blocks = np.concatenate([blocks, blocks + 1])
     x, g = (np.concatenate([a, a], axis=-1) for a in (x, g))
@@ -168,7 +168,7 @@ def test_inside_shard_map(small, implementation):
     close(run(x, g, blocks), expected)
 
 
-def test_what_xla_computes_can_be_differentiated_twice(small):
+def test_xla_can_be_differentiated_twice(small):
     (x, g, blocks), _ = small
     over = jnp.asarray(blocks)
 
@@ -176,11 +176,11 @@ def test_what_xla_computes_can_be_differentiated_twice(small):
         return jnp.sum(block_rotation(x, over, precision=HIGHEST, implementation="xla") ** 2)
 
     found = jax.jvp(jax.grad(energy), (x,), (g,))[1]
-    turned = reference.forward(g, blocks)
-    np.testing.assert_allclose(found, 2 * turned @ reference.dense(blocks).T, atol=1e-3)
+    rotated = reference.forward(g, blocks)
+    np.testing.assert_allclose(found, 2 * rotated @ reference.dense(blocks).T, atol=1e-3)
 
 
-def test_the_result_has_the_activations_dtype():
+def test_result_has_the_dtype_of_the_activations():
     x, parts = jnp.asarray(random(5, 8)), jnp.asarray(random(2, 4, 4))
     exact = block_rotation(x, parts)
     rounded = block_rotation(x.astype(jnp.bfloat16), parts)
@@ -189,16 +189,16 @@ def test_the_result_has_the_activations_dtype():
     assert 0 < float(error) < 2**-7
 
 
-def test_widths_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="cover 8 features, but the activations have 9"):
+def test_rejects_mismatched_widths():
+    with pytest.raises(ValueError, match=r"9 features.*\b8$"):
         block_rotation(jnp.zeros((2, 9)), jnp.zeros((2, 4, 4)))
 
 
-def test_orthogonal_blocks_keep_norms_and_are_undone_by_their_transposes():
+def test_orthogonal_blocks_preserve_norms_and_transposes_invert_them():
     parts = jnp.linalg.qr(jnp.asarray(random(4, 8, 8)))[0]
     x = jnp.asarray(random(10, 32))
-    turned = block_rotation(x, parts, precision=HIGHEST)
-    norms = (np.linalg.norm(a, axis=-1) for a in (turned, x))
+    rotated = block_rotation(x, parts, precision=HIGHEST)
+    norms = (np.linalg.norm(a, axis=-1) for a in (rotated, x))
     np.testing.assert_allclose(*norms, rtol=1e-6)
-    back = block_rotation(turned, jnp.swapaxes(parts, -1, -2))
+    back = block_rotation(rotated, jnp.swapaxes(parts, -1, -2))
     np.testing.assert_allclose(back, x, atol=2e-6)

@@ -1,7 +1,7 @@
-"""The rotation's GPU kernel, as far as it goes without a GPU: it lowers, and "auto" takes it.
+"""The block rotation's GPU kernel without a GPU: that it lowers, and that "auto" chooses it.
 
-Pallas's GPU interpreter has no predicated copies, which its pipelines make, so no numbers are
-checked here; `python -m benchmarks.gpu` checks them on a GPU.
+No numbers are checked here, because Pallas's GPU interpreter lacks the predicated copies that its
+own pipelines make. `python -m benchmarks.gpu` checks them on a GPU.
 """
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from kernels_pallas.block_rotation import block_rotation
-from kernels_pallas.block_rotation.gpu import _share_out
+from kernels_pallas.block_rotation.gpu import _split_tokens
 from kernels_pallas.dispatch import KernelError
 
 BLOCKS = jax.ShapeDtypeStruct((64, 16, 16), jnp.float32)
@@ -17,7 +17,7 @@ WIDE = jax.ShapeDtypeStruct((8, 128, 128), jnp.float32)
 
 
 def lowered(implementation: str, dtype=jnp.bfloat16, blocks=BLOCKS, tokens: int = 200) -> str:
-    """Forwards and backwards for a GPU, as text."""
+    """Lowers the product and its gradients for a GPU and returns the text."""
     n, size, _ = blocks.shape
     x = jax.ShapeDtypeStruct((tokens, n * size), dtype)
 
@@ -37,27 +37,27 @@ def test_both_kernels_lower(tokens, blocks):
     assert text.count("custom_call @mosaic_gpu") == 2
 
 
-def test_auto_takes_both_kernels(said):
+def test_auto_chooses_both_kernels(kernel_log):
     assert lowered("auto").count("custom_call @mosaic_gpu") == 2
-    assert len(said) == 2
-    assert all(line.endswith("on cuda: pallas, because the default on cuda") for line in said)
+    assert len(kernel_log) == 2
+    assert all("on cuda: pallas" in line for line in kernel_log)
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"dtype": jnp.float32}, "a GPU's matrix instructions would round float32"),
-        ({"blocks": jax.ShapeDtypeStruct((8, 48, 48), jnp.float32)}, "blocks of 48 do not fill"),
-        ({"blocks": jax.ShapeDtypeStruct((3, 32, 32), jnp.float32)}, "96 features are not a whole"),
+        ({"dtype": jnp.float32}, "x is float32"),
+        ({"blocks": jax.ShapeDtypeStruct((8, 48, 48), jnp.float32)}, "blocks of 48"),
+        ({"blocks": jax.ShapeDtypeStruct((3, 32, 32), jnp.float32)}, "96 features"),
     ],
 )
-def test_what_cannot_work_is_refused(given, message):
+def test_rejects_unsupported_operands(given, message):
     with pytest.raises(KernelError, match=message):
         lowered("pallas", **given)
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 65, 4096, 8192, 8192 + 640])
-def test_tiles_are_shared_out_without_one_left(tokens):
+def test_every_tile_belongs_to_one_part(tokens):
     rows = jax.ShapeDtypeStruct((tokens, 4096), jnp.bfloat16)
-    parts, tiles = _share_out(rows, jax.ShapeDtypeStruct((256, 16, 16), jnp.float32))
+    parts, tiles = _split_tokens(rows, jax.ShapeDtypeStruct((256, 16, 16), jnp.float32))
     assert parts * tiles == -(-tokens // 64)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kernels_pallas.cayley import cayley, reference, skew_entries, skew_symmetric
 
 BLOCK_SIZES = [2, 3, 4, 8, 32, 40]
-"""The largest is beyond what is eliminated unrolled."""
+"""The largest block is too large for the unrolled elimination."""
 
 compiled_skew_symmetric = jax.jit(skew_symmetric, static_argnums=1)
 compiled_skew_entries = jax.jit(skew_entries)
@@ -27,7 +27,7 @@ def max_orthogonality_error(q: jax.Array) -> float:
 
 
 @pytest.mark.parametrize("size", BLOCK_SIZES)
-def test_blocks_are_orthogonal_and_what_float64_makes_them(size):
+def test_blocks_are_orthogonal_and_match_float64(size):
     entries = random_entries(3, 5, size * (size - 1) // 2)
     q = compiled_cayley(entries, size)
     assert q.shape == (3, 5, size, size)
@@ -39,7 +39,7 @@ def test_blocks_are_orthogonal_and_what_float64_makes_them(size):
     ("size", "scale"),
     [(8, 30.0), (64, 30.0), (128, 10.0), pytest.param(256, 10.0, marks=pytest.mark.slow)],
 )
-def test_large_turns_stay_orthogonal(size, scale):
+def test_large_rotations_stay_orthogonal(size, scale):
     entries = random_entries(4, size * (size - 1) // 2, scale=scale)
     q = compiled_cayley(entries, size)
     assert max_orthogonality_error(q) < 1e-6
@@ -63,18 +63,18 @@ def test_under_vmap_scan_and_remat():
 @pytest.mark.parametrize(
     ("entries", "size", "message"),
     [
-        (np.ones(5, np.float32), 4, r"b = 4 have .* = 6 free entries.* are \[5\]"),
-        (np.ones((3, 7), np.float32), 4, r"= 6 free entries"),
+        (np.ones(5, np.float32), 4, r"\[5\].*\b6\b"),
+        (np.ones((3, 7), np.float32), 4, r"\[3, 7\].*\b6\b"),
         (np.ones(0, np.float32), 1, "b at least 2"),
     ],
 )
-def test_entries_that_make_no_block(entries, size, message):
+def test_rejects_a_wrong_number_of_entries(entries, size, message):
     with pytest.raises(ValueError, match=message):
         cayley(jnp.asarray(entries), size)
 
 
 @pytest.mark.parametrize("size", BLOCK_SIZES)
-def test_zeros_are_the_identity_exactly(size):
+def test_zero_entries_give_the_identity_exactly(size):
     q = compiled_cayley(np.zeros((3, 5, size * (size - 1) // 2), np.float32), size)
     np.testing.assert_array_equal(q, np.broadcast_to(np.eye(size), q.shape))
 
@@ -86,7 +86,7 @@ def test_entries_and_blocks_are_inverses(size, stack):
     blocks = compiled_skew_symmetric(entries, size)
     np.testing.assert_array_equal(blocks, reference.skew_symmetric(entries, size))
     np.testing.assert_array_equal(compiled_skew_entries(blocks), entries)
-    # What PEFT stores may have any symmetric part beside.
+    # What PEFT stores may have any symmetric part too.
     rng = np.random.default_rng(1)
     symmetric = rng.integers(-8, 8, blocks.shape).astype(np.float32)
     symmetric = symmetric + np.swapaxes(symmetric, -1, -2)
@@ -94,7 +94,7 @@ def test_entries_and_blocks_are_inverses(size, stack):
 
 
 @pytest.mark.parametrize("size", [2, 8, 40])
-def test_gradient_against_finite_differences_in_float64(size):
+def test_gradient_matches_float64_finite_differences(size):
     entries = random_entries(2, size * (size - 1) // 2)
     weights = random_entries(2, size, size, scale=1.0)
     gradient = jax.jit(jax.grad(lambda e: jnp.sum(cayley(e, size) * weights)))(entries)

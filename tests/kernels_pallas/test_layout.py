@@ -1,4 +1,4 @@
-"""Kernels on a mesh: each device on its own part, with the numbers of one device."""
+"""Kernels on a mesh: each device runs on its shard and results equal those of one device."""
 
 import functools
 
@@ -8,7 +8,7 @@ import pytest
 
 from kernels_pallas.block_rotation import block_rotation, reference
 from kernels_pallas.block_rotation.cases import Case
-from kernels_pallas.layout import Layout, laid_out
+from kernels_pallas.layout import Layout, use_layout
 
 CASE = Case((4, 6), 4, 8)
 LAYOUT = Layout(rows=("data", "fsdp"), features=("tensor",))
@@ -22,7 +22,7 @@ def mesh():
 
 @pytest.fixture(scope="module")
 def arrays(mesh):
-    """x, g and blocks on the mesh, and what comes of them."""
+    """Returns x, g and blocks on the mesh, and the product and gradients by the reference."""
     x, g, blocks = CASE.arrays()
     spec = jax.NamedSharding(mesh, jax.P(("data", "fsdp"), None, "tensor"))
     placed = jax.device_put(x, spec), jax.device_put(g, spec), blocks
@@ -45,28 +45,28 @@ def check(found, expected):
 
 
 @pytest.mark.parametrize("implementation", ["auto", "interpret"])
-def test_a_known_layout(mesh, arrays, implementation, said):
+def test_runs_on_shards_of_a_known_layout(mesh, arrays, implementation, kernel_log):
     placed, expected = arrays
-    with jax.set_mesh(mesh), laid_out(LAYOUT):
+    with jax.set_mesh(mesh), use_layout(LAYOUT):
         both = run(implementation)
         check(both(*placed), expected)
         text = both.lower(*placed).as_text()
-    assert "float32[1, 6, 16]" in said[0]  # one row and half of the features on each device
+    assert "float32[1, 6, 16]" in kernel_log[0]  # one row and half of the features on each device
     assert "manual" in text
 
 
 @pytest.mark.parametrize(
     "layout", [None, Layout(), Layout(rows=("tensor",)), Layout(rows=("elsewhere",))]
 )
-def test_a_layout_that_is_not_known_or_not_true_gives_the_same_numbers(mesh, arrays, layout):
+def test_unknown_or_wrong_layout_gives_the_same_results(mesh, arrays, layout):
     placed, expected = arrays
-    with jax.set_mesh(mesh), laid_out(layout):
+    with jax.set_mesh(mesh), use_layout(layout):
         check(run("auto")(*placed), expected)
 
 
-def test_what_the_mesh_does_not_divide_is_not_cut(mesh):
+def test_arrays_that_the_mesh_does_not_divide_are_not_sharded(mesh):
     case = Case((3, 6), 3, 8)  # three rows over four devices, three blocks over two
     x, g, blocks = case.arrays()
     expected = reference.forward(x, blocks), *reference.backward(x, g, blocks)
-    with jax.set_mesh(mesh), laid_out(LAYOUT):
+    with jax.set_mesh(mesh), use_layout(LAYOUT):
         check(run("auto")(x, g, blocks), expected)

@@ -1,4 +1,4 @@
-"""The unitary product and its gradients against dense complex matrices in float64."""
+"""The unitary product and its gradients against dense complex float64 matrices."""
 
 import functools
 
@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas.cases import tolerance
-from kernels_pallas.layout import Layout, laid_out
+from kernels_pallas.layout import Layout, use_layout
+from kernels_pallas.shared_cases import tolerance
 from kernels_pallas.unitary import reference, unitary_product
 from kernels_pallas.unitary.cases import XLA_CASES, Case
 
@@ -22,7 +22,7 @@ def single(*arrays: np.ndarray) -> list[jax.Array]:
 
 
 def product_and_gradients(case: Case, dtype, **options) -> tuple[list, list]:
-    """y, dx, dphases, dreflections: found, and by the reference."""
+    """Returns (y, dx, dphases, dreflections) by the kernel and by the reference."""
     x, g, phases, reflections = case.arrays()
 
     @jax.jit
@@ -39,34 +39,34 @@ def product_and_gradients(case: Case, dtype, **options) -> tuple[list, list]:
 def expect(found: list, expected: list, dtype, n: int) -> None:
     for index, (one, wanted) in enumerate(zip(found, expected, strict=True)):
         assert one.shape == wanted.shape
-        # y and dx are rounded to the activations' dtype; the parameters' gradients are not.
+        # y and dx have the activations' dtype; the parameters' gradients are float32.
         assert one.dtype == (dtype if index < 2 else jnp.float32)
         if wanted.size:
-            # What cancels in a gradient leaves the error of what it was made of, which is about 1.
+            # Terms of size 1 cancel in a gradient, so its error is relative to 1 at least.
             allowed = 4 * tolerance(one.dtype, n) * max(1.0, np.abs(wanted).max())
             np.testing.assert_allclose(np.asarray(one, np.float64), wanted, atol=allowed, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", XLA_CASES)
-def test_the_product_and_every_gradient(case, dtype):
+def test_value_and_gradients(case, dtype):
     expect(*product_and_gradients(XLA_CASES[case], dtype), dtype, XLA_CASES[case].n)
 
 
-def test_what_is_differentiated_by_jax_is_the_same():
-    """Asked for by name, XLA's form keeps JAX's own derivative, forwards too."""
+def test_xla_form_keeps_jax_derivatives():
+    """The requested XLA form keeps JAX's own derivatives, forward mode included."""
     case = XLA_CASES["even"]
     found, expected = product_and_gradients(case, jnp.float32, implementation="xla")
     expect(found, expected, jnp.float32, case.n)
     x, g, *parameters = case.arrays()
     product = functools.partial(unitary_product, implementation="xla")
     _, slope = jax.jvp(lambda x: product(x, *single(*parameters)), single(x), single(g))
-    turned = reference.forward(g, *parameters)
-    np.testing.assert_allclose(slope, turned, atol=1e-5)
+    mapped = reference.forward(g, *parameters)
+    np.testing.assert_allclose(slope, mapped, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["a prime", "even"])
-def test_the_reference_against_finite_differences(case):
+def test_reference_gradients_match_finite_differences(case):
     x, weights, *parameters = XLA_CASES[case].arrays()
     here = [x, *parameters]
     gradients = reference.backward(x, weights, *parameters)
@@ -82,7 +82,7 @@ def test_the_reference_against_finite_differences(case):
         np.testing.assert_allclose(np.sum(gradients[argument] * direction), slope, rtol=1e-7)
 
 
-def test_the_reference_is_unitary():
+def test_reference_is_unitary():
     _, _, phases, reflections = Case((), 30).arrays()
     u = reference.dense(phases, reflections)
     np.testing.assert_allclose(u @ u.conj().T, np.eye(30), atol=1e-13)
@@ -99,37 +99,37 @@ def test_norms_are_preserved(n, batch):
     )
 
 
-def test_the_map_is_orthogonal_over_the_reals():
+def test_map_is_orthogonal_over_the_reals():
     parameters = Case((), 30).arrays()[2:]
     u = np.asarray(unitary_product(*single(np.eye(60), *parameters)), np.float64)
     np.testing.assert_allclose(u @ u.T, np.eye(60), atol=1e-6)
 
 
-def test_the_lengths_of_the_reflections_do_not_matter():
+def test_lengths_of_reflection_vectors_do_not_matter():
     x, _, phases, reflections = Case((4,), 12).arrays()
     one = unitary_product(*single(x, phases, reflections))
     scaled = reflections * np.array([0.01, 50.0])[:, None, None]
     np.testing.assert_allclose(unitary_product(*single(x, phases, scaled)), one, atol=5e-6)
 
 
-def test_half_precision_activations_are_turned_in_single_precision():
+def test_bfloat16_activations_are_computed_in_float32():
     x, _, *parameters = Case((4,), 16).arrays()
     found = unitary_product(jnp.asarray(x, jnp.bfloat16), *single(*parameters))
     exact = unitary_product(*single(x, *parameters))
     np.testing.assert_array_equal(found, exact.astype(jnp.bfloat16))
 
 
-def test_widths_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="6 complex features are 12 real ones; the input has 14"):
+def test_rejects_mismatched_widths():
+    with pytest.raises(ValueError, match=r"14 features.*\b12$"):
         unitary_product(jnp.zeros((2, 14)), *single(*Case((), 6).arrays()[2:]))
 
 
-# Inside of what JAX makes of it.
+# Under JAX transformations.
 
 
 @pytest.fixture(scope="module")
 def whole():
-    """Rows, gradients, parameters, and what the plain call makes of them."""
+    """Returns rows, gradients, parameters, and the product and gradients of the plain call."""
     x, g, *parameters = single(*Case((8, 4), 12).arrays())
     y, transpose = jax.vjp(unitary_product, x, *parameters)
     return x, g, parameters, (y, *transpose(g))
@@ -200,7 +200,7 @@ def test_within_shard_map_on_eight_devices(whole, check_vma):
     same(found, expected)
 
 
-def test_spread_by_the_compiler(whole):
+def test_partitioned_by_the_compiler(whole):
     x, g, parameters, expected = whole
     mesh = jax.make_mesh((4, 2), ("rows", "columns"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     placed = jax.device_put((x, g), jax.NamedSharding(mesh, jax.P("rows", None, "columns")))
@@ -213,9 +213,9 @@ def test_spread_by_the_compiler(whole):
     same(gradients(*placed, *parameters), expected)
 
 
-@pytest.mark.parametrize("tokens", [4, 3], ids=["tokens are shared out", "every device has them"])
-def test_features_that_are_cut_are_brought_together(tokens):
-    """Rows over four devices and features over two, as the inputs of a second linear map lie."""
+@pytest.mark.parametrize("tokens", [4, 3], ids=["tokens sharded", "tokens replicated"])
+def test_sharded_features_are_gathered(tokens):
+    """Shards rows over four devices and features over two, as for a second linear map."""
     case = Case((4, tokens), 12)
     x, g, *parameters = single(*case.arrays())
     mesh = jax.make_mesh((4, 2), ("rows", "columns"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -225,7 +225,7 @@ def test_features_that_are_cut_are_brought_together(tokens):
         y, transpose = jax.vjp(unitary_product, x, *parameters)
         return y, *transpose(g)
 
-    with jax.set_mesh(mesh), laid_out(Layout(("rows",), ("columns",))):
+    with jax.set_mesh(mesh), use_layout(Layout(("rows",), ("columns",))):
         text = str(jax.make_jaxpr(gradients)(*placed, *parameters))
         found = jax.jit(gradients)(*placed, *parameters)
     assert "shard_map" in text

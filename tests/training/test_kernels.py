@@ -1,4 +1,4 @@
-"""A training step's kernels: chosen by the configuration, told how activations lie on a mesh."""
+"""Kernels in a training step: chosen by the configuration, and run on shards of a mesh."""
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def rows() -> Batch:
 
 
 def take_step(mesh=None, **execution):
-    """Trained arrays after one step, and the loss before it."""
+    """Returns the state after one training step, and the step's metrics."""
     model = build_model(LLAMA, ExecutionSettings(**execution))
     params = model.init_params(jax.random.key(0))
     adapter = SPEC.init(jax.random.key(1), params)
@@ -83,26 +83,26 @@ def expect_equal(found, expected) -> None:
 
 
 @pytest.mark.parametrize("kernels", ["auto", "interpret"])
-def test_every_choice_takes_the_same_step(alone, kernels, said):
+def test_every_implementation_takes_the_same_step(alone, kernels, kernel_log):
     expect_equal(take_step(kernels=kernels, remat="full"), alone)
     chosen = {
-        "auto": (": xla, because", ": the kernel is turned in their place, because"),
-        "interpret": (": interpret, because",),
+        "auto": (": xla", "rotates the kernel"),
+        "interpret": (": interpret",),
     }
-    assert said
-    assert all(any(choice in line for choice in chosen[kernels]) for line in said)
+    assert kernel_log
+    assert all(any(choice in line for choice in chosen[kernels]) for line in kernel_log)
 
 
-def test_a_choice_that_cannot_work_is_refused():
-    with pytest.raises(dispatch.KernelError, match="no Pallas kernel of it for cpu"):
+def test_rejects_an_implementation_that_cannot_run():
+    with pytest.raises(dispatch.KernelError, match="no Pallas kernel for cpu"):
         take_step(kernels="pallas")
     with pytest.raises(ValueError, match=r"kernels is 'palas'.*pallas"):
         ExecutionSettings(kernels="palas")
 
 
-def test_on_a_mesh_each_device_turns_its_own_part(alone, said):
+def test_each_device_of_a_mesh_rotates_its_own_shard(alone, kernel_log):
     mesh = make_mesh(MeshSettings(data=2, fsdp=2, tensor=2))
     expect_equal(take_step(mesh), alone)
-    # One row of 8 tokens on each of four; the feed-forward's 32 features cut over "tensor".
-    assert any(line.startswith("block_rotation(float32[1, 8, 16]") for line in said)
-    assert not any("[4, 8," in line or ", 32]," in line for line in said)
+    # Each device holds one row of 8 tokens; "tensor" shards the 32 feed-forward features.
+    assert any(line.startswith("block_rotation(float32[1, 8, 16]") for line in kernel_log)
+    assert not any("[4, 8," in line or ", 32]," in line for line in kernel_log)

@@ -1,4 +1,4 @@
-"""A rotation and a kernel as one product against dense ones in float64, and when it is taken."""
+"""Products with a rotated kernel against dense float64 products, and when they are chosen."""
 
 import jax
 import jax.numpy as jnp
@@ -9,20 +9,20 @@ from hypothesis import strategies as st
 
 from kernels_pallas.block_rotation import (
     block_rotation,
+    prefer_rotated_kernel,
     reference,
-    turned_kernel_product,
-    turning_the_kernel_pays,
+    rotated_kernel_product,
 )
-from kernels_pallas.cases import tolerance
 from kernels_pallas.cayley import cayley
-from kernels_pallas.dispatch import using
+from kernels_pallas.dispatch import use_implementation
+from kernels_pallas.shared_cases import tolerance
 from peft_jax.adapters import BOFT
 
 DTYPES = [jnp.float32, jnp.bfloat16]
 
 
 def draw(batch, blocks, size, columns, dtype):
-    """(x, dy, orthogonal blocks, kernel) of a dtype, blocks in float32."""
+    """Returns (x, dy, orthogonal blocks, kernel) of a dtype; blocks are float32."""
     keys = jax.random.split(jax.random.key(0), 4)
     x = jax.random.normal(keys[0], (*batch, blocks * size), dtype)
     dy = jax.random.normal(keys[1], (*batch, columns), dtype)
@@ -32,12 +32,12 @@ def draw(batch, blocks, size, columns, dtype):
 
 
 def expected(x, dy, blocks, kernel):
-    """(y, dx, dblocks, dkernel) in float64; the gradient to blocks is that of independent ones."""
+    """Returns (y, dx, dblocks, dkernel) in float64, with every entry of the blocks free."""
     x, dy, blocks, kernel = (np.asarray(a, np.float64) for a in (x, dy, blocks, kernel))
-    turned = reference.forward(x, blocks)
+    rotated = reference.forward(x, blocks)
     dx, dblocks = reference.backward(x, dy @ kernel.T, blocks)
-    flat, columns = (a.reshape(-1, a.shape[-1]) for a in (turned, dy))
-    return turned @ kernel, dx, dblocks, flat.T @ columns
+    flat, columns = (a.reshape(-1, a.shape[-1]) for a in (rotated, dy))
+    return rotated @ kernel, dx, dblocks, flat.T @ columns
 
 
 @settings(max_examples=6, deadline=None)
@@ -49,10 +49,10 @@ def expected(x, dy, blocks, kernel):
     dtype=st.sampled_from(DTYPES),
 )
 def test_value_and_gradients(batch, blocks, size, columns, dtype):
-    x, dy, turns, kernel = draw(batch, blocks, size, columns, dtype)
-    y, transpose = jax.vjp(turned_kernel_product, x, turns, kernel)
+    x, dy, rotations, kernel = draw(batch, blocks, size, columns, dtype)
+    y, transpose = jax.vjp(rotated_kernel_product, x, rotations, kernel)
     found = y, *transpose(dy)
-    wanted = expected(x, dy, turns, kernel)
+    wanted = expected(x, dy, rotations, kernel)
     assert [a.dtype for a in found] == [dtype, dtype, jnp.float32, dtype]
     lengths = (blocks * size, columns, int(np.prod(batch)) * columns, int(np.prod(batch)))
     names = ("y", "dx", "dblocks", "dkernel")
@@ -61,14 +61,14 @@ def test_value_and_gradients(batch, blocks, size, columns, dtype):
         assert np.abs(np.asarray(one, np.float64) - other).max() <= allowed, name
 
 
-def test_a_frozen_kernel_costs_no_gradient():
-    x, _, turns, kernel = draw((30,), 4, 8, 12, jnp.float32)
+def test_frozen_kernel_has_no_gradient_product():
+    x, _, rotations, kernel = draw((30,), 4, 8, 12, jnp.float32)
 
-    def products(*trained):
-        def loss(x, turns, kernel):
-            return turned_kernel_product(x, turns, kernel).sum()
+    def products(*trainable):
+        def loss(x, rotations, kernel):
+            return rotated_kernel_product(x, rotations, kernel).sum()
 
-        gradient = jax.make_jaxpr(jax.grad(loss, argnums=trained))(x, turns, kernel)
+        gradient = jax.make_jaxpr(jax.grad(loss, argnums=trainable))(x, rotations, kernel)
         return str(gradient).count("dot_general")
 
     assert products(0, 1) < products(0, 1, 2)
@@ -76,32 +76,32 @@ def test_a_frozen_kernel_costs_no_gradient():
 
 @pytest.mark.parametrize("transform", [jax.jit, jax.checkpoint])
 def test_under_transformations(transform):
-    x, dy, turns, kernel = draw((3, 10), 4, 8, 12, jnp.float32)
+    x, dy, rotations, kernel = draw((3, 10), 4, 8, 12, jnp.float32)
 
-    def loss(x, turns):
-        return jnp.sum(turned_kernel_product(x, turns, kernel) * dy)
+    def loss(x, rotations):
+        return jnp.sum(rotated_kernel_product(x, rotations, kernel) * dy)
 
-    found = jax.grad(transform(loss), argnums=(0, 1))(x, turns)
-    for one, other in zip(found, expected(x, dy, turns, kernel)[1:3], strict=True):
+    found = jax.grad(transform(loss), argnums=(0, 1))(x, rotations)
+    for one, other in zip(found, expected(x, dy, rotations, kernel)[1:3], strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4)
 
 
-def test_where_it_is_taken():
+def test_when_a_rotated_kernel_is_preferred():
     x = jnp.ones((4, 10, 16))
     wide, narrow = jnp.ones((16, 41)), jnp.ones((16, 39))
-    assert turning_the_kernel_pays(x, narrow)
-    assert not turning_the_kernel_pays(x, wide)
-    with using("xla"):
-        assert not turning_the_kernel_pays(x, narrow)
+    assert prefer_rotated_kernel(x, narrow)
+    assert not prefer_rotated_kernel(x, wide)
+    with use_implementation("xla"):
+        assert not prefer_rotated_kernel(x, narrow)
     for size in (1, 8):
         mesh = jax.make_mesh((size,), ("data",), devices=jax.devices()[:size])
         with jax.set_mesh(mesh):
-            assert turning_the_kernel_pays(x, narrow) == (size == 1)
+            assert prefer_rotated_kernel(x, narrow) == (size == 1)
 
 
 @pytest.mark.parametrize("columns", [8, 400])
-def test_boft_is_the_same_with_either(columns, said):
-    """More tokens than columns, and fewer."""
+def test_boft_gives_the_same_result_either_way(columns, kernel_log):
+    """Has more tokens than columns, then fewer."""
     method = BOFT(block_size=4, n_butterfly_factors=2)
     x, dy, _, kernel = draw((2, 20), 4, 8, columns, jnp.float32)
     trainable, _ = method.init(jax.random.key(1), kernel.shape)
@@ -112,13 +112,13 @@ def test_boft_is_the_same_with_either(columns, said):
         return jnp.sum(method.project(x, kernel, arrays) * dy)
 
     found = jax.value_and_grad(loss, argnums=(0, 1))(x, r)
-    with using("xla"):
+    with use_implementation("xla"):
         other = jax.value_and_grad(loss, argnums=(0, 1))(x, r)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), found, other)
-    assert any("the kernel is turned" in line for line in said) == (columns == 8)
+    assert any("rotates the kernel" in line for line in kernel_log) == (columns == 8)
 
 
-def test_reordering_activations_changes_nothing():
-    x, _, turns, kernel = draw((6, 5), 4, 8, 12, jnp.float32)
-    plain = block_rotation(x, turns) @ kernel
-    np.testing.assert_allclose(turned_kernel_product(x, turns, kernel), plain, atol=1e-4)
+def test_rotating_kernel_or_activations_gives_the_same_product():
+    x, _, rotations, kernel = draw((6, 5), 4, 8, 12, jnp.float32)
+    plain = block_rotation(x, rotations) @ kernel
+    np.testing.assert_allclose(rotated_kernel_product(x, rotations, kernel), plain, atol=1e-4)

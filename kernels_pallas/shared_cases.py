@@ -1,7 +1,4 @@
-"""What tests and benchmarks of all kernels share: models' widths, and how much rounding is allowed.
-
-Widths are (hidden size, feed-forward size): inputs of a block's linear maps.
-"""
+"""Model widths and rounding tolerance, shared by the tests and benchmarks of all kernels."""
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -12,14 +9,15 @@ MODEL_WIDTHS = {
     "Llama 70B": (8192, 28672),
     "Llama 405B": (16384, 53248),
 }
+"""Hidden size and feed-forward size, the input widths of a block's linear maps."""
 
 
 def tolerance(dtype: DTypeLike, length: int) -> float:
-    """The error allowed in a result, as a share of the largest of the results.
+    """Returns the largest error allowed in a result, relative to the largest entry.
 
     Args:
-      dtype: what the result is rounded to.
-      length: of the sums in it, which are made in float32.
+      dtype: Dtype that the result is rounded to.
+      length: Number of terms in each sum; sums are computed in float32.
 
     Example:
       >>> tolerance(jnp.bfloat16, 128) > 10 * tolerance(jnp.float32, 128)

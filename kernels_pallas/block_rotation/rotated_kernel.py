@@ -1,0 +1,112 @@
+"""The product of a rotation and a kernel, x blockdiag(blocks) W, computed by rotating the kernel.
+
+(x R) W equals x (R W). The first form rotates tokens, the second rotates the kernel's columns. With
+fewer columns than tokens, as in training on a CPU, the second is less work. A kernel's rows also
+lie block by block already. Activations must be reordered for a batched product and back, which
+takes a CPU longer than the rotation itself.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Float
+
+from kernels_pallas.block_rotation.xla import by_block
+from kernels_pallas.dispatch import log_once, resolve
+from kernels_pallas.target_device import target_platform
+
+COLUMNS_PER_TOKEN = {"cpu": 1, "gpu": 2}
+"""Number of kernel columns per token below which rotating the kernel is faster, by platform.
+
+On a GPU two batched products of blocks then move the kernel and no activations. On an H200 with
+8,192 tokens and a kernel of 4,096 x 14,336, product and gradients take 2.60 ms this way. With the
+tokens rotated by the Pallas kernel they take 2.74 ms (one trial by hand; docs/kernels.md has the
+table)."""
+
+
+def prefer_rotated_kernel(
+    x: Float[Array, "*batch d_in"], kernel: Float[Array, "d_in d_out"]
+) -> bool:
+    """Returns whether rotating the kernel is faster than rotating `x`, before their product.
+
+    It is faster on one CPU with more tokens than columns, and on one GPU with more than half as
+    many. The answer is False if the caller requested an implementation. It is given while a
+    function is traced, for the platform that `target_platform` returns, and affects speed alone.
+    """
+    tokens = x.size // max(x.shape[-1], 1)
+    mesh, platform = jax.sharding.get_abstract_mesh(), target_platform()
+    if not mesh.empty and mesh.size > 1:
+        return False
+    columns_per_token = COLUMNS_PER_TOKEN.get(platform)
+    faster = (
+        columns_per_token is not None
+        and resolve(None) == "auto"
+        and kernel.shape[-1] < columns_per_token * tokens
+    )
+    if faster:
+        log_once(
+            f"block_rotation of {tokens} tokens before a kernel {list(kernel.shape)} on {platform}:"
+            f" rotates the kernel (fewer than {columns_per_token} columns per token)"
+        )
+    return faster
+
+
+@jax.custom_vjp
+def rotated_kernel_product(
+    x: Float[Array, "*batch d_in"],
+    blocks: Float[Array, "n B B"],
+    kernel: Float[Array, "d_in d_out"],
+) -> Float[Array, "*batch d_out"]:
+    """Returns x blockdiag(blocks) W, computed as x (blockdiag(blocks) W).
+
+    The rotated kernel is computed in float32 and rounded once.
+
+    Args:
+      x: Activations [..., d_in] with d_in = n B.
+      blocks: [n, B, B] float32, orthogonal. The backward pass relies on it: it computes the
+        gradient of x R from that of x as dx R, which for any other R would need its inverse.
+      kernel: [d_in, d_out].
+
+    Returns:
+      [..., d_out] in the dtype of `x`.
+    """
+    return jnp.matmul(x, _rotate(blocks, kernel).astype(x.dtype))
+
+
+def _rotate(blocks: Array, kernel: Array) -> Array:
+    """Returns blockdiag(blocks) W, [d_in, d_out] float32."""
+    rows = kernel.reshape(*blocks.shape[:2], kernel.shape[-1]).astype(blocks.dtype)
+    return jnp.matmul(blocks, rows).reshape(kernel.shape)
+
+
+def _forward(x: Any, blocks: Any, kernel: Any) -> tuple[Array, tuple[Any, ...]]:
+    arrays = x.value, blocks.value, kernel.value
+    return rotated_kernel_product(*arrays), (*arrays, kernel.perturbed or None)
+
+
+def _backward(residuals: tuple[Any, ...], dy: Any) -> tuple[Any, ...]:
+    x, blocks, kernel, kernel_is_trainable = residuals
+    if isinstance(dy, SymbolicZero):
+        return None, None, None
+    # Recomputed, because keeping it would cost the kernel's memory again in every layer.
+    rotated = _rotate(blocks, kernel).astype(x.dtype)
+    dx = jax.lax.dot_general(dy, rotated, (((dy.ndim - 1,), (1,)), ((), ())))
+    # With g the gradient of x R, dblocks = xᵀ g and dx = g Rᵀ, so xᵀ dx = dblocks Rᵀ.
+    overlaps = jax.lax.dot_general(
+        by_block(x, blocks),
+        by_block(dx, blocks),
+        (((1,), (1,)), ((0,), (0,))),
+        preferred_element_type=jnp.float32,
+    )
+    dblocks = jnp.matmul(overlaps, blocks).astype(blocks.dtype)
+    dkernel = None
+    if kernel_is_trainable:
+        rows, columns = (a.reshape(-1, a.shape[-1]) for a in (x, dy))
+        drotated = jax.lax.dot_general(rows, columns, (((0,), (0,)), ((), ())))
+        dkernel = _rotate(jnp.swapaxes(blocks, -1, -2), drotated).astype(kernel.dtype)
+    return dx, dblocks, dkernel
+
+
+rotated_kernel_product.defvjp(_forward, _backward, symbolic_zeros=True)
