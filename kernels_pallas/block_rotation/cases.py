@@ -1,4 +1,4 @@
-"""Shapes of the rotation that tests and benchmarks share."""
+"""Shapes of the block rotation for tests."""
 
 import dataclasses
 
@@ -7,12 +7,12 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One shape.
+    """Shape of one call.
 
     Attributes:
-      batch: the axes before the features.
-      blocks: n.
-      block_size: B.
+      batch: Axes before the features.
+      blocks: Number of blocks n.
+      block_size: Block size B.
     """
 
     batch: tuple[int, ...]
@@ -25,7 +25,7 @@ class Case:
         return self.blocks * self.block_size
 
     def arrays(self, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(x, g [*batch, d], blocks [n, B, B]), float32, of which bfloat16 holds every number."""
+        """Returns (x, g [*batch, d], blocks [n, B, B]) in float32, exact in bfloat16."""
         rng = np.random.default_rng(seed)
 
         def draw(*shape: int) -> np.ndarray:
@@ -45,4 +45,4 @@ CASES = {
     "blocks that straddle lanes": Case((17,), 8, 48),
     "one token": Case((), 4, 32),
 }
-"""What the kernels do in different ways."""
+"""One shape for each code path of the kernels."""

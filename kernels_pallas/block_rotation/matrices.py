@@ -1,4 +1,4 @@
-"""Blocks on the diagonals of larger matrices, of the size that a matrix unit multiplies by."""
+"""Packs small blocks onto the diagonals of matrices as large as a matrix unit multiplies."""
 
 from typing import Any
 
@@ -12,16 +12,16 @@ _EXACT = jax.lax.Precision.HIGHEST
 def to_matrices(
     blocks: Float[Array, "n B B"], size: int, features: int, dtype: Any
 ) -> Float[Array, "matrices {size} {size}"]:
-    """Matrices with groups of blocks on their diagonals, zeros after the last block.
+    """Returns matrices with groups of blocks on their diagonals, and zeros after the last block.
 
-    A product with a matrix of ones repeats the blocks along the columns, exactly; by reshapes a TPU
-    would store them on the way with the few columns of a block padded to all its lanes.
+    A product with a matrix of ones repeats the blocks along the columns, exactly. Reshapes would
+    make a TPU store blocks whose few columns are padded to all 128 lanes.
 
     Args:
       blocks: [n, B, B].
-      size: of the matrices, a multiple of B.
-      features: how many the matrices are to cover, at least n B, a multiple of the size.
-      dtype: of the matrices.
+      size: Size of the matrices, a multiple of B.
+      features: Number of features that the matrices cover, at least n B and a multiple of `size`.
+      dtype: Dtype of the matrices.
     """
     n, block_size, _ = blocks.shape
     padded = jnp.pad(blocks.astype(dtype), ((0, features // block_size - n), (0, 0), (0, 0)))
@@ -36,7 +36,7 @@ def to_matrices(
 def from_matrices(
     matrices: Float[Array, "matrices M M"], shape: tuple[int, ...]
 ) -> Float[Array, "n B B"]:
-    """The blocks [n, B, B] on the matrices' diagonals: `to_matrices`'s transpose."""
+    """Returns the blocks [n, B, B] on the matrices' diagonals; the transpose of `to_matrices`."""
     n, block_size, _ = shape
     size = matrices.shape[-1]
     if size == block_size:
@@ -49,11 +49,11 @@ def from_matrices(
 
 
 def _repeat(block_size: int, size: int, dtype: Any) -> Float[Array, "{block_size} {size}"]:
-    """The identity, side by side as often as it takes."""
+    """Returns copies of the identity side by side."""
     return jnp.tile(jnp.eye(block_size, dtype=dtype), (1, size // block_size))
 
 
 def _on_diagonal(block_size: int, size: int) -> Bool[Array, "{size} {size}"]:
-    """Where a matrix has its blocks."""
+    """Returns where a matrix has its blocks."""
     block = jnp.arange(size) // block_size
     return block[:, None] == block[None]

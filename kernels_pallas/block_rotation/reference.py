@@ -1,13 +1,13 @@
-"""The rotation written a second time, in float64 and as plainly as can be, to check against.
+"""The block rotation in plain float64, as a reference for tests.
 
-It shares nothing with the implementations: the block-diagonal matrix is built and multiplied by.
+It shares no code with the implementations: it builds the dense block-diagonal matrix.
 """
 
 import numpy as np
 
 
 def dense(blocks: np.ndarray) -> np.ndarray:
-    """The block-diagonal matrix [d, d], float64, of blocks [n, B, B]."""
+    """Returns the block-diagonal matrix [d, d], float64, of blocks [n, B, B]."""
     n, size, _ = blocks.shape
     matrix = np.zeros((n * size, n * size))
     for index, block in enumerate(blocks):
@@ -17,12 +17,12 @@ def dense(blocks: np.ndarray) -> np.ndarray:
 
 
 def forward(x: np.ndarray, blocks: np.ndarray) -> np.ndarray:
-    """The product y = x blockdiag(blocks) [..., d], float64."""
+    """Returns y = x blockdiag(blocks) [..., d], float64."""
     return np.asarray(x, np.float64) @ dense(blocks)
 
 
 def backward(x: np.ndarray, g: np.ndarray, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(dx [..., d], dblocks [n, B, B]), float64, of the sum of y times g."""
+    """Returns (dx [..., d], dblocks [n, B, B]), float64, for the gradient g of y."""
     n, size, _ = blocks.shape
     g64 = np.asarray(g, np.float64)
     dx = g64 @ dense(blocks).T

@@ -1,4 +1,4 @@
-"""Shapes of the butterfly that tests and benchmarks share."""
+"""Shapes of the butterfly for tests."""
 
 import dataclasses
 
@@ -7,13 +7,13 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One shape.
+    """Shape of one call.
 
     Attributes:
-      batch: the axes before the features.
-      block_size: b.
-      factors: m.
-      groups: how many groups of features do not mix; d = groups b 2^(m-1).
+      batch: Axes before the features.
+      block_size: Block size b.
+      factors: Number of factors m.
+      groups: Number of groups of features that do not mix; d = groups b 2^(m-1).
     """
 
     batch: tuple[int, ...]
@@ -23,7 +23,7 @@ class Case:
 
     @property
     def blocks(self) -> int:
-        """The blocks n of one factor."""
+        """The number of blocks n of one factor."""
         return self.groups * 2 ** (self.factors - 1)
 
     @property
@@ -32,7 +32,7 @@ class Case:
         return self.blocks * self.block_size
 
     def arrays(self, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(x, g [*batch, d], factors [m, n, b, b]), float32; factors keep sizes as they are."""
+        """Returns (x, g [*batch, d], factors [m, n, b, b]), float32; factors about keep norms."""
         rng = np.random.default_rng(seed)
         x, g = rng.normal(size=(2, *self.batch, self.features)).astype(np.float32)
         b = self.block_size
@@ -49,4 +49,4 @@ CASES = {
     "composed": Case((3, 5), 8, 3, groups=2),
     "one factor": Case((7,), 8, 1, groups=3),
 }
-"""What the kernels do in different ways."""
+"""One shape for each code path of the kernels."""

@@ -1,14 +1,14 @@
-"""The product written a second time, in float64: each factor as a d x d matrix, half by half.
+"""The butterfly product in plain float64, with each factor as a d x d matrix, as a reference.
 
-Which halves a factor's blocks pair is taken from the paper's words (BOFT, arXiv 2311.06243, section
-4: at level i, half-block h with half-block h + 2^i), not from the implementations' reshapes.
+The pairs of half-blocks follow the paper's text (BOFT, arXiv 2311.06243, section 4: at level i,
+half-block h with half-block h + 2^i), not the implementations' reshapes.
 """
 
 import numpy as np
 
 
 def dense(factors: np.ndarray) -> np.ndarray:
-    """F_{m-1} ... F_0 as one matrix [d, d], float64, of factors [m, n, b, b]."""
+    """Returns F_{m-1} ... F_0 as one matrix [d, d], float64, of factors [m, n, b, b]."""
     m, n, b, _ = factors.shape
     product = np.eye(n * b)
     for level in range(m):
@@ -17,7 +17,7 @@ def dense(factors: np.ndarray) -> np.ndarray:
 
 
 def factor(blocks: np.ndarray, level: int | None) -> np.ndarray:
-    """One factor as a matrix [d, d]; without a level its blocks are whole blocks in order."""
+    """Returns one factor as a matrix [d, d]; without a level, blocks act on features in order."""
     n, b, _ = blocks.shape
     matrix = np.zeros((n * b, n * b))
     if level is None:
@@ -43,12 +43,12 @@ def factor(blocks: np.ndarray, level: int | None) -> np.ndarray:
 
 
 def forward(x: np.ndarray, factors: np.ndarray) -> np.ndarray:
-    """The product x F_{m-1} ... F_0 [..., d], float64."""
+    """Returns x F_{m-1} ... F_0 [..., d], float64."""
     return np.asarray(x, np.float64) @ dense(factors)
 
 
 def backward(x: np.ndarray, g: np.ndarray, factors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(dx [..., d], dfactors [m, n, b, b]) for the gradient g [..., d] of the product, float64."""
+    """Returns (dx [..., d], dfactors [m, n, b, b]), float64, for the gradient g [..., d]."""
     shape = x.shape
     x, g = (np.asarray(a, np.float64).reshape(-1, shape[-1]) for a in (x, g))
     levels = [None] if len(factors) == 1 else range(len(factors))
@@ -59,7 +59,7 @@ def backward(x: np.ndarray, g: np.ndarray, factors: np.ndarray) -> tuple[np.ndar
     dfactors = np.zeros(factors.shape)
     for level, matrix in enumerate(matrices):
         whole = inputs[len(matrices) - 1 - level].T @ g
-        # A block's entries are found in a matrix by putting numbers in their places.
+        # Numbering the entries of the blocks finds their places in the matrix.
         index = np.arange(1, factors[level].size + 1, dtype=np.float64)
         places = factor(index.reshape(factors[level].shape), levels[level])
         at = np.nonzero(places)

@@ -1,8 +1,8 @@
-"""Butterfly factors as a few stages of whole square matrices, which a TPU's matrix unit multiplies.
+"""Butterfly factors as a few stages of matrices of the size that a TPU's matrix unit multiplies.
 
-Features are cut into tiles of the matrices' size M. The low levels, whose pairs of halves lie
-within a tile, are composed into one matrix a tile. At a higher level the halves of a tile are all
-paired with those of one other tile, its partner, so that the level is two matrices a tile:
+Features are split into tiles of the matrices' size M. The low levels pair half-blocks within a
+tile, so they are composed into one matrix per tile. A high level pairs the half-blocks of a tile
+with those of one other tile, its partner, so it has two matrices per tile:
 
     y[t] = x[t] same[t] + x[partner(t)] cross[t],  partner(t) = t xor 2^level
 """
@@ -21,12 +21,12 @@ from kernels_pallas.butterfly.factors import compose_butterfly
 
 @dataclasses.dataclass(frozen=True)
 class Stages:
-    """How factors fall into stages.
+    """How factors are split into stages.
 
     Attributes:
-      block_size: b.
-      low: how many levels are composed.
-      high: how many are stages of their own.
+      block_size: Block size b.
+      low: Number of levels that are composed.
+      high: Number of levels that are stages of their own.
     """
 
     block_size: int
@@ -35,39 +35,39 @@ class Stages:
 
     @property
     def matrix(self) -> int:
-        """M, the size of the matrices."""
+        """The size M of the matrices."""
         return self.block_size * 2 ** (self.low - 1)
 
     @property
     def features(self) -> int:
-        """How many features are mixed with each other: M 2^high."""
+        """The number of features that mix with each other: M 2^high."""
         return self.matrix * 2**self.high
 
     @property
     def tiles(self) -> int:
-        """Tiles of so many features."""
+        """The number of tiles of the features that mix with each other."""
         return 2**self.high
 
 
 MAX_COMPOSED = 256
-"""Up to this size the product of all factors is one matrix, which is applied as any other block."""
+"""Up to this block size the factors are composed and applied as a block rotation."""
 
 
 def composes(factors: Any) -> bool:
-    """Whether the product of factors [m, n, b, b] is better made one matrix."""
+    """Returns whether composing factors [m, n, b, b] into dense blocks is faster."""
     m, _, b, _ = factors.shape
     return b * 2 ** (m - 1) <= MAX_COMPOSED
 
 
 def split(block_size: int, levels: int) -> Stages:
-    """The fewest low levels that make matrices of whole lanes.
+    """Splits levels into stages, with the fewest low levels whose matrices fill whole lanes.
 
     Args:
-      block_size: b.
-      levels: m.
+      block_size: Block size b.
+      levels: Number of factors m.
 
     Raises:
-      ValueError: no number of them does, or the matrices are too large to pay.
+      ValueError: No number of low levels fills whole lanes, or the matrices exceed `MAX_MATRIX`.
 
     Example:
       >>> split(8, 9)
@@ -82,33 +82,33 @@ def split(block_size: int, levels: int) -> Stages:
                 break
             return stages
     raise ValueError(
-        f"{levels} factors with blocks of {block_size} cannot be made matrices of a multiple of"
-        f" {LANES} lanes and at most {MAX_MATRIX}"
+        f"{levels} factors with blocks of {block_size} do not compose to matrices whose size is a"
+        f" multiple of {LANES} and at most {MAX_MATRIX}"
     )
 
 
 def to_matrices(
     factors: Float[Array, "m n b b"], stages: Stages, dtype: DTypeLike
 ) -> tuple[Float[Array, "high tiles 2 M M"], Float[Array, "tiles M M"]]:
-    """The matrices of all tiles: (same and cross of the high levels, lowest first; low).
+    """Returns the matrices of all tiles: (same and cross of the high levels, lowest first; low).
 
-    The low ones are composed in the dtype of the factors.
+    The low levels are composed in the dtype of the factors.
     """
     low = compose_butterfly(factors[: stages.low]).astype(dtype)
     factors = factors.astype(dtype)
     m = factors.shape[0]
-    high = [_two_a_tile(factors[level], level, stages.matrix) for level in range(stages.low, m)]
+    high = [_same_and_cross(factors[level], level, stages.matrix) for level in range(stages.low, m)]
     empty = jnp.zeros((0, low.shape[0], 2, *low.shape[1:]), factors.dtype)
     return (jnp.stack(high) if high else empty), low
 
 
-def _two_a_tile(
+def _same_and_cross(
     blocks: Float[Array, "n b b"], level: int, size: int
 ) -> Float[Array, "tiles 2 M M"]:
-    """One high level's matrices: what a tile makes of itself, and what of its partner.
+    """Returns one high level's matrices: those for a tile itself and those for its partner.
 
-    Columns are put in place by products with zeros and ones, exactly; by reshapes a TPU would store
-    the few columns of half a block padded to all its lanes.
+    Products with zeros and ones put the columns in place, exactly. Reshapes would make a TPU store
+    half-blocks whose few columns are padded to all 128 lanes.
     """
     n, b, _ = blocks.shape
     half, stride = b // 2, 2**level

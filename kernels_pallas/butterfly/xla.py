@@ -1,4 +1,4 @@
-"""The product in XLA's operations: one factor after another, each a pass over the activations."""
+"""The butterfly product in XLA operations, with one pass over the activations for each factor."""
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,9 @@ def forward(
     *,
     precision: jax.lax.Precision | None,
 ) -> tuple[Float[Array, "*batch d"]]:
-    """(y,), y = x F_{m-1} ... F_0."""
+    """Returns (y,) with y = x F_{m-1} ... F_0."""
     for level in reversed(range(factors.shape[0])):
-        x = _turn(_paired(x, factors, level), factors, level, precision)
+        x = _rotate(_paired(x, factors, level), factors, level, precision)
     return (x,)
 
 
@@ -26,12 +26,12 @@ def backward(
     *,
     precision: jax.lax.Precision | None,
 ) -> tuple[Float[Array, "*batch d"], Float[Array, "m n b b"]]:
-    """(dx, dfactors) for the gradient g of y; the factors' inputs are computed once more."""
+    """Returns (dx, dfactors) for the gradient g of y; recomputes the factors' inputs."""
     m = factors.shape[0]
     inputs = []
     for level in reversed(range(m)):
         inputs.append(_paired(x, factors, level))
-        x = _turn(inputs[-1], factors, level, precision)
+        x = _rotate(inputs[-1], factors, level, precision)
     gradients = []
     for level in range(m):
         dpaired, dblocks = block_rotation.backward(
@@ -42,34 +42,34 @@ def backward(
     return g, jnp.stack(gradients)
 
 
-def _turn(
+def _rotate(
     paired: Float[Array, "*batch d"],
     factors: Float[Array, "m n b b"],
     level: int,
     precision: jax.lax.Precision | None,
 ) -> Float[Array, "*batch d"]:
-    (turned,) = block_rotation.forward(paired, factors[level], precision=precision)
-    return _unpaired(turned, factors, level)
+    (rotated,) = block_rotation.forward(paired, factors[level], precision=precision)
+    return _unpaired(rotated, factors, level)
 
 
 def _paired(
     x: Float[Array, "*batch d"], factors: Float[Array, "m n b b"], level: int
 ) -> Float[Array, "*batch d"]:
-    """The features with the halves that a level pairs next to each other."""
-    return _exchanged(x, factors, (2, 2**level))
+    """Moves the half-blocks that a level pairs next to each other."""
+    return _transposed(x, factors, (2, 2**level))
 
 
 def _unpaired(
     x: Float[Array, "*batch d"], factors: Float[Array, "m n b b"], level: int
 ) -> Float[Array, "*batch d"]:
-    """The features back in their order."""
-    return _exchanged(x, factors, (2**level, 2))
+    """Undoes `_paired`."""
+    return _transposed(x, factors, (2**level, 2))
 
 
-def _exchanged(
+def _transposed(
     x: Float[Array, "*batch d"], factors: Float[Array, "m n b b"], runs: tuple[int, int]
 ) -> Float[Array, "*batch d"]:
-    """The features with half-blocks that lie as rows by columns laid as columns by rows."""
+    """Transposes half-blocks that lie as rows by columns within each group."""
     m, n, block_size, _ = factors.shape
     if m == 1:
         return x

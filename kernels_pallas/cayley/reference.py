@@ -1,10 +1,10 @@
-"""The Cayley transform written a second time, in float64, by a library's inverse."""
+"""The Cayley transform in plain float64 with a library's inverse, as a reference for tests."""
 
 import numpy as np
 
 
 def skew_symmetric(entries: np.ndarray, size: int) -> np.ndarray:
-    """S [..., b, b] of its entries [..., b (b-1) / 2] above the diagonal, row by row."""
+    """Returns S [..., b, b] of its entries [..., b (b-1) / 2] above the diagonal, row by row."""
     s = np.zeros((*entries.shape[:-1], size, size))
     place = 0
     for row in range(size):
@@ -16,6 +16,6 @@ def skew_symmetric(entries: np.ndarray, size: int) -> np.ndarray:
 
 
 def cayley(entries: np.ndarray, size: int) -> np.ndarray:
-    """Q = (I - S)(I + S)⁻¹, [..., b, b]."""
+    """Returns Q = (I - S)(I + S)⁻¹, [..., b, b]."""
     s = skew_symmetric(entries, size)
     return (np.eye(size) - s) @ np.linalg.inv(np.eye(size) + s)

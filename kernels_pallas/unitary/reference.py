@@ -1,25 +1,25 @@
-"""The unitary product written a second time, in complex128 and as plainly as can be.
+"""The unitary product in plain complex128, as a reference for tests.
 
-It shares nothing with the implementations: the matrix U is built from its factors and multiplied
-by; its gradients are those of its factors, one by one.
+It shares no code with the implementations: it builds the matrix U from its factors, and computes
+the gradient of each factor in turn.
 """
 
 import numpy as np
 
 
 def fourier(n: int) -> np.ndarray:
-    """The unitary discrete Fourier transform [n, n], acting on columns."""
+    """Returns the unitary discrete Fourier transform [n, n], acting on columns."""
     index = np.arange(n)
     return np.exp(-2j * np.pi * np.outer(index, index) / n) / np.sqrt(n)
 
 
 def householder(v: np.ndarray) -> np.ndarray:
-    """The reflection I - 2 v v* / (v* v) [n, n] of a complex vector [n]."""
+    """Returns the reflection I - 2 v v* / (v* v) [n, n] of a complex vector [n]."""
     return np.eye(v.size) - 2 * np.outer(v, v.conj()) / np.vdot(v, v).real
 
 
 def dense(phases: np.ndarray, reflections: np.ndarray) -> np.ndarray:
-    """U = D₃ R₂ F⁻¹ D₂ R₁ F D₁ [n, n], acting on columns.
+    """Returns U = D₃ R₂ F⁻¹ D₂ R₁ F D₁ [n, n], acting on columns.
 
     Args:
       phases: [3, n].
@@ -32,43 +32,43 @@ def dense(phases: np.ndarray, reflections: np.ndarray) -> np.ndarray:
 
 
 def forward(x: np.ndarray, phases: np.ndarray, reflections: np.ndarray) -> np.ndarray:
-    """The product y = U x [..., 2 n], float64, of rows of real parts and then imaginary parts."""
+    """Returns y = U x [..., 2 n], float64, for rows of real parts and then imaginary parts."""
     return as_halves(from_halves(x) @ dense(phases, reflections).T)
 
 
 def backward(
     x: np.ndarray, g: np.ndarray, phases: np.ndarray, reflections: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(dx [..., 2 n], dphases [3, n], dreflections [2, 2, n]) of the sum of y times g, float64.
+    """Returns (dx [..., 2 n], dphases [3, n], dreflections [2, 2, n]), float64, for the gradient g.
 
-    A gradient with respect to complex numbers is held as that of the real parts plus i times that
-    of the imaginary parts, and goes backwards through a linear map as through its adjoint.
+    The gradient of a complex number is held as that of its real part plus i times that of its
+    imaginary part. The backward pass of a linear map is then its adjoint.
     """
     n = phases.shape[-1]
     f = fourier(n)
     v1, v2 = as_complex(reflections)
-    # As columns [n, rows]: what comes into each factor, from the first to the last.
+    # The input of each factor as columns [n, rows], from the first factor to the last.
     start = from_halves(x).reshape(-1, n).T
-    turns = np.exp(1j * phases.astype(np.float64))[..., None]
-    phased = turns[0] * start
+    phase_factors = np.exp(1j * phases.astype(np.float64))[..., None]
+    phased = phase_factors[0] * start
     spectrum = f @ phased
     reflected = householder(v1) @ spectrum
-    phased_spectrum = turns[1] * reflected
+    phased_spectrum = phase_factors[1] * reflected
     back = f.conj().T @ phased_spectrum
     reflected_back = householder(v2) @ back
-    end = turns[2] * reflected_back
+    end = phase_factors[2] * reflected_back
 
     d = from_halves(g).reshape(-1, n).T
     dphase3 = _phase_gradient(end, d)
-    d = turns[2].conj() * d
+    d = phase_factors[2].conj() * d
     dv2 = _vector_gradient(back, d, v2)
     d = f @ (householder(v2) @ d)
     dphase2 = _phase_gradient(phased_spectrum, d)
-    d = turns[1].conj() * d
+    d = phase_factors[1].conj() * d
     dv1 = _vector_gradient(spectrum, d, v1)
     d = f.conj().T @ (householder(v1) @ d)
     dphase1 = _phase_gradient(phased, d)
-    d = turns[0].conj() * d
+    d = phase_factors[0].conj() * d
 
     dreflections = np.stack([[dv.real, dv.imag] for dv in (dv1, dv2)])
     dx = as_halves(d.T).reshape(np.shape(x))
@@ -76,30 +76,30 @@ def backward(
 
 
 def as_complex(parts: np.ndarray) -> np.ndarray:
-    """[..., 2, n] real parts and imaginary parts to [..., n]."""
+    """Combines real and imaginary parts [..., 2, n] to complex numbers [..., n]."""
     parts = np.asarray(parts, np.float64)
     return parts[..., 0, :] + 1j * parts[..., 1, :]
 
 
 def from_halves(x: np.ndarray) -> np.ndarray:
-    """[..., 2 n] real parts and then imaginary parts to [..., n]."""
+    """Combines real parts and then imaginary parts [..., 2 n] to complex numbers [..., n]."""
     real, imaginary = np.split(np.asarray(x, np.float64), 2, axis=-1)
     return real + 1j * imaginary
 
 
 def as_halves(z: np.ndarray) -> np.ndarray:
-    """`from_halves`'s inverse."""
+    """Splits complex numbers into halves; the inverse of `from_halves`."""
     return np.concatenate([z.real, z.imag], axis=-1)
 
 
 def _phase_gradient(after: np.ndarray, d: np.ndarray) -> np.ndarray:
-    """Of the angles of z to e^(iθ) z, from what comes out and its gradient, [n, rows]."""
-    # The change of what comes out with the angle is i times itself.
+    """Returns the gradient of θ in z to e^(iθ) z, from the result and its gradient [n, rows]."""
+    # The derivative of the result with respect to the angle is i times the result.
     return np.sum(np.real(d.conj() * 1j * after), axis=-1)
 
 
 def _vector_gradient(before: np.ndarray, d: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Of the vector of z to z - 2 v (v* z) / (v* v), summed over rows one at a time."""
+    """Returns the gradient of v in z to z - 2 v (v* z) / (v* v), summed row by row."""
     squared = np.vdot(v, v).real
     total = np.zeros_like(v)
     for z, dz in zip(before.T, d.T, strict=True):

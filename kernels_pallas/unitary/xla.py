@@ -1,4 +1,4 @@
-"""The unitary product with XLA's Fourier transform: for CPUs, and wherever no kernel runs."""
+"""The unitary product with XLA's Fourier transform, for CPUs and wherever no kernel can run."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ def forward(
     *,
     precision: jax.lax.Precision | None,
 ) -> tuple[Float[Array, "*batch d"]]:
-    """(y,), y = U x, in float32 whatever the precision."""
+    """Returns (y,) with y = U x, in float32 whatever the precision."""
     del precision
     d1, d2, d3 = jax.lax.complex(jnp.cos(phases), jnp.sin(phases))
     v1, v2 = jax.lax.complex(reflections[:, 0], reflections[:, 1])
@@ -33,7 +33,7 @@ def backward(
     *,
     precision: jax.lax.Precision | None,
 ) -> Gradients:
-    """(dx, dphases, dreflections) for the gradient g of y; the product is computed once more."""
+    """Returns (dx, dphases, dreflections) for the gradient g of y; recomputes the product."""
     _, transposed = jax.vjp(
         lambda *arrays: forward(*arrays, precision=precision)[0], x, phases, reflections
     )
@@ -41,10 +41,10 @@ def backward(
 
 
 def _row_by_row(z: Complex[Array, "*batch n"]) -> Complex[Array, "*batch n"]:
-    """The same, with rows one after another in memory on a CPU, as its transform reads them.
+    """Constrains rows to be contiguous in memory on a CPU, as its transform requires.
 
-    In JAX 0.12 the CPU's compiler does not see to it where rows come from other devices, and the
-    program fails when it is run. A TPU's compiler knows no such constraint on complex numbers.
+    In JAX 0.12 the CPU compiler omits this for rows that come from other devices, and the program
+    fails at run time. The TPU compiler does not support this constraint on complex numbers.
     """
     return jax.lax.platform_dependent(z, cpu=_in_rows, default=lambda z: z)
 
@@ -54,7 +54,7 @@ def _in_rows(z: Complex[Array, "*batch n"]) -> Complex[Array, "*batch n"]:
 
 
 def _reflect(z: Complex[Array, "*batch n"], v: Complex[Array, " n"]) -> Complex[Array, "*batch n"]:
-    """The Householder reflection z - 2 v (v* z) / (v* v) of each row."""
+    """Applies the Householder reflection z - 2 v (v* z) / (v* v) to each row."""
     squared = jnp.sum(jnp.real(v * jnp.conj(v)))
     along = jnp.sum(z * jnp.conj(v), axis=-1, keepdims=True)
     return z - (2.0 / squared).astype(z.dtype) * along * v
