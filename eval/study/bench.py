@@ -189,7 +189,7 @@ class Bench:
 
     def spec(self, config: RunConfig) -> AdapterSpec:
         """What is adapted, a new head included."""
-        spec = config.method.spec
+        spec = config.spec
         if isinstance(self.model, SequenceClassifier):
             saved = (*spec.modules_to_save, *self.model.head_modules)
             spec = dataclasses.replace(spec, modules_to_save=tuple(dict.fromkeys(saved)))
@@ -210,12 +210,12 @@ class Bench:
         self, spec: AdapterSpec, config: RunConfig, key: jax.Array
     ) -> dict[TreePath, GradientFactors]:
         """The gradient's directions on the first batches; arms with the same ranks share them."""
-        rank = config.method.method.gradient_rank
+        rank = config.spec.method.gradient_rank
         if not rank:
             return {}
-        place = (config.seed, rank, config.method.init_batches)
+        place = (config.seed, rank, config.init_batches)
         if place not in self._factors:
-            batches = self.batches(config.seed)[: config.method.init_batches]
+            batches = self.batches(config.seed)[: config.init_batches]
             placed = [jax.tree.map(jnp.asarray, batch) for batch in batches]
             targets = sum(float(np.sum(batch.loss_mask)) for batch in batches)
 
@@ -238,7 +238,7 @@ class Bench:
 
     def _compile(self, config: RunConfig, adapter: AdapterState) -> Program:
         spec = self.spec(config)
-        mixing = config.mixing if config.method.method.branches else None
+        mixing = config.mixing if config.spec.method.branches else None
         settings = dataclasses.replace(config.optimizer, learning_rate=1.0)
         inner = make_optimizer(settings, self._steps, mixing=mixing)
         optimizer = with_rate(inner, 1.0, settings.learning_rates)

@@ -225,7 +225,7 @@ def digest(config: RunConfig, task: TaskSettings) -> str:
     mapping = config.to_mapping()
     for section in ("logging", "checkpoint", "evaluate", "export", "parallel"):
         del mapping[section]
-    if not config.method.method.branches:
+    if not config.spec.method.branches:
         del mapping["mixing"]
     # Where a file lies does not matter, and what it is called does.
     for section, name in (("model", "path"), ("data", "path")):

@@ -25,7 +25,7 @@ from peft_jax.adapters.registry import (
 from peft_jax.adapters.sketch import gradient_factors
 from peft_jax.adapters.spec import AdapterSpec, AdapterState
 from peft_jax.adapters.table import ParameterCount, count_parameters, trainable_table
-from peft_jax.adapters.targets import ALL_LINEAR, Targets
+from peft_jax.adapters.targets import ALL_LINEAR, Targets, TargetSettings
 from peft_jax.adapters.unitary import Unitary
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "LoRA",
     "LoRAGA",
     "ParameterCount",
+    "TargetSettings",
     "Targets",
     "TrainingMethod",
     "Unitary",

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from qwix import QArray
 
 from peft_jax.adapters.method import AdapterMethod, GradientFactors, TrainingMethod
 from peft_jax.adapters.sketch import LossFn, gradient_factors, kernel_shape
-from peft_jax.adapters.targets import ALL_LINEAR, Targets, find_targets
+from peft_jax.adapters.targets import Targets, TargetSettings, find_targets
 from peft_jax.core import (
     AdaptedKernel,
     Path,
@@ -24,7 +24,7 @@ from peft_jax.core import (
     join_path,
     unflatten,
 )
-from peft_jax.core.validation import check_choice, check_positive, check_positive_int
+from peft_jax.core.validation import check_choice
 
 
 @struct.dataclass
@@ -42,20 +42,14 @@ class AdapterState:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdapterSpec:
+class AdapterSpec(TargetSettings):
     """A method and where it applies; pure functions over a model's parameters.
 
+    Beside the attributes here it has those of `TargetSettings`, which say where it applies.
+
     Attributes:
-      method: an `AdapterMethod`, or `Full`.
-      target_modules: "all-linear" (every linear map but the output head), a list of names (a
-        module's last parts: "q_proj", "mlp.up_proj"), or one regular expression. With `Full`,
-        "all-linear" means every leaf of the model.
-      exclude_modules: names, or one regular expression, taken out again.
-      rank_pattern, alpha_pattern: rank and alpha of single modules, by name or by regular
-        expression; the first that matches counts.
-      modules_to_save: modules whose leaves are trained themselves beside the adapters.
-      dtype: of trained leaves: "float32" or "bfloat16". Adapters' arrays are made in float32 and
-        cast to it.
+      method: An `AdapterMethod`, or `Full`.
+      dtype: Dtype of trained leaves. Adapters' arrays are made in float32 and cast to it.
 
     Example:
       >>> from peft_jax.adapters import LoRA
@@ -70,52 +64,25 @@ class AdapterSpec:
     """
 
     method: TrainingMethod = dataclasses.field(kw_only=False)
-    target_modules: str | tuple[str, ...] = ALL_LINEAR
-    exclude_modules: str | tuple[str, ...] = ()
-    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    modules_to_save: tuple[str, ...] = ()
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not isinstance(self.method, TrainingMethod):
             raise ValueError(f"method must be a method of fine-tuning, but is {self.method!r}")
-        for setting in ("target_modules", "exclude_modules", "modules_to_save"):
-            value = getattr(self, setting)
-            if not isinstance(value, str):
-                object.__setattr__(self, setting, tuple(value))
-        if isinstance(self.modules_to_save, str):
-            raise ValueError(
-                f"modules_to_save must be a list of names, but is the string"
-                f" {self.modules_to_save!r}"
-            )
-        if self.target_modules == ():
-            raise ValueError("target_modules is empty; name modules, or give 'all-linear'")
-        for pattern, rank in self.rank_pattern.items():
-            check_positive_int(f"rank_pattern[{pattern!r}]", rank)
-        for pattern, alpha in self.alpha_pattern.items():
-            check_positive(f"alpha_pattern[{pattern!r}]", alpha)
         check_choice("dtype", self.dtype, ("float32", "bfloat16"))
 
     def targets(self, params: Tree) -> Targets:
-        """What is adapted and what is trained itself, in a model with these parameters.
+        """Returns what is adapted and what is trained itself, in a model with these parameters.
 
         Args:
-          params: the model's parameters, arrays or abstract ones.
+          params: The model's parameters, arrays or shapes.
 
         Raises:
-          ValueError: when a target matches nothing, a kernel cannot be adapted, or a leaf would be
-            both adapted and trained itself.
+          ValueError: A target matches nothing, a kernel cannot be adapted, or a leaf would be both
+            adapted and trained itself.
         """
-        return find_targets(
-            params,
-            self.method,
-            target_modules=self.target_modules,
-            exclude_modules=self.exclude_modules,
-            rank_pattern=self.rank_pattern,
-            alpha_pattern=self.alpha_pattern,
-            modules_to_save=self.modules_to_save,
-        )
+        return find_targets(params, self.method, self)
 
     def init(
         self,

@@ -10,6 +10,7 @@ from peft_jax.adapters.method import AdapterMethod, TrainingMethod
 from peft_jax.adapters.names import matches_name, matches_pattern, select_modules
 from peft_jax.adapters.sketch import kernel_shape
 from peft_jax.core import Path, Tree, flatten, is_stacked, join_path
+from peft_jax.core.validation import check_positive, check_positive_int
 
 ALL_LINEAR = "all-linear"
 """Every linear map but the output head, as in Hugging Face PEFT."""
@@ -30,22 +31,59 @@ class Targets:
     trained: tuple[Path, ...]
 
 
-def find_targets(
-    params: Tree,
-    method: TrainingMethod,
-    *,
-    target_modules: str | Collection[str],
-    exclude_modules: str | Collection[str],
-    rank_pattern: Mapping[str, int],
-    alpha_pattern: Mapping[str, float],
-    modules_to_save: Collection[str],
-) -> Targets:
-    """The targets for a model with these parameters; for the settings see `AdapterSpec`.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TargetSettings:
+    """Which modules are adapted, and which are trained themselves.
+
+    Attributes:
+      target_modules: "all-linear" (every linear map but the output head), names of modules (their
+        last parts: "q_proj", "mlp.up_proj"), or one regular expression. With `Full`, "all-linear"
+        means every parameter of the model.
+      exclude_modules: Names, or one regular expression, of modules to leave out.
+      rank_pattern: Rank of single modules, by name or regular expression; the first match counts.
+      alpha_pattern: Alpha of single modules, in the same way.
+      modules_to_save: Names of modules whose parameters are trained beside the adapters.
+    """
+
+    target_modules: str | tuple[str, ...] = ALL_LINEAR
+    exclude_modules: str | tuple[str, ...] = ()
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    modules_to_save: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for setting in ("target_modules", "exclude_modules", "modules_to_save"):
+            value = getattr(self, setting)
+            if not isinstance(value, str):
+                object.__setattr__(self, setting, tuple(value))
+        if isinstance(self.modules_to_save, str):
+            raise ValueError(
+                f"modules_to_save must be a list of names, but is the string"
+                f" {self.modules_to_save!r}"
+            )
+        if self.target_modules == ():
+            raise ValueError("target_modules is empty; name modules, or give 'all-linear'")
+        for pattern, rank in self.rank_pattern.items():
+            check_positive_int(f"rank_pattern[{pattern!r}]", rank)
+        for pattern, alpha in self.alpha_pattern.items():
+            check_positive(f"alpha_pattern[{pattern!r}]", alpha)
+
+
+def find_targets(params: Tree, method: TrainingMethod, settings: TargetSettings) -> Targets:
+    """Returns what is adapted and what is trained itself, in a model with these parameters.
+
+    Args:
+      params: The model's parameters, arrays or shapes.
+      method: The method.
+      settings: Where it applies.
 
     Raises:
-      ValueError: when a target or a pattern matches nothing, a kernel cannot be adapted, or a leaf
-        would be both adapted and trained itself.
+      ValueError: A target or a pattern matches nothing, a kernel cannot be adapted, or a leaf would
+        be both adapted and trained itself.
     """
+    target_modules, exclude_modules = settings.target_modules, settings.exclude_modules
+    rank_pattern, alpha_pattern = settings.rank_pattern, settings.alpha_pattern
+    modules_to_save = settings.modules_to_save
     flat = flatten(params)
     n_layers = next((kernel_shape(v)[0] for path, v in flat.items() if is_stacked(path)), 1)
     leaves = _leaves_by_module(flat)

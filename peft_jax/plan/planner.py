@@ -72,7 +72,7 @@ class Plan:
             "fits": self.fits,
             "reason": self.reason,
             "model": self.config.model.architecture or self.config.model.path,
-            "method": self.config.method.name,
+            "method": self.config.spec.method.name,
             "topology": self.topology.name,
             "chips": self.topology.chips,
             "devices": len(self.topology.devices),

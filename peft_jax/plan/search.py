@@ -161,7 +161,7 @@ class _Sizes:
 
     @staticmethod
     def of(config: RunConfig, model: Model) -> "_Sizes":
-        spec = config.method.spec
+        spec = config.spec
         dense = model.abstract_params(config.model.dtype)
         params = model.abstract_params(config.model.dtype, config.model.quantization)
         adapter = spec.abstract(params)

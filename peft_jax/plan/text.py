@@ -19,8 +19,9 @@ def _lines(plan: Plan) -> Iterable[str]:
     per_chip = chip.per_chip if chip else 1
     cores = f", {per_chip} devices each" if per_chip > 1 else ""
     yield (
-        f"{plan.config.model.architecture or plan.config.model.path}, {plan.config.method.name}, "
-        f"on {plan.topology.name} ({chips}{cores}): {describe_shape(plan.mesh)}"
+        f"{plan.config.model.architecture or plan.config.model.path},"
+        f" {plan.config.spec.method.name},"
+        f" on {plan.topology.name} ({chips}{cores}): {describe_shape(plan.mesh)}"
     )
     yield (
         f"{train.batch_size} rows of {train.max_length} tokens a step, in "

@@ -83,7 +83,7 @@ def draw_blueprint(
       ValueError: what is to be adapted cannot be, or the mesh does not divide the model or the
         batch; the message says what would.
     """
-    spec = config.method.spec if spec is None else spec
+    spec = config.spec if spec is None else spec
     platform = mesh.devices.flat[0].platform
     steps = config.train.steps or _STEPS_UNTIL_COUNTED
     optimizer = optimizer_of(config, steps)
@@ -125,7 +125,7 @@ def optimizer_of(
       config: the configuration.
       steps: Number of steps that the schedule spans; the state's shapes do not depend on it.
     """
-    mixing = config.mixing if config.method.method.branches else None
+    mixing = config.mixing if config.spec.method.branches else None
     return make_optimizer(config.optimizer, steps, mixing=mixing)
 
 

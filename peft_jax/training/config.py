@@ -69,59 +69,6 @@ class ModelSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MethodSettings:
-    """The fine-tuning method, its own settings, and what it applies to.
-
-    In a configuration the method's own settings stand beside these, `method.rank` beside
-    `method.name`; there, None stands for the method's default.
-
-    Attributes:
-      method: the method with its settings.
-      target_modules: "all-linear", names of modules, or one regular expression.
-      exclude_modules: names, or one regular expression, taken out again.
-      rank_pattern: rank of single modules, by name or regular expression.
-      alpha_pattern: alpha of single modules.
-      modules_to_save: modules that are trained themselves, beside the adapters.
-      dtype: of what is trained.
-      init_batches: from how many microbatches the gradient is estimated that LoRA-GA, and the
-        hybrid's low-rank branch, start along. Training then begins at the first batch again.
-    """
-
-    method: TrainingMethod
-    target_modules: str | tuple[str, ...] = "all-linear"
-    exclude_modules: str | tuple[str, ...] = ()
-    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    modules_to_save: tuple[str, ...] = ()
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    init_batches: int = 4
-
-    def __post_init__(self) -> None:
-        check_positive_int("init_batches", self.init_batches)
-        for name in ("target_modules", "exclude_modules"):
-            object.__setattr__(self, name, _names(getattr(self, name)))
-        _ = self.spec  # which checks the rest
-
-    @property
-    def name(self) -> str:
-        """The method's name."""
-        return self.method.name
-
-    @property
-    def spec(self) -> AdapterSpec:
-        """The method and what it applies to, as the adapters want it."""
-        return AdapterSpec(
-            method=self.method,
-            target_modules=self.target_modules,
-            exclude_modules=self.exclude_modules,
-            rank_pattern=self.rank_pattern,
-            alpha_pattern=self.alpha_pattern,
-            modules_to_save=self.modules_to_save,
-            dtype=self.dtype,
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class StartSettings:
     """The adapter that a run starts from.
 
@@ -291,15 +238,23 @@ class ExportSettings:
     merged: bool | None = None
 
 
+_INIT_BATCHES = 4
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything that decides what a run does.
+
+    In a configuration the section `method` gives `spec` and `init_batches`: there the method's own
+    settings stand beside the common ones, and None stands for the method's default.
 
     Attributes:
       seed: of the adapter's start, of dropout and of the order of the data.
       model: the checkpoint.
       execution: how the model is computed.
-      method: what is trained.
+      spec: The method, and the modules it applies to.
+      init_batches: Number of microbatches from which LoRA-GA, and the hybrid's low-rank branch,
+        estimate the gradient that they start along. Training then begins at the first batch again.
       adapter: the adapter to start from, in place of a new one.
       mixing: how the hybrid's branches are weighed; of no use with another method.
       data: where the rows come from.
@@ -315,7 +270,8 @@ class RunConfig:
     seed: int = 0
     model: ModelSettings
     execution: ExecutionSettings = dataclasses.field(default_factory=ExecutionSettings)
-    method: MethodSettings
+    spec: AdapterSpec
+    init_batches: int = _INIT_BATCHES
     adapter: StartSettings = dataclasses.field(default_factory=StartSettings)
     mixing: MixingSettings = dataclasses.field(default_factory=MixingSettings)
     data: DataSettings
@@ -330,29 +286,36 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed is {self.seed}; it must lie between 0 and 2³² - 1")
+        check_positive_int("method.init_batches", self.init_batches)
         optimizer = dataclasses.replace(self.optimizer, learning_rate=self.train.learning_rate)
         object.__setattr__(self, "optimizer", optimizer)
-        if self.model.quantization != "none" and self.method.method.trains_base:
+        if self.model.quantization != "none" and self.spec.method.trains_base:
             raise ValueError(
                 f"model.quantization is {self.model.quantization!r}, and method.name 'full', which"
                 " trains every parameter: what is quantized cannot be trained; use an adapter's"
                 " method, or model.quantization none"
             )
-        if not self.method.method.branches:
+        if not self.spec.method.branches:
             changed = differences(to_mapping(MixingSettings()), to_mapping(self.mixing))
             for name in changed:
                 raise ValueError(
-                    f"mixing.{name} is given, but only the hybrid has branches to mix, and "
-                    f"method.name is {self.method.name!r}; where a configuration file gives it,"
-                    " choose the method by the file's argument, as in configs/finetune.py:lora"
+                    f"mixing.{name} is given, but only the hybrid has branches to mix, and"
+                    f" method.name is {self.spec.method.name!r}; where a configuration file gives"
+                    " it, choose the method by the file's argument, as in configs/finetune.py:lora"
                 )
 
     def to_mapping(self) -> dict[str, Any]:
         """The configuration as nested dictionaries that JSON can hold, every setting in place."""
         mapping = to_mapping(self)
         del mapping["optimizer"]["learning_rate"]
-        own = mapping["method"].pop("method")
-        mapping["method"] = {"name": self.method.name, **own, **mapping["method"]}
+        common = mapping.pop("spec")
+        own = common.pop("method")
+        mapping["method"] = {
+            "name": self.spec.method.name,
+            **own,
+            **common,
+            "init_batches": mapping.pop("init_batches"),
+        }
         return mapping
 
     @staticmethod
@@ -365,10 +328,14 @@ class RunConfig:
         given = dict(given)
         if isinstance(given.get("optimizer"), Mapping) and "learning_rate" in given["optimizer"]:
             raise ValueError("optimizer.learning_rate is given; it is called train.learning_rate")
-        check_names(given, default_config().to_dict())
-        if isinstance(given.get("method"), Mapping):
-            given["method"] = _method_from_mapping(given["method"])
-            _fill_in(given, given["method"].method)
+        known = default_config().to_dict()
+        check_names(given, known)
+        if unknown := [key for key in given if key not in known]:
+            raise ValueError(f"{unknown[0]} is not a setting{did_you_mean(unknown[0], known)}")
+        if not isinstance(given.get("method"), Mapping):
+            raise ValueError("method must be given, as a section with at least a name")
+        given["spec"], given["init_batches"] = _read_method(given.pop("method"))
+        _fill_in(given, given["spec"].method)
         return from_mapping(RunConfig, given)
 
 
@@ -416,9 +383,12 @@ def default_config() -> ConfigDict:
     del config.optimizer["learning_rate"]
     for name in MIXING_RATES.values():
         config.mixing[name] = FieldReference(None, field_type=object)
-    method = config.method
+    method = config["method"] = config.spec
+    del config["spec"]
     del method["method"]
     method["name"] = FieldReference(None, field_type=str)
+    method["init_batches"] = config.get_ref("init_batches")
+    del config["init_batches"]
     for name in sorted({name for known in METHODS for name in method_settings(known)}):
         method[name] = FieldReference(None, field_type=object)
     return config
@@ -506,14 +476,15 @@ def _flag_type(annotation: Any) -> type:
     return str if only is str or typing.get_origin(only) is Literal else object
 
 
-def _method_from_mapping(given: Mapping[str, Any]) -> MethodSettings:
-    """The section `method`, in which the method's own settings stand beside the common ones."""
+def _read_method(given: Mapping[str, Any]) -> tuple[AdapterSpec, int]:
+    """Returns what the section `method` says: the specification, and `init_batches`."""
     name = given.get("name")
     if name is None:
         raise ValueError(f"method.name must be given; known: {', '.join(METHODS)}")
     if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"method.name is {name!r}{did_you_mean(str(name), METHODS)}")
-    common = [field.name for field in dataclasses.fields(MethodSettings) if field.name != "method"]
+    common = [field.name for field in dataclasses.fields(AdapterSpec) if field.name != "method"]
+    common.append("init_batches")
     own = method_settings(name)
     annotations = typing.get_type_hints(METHODS[name])
     settings, rest = {}, {}
@@ -539,14 +510,19 @@ def _method_from_mapping(given: Mapping[str, Any]) -> MethodSettings:
         method = METHODS[name](**settings)
     except ValueError as error:
         raise ValueError(f"method: {error}") from error
-    if rest.get("init_batches") is not None and not method.gradient_rank:
-        default = MethodSettings.__dataclass_fields__["init_batches"].default
-        if rest["init_batches"] != default:
-            raise ValueError(
-                "method.init_batches is given, but only methods that start along a gradient use "
-                f"it, and {name!r} does not"
-            )
-    return from_mapping(MethodSettings, {"method": method, **rest}, where="method")
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(rest.get(key), str):
+            rest[key] = _names(rest[key])
+    wanted = rest.pop("init_batches", None)
+    init_batches = (
+        _INIT_BATCHES if wanted is None else convert(wanted, int, where="method.init_batches")
+    )
+    if init_batches != _INIT_BATCHES and not method.gradient_rank:
+        raise ValueError(
+            "method.init_batches is given, but only methods that start along a gradient use it,"
+            f" and {name!r} does not"
+        )
+    return from_mapping(AdapterSpec, {"method": method, **rest}, where="method"), init_batches
 
 
 def _fill_in(given: dict[str, Any], method: TrainingMethod) -> None:

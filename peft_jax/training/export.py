@@ -38,13 +38,13 @@ def exports_model(config: RunConfig) -> bool:
     """Whether a run leaves the whole model; one process alone can write it."""
     merged = config.export.merged
     if merged is None:
-        merged = config.method.method.trains_base and jax.process_count() == 1
+        merged = config.spec.method.trains_base and jax.process_count() == 1
     return merged
 
 
 def exports_adapter(config: RunConfig) -> bool:
     """Whether a run leaves an adapter; full weights are in the whole model, and written once."""
-    return not (config.method.method.trains_base and exports_model(config))
+    return not (config.spec.method.trains_base and exports_model(config))
 
 
 def exported(config: RunConfig) -> tuple[str, ...]:

@@ -256,7 +256,7 @@ class _Run:
     def _initialize(self, params: Tree) -> AdapterState:
         """The adapter's first arrays, along the gradient where the method wants that."""
         batches = None
-        if self._config.method.method.gradient_rank:
+        if self._config.spec.method.gradient_rank:
             batches = self._first_microbatches()
             self._reporter.say(
                 f"estimating the gradient's directions from {len(batches)} microbatches"
@@ -272,7 +272,7 @@ class _Run:
     def _first_microbatches(self) -> list[AnyBatch]:
         """The first microbatches of the stream, which is rewound afterwards."""
         train = self._config.train
-        wanted = self._config.method.init_batches
+        wanted = self._config.init_batches
         before = self._job.train.get_state()
         rows = [self._next_batch() for _ in range(-(-wanted // train.gradient_accumulation))]
         self._job.train.set_state(before)
@@ -525,7 +525,7 @@ def _list_results(config: RunConfig, folder: WorkDir) -> str:
     names = exported(config)
     lines = [f"{name + ':':<8} {folder.path / name}" for name in names]
     if "model" in names:
-        held, trained = config.model.dtype, config.method.dtype
+        held, trained = config.model.dtype, config.spec.dtype
         rounded = (
             f", rounded from the {trained} it was trained in"
             if (held, trained) == ("bfloat16", "float32")

@@ -105,7 +105,7 @@ def _prepare(
             new_head = True
             say(f"the checkpoint has no head for these labels: {', '.join(absent)} begin at random")
     blueprint = draw_blueprint(
-        config, model, make_mesh(config.parallel), spec=_train_head(config.method.spec, model)
+        config, model, make_mesh(config.parallel), spec=_train_head(config.spec, model)
     )
     _check_memory(blueprint)
 

@@ -14,10 +14,10 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from peft_jax.adapters import METHODS, method_settings
+from peft_jax.adapters import METHODS, AdapterSpec, TargetSettings, method_settings
 from peft_jax.core.typed_settings import is_required, union_members
 from peft_jax.optim import MIXING_RATES
-from peft_jax.training.config import MethodSettings, RunConfig
+from peft_jax.training.config import RunConfig
 
 REQUIRED = "required"
 """The default of a setting that has none."""
@@ -147,8 +147,8 @@ def to_json(sections: Sequence[Section]) -> list[dict[str, Any]]:
 
 def _sections(cls: Any, name: str) -> Iterator[Section]:
     """Yields the section of a dataclass, and after it those of its fields."""
-    if cls is MethodSettings:
-        yield _method_section(name)
+    if cls is AdapterSpec:
+        yield _method_section("method")
         return
     hints, meanings = typing.get_type_hints(cls), attributes_of(cls)
     own, inner = [], []
@@ -156,6 +156,8 @@ def _sections(cls: Any, name: str) -> Iterator[Section]:
         full = f"{name}.{field.name}" if name else field.name
         if full == "optimizer.learning_rate":
             continue  # It is called train.learning_rate.
+        if full == "init_batches":
+            continue  # It is in the section `method`.
         if dataclasses.is_dataclass(hints[field.name]):
             inner.append((hints[field.name], full))
         else:
@@ -167,7 +169,8 @@ def _sections(cls: Any, name: str) -> Iterator[Section]:
 
 def _method_section(name: str) -> Section:
     """Returns the section `method`: the common settings, then those of the methods."""
-    hints, meanings = typing.get_type_hints(MethodSettings), attributes_of(MethodSettings)
+    hints = typing.get_type_hints(AdapterSpec)
+    meanings = attributes_of(TargetSettings) | attributes_of(AdapterSpec)
     settings = [
         Setting(
             name=f"{name}.name",
@@ -178,12 +181,15 @@ def _method_section(name: str) -> Section:
     ]
     settings += [
         _setting(field, hints[field.name], f"{name}.{field.name}", meanings)
-        for field in dataclasses.fields(MethodSettings)
+        for field in dataclasses.fields(AdapterSpec)
         if field.name != "method"
     ]
+    (batches,) = (one for one in dataclasses.fields(RunConfig) if one.name == "init_batches")
+    settings.append(_setting(batches, int, f"{name}.init_batches", attributes_of(RunConfig)))
     for key in dict.fromkeys(key for known in METHODS for key in method_settings(known)):
         settings.append(_method_setting(name, key))
-    return Section(name=name, summary=_summary(MethodSettings), settings=tuple(settings))
+    summary = "The fine-tuning method, its own settings, and the modules it applies to."
+    return Section(name=name, summary=summary, settings=tuple(settings))
 
 
 def _method_setting(section: str, key: str) -> Setting:

@@ -65,7 +65,7 @@ def test_it_is_a_setting_of_a_run(scaled):
     config.model.path, config.data.path, config.data.recipe = "base", "rows.jsonl", "chat"
     config.train.steps, config.train.batch_size, config.train.max_length = 10, 4, 32
     found = from_config_dict(config)
-    assert found.method.method == Scaled(strength=2.0)
+    assert found.spec.method == Scaled(strength=2.0)
     assert found.train.learning_rate == 3e-3
     assert RunConfig.from_mapping(found.to_mapping()) == found
 

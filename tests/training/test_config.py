@@ -35,7 +35,7 @@ def config(**changes) -> ConfigDict:
 def test_the_common_settings():
     run = from_config_dict(config(**{"method.rank": 16, "seed": 7, "data.path": "here"}))
     assert (run.model.path, run.data.path, run.data.recipe) == ("somewhere", "here", "gsm8k")
-    assert (run.method.name, run.method.method.rank) == ("lora", 16)
+    assert (run.spec.method.name, run.spec.method.rank) == ("lora", 16)
     assert (run.train.steps, run.train.batch_size, run.train.max_length) == (10, 4, 64)
     assert run.optimizer.learning_rate == run.train.learning_rate == 1e-3
     assert run.seed == 7
@@ -77,7 +77,7 @@ def test_method_settings_reach_the_method():
     run = from_config_dict(
         config(**{"method.name": "hybrid", "method.block_size": 4, "method.unitary_modules": "a,b"})
     )
-    assert run.method.method == Hybrid(block_size=4, unitary_modules=("a", "b"))
+    assert run.spec.method == Hybrid(block_size=4, unitary_modules=("a", "b"))
 
 
 @pytest.mark.parametrize(
@@ -176,8 +176,8 @@ def test_a_flag_wins_over_its_alternative_in_the_file(file, flags, expected):
 
 def test_targets_may_be_names_between_commas_or_one_expression():
     names = from_config_dict(config(**{"method.target_modules": "q_proj, mlp.up_proj"}))
-    assert names.method.spec.target_modules == ("q_proj", "mlp.up_proj")
+    assert names.spec.target_modules == ("q_proj", "mlp.up_proj")
     expression = from_config_dict(config(**{"method.target_modules": r".*\.(q|v)_proj"}))
-    assert expression.method.spec.target_modules == r".*\.(q|v)_proj"
+    assert expression.spec.target_modules == r".*\.(q|v)_proj"
     everything = from_config_dict(config())
-    assert everything.method.spec.target_modules == "all-linear"
+    assert everything.spec.target_modules == "all-linear"

@@ -30,7 +30,7 @@ def parts(tiny, data, checkpoint):
     _, held_out = build_data(
         config.data, load_tokenizer(checkpoint), batch_size=4, max_length=16, seed=0
     )
-    spec = config.method.spec
+    spec = config.spec
     adapter = spec.init(jax.random.key(0), params)
     # Away from the start, so that the adapter counts.
     adapter = jax.tree.map(

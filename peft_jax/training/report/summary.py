@@ -83,7 +83,7 @@ def summarize(
         "seconds": {phase: round(spent, 3) for phase, spent in seconds.items()},
         "peak_memory_bytes": peak_memory(),
         "step_memory_bytes": totals.step_bytes or None,
-        "method": job.config.method.name,
+        "method": job.config.spec.method.name,
         "model": job.config.model.path,
         "model_dtype": job.config.model.dtype,
         "quantization": job.config.model.quantization,
