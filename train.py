@@ -35,7 +35,7 @@ from peft_jax.runtime import exits
 from peft_jax.training import config_flags
 
 if TYPE_CHECKING:
-    from peft_jax.runtime.processes import Contact
+    from peft_jax.runtime.processes import PeerMonitor
 
 _CONFIG = config_flags.define_config()
 _WORKDIR = flags.DEFINE_string(
@@ -99,7 +99,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 @contextlib.contextmanager
-def _ending_together(contact: "Contact") -> Iterator[None]:
+def _ending_together(contact: "PeerMonitor") -> Iterator[None]:
     """Tells the other processes how this one ends."""
     from peft_jax.runtime.errors import InterruptedRunError
 
@@ -122,7 +122,7 @@ def _ending_together(contact: "Contact") -> Iterator[None]:
     contact.closing()
 
 
-def _join_processes() -> "Contact | None":
+def _join_processes() -> "PeerMonitor | None":
     """Connects this process with the others, where there are any."""
     given = {
         "coordinator": _COORDINATOR.value,

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from eval.study.cell import Cell
-from peft_jax.runtime.files import whole_file
+from peft_jax.runtime.files import atomic_file
 from peft_jax.training.report.plots import STYLE, smooth
 
 _COLOURS = ("#d6604d", "#2166ac", "#1b7837", "#8c8c8c", "#e08214", "#762a83", "#35978f", "#bf812d")
@@ -149,5 +149,5 @@ def _write(path: Path, draw) -> None:
     with mpl.rc_context(STYLE):
         figure = draw()
         FigureCanvasAgg(figure)
-        with whole_file(path) as temporary:
+        with atomic_file(path) as temporary:
             figure.savefig(temporary, dpi=_DPI)

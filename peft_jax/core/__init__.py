@@ -16,10 +16,10 @@ from peft_jax.core.quantized import (
     bytes_of,
     dequantize,
     format_of,
-    held_dtype,
     is_quantized_leaf,
     quantize,
     quantized_axes,
+    storage_dtype,
 )
 from peft_jax.core.suggest import did_you_mean
 from peft_jax.core.trees import (
@@ -48,12 +48,12 @@ __all__ = [
     "did_you_mean",
     "flatten",
     "format_of",
-    "held_dtype",
     "is_quantized_leaf",
     "is_stacked",
     "join_path",
     "linear",
     "quantize",
     "quantized_axes",
+    "storage_dtype",
     "unflatten",
 ]

@@ -134,11 +134,11 @@ def quantize(kernel: Float[Array, "*stack d_in d_out"], quantization: str) -> QA
         values = jnp.clip(jnp.round(parts), -127, 127)
     else:
         values = _nearest_level(parts)
-    held = held_dtype(quantization, jax.default_backend())
+    held = storage_dtype(quantization, jax.default_backend())
     return QArray(values.astype(held), scale, None, _QTYPE[quantization])
 
 
-def held_dtype(quantization: str, platform: str) -> Any:
+def storage_dtype(quantization: str, platform: str) -> Any:
     """What the values of a quantized kernel are held as on the devices of a platform."""
     if quantization == "nf4" and platform == "cpu":
         return jnp.uint8
@@ -187,7 +187,7 @@ def abstract_quantized(
     """
     check_choice("quantization", quantization, FORMATS[1:])
     return QArray(
-        jax.ShapeDtypeStruct(kernel.shape, held_dtype(quantization, platform)),
+        jax.ShapeDtypeStruct(kernel.shape, storage_dtype(quantization, platform)),
         jax.ShapeDtypeStruct(scale_shape(kernel.shape), kernel.dtype),
         None,
         _QTYPE[quantization],

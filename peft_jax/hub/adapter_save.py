@@ -29,7 +29,7 @@ from peft_jax.hub.peft_names import PEFT_PREFIX
 from peft_jax.hub.save import MAX_SHARD_BYTES, save_model
 from peft_jax.hub.tensors import TensorToWrite, read_header, write_tensors
 from peft_jax.models import Model
-from peft_jax.runtime.files import whole_folder, write_json
+from peft_jax.runtime.files import atomic_folder, write_json
 
 FILES = (CONFIG, ARRAYS, PEFT_CONFIG, PEFT_ARRAYS)
 
@@ -102,7 +102,7 @@ def save_adapter(
     exact = form is not None and form.exact
     arrays_in = PEFT_ARRAYS if exact else ARRAYS
 
-    with whole_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         _keep_other_files(folder, temporary)
         if form is not None:
             write_tensors(temporary / PEFT_ARRAYS, peft_tensors, _METADATA)

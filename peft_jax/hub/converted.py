@@ -29,7 +29,7 @@ from peft_jax.core import Path, flatten, join_path
 from peft_jax.hub.finite import check_finite
 from peft_jax.hub.leaf_sources import LeafSource, Ranges
 from peft_jax.models import Model
-from peft_jax.runtime.files import parse_json_object, read_json_object, whole_folder
+from peft_jax.runtime.files import atomic_folder, parse_json_object, read_json_object
 
 _log = logging.getLogger(__name__)
 
@@ -202,7 +202,7 @@ def fetch_small_files(location: str, cache: FilePath) -> FilePath:
     if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
         raise ValueError(f"{MANIFEST} in {location} does not list the files that belong to it")
     folder = cache / hashlib.sha256(location.encode()).hexdigest()[:16]
-    with whole_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         for name in files:
             if FilePath(name).name != name:
                 raise ValueError(f"{location}: {name!r} in {MANIFEST} is not the name of a file")

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Sharding
 from qwix import QArray
 
-from peft_jax.core import format_of, held_dtype, quantize
+from peft_jax.core import format_of, quantize, storage_dtype
 from peft_jax.hub.leaf_sources import LeafSource, Ranges
 
 _ALIGNMENT = 64
@@ -87,7 +87,7 @@ def _quantize_part(
     dtype = leaf.scale.dtype
     at_once = max(1, _PIECE // (tile * (columns[1] - columns[0]) * dtype.itemsize))
     held = (
-        jnp.zeros(_shape(values), held_dtype(format_of(leaf), device.platform), device=device),
+        jnp.zeros(_shape(values), storage_dtype(format_of(leaf), device.platform), device=device),
         jnp.zeros(_shape(scales), dtype, device=device),
     )
     first, last = min(rows[0] // tile, tiles[0]), max(-(-rows[1] // tile), tiles[1])

@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from peft_jax.runtime.files import whole_file
+from peft_jax.runtime.files import atomic_file
 
 DTYPES: Mapping[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -199,7 +199,7 @@ def write_tensors(
         offset += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with whole_file(file) as temporary, temporary.open("wb") as stream:
+    with atomic_file(file) as temporary, temporary.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little"))
         stream.write(text)
         for tensor in tensors:

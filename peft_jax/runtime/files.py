@@ -23,7 +23,7 @@ _UNFINISHED = ("tmp", "old")
 
 
 @contextlib.contextmanager
-def whole_file(file: Path) -> Iterator[Path]:
+def atomic_file(file: Path) -> Iterator[Path]:
     """Yields a temporary path beside `file`, and moves it into place once it is on disk.
 
     The temporary path has the suffix of `file`, by which some libraries choose a format. Where the
@@ -42,7 +42,7 @@ def whole_file(file: Path) -> Iterator[Path]:
 
 def write_text(file: Path, text: str) -> None:
     """Writes a text file in UTF-8, whole or not at all."""
-    with whole_file(file) as temporary:
+    with atomic_file(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -104,7 +104,7 @@ def _is_shallow(value: Any, levels: int) -> bool:
 
 
 @contextlib.contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder`, which takes its place when the block is done.
 
     What is in `folder` goes when the new one is whole, and not before: no reader meets a mixture.
@@ -125,7 +125,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes what processes that were killed in `whole_folder` have left beside a folder.
+    """Removes what processes that were killed in `atomic_folder` have left beside a folder.
 
     Call it when `folder` is in its place and no other process can be writing it.
     """

@@ -113,7 +113,7 @@ class ProcessSettings:
         return ProcessSettings(**found)
 
 
-def join_processes(settings: ProcessSettings, *, say: Callable[[str], None]) -> "Contact":
+def join_processes(settings: ProcessSettings, *, say: Callable[[str], None]) -> "PeerMonitor":
     """Connects this process with the others; nothing of JAX may have been used before.
 
     Args:
@@ -158,7 +158,7 @@ def join_processes(settings: ProcessSettings, *, say: Callable[[str], None]) -> 
         waiting.cancel()
     from jax._src.distributed import global_state  # the store of the coordinator has no public name
 
-    return Contact(
+    return PeerMonitor(
         global_state.client,
         count=global_state.num_processes,
         index=global_state.process_id,
@@ -201,7 +201,7 @@ def _waiting(settings: ProcessSettings) -> str:
     )
 
 
-class Contact:
+class PeerMonitor:
     """Watches over the processes of a run, in a thread.
 
     Args:

@@ -7,7 +7,7 @@ import jax
 from peft_jax.adapters import AdapterState
 from peft_jax.core import Tree
 from peft_jax.hub import export_merged, save_adapter
-from peft_jax.runtime.files import remove_unfinished, whole_folder
+from peft_jax.runtime.files import atomic_folder, remove_unfinished
 from peft_jax.training.config import RunConfig
 from peft_jax.training.prepare import Job
 from peft_jax.training.workdir import WorkDir
@@ -70,7 +70,7 @@ def _export_adapter(job: Job, folder: WorkDir, adapter: AdapterState) -> None:
 
 def _export_model(job: Job, folder: WorkDir, frozen: Tree, adapter: AdapterState) -> None:
     """The merged model in the base's dtype, in a folder that is there when it is whole."""
-    with whole_folder(folder.model) as temporary:
+    with atomic_folder(folder.model) as temporary:
         dtype = job.config.model.dtype
         export_merged(temporary, job.model, frozen, job.spec, adapter, dtype=dtype)
         job.tokenizer.save_pretrained(temporary)

@@ -24,7 +24,7 @@ from peft_jax.adapters import (
 from peft_jax.core import flatten, unflatten
 from peft_jax.hub import load_adapter, load_model, save_adapter
 from peft_jax.models import build_model
-from peft_jax.runtime.files import whole_folder
+from peft_jax.runtime.files import atomic_folder
 
 LLAMA = {
     "model_type": "llama",
@@ -219,7 +219,7 @@ def test_what_a_killed_process_of_the_same_number_left_is_in_nobodys_way(tmp_pat
     for path in (folder, *left):
         path.mkdir()
         (path / "stale").touch()
-    with whole_folder(folder) as new:
+    with atomic_folder(folder) as new:
         (new / "fresh").touch()
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["adapter", "fresh"]
 

@@ -146,14 +146,14 @@ _ENDS_TOGETHER = """
 import train
 from absl import flags
 from peft_jax.training import config_flags
-class Contact:
+class PeerMonitor:
     def leave(self, reason, code):
         raise SystemExit(f"the others are told {code}")
 def broken(message):
     raise BrokenPipeError
 config_flags.say = broken
 flags.FLAGS(["train.py"])
-with train._ending_together(Contact()):
+with train._ending_together(PeerMonitor()):
     raise BrokenPipeError
 """
 

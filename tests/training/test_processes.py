@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from peft_jax.runtime.errors import ExitCode, RefusedError
-from peft_jax.runtime.processes import Contact, ProcessSettings
+from peft_jax.runtime.processes import PeerMonitor, ProcessSettings
 from peft_jax.training import placement, processes
 from peft_jax.training.report.metrics import read_records
 
@@ -330,7 +330,7 @@ def in_a_hurry(monkeypatch):
     monkeypatch.setattr(processes, "_FAREWELL_SECONDS", 0.2)
 
 
-class Watched(Contact):
+class Watched(PeerMonitor):
     """A watch whose process does not end, but remembers how it would have."""
 
     def __init__(self, store: Store, index: int, timeout: float = 2.0):

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from peft_jax.runtime.files import whole_file
+from peft_jax.runtime.files import atomic_file
 from peft_jax.training.report.metrics import HELD_OUT, TRAIN, Record
 
 STYLE: dict[Any, Any] = {
@@ -66,7 +66,7 @@ def draw_all(records: Sequence[Record], folder: Path) -> dict[str, Path]:
     with mpl.rc_context(STYLE):
         for name, draw in pictures.items():
             written[name] = folder / f"{name}.png"
-            with whole_file(written[name]) as temporary:
+            with atomic_file(written[name]) as temporary:
                 _save(draw(), temporary)
     return written
 
