@@ -1,12 +1,13 @@
-"""What every other part stands on: kernels that know how to multiply, and trees addressed by path.
+"""The base of the package: adapted and quantized kernels, parameter trees and typed settings.
 
-- [`activations`][peft_jax.core.activation_axes]: how activations lie on a mesh, for kernels.
-- [`convert`][peft_jax.core.typed_settings]: mappings to frozen dataclasses and back.
+- [`activation_axes`][peft_jax.core.activation_axes]: mesh axes that shard activations.
+- [`typed_settings`][peft_jax.core.typed_settings]: mappings to frozen dataclasses and back.
 - [`kernel`][peft_jax.core.kernel]: `AdaptedKernel`, `linear`.
-- [`patterns`][peft_jax.core.patterns]: regular expressions of others, with an end to their time.
+- [`patterns`][peft_jax.core.patterns]: users' regular expressions, matched with a time limit.
 - [`quantized`][peft_jax.core.quantized]: frozen kernels in 8 or 4 bits, `quantize`, `dequantize`.
 - [`trees`][peft_jax.core.trees]: nested dictionaries of arrays as flat paths, and back.
-- [`suggest`][peft_jax.core.suggest]: the nearest known name, for error messages.
+- [`suggest`][peft_jax.core.suggest]: near matches of an unknown name, for error messages.
+- [`validation`][peft_jax.core.validation]: range checks of settings.
 """
 
 from peft_jax.core.kernel import LINEAR_OUTPUT, AdaptedKernel, Kernel, Method, dense, linear

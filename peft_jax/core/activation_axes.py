@@ -1,7 +1,8 @@
-"""How activations lie on the mesh, for kernels that the compiler cannot spread over devices itself.
+"""Tells Pallas kernels how activations are sharded, because the compiler cannot partition them.
 
-Whoever runs a model on a mesh says how (`peft_jax.parallel.on_mesh`), a model's linear maps say
-which of its axes their inputs have (`input_axis`), and the kernels of `kernels_pallas` are told.
+`peft_jax.parallel.on_mesh` sets the mesh axes of activations, and a model's linear maps name the
+logical axis of their inputs with `input_axis`. Together they give the kernels of `kernels_pallas`
+their layout.
 """
 
 import contextlib
@@ -14,11 +15,11 @@ from kernels_pallas.layout import Layout, use_layout
 
 @dataclasses.dataclass(frozen=True)
 class ActivationAxes:
-    """The axes of the mesh that activations [rows, ..., features] are cut along.
+    """Mesh axes that shard activations [rows, ..., features].
 
     Attributes:
-      rows: those along the rows of the batch.
-      features: those along the features, by the logical name of the features' axis.
+      rows: Mesh axes that shard the batch rows.
+      features: Mesh axes that shard the features, by the features' logical axis name.
     """
 
     rows: tuple[str, ...]
@@ -30,7 +31,7 @@ _axes = contextvars.ContextVar[ActivationAxes | None]("peft_jax_activation_axes"
 
 @contextlib.contextmanager
 def sharded_activations(axes: ActivationAxes) -> Iterator[None]:
-    """Models traced within have their activations cut like this."""
+    """Sets the activation sharding of models that are traced inside the context."""
     token = _axes.set(axes)
     try:
         yield
@@ -40,7 +41,7 @@ def sharded_activations(axes: ActivationAxes) -> Iterator[None]:
 
 @contextlib.contextmanager
 def input_axis(name: str) -> Iterator[None]:
-    """The kernels called within get activations whose features are this logical axis."""
+    """Sets the logical axis of input features for kernels called inside the context."""
     axes = _axes.get()
     layout = None if axes is None else Layout(axes.rows, axes.features.get(name, ()))
     with use_layout(layout):

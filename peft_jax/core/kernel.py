@@ -1,10 +1,10 @@
-"""A kernel is whatever knows how to multiply.
+"""Applies linear maps through plain, quantized and adapted kernels.
 
 Every linear map of a model goes through `linear(x, kernel)`. A kernel is an array, a quantized
-array (`peft_jax.core.quantized`), or an `AdaptedKernel`: a pytree node of a frozen base kernel, an
-adapter's arrays and the method that knows what to do with them. Because the node is a pytree it
+array (`peft_jax.core.quantized`), or an `AdaptedKernel`. An `AdaptedKernel` is a pytree node of a
+frozen base kernel, an adapter's arrays and the adapter method. Because the node is a pytree, it
 slices under `jax.lax.scan`, shards under `jax.jit`, differentiates and checkpoints as any array
-does, and it nests: an adapter over an adapted or a quantized kernel needs no new code.
+does. Nodes also nest: an adapter over an adapted or a quantized kernel needs no new code.
 """
 
 from typing import Any, Protocol, runtime_checkable
@@ -20,16 +20,15 @@ from qwix import QArray
 from peft_jax.core.quantized import dequantize, quantized_product
 
 LINEAR_OUTPUT = "linear output"
-"""What a linear map's output is called where a rematerialization policy asks for it."""
+"""Checkpoint name of a linear map's output, for rematerialization policies."""
 
 Kernel = Any
-"""An array or a `QArray`, [in, out] (or stacked [layers, in, out]), or an `AdaptedKernel` over one.
-"""
+"""An array or a `QArray` [in, out], or an `AdaptedKernel` over one; stacked: [layers, in, out]."""
 
 
 @runtime_checkable
 class Method(Protocol):
-    """What an `AdaptedKernel` asks of the adapter method bound to it."""
+    """Interface of the adapter method bound to an `AdaptedKernel`."""
 
     def project(
         self,
@@ -39,10 +38,10 @@ class Method(Protocol):
         *,
         dropout_key: jax.Array | None = None,
     ) -> Float[Array, "*batch d_out"]:
-        """The adapted linear map of the activations `x`."""
+        """Returns the adapted linear map of the activations `x`."""
 
     def merge(self, base: Kernel, arrays: Any) -> Float[Array, "d_in d_out"]:
-        """The one array that computes what `project` computes, for one (unstacked) kernel."""
+        """Returns one array equivalent to `project`, for one unstacked kernel."""
 
 
 @struct.dataclass
@@ -50,10 +49,10 @@ class AdaptedKernel:
     """A frozen kernel with an adapter bound to it; a pytree.
 
     Attributes:
-      base: the kernel underneath, [in, out] or stacked [layers, in, out].
-      arrays: the adapter's arrays as its method multiplies by them; stacked as `base` is.
-      dropout_key: a random key (stacked: [layers] keys) while training with dropout, else None.
-      method: the adapter method; static.
+      base: Base kernel, [in, out] or stacked [layers, in, out].
+      arrays: Adapter arrays as `method` uses them; stacked if `base` is.
+      dropout_key: Random key (stacked: [layers] keys) while training with dropout, else None.
+      method: Adapter method; static.
     """
 
     base: Kernel
@@ -63,14 +62,14 @@ class AdaptedKernel:
 
 
 def linear(x: Float[Array, "*batch d_in"], kernel: Kernel) -> Float[Array, "*batch d_out"]:
-    """A linear map of row vectors, y = x W, through whatever kind of kernel.
+    """Applies a kernel of any kind to row vectors: y = x W.
 
     Args:
-      x: activations, [..., in].
-      kernel: an array [in, out], cast to the dtype of `x`, a quantized one, or an `AdaptedKernel`.
+      x: Activations, [..., in].
+      kernel: Kernel [in, out]. An array is cast to the dtype of `x`.
 
     Returns:
-      [..., out] in the dtype of `x`.
+      Outputs [..., out] in the dtype of `x`.
     """
     if isinstance(kernel, AdaptedKernel):
         return kernel.method.project(x, kernel.base, kernel.arrays, dropout_key=kernel.dropout_key)
@@ -83,16 +82,15 @@ def linear(x: Float[Array, "*batch d_in"], kernel: Kernel) -> Float[Array, "*bat
 def _product(
     x: Float[Array, "*batch d_in"], kernel: Float[Array, "d_in d_out"]
 ) -> Float[Array, "*batch d_out"]:
-    """The product x W, whose gradient with respect to W comes out as W lies.
+    """Returns x W, with a gradient for W in the memory order of W.
 
-    JAX's own rule makes it as (dyᵀ x)ᵀ, and a CPU spends longer on turning that over than on the
-    product.
+    JAX's own rule computes (dyᵀ x)ᵀ, and a CPU spends longer on the transpose than on the product.
     """
     return jnp.matmul(x, kernel)
 
 
 def _product_forward(x: Any, kernel: Any) -> tuple[Array, tuple[Any, Any]]:
-    """The product, and what its gradients are made of; of a frozen kernel there is none."""
+    """Returns the product and its residuals; a frozen kernel needs no `x` for a gradient."""
     kept = x.value if kernel.perturbed else None, kernel.value if x.perturbed else None
     return _product(x.value, kernel.value), kept
 
@@ -112,11 +110,11 @@ def _product_backward(residuals: tuple[Any, Any], dy: Any) -> tuple[Any, Any]:
 def _gradient_of_kernel(
     x: Float[Array, "*batch d_in"], dy: Float[Array, "*batch d_out"]
 ) -> Float[Array, "d_in d_out"]:
-    """The sum over tokens of xᵀ dy."""
+    """Returns xᵀ dy summed over tokens."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        # With one axis of rows a CPU's product reads x as it lies. Over several devices rows and
-        # tokens may be cut along different axes of the mesh, and to merge them is to gather them.
+        # With one row axis, a CPU's product reads x without a transpose. Over several devices, rows
+        # and tokens may be sharded along different mesh axes, and merging them would gather them.
         x, dy = (rows.reshape(-1, rows.shape[-1]) for rows in (x, dy))
     rows = tuple(range(x.ndim - 1))
     return jax.lax.dot_general(x, dy, ((rows, rows), ((), ())))
@@ -126,5 +124,5 @@ _product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
 
 
 def dense(kernel: Array | QArray) -> Array:
-    """A kernel without an adapter as one array, in the dtype it is held or scaled in."""
+    """Returns a kernel without an adapter as one array, in its own or its scales' dtype."""
     return dequantize(kernel) if isinstance(kernel, QArray) else kernel

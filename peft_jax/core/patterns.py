@@ -1,7 +1,7 @@
-"""Regular expressions from files and flags, which may be wrong or may never come to an end.
+"""Matches regular expressions from files and flags, with a time limit.
 
-`(a+)+$` over thirty letters takes `re` hours, and nothing in the process can stop it. The `regex`
-package, which transformers stands on, reads the same expressions and takes a time limit.
+`re` takes hours to match `(a+)+$` with thirty letters, and nothing in the process can stop it. The
+`regex` package, a dependency of transformers, reads the same expressions and takes a time limit.
 """
 
 import functools
@@ -11,13 +11,13 @@ import time
 import regex
 
 _SECONDS = 2.0
-"""How long an expression may take over all the names it is matched with."""
+"""Time limit of an expression over all names it is matched with."""
 
 _LONGEST = 2**16
-"""How many characters an expression may have: compiling takes time too."""
+"""Maximum number of characters of an expression: compiling takes time too."""
 
 _QUICK = 0.01
-"""A match shorter than this does not count."""
+"""Matches shorter than this many seconds do not count against the limit."""
 
 
 class Pattern:
@@ -28,28 +28,28 @@ class Pattern:
         self._left = _SECONDS
         if len(text) > _LONGEST:
             raise ValueError(
-                f"a regular expression has {len(text):,} characters; it may have {_LONGEST:,}"
+                f"a regular expression has {len(text):,} characters; the limit is {_LONGEST:,}"
             )
         try:
-            # What counts is what `re` takes for an expression, as Hugging Face PEFT does.
+            # `re` decides what is valid, because Hugging Face PEFT reads expressions with it.
             re.compile(text)
             self._compiled = regex.compile(text, regex.VERSION0)
         except (re.error, regex.error, RecursionError, OverflowError) as error:
-            raise ValueError(f"{shown(text)} is not a regular expression: {error}") from error
+            raise ValueError(f"{abbreviate(text)} is not a regular expression: {error}") from error
 
     def fullmatch(self, name: str) -> bool:
-        """Whether the expression matches the whole of `name`.
+        """Returns whether the expression matches the whole of `name`.
 
         Raises:
-          ValueError: it has taken more than two seconds.
+          ValueError: The expression has taken more than two seconds in all.
         """
         start = time.monotonic()
         try:
             return bool(self._compiled.fullmatch(name, timeout=max(self._left, _QUICK)))
         except TimeoutError as error:
             raise ValueError(
-                f"the regular expression {shown(self._text)} takes more than {_SECONDS:g} seconds"
-                f" over {name!r}: write it without repetitions inside repetitions"
+                f"the regular expression {abbreviate(self._text)} takes more than {_SECONDS:g}"
+                f" seconds to match {name!r}: write it without nested repetitions"
             ) from error
         finally:
             spent = time.monotonic() - start
@@ -59,13 +59,13 @@ class Pattern:
 
 @functools.lru_cache(maxsize=1024)
 def compile_pattern(text: str) -> Pattern:
-    r"""A regular expression that is stopped where it takes too long.
+    r"""Compiles a regular expression whose matching has a time limit.
 
     Args:
-      text: as `re` reads it.
+      text: Expression in the syntax of `re`.
 
     Raises:
-      ValueError: it is not a regular expression.
+      ValueError: `text` is not a regular expression.
 
     Example:
       >>> compile_pattern(r".*\.(q|v)_proj").fullmatch("layers.self_attn.q_proj")
@@ -77,6 +77,6 @@ def compile_pattern(text: str) -> Pattern:
     return Pattern(text)
 
 
-def shown(text: str) -> str:
-    """An expression as messages show it, cut where it is long."""
+def abbreviate(text: str) -> str:
+    """Returns an expression for a message, abbreviated to 80 characters."""
     return repr(text) if len(text) <= 80 else f"{text[:77]!r}..."

@@ -1,16 +1,16 @@
-"""Frozen kernels in 8 or 4 bits a number, in qwix's `QArray`s.
+"""Quantizes frozen kernels to 8 or 4 bits per weight, as qwix `QArray`s.
 
-A kernel [..., d_in, d_out] is cut along d_in into tiles of up to 64 rows; every tile of every
-column has a scale of its own, [..., tiles, d_out]. Because a scale belongs to rows that are next to
-each other, a part of a kernel can be quantized, multiplied and held by a device without the rest.
+A kernel [..., d_in, d_out] is divided along d_in into tiles of up to 64 rows. Every tile of every
+column has its own scale, [..., tiles, d_out]. Because a scale belongs to adjacent rows, a device
+can quantize, hold and multiply by a shard of a kernel without the rest.
 
-- "int8": whole numbers from -127 to 127, times the scale.
+- "int8": integers from -127 to 127, times the scale.
 - "nf4": one of the 16 levels of the 4-bit normal float, times the scale (Dettmers et al., 2023,
-  arXiv 2305.14314, appendix E). Accelerators hold two in a byte. JAX on a CPU would take a byte for
-  each, and its compiled programs refuse arguments of four bits, so there a byte is what they are.
+  arXiv 2305.14314, appendix E). Accelerators pack two values into a byte. On a CPU each value takes
+  a byte, because compiled CPU programs reject four-bit arguments.
 
-Numbers are rounded against the scale as it is stored, in the dtype of the kernel, so that rounding
-the scale adds no error of its own.
+Weights are rounded against the scale as stored, in the dtype of the kernel, so that rounding the
+scale adds no further error.
 """
 
 import functools
@@ -27,10 +27,10 @@ from peft_jax.core.trees import Path, is_stacked
 from peft_jax.core.validation import check_choice
 
 FORMATS = ("none", "int8", "nf4")
-"""What a frozen kernel can be held as; "none" is an array as it is."""
+"""Storage formats of a frozen kernel; "none" is a plain array."""
 
 TILE = 64
-"""How many rows of a kernel share a scale at most: 64 as in QLoRA."""
+"""Maximum number of rows that share a scale: 64, as in QLoRA."""
 
 _LEAST_TILE = 8
 
@@ -54,17 +54,17 @@ _NF4 = (
     1.0,
 )
 _STORED = {"int8": jnp.int8, "nf4": jnp.uint4}
-"""What values are held as on accelerators."""
+"""Dtypes of quantized values on accelerators."""
 
 _QTYPE = {"int8": jnp.dtype(jnp.int8), "nf4": "nf4"}
 _LARGEST = {"int8": 127.0, "nf4": 1.0}
 
 
 def is_quantized_leaf(path: Path) -> bool:
-    """Whether quantization applies to the leaf at `path`: the blocks' linear maps, and no others.
+    """Returns whether the leaf at `path` can be quantized: only linear maps of transformer blocks.
 
-    Embeddings, the output head, norms and biases stay as they are: they are a small part of a large
-    model, and the head's rounding would meet every logit.
+    Embeddings, the output head, norms and biases stay dense. They are a small part of a large
+    model, and rounding the head would affect every logit.
 
     Example:
       >>> is_quantized_leaf(("layers", "mlp", "up_proj", "kernel"))
@@ -76,10 +76,11 @@ def is_quantized_leaf(path: Path) -> bool:
 
 
 def tile_rows(d_in: int) -> int:
-    """How many rows of a kernel of `d_in` rows share a scale: the most up to 64 that divide it.
+    """Returns the number of rows that share a scale: the largest divisor of `d_in` up to 64.
 
     Raises:
-      ValueError: fewer than 8 would, and scales would take as much room as numbers.
+      ValueError: Fewer than 8 rows would share a scale, so that scales would take as much memory
+        as weights.
 
     Example:
       >>> [tile_rows(d_in) for d_in in (4096, 11008, 100, 24)]
@@ -88,34 +89,34 @@ def tile_rows(d_in: int) -> int:
     tile = next(rows for rows in range(min(TILE, d_in), 0, -1) if d_in % rows == 0)
     if tile < min(_LEAST_TILE, d_in):
         raise ValueError(
-            f"a kernel with {d_in} input features cannot be quantized: they do not divide into"
-            f" tiles of {_LEAST_TILE} to {TILE}"
+            f"a kernel with {d_in} input features cannot be quantized: {d_in} has no divisor from"
+            f" {_LEAST_TILE} to {TILE}"
         )
     return tile
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape [..., tiles, d_out] of the scales of a kernel [..., d_in, d_out].
+    """Returns the scales' shape [..., tiles, d_out] for a kernel [..., d_in, d_out].
 
     Raises:
-      ValueError: as `tile_rows`.
+      ValueError: `tile_rows` rejects d_in.
     """
     return (*shape[:-2], shape[-2] // tile_rows(shape[-2]), shape[-1])
 
 
 def quantize(kernel: Float[Array, "*stack d_in d_out"], quantization: str) -> QArray:
-    """A kernel in 8 or 4 bits a number.
+    """Quantizes a kernel to 8 or 4 bits per weight.
 
     Args:
-      kernel: float32 or bfloat16; the scales are held in its dtype.
+      kernel: Kernel [..., d_in, d_out], float32 or bfloat16. The scales have its dtype.
       quantization: "int8" or "nf4".
 
     Returns:
-      A `QArray` of values [..., d_in, d_out] and scales [..., tiles, d_out], which
-      `qwix.dequantize` understands too.
+      A `QArray` of values [..., d_in, d_out] and scales [..., tiles, d_out]. `qwix.dequantize`
+      reads it too.
 
     Raises:
-      ValueError: the format is not known, or `tile_rows` refuses d_in.
+      ValueError: The format is not known, or `tile_rows` rejects d_in.
 
     Example:
       >>> kernel = jax.random.normal(jax.random.key(0), (128, 32))
@@ -127,7 +128,7 @@ def quantize(kernel: Float[Array, "*stack d_in d_out"], quantization: str) -> QA
     """
     check_choice("quantization", quantization, FORMATS[1:])
     scale = _scales(kernel, _LARGEST[quantization]).astype(kernel.dtype)
-    # A tile of zeros: any scale does.
+    # A tile of zeros works with any scale but zero, by which it would be divided.
     scale = jnp.where(scale == 0, jnp.ones_like(scale), scale)
     parts = kernel.astype(jnp.float32) / _by_row(scale.astype(jnp.float32), kernel.shape[-2])
     if quantization == "int8":
@@ -139,21 +140,20 @@ def quantize(kernel: Float[Array, "*stack d_in d_out"], quantization: str) -> QA
 
 
 def storage_dtype(quantization: str, platform: str) -> Any:
-    """What the values of a quantized kernel are held as on the devices of a platform."""
+    """Returns the dtype of quantized values on a platform's devices."""
     if quantization == "nf4" and platform == "cpu":
         return jnp.uint8
     return _STORED[quantization]
 
 
 def dequantize(kernel: QArray, dtype: Any = None) -> Float[Array, "*stack d_in d_out"]:
-    """The array that a quantized kernel stands for.
+    """Returns a quantized kernel as a dense array [..., d_in, d_out].
 
-    As `qwix.dequantize`, but elementwise throughout: nothing is reshaped that may be cut over
-    devices.
+    Unlike `qwix.dequantize`, it is elementwise throughout, so that no sharded axis is reshaped.
 
     Args:
-      kernel: made by `quantize`.
-      dtype: of the result, and of the product with the scales; that of the scales by default.
+      kernel: Kernel that `quantize` returned.
+      dtype: Dtype of the result and of the product with the scales. Default: dtype of the scales.
     """
     dtype = kernel.scale.dtype if dtype is None else jnp.dtype(dtype)
     values = _level(kernel.qvalue, dtype) if kernel.qtype == "nf4" else kernel.qvalue.astype(dtype)
@@ -164,10 +164,10 @@ def dequantize(kernel: QArray, dtype: Any = None) -> Float[Array, "*stack d_in d
 def quantized_product(
     x: Float[Array, "*batch d_in"], kernel: QArray
 ) -> Float[Array, "*batch d_out"]:
-    """X W for a quantized W, in the dtype of `x`.
+    """Returns x W for a quantized W, in the dtype of `x`.
 
-    The backward pass makes W again from its few bits: kept from the forward pass, the dense kernels
-    of all layers would be there at once.
+    The backward pass dequantizes W again. Otherwise the dense kernels of all layers would be saved
+    from the forward pass and be in memory at once.
     """
     return jnp.matmul(x, dequantize(kernel, x.dtype))
 
@@ -175,15 +175,15 @@ def quantized_product(
 def abstract_quantized(
     kernel: jax.ShapeDtypeStruct, quantization: str, platform: str = ""
 ) -> QArray:
-    """The shapes and dtypes of what `quantize` makes of a kernel.
+    """Returns the shapes and dtypes of a quantized kernel.
 
     Args:
-      kernel: the kernel's.
+      kernel: Shape and dtype of the dense kernel.
       quantization: "int8" or "nf4".
-      platform: of the devices that hold it; by default an accelerator's.
+      platform: Platform of the devices that hold the kernel. Default: an accelerator.
 
     Raises:
-      ValueError: as `quantize`.
+      ValueError: `quantize` would reject the kernel.
     """
     check_choice("quantization", quantization, FORMATS[1:])
     return QArray(
@@ -195,15 +195,19 @@ def abstract_quantized(
 
 
 def quantized_axes(axes: tuple[str | None, ...], quantization: str) -> QArray:
-    """The logical axes of the values and the scales of a kernel, given those of the kernel.
+    """Returns the logical axes of a quantized kernel's values and scales.
 
-    Tiles are rows next to each other, so they are cut over devices as rows are.
+    A tile is a group of adjacent rows, so tiles are sharded as rows are.
+
+    Args:
+      axes: Logical axes of the dense kernel.
+      quantization: "int8" or "nf4".
     """
     return QArray(axes, axes, None, _QTYPE[quantization])
 
 
 def format_of(kernel: QArray) -> str:
-    """What `quantize` was asked for: "int8" or "nf4".
+    """Returns the format of a quantized kernel: "int8" or "nf4".
 
     Example:
       >>> format_of(quantize(jnp.ones((8, 2)), "int8"))
@@ -213,7 +217,7 @@ def format_of(kernel: QArray) -> str:
 
 
 def bytes_of(tree: Any) -> int:
-    """The bytes of all numbers of a tree, with two to a byte where they have four bits.
+    """Returns the number of bytes of a tree's arrays; two four-bit values share a byte.
 
     Example:
       >>> kernel = jax.ShapeDtypeStruct((128, 32), jnp.bfloat16)
@@ -229,7 +233,7 @@ def bytes_of(tree: Any) -> int:
 
 
 def _scales(kernel: Array, largest: float) -> Array:
-    """The largest magnitude of every tile over `largest`, float32 [..., tiles, d_out]."""
+    """Returns each tile's largest magnitude divided by `largest`, float32 [..., tiles, d_out]."""
     *stack, d_in, d_out = kernel.shape
     rows = tile_rows(d_in)
     tiles = jnp.abs(kernel.astype(jnp.float32)).reshape(*stack, d_in // rows, rows, d_out)
@@ -237,12 +241,12 @@ def _scales(kernel: Array, largest: float) -> Array:
 
 
 def _by_row(scale: Array, d_in: int) -> Array:
-    """Scales [..., tiles, d_out] repeated for every row of their tiles."""
+    """Repeats scales [..., tiles, d_out] for every row of their tiles."""
     return jnp.repeat(scale, d_in // scale.shape[-2], axis=-2)
 
 
 def _nearest_level(parts: Array) -> Array:
-    """The number of the nearest of the 16 levels: how many midpoints between levels lie below."""
+    """Returns the index of the nearest level, by counting the midpoints below each value."""
     index = jnp.zeros(parts.shape, jnp.int32)
     for low, high in itertools.pairwise(_NF4):
         index += (parts > (low + high) / 2).astype(jnp.int32)
@@ -250,7 +254,10 @@ def _nearest_level(parts: Array) -> Array:
 
 
 def _level(index: Array, dtype: Any) -> Array:
-    """The level of every index: chosen bit by bit, which vector units do, as they do no look-up."""
+    """Returns the level of every index.
+
+    Levels are selected bit by bit, because vector units have no table look-up.
+    """
     bits = index.astype(jnp.uint8)
     found: list[Array] = [jnp.asarray(level, dtype) for level in _NF4]
     for bit in range(4):

@@ -1,19 +1,19 @@
-"""Near matches for a name that is not known, for error messages."""
+"""Suggests near matches of an unknown name in error messages."""
 
 import difflib
 from collections.abc import Iterable
 
 
 def did_you_mean(name: str, known: Iterable[str], *, limit: int = 3) -> str:
-    """A phrase that names what was probably meant, and everything that would work.
+    """Returns a phrase that suggests near matches of `name` and lists every known name.
 
     Args:
-      name: what was given.
-      known: what would have worked.
-      limit: how many near matches to name at most.
+      name: Unknown name.
+      known: Known names.
+      limit: Maximum number of suggestions.
 
     Returns:
-      "; did you mean 'rank'? Known: alpha, rank" or, with nothing near, "; known: alpha, rank".
+      "; did you mean 'rank'? Known: alpha, rank", or "; known: alpha, rank" without a near match.
 
     Example:
       >>> did_you_mean("rnak", ["rank", "alpha"])

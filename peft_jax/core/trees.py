@@ -1,9 +1,9 @@
-"""Nested dictionaries of arrays, addressed by path.
+"""Addresses the leaves of nested dictionaries by path.
 
 A model's parameters, an adapter's arrays and an optimizer's state are nested dictionaries with
 string keys. A path is the tuple of keys from the root to a leaf: ("layers", "mlp", "up_proj",
-"kernel"). What stands under the key `STACKED` at the root belongs to the transformer blocks and
-carries the block's index as its leading axis.
+"kernel"). Leaves under the root key `STACKED` belong to the transformer blocks. Their leading axis
+is the block index.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,23 +17,23 @@ STACKED = "layers"
 
 
 def is_stacked(path: Path) -> bool:
-    """Whether the leaf at `path` has the transformer blocks as its leading axis."""
+    """Returns whether the leading axis of the leaf at `path` is the transformer block index."""
     return path[0] == STACKED
 
 
 def join_path(path: Path) -> str:
-    """A path as one dotted string: "layers.mlp.up_proj.kernel"."""
+    """Returns a path as one dotted string: "layers.mlp.up_proj.kernel"."""
     return ".".join(path)
 
 
 def flatten(
     tree: Mapping[str, Any], *, is_leaf: Callable[[Path, Any], bool] | None = None
 ) -> dict[Path, Any]:
-    """The leaves of a nested dictionary by path, in the order of the keys.
+    """Returns the leaves of a nested dictionary by path, in key order.
 
     Args:
-      tree: nested dictionaries; whatever is not a dictionary is a leaf. Empty ones vanish.
-      is_leaf: stops the descent where it returns true for (path, subtree).
+      tree: Nested dictionaries. Any other value is a leaf; empty dictionaries are dropped.
+      is_leaf: Predicate on (path, subtree) that makes a nested dictionary a leaf.
 
     Example:
       >>> flatten({"a": {"b": 1, "c": 2}})
@@ -53,7 +53,7 @@ def flatten(
 
 
 def unflatten(flat: Mapping[Path, Any]) -> Tree:
-    """The nested dictionary whose leaves are given by path; the inverse of `flatten`.
+    """Returns the nested dictionary with the given leaves by path; inverse of `flatten`.
 
     Example:
       >>> unflatten({("a", "b"): 1, ("a", "c"): 2})

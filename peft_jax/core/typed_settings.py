@@ -1,6 +1,6 @@
-"""Mappings to frozen dataclasses and back, with every key and every type checked.
+"""Converts mappings to frozen dataclasses and back, and checks every key and type.
 
-A misspelled key that is ignored costs a run; so each one is either a field of the dataclass, or an
+Ignoring a misspelled key would waste a run. So each key is either a field of the dataclass, or an
 error that names the nearest field.
 """
 
@@ -17,18 +17,18 @@ T = TypeVar("T")
 
 
 def from_mapping(cls: type[T], given: Mapping[str, Any], *, where: str = "") -> T:
-    """The dataclass whose fields a mapping gives; nested ones from nested mappings.
+    """Builds a dataclass from a mapping, and nested dataclasses from nested mappings.
 
     Args:
-      cls: a dataclass. Its annotations may use int, float, bool, str, `Literal`, unions and `None`,
-        tuples, mappings with string keys, `Any`, and dataclasses.
-      given: the value of each field by name; a missing field takes its default. `None` is a value
-        for a field that may be `None`, and for any other means that nothing is given.
-      where: the dotted path of `given` in the whole configuration, for messages.
+      cls: Dataclass type. Its annotations may use int, float, bool, str, `Literal`, unions and
+        `None`, tuples, mappings with string keys, `Any`, and dataclasses.
+      given: Field values by name. A missing field takes its default. So does a field that is
+        `None`, unless its annotation allows `None`.
+      where: Dotted path of `given` in the whole configuration, for messages.
 
     Raises:
-      ValueError: a key that is no field, a field without default that is not given, a value of the
-        wrong type, or whatever the dataclass itself refuses; the message begins with the path.
+      ValueError: A key is not a field, a required field is missing, a value has the wrong type, or
+        the dataclass itself rejects a value. The message begins with the path.
 
     Example:
       >>> @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ def from_mapping(cls: type[T], given: Mapping[str, Any], *, where: str = "") -> 
 
 
 def to_mapping(settings: Any) -> Any:
-    """Dataclasses as nested dictionaries of what JSON can hold; the inverse of `from_mapping`.
+    """Converts dataclasses to nested dictionaries of JSON values; inverse of `from_mapping`.
 
     Example:
       >>> @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,9 @@ def to_mapping(settings: Any) -> Any:
 
 
 def differences(one: Any, other: Any, *, where: str = "") -> dict[str, tuple[Any, Any]]:
-    """The leaves, by dotted path, in which two nested mappings differ; absent ones are `None`.
+    """Returns the leaves that differ between two nested mappings, by dotted path.
+
+    A missing leaf counts as `None`.
 
     Example:
       >>> differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}})
@@ -100,12 +102,12 @@ def differences(one: Any, other: Any, *, where: str = "") -> dict[str, tuple[Any
 
 
 def is_required(field: dataclasses.Field[Any]) -> bool:
-    """Whether a dataclass field has no default."""
+    """Returns whether a dataclass field has no default."""
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def accepts_none(annotation: Any) -> bool:
-    """Whether `None` is among the values an annotation allows."""
+    """Returns whether an annotation allows `None`."""
     return (
         annotation is None
         or annotation is type(None)
@@ -115,21 +117,20 @@ def accepts_none(annotation: Any) -> bool:
 
 
 def union_members(annotation: Any) -> tuple[Any, ...]:
-    """The alternatives of a union; nothing for any other annotation."""
+    """Returns the members of a union; empty for any other annotation."""
     if typing.get_origin(annotation) in (Union, types.UnionType):
         return typing.get_args(annotation)
     return ()
 
 
 def convert(value: Any, annotation: Any, *, where: str) -> Any:
-    """One value as its annotation wants it.
+    """Converts a value to the type of its annotation.
 
-    An integer will do for a float, and a list for a tuple; a tuple of strings may also be one
-    string with commas between, as it is given on a command line. Nothing else is taken for what it
-    is not.
+    A float accepts an integer, and a tuple accepts a list. A tuple of strings also accepts one
+    comma-separated string, as on a command line. No other conversion happens.
 
     Raises:
-      ValueError: the value does not fit the annotation.
+      ValueError: The value does not fit the annotation.
     """
     origin = typing.get_origin(annotation)
     if annotation is Any or annotation is object:
@@ -140,27 +141,27 @@ def convert(value: Any, annotation: Any, *, where: str) -> Any:
         choices = typing.get_args(annotation)
         if value not in choices:
             hint = did_you_mean(str(value), map(str, choices))
-            raise ValueError(f"{where} is {value!r}, which is none of its choices{hint}")
+            raise ValueError(f"{where} is {value!r}, which is not one of its choices{hint}")
         return value
     if annotation is None or annotation is type(None):
         if value is not None:
-            raise _wrong(where, "nothing", value)
+            raise _mismatch(where, "None", value)
         return None
     if annotation is bool:
         if not isinstance(value, bool):
-            raise _wrong(where, "true or false", value)
+            raise _mismatch(where, "true or false", value)
         return value
     if annotation is int:
         if isinstance(value, bool) or not isinstance(value, int):
-            raise _wrong(where, "an integer", value)
+            raise _mismatch(where, "an integer", value)
         return value
     if annotation is float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise _wrong(where, "a number", value)
+            raise _mismatch(where, "a number", value)
         return float(value)
     if annotation is str:
         if not isinstance(value, str):
-            raise _wrong(where, "a string", value)
+            raise _mismatch(where, "a string", value)
         return value
     if origin is tuple or annotation is tuple:
         return _convert_tuple(value, annotation, where=where)
@@ -170,7 +171,7 @@ def convert(value: Any, annotation: Any, *, where: str) -> Any:
         if isinstance(value, annotation):  # type: ignore[arg-type]
             return value
         if not isinstance(value, Mapping):
-            raise _wrong(where, "a group of settings", value)
+            raise _mismatch(where, "a group of settings", value)
         return from_mapping(annotation, value, where=where)  # type: ignore[arg-type]
     if isinstance(annotation, type) and isinstance(value, annotation):
         return value
@@ -194,12 +195,12 @@ def _convert_tuple(value: Any, annotation: Any, *, where: str) -> tuple[Any, ...
     if isinstance(value, str) and typing.get_args(annotation) == (str, ...):
         return tuple(name.strip() for name in value.split(",") if name.strip())
     if isinstance(value, str) or not isinstance(value, (tuple, list)):
-        raise _wrong(where, "a list", value)
+        raise _mismatch(where, "a list", value)
     members = typing.get_args(annotation) or (Any, ...)
     if len(members) == 2 and members[1] is Ellipsis:
         members = (members[0],) * len(value)
     if len(members) != len(value):
-        raise _wrong(where, f"a list of {len(members)}", value)
+        raise _mismatch(where, f"a list of {len(members)}", value)
     return tuple(
         convert(item, member, where=f"{where}[{index}]")
         for index, (item, member) in enumerate(zip(value, members, strict=True))
@@ -208,12 +209,12 @@ def _convert_tuple(value: Any, annotation: Any, *, where: str) -> tuple[Any, ...
 
 def _convert_mapping(value: Any, annotation: Any, *, where: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
-        raise _wrong(where, "a mapping of names to values", value)
+        raise _mismatch(where, "a mapping of names to values", value)
     _, item = typing.get_args(annotation) or (str, Any)
     return {str(k): convert(v, item, where=_join(where, str(k))) for k, v in value.items()}
 
 
-def _wrong(where: str, wanted: str, value: Any) -> ValueError:
+def _mismatch(where: str, wanted: str, value: Any) -> ValueError:
     return ValueError(f"{where} must be {wanted}; it is {value!r}")
 
 

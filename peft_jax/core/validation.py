@@ -1,4 +1,4 @@
-"""Checks of settings, with errors that say what was given and what would work."""
+"""Checks settings, with errors that name the given value and what would work."""
 
 import math
 from collections.abc import Iterable
@@ -14,15 +14,15 @@ def check_positive(name: str, value: Any) -> None:
 
 
 def check_positive_int(name: str, value: Any) -> None:
-    """Raises ValueError unless `value` is a whole number of at least one."""
+    """Raises ValueError unless `value` is an integer of at least one."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, but is {value!r}")
+        raise ValueError(f"{name} must be an integer of at least 1, but is {value!r}")
 
 
 def check_count(name: str, value: Any) -> None:
-    """Raises ValueError unless `value` is a whole number of at least zero."""
+    """Raises ValueError unless `value` is an integer of at least zero."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{name} must be a whole number of at least 0, but is {value!r}")
+        raise ValueError(f"{name} must be an integer of at least 0, but is {value!r}")
 
 
 def check_finite(name: str, value: Any) -> None:

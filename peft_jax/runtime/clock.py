@@ -1,4 +1,4 @@
-"""Where a run's seconds go, and how fast it is."""
+"""Measures a run's time by phase and its throughput."""
 
 import collections
 import contextlib
@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 
 
 class Phases:
-    """Seconds by phase; a phase inside another is not counted to the outer one.
+    """Measures seconds by phase; an inner phase's time does not count for the outer one.
 
     Args:
-      now: the clock, in seconds.
+      now: Clock, in seconds.
 
     Example:
       >>> times = iter([0.0, 1.0, 3.0, 7.0])
@@ -29,7 +29,7 @@ class Phases:
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Counts the block's seconds to the phase `name`."""
+        """Adds the block's seconds to the phase `name`."""
         started = self._now()
         if self._running:
             self._stop(started)
@@ -45,7 +45,7 @@ class Phases:
                 self._running[-1] = (self._running[-1][0], ended)
 
     def add(self, before: Mapping[str, float]) -> None:
-        """Counts in what an earlier part of the same run has spent."""
+        """Adds the seconds by phase of an earlier part of the same run."""
         for name, seconds in before.items():
             self._spent[name] = self._spent.get(name, 0.0) + seconds
 
@@ -55,7 +55,7 @@ class Phases:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds by phase, the phases that are still running up to now."""
+        """Seconds by phase so far, including the running phase."""
         spent = dict(self._spent)
         if self._running:
             name, since = self._running[-1]
@@ -63,16 +63,16 @@ class Phases:
         return spent
 
     def spent(self, name: str) -> float:
-        """The seconds of one phase up to now."""
+        """Returns the seconds of one phase so far."""
         return self.seconds.get(name, 0.0)
 
 
 class Rate:
-    """How much a second, over the last while.
+    """Measures a rate per second over a sliding window.
 
     Args:
-      window: seconds that are looked back on.
-      now: the clock, in seconds; one that stands still while other work is done.
+      window: Length of the window, in seconds.
+      now: Clock, in seconds; it may stand still during other work.
 
     Example:
       >>> times = iter([0.0, 1.0, 2.0, 2.0])
@@ -91,7 +91,7 @@ class Rate:
         self._sum = 0.0
 
     def add(self, count: int) -> None:
-        """Counts what has just been done."""
+        """Adds `count` units that have just been done."""
         when = self._now()
         self._counts.append((when, count))
         self._sum += count
@@ -101,6 +101,6 @@ class Rate:
 
     @property
     def per_second(self) -> float:
-        """The mean over the window; 0 before anything was done."""
+        """Mean rate over the window; 0 if no time has passed."""
         elapsed = self._now() - self._since
         return self._sum / elapsed if elapsed > 0 else 0.0

@@ -1,75 +1,75 @@
-"""Errors that end a command with a message in place of a traceback, each with its exit code."""
+"""Defines the errors that end a command with one message, and their exit codes."""
 
 import enum
 
 
 class ExitCode(enum.IntEnum):
-    """The exit codes of all commands.
+    """Exit codes of all commands.
 
-    The last three are what a shell reports of a program that a signal ends.
+    The last three are 128 plus a signal's number, as a shell reports a program that a signal ends.
     """
 
     DONE = 0
-    """Finished; with --plan, the run fits."""
+    """The command finished. With --plan, the run fits."""
     FAILED = 1
-    """It began and could not end: a full disk, a loss that is not finite, a fault in the code."""
+    """The command began and failed: a full disk, a non-finite loss, a bug in the code."""
     REFUSED = 2
-    """What was asked for cannot be done as it was asked; the message says what would work."""
+    """The request is invalid; the message says what would work."""
     LOST_CONTACT = 3
     """Another process of the run is gone."""
     DOES_NOT_FIT = 4
-    """Planned, and it does not fit into the devices' memory."""
+    """The planned run does not fit in device memory."""
     INTERRUPTED = 130
     """Stopped by Ctrl-C."""
     NO_READER = 141
-    """Whoever read the output went away."""
+    """The reader of the output closed the pipe."""
     TERMINATED = 143
     """Stopped by SIGTERM."""
 
 
 class EndingError(Exception):
-    """What ends a command, with a message that is all its user needs.
+    """Base class of errors whose message is all that the user needs.
 
     Attributes:
-      exit_code: of the command.
+      exit_code: Exit code of the command.
     """
 
     exit_code: int = ExitCode.FAILED
 
 
 class RefusedError(EndingError):
-    """What was asked for cannot be done; the message says why and what would work.
+    """The request is invalid; the message says why and what would work.
 
-    Raised before any long work: a setting that is not known, a folder that is not there, a work
-    directory that holds another run. `train.py` prints the message alone and exits with code 2.
+    Raised before any long work: an unknown setting, a missing folder, a work directory of another
+    run. `train.py` prints only the message and exits with code 2.
     """
 
     exit_code = ExitCode.REFUSED
 
 
 class NonFiniteError(EndingError):
-    """The loss or the gradient stopped being finite; the message names the last good checkpoint."""
+    """The loss or the gradient is not finite; the message names the last good checkpoint."""
 
     exit_code = ExitCode.FAILED
 
 
 class BadDataError(EndingError):
-    """A row that cannot be used was met during the run, and the settings make that an error."""
+    """The run read an unusable row, and its settings make that an error."""
 
     exit_code = ExitCode.FAILED
 
 
 class StorageError(EndingError):
-    """The work directory cannot be written any more: a full disk, a limit, a lost connection."""
+    """The work directory is no longer writable: a full disk, a limit, a lost connection."""
 
     exit_code = ExitCode.FAILED
 
 
 class InterruptedRunError(EndingError):
-    """The run was asked to stop by a signal, and saved what it had.
+    """A signal asked the run to stop, and the run saved its progress.
 
     Attributes:
-      exit_code: 128 + the signal's number, as a shell reports it: 143 for SIGTERM, 130 for SIGINT.
+      exit_code: 128 plus the signal's number: 143 for SIGTERM, 130 for SIGINT.
     """
 
     def __init__(self, message: str, *, signal_number: int):

@@ -1,16 +1,17 @@
-r"""How a command ends: its exit codes, and one message in place of a traceback.
+r"""Ends commands with an exit code and one message in place of a traceback.
 
-Every command of the project is a function under `command`, which is the one place where what ends
-it is caught. What is caught is what the project says itself, and what the machine refuses:
+Every command of the project is a function decorated with `command`, the one place that catches
+what ends it:
 
-- errors of the classes that derive from `EndingError`, such as `RefusedError`;
+- errors that derive from `EndingError`, such as `RefusedError`;
 - a `ValueError` or `FloatingPointError` that the project's own code raises;
-- the system's errors: a file that is not there, a full disk, a read-only folder, a lost connection;
-- memory that does not suffice, a back end of JAX that is not there;
-- Ctrl-C, and a reader of the output that went away.
+- system errors: a missing file, a full disk, a read-only folder, a lost connection;
+- memory exhaustion, or a missing JAX backend;
+- Ctrl-C, and a reader that closes the output's pipe.
 
-Anything else is a fault of the program: it ends with its traceback and exit code 1. So does a
-`ValueError` out of a library. With --traceback the others show theirs too, before the message.
+Anything else is a bug: the command ends with its traceback and exit code 1. So does a `ValueError`
+that a library raises. With --traceback, the caught errors also print their traceback before the
+message.
 """
 
 import dataclasses
@@ -32,11 +33,11 @@ P = ParamSpec("P")
 
 @dataclasses.dataclass(frozen=True)
 class Ending:
-    """How a command ends because of an error.
+    """Message and exit code of a command that an error ends.
 
     Attributes:
-      message: for its user; empty if there is nobody to read it.
-      code: the exit code.
+      message: Message for the user; empty if nobody reads it.
+      code: Exit code.
     """
 
     message: str
@@ -44,23 +45,23 @@ class Ending:
 
 
 OURS = ("peft_jax", "eval", "kernels_pallas", "configs", "examples", "__main__")
-"""The packages whose own errors are messages to the user."""
+"""Packages whose `ValueError`s are messages to the user."""
 
 _LONGEST_MESSAGE = 4000
 
 _OS_ERROR_CODE = re.compile(r"\[os_error_code='(\d+)'")
 
-# Where nothing was begun: the path is not one that the command can work with.
+# Errors of a path given by the user, which end the command before it does any work.
 _UNUSABLE_PATH = MappingProxyType(
     {
         errno.ENOENT: "give a path that exists",
-        errno.ENOTDIR: "a part of the path is a file",
+        errno.ENOTDIR: "give a path whose parents are folders",
         errno.EISDIR: "give a file",
         errno.EEXIST: "give another path",
         errno.EACCES: "give a path that this user may use",
         errno.EPERM: "give a path that this user may use",
         errno.EROFS: "give a folder that can be written to",
-        errno.ELOOP: "the link leads back to itself",
+        errno.ELOOP: "give a path without a link to itself",
         errno.ENAMETOOLONG: "give a shorter path",
     }
 )
@@ -78,11 +79,11 @@ _HINTS = MappingProxyType(
 def command(
     name: str, *, stopped: str = "stopped"
 ) -> Callable[[Callable[P, int | None]], Callable[P, int]]:
-    """Makes a function a command, which returns its exit code whatever ends it.
+    """Decorates a function as a command that returns its exit code whatever ends it.
 
     Args:
-      name: the command's name, which messages begin with.
-      stopped: the message after Ctrl-C.
+      name: Name of the command; messages begin with it.
+      stopped: Message after Ctrl-C.
 
     Example:
       >>> @command("measure")
@@ -123,7 +124,7 @@ def command(
 
 
 def explain(error: BaseException, *, stopped: str = "stopped") -> Ending | None:
-    """How a command ends because of an error; None if the error is a fault of the program.
+    """Returns how an error ends a command; None if the error is a bug.
 
     Example:
       >>> explain(FileNotFoundError(2, "No such file or directory", "rows.jsonl"))
@@ -139,8 +140,8 @@ def explain(error: BaseException, *, stopped: str = "stopped") -> Ending | None:
     if isinstance(error, OSError):
         return _explain_os_error(error)
     if isinstance(error, MemoryError):
-        said = f" ({_first_line(error)})" if str(error) else ""
-        return Ending(f"this machine's memory does not suffice{said}", int(ExitCode.FAILED))
+        detail = f" ({_first_line(error)})" if str(error) else ""
+        return Ending(f"out of host memory{detail}", int(ExitCode.FAILED))
     if isinstance(error, (RuntimeError, AssertionError)):
         return _explain_jax_error(error)
     if isinstance(error, ValueError) and (number := _OS_ERROR_CODE.search(str(error))):
@@ -151,21 +152,21 @@ def explain(error: BaseException, *, stopped: str = "stopped") -> Ending | None:
 
 
 def say(message: str, *, name: str) -> None:
-    """Tells the user, in a command's name, on the standard error."""
+    """Prints a message to standard error, prefixed with the command's name."""
     if len(message) > _LONGEST_MESSAGE:
         message = f"{message[:_LONGEST_MESSAGE]} …"
     print(f"{name}: {printable(message)}", file=sys.stderr, flush=True)
 
 
 def printable(text: str, *, keep: str = "\n\t") -> str:
-    r"""Returns a text in which only what can be seen is left as it is.
+    r"""Returns a text with unprintable characters replaced by Python escapes.
 
-    A row's, a model's or an endpoint's words can hold sequences that move a terminal's cursor, hide
-    text or turn its direction around. Such characters are written as Python's escapes.
+    Text from a data set, a model or an endpoint can contain sequences that move a terminal's
+    cursor, hide text or reverse its direction.
 
     Args:
-      text: The text.
-      keep: Characters that are left as they are all the same.
+      text: Text to escape.
+      keep: Characters that are not escaped.
 
     Example:
       >>> print(printable("a\x1b[2Jb\n\u202ec é", keep=""))
@@ -180,7 +181,7 @@ def printable(text: str, *, keep: str = "\n\t") -> str:
 
 
 def _as_os_error(text: str, number: int) -> OSError:
-    """TensorStore's errors, also of checkpoints, have the system's error in their text."""
+    """Returns the system error that TensorStore reports in its message's text."""
     file = re.search(r'"(/[^"]+)"', text)
     return OSError(number, os.strerror(number), *([file[1]] if file else []))
 
@@ -188,7 +189,7 @@ def _as_os_error(text: str, number: int) -> OSError:
 def _explain_os_error(error: OSError) -> Ending:
     number = error.errno
     if number is None or error.strerror is None:
-        # Raised with a message, by the project or by a library.
+        # Raised with only a message, by the project or by a library.
         code = ExitCode.REFUSED if _raised_by_us(error) else ExitCode.FAILED
         return Ending(str(error) or type(error).__name__, int(code))
     files = " to ".join(str(file) for file in (error.filename, error.filename2) if file is not None)
@@ -200,26 +201,27 @@ def _explain_os_error(error: OSError) -> Ending:
 
 
 def _explain_jax_error(error: Exception) -> Ending | None:
-    """JAX has no classes for what the machine lacks; it is in the text, or in the place."""
+    """Explains JAX's errors by their text or origin, because they have no classes of their own."""
     text = _first_line(error)
     if isinstance(error, AssertionError):
-        # So it ends where JAX_PLATFORMS names a known platform whose plug-in is not installed.
+        # Raised if JAX_PLATFORMS names a known platform whose plug-in is not installed.
         if _module(error) != "jax._src.xla_bridge":
             return None
         platforms = os.environ.get("JAX_PLATFORMS", "")
         return Ending(
-            f"JAX finds no devices of JAX_PLATFORMS={platforms}; cpu works everywhere",
+            f"JAX finds no devices for JAX_PLATFORMS={platforms}; JAX_PLATFORMS=cpu works"
+            " everywhere",
             int(ExitCode.REFUSED),
         )
     if text.startswith("RESOURCE_EXHAUSTED"):
-        return Ending(f"the devices' memory does not suffice ({text})", int(ExitCode.FAILED))
+        return Ending(f"out of device memory ({text})", int(ExitCode.FAILED))
     if text.startswith(("Unable to initialize backend", "Unknown backend")):
         return Ending(f"{text}; JAX_PLATFORMS=cpu works everywhere", int(ExitCode.REFUSED))
     return None
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether the project refuses something with the error, rather than a library."""
+    """Returns whether the project's own code, not a library's, raised the error."""
     return (
         isinstance(error, (ValueError, FloatingPointError))
         and not isinstance(error, UnicodeError)
@@ -232,7 +234,7 @@ def _raised_by_us(error: BaseException) -> bool:
 
 
 def _module(error: BaseException) -> str:
-    """The module whose code raised an error."""
+    """Returns the module whose code raised an error."""
     module = ""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         module = str(frame.f_globals.get("__name__", ""))
@@ -240,7 +242,7 @@ def _module(error: BaseException) -> str:
 
 
 def _wants_traceback(*given: object) -> bool:
-    """Whether the program's arguments, or those that are given to the function, ask for it."""
+    """Returns whether the program's or the function's arguments have --traceback."""
     lines = [sys.argv, *(words for words in given if isinstance(words, (list, tuple)))]
     return any("--traceback" in line for line in lines)
 
@@ -254,15 +256,15 @@ def _first_line(error: BaseException) -> str:
 
 
 def _write_any_text() -> None:
-    """Lets the output show what its encoding lacks in escapes, where it would end the program."""
+    """Escapes characters that the output's encoding lacks, instead of raising an error."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _give_up_output() -> None:
-    """Keeps Python from trying once more, at its end, to write what nobody reads."""
+    """Redirects the output, so that Python does not flush into the closed pipe at exit."""
     try:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
     except (OSError, ValueError):
-        return  # The output is no file: nothing is left to be written.
+        return  # The output is not a file, so nothing is left to flush.

@@ -1,4 +1,4 @@
-"""Files and folders that are either whole or not there, however the process ends."""
+"""Writes files and folders atomically, however the process ends."""
 
 import contextlib
 import errno
@@ -14,20 +14,20 @@ from typing import Any
 from peft_jax.runtime.errors import RefusedError
 
 _LARGEST_JSON = 256 * 2**20
-"""Bytes; the indices of the largest checkpoints have some ten million."""
+"""Maximum size in bytes; the indices of the largest checkpoints have about ten million."""
 
 _DEEPEST_JSON = 64
 
 _UNFINISHED = ("tmp", "old")
-"""The ends of the names of folders that are not yet, or no longer, in their place."""
+"""Name suffixes of folders that are not yet, or no longer, in place."""
 
 
 @contextlib.contextmanager
 def atomic_file(file: Path) -> Iterator[Path]:
     """Yields a temporary path beside `file`, and moves it into place once it is on disk.
 
-    The temporary path has the suffix of `file`, by which some libraries choose a format. Where the
-    block raises, nothing is left behind and `file` is as it was. The folder is created.
+    The temporary path keeps the suffix of `file`, because some libraries choose a format by it. If
+    the block raises, nothing is left behind and `file` is unchanged. The parent folder is created.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.stem}.{os.getpid()}.tmp{file.suffix}")
@@ -41,40 +41,40 @@ def atomic_file(file: Path) -> Iterator[Path]:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Writes a text file in UTF-8, whole or not at all."""
+    """Writes a UTF-8 text file atomically."""
     with atomic_file(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Writes a value as indented JSON with its keys in order, whole or not at all."""
+    """Writes a value as indented JSON, atomically and in key order."""
     write_text(file, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Reads the object in a JSON file.
 
     Raises:
-      ValueError: there is no such file, it is too large, or there is no JSON object in it.
+      ValueError: The file is missing, too large, or not a JSON object.
     """
     if not file.is_file():
         raise ValueError(f"{file.parent} lacks {file.name}")
     if (size := file.stat().st_size) > _LARGEST_JSON:
         raise ValueError(
-            f"{file} has {size:,} bytes; a file of settings may have {_LARGEST_JSON:,}"
+            f"{file} has {size:,} bytes; the limit for a JSON file is {_LARGEST_JSON:,}"
         )
     return parse_json_object(file.read_bytes(), str(file))
 
 
 def parse_json_object(text: str | bytes, what: str) -> dict[str, Any]:
-    """The object in a JSON text.
+    """Parses the object in a JSON text.
 
     Args:
-      text: the JSON; bytes are UTF-8.
-      what: what it is called in messages.
+      text: JSON text; bytes are UTF-8.
+      what: Name of the text in messages.
 
     Raises:
-      ValueError: it is no JSON, no object, or nested more deeply than settings are.
+      ValueError: The text is not JSON, not an object, or nested more than 64 levels deep.
 
     Example:
       >>> parse_json_object("[1]", "config.json")
@@ -86,16 +86,16 @@ def parse_json_object(text: str | bytes, what: str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{what} is not JSON: {error}") from error
     except RecursionError as error:
-        raise ValueError(f"{what} is nested too deeply") from error
+        raise ValueError(f"{what} has more than {_DEEPEST_JSON} nested levels") from error
     if not isinstance(value, dict):
         raise ValueError(f"{what} is not a JSON object")
     if not _is_shallow(value, _DEEPEST_JSON):
-        raise ValueError(f"{what} is nested too deeply: more than {_DEEPEST_JSON} levels")
+        raise ValueError(f"{what} has more than {_DEEPEST_JSON} nested levels")
     return value
 
 
 def _is_shallow(value: Any, levels: int) -> bool:
-    """Whether a value of JSON is nested no more than so many levels deep."""
+    """Returns whether a JSON value has at most `levels` nested levels."""
     if isinstance(value, dict):
         value = list(value.values())
     if not isinstance(value, list):
@@ -105,10 +105,10 @@ def _is_shallow(value: Any, levels: int) -> bool:
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder`, which takes its place when the block is done.
+    """Yields a temporary folder beside `folder`, and moves it into place after the block.
 
-    What is in `folder` goes when the new one is whole, and not before: no reader meets a mixture.
-    Where the block raises, nothing is left behind and `folder` is as it was.
+    The old content of `folder` is only removed once the new folder is complete, so that no reader
+    sees a mixture. If the block raises, nothing is left behind and `folder` is unchanged.
     """
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -125,9 +125,9 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes what processes that were killed in `atomic_folder` have left beside a folder.
+    """Removes what processes killed in `atomic_folder` have left beside a folder.
 
-    Call it when `folder` is in its place and no other process can be writing it.
+    Call this when `folder` is in place and no other process can be writing it.
     """
     for end in _UNFINISHED:
         for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.{end}"):
@@ -135,11 +135,11 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def _put_in_place(new: Path, folder: Path, old: Path) -> None:
-    """Moves a folder to its place, and what is there to `old`, which then goes."""
+    """Moves a folder into place, and removes the folder that was there by way of `old`."""
     if not folder.exists():
         new.rename(folder)
         return
-    # Process numbers come again, in containers above all: one that was killed may have left it.
+    # A killed process may have left this folder: process ids recur, above all in containers.
     shutil.rmtree(old, ignore_errors=True)
     folder.rename(old)
     try:
@@ -152,14 +152,14 @@ def _put_in_place(new: Path, folder: Path, old: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, flag: str = "--workdir") -> Iterator[None]:
-    """Holds a lock file for the length of the block; the system releases it if the process dies.
+    """Holds a lock file during the block; the system releases it if the process dies.
 
     Args:
-      path: the file.
-      flag: what names the folder to the user.
+      path: Lock file.
+      flag: Flag that sets the folder, for messages.
 
     Raises:
-      RefusedError: another process holds the lock.
+      RefusedError: Another process holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as stream:

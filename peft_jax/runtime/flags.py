@@ -1,4 +1,4 @@
-"""The command line of a program with flags alone: one message for what is wrong with it."""
+"""Parses command lines that consist of flags, with one-line error messages."""
 
 import argparse
 import difflib
@@ -11,12 +11,12 @@ from peft_jax.runtime import exits
 class Arguments(argparse.ArgumentParser):
     """An `ArgumentParser` whose errors are one line that names the nearest flag.
 
-    It takes no abbreviations, and has the flag --traceback of all commands.
+    It accepts no abbreviations, and has the flag --traceback of all commands.
 
     Args:
-      name: the command's name, which messages begin with.
-      usage: how the command is started.
-      description: the text of --help.
+      name: Name of the command; messages begin with it.
+      usage: Command line that starts the command.
+      description: Text of --help.
     """
 
     def __init__(self, name: str, *, usage: str, description: str | None):
@@ -30,16 +30,16 @@ class Arguments(argparse.ArgumentParser):
         self.add_argument(
             "--traceback",
             action="store_true",
-            help="show where in the program a refused command was refused",
+            help="print the traceback of an error before its message",
         )
 
     def error(self, message: str) -> NoReturn:
-        """Ends the program, with nothing done."""
+        """Prints the message and exits with code 2."""
         exits.say(f"{message}{self._nearest(message)}; see --help", name=self._name)
         raise SystemExit(int(exits.ExitCode.REFUSED))
 
     def _nearest(self, message: str) -> str:
-        """The flag that was probably meant, where one is not known."""
+        """Returns a phrase that suggests the nearest flag, if a flag is unknown."""
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
         if unknown is None:
             return ""

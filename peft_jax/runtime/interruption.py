@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: a preempted machine's SIGTERM, or Ctrl-C."""
+"""Handles signals that ask a run to stop: a preempted machine's SIGTERM, or Ctrl-C."""
 
 import os
 import signal
@@ -13,15 +13,14 @@ from peft_jax.runtime.errors import InterruptedRunError
 
 
 class Interruption:
-    """Notes the first SIGTERM or SIGINT, so that the run can save and leave at its next step.
+    """Records the first SIGTERM or SIGINT, so that the run can save and stop at its next step.
 
-    A second SIGINT is not noted but raised as `KeyboardInterrupt`, for who cannot wait. Where
-    several processes train together, all of them have to leave at the same step: there SIGTERM is
-    left to JAX's own preemption notice, which reaches every process, and `requested` asks that; a
-    SIGINT is passed on as a SIGTERM.
+    A second SIGINT raises `KeyboardInterrupt`, for users who cannot wait. In a multi-process run
+    all processes must stop at the same step. There, JAX's preemption notice handles SIGTERM and
+    reaches every process, and `requested` queries it. A SIGINT is forwarded as a SIGTERM.
 
-    Use it as a context; the handlers that stood before come back at its end. Outside the main
-    thread, where Python allows no handlers, it notes nothing.
+    Use it as a context manager; it restores the previous handlers at its end. Outside the main
+    thread it records nothing, because Python allows no handlers there.
     """
 
     def __init__(self) -> None:
@@ -48,19 +47,19 @@ class Interruption:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def requested(self, step: int) -> bool:
-        """Whether every process is to stop now, at `step`; the same answer in all of them."""
+        """Returns whether every process must stop at `step`; all processes agree."""
         if jax.process_count() > 1:
             return bool(multihost_utils.reached_preemption_sync_point(step))
         return self._received is not None
 
     def requested_between_steps(self) -> bool:
-        """Whether work between two steps (an evaluation, say) may be abandoned at once.
+        """Returns whether work between two steps, such as an evaluation, may stop at once.
 
-        Always false where several processes train together: they could not agree on when.
+        Always false in a multi-process run, whose processes could not agree on when to stop.
         """
         return jax.process_count() == 1 and self._received is not None
 
     def error(self, message: str) -> InterruptedRunError:
-        """The exception to leave with."""
+        """Returns the exception that ends the run."""
         number = self._received if self._received is not None else signal.SIGTERM
         return InterruptedRunError(message, signal_number=number)

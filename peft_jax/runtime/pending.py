@@ -1,4 +1,4 @@
-"""What the devices are still computing, looked at once it is there."""
+"""Collects step metrics without blocking dispatch."""
 
 import collections
 from collections.abc import Iterator
@@ -7,17 +7,20 @@ from typing import Any, NamedTuple
 import jax
 
 AHEAD = 8
-"""How many steps the host may be ahead of the devices: enough that they never wait for it, and few
-enough that the batches waiting for them take little memory."""
+"""Maximum number of steps that the host may be ahead of the devices.
+
+It is large enough that devices never wait for the host, and small enough that waiting batches take
+little memory.
+"""
 
 
 class StepMetrics(NamedTuple):
-    """One step's measurements.
+    """Metrics of one step.
 
     Attributes:
-      step: which step.
-      values: the arrays.
-      tokens: how many tokens it read.
+      step: Number of the step.
+      values: Pytree of metric arrays.
+      tokens: Number of tokens that the step reads.
     """
 
     step: int
@@ -26,10 +29,10 @@ class StepMetrics(NamedTuple):
 
 
 class PendingMetrics:
-    """Measurements of steps, taken out when they are computed and not waited for before.
+    """Queue of step metrics that returns a step's metrics once they are computed.
 
     Args:
-      ahead: how many steps may be under way; before one more, the oldest is waited for.
+      ahead: Maximum number of unfinished steps; beyond it, `ready` waits for the oldest.
     """
 
     def __init__(self, ahead: int = AHEAD):
@@ -37,11 +40,11 @@ class PendingMetrics:
         self._waiting: collections.deque[StepMetrics] = collections.deque()
 
     def put(self, step: int, values: Any, tokens: int) -> None:
-        """Takes the arrays that a step will have computed, and how many tokens it reads."""
+        """Adds the metrics of a dispatched step."""
         self._waiting.append(StepMetrics(step, values, tokens))
 
     def ready(self) -> Iterator[StepMetrics]:
-        """The steps that are done, in order; waits only for those too far behind."""
+        """Yields the finished steps in order; waits only for those too far behind."""
         while self._waiting:
             done = all(leaf.is_ready() for leaf in jax.tree.leaves(self._waiting[0].values))
             if not done and len(self._waiting) <= self._ahead:
@@ -49,7 +52,7 @@ class PendingMetrics:
             yield self._wait()
 
     def drain(self) -> Iterator[StepMetrics]:
-        """All steps, in order; waits for each."""
+        """Yields all steps in order; waits for each."""
         while self._waiting:
             yield self._wait()
 

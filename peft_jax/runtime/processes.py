@@ -1,9 +1,9 @@
-"""Several processes that train together: how they find each other, and notice when one is gone.
+"""Connects the processes of a multi-host run, and ends all of them if one fails.
 
-On a pod the same command runs on every host. The processes meet at a coordinator, in the first of
-them, and from then on compute in step: what one does not do, the others wait for. So each tells the
-others that it is there, every few seconds, through the coordinator; who has not been heard of for a
-while, or has said that it ended with an error, ends all of them, with a message that names it.
+On a pod the same command runs on every host. The processes connect to a coordinator in the first
+process. From then on they compute in lockstep: if one stops, the others hang. So each process sends
+a heartbeat through the coordinator every few seconds. If a process misses its heartbeats or reports
+an error, all others end with a message that names it.
 """
 
 import dataclasses
@@ -27,28 +27,28 @@ _SEEN = "peft_jax/seen/"
 _FAREWELL_SECONDS = 10.0
 _GRACE_SECONDS = 15
 _RESOLVE_SECONDS = 20.0
-"""A host that is only just started may get its name a little later."""
+"""Time limit for resolving the coordinator's name: a new host may get its name a little later."""
 _PATIENCE_SECONDS = 10.0
-"""After so long it is said that the other processes are waited for."""
+"""Delay before a process says that it is waiting for the others."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProcessSettings:
-    """How the processes of one run find each other.
+    """Settings that let the processes of one run find each other.
 
-    On TPU pods (Compute Engine and Kubernetes), under SLURM and under Open MPI all is found out.
-    Elsewhere the first three are given, here or in the environment as JAX_COORDINATOR_ADDRESS,
+    On TPU pods (Compute Engine and Kubernetes), under SLURM and under Open MPI, JAX detects the
+    first three. Elsewhere give them here, or in the environment as JAX_COORDINATOR_ADDRESS,
     JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
     Attributes:
-      coordinator: "host:port" of the first process, which it listens on and all can reach.
-      count: how many processes there are.
-      index: which of them this is, from 0.
-      contact_timeout: seconds after which a process that is not heard of counts as lost.
-      start_timeout: seconds that the processes wait for each other at the start.
+      coordinator: "host:port" on which the first process listens and which all can reach.
+      count: Number of processes.
+      index: Index of this process, from 0.
+      contact_timeout: Seconds without a heartbeat after which a process counts as lost.
+      start_timeout: Seconds that the processes wait for each other at the start.
 
     Raises:
-      ValueError: they do not fit each other.
+      ValueError: A setting is invalid, or the settings contradict each other.
     """
 
     coordinator: str = ""
@@ -60,24 +60,25 @@ class ProcessSettings:
     def __post_init__(self) -> None:
         host, _, port = self.coordinator.rpartition(":")
         if self.coordinator and not (host and re.fullmatch(r"[0-9]{1,5}", port)):
-            raise ValueError(f"the coordinator must be host:port, but is {self.coordinator!r}")
+            raise ValueError(f"coordinator must be host:port, but is {self.coordinator!r}")
         if self.coordinator and not 0 < int(port) < 2**16:
             raise ValueError(
-                f"the coordinator is {self.coordinator!r}; a port is a number from 1 to 65535"
+                f"coordinator is {self.coordinator!r}, but a port is a number from 1 to 65535"
             )
         if self.count is not None and self.count < 1:
-            raise ValueError(f"the number of processes must be at least 1, but is {self.count}")
+            raise ValueError(f"num_processes must be at least 1, but is {self.count}")
         if self.index is not None and not 0 <= self.index < (self.count or self.index + 1):
             raise ValueError(
-                f"this is said to be process {self.index} of {self.count}; they are counted from 0"
+                f"process_id must be from 0 to num_processes - 1, but is {self.index} of"
+                f" {self.count}"
             )
         for name, least in (("contact_timeout", 4), ("start_timeout", 1)):
             if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+                raise ValueError(f"{name} must be at least {least}, but is {getattr(self, name)}")
 
     @property
     def missing(self) -> list[str]:
-        """The flags that nothing has been given for.
+        """Flags whose settings are not given.
 
         Example:
           >>> ProcessSettings(count=2, index=0).missing
@@ -94,10 +95,14 @@ class ProcessSettings:
     def from_environment(
         environment: Mapping[str, str] = os.environ, **given: Any
     ) -> "ProcessSettings":
-        """The settings of JAX's variables, and over them those that are given and not None.
+        """Builds settings from JAX's environment variables, overridden by `given`.
+
+        Args:
+          environment: Environment variables.
+          **given: Settings by name; those that are None are ignored.
 
         Raises:
-          ValueError: a number is none, or they do not fit each other.
+          ValueError: A variable is not an integer, or the settings contradict each other.
 
         Example:
           >>> ProcessSettings.from_environment({"JAX_NUM_PROCESSES": "4"}, index=2)
@@ -107,24 +112,24 @@ class ProcessSettings:
         for name, variable in (("count", "JAX_NUM_PROCESSES"), ("index", "JAX_PROCESS_ID")):
             text = environment.get(variable)
             if text is not None and not text.strip().isdigit():
-                raise ValueError(f"{variable} must be a whole number, but is {text!r}")
+                raise ValueError(f"{variable} must be an integer, but is {text!r}")
             found[name] = None if text is None else int(text)
         found |= {name: value for name, value in given.items() if value is not None}
         return ProcessSettings(**found)
 
 
 def join_processes(settings: ProcessSettings, *, say: Callable[[str], None]) -> "PeerMonitor":
-    """Connects this process with the others; nothing of JAX may have been used before.
+    """Connects this process to the others; call it before JAX uses a device.
 
     Args:
-      settings: how they find each other.
-      say: told what ended the run, from a thread, right before the process ends.
+      settings: Settings of the connection.
+      say: Prints a message. A thread calls it with the reason right before the process ends.
 
     Returns:
-      The watch that has begun, over this process and the others.
+      The running monitor of the run's processes.
 
     Raises:
-      RefusedError: they do not find each other.
+      RefusedError: The processes do not find each other.
     """
     if settings.coordinator:
         _resolve(settings.coordinator.rpartition(":")[0])
@@ -137,26 +142,25 @@ def join_processes(settings: ProcessSettings, *, say: Callable[[str], None]) -> 
             num_processes=settings.count,
             process_id=settings.index,
             initialization_timeout=settings.start_timeout,
-            # JAX's own watch kills without a word that names anybody; it comes last.
+            # JAX's own heartbeat kills without naming the lost process, so it must come last.
             heartbeat_timeout_seconds=settings.contact_timeout + _GRACE_SECONDS,
         )
     except (ValueError, RuntimeError) as error:
         reason = _first_line(error).rstrip(".")
         if isinstance(error, ValueError) and settings.missing:
             reason = (
-                "this is no TPU pod, SLURM or Open MPI job that tells them how, and"
-                f" nothing is given for {' and '.join(settings.missing)}"
+                f"{' and '.join(settings.missing)} must be given, because no TPU pod, SLURM or"
+                " Open MPI job was detected"
             )
         raise RefusedError(
-            f"the processes did not find each other: {reason}. On TPU pods, SLURM and"
-            " Open MPI nothing has to be given; elsewhere give --coordinator=HOST:PORT,"
-            " --num_processes and --process_id, and see that the port can be reached from every"
-            " host and that all processes are started within"
+            f"the processes did not find each other: {reason}. TPU pods, SLURM and Open MPI need no"
+            " flags. Elsewhere give --coordinator=HOST:PORT, --num_processes and --process_id. Make"
+            " sure that every host can reach the port, and that all processes start within"
             f" {settings.start_timeout} seconds"
         ) from error
     finally:
         waiting.cancel()
-    from jax._src.distributed import global_state  # the store of the coordinator has no public name
+    from jax._src.distributed import global_state  # the coordinator's store has no public name
 
     return PeerMonitor(
         global_state.client,
@@ -168,12 +172,12 @@ def join_processes(settings: ProcessSettings, *, say: Callable[[str], None]) -> 
 
 
 def _resolve(host: str) -> None:
-    """Waits until a host's name has an address.
+    """Waits until a host's name resolves to an address.
 
-    JAX would try for as long as it waits for the other processes, and not say why.
+    JAX would retry for the whole start timeout without saying why.
 
     Raises:
-      RefusedError: the name has no address.
+      RefusedError: The name does not resolve.
     """
     deadline = time.monotonic() + _RESOLVE_SECONDS
     while True:
@@ -183,34 +187,33 @@ def _resolve(host: str) -> None:
         except (OSError, UnicodeError) as error:
             if isinstance(error, UnicodeError) or time.monotonic() > deadline:
                 raise RefusedError(
-                    f"the coordinator's host {host!r} cannot be found ({error}): give a name or an"
-                    " address of the first process's host that this one can reach, as"
-                    " --coordinator=HOST:PORT"
+                    f"the coordinator's host {host!r} cannot be resolved ({error}): give the name"
+                    " or address of the first process's host as --coordinator=HOST:PORT"
                 ) from error
         time.sleep(1.0)
 
 
 def _waiting(settings: ProcessSettings) -> str:
-    """What is said when the others are long in coming."""
+    """Returns the message for a process whose peers are slow to connect."""
     who = "this process" if settings.index is None else f"process {settings.index}"
     of = "" if settings.count is None else f" of {settings.count}"
     where = f" at {settings.coordinator}" if settings.coordinator else ""
     return (
-        f"{who}{of} is waiting for the other processes{where}, for {settings.start_timeout} seconds"
-        " at most; each has to be started, and with a number of its own"
+        f"{who}{of} is waiting up to {settings.start_timeout} seconds for the other"
+        f" processes{where}; start each with a --process_id of its own"
     )
 
 
 class PeerMonitor:
-    """Watches over the processes of a run, in a thread.
+    """Sends heartbeats and monitors those of the run's other processes, in a thread.
 
     Args:
-      client: of JAX's coordinator.
-      count: how many processes there are.
-      index: which of them this is.
-      timeout: seconds after which one that is not heard of counts as lost.
-      say: told why, before the process ends.
-      end: ends the process with a code; for tests.
+      client: Client of JAX's coordinator.
+      count: Number of processes.
+      index: Index of this process.
+      timeout: Seconds without a heartbeat after which a process counts as lost.
+      say: Prints the reason before the process ends.
+      end: Ends the process with an exit code; replaced in tests.
     """
 
     def __init__(
@@ -235,15 +238,15 @@ class PeerMonitor:
         self._heard: dict[int, tuple[str, float]] = {}
         self._answered = time.monotonic()
         self._beat()
-        self._thread = threading.Thread(target=self._watch, name="contact", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="peer monitor", daemon=True)
         self._thread.start()
         if index != 0:
-            # A call to a coordinator that hangs does not come back: another thread has to notice.
+            # A call to a hanging coordinator never returns, so a second thread must notice it.
             watch = threading.Thread(target=self._watch_coordinator, daemon=True)
             watch.start()
 
     def leave(self, reason: str, code: int) -> NoReturn:
-        """Ends this process because of an error, and thereby the others, which are told why."""
+        """Ends this process because of an error, and tells the others to end and why."""
         self._leaving.set()
         try:
             self._client.key_value_set(
@@ -251,12 +254,12 @@ class PeerMonitor:
             )
             self._wait_until_seen()
         except Exception as error:
-            # The coordinator is gone, or refuses: the others notice that by themselves.
-            self._say(f"the other processes could not be told: {_first_line(error)}")
+            # The coordinator is gone or rejects the call. The others notice that themselves.
+            self._say(f"could not notify the other processes: {_first_line(error)}")
         self._exit(code)
 
     def _wait_until_seen(self) -> None:
-        """Waits until all others have read why one ends: the coordinator goes with the first."""
+        """Waits until all others have read the reason, because process 0 is the coordinator."""
         deadline = time.monotonic() + _FAREWELL_SECONDS
         while time.monotonic() < deadline:
             if len(self._client.key_value_dir_get(_SEEN)) >= self._count - 1:
@@ -264,16 +267,15 @@ class PeerMonitor:
             time.sleep(0.1)
 
     def closing(self) -> None:
-        """The run ended well: from now on it is no fault if others are gone."""
+        """Stops monitoring because the run ended well, so that other processes may exit."""
         self._leaving.set()
 
     def fail(self, error: BaseException) -> NoReturn:
-        """Ends this process after an unforeseen error; if another process is the cause, says so.
+        """Ends this process after an unexpected error, and names the process at fault.
 
-        A process that dies breaks the others' computations off at once, which JAX reports as an
-        error of its own, while the silence is only noticed after the timeout. So after such an
-        error the watch is given the time to find out; where it finds nobody, the error is shown
-        with where it came from.
+        A dying process breaks the others' collectives at once, which JAX reports as an error of
+        its own. Its missing heartbeat is only noticed after the timeout. So after such an error
+        this waits for the monitor to find the cause. If it finds none, the traceback is printed.
         """
         if _of_the_devices(error):
             self._thread.join(self._timeout + 2 * self._pause)
@@ -302,13 +304,13 @@ class PeerMonitor:
         )
 
     def _look(self) -> None:
-        """Ends this process if another has ended with an error, or is not heard of any more."""
+        """Ends this process if another has reported an error or missed its heartbeats."""
         for key, text in self._client.key_value_dir_get(_ENDED):
             code, host, reason = text.split(" ", 2)
             self._client.key_value_set(f"{_SEEN}{self._index}", "", allow_overwrite=True)
             if self._index == 0:
                 self._wait_until_seen()
-                time.sleep(1.0)  # in which the one that ends sees that, and is gone
+                time.sleep(1.0)  # lets the failing process see this before the coordinator exits
             self._stop(
                 f"process {key.rpartition('/')[2]} of {self._count}, on {host}, ended: {reason}",
                 int(code),
@@ -337,8 +339,8 @@ class PeerMonitor:
 
     def _lost(self, who: str, seconds: float) -> None:
         self._stop(
-            f"lost contact with {who}, for {seconds:.0f} seconds: the processes cannot go on"
-            " without each other, so this one ends too. The same command on every host goes on from"
+            f"lost contact with {who}, for {seconds:.0f} seconds: no process can continue without"
+            " the others, so this one ends too. Run the same command on every host to resume from"
             " the last checkpoint",
             ExitCode.LOST_CONTACT,
         )
@@ -358,9 +360,9 @@ class PeerMonitor:
 
 
 def _of_the_devices(error: BaseException) -> bool:
-    """Whether a computation broke off, rather than that the program asked for something wrong.
+    """Returns whether a computation was aborted, rather than called with wrong arguments.
 
-    What breaks off while it is started comes as a ValueError, with the status before the text.
+    JAX raises a ValueError with a status prefix if the abort happens during dispatch.
     """
     if isinstance(error, jax.errors.JaxRuntimeError):
         return True

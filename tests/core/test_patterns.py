@@ -1,4 +1,4 @@
-"""Expressions of others are matched as `re` matches them, and stopped where they never end."""
+"""Tests that users' regular expressions match as in `re`, but within a time limit."""
 
 import re
 import time
@@ -27,18 +27,18 @@ ENDLESS = "(.|.)*j.x"
         "",
     ],
 )
-def test_the_result_is_that_of_re(pattern):
+def test_result_equals_that_of_re(pattern):
     assert compile_pattern(pattern).fullmatch(NAME) == bool(re.fullmatch(pattern, NAME))
 
 
 @pytest.mark.parametrize("pattern", ["(", "*", "[", "(?R)", "(?<=a+)b", "(" * 5000 + ")" * 5000])
-def test_what_re_does_not_take_is_refused_in_one_short_line(pattern):
-    with pytest.raises(ValueError, match="is not a regular expression") as refused:
+def test_invalid_expression_is_rejected_in_one_short_line(pattern):
+    with pytest.raises(ValueError, match="regular expression") as rejected:
         compile_pattern(pattern)
-    assert len(str(refused.value)) < 250
+    assert len(str(rejected.value)) < 250
 
 
-def test_an_endless_expression_is_stopped():
+def test_exponential_expression_is_stopped():
     model = build_model(
         {
             "model_type": "llama",
@@ -57,11 +57,11 @@ def test_an_endless_expression_is_stopped():
         {"exclude_modules": ENDLESS},
     ):
         spec = AdapterSpec(method=LoRA(rank=1), **settings)
-        with pytest.raises(ValueError, match=r"takes more than 2 seconds over"):
+        with pytest.raises(ValueError, match=r"more than 2 seconds"):
             spec.targets(model.abstract_params())
     assert time.process_time() - start < 60
 
 
-def test_an_expression_of_any_length_is_not_compiled():
-    with pytest.raises(ValueError, match="has 100,000 characters"):
+def test_too_long_expression_is_rejected():
+    with pytest.raises(ValueError, match="100,000"):
         compile_pattern("a" * 100_000)

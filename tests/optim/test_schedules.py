@@ -92,7 +92,7 @@ def test_what_does_not_fit_into_the_run_is_refused():
         make_schedule(ScheduleSettings(warmup_steps=10), 1.0, 10)
     with pytest.raises(ValueError, match="takes 8 steps and the decay 5, of 10"):
         make_schedule(ScheduleSettings(name="wsd", warmup_steps=8, decay_ratio=0.5), 1.0, 10)
-    with pytest.raises(ValueError, match="total_steps must be a whole number of at least 1"):
+    with pytest.raises(ValueError, match=r"total_steps .* 0"):
         make_schedule(ScheduleSettings(), 1.0, 0)
     with pytest.raises(ValueError, match="learning_rate must be a number above 0"):
         make_schedule(ScheduleSettings(), 0.0, 10)

@@ -1,4 +1,4 @@
-"""Memory that a step has freed is there for the next step."""
+"""Tests that a step reuses the memory that the previous step freed."""
 
 import subprocess
 import sys
@@ -42,13 +42,13 @@ PAGES = 40 * 512 * 512 * 4 // 4096
 """Each layer's output is kept for the gradient."""
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="it is glibc that is asked")
-def test_a_step_s_pages_are_made_once():
-    """The kernel's count of pages made anew: all of a step's without the settings, few with.
+@pytest.mark.skipif(sys.platform != "linux", reason="the settings are glibc's")
+def test_settings_avoid_most_page_faults():
+    """Compares the kernel's page-fault count of a step with and without the settings.
 
-    The step with the fewest is taken. Without the settings each step makes all its pages. With them
-    none does in JAX 0.10, and in JAX 0.12 only those of threads that have not had a part of a step
-    yet. On a busy machine these come late, and other programs add to single steps.
+    Without the settings every step faults on all its pages. With them no step does in JAX 0.10. In
+    JAX 0.12 only threads that run part of a step for the first time do, which may be late on a busy
+    machine. Other programs also add faults to single steps, so the minimum over steps is compared.
     """
 
     def pages(*settings):

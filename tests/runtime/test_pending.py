@@ -1,4 +1,4 @@
-"""The pending waits for nothing but what is too far behind."""
+"""Tests that `PendingMetrics` waits only for steps that are too far behind."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from peft_jax.runtime.pending import PendingMetrics
 
 @dataclasses.dataclass
 class Pending:
-    """Stands in for an array that is not computed yet."""
+    """Mock of an array that is not computed yet."""
 
     done: bool = False
 
@@ -21,7 +21,7 @@ class Pending:
         return self
 
 
-def test_what_is_done_comes_out_in_order_and_the_rest_stays():
+def test_finished_steps_are_returned_in_order():
     pending, values = PendingMetrics(ahead=8), [Pending() for _ in range(3)]
     for step, value in enumerate(values, start=1):
         pending.put(step, [value], tokens=10 * step)
@@ -33,7 +33,7 @@ def test_what_is_done_comes_out_in_order_and_the_rest_stays():
     assert values[1].done
 
 
-def test_only_what_is_too_far_behind_is_waited_for():
+def test_only_steps_too_far_behind_are_waited_for():
     pending, values = PendingMetrics(ahead=2), [Pending() for _ in range(4)]
     for step, value in enumerate(values, start=1):
         pending.put(step, [value], tokens=1)
@@ -41,7 +41,7 @@ def test_only_what_is_too_far_behind_is_waited_for():
     assert [value.done for value in values] == [True, True, False, False]
 
 
-def test_real_arrays():
+def test_metrics_of_jax_arrays_are_returned():
     pending = PendingMetrics()
     pending.put(1, {"loss": jnp.ones(()) * 2}, tokens=3)
     (measured,) = pending.drain()

