@@ -37,16 +37,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The harness draws a bar for every small step; those that matter are drawn here.
     os.environ.setdefault("TQDM_DISABLE", "1")
     # Imported here, so that a mistyped flag is refused at once and not after JAX has started.
-    from eval.humaneval import task as humaneval
-    from eval.humaneval.task import HumanEvalSettings
-    from eval.mt_bench import task as mt_bench
-    from eval.mt_bench.task import MTBenchSettings
-    from eval.run import run
-    from eval.sandbox import SandboxLimits
-    from eval.settings import EvalSettings
-    from eval.tasks.names import HUMANEVAL, MT_BENCH, listing
     from peft_jax.parallel import MeshSettings
     from peft_jax.runtime.progress import Reporter
+
+    from .humaneval import task as humaneval
+    from .humaneval.task import HumanEvalSettings
+    from .mt_bench import task as mt_bench
+    from .mt_bench.task import MTBenchSettings
+    from .run import run
+    from .sandbox import SandboxLimits
+    from .settings import EvalSettings
+    from .tasks.names import HUMANEVAL, MT_BENCH, listing
 
     names = tuple(name.strip() for name in given.tasks.split(",") if name.strip())
     if names == ("list",):

@@ -12,9 +12,10 @@ from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
 from lm_eval.utils import handle_non_serializable
 
-from eval.json_lines import json_line
-from eval.results import Metric
 from peft_jax.runtime.files import write_text
+
+from .json_lines import json_line
+from .results import Metric
 
 _RESAMPLES = 1000
 """Of the harness's own bootstrap, where a metric has no standard error in closed form."""

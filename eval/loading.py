@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 
-from eval.settings import EvalSettings
 from peft_jax.generation import Loaded, load_for_generation
 from peft_jax.generation.from_tokens import context_length
 from peft_jax.generation.loading import base_of, choose_quantization
@@ -20,6 +19,8 @@ from peft_jax.models import build_model
 from peft_jax.models.registry import is_encoder
 from peft_jax.parallel import batch_sharding, make_mesh
 from peft_jax.runtime.files import read_json_object
+
+from .settings import EvalSettings
 
 _FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
 

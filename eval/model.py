@@ -17,13 +17,14 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from eval.chat_text import ChatText
-from eval.responses import ResponseStore
-from eval.scoring import ScoringRow, TokenScorer
 from peft_jax.data import BadRowError, Encoder, Example, Piece
 from peft_jax.generation import GenerationSettings, Loaded, generate_text_from_tokens
 from peft_jax.generation.from_tokens import context_length
 from peft_jax.runtime.progress import Reporter
+
+from .chat_text import ChatText
+from .responses import ResponseStore
+from .scoring import ScoringRow, TokenScorer
 
 _NO_END = 2048
 """The longest text for a model whose positions have no end; the harness's own choice."""

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from eval.json_lines import json_line
 from peft_jax.runtime.errors import RefusedError
+
+from .json_lines import json_line
 
 
 class ResponseStore:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from eval.tasks.names import GLUE, SUITES, Wanted
+from .tasks.names import GLUE, SUITES, Wanted
 
 _SCALES = {"bleu": 100.0, "chrf": 100.0, "mt_bench": 10.0}
 

@@ -9,16 +9,20 @@ from typing import Any
 import lm_eval.tasks
 from lm_eval.tasks import TaskManager
 
-from eval.harness import evaluate_task, metrics_of, quiet_harness, write_samples
-from eval.json_files import not_one, read_object
-from eval.loading import find_model, load
-from eval.model import HarnessModel, check_room, longest_text, new_tokens_of
-from eval.responses import ResponseStore
-from eval.results import TaskResult, averages, table
-from eval.settings import EvalSettings
-from eval.tasks.build import build_task
-from eval.tasks.local_data import MissingDataError
-from eval.tasks.names import (
+from peft_jax.runtime.errors import RefusedError
+from peft_jax.runtime.files import locked, write_json, write_text
+from peft_jax.runtime.progress import Reporter
+
+from .harness import evaluate_task, metrics_of, quiet_harness, write_samples
+from .json_files import not_one, read_object
+from .loading import find_model, load
+from .model import HarnessModel, check_room, longest_text, new_tokens_of
+from .responses import ResponseStore
+from .results import TaskResult, averages, table
+from .settings import EvalSettings
+from .tasks.build import build_task
+from .tasks.local_data import MissingDataError
+from .tasks.names import (
     HUMANEVAL,
     MT_BENCH,
     OURS,
@@ -29,10 +33,7 @@ from eval.tasks.names import (
     names_in,
     reads_local_data,
 )
-from eval.tasks.trained_prompts import has_trained_prompts
-from peft_jax.runtime.errors import RefusedError
-from peft_jax.runtime.files import locked, write_json, write_text
-from peft_jax.runtime.progress import Reporter
+from .tasks.trained_prompts import has_trained_prompts
 
 Evaluate = Callable[[HarnessModel], TaskResult]
 """Evaluates one task that has been built."""

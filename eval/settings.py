@@ -4,10 +4,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from eval.tasks.build import TaskSettings
 from peft_jax.core import FORMATS
 from peft_jax.core.validation import check_choice, check_positive_int
 from peft_jax.parallel import MeshSettings
+
+from .tasks.build import TaskSettings
 
 _ADAPTER, _MODEL = "adapter", "model"
 """What of a run's folder is evaluated, in this order."""

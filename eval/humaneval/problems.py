@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from eval.sandbox import TestedProgram
-from eval.tasks.local_data import local_folder
 from peft_jax.data import DataSettings
 from peft_jax.data.files import Layout, find_splits, open_files
 from peft_jax.data.tables import MemoryTable, Table
+
+from ..sandbox import TestedProgram
+from ..tasks.local_data import local_folder
 
 HUB = "openai/openai_humaneval"
 _FIELDS = ("task_id", "prompt", "test", "entry_point")

@@ -10,18 +10,19 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from eval.humaneval.pass_at_k import mean_and_standard_error, pass_at_k
-from eval.humaneval.problems import Problem, open_problems
-from eval.json_lines import json_line
-from eval.model import HarnessModel
-from eval.parallel import as_done
-from eval.results import Metric, TaskResult
-from eval.run import Job
-from eval.sandbox import IsolationError, Outcome, Sandbox, SandboxLimits, TestedProgram
-from eval.settings import EvalSettings
-from eval.tasks.names import Wanted
 from peft_jax.core.validation import check_finite, check_positive_int
 from peft_jax.runtime.files import write_text
+
+from ..json_lines import json_line
+from ..model import HarnessModel
+from ..parallel import as_done
+from ..results import Metric, TaskResult
+from ..run import Job
+from ..sandbox import IsolationError, Outcome, Sandbox, SandboxLimits, TestedProgram
+from ..settings import EvalSettings
+from ..tasks.names import Wanted
+from .pass_at_k import mean_and_standard_error, pass_at_k
+from .problems import Problem, open_problems
 
 _STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 _NEW_TOKENS = 1024

@@ -1,7 +1,7 @@
 """What the judge has cost, kept below what it may."""
 
-from eval.mt_bench.judges import Judgment
-from eval.mt_bench.requests import JudgeRequest, estimate, price
+from .judges import Judgment
+from .requests import JudgeRequest, estimate, price
 
 
 class Budget:

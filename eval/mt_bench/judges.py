@@ -10,10 +10,11 @@ import urllib.parse
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from eval.mt_bench.exchange import SECONDS, Answer, exchange
-from eval.mt_bench.requests import JudgeRequest
 from peft_jax.generation import GenerationSettings, Loaded, generate_text
 from peft_jax.runtime.exits import EndingError, printable
+
+from .exchange import SECONDS, Answer, exchange
+from .requests import JudgeRequest
 
 JUDGMENT_TOKENS = 2048
 """The most tokens of a judgment; FastChat's own choice."""

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from eval.mt_bench.files import Benchmark, Question
+from .files import Benchmark, Question
 
 _CHARACTERS_A_TOKEN = 3.5
 """Fewer than English has on average with the tokenizers of today, so that estimates are not low."""

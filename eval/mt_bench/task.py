@@ -8,12 +8,25 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.humaneval.pass_at_k import mean_and_standard_error
-from eval.json_lines import json_line
-from eval.model import HarnessModel
-from eval.mt_bench.budget import Budget
-from eval.mt_bench.files import Benchmark, Question, read_benchmark
-from eval.mt_bench.judges import (
+from peft_jax.core.validation import check_finite, check_positive, check_positive_int
+from peft_jax.generation import load_for_generation
+from peft_jax.hub import find_folder
+from peft_jax.hub.tokenizer import load_tokenizer
+from peft_jax.runtime.files import write_text
+from peft_jax.runtime.progress import Reporter
+
+from ..humaneval.pass_at_k import mean_and_standard_error
+from ..json_lines import json_line
+from ..model import HarnessModel
+from ..parallel import as_done
+from ..results import Metric, TaskResult
+from ..run import Job
+from ..settings import EvalSettings
+from ..tasks.local_data import local_folder
+from ..tasks.names import Wanted
+from .budget import Budget
+from .files import Benchmark, Question, read_benchmark
+from .judges import (
     JUDGMENT_TOKENS,
     EndpointJudge,
     HopelessJudgeError,
@@ -23,20 +36,8 @@ from eval.mt_bench.judges import (
     UnreadableAnswerError,
     check_judge_tokenizer,
 )
-from eval.mt_bench.rating import find_rating
-from eval.mt_bench.requests import JudgeRequest, estimate, judge_requests
-from eval.parallel import as_done
-from eval.results import Metric, TaskResult
-from eval.run import Job
-from eval.settings import EvalSettings
-from eval.tasks.local_data import local_folder
-from eval.tasks.names import Wanted
-from peft_jax.core.validation import check_finite, check_positive, check_positive_int
-from peft_jax.generation import load_for_generation
-from peft_jax.hub import find_folder
-from peft_jax.hub.tokenizer import load_tokenizer
-from peft_jax.runtime.files import write_text
-from peft_jax.runtime.progress import Reporter
+from .rating import find_rating
+from .requests import JudgeRequest, estimate, judge_requests
 
 QUESTIONS = 80
 """How many questions MT-Bench has; a rating of fewer is not called by its name."""

@@ -10,8 +10,8 @@
 - [`usage`][eval.sandbox.usage]: what a tree of processes takes.
 """
 
-from eval.sandbox.api import IsolationError, Outcome, Sandbox
-from eval.sandbox.limits import SandboxLimits
-from eval.sandbox.programs import TestedProgram
+from .api import IsolationError, Outcome, Sandbox
+from .limits import SandboxLimits
+from .programs import TestedProgram
 
 __all__ = ["IsolationError", "Outcome", "Sandbox", "SandboxLimits", "TestedProgram"]

@@ -16,11 +16,12 @@ import time
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from eval.sandbox.limits import SandboxLimits
-from eval.sandbox.programs import TestedProgram
-from eval.sandbox.standard_library import files_of
-from eval.sandbox.usage import memory_of_tree
 from peft_jax.runtime.errors import RefusedError
+
+from .limits import SandboxLimits
+from .programs import TestedProgram
+from .standard_library import files_of
+from .usage import memory_of_tree
 
 Verdict = Literal["passed", "failed", "timeout", "memory", "output", "crashed"]
 """What came of a program: it came to its end; it raised, or left before; it took too long, too

@@ -55,9 +55,9 @@ def main(argv: Sequence[str]) -> None:
     # Imported here, so that a mistyped flag is refused at once and not after JAX has started.
     import jax
 
-    from eval.study.page import write_page
-    from eval.study.run import run_study
-    from eval.study.store import Store
+    from .page import write_page
+    from .run import run_study
+    from .store import Store
 
     file = Path(str(_CONFIG.value))
     workdir = Path(_WORKDIR.value or Path("runs") / file.stem)
@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _load(file: Path):
     """What the file's `get_config` returns."""
-    from eval.study.settings import StudySettings
+    from .settings import StudySettings
 
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None:

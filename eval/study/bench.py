@@ -13,7 +13,6 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from eval.study.settings import ArmSettings, TaskSettings
 from peft_jax.adapters import AdapterSpec, AdapterState
 from peft_jax.adapters.method import GradientFactors
 from peft_jax.core import Path as TreePath
@@ -36,6 +35,8 @@ from peft_jax.training.losses import chunked_token_scores
 from peft_jax.training.prepare import prepare
 from peft_jax.training.program import step_bytes
 from peft_jax.training.step import summed_loss
+
+from .settings import ArmSettings, TaskSettings
 
 _OWN_TOKENS = 128
 """Tokens of a text of the base's own."""

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eval.study.bench import Bench, Program, microbatches
-from eval.study.settings import ArmSettings, digest
-from eval.study.source import source_of
 from peft_jax.adapters import AdapterState, count_parameters
 from peft_jax.core import Tree
 from peft_jax.training import RunConfig, TrainState
+
+from .bench import Bench, Program, microbatches
+from .settings import ArmSettings, digest
+from .source import source_of
 
 Cell = dict[str, Any]
 """What a cell measured; JSON can hold it."""

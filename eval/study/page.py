@@ -9,14 +9,15 @@ from typing import Any
 
 import jax
 
-from eval.study.cell import Cell
-from eval.study.pictures import draw_gradients, draw_losses, draw_mixing
-from eval.study.run import Choice, count_cells, measured, tuned
-from eval.study.settings import ArmSettings, StudySettings, TaskSettings
-from eval.study.statistics import LEAST_P, Comparison, compare, holm, mean_and_deviation
-from eval.study.store import Store
 from peft_jax.runtime.files import write_text
 from peft_jax.training.report.summary import versions
+
+from .cell import Cell
+from .pictures import draw_gradients, draw_losses, draw_mixing
+from .run import Choice, count_cells, measured, tuned
+from .settings import ArmSettings, StudySettings, TaskSettings
+from .statistics import LEAST_P, Comparison, compare, holm, mean_and_deviation
+from .store import Store
 
 SIGNIFICANT = 0.05
 

@@ -11,9 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from eval.study.cell import Cell
 from peft_jax.runtime.files import atomic_file
 from peft_jax.training.report.plots import STYLE, smooth
+
+from .cell import Cell
 
 _COLOURS = ("#d6604d", "#2166ac", "#1b7837", "#8c8c8c", "#e08214", "#762a83", "#35978f", "#bf812d")
 _SMOOTHED = 16

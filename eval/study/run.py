@@ -7,11 +7,11 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from eval.study.bench import Bench
-from eval.study.cell import Cell, train_cell
-from eval.study.settings import ArmSettings, StudySettings, TaskSettings
-from eval.study.store import Store
-from eval.study.timing import time_arms
+from .bench import Bench
+from .cell import Cell, train_cell
+from .settings import ArmSettings, StudySettings, TaskSettings
+from .store import Store
+from .timing import time_arms
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

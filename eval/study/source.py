@@ -8,7 +8,7 @@ import functools
 import hashlib
 from pathlib import Path
 
-from eval.study.settings import TaskSettings
+from .settings import TaskSettings
 
 _HEAD = 1 << 16
 """So many bytes of a file are read: all of a configuration, the header of safetensors."""

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.json_files import not_one, read_object
-from eval.study.cell import Cell
-from eval.study.settings import ArmSettings, TaskSettings, digest
-from eval.study.source import agree, source_of
 from peft_jax.runtime.errors import RefusedError
 from peft_jax.runtime.files import locked, write_text
+
+from ..json_files import not_one, read_object
+from .cell import Cell
+from .settings import ArmSettings, TaskSettings, digest
+from .source import agree, source_of
 
 _FIELDS = (
     *("learning_rate", "seed", "diverged", "train_loss", "trainable_parameters", "step_bytes"),

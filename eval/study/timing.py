@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import jax
 
-from eval.study.bench import Bench, microbatches
-from eval.study.cell import Start, make_start
-from eval.study.settings import ArmSettings
+from .bench import Bench, microbatches
+from .cell import Start, make_start
+from .settings import ArmSettings
 
 ROUNDS = 7
 STEPS = 6

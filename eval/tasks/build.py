@@ -10,11 +10,11 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from eval.tasks import own
-from eval.tasks.local_data import MissingDataError, open_by_recipe, open_local
-from eval.tasks.names import is_flores, reads_local_data
-from eval.tasks.trained_prompts import TASKS as WITH_TRAINED_PROMPTS
-from eval.tasks.trained_prompts import with_trained_prompts
+from . import own
+from .local_data import MissingDataError, open_by_recipe, open_local
+from .names import is_flores, reads_local_data
+from .trained_prompts import TASKS as WITH_TRAINED_PROMPTS
+from .trained_prompts import with_trained_prompts
 
 Prompts = Literal["harness", "trained"]
 

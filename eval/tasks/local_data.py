@@ -7,12 +7,13 @@ from typing import Any
 
 import datasets
 
-from eval.tasks.names import flores_languages, is_flores
 from peft_jax.data import BadRowError, DataSettings, Recipe, get_recipe
 from peft_jax.data.bad_rows import as_bad_row
 from peft_jax.data.recipes.classification import Classification
 from peft_jax.data.sources import open_sources
 from peft_jax.data.tables import Table
+
+from .names import flores_languages, is_flores
 
 _FOLDERS = {
     "mnli_mismatch": ("mnli", "multinli"),

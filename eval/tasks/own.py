@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from eval.tasks.local_data import recipe_for
-from eval.tasks.measures import Correlation, TranslationScore
-from eval.tasks.names import flores_languages
+from .local_data import recipe_for
+from .measures import Correlation, TranslationScore
+from .names import flores_languages
 
 Doc = Mapping[str, Any]
 

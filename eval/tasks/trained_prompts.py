@@ -6,10 +6,11 @@ recipe is asked in the words it has learned by these.
 
 from typing import Any
 
-from eval.tasks.local_data import recipe_for
-from eval.tasks.names import GLUE, XNLI, is_flores
 from peft_jax.data import Example
 from peft_jax.data.recipes.classification import Classification
+
+from .local_data import recipe_for
+from .names import GLUE, XNLI, is_flores
 
 TASKS = (*GLUE, "gsm8k", *XNLI)
 """The tasks that have two prompts. STS-B's and FLORES's are the recipes' in any case."""

@@ -220,7 +220,9 @@ def test_every_program_is_a_command():
             continue
         source = re.search(r"^from ([\w.]+) import main$", text, re.M)
         if source:
-            text = (ROOT / source[1].replace(".", "/")).with_suffix(".py").read_text()
+            module = source[1]
+            base = path.parent if module.startswith(".") else ROOT
+            text = (base / module.strip(".").replace(".", "/")).with_suffix(".py").read_text()
         found[name] = "@exits.command(" in text or "config_flags.run(" in text
     assert not [name for name, is_command in found.items() if not is_command]
     assert len(found) > 6
