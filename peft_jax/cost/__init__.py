@@ -1,9 +1,9 @@
-"""What a step costs: operations, memory, communication, and the devices that pay for it.
+"""Estimates a step's cost: floating-point operations, memory and communication.
 
 - [`flops`][peft_jax.cost.flops]: `count_flops` of a program, from its jaxpr.
 - [`collectives`][peft_jax.cost.collectives]: `read_collectives` of a compiled program.
-- [`memory`][peft_jax.cost.memory]: bytes of arrays, and of a device's memory.
-- [`chips`][peft_jax.cost.chips]: `find_chip`, the figures that their makers state.
+- [`memory`][peft_jax.cost.memory]: bytes of arrays and of device memory.
+- [`chips`][peft_jax.cost.chips]: `find_chip`, peak rates from vendors' data sheets.
 - [`topology`][peft_jax.cost.topology]: `find_topology`, devices that need not be present.
 """
 

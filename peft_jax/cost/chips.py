@@ -1,9 +1,9 @@
-"""What the makers of accelerators state of them, for estimates.
+"""Lists accelerators' peak rates and memory, for estimates.
 
-Sources: the TPU system architecture pages of Google Cloud's documentation, "How to Scale Your
-Model" (Austin et al., 2025, chapter 2) for the links, and NVIDIA's data sheets (bfloat16, dense
-matrices). The memory that a program may use is what the TPU compiler allows it, measured
-with libtpu 0.0.52 on a program that asks for more.
+Sources: Google Cloud's pages on TPU system architecture, "How to Scale Your Model" (Austin et al.,
+2025, chapter 2) for the links, and NVIDIA's data sheets (bfloat16, dense matrices). The usable
+memory of a TPU is the limit that its compiler (libtpu 0.0.52) reports for a program that needs
+more.
 """
 
 import dataclasses
@@ -13,17 +13,17 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One device, as JAX counts them: a core where a chip has two that do not act as one.
+    """Peak rates of one JAX device: a chip, or one core of a chip with two separate cores.
 
     Attributes:
-      name: what it is called.
-      flops: products' peak in bfloat16, FLOP/s.
-      memory: bytes that a program may use; None where the device itself has to be asked.
-      memory_bandwidth: bytes a second to and from that memory.
-      link_bandwidth: bytes a second that a device receives in a collective among neighbors: along
-        one axis of a TPU's torus, from both sides; over NVLink.
-      network_bandwidth: bytes a second a device between slices, or between hosts of GPUs.
-      per_chip: devices on one chip.
+      name: Display name.
+      flops: Peak rate of bfloat16 matrix products, in FLOP/s.
+      memory: Usable bytes of memory; None if only the device itself can tell.
+      memory_bandwidth: Memory bandwidth, in bytes/s.
+      link_bandwidth: Rate at which a device receives data in a collective among neighbors, in
+        bytes/s: over NVLink, or from both sides along one axis of a TPU's torus.
+      network_bandwidth: Bandwidth per device between TPU slices or GPU hosts, in bytes/s.
+      per_chip: Number of devices on one chip.
     """
 
     name: str
@@ -76,11 +76,11 @@ CHIPS: dict[str, Chip] = {
     "NVIDIA H200": _gpu("H200", 989e12, 4800e9, 450e9),
     "NVIDIA B200": _gpu("B200", 2250e12, 8000e9, 900e9),
 }
-"""By the beginning of what JAX calls the device (`jax.Device.device_kind`)."""
+"""Chips by the prefix of `jax.Device.device_kind`."""
 
 
 def find_chip(device_kind: str) -> Chip | None:
-    """What is known of a device; None for what is not, a CPU above all.
+    """Returns the chip of a device kind; None if it is unknown, as a CPU is.
 
     Example:
       >>> find_chip("TPU v5 lite").name, find_chip("NVIDIA H100 80GB HBM3").name, find_chip("cpu")

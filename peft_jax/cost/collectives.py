@@ -1,6 +1,6 @@
-"""What a compiled program sends from device to device, read from its text.
+"""Reads the collectives of a compiled program from its HLO text.
 
-Loops are counted as often as they run, which the compilers' own analyses do not do.
+A collective in a loop counts once per iteration, unlike in the compilers' own analyses.
 """
 
 import dataclasses
@@ -29,14 +29,14 @@ _COMPARED = re.compile(r"ROOT .* compare\(([^)]*)\), direction=(LT|GT)")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Collective:
-    """One place of a program where devices exchange something.
+    """One collective operation of a program.
 
     Attributes:
-      kind: one of `KINDS`; or, between slices, what the runtime there calls it.
-      bytes: what one device receives each time, at least.
-      group: how many devices take part.
-      times: how often a run of the program comes by.
-      between_slices: whether it goes over the data center's network.
+      kind: One of `KINDS`; between slices, the runtime's name of the operation.
+      bytes: Minimum number of bytes that one device receives each time.
+      group: Number of devices that take part.
+      times: Number of executions in one run of the program.
+      between_slices: Whether it crosses the data-center network.
     """
 
     kind: str
@@ -47,7 +47,7 @@ class Collective:
 
     @property
     def total(self) -> float:
-        """What one device receives in a run of the program, bytes."""
+        """Number of bytes that one device receives in one run of the program."""
         return self.bytes * self.times
 
 
@@ -58,29 +58,29 @@ class _Computation:
 
 
 def read_collectives(text: str, *, devices_a_slice: int) -> list[Collective]:
-    """The collectives of a compiled program.
+    """Returns the collectives of a compiled program.
 
-    A device of n receives (n-1)/n of the whole array in an all-gather, a reduce-scatter or an
-    all-to-all, and twice that in an all-reduce, which is both.
+    In a group of n devices, each receives (n-1)/n of the full array in an all-gather, a
+    reduce-scatter or an all-to-all. An all-reduce is both of the first two and receives twice that.
 
     Args:
-      text: the program after the compiler's passes, as HLO text.
-      devices_a_slice: so many devices, one after another, share a network of their own.
+      text: HLO text of the program after the compiler's passes.
+      devices_a_slice: Number of consecutive devices that share a slice's network.
 
     Raises:
-      ValueError: the text has no entry computation.
+      ValueError: The text has no entry computation.
     """
     computations = dict(_computations(text))
     entry = [name for name, computation in computations.items() if computation.entry]
     if not entry:
-        raise ValueError("this is no HLO text: it has no ENTRY computation")
+        raise ValueError("the text is not a compiled program's HLO: it has no ENTRY computation")
     found: list[Collective] = []
 
     def visit(name: str, times: int, seen: set[str]) -> None:
-        """Collects from one computation; `seen` are the channels met in the same loop body.
+        """Collects from one computation; `seen` holds the channels found in the same loop body.
 
-        A collective that is spread over several fused steps, to hide it behind them, stands in
-        each of them under one channel.
+        The compiler may spread a collective over several fusions, to overlap it with them. It
+        appears in each of them, with the same channel.
         """
         for line in computations[name].lines:
             loop = _WHILE.search(line)
@@ -129,9 +129,9 @@ def _called(line: str) -> list[str]:
 
 
 def _trip_count(line: str, condition: _Computation) -> int:
-    """How often a loop runs: as the compiler notes it, or up to the constant it counts to.
+    """Returns a loop's trip count: the compiler's note, or the constant it counts to.
 
-    A loop whose end is computed counts as one; those of attention, which are such, send nothing.
+    A loop whose end is computed counts once. Attention has such loops, but they send nothing.
     """
     if noted := _TRIPS.search(line):
         return int(noted[1])
@@ -148,7 +148,7 @@ def _trip_count(line: str, condition: _Computation) -> int:
 
 
 def _between_slices(line: str, kind: str, times: int) -> Collective:
-    """What a TPU's host receives for it from other slices: there, collectives are its business."""
+    """Returns the collective of a receive between slices, which the TPU's host performs."""
     result = line.split(" recv(")[0]
     dtype, shape = _ARRAY.findall(result)[0]
     slices = re.search(r'_xla_megascale_target="\{([\d,]*)\}', line)
@@ -171,7 +171,7 @@ def _collective(
     result = instruction[2][: instruction[2].index(operation[0].strip().split("(")[0])]
     sizes = [_size(m[1], m[2]) for m in _ARRAY.finditer(result)]
     if operation[2]:
-        # An asynchronous start's result holds the operands as well.
+        # The result of an asynchronous start also contains the operands.
         sizes = sizes[len(sizes) // 2 :] if kind != "collective-permute" else sizes[1:2]
     whole = float(sum(sizes))
     groups = _groups(line)
@@ -198,7 +198,7 @@ def _collective(
 
 
 def _size(dtype: str, shape: str) -> int:
-    """The bytes of an array by its type and shape, as HLO writes them.
+    """Returns the bytes of an array, given its dtype and shape in HLO syntax.
 
     Example:
       >>> _size("bf16", "4,1024"), _size("s32", ""), _size("f8e4m3fn", "8"), _size("s4", "8")
@@ -212,7 +212,7 @@ def _size(dtype: str, shape: str) -> int:
 
 
 def _groups(line: str) -> np.ndarray | None:
-    """The devices that exchange with one another, one row a group; None where none are named."""
+    """Returns the device groups [groups, devices] of a collective; None if none are named."""
     if match := re.search(r"replica_groups=\{((?:\{[\d,]*\},?)+)\}", line):
         return np.array(
             [[int(n) for n in g.split(",")] for g in re.findall(r"\{([\d,]+)\}", match[1])]
@@ -228,7 +228,7 @@ def _groups(line: str) -> np.ndarray | None:
 
 
 def _mesh_groups(mesh: str, order: str, axes: str) -> np.ndarray:
-    """Groups along axes of a mesh, or parts of them: mesh['a'=4,'b'=2] {'a':(1)2,'b'}."""
+    """Returns the groups along mesh axes or parts of them: mesh['a'=4,'b'=2] {'a':(1)2,'b'}."""
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
     shape: list[int] = []
     chosen: list[int] = []

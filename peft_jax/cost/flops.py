@@ -1,9 +1,9 @@
-"""The arithmetic of a program, counted from its jaxpr: loops as often as they run.
+"""Counts the floating-point operations of a program from its jaxpr.
 
-The compilers' own analyses count the body of a loop once, and a training step is loops: over
-layers, over microbatches, over pieces of the loss. Counted are the products that matrix units do,
-and what decompositions and Fourier transforms take; additions and the like are left out, as is
-usual.
+A loop body counts once per iteration. The compilers' own analyses count it only once, but a
+training step consists of loops over layers, microbatches and chunks of the loss. The count includes
+matrix products, decompositions and Fourier transforms. As is usual, it excludes elementwise
+operations.
 """
 
 import dataclasses
@@ -20,9 +20,8 @@ class FlopCount:
     """Floating-point operations of a program.
 
     Attributes:
-      flops: of products, transforms and decompositions; a product and its sum are two.
-      unknown_loops: how many loops run until something computed says stop; their bodies are
-        counted once.
+      flops: Operations of products, transforms and decompositions; a multiply-add counts as two.
+      unknown_loops: Number of loops whose trip count is computed; their bodies count once.
     """
 
     flops: float
@@ -34,16 +33,16 @@ class FlopCount:
         )
 
     def times(self, repetitions: int) -> "FlopCount":
-        """The same, so many times one after another."""
+        """Returns the count of a program repeated `repetitions` times."""
         return dataclasses.replace(self, flops=self.flops * repetitions)
 
 
 def count_flops(function: Callable[..., Any], *arguments: Any) -> FlopCount:
-    """The arithmetic of a function at arguments of these shapes, over all devices together.
+    """Counts a function's operations for arguments of these shapes, over all devices.
 
     Args:
-      function: what is counted.
-      *arguments: arrays, or their shapes.
+      function: Function to count.
+      *arguments: Arrays, or `jax.ShapeDtypeStruct`s.
 
     Example:
       >>> import jax.numpy as jnp
@@ -57,7 +56,7 @@ def count_flops(function: Callable[..., Any], *arguments: Any) -> FlopCount:
 
 
 def count_jaxpr(jaxpr: Any) -> FlopCount:
-    """The arithmetic of a jaxpr."""
+    """Counts the operations of a jaxpr."""
     total = FlopCount(flops=0.0)
     for equation in jaxpr.eqns:
         total += _count_equation(equation)
@@ -74,19 +73,19 @@ def _count_equation(equation: Any) -> FlopCount:
         body = count_jaxpr(params["body_jaxpr"].jaxpr)
         return body + FlopCount(flops=0.0, unknown_loops=1)
     if name == "cond":
-        # One branch runs; which, is decided while the program runs.
+        # Which branch runs is only known at run time, so the most expensive one counts.
         return max(
             (count_jaxpr(branch.jaxpr) for branch in params["branches"]),
             key=lambda count: count.flops,
         )
     if name == "kernels_pallas":
-        # Whatever it is lowered to, its arithmetic is that of its plain form.
+        # Counts the plain XLA form, whatever the kernel is lowered to.
         plain = functools.partial(params["operation"].xla, **dict(params["settings"]))
-        # By shape and dtype alone: within a `shard_map` the operands also carry its mesh.
+        # Keeps only shape and dtype, because inside `shard_map` operands also carry its mesh.
         shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars]
         return count_flops(plain, *shapes)
     if name == "custom_linear_solve":
-        # Its other programs are for derivatives.
+        # The equation's other jaxprs are only for derivatives.
         return count_jaxpr(params["jaxprs"].solve.jaxpr)
     if name == "pallas_call":
         grid = params["grid_mapping"].grid
@@ -102,7 +101,7 @@ def _count_equation(equation: Any) -> FlopCount:
 
 
 def _inner_jaxprs(params: Mapping[str, Any]) -> Iterator[Any]:
-    """The programs that an equation calls: of `jit`, `checkpoint`, functions with own gradients."""
+    """Yields the jaxprs that an equation calls: of `jit`, `checkpoint` or a custom gradient."""
     for value in params.values():
         for one in value if isinstance(value, (tuple, list)) else (value,):
             if hasattr(one, "jaxpr") and hasattr(one.jaxpr, "eqns"):
@@ -112,7 +111,7 @@ def _inner_jaxprs(params: Mapping[str, Any]) -> Iterator[Any]:
 
 
 def _dot_general(equation: Any) -> float:
-    """Two operations a pair of factors: 2 x the result x what is summed over."""
+    """Counts two operations per multiply-add: 2 x result size x contracted size."""
     (contracting, _), _ = equation.params["dimension_numbers"]
     left = equation.invars[0].aval.shape
     summed = math.prod(left[axis] for axis in contracting)
@@ -120,7 +119,7 @@ def _dot_general(equation: Any) -> float:
 
 
 def _fft(equation: Any) -> float:
-    """5 n log2 n for a complex transform of n, the count of the textbook algorithm."""
+    """Counts 5 n log2 n for a complex transform of length n, as the textbook algorithm takes."""
     n = math.prod(equation.params["fft_lengths"])
     return 5.0 * math.prod(equation.invars[0].aval.shape) * math.log2(max(n, 2))
 

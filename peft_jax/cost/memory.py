@@ -1,4 +1,4 @@
-"""What arrays take of a device's memory, and how much of it there is."""
+"""Returns the memory of devices, and the bytes that arrays take of it."""
 
 import math
 import os
@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# What a container may use of its host, in version 2 and 1 of Linux's control groups.
+# A container's memory limit, in versions 2 and 1 of Linux control groups.
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def device_memory() -> int | None:
-    """Returns the bytes of memory of one device; the host's for a CPU, None if not known."""
+    """Returns the memory of one device in bytes; the host's for a CPU, None if unknown."""
     device = jax.local_devices()[0]
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
@@ -22,14 +22,14 @@ def device_memory() -> int | None:
 
 
 def host_memory() -> int:
-    """Returns the bytes of memory of the host, or what its container may use of them."""
+    """Returns the memory of the host in bytes, or the limit of its container."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     texts = [Path(file).read_text().strip() for file in _LIMITS if Path(file).is_file()]
     return min([total, *(int(text) for text in texts if text.isdigit())])
 
 
 def arrays_on_a_device(tree: Any) -> int:
-    """Returns the bytes of a tree of shapes with shardings on one device.
+    """Returns the bytes that a tree of shapes with shardings takes on one device.
 
     Example:
       >>> from peft_jax.parallel import MeshSettings, make_mesh
@@ -44,23 +44,23 @@ def arrays_on_a_device(tree: Any) -> int:
 
 
 def check_fits(parts: dict[str, Any], hint: str) -> None:
-    """Checks that arrays fit in memory together, before any of them is made.
+    """Rejects arrays that cannot fit in memory together, before any of them is allocated.
 
-    That is the least: whether they fit beside what else is computed shows later.
+    This is a lower bound: a step's temporaries need memory too.
 
     Args:
-      parts: Trees of shapes with shardings, by what the arrays are.
-      hint: What would help where they do not fit.
+      parts: Trees of shapes with shardings, by name.
+      hint: Advice for the message.
 
     Raises:
-      ValueError: They do not; the message says what takes how much, and how much there is.
+      ValueError: The arrays do not fit. The message states the size of each part and the memory.
 
     Example:
       >>> one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
       >>> wide = jax.ShapeDtypeStruct((2**40, 2**10), jnp.float32, sharding=one)
       >>> check_fits({"the parameters": wide}, "take a smaller model")
       Traceback (most recent call last):
-      ValueError: ... GiB of memory, too little for the parameters (4194304.0 GiB): take...
+      ValueError: ... GiB of memory, too little for the parameters (4194304.0 GiB); take...
     """
     sizes = {name: arrays_on_a_device(tree) for name, tree in parts.items()}
     memory = device_memory()
@@ -68,14 +68,14 @@ def check_fits(parts: dict[str, Any], hint: str) -> None:
         return
     where = "one device"
     if jax.local_devices()[0].platform == "cpu":
-        # The CPU's devices share the host's memory.
+        # All CPU devices share the host's memory.
         where = "this host"
         leaves = [leaf for tree in parts.values() for leaf in jax.tree.leaves(tree)]
         local = max((len(leaf.sharding.addressable_devices) for leaf in leaves), default=1)
         sizes = {name: size * local for name, size in sizes.items()}
     if sum(sizes.values()) > memory:
         listing = ", ".join(f"{name} ({gib(size)})" for name, size in sizes.items())
-        raise ValueError(f"{where} has {gib(memory)} of memory, too little for {listing}: {hint}")
+        raise ValueError(f"{where} has {gib(memory)} of memory, too little for {listing}; {hint}")
 
 
 def gib(size: int) -> str:
@@ -89,7 +89,7 @@ def gib(size: int) -> str:
 
 
 def bytes_of(shape: tuple[int, ...], dtype: Any) -> int:
-    """Returns the bytes of an array; types of less than eight bits are packed.
+    """Returns the bytes of an array; dtypes of less than eight bits are packed.
 
     Example:
       >>> bytes_of((4, 4), "bfloat16"), bytes_of((4, 4), "int4"), bytes_of((4,), "bool")

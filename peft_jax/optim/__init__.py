@@ -1,4 +1,4 @@
-"""Optimizers, schedules and the hybrid's mixing, as optax gradient transformations.
+"""Builds optimizers, schedules and hybrid mixing as optax gradient transformations.
 
 - [`mixing`][peft_jax.optim.mixing]: `hybrid_mixing`, `MixingSettings`, `mixing_weights`.
 - [`optimizers`][peft_jax.optim.optimizers]: `make_optimizer`, `OptimizerSettings`, `decay_mask`.

@@ -1,7 +1,7 @@
-"""Hybrid mixing: how much of each branch's update a layer takes, decided anew at every step.
+"""Weights the updates of a hybrid adapter's two branches, per layer and step.
 
 A hybrid adapter has a low-rank branch and a rotation branch on one kernel. `hybrid_mixing` wraps
-an optimizer and weighs the two branches' updates by λ and 1 − λ, where λ is read off the gradients
+an optimizer and weights the two branches' updates by λ and 1 − λ. It computes λ from the gradients
 (Qi, Dai and Huang, "Hybrid and Unitary PEFT for Resource-Efficient Large Language Models", 2025,
 arXiv 2507.18076).
 """
@@ -21,19 +21,19 @@ from peft_jax.core import Path, is_stacked, join_path
 from peft_jax.core.validation import check_choice, check_fraction
 
 LOW_RANK = "low_rank"
-"""The path component under which a hybrid adapter keeps its low-rank branch."""
+"""Path component of a hybrid adapter's low-rank branch."""
 
 ROTATION = "rotation"
-"""The path component under which a hybrid adapter keeps its rotation branch."""
+"""Path component of a hybrid adapter's rotation branch."""
 
 MIXING_RATES: Mapping[str, str] = MappingProxyType(
     {LOW_RANK: "low_rank_rate", ROTATION: "rotation_rate"}
 )
-"""The field of `MixingSettings` that holds a branch's rate, by branch."""
+"""Fields of `MixingSettings` that hold the branches' rates, by branch."""
 
 RULES = ("proportional", "inverse", "predicted_decrease", "fixed", "none")
 BY_NORM = ("proportional", "inverse")
-"""The rules that compare norms."""
+"""Rules that compare norms."""
 
 NORMS = ("frobenius", "rms")
 GROUPINGS = ("block", "kernel")
@@ -43,34 +43,36 @@ Weight = Float[Array, "layers"] | Float[Array, ""]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MixingSettings:
-    """How the two branches of a hybrid adapter are weighed against each other.
+    """Settings that weight the two branches of a hybrid adapter.
 
-    With e the evidence of a branch, the rules are
+    Let e be the score of a branch. The rules are:
 
     - "predicted_decrease": λ = e_low_rank / (e_low_rank + e_rotation) with e = max(0, −⟨g, Δ⟩), the
-      first-order decrease of the loss that the branch's own update Δ promises. It is in the units
-      of the loss for both branches, which gradient norms of differently parametrised branches are
-      not: LoRA-GA's start scales A and B, and the norm of their gradient with it. The default, from
-      the study in docs/study;
-    - "proportional": the same with e = ‖g‖, the norm of the branch's gradient: the paper's rule;
-    - "inverse": with norms, λ = e_rotation / (e_low_rank + e_rotation), which evens the branches;
-    - "fixed": λ = `fixed`;
-    - "none": both branches take their whole update. λ reads as ½, since neither is preferred.
+      first-order decrease of the loss for the branch's own update Δ. This score has the units of
+      the loss for both branches. Gradient norms do not, because they depend on parametrization:
+      the initialization of LoRA-GA scales A and B, and so their gradients' norm. This rule is the
+      default, chosen by the study in docs/study.
+    - "proportional": the same ratio with e = ‖g‖, the norm of the branch's gradient. This is the
+      paper's rule.
+    - "inverse": λ = e_rotation / (e_low_rank + e_rotation) with e = ‖g‖, which favors the branch
+      with the smaller gradient.
+    - "fixed": λ = `fixed`.
+    - "none": both branches take their full update. λ is reported as ½.
 
     Attributes:
-      rule: one of the above.
-      norm: "frobenius", or "rms" (divided by the root of the number of elements), with which the
-        sizes of the branches do not decide; for "proportional" and "inverse".
-      grouping: what shares one λ. "block": all kernels of a transformer block together, and every
-        kernel outside the blocks by itself; "kernel": every kernel by itself.
-      ema: decay of a bias-corrected moving average over the steps' λ; 0 for none.
-      floor: the least weight a branch can get; λ is clipped to [floor, 1 − floor].
-      fixed: λ under the rule "fixed".
-      low_rank_rate: a factor on the learning rate of the low-rank branch.
-      rotation_rate: a factor on the learning rate of the rotation branch.
+      rule: One of the rules above.
+      norm: "frobenius", or "rms" (Frobenius divided by the root of the number of elements), which
+        is independent of the branches' sizes. For "proportional" and "inverse".
+      grouping: Kernels that share one λ. "block": all kernels of a transformer block share one, and
+        every kernel outside the blocks has its own. "kernel": every kernel has its own.
+      ema: Decay of a bias-corrected moving average of λ over steps; 0 for none.
+      floor: Minimum weight of a branch; λ is clipped to [floor, 1 − floor].
+      fixed: λ of the rule "fixed".
+      low_rank_rate: Factor on the learning rate of the low-rank branch.
+      rotation_rate: Factor on the learning rate of the rotation branch.
 
     Raises:
-      ValueError: a name is not known, or a number is outside its range.
+      ValueError: A name is not known, or a number is outside its range.
     """
 
     rule: str = "predicted_decrease"
@@ -88,8 +90,8 @@ class MixingSettings:
         check_choice("grouping", self.grouping, GROUPINGS)
         if self.norm != "frobenius" and self.rule not in BY_NORM:
             raise ValueError(
-                f"norm is {self.norm!r}, but the rule {self.rule!r} looks at no norm; it is for the"
-                f" rules {' and '.join(BY_NORM)}"
+                f"norm is {self.norm!r}, but the rule {self.rule!r} uses no norm; it only applies"
+                f" to the rules {' and '.join(BY_NORM)}"
             )
         check_fraction("ema", self.ema)
         if not 0.0 <= self.floor <= 0.5:
@@ -102,18 +104,18 @@ class MixingSettings:
                 raise ValueError(f"{name} must be finite and at least 0, but is {rate!r}")
 
     def rate(self, branch: str) -> float:
-        """The factor on the learning rate of a branch."""
+        """Returns the factor on the learning rate of a branch."""
         return getattr(self, MIXING_RATES[branch])
 
 
 class MixingState(NamedTuple):
-    """The state of `hybrid_mixing`.
+    """State of `hybrid_mixing`.
 
     Attributes:
-      count: steps taken, int32 [].
+      count: Number of steps taken, int32 [].
       weights: λ of the last step by group, float32 [layers] or []; ½ before the first step.
-      average: the moving average of λ, not yet corrected for its start at zero; as `weights`.
-      inner_state: the state of the wrapped optimizer.
+      average: Moving average of λ before bias correction, shaped as `weights`.
+      inner_state: State of the wrapped optimizer.
     """
 
     count: Any
@@ -125,47 +127,47 @@ class MixingState(NamedTuple):
 def hybrid_mixing(
     inner: optax.GradientTransformation, settings: MixingSettings | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Weighs the updates of a hybrid adapter's two branches, per layer and per step.
+    """Weights the updates of a hybrid adapter's two branches, per layer and per step.
 
-    With g_l the gradients of layer l that come in and Δ_l what `inner` makes of them,
+    Let g be the gradients of layer l and Δ their updates by `inner`. The weighted updates are
 
-        Δ_l of the low-rank branch ← λ_l Δ_l,   Δ_l of the rotation branch ← (1 − λ_l) Δ_l,
-        λ_l = e_l of the low-rank branch / (e_l of the low-rank branch + e_l of the rotation),
+        Δ_low_rank ← λ Δ_low_rank,   Δ_rotation ← (1 − λ) Δ_rotation,
+        λ = e_low_rank / (e_low_rank + e_rotation).
 
-    where e_l = ‖g_l‖ in the paper, and by default here e_l = max(0, −⟨g_l, Δ_l⟩); `MixingSettings`
-    has the rules. Norms are of the gradients *before* `inner`, and λ is applied to the updates
-    *after* it: an optimizer that normalizes, as Adam does, would divide a factor on the gradients
-    out again.
+    The score e is ‖g‖ in the paper, and max(0, −⟨g, Δ⟩) by default here; see `MixingSettings`.
+    Norms are of the gradients *before* `inner`, and λ scales the updates *after* it. A factor on
+    the gradients would have no effect with an optimizer that normalizes them, such as Adam.
 
-    A branch is recognized by the path component "low_rank" or "rotation"; the kernel it belongs to
-    is what stands before that component. Leaves outside a branch pass through as `inner` left them.
-    Stacked kernels (under the root key "layers") have a λ for every block. A group in which one
-    branch alone is present has nothing to be mixed with: it keeps its whole update, times its rate.
-    When both branches' evidence is zero, or either is not finite, λ is ½.
+    A branch is a leaf's path component "low_rank" or "rotation". The components before it name the
+    kernel. Other leaves keep the updates of `inner`. Stacked kernels (under the root key "layers")
+    have one λ per block. A group with only one branch keeps its full update, times the branch's
+    rate. If both scores are zero, or one is not finite, λ is ½.
 
-    The paper gives λ as the ratio of gradient norms of one layer, the rule "proportional". What it
-    leaves to the implementation is settled here so: the gradients are the raw ones of the whole
-    (accumulated) batch; the norm of a branch is that of all its arrays in the group together; the
-    moments of the inner optimizer see the unmixed gradients; and λ scales the whole update,
-    decoupled weight decay included. The other rules, moving average, floor, norms, groupings and
-    the rates of the branches are additions; of these the rule alone departs from the paper by
-    default, and `MixingSettings(rule="proportional")` is the paper's.
+    The paper defines λ as the ratio of the gradient norms of one layer (rule "proportional"). It
+    leaves open what is decided here as follows:
 
-    Two orders matter. `inner` must return steps *down* the gradient (what `optax.apply_updates`
-    adds), as any complete optimizer does: "predicted_decrease" reads their sign. And accumulation
-    goes around the mixing, `optax.MultiSteps(hybrid_mixing(...), k)`, so that λ is that of the
-    accumulated gradient.
+    - Gradients are those of the full accumulated batch, before clipping.
+    - A branch's norm is over all its arrays in the group.
+    - The moments of the inner optimizer see unweighted gradients.
+    - λ scales the full update, including decoupled weight decay.
+
+    The other rules, the moving average, floor, norms, groupings and rates are additions. Only the
+    default rule departs from the paper; `MixingSettings(rule="proportional")` is the paper's.
+
+    The order of transformations matters. `inner` must return descent steps, as any complete
+    optimizer does, because "predicted_decrease" uses their sign. Gradient accumulation must wrap
+    the mixing, `optax.MultiSteps(hybrid_mixing(...), k)`, so that λ uses the accumulated gradient.
 
     Args:
-      inner: any optimizer; extra arguments of `update` are handed to it.
-      settings: rule, norm, grouping and the rest; by predicted decrease by default.
+      inner: Any optimizer. It receives the extra arguments of `update`.
+      settings: Mixing settings. Default: the rule "predicted_decrease".
 
     Returns:
       The wrapped optimizer. Its state is a `MixingState`; read λ with `mixing_weights`.
 
     Raises:
-      ValueError: (by `init`) no group has both branches, or a stacked leaf does not have the same
-        number of layers as the others; (by `update`) the gradients' groups are not those of `init`.
+      ValueError: In `init`: no group has both branches, or stacked leaves differ in their number of
+        layers. In `update`: the gradients' groups differ from those of `init`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -189,14 +191,14 @@ def hybrid_mixing(
     def init(params: Any) -> MixingState:
         count = jnp.zeros([], jnp.int32)
         if not isinstance(params, Mapping) and not jax.tree.leaves(params):
-            # optax.tree_map_params looks at the state of a placeholder to learn which parts follow
-            # the parameters. Single leaves tell it that these two do not, however many groups.
+            # optax.tree_map_params inspects the state of a placeholder to learn which parts have
+            # the parameters' structure. Single leaves tell it that these two do not.
             return MixingState(count, 0.0, 0.0, inner.init(params))
         groups = _find_groups(params, settings.grouping)
         if not groups:
             raise ValueError(
-                "hybrid mixing found no kernel with both a 'low_rank' and a 'rotation' branch in "
-                "what is trained; use it with the hybrid method, or take the mixing out"
+                "hybrid mixing needs a trainable kernel with both a 'low_rank' and a 'rotation'"
+                " branch, but there is none: use the hybrid method, or train without mixing"
             )
         start = settings.fixed if settings.rule == "fixed" else 0.5
         weights = {n: jnp.full(group.shape, start, jnp.float32) for n, group in groups.items()}
@@ -209,8 +211,8 @@ def hybrid_mixing(
         groups = _find_groups(updates, settings.grouping)
         if groups.keys() != state.weights.keys():
             raise ValueError(
-                f"the gradients have the mixing groups {sorted(groups)}, and the optimizer was "
-                f"initialized with {sorted(state.weights)}; give it the same tree"
+                f"the gradients have the mixing groups {sorted(groups)}, but the optimizer was"
+                f" initialized with {sorted(state.weights)}; pass gradients of the same tree"
             )
         steps, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         count = optax.safe_increment(state.count)
@@ -230,17 +232,17 @@ def hybrid_mixing(
 
 
 def mixing_weights(opt_state: Any) -> dict[str, Weight]:
-    """λ of the last step, wherever in an optax state `hybrid_mixing` keeps it.
+    """Returns λ of the last step from an optimizer state that contains a `MixingState`.
 
     Args:
-      opt_state: the state of any nest of optax transformations.
+      opt_state: State of any nesting of optax transformations.
 
     Returns:
-      λ by group: float32 [layers] for "layers" (grouping "block") or for a stacked kernel's dotted
-      path (grouping "kernel"), [] for a kernel outside the blocks. Empty where nothing is mixed.
+      λ by group. Float32 [layers] for "layers" (grouping "block") or for a stacked kernel's dotted
+      path (grouping "kernel"); float32 [] for a kernel outside the blocks. Empty without mixing.
 
     Raises:
-      ValueError: two mixings in one state have a group of the same name.
+      ValueError: Two mixings in one state have a group of the same name.
     """
     found: dict[str, Weight] = {}
     for node in jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, MixingState)):
@@ -248,18 +250,21 @@ def mixing_weights(opt_state: Any) -> dict[str, Weight]:
             continue
         twice = found.keys() & node.weights.keys()
         if twice:
-            raise ValueError(f"the groups {sorted(twice)} are mixed twice in one optimizer state")
+            raise ValueError(
+                f"the optimizer state has two mixings of the groups {sorted(twice)}; use"
+                " hybrid_mixing once"
+            )
         found.update(node.weights)
     return found
 
 
 @dataclasses.dataclass(frozen=True)
 class _Group:
-    """The leaves that share one λ.
+    """A group of leaves that share one λ.
 
     Attributes:
-      shape: of λ: (layers,) for stacked kernels, () for others.
-      sizes: how many elements each branch has in one layer.
+      shape: Shape of λ: (layers,) for stacked kernels, () for others.
+      sizes: Number of elements in one layer, by branch.
     """
 
     shape: tuple[int, ...]
@@ -267,7 +272,7 @@ class _Group:
 
 
 def _names(key_path: tuple[Any, ...]) -> Path:
-    """JAX's key path as plain names, whatever kind of node each key belongs to."""
+    """Returns JAX's key path as plain names, whatever kind of node each key belongs to."""
     return tuple(
         str(next(getattr(key, field) for field in ("key", "name", "idx") if hasattr(key, field)))
         for key in key_path
@@ -275,7 +280,7 @@ def _names(key_path: tuple[Any, ...]) -> Path:
 
 
 def _locate(path: Path, grouping: str) -> tuple[str, str] | None:
-    """The group and branch of a leaf, or None outside any branch."""
+    """Returns the group and branch of a leaf; None outside any branch."""
     for position, component in enumerate(path):
         if component in (LOW_RANK, ROTATION):
             kernel = path[:position]
@@ -285,7 +290,7 @@ def _locate(path: Path, grouping: str) -> tuple[str, str] | None:
 
 
 def _find_groups(tree: Any, grouping: str) -> dict[str, _Group]:
-    """The groups of a tree that have both branches, by name."""
+    """Returns the groups of a tree that have both branches, by name."""
     shapes: dict[str, tuple[int, ...]] = {}
     sizes: dict[str, dict[str, int]] = {}
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -297,8 +302,8 @@ def _find_groups(tree: Any, grouping: str) -> dict[str, _Group]:
         stack = tuple(leaf.shape[:1]) if is_stacked(path) else ()
         if (is_stacked(path) and not stack) or shapes.setdefault(name, stack) != stack:
             raise ValueError(
-                f"{join_path(path)} has the shape {tuple(leaf.shape)}; a leaf of the stacked "
-                f"blocks must begin with the number of layers, {shapes.get(name, ('layers',))[0]}"
+                f"{join_path(path)} has the shape {tuple(leaf.shape)}, but the leading axis of a"
+                f" stacked leaf must be the number of layers, {shapes.get(name, ('layers',))[0]}"
             )
         branches = sizes.setdefault(name, {})
         branches[branch] = branches.get(branch, 0) + math.prod(leaf.shape[len(stack) :])
@@ -310,15 +315,15 @@ def _find_groups(tree: Any, grouping: str) -> dict[str, _Group]:
 
 
 def _sum_per_layer(values: Array, shape: tuple[int, ...]) -> Weight:
-    """The sum of a leaf's elements, by layer where it is stacked; in float32."""
+    """Returns the float32 sum of a leaf's elements, per layer if it is stacked."""
     axes = tuple(range(len(shape), values.ndim))
     return jnp.sum(values.astype(jnp.float32), axis=axes)
 
 
-def _evidence(
+def _scores(
     gradients: Any, steps: Any, groups: Mapping[str, _Group], settings: MixingSettings
 ) -> dict[str, dict[str, Weight]]:
-    """What speaks for each branch of each group: its gradient's norm, or its predicted decrease."""
+    """Returns the score of each group's branches: gradient norm or predicted decrease."""
     by_step = settings.rule == "predicted_decrease"
     step_at = {_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(steps)}
     sums: dict[str, dict[str, Weight]] = {
@@ -333,7 +338,7 @@ def _evidence(
         name, branch = located
         g = gradient.astype(jnp.float32)
         if by_step:
-            if path not in step_at:  # masked out by the inner optimizer: it takes no step
+            if path not in step_at:  # the inner optimizer masks this leaf and takes no step
                 continue
             product = -settings.rate(branch) * g * step_at[path].astype(jnp.float32)
         else:
@@ -356,30 +361,30 @@ def _evidence(
 def _raw_weights(
     gradients: Any, steps: Any, groups: Mapping[str, _Group], settings: MixingSettings
 ) -> dict[str, Weight]:
-    """λ of every group by the rule, before average and floor."""
+    """Returns every group's λ by the rule, before the moving average and the floor."""
     if settings.rule in ("fixed", "none"):
         value = settings.fixed if settings.rule == "fixed" else 0.5
         return {name: jnp.full(group.shape, value, jnp.float32) for name, group in groups.items()}
     preferred = ROTATION if settings.rule == "inverse" else LOW_RANK
 
-    def ratio(evidence: Mapping[str, Weight]) -> Weight:
-        total = evidence[LOW_RANK] + evidence[ROTATION]
+    def ratio(scores: Mapping[str, Weight]) -> Weight:
+        total = scores[LOW_RANK] + scores[ROTATION]
         decided = (total > 0.0) & jnp.isfinite(total)
-        return jnp.where(decided, evidence[preferred] / jnp.where(decided, total, 1.0), 0.5)
+        return jnp.where(decided, scores[preferred] / jnp.where(decided, total, 1.0), 0.5)
 
-    found = _evidence(gradients, steps, groups, settings)
-    return {name: ratio(evidence) for name, evidence in found.items()}
+    found = _scores(gradients, steps, groups, settings)
+    return {name: ratio(scores) for name, scores in found.items()}
 
 
 def _apply(steps: Any, weights: Mapping[str, Weight], settings: MixingSettings) -> Any:
-    """The inner optimizer's steps, each branch times its rate and its share."""
+    """Multiplies the inner optimizer's steps by each branch's rate and weight."""
 
     def scale(key_path: tuple[Any, ...], step: Array) -> Array:
         located = _locate(_names(key_path), settings.grouping)
         if located is None:
             return step
         name, branch = located
-        # In float32 at least: bfloat16 has three significant digits for λ.
+        # At least float32, because bfloat16 has only three significant digits.
         dtype = jnp.float64 if step.dtype == jnp.float64 else jnp.float32
         factor = jnp.asarray(settings.rate(branch), dtype)
         if name in weights and settings.rule != "none":

@@ -1,4 +1,4 @@
-"""One optimizer from settings: clipping, then a direction, then the mixing, then the rate."""
+"""Builds an optimizer from settings: clipping, direction, mixing and learning rate, in order."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -13,17 +13,17 @@ from peft_jax.optim.mixing import MixingSettings, hybrid_mixing
 from peft_jax.optim.schedules import ScheduleSettings, make_schedule
 
 NO_DECAY = ("bias", "scale", "rotation", "r", "phases", "reflections", "low_rank")
-"""Path components under which nothing decays by default; `OptimizerSettings.no_decay` says why."""
+"""Path components without weight decay by default; `OptimizerSettings.no_decay` says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Direction:
-    """One optimizer's way from gradients to directions, before decay and learning rate.
+    """An optimizer's update direction, before weight decay and learning rate.
 
     Attributes:
-      build: from the constants named in `constants` to the transformation.
-      constants: which of b1, b2 and eps it takes, and the values that are usual for it.
-      decays: whether decoupled weight decay belongs to it.
+      build: Builds the transformation from the arguments named in `constants`.
+      constants: Those of b1, b2 and eps that it takes, with their default values.
+      decays: Whether it supports decoupled weight decay.
     """
 
     build: Callable[..., optax.GradientTransformation]
@@ -32,7 +32,7 @@ class _Direction:
 
 
 def _adafactor() -> optax.GradientTransformation:
-    """As `optax.adafactor`, without its learning rate and its decay."""
+    """Returns `optax.adafactor` without its learning rate and weight decay."""
     return optax.chain(
         optax.scale_by_factored_rms(),
         optax.clip_by_block_rms(1.0),
@@ -41,17 +41,17 @@ def _adafactor() -> optax.GradientTransformation:
 
 
 def _nadam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    """Adam with Nesterov's momentum."""
+    """Returns Adam with Nesterov momentum."""
     return optax.scale_by_adam(b1=b1, b2=b2, eps=eps, nesterov=True)
 
 
 def _rmsprop(b2: float, eps: float) -> optax.GradientTransformation:
-    """Division by a moving root mean square."""
+    """Returns RMSprop: division by a moving root mean square."""
     return optax.scale_by_rms(decay=b2, eps=eps)
 
 
 def _sgd(b1: float) -> optax.GradientTransformation:
-    """Heavy-ball momentum, or the bare gradient where it is zero."""
+    """Returns heavy-ball momentum, or the plain gradient if `b1` is zero."""
     return optax.trace(decay=b1) if b1 else optax.identity()
 
 
@@ -70,33 +70,32 @@ OPTIMIZERS = tuple(_DIRECTIONS)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
-    """Which optimizer, and how fast.
+    """Settings of the optimizer.
 
     Attributes:
       name: "adamw", "adam", "nadamw", "lion", "adafactor", "rmsprop" or "sgd".
-      learning_rate: the peak of the schedule.
-      learning_rates: peaks that differ from it, by path component: all that is trained under one.
-        A new head, `{"classifier": 2e-3}`, starts from nothing, and wants longer steps than what
-        adapts a pretrained kernel.
-      weight_decay: λ of decoupled decay: a step subtracts (its learning rate) λ w from a weight w.
-      b1: decay of the first moment, of sgd the momentum; None for what is usual for the optimizer.
-      b2: decay of the second moment; None for what is usual.
-      eps: what is added to a root before it divides; None for what is usual.
-      clip_norm: gradients whose norm over all leaves exceeds it are scaled down to it; None for no
-        clipping.
-      no_decay: nothing decays under these path components. Decay pulls towards zero, so it belongs
-        where zero is a harmless place: a weight matrix of full fine-tuning, or plain LoRA's A and
-        B, whose product is then no change at all. By default left alone are biases and norms'
-        scales, as is usual; a rotation's parameters, which are bounded by construction, so that
-        decay would only turn it back (and shrink BOFT's scale, which rests at one, to zero); and a
-        hybrid's low-rank branch, since LoRA-GA starts at A₀B₀ and computes AB − A₀B₀: at A = B = 0
-        it would subtract A₀B₀ from the pretrained kernel. The leaves of LoRA-GA alone are called as
-        LoRA's are; add "a" and "b" for it.
-      schedule: how the learning rate goes over the run.
+      learning_rate: Peak learning rate of the schedule.
+      learning_rates: Peak learning rates of the trainable arrays under a path component, where they
+        differ from `learning_rate`. A new head, `{"classifier": 2e-3}`, starts from random weights
+        and needs a higher rate than an adapter of a pretrained kernel.
+      weight_decay: Decoupled weight decay: each step subtracts learning rate × weight_decay × w
+        from a weight w.
+      b1: Decay of the first moment; momentum of sgd. None for the optimizer's default.
+      b2: Decay of the second moment. None for the optimizer's default.
+      eps: Constant added to the denominator. None for the optimizer's default.
+      clip_norm: Maximum gradient norm over all leaves; None for no clipping.
+      no_decay: Path components without weight decay. Decay pulls towards zero, so it suits arrays
+        for which zero is harmless: a weight matrix of full fine-tuning, or the A and B of plain
+        LoRA. By default it excludes biases and norm scales, as is usual. It excludes a rotation's
+        parameters, which are bounded by construction. It excludes BOFT's scale, whose neutral value
+        is one. It excludes a hybrid's low-rank branch, because LoRA-GA computes AB − A₀B₀: at
+        A = B = 0 it would subtract A₀B₀ from the pretrained kernel. The leaves of LoRA-GA without
+        a rotation have the names of LoRA's; add "a" and "b" for it.
+      schedule: Schedule of the learning rate over the run.
 
     Raises:
-      ValueError: the name is not known, a number is outside its range, or a constant is given that
-        the optimizer does not have.
+      ValueError: The name is not known, a number is outside its range, or the optimizer does not
+        have a given constant.
     """
 
     name: str = "adamw"
@@ -121,7 +120,8 @@ class OptimizerSettings:
         direction = _DIRECTIONS[self.name]
         if self.weight_decay and not direction.decays:
             raise ValueError(
-                f"{self.name} has no weight decay; use adamw, or set weight_decay to 0"
+                f"weight_decay is {self.weight_decay}, but {self.name} has none; use adamw, or set"
+                " weight_decay to 0"
             )
         for constant in ("b1", "b2", "eps"):
             value = getattr(self, constant)
@@ -129,13 +129,15 @@ class OptimizerSettings:
                 continue
             if constant not in direction.constants:
                 taken = ", ".join(direction.constants) or "none of b1, b2 and eps"
-                raise ValueError(f"{self.name} has no {constant}; it takes {taken}")
+                raise ValueError(
+                    f"{constant} is {value}, but {self.name} does not have it; it takes {taken}"
+                )
             if not 0.0 <= value < 1.0:
                 raise ValueError(f"{constant} must be at least 0 and below 1, but is {value!r}")
 
     @property
     def constants(self) -> dict[str, float]:
-        """b1, b2 and eps as far as the optimizer has them, each as given or as is usual."""
+        """Those of b1, b2 and eps that the optimizer takes, each as given or by default."""
         return {
             name: usual if getattr(self, name) is None else getattr(self, name)
             for name, usual in _DIRECTIONS[self.name].constants.items()
@@ -143,32 +145,31 @@ class OptimizerSettings:
 
 
 def learning_rate_schedule(settings: OptimizerSettings, total_steps: int) -> optax.Schedule:
-    """The learning rate by step (from 0) that `make_optimizer` uses, for logging."""
+    """Returns the learning-rate schedule of `make_optimizer` by step (from 0), for logging."""
     return make_schedule(settings.schedule, settings.learning_rate, total_steps)
 
 
 def make_optimizer(
     settings: OptimizerSettings, total_steps: int, *, mixing: MixingSettings | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Composes clipping → (direction, weight decay) inside the hybrid's mixing → learning rate.
+    """Builds an optimizer: clipping → mixing of (direction, weight decay) → learning rate.
 
-    Clipping by the norm over all leaves comes first, as everywhere, so that one bad batch does not
-    get into the moments. It does not touch λ: it multiplies every gradient by one number, which
-    cancels in each of the mixing's ratios. The learning rate comes last, for a step of a rate of
-    zero would leave "predicted_decrease" nothing to go by.
+    Clipping by the norm over all leaves comes first, so that one bad batch does not enter the
+    moments. It does not affect λ, because it multiplies all gradients by one factor, which cancels
+    in the mixing's ratios. The learning rate comes last, because steps of a zero learning rate
+    would give "predicted_decrease" no information.
 
-    State and arithmetic are in float32 whatever the dtype of gradients and parameters: a second
-    moment in bfloat16 cannot follow a decay of 0.999. The updates are float32 as well; add them
+    State and arithmetic are float32 whatever the dtype of gradients and parameters, because a
+    bfloat16 second moment cannot follow a decay of 0.999. The updates are float32 too. Add them
     with `optax.apply_updates`, which casts to the parameters' dtype.
 
-    Differences from optax: adafactor's and lion's statistics are as there, but weight decay is
-    always multiplied by the learning rate; and what is a block to adafactor (a leaf, for its root
-    mean squares) is here a whole stack of layers.
+    This differs from optax in two points. Weight decay is always multiplied by the learning rate.
+    And the blocks whose root mean squares adafactor uses (leaves) are here full stacks of layers.
 
     Args:
-      settings: which optimizer and how fast.
-      total_steps: how many steps the run takes; where the schedule ends.
-      mixing: how the branches of a hybrid adapter are weighed; None without one.
+      settings: Settings of the optimizer.
+      total_steps: Number of steps of the run, at which the schedule ends.
+      mixing: Mixing settings of a hybrid adapter's branches; None for no mixing.
 
     Returns:
       A transformation for trees such as `AdapterState.trainable`; `update` needs the parameters.
@@ -203,12 +204,12 @@ def make_optimizer(
 
 
 def component_values(tree: Any, values: Mapping[str, Any], default: Any) -> Any:
-    """For every leaf the value of a component of its path, or the default.
+    """Returns a tree with each leaf's value, chosen by the components of its path.
 
     Args:
-      tree: of nested dictionaries.
-      values: by path component; of several in one path the innermost decides.
-      default: of a leaf with none of them in its path.
+      tree: Nested dictionaries.
+      values: Values by path component; the innermost component of a path decides.
+      default: Value of a leaf whose path has none of the components.
 
     Example:
       >>> component_values({"head": {"kernel": 0, "bias": 0}, "q": {"a": 0}}, {"head": 5.0}, 1.0)
@@ -223,7 +224,7 @@ def component_values(tree: Any, values: Mapping[str, Any], default: Any) -> Any:
 
 
 def decay_mask(tree: Any, no_decay: tuple[str, ...] = NO_DECAY) -> Any:
-    """Which leaves decay: those with none of the names in their path.
+    """Returns a tree of booleans: whether a leaf decays, having none of the names in its path.
 
     Example:
       >>> decay_mask({"q": {"kernel": {"a": 0, "b": 0}, "bias": 0}, "norm": {"scale": 0}})
@@ -243,11 +244,11 @@ def _scale_components(values: Mapping[str, float]) -> optax.GradientTransformati
         paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
         known = {component for path in paths for component in _components(path)}
         unknown = sorted(values.keys() - known)
-        # optax.tree_map_params looks at the state of a placeholder, which has no leaves.
+        # optax.tree_map_params initializes with a placeholder, which has no leaves.
         if paths and unknown:
             raise ValueError(
-                f"learning_rates names {unknown[0]!r}, but nothing that is trained has that in its"
-                f" path; the components are {', '.join(sorted(known))}"
+                f"learning_rates has {unknown[0]!r}, which is in no trainable array's path; the"
+                f" components are {', '.join(sorted(known))}"
             )
         return optax.EmptyState()
 
@@ -262,10 +263,9 @@ def _scale_components(values: Mapping[str, float]) -> optax.GradientTransformati
 def _in_float32(
     inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Runs a transformation on at least float32, with JAX's standard promotion of dtypes.
+    """Runs a transformation in at least float32, with JAX's standard dtype promotion.
 
-    optax's own arithmetic mixes integers and floats, which a program that asked JAX for strict
-    promotion would otherwise be refused.
+    optax's own arithmetic mixes integers and floats, which JAX rejects under strict promotion.
     """
     inner = optax.with_extra_args_support(inner)
 

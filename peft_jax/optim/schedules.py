@@ -1,4 +1,4 @@
-"""Learning-rate schedules: a warm-up, then constant, linear, cosine, or a plateau and a fall."""
+"""Builds learning-rate schedules: a warm-up, then constant, linear, cosine or WSD."""
 
 import dataclasses
 import math
@@ -18,21 +18,21 @@ SCHEDULES = ("constant", "linear", "cosine", "wsd")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScheduleSettings:
-    """How the learning rate goes from its peak to its end.
+    """Settings of the learning-rate schedule.
 
     Attributes:
-      name: "constant"; "linear" and "cosine", which fall from the end of the warm-up to the last
-        step; "wsd" (warm-up, stable, decay: Hu et al., 2024, arXiv 2404.06395), which keeps the
-        peak and falls linearly over the last `decay_ratio` of all steps.
-      warmup_steps: how many steps the rate rises, linearly, before it is at its peak.
-      warmup_ratio: the same as a fraction of all steps, rounded up, but never all of them; instead
-        of `warmup_steps`.
-      final_fraction: where the rate ends, as a fraction of the peak; "constant" has no end.
-      decay_ratio: of "wsd", the part of all steps over which it falls.
+      name: "constant"; "linear" or "cosine", which decay from the end of the warm-up to the last
+        step; or "wsd" (warm-up, stable, decay: Hu et al., 2024, arXiv 2404.06395), which keeps the
+        peak and decays linearly over the last `decay_ratio` of all steps.
+      warmup_steps: Number of steps over which the learning rate rises linearly to its peak.
+      warmup_ratio: Warm-up as a fraction of all steps, rounded up but never all of them. Give it
+        instead of `warmup_steps`.
+      final_fraction: Final learning rate as a fraction of the peak. "constant" ignores it.
+      decay_ratio: Fraction of all steps over which "wsd" decays.
 
     Raises:
-      ValueError: the name is not known, a number is outside its range, both ways of giving the
-        warm-up are used, or warm-up and decay are ratios that add up to more than 1.
+      ValueError: The name is not known, a number is outside its range, both `warmup_steps` and
+        `warmup_ratio` are given, or the ratios of warm-up and decay add up to more than 1.
     """
 
     name: str = "linear"
@@ -48,8 +48,8 @@ class ScheduleSettings:
         check_fraction("warmup_ratio", self.warmup_ratio)
         if self.warmup_steps and self.warmup_ratio:
             raise ValueError(
-                f"warmup_steps is {self.warmup_steps} and warmup_ratio {self.warmup_ratio}; "
-                "give one of them"
+                f"warmup_steps is {self.warmup_steps} and warmup_ratio is {self.warmup_ratio}, but"
+                " only one of them can be given"
             )
         if not 0.0 <= self.final_fraction <= 1.0:
             raise ValueError(
@@ -62,14 +62,14 @@ class ScheduleSettings:
 
         if self.name == "wsd" and self.warmup_ratio + self.decay_ratio > 1.0:
             raise ValueError(
-                f"warmup_ratio is {self.warmup_ratio} and decay_ratio {self.decay_ratio}; together"
-                " they must be at most 1"
+                f"warmup_ratio is {self.warmup_ratio} and decay_ratio is {self.decay_ratio}, but"
+                " their sum must be at most 1"
             )
 
     def warmup(self, total_steps: int) -> int:
-        """How many steps of a run of `total_steps` come before the peak.
+        """Returns the number of warm-up steps of a run of `total_steps`.
 
-        A ratio leaves at least one step at the peak, so that it fits a run of any length.
+        A ratio leaves at least one step after the warm-up, so that it fits a run of any length.
         """
         return self.warmup_steps or min(math.ceil(self.warmup_ratio * total_steps), total_steps - 1)
 
@@ -77,19 +77,19 @@ class ScheduleSettings:
 def make_schedule(
     settings: ScheduleSettings, learning_rate: float, total_steps: int
 ) -> optax.Schedule:
-    """The learning rate as a function of the step, counted from 0.
+    """Returns the learning rate as a function of the step, counted from 0.
 
-    With w steps of warm-up, step t < w takes (t + 1) / (w + 1) of the peak, so that no step is
-    spent at a rate of zero, and step w takes the peak. The end would be reached at `total_steps`,
-    one step after the last, for the same reason.
+    With w warm-up steps, step t < w uses (t + 1) / (w + 1) of the peak, and step w the peak. So no
+    step has a learning rate of zero. For the same reason the final value belongs to step
+    `total_steps`, one after the last.
 
     Args:
-      settings: its shape.
-      learning_rate: the peak.
-      total_steps: how many steps the run takes.
+      settings: Settings of the schedule.
+      learning_rate: Peak learning rate.
+      total_steps: Number of steps of the run.
 
     Raises:
-      ValueError: the warm-up, or warm-up and decay together, do not fit into the run.
+      ValueError: The warm-up, or warm-up and decay together, do not fit in the run.
 
     Example:
       >>> settings = ScheduleSettings(name="linear", warmup_steps=1, final_fraction=0.5)
@@ -103,8 +103,8 @@ def make_schedule(
     remaining = total_steps - warmup
     if remaining < 1:
         raise ValueError(
-            f"the warm-up takes {warmup} of {total_steps} steps; it must leave at least one: lower"
-            " optimizer.schedule.warmup_steps, or give optimizer.schedule.warmup_ratio in its place"
+            f"optimizer.schedule.warmup_steps is {warmup}, but must be below the {total_steps}"
+            " steps of the run; lower it, or give optimizer.schedule.warmup_ratio instead"
         )
     final = settings.final_fraction * learning_rate
     if settings.name == "constant":
@@ -116,18 +116,17 @@ def make_schedule(
     else:
         decay = math.ceil(settings.decay_ratio * total_steps)
         if not settings.warmup_steps:
-            # Two ratios are both rounded up, which may make one step too many.
+            # Both ratios are rounded up, which may give one step too many.
             decay = min(decay, remaining)
         if decay > remaining:
             raise ValueError(
-                f"the warm-up takes {warmup} steps and the decay {decay}, of {total_steps}; "
-                "shorten one of them"
+                f"{warmup} warm-up steps and {decay} decay steps do not fit in {total_steps} steps;"
+                " lower optimizer.schedule.warmup_steps or optimizer.schedule.decay_ratio"
             )
         plateau = remaining - decay
         main = optax.linear_schedule(learning_rate, final, decay, transition_begin=plateau)
     if warmup > 0:
         rise = optax.linear_schedule(learning_rate / (warmup + 1), learning_rate, warmup)
         main = optax.join_schedules([rise, main], [warmup])
-    # optax's schedules compute with the step in floating point but take it as an integer, which
-    # strict promotion of dtypes refuses.
+    # optax's schedules mix an integer step with floats, which JAX rejects under strict promotion.
     return lambda step: jnp.asarray(main(jnp.asarray(step, jnp.float32)), jnp.float32)

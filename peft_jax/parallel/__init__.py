@@ -1,8 +1,8 @@
-"""Many devices: the mesh they form, and the shard of each array that they hold.
+"""Shards arrays and programs over a mesh of devices.
 
 - [`mesh`][peft_jax.parallel.mesh]: `make_mesh`, `MeshSettings`.
 - [`rules`][peft_jax.parallel.rules]: `LogicalAxisRules`, `sharding_tree`, `batch_sharding`.
-- [`activations`][peft_jax.parallel.activations]: `on_mesh`, within which programs are traced;
+- [`activations`][peft_jax.parallel.activations]: `on_mesh`, the context for tracing programs;
   `constrain`, `over_shards`.
 """
 

@@ -1,11 +1,11 @@
-"""Sharding of activations, where a model names their axes.
+"""Shards activations by the logical axis names that models give.
 
-Shardings travel through a program from its arguments, but at a product of a row-sharded activation
-and a weight that is cut along the same axis of the mesh the compiler has a choice, and the wrong
-one gathers the batch. So the models name the axes of activations at the few places that decide.
+The compiler propagates shardings from a program's arguments. A product of a row-sharded activation
+and a weight sharded along the same mesh axis leaves the compiler a choice, and the wrong one
+gathers the batch. So the models name the axes of activations at the few places that decide.
 
-`on_mesh` sets the mesh and the rules. Without a mesh, or with one of a single device, nothing is
-done.
+`on_mesh` sets the mesh and the rules. Without a mesh, or on a mesh of one device, nothing is
+constrained.
 """
 
 import contextlib
@@ -29,14 +29,14 @@ _rules = contextvars.ContextVar[LogicalAxisRules | None]("peft_jax_axis_rules", 
 
 @contextlib.contextmanager
 def on_mesh(mesh: Mesh, rules: LogicalAxisRules | None = None) -> Iterator[None]:
-    """Traces what is within for the mesh, with activations sharded by the rules.
+    """Traces programs inside the context for a mesh, with activations sharded by the rules.
 
-    Without it the same is computed, but kernels that the compiler cannot partition (those of
-    Pallas) give way to XLA's operations.
+    Without it results are the same, but XLA operations replace the Pallas kernels, which the
+    compiler cannot partition.
 
     Args:
-      mesh: The devices.
-      rules: Logical axis → mesh axes.
+      mesh: Mesh of devices.
+      rules: Mesh axes by logical axis.
     """
     rules = rules or LogicalAxisRules()
     token = _rules.set(rules)
@@ -48,7 +48,7 @@ def on_mesh(mesh: Mesh, rules: LogicalAxisRules | None = None) -> Iterator[None]
 
 
 def activation_axes(rules: LogicalAxisRules) -> ActivationAxes:
-    """Returns the mesh axes of rows, and of features where their rule names others.
+    """Returns the mesh axes that shard rows, and those that shard only features.
 
     Example:
       >>> axes = activation_axes(LogicalAxisRules())
@@ -71,7 +71,7 @@ def _active_rules() -> LogicalAxisRules:
 
 
 def active_mesh() -> AbstractMesh | None:
-    """The mesh that activations are cut over, if there is one of several devices."""
+    """Returns the mesh that shards activations; None without a mesh of several devices."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or not set(MESH_AXES) <= set(mesh.axis_names):
         return None
@@ -79,12 +79,12 @@ def active_mesh() -> AbstractMesh | None:
 
 
 def activation_spec(shape: tuple[int, ...], axes: LogicalAxes, mesh: AbstractMesh) -> PartitionSpec:
-    """What each axis of an activation is cut along; an axis that does not come out even is not.
+    """Returns the partition spec of an activation; an axis that does not divide is not sharded.
 
     Args:
-      shape: of the activation.
-      axes: the logical name of each of its axes.
-      mesh: the mesh.
+      shape: Shape of the activation.
+      axes: Logical axis names of the activation.
+      mesh: Mesh to shard over.
     """
     spec = _active_rules().partition_spec(axes)
     return PartitionSpec(
@@ -93,7 +93,7 @@ def activation_spec(shape: tuple[int, ...], axes: LogicalAxes, mesh: AbstractMes
 
 
 def constrain(x: Array, axes: LogicalAxes) -> Array:
-    """`x` as it is, cut over the mesh by the logical names of its axes."""
+    """Returns `x` with a sharding constraint from the logical names of its axes."""
     mesh = active_mesh()
     if mesh is None:
         return x
@@ -101,12 +101,12 @@ def constrain(x: Array, axes: LogicalAxes) -> Array:
 
 
 def constrain_features(x: Array, features: str) -> Array:
-    """Activations [batch, tokens, features], cut over the mesh; of other ranks as they are.
+    """Constrains the sharding of activations [batch, tokens, features].
 
     Args:
-      x: the activations.
-      features: the logical name of the last axis, as a weight that it meets has it. "embed" is the
-        residual stream, whose features are whole on each device and whose tokens are cut.
+      x: Activations; arrays of other ranks are returned unchanged.
+      features: Logical name of the last axis. "embed" is the residual stream, whose features are
+        replicated and whose tokens are sharded.
     """
     if x.ndim != 3:
         return x
@@ -118,12 +118,12 @@ def constrain_features(x: Array, features: str) -> Array:
 def over_shards(
     function: Callable[..., Array], arguments: tuple[Any, ...], axes: tuple[LogicalAxes, ...]
 ) -> Array:
-    """`function` of each device's part of the arguments; the result is cut as the first of them.
+    """Applies `function` to each device's shards; the result is sharded as the first argument.
 
     Args:
-      function: of the arguments' parts. It may gather along axes of the mesh by name.
-      arguments: arrays; None passes through.
-      axes: the logical names of each argument's axes.
+      function: Function of the arguments' shards. It may use collectives over mesh axes.
+      arguments: Arrays; None passes through.
+      axes: Logical axis names of each argument.
     """
     mesh = active_mesh()
     if mesh is None:
@@ -137,13 +137,13 @@ def over_shards(
         mesh=mesh,
         in_specs=specs,
         out_specs=specs[0],
-        # The loops inside start from constants, which are the same everywhere until they are not.
+        # Loops inside start from replicated constants that later vary by device, which it rejects.
         check_vma=False,
     )(*arguments)
 
 
 def spans(size: int, logical: str) -> tuple[str, ...]:
-    """The mesh's axes that an axis of this size and name is cut along; none without a mesh."""
+    """Returns the mesh axes that shard an axis of this size and name; empty without a mesh."""
     mesh = active_mesh()
     if mesh is None:
         return ()

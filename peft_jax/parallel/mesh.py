@@ -1,13 +1,13 @@
-"""The devices as a mesh of five axes: parts of the batch, of weights, of rows, of products.
+"""Arranges devices as a mesh of five axes.
 
-- slice: rows of the batch; weights are repeated along it. The one axis that goes over the data
-  center's network, from one slice (or pod) to the next, and all it carries is the sum of the
-  trained arrays' gradients.
-- data: rows of the batch; weights are repeated along it.
-- fsdp: rows of the batch as well, and weights cut up along it, gathered when they are needed.
-- sequence: tokens of a row, for contexts that are too long for one device; keys and values are
+- slice: Shards batch rows; weights are replicated along it. It is the only axis that crosses the
+  data-center network between TPU slices or pods. It carries only the all-reduce of the trainable
+  arrays' gradients.
+- data: Shards batch rows; weights are replicated along it.
+- fsdp: Shards batch rows, and weights, which are gathered before they are used.
+- sequence: Shards the tokens of a row, for contexts too long for one device. Keys and values are
   gathered along it.
-- tensor: weights cut up along it so that each device does a part of every product.
+- tensor: Shards weights so that each device computes a part of every product.
 """
 
 import dataclasses
@@ -20,25 +20,25 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 MESH_AXES = ("slice", "data", "fsdp", "sequence", "tensor")
-"""The mesh's axes, from the outermost: neighbors along "tensor" are nearest to each other."""
+"""Mesh axes from the outermost to "tensor", whose neighbors have the fastest links."""
 
 _SUGGESTIONS = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshSettings:
-    """How many devices there are along each axis of the mesh.
+    """Number of devices along each mesh axis; -1 takes all remaining devices.
 
     Attributes:
-      slice: along "slice": how many slices of a TPU there are, each a network of its own.
-      data: along "data"; -1 for as many as are left over by the others.
-      fsdp: along "fsdp"; or -1.
-      sequence: along "sequence"; or -1.
-      tensor: along "tensor"; or -1.
-      devices: use only the first so many devices; 0 for all. In a program of one process.
+      slice: Number of TPU slices, each with its own network.
+      data: Number of devices along "data", or -1.
+      fsdp: Number of devices along "fsdp", or -1.
+      sequence: Number of devices along "sequence", or -1.
+      tensor: Number of devices along "tensor", or -1.
+      devices: Number of devices to use, from the first; 0 for all. Only for a single process.
 
     Raises:
-      ValueError: a size is neither positive nor -1, or more than one is -1.
+      ValueError: A size is neither positive nor -1, or more than one is -1.
     """
 
     slice: int = 1
@@ -52,26 +52,26 @@ class MeshSettings:
         for axis, size in self.sizes.items():
             if size < 1 and size != -1:
                 raise ValueError(
-                    f"{axis} must be at least 1, or -1 for what is left, but is {size}"
+                    f"{axis} must be at least 1, or -1 for all remaining devices, but is {size}"
                 )
         left = [axis for axis, size in self.sizes.items() if size == -1]
         if len(left) > 1:
             raise ValueError(
-                f"{' and '.join(left)} are all -1; only one axis can take what is left"
+                f"{' and '.join(left)} are -1, but only one axis can take the remaining devices"
             )
         if self.devices < 0:
             raise ValueError(f"devices must be at least 0, but is {self.devices}")
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The sizes by axis, as given."""
+        """Sizes by axis, as given."""
         return {axis: getattr(self, axis) for axis in MESH_AXES}
 
     def shape(self, device_count: int) -> dict[str, int]:
-        """The sizes by axis on so many devices, all of which are used.
+        """Returns the sizes by axis on `device_count` devices, all of which are used.
 
         Raises:
-          ValueError: they do not come out even; the message names shapes that do.
+          ValueError: The sizes do not fit the devices; the message names shapes that do.
 
         Example:
           >>> MeshSettings(fsdp=4).shape(8)
@@ -97,15 +97,15 @@ class MeshSettings:
 def make_mesh(
     settings: MeshSettings | None = None, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """The mesh of all devices, laid out so that neighbors on it are near each other.
+    """Builds a mesh whose neighbors have fast links.
 
     Args:
-      settings: the sizes; every device along "data" by default.
-      devices: which devices; all there are, or the first `settings.devices`, by default.
+      settings: Mesh sizes. Default: every device along "data".
+      devices: Devices to use. Default: all devices, or the first `settings.devices`.
 
     Raises:
-      ValueError: the sizes do not come out even, or there are fewer devices than asked for, or some
-        are to be left out in a program of several processes.
+      ValueError: The sizes do not fit the devices, there are fewer devices than
+        `settings.devices`, or a multi-process run would leave devices out.
 
     Example:
       >>> mesh = make_mesh(MeshSettings(devices=1))
@@ -115,29 +115,32 @@ def make_mesh(
     settings = MeshSettings() if settings is None else settings
     devices = jax.devices() if devices is None else list(devices)
     if settings.devices > len(devices):
-        raise ValueError(f"devices is {settings.devices}, and there are {len(devices)}")
+        raise ValueError(
+            f"devices is {settings.devices}, but there are {len(devices)}; 0 uses all of them"
+        )
     if settings.devices and settings.devices < len(devices):
         if jax.process_count() > 1:
             raise ValueError(
-                f"devices is {settings.devices}, but {jax.process_count()} processes have "
-                f"{len(devices)}, and each must use its own; leave it at 0"
+                f"devices is {settings.devices}, but each of {jax.process_count()} processes must"
+                f" use its own of all {len(devices)}; set it to 0"
             )
         devices = devices[: settings.devices]
     shape = settings.shape(len(devices))
-    # "Auto": the compiler carries shardings through a program from those of its arguments.
+    # "Auto" lets the compiler propagate shardings from a program's arguments.
     return Mesh(_arrange(devices, shape), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
 
 
 def _arrange(devices: list[jax.Device], shape: dict[str, int]) -> np.ndarray:
-    """The devices as an array of the mesh's shape, near ones side by side.
+    """Returns the devices as an array of the mesh's shape, with near devices adjacent.
 
     Raises:
-      ValueError: the devices form several slices, and "slice" does not say so.
+      ValueError: The number of TPU slices does not divide the "slice" axis.
     """
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if shape["slice"] % slices:
         raise ValueError(
-            f"the devices form {slices} slices, and slice is {shape['slice']}; set it to {slices}"
+            f"slice is {shape['slice']}, but the devices form {slices} TPU slices; set it to"
+            f" {slices}"
         )
     sizes = tuple(shape.values())
     if slices == 1:
@@ -150,7 +153,7 @@ def _arrange(devices: list[jax.Device], shape: dict[str, int]) -> np.ndarray:
 
 
 def shapes_near(asked: Mapping[str, int], device_count: int) -> list[dict[str, int]]:
-    """The shapes that use so many devices, those first that change least of what was asked for.
+    """Returns the mesh shapes of `device_count` devices, nearest to the asked sizes first.
 
     Example:
       >>> describe_shape(shapes_near({"tensor": 3}, 4)[0])
@@ -168,7 +171,7 @@ def shapes_near(asked: Mapping[str, int], device_count: int) -> list[dict[str, i
 
 
 def factorizations(number: int, count: int) -> Iterator[tuple[int, ...]]:
-    """All ordered ways of writing a number as a product of `count` factors.
+    """Yields all ordered factorizations of a number into `count` factors.
 
     Example:
       >>> list(factorizations(4, 2))
@@ -184,11 +187,11 @@ def factorizations(number: int, count: int) -> Iterator[tuple[int, ...]]:
 
 
 def describe_shape(sizes: Mapping[str, int]) -> str:
-    """The axes of a mesh that are cut, in words.
+    """Returns the mesh axes of more than one device as text.
 
     Example:
       >>> describe_shape({"slice": 1, "data": 1, "fsdp": 4, "sequence": 1, "tensor": 2})
       'fsdp=4, tensor=2'
     """
-    cut = [f"{axis}={size}" for axis, size in sizes.items() if size != 1]
-    return ", ".join(cut) or "data=1"
+    used = [f"{axis}={size}" for axis, size in sizes.items() if size != 1]
+    return ", ".join(used) or "data=1"

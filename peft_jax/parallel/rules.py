@@ -1,4 +1,4 @@
-"""Which axis of the mesh each logical axis of an array is cut along."""
+"""Maps the logical axes of arrays to the mesh axes that shard them."""
 
 import dataclasses
 import logging
@@ -13,7 +13,7 @@ from peft_jax.core import Tree, did_you_mean
 from peft_jax.parallel.mesh import MESH_AXES, describe_shape, shapes_near
 
 MeshAxes = str | tuple[str, ...] | None
-"""One axis of the mesh, several (the first outermost), or none: not cut."""
+"""One mesh axis, several (outermost first), or None: not sharded."""
 
 _log = logging.getLogger(__name__)
 _NAMED_IN_WARNING = 5
@@ -22,32 +22,31 @@ _SUGGESTIONS = 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogicalAxisRules:
-    """Logical axis → axes of the mesh; one field for each logical axis there is.
+    """Mesh axes by logical axis, one field per logical axis.
 
-    Weights are cut along "fsdp" where they meet the residual stream (embed), and along "tensor"
-    where they meet heads, the feed-forward's width or the vocabulary, so that a block's products
-    need one sum over "tensor" after attention and one after the feed-forward. What is small (norms)
-    is held whole.
+    Weights are sharded along "fsdp" on their residual-stream axis (embed). They are sharded along
+    "tensor" on their heads, feed-forward or vocabulary axis. So a block needs one all-reduce over
+    "tensor" after attention and one after the feed-forward. Norms are small and replicated.
 
-    Activations are cut along the rows of the batch and, within attention, along "sequence" and
-    heads. Between the blocks the tokens are cut along "tensor" too: there each is on its own
-    (norms, sums, the rotations of the adapters), and of what the backward pass keeps each device
-    holds its part (Korthikanti et al., 2022, arXiv 2205.05198, section 4.2.2).
+    Activations are sharded along batch rows and, in attention, along "sequence" and heads. In the
+    residual stream, tokens are also sharded along "tensor", because norms, sums and the adapters'
+    rotations act on each token alone. Each device saves only its shard for the backward pass
+    (Korthikanti et al., 2022, arXiv 2205.05198, section 4.2.2).
 
     Attributes:
-      batch: rows of the batch.
-      sequence: a row's tokens, in attention.
-      tokens: a row's tokens, in the residual stream.
-      layers: the stack of transformer blocks, which is scanned over.
-      vocab: tokens of the vocabulary.
-      embed: the residual stream.
-      heads: all query heads' features together.
-      kv_heads: all key-value heads' features together.
-      mlp: the feed-forward's width.
-      norm: a norm's scale and bias.
+      batch: Batch rows.
+      sequence: Tokens of a row, in attention.
+      tokens: Tokens of a row, in the residual stream.
+      layers: Stack of transformer blocks, which is scanned over.
+      vocab: Vocabulary.
+      embed: Features of the residual stream.
+      heads: Features of all query heads.
+      kv_heads: Features of all key-value heads.
+      mlp: Hidden features of the feed-forward.
+      norm: Scale and bias of a norm.
 
     Raises:
-      ValueError: a rule names an axis that the mesh does not have, or one twice.
+      ValueError: A rule names an unknown mesh axis, or one axis twice.
     """
 
     batch: MeshAxes = ("slice", "data", "fsdp")
@@ -67,17 +66,19 @@ class LogicalAxisRules:
             for axis in axes:
                 if axis not in MESH_AXES:
                     raise ValueError(
-                        f"the rule for {field.name} names {axis!r}, which is no axis of the mesh"
+                        f"the rule for {field.name} names {axis!r}, which is not a mesh axis"
                         f"{did_you_mean(axis, MESH_AXES)}"
                     )
             if len(set(axes)) < len(axes):
-                raise ValueError(f"the rule for {field.name} names an axis twice: {axes}")
+                raise ValueError(
+                    f"the rule for {field.name} is {axes}, but may name each mesh axis only once"
+                )
 
     def mesh_axes(self, logical: str | None) -> MeshAxes:
-        """The axes of the mesh for one logical axis; None for an axis without a name.
+        """Returns the mesh axes of a logical axis; None for an axis without a name.
 
         Raises:
-          ValueError: there is no rule for it.
+          ValueError: There is no rule for the axis.
         """
         if logical is None:
             return None
@@ -89,13 +90,13 @@ class LogicalAxisRules:
         return getattr(self, logical)
 
     def partition_spec(self, logical: tuple[str | None, ...]) -> PartitionSpec:
-        """What every axis of an array is cut along.
+        """Returns the partition spec of an array.
 
         Args:
-          logical: the logical name of each of its axes.
+          logical: Logical axis names of the array.
 
         Raises:
-          ValueError: two axes of the array would be cut along the same axis of the mesh.
+          ValueError: The same mesh axis would shard two axes of the array.
 
         Example:
           >>> tuple(LogicalAxisRules().partition_spec(("layers", "embed", "mlp")))
@@ -107,8 +108,8 @@ class LogicalAxisRules:
             for mesh_axis in as_tuple(mesh_axes):
                 if mesh_axis in taken:
                     raise ValueError(
-                        f"of the axes {logical}, {taken[mesh_axis]!r} and {axis!r} would both be "
-                        f"cut along {mesh_axis!r}; change the rule of one of them"
+                        f"the mesh axis {mesh_axis!r} would shard both {taken[mesh_axis]!r} and"
+                        f" {axis!r} of the axes {logical}; change the rule of one of them"
                     )
                 taken[mesh_axis] = axis
         return PartitionSpec(*spec)
@@ -120,26 +121,26 @@ def sharding_tree(
     rules: LogicalAxisRules | None = None,
     shapes: Tree | None = None,
 ) -> Tree:
-    """The sharding of every array of a tree.
+    """Returns the sharding of every array of a tree.
 
-    A size that the mesh does not divide (a vocabulary with an added token, the blocks of a small
-    rotation) cannot be cut. Given `shapes`, such an axis is cut along as many of its mesh axes,
-    from the first, as divide it, usually none: the array is then held whole along the rest, which
-    costs memory and changes no result. One warning names those arrays. Everything else is cut as
-    the rules say. Without `shapes` the rules hold as they are, and JAX refuses what does not fit.
+    The mesh may not divide an axis, such as a vocabulary with an added token. Given `shapes`, such
+    an axis is sharded along as many of its mesh axes, from the first, as divide it. This is usually
+    none: the array is replicated along the others, which costs memory and changes no result. One
+    warning names those arrays. Without `shapes` the rules apply unchanged, and JAX rejects what
+    does not divide.
 
     Args:
-      axes: a tuple of logical names for each array.
-      mesh: the devices, or the shape of what would be there.
-      rules: logical axis → mesh axes.
-      shapes: arrays, or anything with a shape, in the same tree.
+      axes: Tree of tuples of logical axis names, one tuple per array.
+      mesh: Mesh of devices, or an abstract mesh.
+      rules: Mesh axes by logical axis.
+      shapes: Tree of arrays, or of anything with a shape, with the structure of `axes`.
 
     Returns:
-      A `NamedSharding` for each array.
+      Tree of one `NamedSharding` per array.
 
     Raises:
-      ValueError: there is no rule for an axis, two axes of an array collide, or an array has not as
-        many axes as names; the message names the array.
+      ValueError: There is no rule for an axis, the same mesh axis would shard two axes of an array,
+        or an array's rank differs from its number of names. The message names the array.
 
     Example:
       >>> from peft_jax.parallel.mesh import MeshSettings, make_mesh
@@ -159,7 +160,9 @@ def sharding_tree(
         if array is None:
             return NamedSharding(mesh, spec)
         if len(array.shape) != len(logical):
-            raise ValueError(f"{name} has the shape {array.shape} and the axes {logical}")
+            raise ValueError(
+                f"{name} has the shape {array.shape}, which does not fit the axes {logical}"
+            )
         fitted = [
             dividing(size, mesh_axes, mesh)
             for size, mesh_axes in zip(array.shape, spec, strict=True)
@@ -177,7 +180,7 @@ def sharding_tree(
     if whole:
         unnamed = len(whole) - _NAMED_IN_WARNING
         _log.warning(
-            "The mesh %s does not divide every axis; held whole, or cut along fewer axes: %s%s",
+            "The mesh %s does not divide these axes, so they are at least partly replicated: %s%s",
             dict(mesh.shape),
             "; ".join(whole[:_NAMED_IN_WARNING]),
             f"; and {unnamed} more" if unnamed > 0 else "",
@@ -188,15 +191,15 @@ def sharding_tree(
 def shard_further(
     sharding: NamedSharding, shape: tuple[int, ...], axes: tuple[str, ...]
 ) -> NamedSharding:
-    """A sharding that is cut along further axes of the mesh, where they come out even.
+    """Shards an array along further mesh axes where they divide its shape.
 
-    An axis of an array that is cut already is cut on, before another one is begun with: each
-    device's part then lies within the part that it has by the sharding as it was.
+    An array axis that is already sharded is sharded further before another one is. So each device's
+    new shard lies within its old shard.
 
     Args:
-      sharding: of the array.
-      shape: the array's.
-      axes: of the mesh; those that the array is cut along already are passed over.
+      sharding: Current sharding of the array.
+      shape: Shape of the array.
+      axes: Mesh axes to add; those that shard the array already are skipped.
 
     Example:
       >>> from jax.sharding import AbstractMesh
@@ -225,25 +228,25 @@ def shard_further(
 def check_divides(
     sizes: Mapping[str, int], mesh: Mesh | AbstractMesh, rules: LogicalAxisRules | None = None
 ) -> None:
-    """Refuses a mesh that does not cut these axes into equal parts.
+    """Rejects a mesh that does not divide these axes.
 
-    Held whole, they would cost what the mesh is there for.
+    Replicating them would cost the memory that the mesh should save.
 
     Args:
-      sizes: of logical axes: heads, features, tokens.
-      mesh: the mesh.
-      rules: logical axis → mesh axes.
+      sizes: Sizes of logical axes: heads, features, tokens.
+      mesh: Mesh to check.
+      rules: Mesh axes by logical axis.
 
     Raises:
-      ValueError: an axis does not come out even; the message names the nearest meshes of as many
-        devices on which all do.
+      ValueError: The mesh does not divide an axis. The message names the nearest meshes of as many
+        devices that divide all axes.
 
     Example:
       >>> from jax.sharding import AbstractMesh
       >>> check_divides({"heads": 12}, AbstractMesh((1, 1, 1, 1, 8), MESH_AXES))
       Traceback (most recent call last):
-      ValueError: tensor=8 does not cut heads of 12 into equal parts; of 8 devices these shapes
-      do: sequence=2, tensor=4; fsdp=2, tensor=4; data=2, tensor=4; slice=2, tensor=4
+      ValueError: tensor=8 does not divide heads (12); on 8 devices these meshes do:
+      sequence=2, tensor=4; fsdp=2, tensor=4; data=2, tensor=4; slice=2, tensor=4
     """
     rules = LogicalAxisRules() if rules is None else rules
 
@@ -258,26 +261,26 @@ def check_divides(
     wrong = uneven(shape)
     if not wrong:
         return
-    cut = {axis: shape[axis] for name in wrong for axis in as_tuple(rules.mesh_axes(name))}
+    used = {axis: shape[axis] for name in wrong for axis in as_tuple(rules.mesh_axes(name))}
     fitting = [other for other in shapes_near(shape, mesh.size) if not uneven(other)]
     names = "; ".join(describe_shape(other) for other in fitting[:_SUGGESTIONS])
     raise ValueError(
-        f"{describe_shape(cut)} does not cut "
-        f"{' and '.join(f'{name} of {sizes[name]}' for name in wrong)} into equal parts; of "
-        f"{mesh.size} devices {f'these shapes do: {names}' if names else 'no shape does'}"
+        f"{describe_shape(used)} does not divide "
+        f"{' and '.join(f'{name} ({sizes[name]})' for name in wrong)}; on {mesh.size} devices"
+        f" {f'these meshes do: {names}' if names else 'no mesh does'}"
     )
 
 
 def batch_sharding(
     mesh: Mesh | AbstractMesh, rules: LogicalAxisRules | None = None
 ) -> NamedSharding:
-    """The sharding of arrays whose leading axis is the rows of the batch, and of no other axis."""
+    """Returns the sharding of arrays [rows, ...] along their leading axis alone."""
     rules = LogicalAxisRules() if rules is None else rules
     return NamedSharding(mesh, rules.partition_spec(("batch",)))
 
 
 def as_tuple(axes: MeshAxes) -> tuple[str, ...]:
-    """The mesh's axes of a rule, however many."""
+    """Returns the mesh axes of a rule as a tuple."""
     if axes is None:
         return ()
     return (axes,) if isinstance(axes, str) else axes
@@ -288,7 +291,7 @@ def _is_axes(node: Any) -> bool:
 
 
 def dividing(size: int, axes: MeshAxes, mesh: Mesh | AbstractMesh) -> MeshAxes:
-    """As many of the mesh axes, from the first, as together divide the size; all, if they do."""
+    """Returns as many of the mesh axes, from the first, as together divide `size`."""
     kept: list[str] = []
     parts = 1
     for axis in as_tuple(axes):

@@ -6,7 +6,7 @@ import sys
 import jax
 
 from peft_jax.cost import find_topology
-from peft_jax.cost.topology import HERE, has_tpu, search_no_tpu
+from peft_jax.cost.topology import HERE, has_tpu, skip_tpu_discovery
 from peft_jax.plan.planner import make_plan
 from peft_jax.plan.search import search
 from peft_jax.plan.text import describe
@@ -42,7 +42,7 @@ def _say(message: str) -> None:
 
 def _platform_here() -> str:
     if not has_tpu():
-        search_no_tpu()
+        skip_tpu_discovery()
     platform = jax.default_backend()
     if platform not in HERE:
         raise RefusedError(

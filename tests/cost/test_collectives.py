@@ -1,4 +1,4 @@
-"""Collectives read from compiled programs, beside what the programs must send."""
+"""Tests collectives read from compiled programs against what the programs must send."""
 
 import jax
 import jax.numpy as jnp
@@ -38,15 +38,15 @@ SCATTER = lambda x: jax.lax.psum_scatter(x, "inner", tiled=True)  # noqa: E731
     ],
     ids=["gather", "reduce", "scatter"],
 )
-def test_what_a_device_receives(mesh, function, spec, out, kind, share):
-    """Of an array of one MiB, over four devices."""
+def test_received_bytes_of_a_collective(mesh, function, spec, out, kind, share):
+    """The array has one MiB, and each group four devices."""
     (one,) = collectives_of(function, mesh, spec, out, (512, 512))
     assert (one.kind, one.group, one.times) == (kind, 4, 1)
     assert one.bytes == pytest.approx(share * MIB)
     assert not one.between_slices
 
 
-def test_loops_count_as_often_as_they_run(mesh):
+def test_collective_in_a_loop_counts_once_per_iteration(mesh):
     def function(x):
         def body(x, _):
             return jnp.sin(jax.lax.psum(x, "inner")), None
@@ -58,7 +58,7 @@ def test_loops_count_as_often_as_they_run(mesh):
 
 
 @pytest.mark.parametrize(("axis", "crosses"), [("inner", False), ("outer", True)])
-def test_what_goes_from_slice_to_slice(mesh, axis, crosses):
+def test_collectives_between_slices_are_recognized(mesh, axis, crosses):
     found = collectives_of(
         lambda x: jax.lax.psum(x, axis), mesh, P(), P(), (512, 512), devices_a_slice=4
     )
@@ -77,12 +77,12 @@ def test_what_goes_from_slice_to_slice(mesh, axis, crosses):
         ("replica_groups=mesh['a'=8] {'a':(2)4}, x", [[0, 1, 2, 3], [4, 5, 6, 7]]),
     ],
 )
-def test_groups_in_every_notation(text, groups):
+def test_groups_are_read_in_every_notation(text, groups):
     found = _groups(text)
     assert sorted(map(sorted, found.tolist())) == groups
 
 
-# Of a program for a TPU: one collective spread over three fused steps of a loop, under one channel.
+# Part of a TPU program: one collective spread over three fusions in a loop, with one channel.
 SPREAD = """HloModule m
 
 %start (p: bf16[4,8]) -> bf16[8,8] {
@@ -124,18 +124,18 @@ ENTRY %main (x: bf16[4,8]) -> bf16[4,8] {
 """
 
 
-def test_a_collective_that_is_spread_over_steps_counts_once():
+def test_collective_spread_over_fusions_counts_once():
     gather, scatter = read_collectives(SPREAD, devices_a_slice=4)
     assert (gather.kind, gather.times, gather.bytes) == ("all-gather", 28, 64)
     assert (scatter.kind, scatter.times, scatter.bytes) == ("reduce-scatter", 28, 128)
 
 
-def test_other_text_is_refused():
-    with pytest.raises(ValueError, match="no HLO text"):
+def test_text_without_hlo_is_rejected():
+    with pytest.raises(ValueError, match="HLO"):
         read_collectives("hello", devices_a_slice=1)
 
 
-def test_asynchronous_forms_count_their_results_alone():
+def test_asynchronous_collective_counts_only_its_result():
     text = """ENTRY %main (x: f32[4]) -> f32[8] {
   %x = f32[4]{0} parameter(0)
   %s = (f32[4]{0}, f32[8]{0}) all-gather-start(%x), channel_id=1, replica_groups={{0,1}}, x

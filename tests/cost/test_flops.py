@@ -1,4 +1,4 @@
-"""Arithmetic counted from programs, beside formulas and the compiler's own count."""
+"""Tests operation counts against formulas and the compiler's own count."""
 
 import hypothesis
 import jax
@@ -15,12 +15,12 @@ def flops(function, *shapes) -> float:
 
 @hypothesis.given(st.lists(st.integers(1, 9), min_size=4, max_size=4))
 @hypothesis.settings(deadline=None, max_examples=20)
-def test_a_batched_product_takes_two_operations_a_pair(sizes):
+def test_batched_product_counts_two_operations_per_multiply_add(sizes):
     b, m, k, n = sizes
     assert flops(jnp.matmul, (b, m, k), (b, k, n)) == 2 * b * m * k * n
 
 
-def test_loops_count_as_often_as_they_run():
+def test_loop_body_counts_once_per_iteration():
     def product(x, _):
         return x @ x, None
 
@@ -31,11 +31,11 @@ def test_loops_count_as_often_as_they_run():
         return jax.lax.scan(outer, x, None, length=5)[0]
 
     assert flops(nested, (4, 4)) == 15 * 2 * 4**3
-    # The trip count of a plain for loop is known, and it is a scan.
+    # JAX traces a for loop with a known trip count as a scan.
     assert flops(lambda x: jax.lax.fori_loop(0, 7, lambda _, x: x @ x, x), (4, 4)) == 7 * 2 * 4**3
 
 
-def test_loops_that_nobody_can_count_are_said_to_be_there():
+def test_loop_with_a_computed_trip_count_is_reported():
     def until(x):
         return jax.lax.while_loop(lambda x: x[0, 0] < 1.0, lambda x: x @ x, x)
 
@@ -43,14 +43,14 @@ def test_loops_that_nobody_can_count_are_said_to_be_there():
     assert (count.flops, count.unknown_loops) == (2 * 4**3, 1)
 
 
-def test_of_branches_the_longest_counts():
+def test_most_expensive_branch_counts():
     def either(x):
         return jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x)
 
     assert flops(either, (4, 4)) == 2 * 2 * 4**3
 
 
-def test_what_is_computed_again_counts_again():
+def test_rematerialization_counts_again():
     def loss(x, w):
         return jnp.sum(jnp.tanh(x @ w) @ w)
 
@@ -58,11 +58,11 @@ def test_what_is_computed_again_counts_again():
         return flops(jax.grad(function, argnums=1), (8, 4), (4, 4))
 
     one = 2 * 8 * 4 * 4
-    assert gradient(loss) == 5 * one  # two forwards, and w's gradient twice and x's once
+    assert gradient(loss) == 5 * one  # two products forward; backward, w's twice and x's once
     assert gradient(jax.checkpoint(loss)) in (6 * one, 7 * one)
 
 
-def test_over_devices_every_part_counts():
+def test_shards_of_all_devices_count():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def product(x, w):
@@ -73,14 +73,14 @@ def test_over_devices_every_part_counts():
 
 
 @pytest.mark.parametrize("size", [8, 40])
-def test_decompositions_are_those_of_the_textbook(size):
-    """An inverse is an elimination and two triangular solves: 2/3 n³ + 2 n³ at most."""
+def test_decompositions_count_as_in_the_textbook(size):
+    """An inverse takes an elimination and two triangular solves: at most 2/3 n³ + 2 n³."""
     found = flops(jnp.linalg.inv, (size, size))
     assert 2 / 3 * size**3 <= found <= 3 * size**3
     assert flops(lambda x: jnp.abs(jnp.fft.fft(x)), (3, 16)) == 5 * 3 * 16 * 4
 
 
-def test_it_is_what_the_compiler_counts_where_nothing_loops():
+def test_count_without_loops_agrees_with_the_compiler():
     def layers(x, w):
         for _ in range(3):
             x = jax.nn.relu(x @ w)

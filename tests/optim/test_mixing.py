@@ -1,4 +1,4 @@
-"""Hybrid mixing against a plain implementation in NumPy, without stacked layers and optax."""
+"""Tests hybrid mixing against a NumPy implementation without stacked layers and optax."""
 
 import dataclasses
 import functools
@@ -50,7 +50,7 @@ def flat_leaves(tree):
 
 
 def random_flat(seed, spread=3.0):
-    """Leaves whose layers and branches have gradients of very different sizes."""
+    """Returns leaves whose layers and branches have gradients of very different sizes."""
     rng = np.random.default_rng(seed)
     flat = {}
     for path, shape in SHAPES.items():
@@ -67,9 +67,9 @@ def as_jax(flat, dtype=jnp.float32):
 
 
 class Plain:
-    """The mixing written down as the paper says it: layer by layer, kernel by kernel, in float64.
+    """Implements the paper's mixing layer by layer and kernel by kernel, in float64.
 
-    The inner optimizer is Adam, also written out here.
+    The inner optimizer is Adam, also implemented here.
     """
 
     def __init__(self, settings, rate=0.1, b1=0.9, b2=0.99, eps=1e-8):
@@ -78,7 +78,7 @@ class Plain:
 
     @staticmethod
     def unstack(flat):
-        """{(layer or None, path): one layer's array}."""
+        """Returns {(layer or None, path): one layer's array}."""
         singles = {}
         for path, leaf in flat.items():
             if path[0] == "layers":
@@ -127,7 +127,7 @@ class Plain:
         return (rotation if settings.rule == "inverse" else low) / (low + rotation)
 
     def update(self, flat):
-        """Gradients by path, stacked → (updates by path, stacked; λ by group)."""
+        """Maps stacked gradients by path to stacked updates by path and λ by group."""
         settings = self.settings
         self.step += 1
         gradients = self.unstack(flat)
@@ -160,7 +160,7 @@ class Plain:
 
 
 def relaxed(inner):
-    """optax's own optimizers rely on promotion of dtypes; what wraps them here must not."""
+    """Allows dtype promotion only inside optax's own optimizers, which rely on it."""
     inner = optax.with_extra_args_support(inner)
 
     def update(updates, state, params=None, **extra_args):
@@ -218,8 +218,7 @@ def test_options_agree_with_the_plain_implementation(settings):
     assert_agrees(settings)
 
 
-def test_layers_mix_independently():
-    """Changing the gradients of one block changes λ of that block alone."""
+def test_gradients_of_a_block_only_change_its_own_weight():
     optimizer = hybrid_mixing(optax.sgd(1.0))
     flat = random_flat(0, spread=0.0)
     state = optimizer.init(as_jax(flat))
@@ -235,7 +234,7 @@ def test_layers_mix_independently():
     assert after[1] > before[1] + 0.1
 
 
-def test_leaves_outside_a_branch_are_those_of_the_inner_optimizer():
+def test_leaves_outside_a_branch_keep_the_inner_updates():
     params, gradients = as_jax(random_flat(0)), as_jax(random_flat(1))
     inner, mixed = adam(), hybrid_mixing(adam())
     alone, _ = jax.jit(inner.update)(gradients, inner.init(params), params)
@@ -247,7 +246,7 @@ def test_leaves_outside_a_branch_are_those_of_the_inner_optimizer():
 
 @functools.cache
 def one_kernel_update(rule, floor):
-    """λ and updates of one kernel from the two sizes of its branches' gradients; compiled once."""
+    """Returns a compiled function from two gradient sizes to one kernel's λ and updates."""
     optimizer = hybrid_mixing(optax.sgd(0.1), MixingSettings(rule=rule, floor=floor))
 
     @jax.jit
@@ -276,7 +275,7 @@ def test_weights_stay_in_their_range(low, rotation, floor, rule):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_no_gradient_at_all_means_a_half(rule):
+def test_zero_gradients_give_a_weight_of_one_half(rule):
     params = as_jax(random_flat(0))
     optimizer = hybrid_mixing(optax.sgd(0.1), MixingSettings(rule=rule))
     _, state = jax.jit(optimizer.update)(
@@ -286,7 +285,7 @@ def test_no_gradient_at_all_means_a_half(rule):
         np.testing.assert_array_equal(weight, 0.5)
 
 
-def test_a_bad_gradient_does_not_stay_in_the_average():
+def test_non_finite_gradient_does_not_persist_in_the_average():
     params = as_jax(random_flat(0))
     optimizer = hybrid_mixing(optax.sgd(0.1), MixingSettings(ema=0.9))
     state = optimizer.init(params)
@@ -296,13 +295,13 @@ def test_a_bad_gradient_does_not_stay_in_the_average():
     bad[path][0, 0, 0], bad[path][1, 0, 0] = np.inf, np.nan
     updates, state = jax.jit(optimizer.update)(as_jax(bad), state)
     np.testing.assert_allclose(mixing_weights(state)["layers"][:2], 0.5, rtol=1e-6)
-    assert np.isinf(flat_leaves(updates)[path][0, 0, 0])  # the update itself is not covered up
+    assert np.isinf(flat_leaves(updates)[path][0, 0, 0])  # the update itself is not hidden
     _, state = jax.jit(optimizer.update)(params, state)
     assert np.isfinite(mixing_weights(state)["layers"]).all()
 
 
 def test_bfloat16_gradients_are_summed_in_float32():
-    """4096 ones and one 64, of equal squares: a bfloat16 sum of ones would stop at 256."""
+    """4096 ones and one 64 have equal squares; a bfloat16 sum of ones would stop at 256."""
     gradients = {
         "kernel": {
             "low_rank": {"a": jnp.ones((4096,), jnp.bfloat16)},
@@ -315,7 +314,7 @@ def test_bfloat16_gradients_are_summed_in_float32():
     assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}
 
 
-def test_a_single_branch_keeps_its_whole_update():
+def test_single_branch_keeps_its_full_update():
     kernel = {"low_rank": {"a": jnp.ones(3)}, "rotation": {"r": jnp.ones(3)}}
     params = {"q": {"kernel": kernel}, "k": {"kernel": {"rotation": {"r": jnp.ones(3)}}}}
     settings = MixingSettings(rule="proportional", rotation_rate=0.5)
@@ -354,7 +353,7 @@ def test_sharded_equals_unsharded():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), sharded, alone)
 
 
-def test_accumulation_mixes_by_the_accumulated_gradient():
+def test_accumulation_weights_by_the_accumulated_gradient():
     flats = [random_flat(seed) for seed in range(4)]
     params = as_jax(random_flat(9))
     mean = {path: np.mean([flat[path] for flat in flats], axis=0) for path in SHAPES}
@@ -365,7 +364,7 @@ def test_accumulation_mixes_by_the_accumulated_gradient():
 
     accumulating = optax.MultiSteps(hybrid_mixing(adam()), every_k_schedule=4)
     state = accumulating.init(params)
-    # MultiSteps multiplies a boolean by a float, which strict promotion refuses.
+    # MultiSteps multiplies a boolean by a float, which JAX rejects under strict promotion.
     with jax.numpy_dtype_promotion("standard"):
         update = jax.jit(accumulating.update)
         for flat in flats[:3]:
@@ -397,8 +396,8 @@ def without_scale(tree):
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", tree)
 
 
-def test_masks_around_and_inside():
-    """`optax.masked` puts nodes without leaves where it masks; both nestings take them."""
+def test_masks_work_outside_and_inside_the_mixing():
+    """`optax.masked` replaces masked leaves by nodes without leaves."""
     params, gradients = as_jax(random_flat(0)), as_jax(random_flat(1))
     settings = MixingSettings(rule="proportional")
     outside = optax.masked(hybrid_mixing(optax.sgd(1.0), settings), without_scale)
@@ -412,15 +411,14 @@ def test_masks_around_and_inside():
         np.testing.assert_allclose(found, weights["layers", layer], rtol=1e-5)
     np.testing.assert_array_equal(
         flat_leaves(updates)["norm", "scale"], flat["norm", "scale"]
-    )  # masked: the raw gradient comes through
+    )  # a masked leaf keeps its gradient
 
     inside = hybrid_mixing(optax.masked(optax.sgd(1.0), without_scale))
     updates, state = jax.jit(inside.update)(gradients, inside.init(params), params)
     assert jax.tree.structure(updates) == jax.tree.structure(gradients)
 
 
-def test_inner_optimizer_that_returns_masked_nodes():
-    """A leaf the inner optimizer drops takes no step and promises no decrease."""
+def test_leaf_masked_by_the_inner_optimizer_predicts_no_decrease():
 
     def drop(updates, state, params=None):
         kept = jax.tree.map(
@@ -447,7 +445,7 @@ def test_inner_optimizer_that_returns_masked_nodes():
     assert isinstance(updates["norm"]["scale"], optax.MaskedNode)
 
 
-def test_partitioned_inner_optimizer():
+def test_partitioned_inner_optimizer_is_mixed():
     params, gradients = as_jax(random_flat(0)), as_jax(random_flat(1))
     inner = optax.partition(
         {"still": optax.set_to_zero(), "moving": optax.sgd(1.0)},
@@ -461,7 +459,7 @@ def test_partitioned_inner_optimizer():
     np.testing.assert_allclose(updates["lm_head"]["kernel"]["rotation"]["r"], expected, rtol=1e-6)
 
 
-def test_weights_are_found_anywhere_in_a_state():
+def test_weights_are_found_in_a_nested_state():
     params = as_jax(random_flat(0))
     nested = optax.chain(
         optax.clip_by_global_norm(1.0),
@@ -470,12 +468,12 @@ def test_weights_are_found_anywhere_in_a_state():
     assert set(mixing_weights(nested.init(params))) == {"layers", "lm_head.kernel"}
     assert mixing_weights(adam().init(params)) == {}
     twice = optax.chain(hybrid_mixing(adam()), hybrid_mixing(adam()))
-    with pytest.raises(ValueError, match=r"\['layers', 'lm_head.kernel'\] are mixed twice"):
+    with pytest.raises(ValueError, match=r"\['layers', 'lm_head.kernel'\]"):
         mixing_weights(twice.init(params))
 
 
-def test_parts_of_the_state_that_follow_the_parameters_are_known_to_optax():
-    """`optax.tree_map_params` is how a state's shardings are had from those of the parameters."""
+def test_tree_map_params_finds_the_state_with_the_structure_of_parameters():
+    """`optax.tree_map_params` derives a state's shardings from those of the parameters."""
     params = as_jax(random_flat(0))
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), hybrid_mixing(adam()))
     state = jax.eval_shape(optimizer.init, params)
@@ -488,7 +486,7 @@ def test_parts_of_the_state_that_follow_the_parameters_are_known_to_optax():
 
 
 def quadratic():
-    """A least-squares problem in the tree's own shapes, and where it starts."""
+    """Returns a least-squares loss over the tree's shapes and its starting point."""
     target = as_jax(random_flat(5, spread=0.0))
 
     def loss(params):
@@ -506,7 +504,7 @@ def quadratic():
     [optax.sgd(0.1), optax.lion(0.04)],
     ids=["sgd", "lion"],
 )
-def test_converges(rule, inner):
+def test_mixed_optimizer_converges(rule, inner):
     loss, start = quadratic()
     optimizer = hybrid_mixing(relaxed(inner), MixingSettings(rule=rule, ema=0.5, floor=0.1))
 
@@ -519,7 +517,7 @@ def test_converges(rule, inner):
     assert float(loss(params)) < 0.02 * float(loss(start))
 
 
-def test_compiles_once():
+def test_step_compiles_once():
     loss, params = quadratic()
     optimizer = hybrid_mixing(adam(), MixingSettings(ema=0.5))
     traces = 0
@@ -537,7 +535,7 @@ def test_compiles_once():
     assert traces == 1
 
 
-def test_runs_in_a_scan():
+def test_scan_and_loop_agree():
     loss, params = quadratic()
     optimizer = hybrid_mixing(adam())
 
@@ -557,18 +555,18 @@ def test_runs_in_a_scan():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"rule": "propotional"}, "rule is 'propotional', .* did you mean 'proportional'"),
-        ({"norm": "l2"}, "norm is 'l2', which is not known; known: frobenius, rms"),
-        ({"norm": "rms"}, "norm is 'rms', but the rule 'predicted_decrease' looks at no norm; it"),
-        ({"grouping": "layer"}, "grouping is 'layer'"),
-        ({"ema": 1.0}, "ema must be at least 0 and below 1, but is 1.0"),
-        ({"floor": 0.6}, "floor must be between 0 and 0.5, but is 0.6"),
-        ({"fixed": -0.1}, "fixed must be between 0 and 1, but is -0.1"),
-        ({"low_rank_rate": -1.0}, "low_rank_rate must be finite and at least 0, but is -1.0"),
-        ({"rotation_rate": float("nan")}, "rotation_rate must be finite"),
+        ({"rule": "propotional"}, "rule .*'propotional'.* 'proportional'"),
+        ({"norm": "l2"}, "norm .*'l2'.* frobenius, rms"),
+        ({"norm": "rms"}, "norm .*'rms'.*'predicted_decrease'"),
+        ({"grouping": "layer"}, "grouping .*'layer'"),
+        ({"ema": 1.0}, "ema .*1.0"),
+        ({"floor": 0.6}, "floor .*0.6"),
+        ({"fixed": -0.1}, "fixed .*-0.1"),
+        ({"low_rank_rate": -1.0}, "low_rank_rate .*-1.0"),
+        ({"rotation_rate": float("nan")}, "rotation_rate .*nan"),
     ],
 )
-def test_settings_are_checked(given, message):
+def test_invalid_settings_are_rejected(given, message):
     with pytest.raises(ValueError, match=message):
         MixingSettings(**given)
 
@@ -578,14 +576,13 @@ def test_settings_are_frozen():
         MixingSettings().ema = 0.5
 
 
-def test_nothing_to_mix_is_an_error():
-    with pytest.raises(ValueError, match="no kernel with both a 'low_rank' and a 'rotation'"):
+def test_mixing_without_both_branches_is_rejected():
+    with pytest.raises(ValueError, match="'low_rank' and a 'rotation'"):
         hybrid_mixing(adam()).init({"layers": {"q": {"kernel": {"a": jnp.ones((2, 3))}}}})
 
 
 @pytest.mark.parametrize("rotation", ["boft", "unitary"])
-def test_the_hybrid_methods_branches_are_recognized(rotation):
-    """What the adapter makes is what the mixing looks for."""
+def test_branches_of_the_hybrid_method_are_found(rotation):
     method = Hybrid(rank=2, block_size=4, rotation=rotation, gradient_init=False)
     trainable, _ = jax.vmap(lambda key: method.init(key, (8, 6)))(
         jax.random.split(jax.random.key(0))
@@ -595,15 +592,15 @@ def test_the_hybrid_methods_branches_are_recognized(rotation):
     assert {name: w.shape for name, w in mixing_weights(state).items()} == {"layers": (2,)}
 
 
-def test_uneven_stacks_are_an_error():
+def test_different_numbers_of_layers_are_rejected():
     kernel = {"low_rank": {"a": jnp.ones((3, 2))}, "rotation": {"r": jnp.ones((4, 2))}}
-    with pytest.raises(ValueError, match=r"layers.q.kernel.rotation.r has the shape \(4, 2\).* 3"):
+    with pytest.raises(ValueError, match=r"layers.q.kernel.rotation.r .*\(4, 2\).* 3"):
         hybrid_mixing(adam()).init({"layers": {"q": {"kernel": kernel}}})
 
 
-def test_another_tree_is_an_error():
+def test_gradients_of_another_tree_are_rejected():
     kernel = {"low_rank": {"a": jnp.ones(3)}, "rotation": {"r": jnp.ones(3)}}
     optimizer = hybrid_mixing(optax.sgd(1.0))
     state = optimizer.init({"q": {"kernel": kernel}})
-    with pytest.raises(ValueError, match=r"groups \['k.kernel'\].*initialized with \['q.kernel'\]"):
+    with pytest.raises(ValueError, match=r"\['k.kernel'\].*\['q.kernel'\]"):
         optimizer.update({"k": {"kernel": kernel}}, state)

@@ -1,4 +1,4 @@
-"""Composed optimizers against optax's own, and against the order of their parts written out."""
+"""Tests optimizers against optax's own and against explicit compositions."""
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def hybrid_tree(seed, scale=1.0):
 
 
 def run(optimizer, make_tree, steps=5):
-    """The parameters after some steps of random gradients, and the state."""
+    """Returns parameters and state after some steps of random gradients."""
     params = make_tree(0)
     state = optimizer.init(params)
     update = jax.jit(optimizer.update)
@@ -74,7 +74,7 @@ def in_optax(name, rate, **kwargs):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_agrees_with_optax(name):
+def test_optimizer_agrees_with_optax(name):
     decay = 0.1 if name in ("adamw", "nadamw", "lion") else 0.0
     settings = OptimizerSettings(
         name=name, learning_rate=0.01, weight_decay=decay, clip_norm=None, schedule=COSINE
@@ -111,7 +111,7 @@ def test_constants_reach_the_optimizer(name, given, in_optax_names):
     assert_same(found, wanted)
 
 
-def test_clipping_bounds_the_gradient():
+def test_clipping_bounds_the_gradient_norm():
     settings = OptimizerSettings(name="sgd", learning_rate=0.5, clip_norm=2.0, schedule=CONSTANT)
     optimizer = make_optimizer(settings, 10)
     gradients = lora_tree(1, scale=100.0)
@@ -123,19 +123,18 @@ def test_clipping_bounds_the_gradient():
 
 
 @pytest.mark.parametrize("rule", ["proportional", "inverse", "predicted_decrease"])
-def test_mixing_sits_between_clipping_and_the_rate(rule):
-    """The composition equals: clip, mix the unit-rate optimizer's steps, times the rate."""
+def test_mixing_comes_between_clipping_and_the_learning_rate(rule):
     settings = OptimizerSettings(learning_rate=0.01, clip_norm=0.5, schedule=COSINE)
     mixing = MixingSettings(rule=rule)
     found, state = run(make_optimizer(settings, 10, mixing=mixing), hybrid_tree)
 
     with jax.numpy_dtype_promotion("standard"):
-        by_hand = optax.chain(
+        explicit = optax.chain(
             optax.clip_by_global_norm(0.5),
             hybrid_mixing(optax.adam(1.0), mixing),
             optax.scale_by_schedule(learning_rate_schedule(settings, 10)),
         )
-        wanted, wanted_state = run(by_hand, hybrid_tree)
+        wanted, wanted_state = run(explicit, hybrid_tree)
     assert_same(found, wanted)
     np.testing.assert_allclose(
         mixing_weights(state)["layers"], mixing_weights(wanted_state)["layers"], rtol=1e-5
@@ -143,7 +142,7 @@ def test_mixing_sits_between_clipping_and_the_rate(rule):
 
 
 @pytest.mark.parametrize("rule", ["proportional", "inverse"])
-def test_clipping_does_not_touch_the_mixing(rule):
+def test_clipping_does_not_change_mixing_weights(rule):
     mixing = MixingSettings(rule=rule)
     weights = []
     for clip_norm in (None, 1e-3):
@@ -154,7 +153,7 @@ def test_clipping_does_not_touch_the_mixing(rule):
     assert np.all(np.abs(weights[0] - 0.5) > 0.05)
 
 
-def test_weight_decay_leaves_rotations_norms_and_lora_ga_alone():
+def test_weight_decay_excludes_rotations_norms_and_lora_ga():
     settings = OptimizerSettings(
         learning_rate=0.1, weight_decay=0.5, clip_norm=None, schedule=CONSTANT
     )
@@ -170,13 +169,13 @@ def test_weight_decay_leaves_rotations_norms_and_lora_ga_alone():
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(still))
 
 
-def test_more_can_be_kept_from_decay():
+def test_no_decay_excludes_further_components():
     mask = decay_mask(lora_tree(0), (*NO_DECAY, "a", "b"))
     assert not any(jax.tree.leaves(mask))
     assert all(jax.tree.leaves(decay_mask(lora_tree(0), ())))
 
 
-def test_bfloat16_parameters_have_float32_moments_and_one_compilation():
+def test_bfloat16_parameters_have_float32_moments_and_compile_once():
     settings = OptimizerSettings(learning_rate=0.01, weight_decay=0.1, schedule=CONSTANT)
     optimizer = make_optimizer(settings, 10)
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), lora_tree(0))
@@ -201,7 +200,7 @@ def test_bfloat16_parameters_have_float32_moments_and_one_compilation():
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_converges(name):
+def test_optimizer_converges(name):
     rate = 0.3 if name in ("sgd", "adafactor") else 0.1
     settings = OptimizerSettings(
         name=name, learning_rate=rate, clip_norm=None, schedule=ScheduleSettings(warmup_steps=5)
@@ -221,8 +220,7 @@ def test_converges(name):
     assert float(loss(params)) < 0.02 * float(loss(start))
 
 
-def test_a_component_has_a_learning_rate_of_its_own():
-    """As one optimizer for each rate, each seeing its own leaves alone, would give it."""
+def test_learning_rates_equal_one_optimizer_per_rate():
     schedule = ScheduleSettings(name="linear", warmup_steps=2)
 
     def optimizer(rate, **own):
@@ -241,8 +239,8 @@ def test_a_component_has_a_learning_rate_of_its_own():
     assert_same(found, wanted)
 
 
-def test_a_state_with_rates_by_component_is_known_to_optax():
-    """`optax.tree_map_params`, which shards states, initializes with a placeholder."""
+def test_tree_map_params_accepts_learning_rates_by_component():
+    """`optax.tree_map_params`, which derives shardings, initializes with a placeholder."""
     optimizer = make_optimizer(OptimizerSettings(learning_rates={"b": 0.3}), 10)
     params = lora_tree(0)
     state = optimizer.init(params)
@@ -252,26 +250,26 @@ def test_a_state_with_rates_by_component_is_known_to_optax():
     assert jax.tree.leaves(marked).count("followed") == 2 * len(jax.tree.leaves(params))
 
 
-def test_a_component_that_is_not_there_is_named():
+def test_unknown_component_is_named():
     settings = OptimizerSettings(learning_rates={"clasifier": 1e-3})
-    with pytest.raises(ValueError, match=r"names 'clasifier', but nothing .* are a, classifier"):
+    with pytest.raises(ValueError, match=r"learning_rates .*'clasifier'.* a, classifier"):
         make_optimizer(settings, 10).init({"classifier": {"a": jnp.zeros(2)}})
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"learning_rates": {"head": 0.0}}, r"learning_rates\['head'\] must be a number above 0"),
-        ({"name": "adamv"}, "name is 'adamv', which is not known; did you mean 'adam"),
-        ({"learning_rate": -1.0}, "learning_rate must be a number above 0, but is -1.0"),
-        ({"weight_decay": -0.1}, "weight_decay must be a finite number of at least 0, but is -0.1"),
-        ({"clip_norm": 0.0}, "clip_norm must be a number above 0, but is 0.0"),
-        ({"name": "adam", "weight_decay": 0.1}, "adam has no weight decay; use adamw"),
-        ({"name": "lion", "eps": 1e-8}, "lion has no eps; it takes b1, b2"),
-        ({"name": "adafactor", "b1": 0.9}, "adafactor has no b1; it takes none of b1, b2 and eps"),
-        ({"b2": 1.0}, "b2 must be at least 0 and below 1, but is 1.0"),
+        ({"learning_rates": {"head": 0.0}}, r"learning_rates\['head'\] .*0.0"),
+        ({"name": "adamv"}, "name .*'adamv'.* 'adam"),
+        ({"learning_rate": -1.0}, "learning_rate .*-1.0"),
+        ({"weight_decay": -0.1}, "weight_decay .*-0.1"),
+        ({"clip_norm": 0.0}, "clip_norm .*0.0"),
+        ({"name": "adam", "weight_decay": 0.1}, "weight_decay .*0.1.* adam "),
+        ({"name": "lion", "eps": 1e-8}, "eps .* lion .* b1, b2"),
+        ({"name": "adafactor", "b1": 0.9}, "b1 .*0.9.* adafactor "),
+        ({"b2": 1.0}, "b2 .*1.0"),
     ],
 )
-def test_settings_are_checked(given, message):
+def test_invalid_settings_are_rejected(given, message):
     with pytest.raises(ValueError, match=message):
         OptimizerSettings(**given)

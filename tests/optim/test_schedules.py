@@ -1,4 +1,4 @@
-"""Schedules against their formulas, written out in plain Python."""
+"""Tests schedules against their formulas in plain Python."""
 
 import math
 
@@ -31,7 +31,7 @@ def expected(settings, peak, total, step):
 @pytest.mark.parametrize("final", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("warmup", [0, 1, 13])
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_every_step(name, warmup, final):
+def test_every_step_agrees_with_the_formula(name, warmup, final):
     total = 40
     settings = ScheduleSettings(
         name=name, warmup_steps=warmup, final_fraction=final, decay_ratio=0.33
@@ -42,7 +42,7 @@ def test_every_step(name, warmup, final):
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-10)
 
 
-def test_the_first_step_is_not_wasted_and_the_last_is_not_zero():
+def test_first_and_last_learning_rates_are_not_zero():
     settings = ScheduleSettings(name="cosine", warmup_ratio=0.1)
     schedule = make_schedule(settings, 1.0, 100)
     assert float(schedule(0)) == pytest.approx(1 / 11)
@@ -50,7 +50,7 @@ def test_the_first_step_is_not_wasted_and_the_last_is_not_zero():
     assert 0 < float(schedule(99)) < 1e-3
 
 
-def test_ratio_rounds_up():
+def test_warmup_ratio_rounds_up():
     assert ScheduleSettings(warmup_ratio=0.03).warmup(10) == 1
     assert ScheduleSettings(warmup_ratio=0.03).warmup(100) == 3
     assert ScheduleSettings(warmup_steps=7).warmup(100) == 7
@@ -59,19 +59,19 @@ def test_ratio_rounds_up():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"name": "cosin"}, "name is 'cosin', which is not known; did you mean 'cosine'"),
-        ({"warmup_steps": -1}, "warmup_steps must be at least 0, but is -1"),
-        ({"warmup_ratio": 1.0}, "warmup_ratio must be at least 0 and below 1, but is 1.0"),
-        ({"warmup_steps": 3, "warmup_ratio": 0.1}, "warmup_steps is 3 and warmup_ratio 0.1"),
-        ({"final_fraction": 1.5}, "final_fraction must be between 0 and 1, but is 1.5"),
+        ({"name": "cosin"}, "name .*'cosin'.* 'cosine'"),
+        ({"warmup_steps": -1}, "warmup_steps .*-1"),
+        ({"warmup_ratio": 1.0}, "warmup_ratio .*1.0"),
+        ({"warmup_steps": 3, "warmup_ratio": 0.1}, "warmup_steps .*3 .*warmup_ratio .*0.1"),
+        ({"final_fraction": 1.5}, "final_fraction .*1.5"),
         (
             {"name": "wsd", "warmup_ratio": 0.6, "decay_ratio": 0.5},
-            "warmup_ratio is 0.6 and decay_ratio 0.5; together they must be at most 1",
+            "warmup_ratio .*0.6 .*decay_ratio .*0.5",
         ),
-        ({"decay_ratio": 0.0}, "decay_ratio must be above 0 and at most 1, but is 0.0"),
+        ({"decay_ratio": 0.0}, "decay_ratio .*0.0"),
     ],
 )
-def test_settings_are_checked(given, message):
+def test_invalid_settings_are_rejected(given, message):
     with pytest.raises(ValueError, match=message):
         ScheduleSettings(**given)
 
@@ -87,12 +87,12 @@ def test_ratios_fit_a_run_of_any_length(name, warmup, total):
     assert min(rates) > 0
 
 
-def test_what_does_not_fit_into_the_run_is_refused():
-    with pytest.raises(ValueError, match="the warm-up takes 10 of 10 steps"):
+def test_schedule_longer_than_the_run_is_rejected():
+    with pytest.raises(ValueError, match=r"warmup_steps is 10\b.* 10"):
         make_schedule(ScheduleSettings(warmup_steps=10), 1.0, 10)
-    with pytest.raises(ValueError, match="takes 8 steps and the decay 5, of 10"):
+    with pytest.raises(ValueError, match=r"\b8 .*\b5 .*\b10 "):
         make_schedule(ScheduleSettings(name="wsd", warmup_steps=8, decay_ratio=0.5), 1.0, 10)
     with pytest.raises(ValueError, match=r"total_steps .* 0"):
         make_schedule(ScheduleSettings(), 1.0, 0)
-    with pytest.raises(ValueError, match="learning_rate must be a number above 0"):
+    with pytest.raises(ValueError, match=r"learning_rate .*0\.0"):
         make_schedule(ScheduleSettings(), 0.0, 10)

@@ -1,3 +1,5 @@
+"""Tests meshes, and the shapes suggested for a number of devices."""
+
 import math
 
 import hypothesis
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from peft_jax.parallel import MESH_AXES, MeshSettings, make_mesh
 
 
-def test_all_devices_along_data_by_default():
+def test_all_devices_are_along_data_by_default():
     mesh = make_mesh()
     assert dict(mesh.shape) == dict.fromkeys(MESH_AXES, 1) | {"data": jax.device_count()}
     assert jax.device_count() == 8
@@ -32,18 +34,18 @@ def test_each_device_is_used_once(settings, shape):
     assert len(used) == math.prod(shape)
 
 
-def test_given_devices_are_the_ones_used():
+def test_only_the_given_devices_are_used():
     chosen = jax.devices()[2:6]
     assert set(make_mesh(MeshSettings(fsdp=2), chosen).devices.flat) == set(chosen)
 
 
-def test_what_does_not_fit_is_refused_with_what_does():
-    with pytest.raises(ValueError, match=r"data=-1, fsdp=3 does not fit 8 devices") as e:
+def test_sizes_that_do_not_fit_are_rejected_with_sizes_that_do():
+    with pytest.raises(ValueError, match=r"data=-1, fsdp=3 .*8 devices") as e:
         make_mesh(MeshSettings(fsdp=3))
     assert "data=2, fsdp=4;" in str(e.value)
-    with pytest.raises(ValueError, match=r"data=1 does not fit 8 devices"):
+    with pytest.raises(ValueError, match=r"data=1 .*8 devices"):
         make_mesh(MeshSettings(data=1))
-    with pytest.raises(ValueError, match="devices is 9, and there are 8"):
+    with pytest.raises(ValueError, match=r"devices .*9.* 8"):
         make_mesh(MeshSettings(devices=9))
 
 
@@ -53,7 +55,7 @@ def test_what_does_not_fit_is_refused_with_what_does():
     count=st.integers(1, 128),
 )
 @hypothesis.settings(deadline=None)
-def test_a_shape_fits_or_the_suggestions_do(sizes, left, count):
+def test_sizes_or_their_suggestions_fit(sizes, left, count):
     given_sizes = dict(zip(MESH_AXES, sizes, strict=True))
     if left is None:
         settings = MeshSettings(**given_sizes)
@@ -66,9 +68,9 @@ def test_a_shape_fits_or_the_suggestions_do(sizes, left, count):
         assert math.prod(shape.values()) == count
         assert all(shape[axis] == size for axis, size in settings.sizes.items() if size != -1)
         return
-    with pytest.raises(ValueError, match="these do: ") as refusal:
+    with pytest.raises(ValueError, match="these do: ") as rejected:
         settings.shape(count)
-    for suggestion in str(refusal.value).split("these do: ")[1].split("; "):
+    for suggestion in str(rejected.value).split("these do: ")[1].split("; "):
         suggested = dict(pair.split("=") for pair in suggestion.split(", "))
         suggested = {axis: int(size) for axis, size in suggested.items()}
         assert MeshSettings(**suggested).shape(count) == dict.fromkeys(MESH_AXES, 1) | suggested
@@ -77,11 +79,11 @@ def test_a_shape_fits_or_the_suggestions_do(sizes, left, count):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"fsdp": 0}, "fsdp must be at least 1, or -1 for what is left, but is 0"),
-        ({"fsdp": -1}, "data and fsdp are all -1; only one axis"),
-        ({"devices": -2}, "devices must be at least 0, but is -2"),
+        ({"fsdp": 0}, "fsdp .* 0"),
+        ({"fsdp": -1}, "data and fsdp .*-1"),
+        ({"devices": -2}, "devices .*-2"),
     ],
 )
-def test_settings_are_checked(given, message):
+def test_invalid_settings_are_rejected(given, message):
     with pytest.raises(ValueError, match=message):
         MeshSettings(**given)

@@ -1,3 +1,5 @@
+"""Tests shardings derived from logical axis rules."""
+
 import logging
 
 import jax
@@ -51,7 +53,7 @@ def test_specs_follow_the_rules():
     assert batch_sharding(mesh).spec == P(("slice", "data", "fsdp"))
 
 
-def test_arrays_are_placed_as_the_shardings_say():
+def test_arrays_are_sharded_by_the_rules():
     mesh = make_mesh(MeshSettings(data=2, fsdp=2, tensor=2))
     shapes = llama(3, 40, 8, 12, 4, 16, rank=2)
     shardings = sharding_tree(AXES, mesh, LogicalAxisRules(), shapes)
@@ -64,7 +66,7 @@ def test_arrays_are_placed_as_the_shardings_say():
     assert {shard.data.shape for shard in rows.addressable_shards} == {(2, 5)}
 
 
-def test_a_product_over_the_mesh_is_the_product():
+def test_sharded_product_equals_the_product():
     mesh = make_mesh(MeshSettings(data=2, fsdp=2, tensor=2))
     rng = np.random.default_rng(0)
     x, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((8, 16), (16, 12)))
@@ -79,7 +81,7 @@ def test_a_product_over_the_mesh_is_the_product():
     "shape", [(1, 1, 128, 1, 1), (1, 1, 16, 1, 8), (2, 1, 8, 1, 8), (1, 1, 8, 2, 8)]
 )
 def test_llama_405b_divides_over_128_chips(shape, caplog):
-    """Every axis that is to be cut can be: 1/(fsdp·tensor) of the kernels on each chip."""
+    """Every rule applies, so each chip holds 1/(fsdp·tensor) of the kernels."""
     mesh = AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 5)
     with caplog.at_level(logging.WARNING):
         shardings = sharding_tree(AXES, mesh, LogicalAxisRules(), LLAMA_405B)
@@ -89,7 +91,7 @@ def test_llama_405b_divides_over_128_chips(shape, caplog):
     assert part * mesh.shape["fsdp"] * mesh.shape["tensor"] == np.prod(kernel.shape)
 
 
-def test_what_does_not_divide_is_held_whole_and_named(caplog):
+def test_indivisible_axes_are_replicated_and_named(caplog):
     mesh = make_mesh(MeshSettings(data=1, fsdp=2, tensor=4))
     shapes = llama(3, 41, 8, 12, 6, 16, rank=2)
     with caplog.at_level(logging.WARNING):
@@ -106,13 +108,13 @@ def test_what_does_not_divide_is_held_whole_and_named(caplog):
 def test_several_mesh_axes_are_dropped_from_the_last():
     mesh = make_mesh(MeshSettings(data=1, fsdp=2, tensor=4))
     rules = LogicalAxisRules(embed=None, mlp=("fsdp", "tensor"))
-    cut = {
+    specs = {
         size: sharding_tree({"w": ("embed", "mlp")}, mesh, rules, {"w": jnp.zeros((4, size))})[
             "w"
         ].spec
         for size in (16, 6, 5)
     }
-    assert cut == {
+    assert specs == {
         16: P(None, ("fsdp", "tensor")),
         6: P(None, "fsdp"),
         5: P(None, None),
@@ -126,28 +128,28 @@ def test_empty_branches_stay_in_the_tree():
     assert shardings["kernel"]["rotation"] == {}
 
 
-def test_collisions_are_refused_by_the_arrays_name():
+def test_mesh_axis_used_twice_is_rejected_with_the_arrays_name():
     rules = LogicalAxisRules(mlp="fsdp")
-    with pytest.raises(ValueError, match=r"layers\.down_proj\.kernel.*'mlp' and 'embed'.*'fsdp'"):
+    with pytest.raises(ValueError, match=r"layers\.down_proj\.kernel.*'fsdp'.*'mlp' and 'embed'"):
         sharding_tree(
             {"layers": {"down_proj": {"kernel": ("layers", "mlp", "embed")}}}, make_mesh(), rules
         )
 
 
-def test_unknown_logical_axes_are_refused_by_the_arrays_name():
-    with pytest.raises(ValueError, match=r"layers\.w: .*'embd'; did you mean 'embed'"):
+def test_unknown_logical_axes_are_rejected_with_the_arrays_name():
+    with pytest.raises(ValueError, match=r"layers\.w: .*'embd'.*'embed'"):
         sharding_tree({"layers": {"w": ("embd",)}}, make_mesh())
-    with pytest.raises(ValueError, match=r"w has the shape \(4,\) and the axes \('embed', 'mlp'\)"):
+    with pytest.raises(ValueError, match=r"w .*\(4,\).*\('embed', 'mlp'\)"):
         sharding_tree({"w": ("embed", "mlp")}, make_mesh(), None, {"w": jnp.zeros(4)})
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"mlp": "tensr"}, "the rule for mlp names 'tensr', .* did you mean 'tensor'"),
-        ({"batch": ("data", "data")}, "the rule for batch names an axis twice"),
+        ({"mlp": "tensr"}, "mlp .*'tensr'.* 'tensor'"),
+        ({"batch": ("data", "data")}, r"batch .*\('data', 'data'\)"),
     ],
 )
-def test_rules_are_checked(given, message):
+def test_invalid_rules_are_rejected(given, message):
     with pytest.raises(ValueError, match=message):
         LogicalAxisRules(**given)
