@@ -8,14 +8,16 @@ Methods, each over one kernel:
   `LoRA`, `LoRAGA`, `BOFT`, `Unitary`, `Hybrid`, `Full`; one of your own: `AdapterMethod`,
   `register_method`.
 Adapters over a whole model:
-  `AdapterSpec` makes, binds and merges an `AdapterState`; `load_adapter`, `save_adapter`,
+  `AdapterSpec` makes and binds an `AdapterState`; `merge`, `load_adapter`, `save_adapter`,
   `export_merged`, `trainable_table`.
 Data:
-  `Batch`, `DataSettings`, `build_data`.
+  `dataset` describes rows by `DataSettings`; `build_data` reads them; `Batch` holds one's own.
+Training in a work directory, with checkpoints and a report:
+  `train`, which returns a `TrainingResult`; from settings: `RunConfig`, `run`.
 Training in memory:
   `Trainer`, with `Hooks`; `hybrid_mixing` and its `MixingSettings` are optax transformations.
-Training from settings, with a work directory:
-  `RunConfig`, `run`.
+Planning for devices that need not be there:
+  `make_plan`, of a `RunConfig` and what `find_topology` returns.
 Generation:
   `generate`, `generate_text`, `GenerationSettings`.
 
@@ -39,10 +41,12 @@ if TYPE_CHECKING:
         LoRA,
         LoRAGA,
         Unitary,
+        merge,
         register_method,
         trainable_table,
     )
-    from peft_jax.data import Batch, DataSettings, build_data
+    from peft_jax.cost import find_topology
+    from peft_jax.data import Batch, DataSettings, build_data, dataset
     from peft_jax.generation import GenerationSettings, generate, generate_text
     from peft_jax.hub import (
         export_merged,
@@ -54,23 +58,26 @@ if TYPE_CHECKING:
     )
     from peft_jax.models import ExecutionSettings, build_model
     from peft_jax.optim import MixingSettings, hybrid_mixing
-    from peft_jax.training import Hooks, RunConfig, Trainer, run
+    from peft_jax.plan import make_plan
+    from peft_jax.training import Hooks, RunConfig, Trainer, TrainingResult, run, train
 
 _HOMES = {
     "adapters": (
+        "BOFT",
         "AdapterMethod",
         "AdapterSpec",
         "AdapterState",
-        "BOFT",
         "Full",
         "Hybrid",
         "LoRA",
         "LoRAGA",
         "Unitary",
+        "merge",
         "register_method",
         "trainable_table",
     ),
-    "data": ("Batch", "DataSettings", "build_data"),
+    "cost": ("find_topology",),
+    "data": ("Batch", "DataSettings", "build_data", "dataset"),
     "generation": ("GenerationSettings", "generate", "generate_text"),
     "hub": (
         "export_merged",
@@ -82,7 +89,8 @@ _HOMES = {
     ),
     "models": ("ExecutionSettings", "build_model"),
     "optim": ("MixingSettings", "hybrid_mixing"),
-    "training": ("Hooks", "RunConfig", "Trainer", "run"),
+    "plan": ("make_plan",),
+    "training": ("Hooks", "RunConfig", "Trainer", "TrainingResult", "run", "train"),
 }
 """By subpackage, the names that are offered here."""
 
@@ -105,21 +113,27 @@ __all__ = [
     "MixingSettings",
     "RunConfig",
     "Trainer",
+    "TrainingResult",
     "Unitary",
     "__version__",
     "build_data",
     "build_model",
+    "dataset",
     "export_merged",
+    "find_topology",
     "generate",
     "generate_text",
     "hybrid_mixing",
     "load_adapter",
     "load_classifier",
     "load_model",
+    "make_plan",
+    "merge",
     "register_method",
     "run",
     "save_adapter",
     "save_model",
+    "train",
     "trainable_table",
 ]
 

@@ -23,7 +23,7 @@ from peft_jax.adapters.registry import (
     register_method,
 )
 from peft_jax.adapters.sketch import gradient_factors
-from peft_jax.adapters.spec import AdapterSpec, AdapterState
+from peft_jax.adapters.spec import AdapterSpec, AdapterState, merge
 from peft_jax.adapters.table import ParameterCount, count_parameters, trainable_table
 from peft_jax.adapters.targets import ALL_LINEAR, Targets, TargetSettings
 from peft_jax.adapters.unitary import Unitary
@@ -50,6 +50,7 @@ __all__ = [
     "count_parameters",
     "gradient_factors",
     "make_method",
+    "merge",
     "method_settings",
     "register_method",
     "trainable_table",

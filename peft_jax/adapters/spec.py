@@ -288,6 +288,14 @@ class AdapterSpec(TargetSettings):
         return paths
 
 
+def merge(params: Tree, spec: AdapterSpec, state: AdapterState) -> Tree:
+    """Returns plain parameters that compute what the adapted model does.
+
+    It is `AdapterSpec.merge` as a function.
+    """
+    return spec.merge(params, state)
+
+
 def _init_function(method: AdapterMethod, shape: tuple[int, int]):
     def make(key: jax.Array, gradient: GradientFactors | None):
         return method.init(key, shape, gradient)

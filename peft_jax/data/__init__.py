@@ -1,6 +1,6 @@
 """Data: from files or the hub, through recipes, to batches of tokens.
 
-- [`settings`][peft_jax.data.settings]: `DataSettings`, what a run says about its data.
+- [`settings`][peft_jax.data.settings]: `dataset` and `DataSettings`, which describe rows.
 - [`pipeline`][peft_jax.data.pipeline]: `build_data`, the training stream and the held-out set.
 - [`batch`][peft_jax.data.batch]: `Batch` and `LabeledBatch`, the arrays a step is given.
 - [`recipes`][peft_jax.data.recipes]: how a row becomes a prompt and an answer.
@@ -17,7 +17,7 @@ from peft_jax.data.examples import Conversation, Example, Piece
 from peft_jax.data.labeled import LabeledEncoder
 from peft_jax.data.pipeline import EvalData, TrainData, build_data
 from peft_jax.data.recipes import RECIPES, Recipe, get_recipe
-from peft_jax.data.settings import DataSettings
+from peft_jax.data.settings import DataSettings, dataset
 
 __all__ = [
     "RECIPES",
@@ -39,6 +39,7 @@ __all__ = [
     "UnusableRowsError",
     "abstract_batch",
     "build_data",
+    "dataset",
     "get_recipe",
     "padding_share",
 ]

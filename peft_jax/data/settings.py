@@ -2,9 +2,11 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal, get_args
+from os import PathLike
+from typing import Any, Literal, get_args
 
 from peft_jax.core import did_you_mean
+from peft_jax.core.typed_settings import from_mapping
 
 OnBadRow = Literal["error", "skip"]
 TooLong = Literal["skip", "truncate", "split", "error"]
@@ -153,6 +155,26 @@ class DataSettings:
                     f"data.{name} is {getattr(self, name)!r} and data.hold_out is {self.hold_out}:"
                     " give one of the two"
                 )
+
+
+def dataset(recipe: str, path: str | PathLike[str] = "", **settings: Any) -> DataSettings:
+    """Describes the rows that a run trains on; nothing is read yet.
+
+    Args:
+      recipe: Name of a recipe, which says how a row becomes a prompt and an answer.
+      path: A data file, a folder of them, or a data set's name on the hub; empty: the recipe's own.
+      **settings: Other fields of `DataSettings`.
+
+    Raises:
+      ValueError: A setting is unknown or wrong.
+
+    Example:
+      >>> dataset("alpaca", "rows.jsonl", hold_out=0.1).hold_out
+      0.1
+    """
+    return from_mapping(
+        DataSettings, {"recipe": recipe, "path": str(path), **settings}, where="data"
+    )
 
 
 def split_names(text: str) -> tuple[str, ...]:

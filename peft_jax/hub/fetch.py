@@ -38,6 +38,19 @@ def find_folder(path: str | Path, *, revision: str | None = None) -> Path:
     return _fetch(name, revision)
 
 
+def hub_name(folder: str | Path) -> tuple[str, str] | None:
+    """Returns the name and the commit of a folder in huggingface_hub's cache; None for others.
+
+    Example:
+      >>> hub_name("/home/me/.cache/huggingface/hub/models--org--model/snapshots/0a1b2c")
+      ('org/model', '0a1b2c')
+      >>> hub_name("/data/model") is None
+      True
+    """
+    found = re.search(r"/models--([^/]+)/snapshots/([0-9a-f]+)/?$", str(folder))
+    return None if found is None else (found[1].replace("--", "/"), found[2])
+
+
 def _fetch(name: str, revision: str | None) -> Path:
     import huggingface_hub
     from huggingface_hub import errors

@@ -1,6 +1,7 @@
 """From a configuration to a fine-tuned adapter, and everything a run leaves behind.
 
 - [`config`][peft_jax.training.config]: `RunConfig`, every setting of a run.
+- [`fine_tuning`][peft_jax.training.fine_tuning]: `train`, a run from Python.
 - [`loop`][peft_jax.training.loop]: `run`, which does what a configuration says.
 - [`prepare`][peft_jax.training.prepare]: everything a run needs, checked before it begins.
 - [`trainer`][peft_jax.training.trainer]: `Trainer`, training in memory from Python.
@@ -17,6 +18,7 @@ from peft_jax.runtime.errors import (
     RefusedError,
 )
 from peft_jax.training.config import RunConfig, default_config, from_config_dict
+from peft_jax.training.fine_tuning import TrainingResult, train
 from peft_jax.training.loop import run
 from peft_jax.training.state import TrainState
 from peft_jax.training.step import LossFn, TrainStep
@@ -33,7 +35,9 @@ __all__ = [
     "TrainState",
     "TrainStep",
     "Trainer",
+    "TrainingResult",
     "default_config",
     "from_config_dict",
     "run",
+    "train",
 ]

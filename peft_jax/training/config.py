@@ -535,8 +535,12 @@ def _fill_in(given: dict[str, Any], method: TrainingMethod) -> None:
     for name in MIXING_RATES.values():
         if mixing.get(name, 0.0) is None:
             del mixing[name]
-    rates = {MIXING_RATES[branch]: factor for branch, factor in method.branches.items()}
-    given["mixing"] = rates | mixing
+    given["mixing"] = mixing_rates(method) | mixing
+
+
+def mixing_rates(method: TrainingMethod) -> dict[str, Any]:
+    """Returns the fields of `MixingSettings` that a method sets: its branches' rates."""
+    return {MIXING_RATES[branch]: factor for branch, factor in method.branches.items()}
 
 
 def _names(targets: str | tuple[str, ...]) -> str | tuple[str, ...]:

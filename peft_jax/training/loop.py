@@ -58,6 +58,7 @@ def run(
     *,
     reporter: Reporter | None = None,
     allow_changed: Collection[str] = (),
+    params: Tree | None = None,
 ) -> dict[str, Any]:
     """Trains from `config`, resuming from the latest checkpoint if there is one.
 
@@ -70,6 +71,8 @@ def run(
       reporter: what is told of the progress; the terminal by default.
       allow_changed: what may have changed since the run began, "base" or "data"; both are compared
         by content, and a change is an error otherwise.
+      params: The base's parameters, where they are loaded already: those of `config.model`, in its
+        dtype and quantization.
 
     Returns:
       The summary, as in `summary.json`.
@@ -132,7 +135,9 @@ def run(
         if first:
             folder.claim(config, inputs)
         stack.enter_context(on_mesh(job.mesh))
-        return _Run(job, folder, reporter, interruption, checkpoints, phases, inputs).go(start)
+        return _Run(job, folder, reporter, interruption, checkpoints, phases, inputs, params).go(
+            start
+        )
 
 
 def _list_lost(folder: WorkDir, config: RunConfig) -> str:
@@ -179,8 +184,10 @@ class _Run:
         checkpoints: Checkpoints,
         phases: Phases,
         inputs: Inputs,
+        params: Tree | None,
     ):
         self._job = job
+        self._params = params
         self._inputs = inputs
         self._config = job.config
         self._folder = folder
@@ -236,6 +243,8 @@ class _Run:
     def _load_base(self) -> Tree:
         """The base's parameters, read or made, laid out over the devices."""
         job, model = self._job, self._config.model
+        if self._params is not None:
+            return job.place_base(self._params)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, job.params)
         if model.weights == "checkpoint":
             head_key = jax.random.fold_in(jax.random.key(self._config.seed), 2)

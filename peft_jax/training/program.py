@@ -153,6 +153,23 @@ class StepProgram:
         constant = jax.tree.map(jnp.copy, unflatten(flatten(adapter.constant)))
         return self.place(AdapterState(trainable=adapter.trainable, constant=constant))
 
+    def place_base(self, params: Tree) -> Tree:
+        """Lays the base's parameters out over the devices.
+
+        What is trained is copied, because the first step takes its buffers. What stays frozen is
+        not, where it lies as the mesh asks.
+
+        Args:
+          params: The model's parameters.
+        """
+        flat, frozen = flatten(params), flatten(self.spec.frozen(params))
+        return unflatten(
+            {
+                path: _placed(flat[path], leaf, copied=path not in frozen)
+                for path, leaf in flatten(self.params).items()
+            }
+        )
+
     def place(self, adapter: AdapterState) -> AdapterState:
         """Lays an adapter's arrays out over the devices."""
         return AdapterState(
@@ -300,3 +317,9 @@ def _shard_state(
 def _laid_out(tree: Tree, abstract: Tree) -> Tree:
     """Arrays on the devices that the shapes ask for."""
     return jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), tree, abstract)
+
+
+def _placed(leaf: Any, of: Any, *, copied: bool) -> Any:
+    """A parameter on the devices that its shape asks for; `QArray`s have arrays of their own."""
+    there = jax.tree.map(lambda x, one: jax.device_put(x, one.sharding), leaf, of)
+    return jax.tree.map(jnp.copy, there) if copied else there

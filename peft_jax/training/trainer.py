@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from peft_jax.adapters import AdapterSpec, AdapterState
-from peft_jax.core import Tree, flatten, unflatten
+from peft_jax.core import Tree, flatten
 from peft_jax.core.validation import check_count, check_positive_int
 from peft_jax.data import Batch, LabeledBatch
 from peft_jax.models import Model, SequenceClassifier, quantization_of
@@ -179,16 +179,7 @@ class Trainer:
             or `adapter` is another's.
         """
         program = self.prepare(params)
-        frozen = flatten(self.spec.frozen(params))
-        # What is trained is copied, because the first step takes its buffers.
-        placed = unflatten(
-            {
-                path: _placed(leaf, program_leaf, copied=path not in frozen)
-                for (path, leaf), program_leaf in zip(
-                    flatten(params).items(), flatten(program.params).values(), strict=True
-                )
-            }
-        )
+        placed = program.place_base(params)
         with on_mesh(self._mesh):
             if adapter is None:
                 rows = [piece for batch in batches for piece in self._microbatches(batch)]
@@ -381,12 +372,6 @@ class Trainer:
         if self._program is None:
             raise ValueError("call initialize before a step is taken")
         return self._program
-
-
-def _placed(leaf: Any, of: Any, *, copied: bool) -> Any:
-    """A parameter on the devices that its shape asks for; `QArray`s have arrays of their own."""
-    there = jax.tree.map(lambda x, one: jax.device_put(x, one.sharding), leaf, of)
-    return jax.tree.map(jnp.copy, there) if copied else there
 
 
 def _check_adapter(given: AdapterState, expected: AdapterState) -> None:
