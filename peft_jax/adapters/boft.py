@@ -36,8 +36,8 @@ class BOFT(AdapterMethod):
     Trained: `r` [m, d_in / b, b (b - 1) / 2], zeros at first, and `scale` [d_out], ones at first.
 
     Attributes:
-      block_size: b; d_in must be divisible by b 2^(m-1).
-      n_butterfly_factors: m; 1 is a plain block-diagonal rotation (OFT).
+      block_size: Size b of a block; d_in must be divisible by b 2^(m-1).
+      n_butterfly_factors: Number m of factors; 1 is a plain block-diagonal rotation (OFT).
       dropout: the probability that a block is left out (replaced by the identity) while training;
         PEFT instead replaces a fixed share of one randomly chosen factor's blocks.
 

@@ -22,9 +22,10 @@ class LoRA(AdapterMethod):
     zero. Trained: `a`, `b`.
 
     Attributes:
-      rank: r.
-      alpha: the numerator of s.
-      rank_stabilized: s = alpha / √rank instead (Kalajdzievski, 2023, arXiv 2312.03732).
+      rank: Rank r of A and B.
+      alpha: Numerator of the scale s.
+      rank_stabilized: Whether s is alpha / √rank instead (Kalajdzievski, 2023, arXiv
+        2312.03732).
       dropout: the probability that an input of A is dropped while training.
 
     Source: Hu et al., 2021, arXiv 2106.09685, eq. 3.

@@ -29,8 +29,8 @@ class LoRAGA(LoRA):
       direction: which singular vectors A and B take. "ArB2r": A the first r, B the next r;
         "A2rBr": the other way round; "ArBr": alternating, B the even and A the odd ones; "random":
         the same r of the 2r at random for both.
-      init_scale: c. "stable": d_out^¼ / √gamma; "gd": 1 / s; "unit": 1.
-      gamma: of the "stable" scale.
+      init_scale: The scale c. "stable": d_out^¼ / √gamma; "gd": 1 / s; "unit": 1.
+      gamma: The constant of the "stable" scale.
       convention: "authors", as above; "peft": as Hugging Face PEFT starts, where B alone carries
         its singular values and the "stable" factor, which makes it nearly zero.
 

@@ -95,16 +95,16 @@ def attributes_of(cls: type) -> dict[str, str]:
         lines = inspect.cleandoc(one.__dict__.get("__doc__") or "").splitlines()
         if "Attributes:" not in lines:
             continue
-        name = ""
+        names: list[str] = []
         for line in lines[lines.index("Attributes:") + 1 :]:
             if line and not line.startswith(" "):
                 break
-            entry = re.match(r"  (\w+): (.*)", line)
+            entry = re.match(r"  (\w+(?:, \w+)*): (.*)", line)
             if entry:
-                name = entry[1]
-                found[name] = entry[2].strip()
-            elif name and line.strip():
-                found[name] += f" {line.strip()}"
+                names = entry[1].split(", ")
+                found |= dict.fromkeys(names, entry[2].strip())
+            elif line.strip():
+                found |= {name: f"{found[name]} {line.strip()}" for name in names}
     return found
 
 
@@ -129,7 +129,7 @@ def to_markdown(sections: Sequence[Section]) -> str:
                 f"`{one.name}`",
                 one.type,
                 one.default if one.default in (REQUIRED, OF_THE_METHOD) else f"`{one.default}`",
-                f"{_sentence(one.meaning)}{methods if one.methods else ''}",
+                f"{one.meaning}{methods if one.methods else ''}",
             )
             lines.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |")
         lines.append("")
@@ -208,10 +208,13 @@ def _method_setting(section: str, key: str) -> Setting:
     text = first.default
     if len(defaults) > 1:
         text = "; ".join(f"{value} ({', '.join(names)})" for value, names in defaults.items())
-    meanings = dict.fromkeys(row.meaning for row in rows.values())
-    return dataclasses.replace(
-        first, default=text, meaning=" ".join(map(_sentence, meanings)), methods=tuple(owners)
-    )
+    meanings: dict[str, list[str]] = {}
+    for owner, row in rows.items():
+        meanings.setdefault(row.meaning, []).append(owner)
+    meaning = first.meaning
+    if len(meanings) > 1:
+        meaning = " ".join(f"{', '.join(names)}: {said}" for said, names in meanings.items())
+    return dataclasses.replace(first, default=text, meaning=meaning, methods=tuple(owners))
 
 
 def _setting(
@@ -229,7 +232,7 @@ def _setting(
         name=name,
         type=type_in_words(annotation),
         default=default,
-        meaning=meanings.get(field.name, ""),
+        meaning=_sentence(meanings.get(field.name, "")),
     )
 
 
@@ -274,7 +277,7 @@ def _summary(cls: type) -> str:
 
 
 def _sentence(text: str) -> str:
-    """A text with a capital at its beginning, unless it begins with a symbol, and a full stop."""
+    """A text with a full stop, and a capital unless it begins with a symbol."""
     if not text:
         return text
     symbol = re.match(r"(?!a\b)\w\b", text)
