@@ -10,6 +10,7 @@ mkdocs calls these functions while it builds:
 import ast
 import dataclasses
 import html
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
+import peft_jax
 from peft_jax.training.settings_reference import settings_reference, to_markdown
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,7 +78,7 @@ def read_package(folder: Path) -> Package:
 def api_page(package: Package) -> str:
     """Returns the page of a package: its docstring, then its modules with the names it offers.
 
-    The page of the front door lists links instead, because its names are described where they live.
+    The page of the front door lists its names too, with links to where they are described.
     """
     lines = [
         f"# `{package.name}` {{ #{package.name} }}",
@@ -87,8 +89,11 @@ def api_page(package: Package) -> str:
     ]
     if package.name == "peft_jax":
         lines += ["## Names", ""]
-        names = sorted(package.offered, key=str.lower)
-        lines += [*(f"- [`{name}`][peft_jax.{name}]" for name in names), ""]
+        lines += ["| name | |", "| --- | --- |"]
+        for name in sorted(package.offered, key=str.lower):
+            summary = (inspect.getdoc(getattr(peft_jax, name)) or "").partition("\n\n")[0]
+            lines.append(f"| [`{name}`][peft_jax.{name}] | {' '.join(summary.split())} |")
+        lines.append("")
     for module, names in package.modules.items():
         lines += [f"## `{module.removeprefix(f'{package.name}.')}` {{ #{module} }}", ""]
         lines += [f"::: {module}", "    options:", "      heading_level: 3"]
