@@ -124,12 +124,13 @@ def to_markdown(sections: Sequence[Section]) -> str:
         lines += [f"## {title}", "", section.summary, ""]
         lines += ["| setting | type | default | meaning |", "| --- | --- | --- | --- |"]
         for one in section.settings:
+            named = not one.methods or one.meaning.startswith(one.methods[0])
             methods = f" Methods: {', '.join(f'`{name}`' for name in one.methods)}."
             cells = (
                 f"`{one.name}`",
                 one.type,
                 one.default if one.default in (REQUIRED, OF_THE_METHOD) else f"`{one.default}`",
-                f"{one.meaning}{methods if one.methods else ''}",
+                f"{one.meaning}{'' if named else methods}",
             )
             lines.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |")
         lines.append("")
