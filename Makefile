@@ -2,7 +2,8 @@
 # make test      the tests (make test-all: the slow ones too)
 # make lint      ruff and mypy
 # make format    let ruff put the layout right
-# make docs      the documentation's site, in site/ (make docs-serve: while you write)
+# make docs      the documentation's site, in site/ (make docs-serve: while you write; make
+#                docs-test: run the code of every page)
 # make bench     speed and memory, side by side with Hugging Face PEFT
 #
 # Each sets up what it needs in .venv first, and only when setup.cfg or pyproject.toml has changed.
@@ -24,7 +25,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check --no-input install -qq
 METADATA := setup.cfg pyproject.toml
 
-.PHONY: help demo test test-all lint format docs docs-serve bench clean
+.PHONY: help demo test test-all lint format docs docs-serve docs-test bench clean
 # The demo and the benchmark are made for a CPU; where others are to be looked for, clear it.
 demo bench: export JAX_PLATFORMS ?= cpu
 
@@ -56,6 +57,9 @@ docs docs-serve: export JAX_PLATFORMS ?= cpu
 docs: $(VENV)/.dev
 	$(RUN) -m mkdocs build --strict --quiet $(ARGS)
 	@echo "The documentation is in site/index.html."
+
+docs-test: $(VENV)/.dev
+	$(RUN) -m pytest -n $(WORKERS) -m slow tests/docs $(ARGS)
 
 docs-serve: $(VENV)/.dev
 	$(RUN) -m mkdocs serve $(ARGS)

@@ -114,9 +114,7 @@ def api_uri(package: str) -> str:
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Fills the navigation's section of the API reference."""
     names = [package.name for package in packages()]
-    pages: list[Any] = [
-        api_uri(name) if name == "peft_jax" else {name: api_uri(name)} for name in names
-    ]
+    pages = [{name: api_uri(name)} for name in names]
     for entry in config.nav or []:
         if API in entry:
             entry[API] = pages
