@@ -79,14 +79,14 @@ def test_the_methods_learning_rates_are_theirs():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_demos_configuration_takes_every_method(method: str):
-    assert from_config_dict(demo.get_config(method)).method.name == method
+    assert from_config_dict(demo.get_config(method)).spec.method.name == method
 
 
 def test_configurations_are_whole():
     assert from_config_dict(pretrain_tiny.get_config()).model.weights == "random"
     config = finetune.get_config("lora")
     config.model.path, config.data.recipe = "somewhere", "gsm8k"
-    assert from_config_dict(config).method.name == "lora"
+    assert from_config_dict(config).spec.method.name == "lora"
 
 
 def configuration_of(command: str) -> RunConfig:
