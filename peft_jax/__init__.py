@@ -6,12 +6,16 @@
   `ExecutionSettings`.
 - Methods, each over one kernel: `LoRA`, `LoRAGA`, `BOFT`, `Unitary`, `Hybrid`, `Full`; one of your
   own: `AdapterMethod`, `register_method`.
-- Adapters over a whole model: `AdapterSpec` makes, binds and merges an `AdapterState`;
+- Adapters over a whole model: `AdapterSpec` makes and binds an `AdapterState`; `merge`,
   `load_adapter`, `save_adapter`, `export_merged`, `trainable_table`.
-- Data: `Batch`, `DataSettings`, `build_data`.
+- Data: `dataset` describes rows by `DataSettings`; `build_data` reads them; `Batch` holds one's
+  own.
+- Training in a work directory, with checkpoints and a report: `train`, which returns a
+  `TrainingResult`; from settings: `RunConfig`, `run`.
 - Training in memory: `Trainer`, with `Hooks`; `hybrid_mixing` and its `MixingSettings` are optax
   transformations.
-- Training from settings, with a work directory: `RunConfig`, `run`.
+- Planning for devices that need not be there: `make_plan`, of a `RunConfig` and what
+  `find_topology` returns.
 - Generation: `generate`, `generate_text`, `GenerationSettings`.
 
 Names are imported when they are first used: `import peft_jax` itself imports nothing of JAX.
