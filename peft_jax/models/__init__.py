@@ -1,12 +1,12 @@
-"""Language models from Hugging Face configurations, as pure functions of their parameters.
+"""Builds language models from Hugging Face configurations, as pure functions of parameters.
 
-- [`registry`][peft_jax.models.registry]: `build_model`, from a `config.json` to a `CausalLM`.
-- [`causal_lm`][peft_jax.models.causal_lm]: `CausalLM`, the handle everything else uses.
+- [`registry`][peft_jax.models.registry]: `build_model`: a `CausalLM` from a `config.json`.
+- [`causal_lm`][peft_jax.models.causal_lm]: `CausalLM`: decoder-only language models.
 - [`classifier`][peft_jax.models.classifier]: `SequenceClassifier`, `build_classifier`: encoders.
-- [`model`][peft_jax.models.model]: `Model`, what both kinds have in common.
-- [`execution`][peft_jax.models.execution]: `ExecutionSettings`, how a model is computed.
+- [`model`][peft_jax.models.model]: `Model`, the base class of both.
+- [`execution`][peft_jax.models.execution]: `ExecutionSettings`: dtype, remat, kernels.
 - [`cache`][peft_jax.models.cache]: `KVCache`, for decoding.
-- [`naming`][peft_jax.models.naming]: `HFTensor`, which checkpoint tensor a leaf is.
+- [`naming`][peft_jax.models.naming]: `HFTensor`: a leaf's tensor in a checkpoint.
 """
 
 from peft_jax.models.cache import KVCache

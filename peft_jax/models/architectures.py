@@ -1,7 +1,7 @@
-"""The dimensions of models that configurations are written for, so that planning needs no download.
+"""Dimensions of known models, so that planning needs no download.
 
-Each is what the checkpoint's own `config.json` says, as far as it decides the computation; the
-checkpoint that a run loads is checked against it.
+Each entry repeats the attributes of the checkpoint's `config.json` that determine the computation.
+A checkpoint that a run loads is checked against its entry.
 """
 
 import dataclasses
@@ -79,51 +79,53 @@ ARCHITECTURES: dict[str, Mapping[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
-"""The `config.json` of each, by a name of this project's own."""
+"""The `config.json` of each known model, by this project's name for it."""
 
-_NOT_COMPUTED = ("initializer_range", "max_positions")
-"""Of no effect on a checkpoint's size or on what is computed with it."""
+_IGNORED_FIELDS = ("initializer_range", "max_positions")
+"""Fields that affect neither a checkpoint's size nor the forward pass."""
 
 
 def find_architecture(name: str) -> dict[str, Any]:
-    """The `config.json` of a known model.
+    """Returns the `config.json` of a known model.
 
     Raises:
-      ValueError: the name is not known.
+      ValueError: The name is unknown.
 
     Example:
       >>> find_architecture("llama-3.1-405b")["num_hidden_layers"]
       126
     """
     if name not in ARCHITECTURES:
-        raise ValueError(f"there is no architecture {name!r}{did_you_mean(name, ARCHITECTURES)}")
+        raise ValueError(
+            f"model.architecture is {name!r}, which is not known{did_you_mean(name, ARCHITECTURES)}"
+        )
     return dict(ARCHITECTURES[name])
 
 
 def check_architecture(name: str, config: ModelConfig) -> None:
-    """Refuses a model that is not of a known architecture, after a `config.json` was read.
+    """Raises ValueError if a model differs from a known architecture.
 
     Args:
-      name: the architecture it should be of.
-      config: the model's.
+      name: Name of the architecture, a key of `ARCHITECTURES`.
+      config: The model's configuration.
 
     Raises:
-      ValueError: the name is not known, or the model differs; the message says in what.
+      ValueError: The name is unknown, or a field differs; the message lists the fields.
     """
     hf_config = find_architecture(name)
     expected = FAMILIES[hf_config["model_type"]].read_config(hf_config)
     if type(expected) is not type(config):
         raise ValueError(
-            f"the checkpoint is a {type(config).__name__}, and {name} a {type(expected).__name__}"
+            f"model.architecture is {name!r}, but the checkpoint differs: it is read as a"
+            f" {type(config).__name__}, not as a {type(expected).__name__}"
         )
     wrong = [
-        f"{field.name} is {getattr(config, field.name)}, and of {name} it is "
-        f"{getattr(expected, field.name)}"
+        f"its {field.name} is {getattr(config, field.name)}, not {getattr(expected, field.name)}"
         for field in dataclasses.fields(expected)  # type: ignore[arg-type]
-        if field.name not in _NOT_COMPUTED
+        if field.name not in _IGNORED_FIELDS
         and getattr(config, field.name) != getattr(expected, field.name)
     ]
     if wrong:
         raise ValueError(
-            f"the checkpoint is no {name}, as model.architecture says: {'; '.join(wrong)}"
+            f"model.architecture is {name!r}, but the checkpoint differs: {'; '.join(wrong)}"
         )

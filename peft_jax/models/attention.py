@@ -1,8 +1,7 @@
-"""Causal attention: a fused kernel where there is one, else dense or, for long rows, by blocks.
+"""Computes attention: with a fused kernel if supported, else dense or, for long rows, chunked.
 
-B batch, T query tokens, S key tokens, K key-value heads, G query heads a key-value head, H head
-dimension. Grouped queries share their key-value head by an axis of their own; keys and values are
-never repeated.
+B batch, T query tokens, S key tokens, K key-value heads, G query heads per key-value head, H head
+dimension. Grouped queries have an axis of their own, so keys and values are never repeated.
 """
 
 import dataclasses
@@ -42,14 +41,14 @@ _LAYOUT_AXES = {
     "key_positions": ("batch", None),
     "slopes": ("kv_heads", None),
 }
-"""The logical axes of a layout's arrays, of which every device has all keys'."""
+"""Logical axes of a layout's arrays; those of keys are not sharded along the sequence."""
 
 _DENSE_SCORES = 1024 * 1024
-"""Up to so many scores a head and row (4 MiB), "auto" is dense."""
+"""Largest number of scores per head and row (4 MiB) for which "auto" is dense."""
 
 
 def choose_attention(name: str, *, tokens: int, keys: int, why_not_fused: str | None) -> str:
-    """Returns what "auto" stands for at T tokens and S keys; other names stand for themselves.
+    """Returns the implementation that "auto" selects; other names are returned unchanged.
 
     Args:
       name: See `ExecutionSettings.attention`.
@@ -58,22 +57,22 @@ def choose_attention(name: str, *, tokens: int, keys: int, why_not_fused: str | 
       why_not_fused: Why the fused kernel cannot be used; None if it can.
 
     Raises:
-      ValueError: "fused" is asked for where it cannot be used.
+      ValueError: `name` is "fused" and the fused kernel cannot be used.
 
     Example:
       >>> choose_attention("auto", tokens=4096, keys=4096, why_not_fused=None)
       'fused'
-      >>> choose_attention("auto", tokens=512, keys=512, why_not_fused="this is for a cpu")
+      >>> choose_attention("auto", tokens=512, keys=512, why_not_fused="it needs a GPU")
       'dense'
-      >>> choose_attention("auto", tokens=4096, keys=4096, why_not_fused="this is for a cpu")
+      >>> choose_attention("auto", tokens=4096, keys=4096, why_not_fused="it needs a GPU")
       'chunked'
-      >>> choose_attention("auto", tokens=1, keys=100_000, why_not_fused="this is for a cpu")
+      >>> choose_attention("auto", tokens=1, keys=100_000, why_not_fused="it needs a GPU")
       'dense'
     """
     if name == "fused" and why_not_fused is not None:
         raise ValueError(
-            f"attention='fused' cannot be used here: {why_not_fused}; 'auto' takes it wherever it"
-            " works"
+            f"attention='fused' cannot be used here: {why_not_fused}; 'auto' uses it wherever it is"
+            " supported"
         )
     if name != "auto":
         return name
@@ -90,19 +89,21 @@ def make_attention(
     head_dim: int,
     execution: ExecutionSettings,
 ) -> Attend:
-    """The function from queries, keys and values to their attention, for all layers.
+    """Returns the attention function of all layers.
 
-    Queries come scaled (by 1/sqrt(H)); what depends on the layout alone is computed here, once.
+    It maps queries [B, T, K, G, H], already scaled by 1/sqrt(H), keys [B, S, K, H] and values
+    [B, S, K, H] to outputs [B, T, K, G, H]. Everything that depends on the layout alone is computed
+    here, once.
 
     Args:
-      layout: Who may attend to whom.
+      layout: Which keys each query attends to.
       tokens: T.
       keys: S.
       head_dim: H.
-      execution: The dtype of activations, and the implementation that is asked for.
+      execution: Dtype of activations, and the implementation to use.
 
     Raises:
-      ValueError: The fused kernel is asked for where it cannot be used.
+      ValueError: `execution.attention` is "fused" and the fused kernel cannot be used.
     """
     if spans(tokens, "sequence"):
         why_not: str | None = 'the tokens of a row are sharded along "sequence"'
@@ -134,32 +135,32 @@ def _log_once(message: str) -> None:
 def _sharded(
     make: Callable[..., Attend], layout: AttentionLayout, *, tokens: int, keys: int
 ) -> Attend:
-    """Attention of each device's rows, heads and queries to all keys.
+    """Returns attention of each device's shard of rows, heads and queries to all keys.
 
-    Where the tokens of a row are cut along "sequence", keys and values are gathered along it (there
-    are few key-value heads), and a device's queries begin at its part of the row.
+    If rows are sharded along "sequence", keys and values are gathered along it, which is cheap
+    because there are few key-value heads. A device's queries then start at its offset in the row.
     """
-    cut_queries, cut_keys = spans(tokens, "sequence"), spans(keys, "sequence")
+    query_axes, key_axes = spans(tokens, "sequence"), spans(keys, "sequence")
 
     def local(query: Queries, key: Keys, value: Keys, start: Any, *arrays: Any) -> Queries:
-        if cut_keys:
-            key, value = (jax.lax.all_gather(x, cut_keys, axis=1, tiled=True) for x in (key, value))
-        if cut_queries:
-            start = start + jax.lax.axis_index(cut_queries) * query.shape[1]
+        if key_axes:
+            key, value = (jax.lax.all_gather(x, key_axes, axis=1, tiled=True) for x in (key, value))
+        if query_axes:
+            start = start + jax.lax.axis_index(query_axes) * query.shape[1]
         own = dataclasses.replace(
             layout, query_start=start, **dict(zip(_LAYOUT_AXES, arrays, strict=True))
         )
         return make(own, tokens=query.shape[1], keys=key.shape[1])(query, key, value)
 
     def attend(query: Queries, key: Keys, value: Keys) -> Queries:
-        of_keys = ("batch", "sequence", "kv_heads", None)
+        kv_spec = ("batch", "sequence", "kv_heads", None)
         return over_shards(
             local,
             (query, key, value, layout.query_start, *(getattr(layout, n) for n in _LAYOUT_AXES)),
             (
                 ("batch", "sequence", "kv_heads", None, None),
-                of_keys,
-                of_keys,
+                kv_spec,
+                kv_spec,
                 (),
                 *_LAYOUT_AXES.values(),
             ),
@@ -169,10 +170,10 @@ def _sharded(
 
 
 def dense_attention(layout: AttentionLayout, *, tokens: int, keys: int) -> Attend:
-    """Attention that holds all scores [B, K, T, G, S].
+    """Returns attention that stores all scores [B, K, T, G, S]; see `make_attention`.
 
-    What is the same in every layer is computed here, once. Masks are added, not selected by, so
-    that the backward pass keeps the weights (in the dtype of the values) and nothing else.
+    The mask is added rather than selected with, so that the backward pass saves the weights (in
+    the dtype of the values) and nothing else.
     """
     query_index = layout.query_start + jnp.arange(tokens, dtype=jnp.int32)
     key_index = jnp.arange(keys, dtype=jnp.int32)
@@ -185,7 +186,7 @@ def dense_attention(layout: AttentionLayout, *, tokens: int, keys: int) -> Atten
         if bias is not None:
             scores += bias
         weights = _softmax(scores + mask, value.dtype)
-        # Written out: einsum would turn the weights over, which are the largest array here.
+        # einsum would transpose the weights, which are the largest array here.
         mixed = jax.lax.dot_general(weights, value, (((4,), (1,)), ((0, 1), (0, 2))))
         return jnp.swapaxes(mixed, 1, 2)
 
@@ -194,7 +195,10 @@ def dense_attention(layout: AttentionLayout, *, tokens: int, keys: int) -> Atten
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _softmax(scores: Scores, dtype: jnp.dtype) -> Weights:
-    """The softmax over the last axis, computed in float32, in `dtype`; that is all it keeps."""
+    """Returns the softmax over the last axis in `dtype`, computed in float32.
+
+    The backward pass saves the result only.
+    """
     unnormalized = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
     return (unnormalized * (1.0 / unnormalized.sum(axis=-1, keepdims=True))).astype(dtype)
 

@@ -1,6 +1,6 @@
-"""Who may attend to whom, and what distance costs.
+"""Attention layouts: which keys each query attends to, and ALiBi's penalty on distance.
 
-B batch, T query tokens, S key tokens, K key-value heads, G query heads a key-value head, H head
+B batch, T query tokens, S key tokens, K key-value heads, G query heads per key-value head, H head
 dimension.
 """
 
@@ -20,31 +20,32 @@ Keys = Float[Array, "batch keys kv_heads head_dim"]
 Attend = Callable[[Queries, Keys, Keys], Queries]
 
 MASKED = -1e30
-"""Added to scores of what may not be seen; finite, so that no row can become NaN."""
+"""Score of a masked key; finite, so that a fully masked row is not NaN."""
 
 
 @struct.dataclass
 class AttentionLayout:
-    """Who may attend to whom: no other segment, no later token, nothing before the window.
+    """Describes which keys each query attends to.
 
-    An encoder's tokens see later ones too, and have no window.
+    A query attends within its own segment. A causal query attends to no later token, and to none
+    before its sliding window.
 
-    A pytree; its fields are typed `Any` because JAX also puts placeholders in the arrays' places.
+    A pytree. Its fields are typed `Any` because JAX also puts placeholders in place of arrays.
 
     Attributes:
-      query_start: the index of the first query among the keys, a scalar; 0 without a cache.
-      query_segments: [B, T], or None where a row is one segment.
+      query_start: Index of the first query among the keys, a scalar; 0 without a cache.
+      query_segments: [B, T], or None if every row is one segment.
       key_segments: [B, S], or None.
       query_positions: [B, T]; with ALiBi only.
       key_positions: [B, S]; with ALiBi only.
-      slopes: [K, G], ALiBi's penalty a token of distance (Press et al., 2022, arXiv 2108.12409),
-        or None.
-      window: a query sees this many tokens, itself included; None sees all. Static.
-      sees_later: whether a query sees the tokens after it; segments are then given, without which
-        padding would be seen. Static.
-      packed: whether a row may hold several segments. False promises one segment a row, with
-        padding after it only, so that a causal kernel needs no mask. Static.
-      cached: whether the keys are those of a cache. Static.
+      slopes: [K, G], ALiBi's penalty per token of distance (Press et al., 2022, arXiv
+        2108.12409), or None.
+      window: Number of tokens a query attends to, itself included; None for all. Static.
+      is_causal: Whether later tokens are masked. If False, segments are required, because they
+        mask the padding. Static.
+      packed: Whether a row may hold several segments. False promises one segment per row, padded
+        at its end only, so that a causal kernel needs no mask. Static.
+      cached: Whether the keys come from a cache. Static.
     """
 
     query_start: Any
@@ -54,18 +55,18 @@ class AttentionLayout:
     key_positions: Any = None
     slopes: Any = None
     window: int | None = struct.field(pytree_node=False, default=None)
-    sees_later: bool = struct.field(pytree_node=False, default=False)
+    is_causal: bool = struct.field(pytree_node=False, default=True)
     packed: bool = struct.field(pytree_node=False, default=True)
     cached: bool = struct.field(pytree_node=False, default=False)
 
     @classmethod
     def bidirectional(cls, segment_ids: Int[Array, "batch tokens"]) -> "AttentionLayout":
-        """The layout of an encoder's tokens, each of which sees its whole segment."""
+        """Returns an encoder's layout: every token attends to its whole segment."""
         return cls(
             query_start=jnp.zeros((), jnp.int32),
             query_segments=segment_ids,
             key_segments=segment_ids,
-            sees_later=True,
+            is_causal=False,
         )
 
     @classmethod
@@ -77,12 +78,22 @@ class AttentionLayout:
         window: int | None = None,
         packed: bool = True,
     ) -> "AttentionLayout":
-        """The layout of tokens among themselves, or among those of a cache that admitted them."""
+        """Returns a decoder's layout.
+
+        Args:
+          segment_ids: [B, T], 0 for padding; None if every row is one segment.
+          cache: Cache that already holds these tokens' positions and segments, or None.
+          window: Number of tokens a query attends to, itself included; None for all.
+          packed: Whether a row may hold several segments.
+
+        Raises:
+          ValueError: A cache is given without `segment_ids`.
+        """
         if cache is None:
             start, key_segments = jnp.zeros((), jnp.int32), segment_ids
         else:
             if segment_ids is None:
-                raise ValueError("with a cache, tokens need segment_ids")
+                raise ValueError("segment_ids is None, but must be given with a cache")
             start, key_segments = cache.length - segment_ids.shape[1], cache.segment_ids
         return cls(
             query_start=start,
@@ -99,7 +110,7 @@ class AttentionLayout:
         positions: Int[Array, "batch tokens"],
         cache: KVCache | None,
     ) -> "AttentionLayout":
-        """The layout with a penalty on distance, the queries being at `positions`."""
+        """Returns the layout with ALiBi's penalty, for queries at `positions`."""
         return dataclasses.replace(
             self,
             slopes=slopes,
@@ -109,10 +120,11 @@ class AttentionLayout:
 
 
 def alibi_slopes(heads: int) -> Float32[np.ndarray, " heads"]:
-    """ALiBi's slope of each head: powers of 2^(-8/n) for n heads, n a power of two.
+    """Returns ALiBi's slope of each head.
 
-    For other counts the first n heads take the slopes of the power of two below, the rest every
-    other slope of the power of two above, as the paper's authors do.
+    For n heads, n a power of two, the slopes are powers of 2^(-8/n). For other counts, the first
+    heads take the slopes of the power of two below; the rest take every other slope of the power
+    of two above, as in the authors' code.
 
     Example:
       >>> alibi_slopes(4)
@@ -131,9 +143,9 @@ def visible(
     query_segments: Int[Array, "batch tokens"] | None,
     key_segments: Int[Array, "batch keys"] | None,
 ) -> Bool[Array, "rows tokens keys"]:
-    """Which of the given keys each of the given queries sees, [B or 1, T, S]."""
+    """Returns the mask of the keys that each query attends to, [B or 1, T, S]."""
     distance = query_index[:, None] - key_index[None, :]
-    seen = jnp.ones_like(distance, bool) if layout.sees_later else distance >= 0
+    seen = distance >= 0 if layout.is_causal else jnp.ones_like(distance, bool)
     if layout.window is not None:
         seen &= distance < layout.window
     seen = seen[None]
@@ -147,7 +159,7 @@ def alibi(
     query_positions: Int[Array, "batch tokens"] | None,
     key_positions: Int[Array, "batch keys"] | None,
 ) -> Float32[Array, "batch kv_heads tokens group keys"] | None:
-    """ALiBi's term of the scores, minus slope times distance in positions; None without ALiBi."""
+    """Returns ALiBi's bias, minus slope times distance in positions; None without ALiBi."""
     if layout.slopes is None or query_positions is None or key_positions is None:
         return None
     distance = query_positions[:, :, None] - key_positions[:, None, :]

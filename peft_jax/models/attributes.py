@@ -1,8 +1,8 @@
-"""Hugging Face's `config.json`, read strictly: what is not understood is refused by name.
+"""Checks a Hugging Face `config.json` strictly: an unknown attribute is an error.
 
-A configuration attribute that is silently ignored is a model that silently computes something
-else. So each family lists the attributes it reads, those known not to change the logits, and those
-that are implemented at one value only; anything else is an error.
+If an attribute were ignored, the model could silently compute something else. So each family lists
+the attributes it reads, those known not to change the logits, and those implemented for some values
+only. Any other attribute raises ValueError.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ _IRRELEVANT = frozenset(
         # Provenance and storage.
         "architectures", "auto_map", "dtype", "model_type", "name_or_path", "torch_dtype",
         "transformers_version", "unsloth_fixed", "unsloth_version",
-        # Tokens and how text is generated; what transformers used to write for every model.
+        # Tokens and generation settings, including those old transformers wrote for every model.
         "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward",
         "cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty", "do_sample",
         "early_stopping", "encoder_no_repeat_ngram_size", "eos_token_id",
@@ -44,10 +44,10 @@ _FIXED: Mapping[str, tuple[Any, ...]] = {
     "tie_encoder_decoder": (False,),
 }
 
-MOST_LAYERS = 10_000
-"""Far more than any model has; work and names that grow with the layers stay small."""
+MAX_LAYERS = 10_000
+"""Upper bound on a model's layers, far above any real model; it bounds the work per file."""
 
-_LARGEST_SIZE = 2**31 - 1
+_MAX_SIZE = 2**31 - 1
 
 
 def _is_integer(value: Any) -> bool:
@@ -63,27 +63,27 @@ def _are_strings(value: Any) -> bool:
 
 
 Kind = tuple[str, Callable[[Any], bool]]
-"""What a value has to be, in words and as a test."""
+"""A description of the values an attribute accepts, and a predicate for them."""
 
 _LAYERS: Kind = (
-    f"a whole number from 1 to {MOST_LAYERS:,}",
-    lambda value: _is_integer(value) and 1 <= value <= MOST_LAYERS,
+    f"a whole number from 1 to {MAX_LAYERS:,}",
+    lambda value: _is_integer(value) and 1 <= value <= MAX_LAYERS,
 )
 _SIZE: Kind = (
     "a whole number from 1 to 2³¹ - 1",
-    lambda value: _is_integer(value) and 1 <= value <= _LARGEST_SIZE,
+    lambda value: _is_integer(value) and 1 <= value <= _MAX_SIZE,
 )
 _INTEGER: Kind = (
     "a whole number below 2³¹",
-    lambda value: _is_integer(value) and abs(value) <= _LARGEST_SIZE,
+    lambda value: _is_integer(value) and abs(value) <= _MAX_SIZE,
 )
 _POSITIVE: Kind = ("a finite number above 0", lambda value: _is_finite(value) and value > 0)
 _NOT_NEGATIVE: Kind = ("a finite number of at least 0", lambda v: _is_finite(v) and v >= 0)
 _BOOL: Kind = ("true or false", lambda value: isinstance(value, bool))
-_TEXT: Kind = ("a text", lambda value: isinstance(value, str))
-_TEXTS: Kind = ("a list of texts", _are_strings)
+_TEXT: Kind = ("a string", lambda value: isinstance(value, str))
+_TEXTS: Kind = ("a list of strings", _are_strings)
 _TOKENS: Kind = (
-    "the number of a token, or a list of numbers",
+    "a token id, or a list of token ids",
     lambda value: all(map(_is_integer, value if isinstance(value, list) else [value])),
 )
 _OBJECT: Kind = ("an object", lambda value: isinstance(value, Mapping))
@@ -115,26 +115,26 @@ _KINDS: Mapping[str, Kind] = {
         ),
         _BOOL,
     ),
-    # Read by transformers, with the tokenizer, and by generation.
+    # Read by transformers along with the tokenizer, and by generation.
     **dict.fromkeys(("bos_token_id", "eos_token_id"), _TOKENS),
     **dict.fromkeys(("dtype", "torch_dtype"), _TEXT),
     **dict.fromkeys(("hidden_act", "model_type", "problem_type", "rope_type", "type"), _TEXT),
     **dict.fromkeys(("architectures", "layer_types"), _TEXTS),
     **dict.fromkeys(("id2label", "rope_parameters", "rope_scaling"), _OBJECT),
 }  # fmt: skip
-"""What attributes have to be, whatever the family."""
+"""Accepted values of attributes, for all families."""
 
 
 def check_kind(hf_config: Mapping[str, Any], name: str, *, where: str = "config.json sets") -> None:
-    """Checks the type and the range of one attribute, before anything is computed from it.
+    """Checks the type and the range of one attribute.
 
     Args:
-      hf_config: the attributes.
-      name: which of them.
-      where: how a message begins.
+      hf_config: Attributes by name.
+      name: Name of the attribute.
+      where: Beginning of the error message.
 
     Raises:
-      ValueError: the value is not null and not what the attribute has to be.
+      ValueError: The value is neither null nor of the required type and range.
 
     Example:
       >>> check_kind({"num_attention_heads": 0}, "num_attention_heads")
@@ -151,23 +151,24 @@ def check_kind(hf_config: Mapping[str, Any], name: str, *, where: str = "config.
 
 
 def _shown(value: Any) -> str:
-    """A value as a message shows it, cut where it is long."""
+    """Returns the representation of a value for a message, shortened to 80 characters."""
     if _is_integer(value) and abs(value) >= 10**40:
-        return "an integer of more than 40 digits"  # some are too long to be written out
+        # Python raises for an integer of more than 4300 digits.
+        return "an integer of more than 40 digits"
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttributeTable:
-    """What one family makes of the attributes of `config.json`.
+    """Lists the attributes of `config.json` that one family accepts.
 
     Attributes:
-      family: the family's `model_type`.
-      architectures: class names that may stand under "architectures".
-      read: attributes the family's configuration is built from.
-      irrelevant: attributes that do not change the logits, besides those common to all families.
-      fixed: attributes implemented at the given values only.
+      family: The family's `model_type`.
+      architectures: Class names accepted under "architectures".
+      read: Attributes that the family's configuration is built from.
+      irrelevant: Attributes that do not change the logits, besides those common to all families.
+      fixed: Attributes implemented for the listed values only.
     """
 
     family: str
@@ -177,10 +178,16 @@ class AttributeTable:
     fixed: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
 
     def check(self, hf_config: Mapping[str, Any]) -> None:
-        """Raises ValueError for the first attribute that would change the computation unseen.
+        """Raises ValueError for the first attribute that could silently change the computation.
 
-        Attributes that are null, or private (a leading underscore), say nothing and pass. The
-        others are checked by type and range too, where these are known.
+        Null and private attributes (with a leading underscore) are accepted. The others are also
+        checked for type and range, where these are known.
+
+        Args:
+          hf_config: The parsed `config.json`.
+
+        Raises:
+          ValueError: An attribute is unknown, or its value is not implemented.
         """
         for name in hf_config:
             check_kind(hf_config, name)
@@ -214,10 +221,10 @@ class AttributeTable:
 
 
 def require(hf_config: Mapping[str, Any], name: str) -> Any:
-    """The value of an attribute that has no safe default.
+    """Returns the value of an attribute that has no safe default.
 
     Raises:
-      ValueError: it is absent or null.
+      ValueError: The attribute is absent or null.
     """
     value = hf_config.get(name)
     if value is None:
@@ -226,9 +233,9 @@ def require(hf_config: Mapping[str, Any], name: str) -> Any:
 
 
 def given(hf_config: Mapping[str, Any], name: str, default: Any) -> Any:
-    """The value of an attribute, or transformers' default where it is absent or null."""
+    """Returns the value of an attribute, or `default` where it is absent or null."""
     value = hf_config.get(name)
     if value is None:
         return default
-    # JSON may write a number without its point.
+    # JSON may write a float without a decimal point.
     return float(value) if isinstance(default, float) and isinstance(value, int) else value

@@ -1,4 +1,4 @@
-"""BERT and RoBERTa: encoders with a classification or regression head.
+"""Encoders of BERT and RoBERTa with a classification or regression head.
 
 Axes: B batch, T tokens, D embed, K heads, H head dimension, F feed-forward, C labels.
 
@@ -32,33 +32,33 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
 }
-"""The feed-forward's nonlinearities, by transformers' names."""
+"""Nonlinearities of the feed-forward layer, by their names in transformers."""
 
 HEADS = ("pooled", "two_layers")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BertConfig:
-    """The architecture of an encoder with a head.
+    """Architecture of an encoder with a head.
 
     Attributes:
-      vocab_size: rows of the token embedding.
+      vocab_size: Number of rows of the token embedding.
       hidden_size: D.
-      num_layers: transformer blocks.
+      num_layers: Number of transformer blocks.
       num_heads: K; divides D.
       intermediate_size: F.
-      num_positions: rows of the position embedding.
-      position_offset: the row of a text's first token; RoBERTa's rows begin after its padding id.
-      num_token_types: rows of the token-type embedding.
-      num_labels: C; 1 is a regression.
-      head: "pooled", BERT's: one map from the first token through the pooler; "two_layers",
-        RoBERTa's: two maps from the first token, and no pooler.
-      activation: one of `ACTIVATIONS`.
-      norm_epsilon: added to the variance in every norm.
-      initializer_range: the standard deviation random kernels and embeddings start with.
+      num_positions: Number of rows of the position embedding.
+      position_offset: Row of a text's first token. RoBERTa's rows start after its padding id.
+      num_token_types: Number of rows of the token-type embedding.
+      num_labels: C; 1 for regression.
+      head: "pooled" (BERT): the pooler, then one map from the first token. "two_layers"
+        (RoBERTa): two maps from the first token, without a pooler.
+      activation: A key of `ACTIVATIONS`.
+      norm_epsilon: Added to the variance in every norm.
+      initializer_range: Initial standard deviation of kernels and embeddings.
 
     Raises:
-      ValueError: a size is not positive, heads do not divide D, or a name is not known.
+      ValueError: A size is not positive, heads do not divide D, or a name is unknown.
     """
 
     vocab_size: int
@@ -84,13 +84,13 @@ class BertConfig:
         check_choice("head", self.head, HEADS)
         if self.hidden_size % self.num_heads:
             raise ValueError(
-                f"hidden_size must be a multiple of num_heads, but they are {self.hidden_size} and"
+                f"hidden_size is {self.hidden_size}, but must be a multiple of num_heads ="
                 f" {self.num_heads}"
             )
 
     @property
     def num_kv_heads(self) -> int:
-        """As many as query heads."""
+        """Number of key-value heads, K."""
         return self.num_heads
 
     @property
@@ -100,12 +100,12 @@ class BertConfig:
 
     @property
     def tie_word_embeddings(self) -> bool:
-        """The head is no transposed embedding."""
+        """False: the head is not the transposed embedding."""
         return False
 
     @property
     def max_tokens(self) -> int:
-        """The most tokens of a text: positions are learned, and there are no more."""
+        """Largest number of tokens per row, limited by the learned positions."""
         return self.num_positions - self.position_offset
 
 
@@ -118,7 +118,7 @@ def _norm(config: BertConfig) -> LayerNorm:
 
 
 class BertEmbeddings(nnx.Module):
-    """The sum of what a token, its position and its type are embedded as, normalized."""
+    """The normalized sum of token, position and token-type embeddings."""
 
     def __init__(self, config: BertConfig):
         def table(rows: int) -> Embedding:
@@ -137,7 +137,7 @@ class BertEmbeddings(nnx.Module):
         positions: Int[Array, "batch tokens"],
         dtype: jnp.dtype,
     ) -> Hidden:
-        """The embedded tokens, in `dtype`."""
+        """Returns the embedded tokens [B, T, D], in `dtype`."""
         embedded = self.word_embeddings(tokens, dtype)
         embedded += self.position_embeddings(positions + self.config.position_offset, dtype)
         embedded += self.token_type_embeddings(token_types, dtype)
@@ -145,7 +145,7 @@ class BertEmbeddings(nnx.Module):
 
 
 class BertSelfAttention(nnx.Module):
-    """Queries, keys and values, and what they attend to; multi-head, in both directions."""
+    """Bidirectional multi-head attention, without its output map."""
 
     def __init__(self, config: BertConfig):
         self.config = config
@@ -155,7 +155,7 @@ class BertSelfAttention(nnx.Module):
         self.value = _linear(config, embed, embed, ("embed", "kv_heads"))
 
     def __call__(self, x: Hidden, attend: Attend) -> Hidden:
-        """The attended values of all heads side by side."""
+        """Returns the outputs of all heads, concatenated to [B, T, D]."""
         config = self.config
         shape = (*x.shape[:2], config.num_heads, config.head_dim)
         query, key, value = (f(x).reshape(shape) for f in (self.query, self.key, self.value))
@@ -163,86 +163,86 @@ class BertSelfAttention(nnx.Module):
         return out.reshape(x.shape)
 
 
-class BertSum(nnx.Module):
-    """The end of a sub-layer: a linear map, added to the sub-layer's input, then a norm."""
+class BertOutput(nnx.Module):
+    """The output of a sub-layer: a linear map, the residual connection, then a norm."""
 
     def __init__(self, config: BertConfig, d_in: int, axes: tuple[str, str]):
         self.dense = _linear(config, d_in, config.hidden_size, axes)
         self.LayerNorm = _norm(config)
 
     def __call__(self, x: Float[Array, "batch tokens features"], residual: Hidden) -> Hidden:
-        """The norm of the map of `x` plus `residual`."""
+        """Returns norm(dense(x) + residual), [B, T, D]."""
         return self.LayerNorm(self.dense(x) + residual)
 
 
 class BertAttention(nnx.Module):
-    """The attention sub-layer."""
+    """The attention sub-layer, with its residual connection and norm."""
 
     def __init__(self, config: BertConfig):
         self.self = BertSelfAttention(config)
-        self.output = BertSum(config, config.hidden_size, ("heads", "embed"))
+        self.output = BertOutput(config, config.hidden_size, ("heads", "embed"))
 
     def __call__(self, x: Hidden, attend: Attend) -> Hidden:
-        """The sub-layer's output."""
+        """Returns the sub-layer's output, [B, T, D]."""
         return self.output(self.self(x, attend), x)
 
 
 class BertIntermediate(nnx.Module):
-    """The first half of the feed-forward."""
+    """The first map of the feed-forward layer, with its nonlinearity."""
 
     def __init__(self, config: BertConfig):
         self.activation = config.activation
         self.dense = _linear(config, config.hidden_size, config.intermediate_size, ("embed", "mlp"))
 
     def __call__(self, x: Hidden) -> Float[Array, "batch tokens mlp"]:
-        """The map of `x` through the nonlinearity."""
+        """Returns activation(dense(x)), [B, T, F]."""
         return recomputed(ACTIVATIONS[self.activation])(self.dense(x))
 
 
 class BertBlock(nnx.Module):
-    """One transformer block: attention, then the feed-forward, a norm after each."""
+    """One transformer block: attention, then the feed-forward layer, a norm after each."""
 
     def __init__(self, config: BertConfig):
         self.attention = BertAttention(config)
         self.intermediate = BertIntermediate(config)
-        self.output = BertSum(config, config.intermediate_size, ("mlp", "embed"))
+        self.output = BertOutput(config, config.intermediate_size, ("mlp", "embed"))
 
     def __call__(self, x: Hidden, attend: Attend) -> Hidden:
-        """The block's output."""
+        """Returns the block's output, [B, T, D]."""
         attended = self.attention(x, attend)
         return self.output(self.intermediate(attended), attended)
 
 
 class BertPooler(nnx.Module):
-    """The first token's state through a map and tanh."""
+    """BERT's pooler: a linear map and tanh of the first token's state."""
 
     def __init__(self, config: BertConfig):
-        # Square, and both axes are the residual stream's: the second is not cut a second time.
+        # Both axes are the residual stream's, and one mesh axis can shard only one of them.
         self.dense = _linear(config, config.hidden_size, config.hidden_size, ("embed", "norm"))
 
     def __call__(self, first: Float[Array, "batch embed"]) -> Float[Array, "batch embed"]:
-        """The pooled states."""
+        """Returns the pooled states, [B, D]."""
         return jnp.tanh(self.dense(first))
 
 
 class TwoLayerHead(nnx.Module):
-    """RoBERTa's head: a map and tanh, then the map to the labels."""
+    """RoBERTa's head: a linear map and tanh, then a linear map to the labels."""
 
     def __init__(self, config: BertConfig):
         self.dense = _linear(config, config.hidden_size, config.hidden_size, ("embed", "norm"))
         self.out_proj = _linear(config, config.hidden_size, config.num_labels, ("embed", "norm"))
 
     def __call__(self, first: Float[Array, "batch embed"]) -> Float[Array, "batch labels"]:
-        """The logits."""
+        """Returns the logits, [B, C]."""
         return self.out_proj(jnp.tanh(self.dense(first)))
 
 
 class Bert(nnx.Module):
-    """The encoder: embeddings, blocks, pooler where there is one, head.
+    """The encoder: embeddings, blocks, optional pooler, head.
 
     Args:
-      config: the architecture.
-      execution: how it is computed.
+      config: Architecture.
+      execution: Execution settings.
     """
 
     def __init__(self, config: BertConfig, execution: ExecutionSettings):
@@ -264,7 +264,7 @@ class Bert(nnx.Module):
         positions: Int[Array, "batch tokens"],
         segment_ids: Int[Array, "batch tokens"],
     ) -> Hidden:
-        """The hidden states after the last block."""
+        """Returns the hidden states after the last block, [B, T, D]."""
         count = tokens.shape[1]
         attend = make_attention(
             AttentionLayout.bidirectional(segment_ids),
@@ -284,6 +284,6 @@ class Bert(nnx.Module):
         return hidden
 
     def classify(self, hidden: Hidden) -> Float[Array, "batch labels"]:
-        """The head's output for the hidden states of texts that begin at the first position."""
+        """Returns the head's output [B, C] from the hidden states of each row's first token."""
         first = hidden[:, 0]
         return self.classifier(self.pooler(first) if self.config.head == "pooled" else first)

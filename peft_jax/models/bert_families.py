@@ -1,4 +1,4 @@
-"""How the `config.json` of BERT and RoBERTa is read."""
+"""Reads the `config.json` of BERT and RoBERTa."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -26,8 +26,8 @@ _READ = frozenset(
         "vocab_size",
     }
 )
-# Dropout acts while transformers trains, and on nothing here: an adapter has dropout of its own.
-# The language-modeling head, which may be tied, is not part of a classifier.
+# Dropout of the base is not applied here, because an adapter has its own. Tied embeddings concern
+# the language-modeling head, which a classifier does not have.
 _IRRELEVANT = frozenset(
     {
         "attention_probs_dropout_prob",
@@ -68,20 +68,20 @@ _ROBERTA = _table(
 
 
 def read_bert(hf_config: Mapping[str, Any]) -> BertConfig:
-    """BERT and what is built like it: MiniLM, BGE, E5.
+    """Reads the configuration of BERT or a model of its architecture (MiniLM, BGE, E5).
 
     Raises:
-      ValueError: an attribute is missing, or not understood.
+      ValueError: An attribute is missing or unknown.
     """
     _BERT.check(hf_config)
     return _read(hf_config, head="pooled", position_offset=0, norm_epsilon=1e-12)
 
 
 def read_roberta(hf_config: Mapping[str, Any]) -> BertConfig:
-    """RoBERTa, whose positions count on from its padding id.
+    """Reads the configuration of RoBERTa, whose positions start after its padding id.
 
     Raises:
-      ValueError: an attribute is missing, or not understood.
+      ValueError: An attribute is missing or unknown.
     """
     _ROBERTA.check(hf_config)
     offset = given(hf_config, "pad_token_id", 1) + 1
@@ -89,7 +89,7 @@ def read_roberta(hf_config: Mapping[str, Any]) -> BertConfig:
 
 
 def count_labels(hf_config: Mapping[str, Any]) -> int:
-    """How many outputs the head has: as many as there are labels; transformers' default is 2.
+    """Returns the number of outputs of the head; transformers' default is 2.
 
     Example:
       >>> count_labels({"id2label": {"0": "no", "1": "maybe", "2": "yes"}}), count_labels({})
@@ -105,13 +105,14 @@ def _read(
     problem = given(hf_config, "problem_type", "")
     if problem == "multi_label_classification" or (problem == "regression" and labels > 1):
         raise ValueError(
-            f"config.json sets problem_type = {problem!r} with {labels} labels; classifiers are"
-            " implemented for one label of several, and for one number"
+            f"config.json sets problem_type = {problem!r} with {labels} labels, but only"
+            " single-label classification and regression with one output are implemented"
         )
     activation = given(hf_config, "hidden_act", "gelu")
     if activation not in ACTIVATIONS:
         raise ValueError(
-            f"config.json sets hidden_act = {activation!r}; implemented: {', '.join(ACTIVATIONS)}"
+            f"config.json sets hidden_act = {activation!r}, which is not implemented; choose from:"
+            f" {', '.join(ACTIVATIONS)}"
         )
     return BertConfig(
         vocab_size=require(hf_config, "vocab_size"),

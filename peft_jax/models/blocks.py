@@ -1,4 +1,4 @@
-"""Running stacked transformer blocks: scanned or unrolled, with what the backward pass keeps.
+"""Runs stacked transformer blocks, scanned or unrolled, with rematerialization.
 
 L layers, B batch, T tokens, D embed.
 """
@@ -26,7 +26,7 @@ _BLOCK_INPUT = "block_input"
 
 
 def stack_blocks(make: Callable[[], nnx.Module], layers: int) -> nnx.Module:
-    """One module whose parameters hold those of `layers` blocks along a new leading axis."""
+    """Returns one module that stacks the parameters of `layers` blocks along a leading axis."""
     return nnx.vmap(make, in_axes=(), out_axes=0, axis_size=layers)()
 
 
@@ -39,15 +39,16 @@ def run_blocks(
     cache: KVCache | None,
     execution: ExecutionSettings,
 ) -> tuple[Hidden, KVCache | None]:
-    """Passes `hidden` through the blocks, first to last.
+    """Passes `hidden` through the blocks in order.
 
     Args:
-      blocks: the stacked blocks.
-      run: one block's computation, given the block itself, its input and its layer of the cache.
+      blocks: Stacked blocks.
+      run: Runs one block, given the block, its input and its layer of the cache.
       hidden: [B, T, D].
       layers: L.
-      cache: keys and values of earlier tokens; the positions of the new ones are admitted already.
-      execution: scan or unroll; rematerialization.
+      cache: Keys and values of earlier tokens, or None. It already holds the positions and
+        segments of the new tokens.
+      execution: Whether to scan or unroll, and the rematerialization.
 
     Returns:
       [B, T, D], and the cache with every layer's new keys and values.
@@ -84,10 +85,10 @@ def run_blocks(
 
 
 def unstack(stacked: Any, layers: int) -> list[Any]:
-    """The trees whose leaves are the slices of `stacked`'s along the leading axis.
+    """Splits a tree of stacked leaves [L, ...] into L trees.
 
-    Split rather than indexed: the gradient of a split is one concatenation, that of L indexings L
-    arrays of the full size.
+    The gradient of a split is one concatenation. That of L indexing operations would be L arrays of
+    the full size.
     """
     leaves, treedef = jax.tree.flatten(stacked)
     slices = [jnp.unstack(leaf, axis=0) for leaf in leaves]
@@ -95,7 +96,7 @@ def unstack(stacked: Any, layers: int) -> list[Any]:
 
 
 def rematerialized(body: Callable, remat: str, *, inside_scan: bool) -> Callable:
-    """`body` with what its backward pass keeps chosen by name; see `ExecutionSettings.remat`."""
+    """Wraps `body` in the rematerialization policy `remat`; see `ExecutionSettings.remat`."""
     policies = jax.checkpoint_policies
     if remat == "none":
         return body

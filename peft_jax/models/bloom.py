@@ -1,4 +1,4 @@
-"""BLOOM: ALiBi in place of positions, one fused map to queries, keys and values, LayerNorms.
+"""Decoder of BLOOM: ALiBi, a fused map to queries, keys and values, and LayerNorms.
 
 Axes: B batch, T tokens, D embed, K heads, H head dimension, V vocab.
 
@@ -27,18 +27,18 @@ Hidden = Float[Array, "batch tokens embed"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BloomConfig:
-    """The architecture of a BLOOM model.
+    """Architecture of a BLOOM model.
 
     Attributes:
       vocab_size: V.
       hidden_size: D; the MLP has 4 D features.
-      num_layers: transformer blocks.
+      num_layers: Number of transformer blocks.
       num_heads: K; divides D.
-      norm_epsilon: added to the variance in every norm.
-      residual_after_norm: whether the normalized input of a sub-layer is what its output is added
-        to (`apply_residual_connection_post_layernorm`).
-      tie_word_embeddings: whether the head is the transposed embedding.
-      initializer_range: the standard deviation random kernels and embeddings start with.
+      norm_epsilon: Added to the variance in every norm.
+      residual_after_norm: Whether a sub-layer's output is added to its normalized input
+        (`apply_residual_connection_post_layernorm`).
+      tie_word_embeddings: Whether the head is the transposed embedding.
+      initializer_range: Initial standard deviation of kernels and embeddings.
     """
 
     vocab_size: int
@@ -56,13 +56,13 @@ class BloomConfig:
         check_positive("norm_epsilon", self.norm_epsilon)
         if self.hidden_size % self.num_heads:
             raise ValueError(
-                f"hidden_size must be a multiple of num_heads, but they are {self.hidden_size} and"
+                f"hidden_size is {self.hidden_size}, but must be a multiple of num_heads ="
                 f" {self.num_heads}"
             )
 
     @property
     def num_kv_heads(self) -> int:
-        """As many as query heads."""
+        """Number of key-value heads, K."""
         return self.num_heads
 
     @property
@@ -77,7 +77,7 @@ def _linear(config: BloomConfig, d_in: int, d_out: int, axes: tuple[str, str]) -
 
 
 class BloomAttention(nnx.Module):
-    """Multi-head attention; the fused map's output is laid out [K, 3, H]."""
+    """Multi-head attention; the output of the fused map has the layout [K, 3, H]."""
 
     def __init__(self, config: BloomConfig):
         self.config = config
@@ -88,7 +88,7 @@ class BloomAttention(nnx.Module):
     def __call__(
         self, x: Hidden, attend: Attend, cache: LayerCache | None
     ) -> tuple[Hidden, LayerCache | None]:
-        """The attended `x`, and this layer of the cache where one was given."""
+        """Returns attention's output [B, T, D], and the layer's updated cache if one is given."""
         config = self.config
         leading = x.shape[:2]
         fused = self.query_key_value(x).reshape(*leading, config.num_heads, 3, config.head_dim)
@@ -109,7 +109,7 @@ class BloomMLP(nnx.Module):
         self.dense_4h_to_h = _linear(config, mlp, embed, ("mlp", "embed"))
 
     def __call__(self, x: Hidden) -> Hidden:
-        """The map of `x`."""
+        """Returns the MLP's output, [B, T, D]."""
         activation = recomputed(functools.partial(jax.nn.gelu, approximate=True))
         return self.dense_4h_to_h(activation(self.dense_h_to_4h(x)))
 
@@ -130,7 +130,7 @@ class BloomBlock(nnx.Module):
     def __call__(
         self, x: Hidden, attend: Attend, cache: LayerCache | None
     ) -> tuple[Hidden, LayerCache | None]:
-        """The block's output, and this layer of the cache where one was given."""
+        """Returns the block's output, and the layer's updated cache if one is given."""
         after_norm = self.config.residual_after_norm
         normed = self.input_layernorm(x)
         attended, cache = self.self_attention(normed, attend, cache)
@@ -143,8 +143,8 @@ class Bloom(nnx.Module):
     """The decoder: embedding and its norm, blocks, final norm, head.
 
     Args:
-      config: the architecture.
-      execution: how it is computed.
+      config: Architecture.
+      execution: Execution settings.
     """
 
     def __init__(self, config: BloomConfig, execution: ExecutionSettings):
@@ -174,7 +174,7 @@ class Bloom(nnx.Module):
         cache: KVCache | None,
         packed: bool,
     ) -> tuple[Hidden, KVCache | None]:
-        """The hidden states after the final norm, and the cache where one was given."""
+        """Returns the hidden states after the final norm, and the updated cache if one is given."""
         slopes = jnp.asarray(alibi_slopes(self.config.num_heads))[:, None]
         layout = AttentionLayout.causal(segment_ids, cache, packed=packed)
         layout = layout.with_alibi(slopes, positions, cache)
@@ -197,7 +197,7 @@ class Bloom(nnx.Module):
         return self.ln_f(hidden), cache
 
     def head_kernel(self) -> Kernel:
-        """The head, [embed, vocab]; with tied embeddings, the transposed embedding."""
+        """Returns the head, [embed, vocab]; if tied, the transposed embedding."""
         if self.config.tie_word_embeddings:
             return self.word_embeddings.embedding.get_value().T
         return self.lm_head.kernel.get_value()

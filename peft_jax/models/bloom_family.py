@@ -1,4 +1,4 @@
-"""How BLOOM's `config.json` is read."""
+"""Reads the `config.json` of BLOOM."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -27,7 +27,7 @@ _BLOOM = AttributeTable(
             "vocab_size",
         }
     ),
-    # How Megatron-DeepSpeed computed the same function; transformers does not read these either.
+    # Execution settings of Megatron-DeepSpeed; transformers ignores them too.
     irrelevant=frozenset(
         {
             "attention_softmax_in_fp32",
@@ -44,18 +44,18 @@ _BLOOM = AttributeTable(
 
 
 def read_bloom(hf_config: Mapping[str, Any]) -> BloomConfig:
-    """BLOOM and BLOOMZ, as BigScience or transformers write it.
+    """Reads the configuration of BLOOM or BLOOMZ, as BigScience or transformers writes it.
 
     Raises:
-      ValueError: an attribute is missing, or not understood.
+      ValueError: An attribute is missing or unknown.
     """
     _BLOOM.check(hf_config)
     hidden_size = _either(hf_config, "n_embed", "hidden_size")
     inner = given(hf_config, "n_inner", 4 * hidden_size)
     if inner != 4 * hidden_size:
         raise ValueError(
-            f"config.json sets n_inner = {inner}; BLOOM is implemented for four times hidden_size"
-            f" = {hidden_size} only"
+            f"config.json sets n_inner = {inner}, but for BLOOM it must be 4 * hidden_size ="
+            f" {4 * hidden_size}"
         )
     return BloomConfig(
         vocab_size=require(hf_config, "vocab_size"),
@@ -70,7 +70,7 @@ def read_bloom(hf_config: Mapping[str, Any]) -> BloomConfig:
 
 
 def _either(hf_config: Mapping[str, Any], name: str, other: str) -> Any:
-    """The value of an attribute that goes by two names."""
+    """Returns the value of an attribute that has two names."""
     return given(hf_config, name, None) or require(hf_config, other)
 
 

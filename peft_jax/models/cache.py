@@ -1,7 +1,7 @@
-"""The key-value cache of decoding.
+"""Key-value cache for decoding.
 
 L layers, B batch, S slots (keys), K key-value heads, H head dimension. Fields of pytrees are typed
-`Any`: JAX also puts placeholders, shapes and shardings in the arrays' places.
+`Any` because JAX also puts placeholders, shapes and shardings in place of arrays.
 """
 
 import dataclasses
@@ -15,19 +15,19 @@ from jaxtyping import Array, Float, Int
 
 @struct.dataclass
 class KVCache:
-    """The keys and values of the tokens seen so far; a pytree.
+    """Keys and values of earlier tokens; a pytree.
 
-    All rows are written at the same slots. Rows of different lengths are padded, with segment 0,
-    and their tokens' own positions are kept beside them. A sliding window counts slots: with one,
-    pad on the left, so that no padding lies between a row's tokens.
+    All rows are written at the same slots. Shorter rows are padded with segment 0, and each token's
+    position is stored. A sliding window counts slots: with one, pad rows on the left, so that no
+    padding lies between a row's tokens.
 
     Attributes:
       keys: [L, B, S, K, H], after rotary embedding.
       values: [L, B, S, K, H].
-      positions: [B, S], each token's position.
-      segment_ids: [B, S], 0 where a slot is empty or holds padding.
-      length: the number of slots written, a scalar.
-      next_position: [B], the position of each row's next token.
+      positions: [B, S], position of each token.
+      segment_ids: [B, S], 0 where a slot is empty or padding.
+      length: Number of slots written, a scalar.
+      next_position: [B], position of each row's next token.
     """
 
     keys: Any
@@ -48,7 +48,7 @@ class KVCache:
         head_dim: int,
         dtype: jnp.dtype,
     ) -> "KVCache":
-        """A cache in which nothing is written."""
+        """Returns an empty cache: keys and values [layers, batch, slots, kv_heads, head_dim]."""
         shape = (layers, batch, slots, kv_heads, head_dim)
         return cls(
             keys=jnp.zeros(shape, dtype),
@@ -61,20 +61,21 @@ class KVCache:
 
     @property
     def slots(self) -> int:
-        """How many tokens a row can hold."""
+        """Number of tokens that a row can hold."""
         return self.keys.shape[2]
 
-    def following_positions(
-        self, segment_ids: Int[Array, "batch tokens"]
-    ) -> Int[Array, "batch tokens"]:
-        """Each row's next positions, counting over what is not padding."""
+    def next_positions(self, segment_ids: Int[Array, "batch tokens"]) -> Int[Array, "batch tokens"]:
+        """Returns the positions [B, T] of each row's next tokens, not counting padding."""
         counted = jnp.cumsum((segment_ids > 0).astype(jnp.int32), axis=1)
         return self.next_position[:, None] + jnp.maximum(counted - 1, 0)
 
-    def admit(
+    def append_tokens(
         self, positions: Int[Array, "batch tokens"], segment_ids: Int[Array, "batch tokens"]
     ) -> "KVCache":
-        """The cache with the next tokens' positions and segments, before their keys and values."""
+        """Returns the cache with the positions and segments of the next tokens appended.
+
+        Their keys and values are written later, by `LayerCache.append`.
+        """
         start = (jnp.zeros((), jnp.int32), self.length)
         seen = jnp.max(jnp.where(segment_ids > 0, positions + 1, 0), axis=1)
         return dataclasses.replace(
@@ -88,13 +89,13 @@ class KVCache:
 
 @struct.dataclass
 class LayerCache:
-    """One layer's view of the cached keys and values; what is passed from block to block.
+    """One layer's view of a `KVCache`, passed to its block.
 
     Attributes:
       keys: [L, B, S, K, H]; of all layers, so that a scan updates it in place.
       values: [L, B, S, K, H].
-      layer: which layer is meant, a scalar.
-      start: the first slot to write, a scalar.
+      layer: Index of the layer, a scalar.
+      start: First slot to write, a scalar.
     """
 
     keys: Any
@@ -107,7 +108,7 @@ class LayerCache:
         keys: Float[Array, "batch tokens kv_heads head_dim"],
         values: Float[Array, "batch tokens kv_heads head_dim"],
     ) -> "LayerCache":
-        """The cache with this layer's next keys and values written."""
+        """Returns the cache with this layer's next keys and values written."""
         zero = jnp.zeros((), jnp.int32)
         where = (self.layer, zero, self.start, zero, zero)
         keys, values = keys.astype(self.keys.dtype), values.astype(self.values.dtype)
@@ -123,7 +124,7 @@ class LayerCache:
         Float[Array, "batch slots kv_heads head_dim"],
         Float[Array, "batch slots kv_heads head_dim"],
     ]:
-        """This layer's keys and values, all slots."""
+        """Returns this layer's keys and values in `dtype`, all slots."""
         keys, values = (
             jax.lax.dynamic_index_in_dim(array, self.layer, keepdims=False)
             for array in (self.keys, self.values)

@@ -1,4 +1,4 @@
-"""A causal language model as pure functions of its parameters.
+"""Causal language models: hidden states, logits and caches, as pure functions of parameters.
 
 B batch, T tokens, D embed, V vocab.
 """
@@ -18,7 +18,7 @@ from peft_jax.models.model import Model
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CausalLM(Model):
-    """A decoder-only language model: from tokens to hidden states and logits; see `Model`."""
+    """A decoder-only language model that maps tokens to hidden states and logits; see `Model`."""
 
     def hidden_states(
         self,
@@ -30,47 +30,50 @@ class CausalLM(Model):
         cache: KVCache | None = None,
         packed: bool = True,
     ) -> tuple[Float[Array, "batch tokens embed"], KVCache | None]:
-        """The hidden states after the final norm.
+        """Returns the hidden states after the final norm.
 
         Args:
-          params: the parameters.
+          params: Parameters.
           tokens: [B, T].
-          positions: [B, T], for rotary embeddings or ALiBi; by default they count from 0 at every
-            segment's start or, with a cache, go on from each row's last token.
-          segment_ids: [B, T]: 0 is padding, 1 and up are sequences packed in a row, which do not
-            see each other; by default a row is one sequence.
-          cache: the earlier tokens' keys and values; the tokens are written after them. It is for
-            the caller to see that there are slots left.
-          packed: whether a row may hold several segments. False promises that each row is one
-            segment with padding after it only, which saves a fused kernel its mask.
+          positions: [B, T], for rotary embeddings or ALiBi. By default they count from 0 at the
+            start of each segment or, with a cache, continue from each row's last token.
+          segment_ids: [B, T]; 0 is padding, 1 and up number the sequences packed into a row, which
+            do not attend to each other. By default a row is one sequence.
+          cache: Keys and values of earlier tokens; the new ones are written after them. The caller
+            must ensure that the cache has free slots.
+          packed: Whether a row may hold several segments. False promises that each row is one
+            segment padded at its end only, so that a fused kernel needs no mask.
 
         Returns:
-          [B, T, D] in the compute dtype; and the cache with these tokens, or None without one.
+          [B, T, D] in the compute dtype, and the updated cache, or None without one.
 
         Raises:
-          ValueError: the parameters are not this model's, or more tokens than slots in the cache.
+          ValueError: The parameters do not fit the model, or T exceeds the cache's slots.
         """
         if cache is not None:
             if tokens.shape[1] > cache.slots:
-                raise ValueError(f"{tokens.shape[1]} tokens do not fit a cache of {cache.slots}")
+                raise ValueError(
+                    f"there are {tokens.shape[1]} tokens per row, but the cache has"
+                    f" {cache.slots} slots"
+                )
             if segment_ids is None:
                 segment_ids = jnp.ones_like(tokens)
             if positions is None:
-                positions = cache.following_positions(segment_ids)
-            cache = cache.admit(positions, segment_ids)
+                positions = cache.next_positions(segment_ids)
+            cache = cache.append_tokens(positions, segment_ids)
         elif positions is None:
             positions = default_positions(tokens, segment_ids)
         with use_implementation(self.execution.kernels):
-            return self._bound(params)(tokens, positions, segment_ids, cache, packed)
+            return self._bind(params)(tokens, positions, segment_ids, cache, packed)
 
     def head_kernel(self, params: Tree) -> Kernel:
-        """The map from hidden states to logits, [D, V]; if tied, the transposed embedding."""
-        return self._bound(params).head_kernel()
+        """Returns the head, [D, V]; if tied, the transposed embedding."""
+        return self._bind(params).head_kernel()
 
     def logits(
         self, params: Tree, hidden: Float[Array, "*batch embed"]
     ) -> Float32[Array, "*batch vocab"]:
-        """The logits of hidden states, in float32."""
+        """Returns the logits of hidden states, in float32."""
         kernel = self.head_kernel(params)
         if isinstance(kernel, jax.Array):
             kernel = kernel.astype(hidden.dtype)
@@ -85,12 +88,12 @@ class CausalLM(Model):
         positions: Int[Array, "batch tokens"] | None = None,
         segment_ids: Int[Array, "batch tokens"] | None = None,
     ) -> Float32[Array, "batch tokens vocab"]:
-        """The logits of `tokens`; arguments as for `hidden_states`."""
+        """Returns the logits of `tokens`; see `hidden_states` for the arguments."""
         hidden, _ = self.hidden_states(params, tokens, positions=positions, segment_ids=segment_ids)
         return self.logits(params, hidden)
 
     def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> KVCache:
-        """An empty cache for `batch` rows of up to `length` tokens."""
+        """Returns an empty cache for `batch` rows of up to `length` tokens."""
         config = self.config
         return KVCache.empty(
             layers=config.num_layers,
@@ -105,7 +108,7 @@ class CausalLM(Model):
 def default_positions(
     tokens: Int[Array, "batch tokens"], segment_ids: Int[Array, "batch tokens"] | None
 ) -> Int[Array, "batch tokens"]:
-    """Positions that count from 0 at the start of the row or of each segment."""
+    """Returns positions [B, T] that count from 0 at the start of each segment."""
     index = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     if segment_ids is None:
         return index

@@ -1,12 +1,12 @@
-"""Attention that never holds all scores: blocks of queries against the blocks of keys they see.
+"""Computes attention in blocks of queries and keys, without storing all scores.
 
-B batch, T query tokens, S key tokens, K key-value heads, G query heads a key-value head, H head
-dimension. Scores exist for one block of queries and one of keys at a time, in both passes: the
-forward pass keeps a running softmax, and what the backward pass needs of it is one number a query
-(the log of the softmax's sum), from which it computes each block's probabilities again. Blocks of
-keys that no query of a block may see are never visited.
+B batch, T query tokens, S key tokens, K key-value heads, G query heads per key-value head, H head
+dimension. In both passes, only the scores of one block of queries and one block of keys exist at a
+time. The forward pass keeps a running softmax. It saves one value per query, the log of the
+softmax's sum, from which the backward pass recomputes each block's probabilities. Fully masked
+blocks are skipped.
 
-Source: Dao, 2023, arXiv 2307.08691, algorithms 1 and 2, here as XLA loops on every backend.
+Source: Dao, 2023, arXiv 2307.08691, algorithms 1 and 2, as XLA loops on every backend.
 """
 
 import dataclasses
@@ -32,18 +32,18 @@ LogSums = Float32[Array, "batch kv_heads tokens group"]
 Index = Int[Array, ""] | int
 
 SAVED_NAMES = ("attention_output", "attention_log_sum")
-"""What the backward pass needs besides queries, keys and values, by name for rematerialization."""
+"""Checkpoint names of the saved values besides queries, keys and values."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Blocks:
-    """How queries and keys are cut, in tokens; both counts are whole numbers of blocks.
+    """Block sizes and counts of the padded queries and keys.
 
     Attributes:
-      query: a block of queries.
-      key: a block of keys.
-      queries: blocks of queries there are.
-      keys: blocks of keys there are.
+      query: Number of tokens per block of queries.
+      key: Number of tokens per block of keys.
+      queries: Number of blocks of queries.
+      keys: Number of blocks of keys.
     """
 
     query: int
@@ -55,7 +55,7 @@ class Blocks:
 def chunked_attention(
     layout: AttentionLayout, *, tokens: int, keys: int, block: int = 512
 ) -> Attend:
-    """Attention by blocks of at most `block` queries and keys; see `make_attention`."""
+    """Returns attention in blocks of at most `block` queries and keys; see `make_attention`."""
     query_block, key_block = min(block, tokens), min(block, keys)
     blocks = Blocks(
         query=query_block,
@@ -82,9 +82,9 @@ def chunked_attention(
 
 
 def _pad(array: Any, count: int) -> Any:
-    """Zeros after the tokens of axis 1.
+    """Appends `count` zeros along axis 1.
 
-    No query sees padded keys: they come after it or, where later tokens are seen, are of segment 0.
+    No query attends to padded keys: they come after it or, without causal order, have segment 0.
     """
     if array is None or not count:
         return array
@@ -109,7 +109,7 @@ def _attention_forward(
 def _forward(
     blocks: Blocks, query: Queries, key: Keys, value: Keys, layout: AttentionLayout
 ) -> tuple[Queries, LogSums]:
-    """Attention, and the log of every query's softmax sum."""
+    """Returns attention's output and the log of every query's softmax sum."""
 
     def query_block(_: None, i: Index) -> tuple[None, Any]:
         query_i = _take(query, i, blocks.query)
@@ -131,7 +131,7 @@ def _forward(
             jnp.zeros(shape, jnp.float32),
             jnp.zeros((*shape, head_dim), jnp.float32),
         )
-        first, end = _keys_seen(blocks, layout, i)
+        first, end = _key_block_range(blocks, layout, i)
         largest, total, out = jax.lax.fori_loop(first, end, key_block, start)
         out = (out / total[..., None]).astype(query.dtype)
         return None, (out.transpose(0, 2, 1, 3, 4), largest + jnp.log(total))
@@ -142,9 +142,9 @@ def _forward(
 
 
 def _attention_backward(blocks: Blocks, residuals: Any, grad_out: Queries) -> tuple:
-    """The gradients of queries, keys and values; block by block of keys."""
+    """Returns the gradients of queries, keys and values, computed one block of keys at a time."""
     query, key, value, layout, out, log_sums = residuals
-    # The softmax's gradient subtracts from each query's the mean under its weights, <dO, O>.
+    # The gradient of a softmax subtracts its mean under the weights, which is <dO, O>.
     means = jnp.einsum("btkgh,btkgh->bktg", grad_out, out, preferred_element_type=jnp.float32)
 
     def key_block(grad_query: Any, j: Index) -> tuple[Any, Any]:
@@ -168,7 +168,7 @@ def _attention_backward(blocks: Blocks, residuals: Any, grad_out: Queries) -> tu
             return grad_query, grad_key, grad_value
 
         start = (grad_query, *(jnp.zeros(a.shape, jnp.float32) for a in (key_j, value_j)))
-        first, end = _queries_seeing(blocks, layout, j)
+        first, end = _query_block_range(blocks, layout, j)
         grad_query, grad_key, grad_value = jax.lax.fori_loop(first, end, query_block, start)
         return grad_query, (grad_key.astype(key.dtype), grad_value.astype(value.dtype))
 
@@ -186,33 +186,33 @@ _attention.defvjp(_attention_forward, _attention_backward)
 def _scores(
     blocks: Blocks, query: Queries, key: Keys, layout: AttentionLayout, i: Index, j: Index
 ) -> Float32[Array, "batch kv_heads tokens group keys"]:
-    """The masked scores of block i of the queries against block j of the keys."""
+    """Returns the masked scores of query block i against key block j."""
     query_index = layout.query_start + i * blocks.query + jnp.arange(blocks.query, dtype=jnp.int32)
     key_index = j * blocks.key + jnp.arange(blocks.key, dtype=jnp.int32)
 
-    def of_queries(array: Any) -> Any:
+    def take_queries(array: Any) -> Any:
         return None if array is None else _take(array, i, blocks.query)
 
-    def of_keys(array: Any) -> Any:
+    def take_keys(array: Any) -> Any:
         return None if array is None else _take(array, j, blocks.key)
 
     scores = _matmul("btkgh,bskh->bktgs", query, key)
-    bias = alibi(layout, of_queries(layout.query_positions), of_keys(layout.key_positions))
+    bias = alibi(layout, take_queries(layout.query_positions), take_keys(layout.key_positions))
     if bias is not None:
         scores += bias
     seen = visible(
         layout,
         query_index,
         key_index,
-        of_queries(layout.query_segments),
-        of_keys(layout.key_segments),
+        take_queries(layout.query_segments),
+        take_keys(layout.key_segments),
     )
     return jnp.where(seen[:, None, :, None, :], scores, MASKED)
 
 
-def _keys_seen(blocks: Blocks, layout: AttentionLayout, i: Index) -> tuple[Any, Any]:
-    """The first block of keys that block i of the queries sees, and the one after the last."""
-    if layout.sees_later:
+def _key_block_range(blocks: Blocks, layout: AttentionLayout, i: Index) -> tuple[Any, Any]:
+    """Returns the range [first, end) of key blocks that query block i attends to."""
+    if not layout.is_causal:
         return jnp.zeros((), jnp.int32), jnp.full((), blocks.keys, jnp.int32)
     first_query = layout.query_start + i * blocks.query
     end = jnp.minimum((first_query + blocks.query - 1) // blocks.key + 1, blocks.keys)
@@ -221,9 +221,9 @@ def _keys_seen(blocks: Blocks, layout: AttentionLayout, i: Index) -> tuple[Any, 
     return jnp.maximum(first_query - layout.window + 1, 0) // blocks.key, end
 
 
-def _queries_seeing(blocks: Blocks, layout: AttentionLayout, j: Index) -> tuple[Any, Any]:
-    """The first block of queries that sees block j of the keys, and the one after the last."""
-    if layout.sees_later:
+def _query_block_range(blocks: Blocks, layout: AttentionLayout, j: Index) -> tuple[Any, Any]:
+    """Returns the range [first, end) of query blocks that attend to key block j."""
+    if not layout.is_causal:
         return jnp.zeros((), jnp.int32), jnp.full((), blocks.queries, jnp.int32)
     first_key = j * blocks.key - layout.query_start
     first = jnp.maximum(first_key, 0) // blocks.query
@@ -234,18 +234,18 @@ def _queries_seeing(blocks: Blocks, layout: AttentionLayout, j: Index) -> tuple[
 
 
 def _take(array: Any, block: Index, size: int, *, axis: int = 1) -> Any:
-    """One block of an array along its tokens."""
+    """Returns one block of an array along its tokens."""
     return jax.lax.dynamic_slice_in_dim(array, block * size, size, axis=axis)
 
 
 def _matmul(axes: str, left: Any, right: Any) -> Any:
-    """A product of blocks in the right one's dtype, summed in float32."""
+    """Multiplies blocks in the dtype of `right`, accumulating in float32."""
     left = left.astype(right.dtype)
     return jnp.einsum(axes, left, right, preferred_element_type=jnp.float32)
 
 
 def _join(blocks: Any, axis: int) -> Any:
-    """Blocks [blocks, ..., tokens, ...] as one array whose `axis` runs over all their tokens."""
+    """Concatenates blocks [blocks, ..., tokens, ...] along the token axis `axis` of the result."""
     moved = jnp.moveaxis(blocks, 0, axis)
     shape = moved.shape
     return moved.reshape(*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :])

@@ -1,4 +1,4 @@
-"""An encoder with a classification or regression head, as pure functions of its parameters.
+"""Encoders with a classification or regression head, as pure functions of parameters.
 
 B batch, T tokens, D embed, C labels.
 """
@@ -21,34 +21,31 @@ from peft_jax.models.model import Model
 from peft_jax.models.naming import CLASSIFIER
 
 ENCODERS: dict[str, Family] = {family.model_type: family for family in (BERT, ROBERTA)}
-"""The families of encoders by the `model_type` of their `config.json`."""
+"""Families of encoders by the `model_type` of their `config.json`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SequenceClassifier(Model):
-    """An encoder that gives a text, or a pair of texts, a label or a number; see `Model`."""
+    """An encoder that classifies or scores a text or a pair of texts; see `Model`."""
 
     @property
     def num_labels(self) -> int:
-        """C; with 1 the output is a number and no label's logit."""
+        """Number of labels C; 1 for regression, whose output is the predicted value."""
         return count_labels(self.hf_config)
 
     @property
     def max_tokens(self) -> int:
-        """The most tokens of a row."""
+        """Largest number of tokens per row."""
         return self.config.max_tokens  # type: ignore[attr-defined]
 
     @property
     def head_leaves(self) -> frozenset[Path]:
-        """The paths of the head's leaves, which a pretrained encoder comes without.
-
-        The pooler counts with them: checkpoints of masked language models lack it.
-        """
+        """Paths of the leaves that a pretrained encoder lacks: those of the head and the pooler."""
         return frozenset(path for path in self.hf_names() if path[0] in (CLASSIFIER, "pooler"))
 
     @property
     def head_modules(self) -> tuple[str, ...]:
-        """The head's modules as `modules_to_save` names them: they are trained themselves."""
+        """Names of the head's modules for `modules_to_save`, since the whole head is trainable."""
         return tuple(
             sorted({".".join(path[:-1]) for path in self.hf_names() if path[0] == CLASSIFIER})
         )
@@ -61,11 +58,11 @@ class SequenceClassifier(Model):
         token_types: Int[Array, "batch tokens"] | None = None,
         segment_ids: Int[Array, "batch tokens"] | None = None,
     ) -> Float[Array, "batch tokens embed"]:
-        """The hidden states after the last block.
+        """Returns the hidden states after the last block.
 
         Args:
-          params: the parameters.
-          tokens: [B, T], each row a text with the tokenizer's own beginning and end.
+          params: Parameters.
+          tokens: [B, T]; each row is a text with the tokenizer's special tokens.
           token_types: [B, T], 1 for the second text of a pair; zero by default.
           segment_ids: [B, T], 0 for padding, else 1; by default there is no padding.
 
@@ -73,19 +70,19 @@ class SequenceClassifier(Model):
           [B, T, D] in the compute dtype.
 
         Raises:
-          ValueError: the parameters are not this model's, or a row has more tokens than there are
-            learned positions.
+          ValueError: The parameters do not fit the model, or T exceeds `max_tokens`.
         """
         if tokens.shape[1] > self.max_tokens:
             raise ValueError(
-                f"{tokens.shape[1]} tokens a row, and the model has positions for {self.max_tokens}"
+                f"there are {tokens.shape[1]} tokens per row, but the model has positions for"
+                f" {self.max_tokens}"
             )
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
         if token_types is None:
             token_types = jnp.zeros_like(tokens)
         positions = default_positions(tokens, segment_ids)
-        return self._bound(params)(tokens, token_types, positions, segment_ids)
+        return self._bind(params)(tokens, token_types, positions, segment_ids)
 
     def __call__(
         self,
@@ -95,18 +92,18 @@ class SequenceClassifier(Model):
         token_types: Int[Array, "batch tokens"] | None = None,
         segment_ids: Int[Array, "batch tokens"] | None = None,
     ) -> Float32[Array, "batch labels"]:
-        """The logits of each row's labels, or its number, [B, C]; arguments as `hidden_states`."""
+        """Returns each row's logits or predicted value, float32 [B, C]; see `hidden_states`."""
         hidden = self.hidden_states(
             params, tokens, token_types=token_types, segment_ids=segment_ids
         )
-        return self._bound(params).classify(hidden).astype(jnp.float32)
+        return self._bind(params).classify(hidden).astype(jnp.float32)
 
 
 def is_encoder(hf_config: Mapping[str, Any]) -> bool:
-    """Whether a `config.json` is an encoder's, for `build_classifier`.
+    """Returns whether a `config.json` describes an encoder, for `build_classifier`.
 
     Raises:
-      ValueError: its `model_type` is no text.
+      ValueError: Its `model_type` is not a string.
     """
     check_kind(hf_config, "model_type")
     return hf_config.get("model_type") in ENCODERS
@@ -118,16 +115,16 @@ def build_classifier(
     *,
     num_labels: int | None = None,
 ) -> SequenceClassifier:
-    """The encoder a Hugging Face `config.json` describes, with a head.
+    """Builds the encoder that a Hugging Face `config.json` describes, with a head.
 
     Args:
-      hf_config: the parsed `config.json`, as transformers 4 or 5 writes it.
-      execution: how the model is computed.
-      num_labels: how many labels the head is to have, 1 for a regression; by default as many as
-        `config.json` says.
+      hf_config: The parsed `config.json`, as transformers 4 or 5 writes it.
+      execution: Execution settings; None for the defaults.
+      num_labels: Number of labels of the head, 1 for regression; None for the number in
+        `config.json`.
 
     Raises:
-      ValueError: a family, or an attribute, that is not understood; it is named.
+      ValueError: The family or an attribute is unknown; the message names it.
 
     Example:
       >>> model = build_classifier({
@@ -140,7 +137,7 @@ def build_classifier(
     model_type = hf_config.get("model_type")
     if not is_encoder(hf_config):
         raise ValueError(
-            f"config.json has the model_type {model_type!r}, which is no encoder implemented here"
+            f"config.json sets model_type = {model_type!r}, which is not an implemented encoder"
             f"{did_you_mean(str(model_type), ENCODERS)}"
         )
     family = ENCODERS[str(model_type)]
@@ -156,7 +153,7 @@ def build_classifier(
 
 
 def _with_labels(hf_config: Mapping[str, Any], count: int, family: Family) -> dict[str, Any]:
-    """The `config.json` of the model with a head of `count` outputs; its labels' names are kept."""
+    """Returns the `config.json` for a head of `count` outputs, keeping label names that fit."""
     kept = {
         name: value
         for name, value in hf_config.items()

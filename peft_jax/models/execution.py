@@ -1,4 +1,4 @@
-"""How a model is computed, as opposed to what it computes."""
+"""Execution settings: dtype, rematerialization and kernels, which leave the function the same."""
 
 import dataclasses
 
@@ -14,27 +14,27 @@ ATTENTION = ("auto", "dense", "chunked", "fused")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExecutionSettings:
-    """Choices that leave the function the same (up to rounding) and change its speed and memory.
+    """Settings that change a model's speed and memory but, up to rounding, not its function.
 
     Attributes:
-      compute_dtype: the dtype of activations. Norm statistics, attention's softmax, rotary tables
-        and logits are float32 whatever it is.
-      remat: what the backward pass keeps of each transformer block. "none": everything; "full":
-        the block's input only, the rest is computed again; "dots": also the outputs of linear
-        maps; "offload": as "full", with the inputs waiting in the host's pinned memory.
-      scan_layers: one compiled block in a `jax.lax.scan` over the layers, or the blocks unrolled.
-        Unrolled compiles longer.
-      attention: "dense" holds all scores; "chunked" holds one block of scores at a time and
-        computes them again in the backward pass; "fused" is cuDNN's kernel, on GPUs and for 16-bit
-        activations; "auto" is fused where that works, else dense for short rows and chunked for
-        long ones (`peft_jax.models.attention.choose_attention`). The choice is logged once.
-      kernels: how adapters' rotations are multiplied by: "xla"; "pallas", an error where there is
-        no Pallas kernel; "auto", Pallas where there is a kernel for the platform and the shapes,
-        else XLA, with a line in the log that says why; "interpret", Pallas's TPU kernels
-        interpreted, very slowly, to look for mistakes.
+      compute_dtype: Dtype of activations. Norm statistics, attention's softmax, rotary tables and
+        logits are always float32.
+      remat: Values of each transformer block that are saved for the backward pass. "none" saves
+        everything. "full" saves the block's input and recomputes the rest. "dots" also saves the
+        outputs of linear maps. "offload" is "full" with the inputs in the host's pinned memory.
+      scan_layers: Whether to compile one block and scan it over the layers (`jax.lax.scan`).
+        Unrolled blocks take longer to compile.
+      attention: "dense" stores all scores. "chunked" stores one block of scores at a time and
+        recomputes them in the backward pass. "fused" is cuDNN's kernel, for GPUs and 16-bit
+        activations. "auto" is fused where that is supported, else dense for short rows and chunked
+        for long ones (`peft_jax.models.attention.choose_attention`). The choice is logged once.
+      kernels: Implementation of adapters' rotations. "xla" runs anywhere. "pallas" raises an error
+        where there is no Pallas kernel. "auto" uses Pallas where there is a kernel for the platform
+        and the shapes, else XLA, and logs why. "interpret" interprets the TPU kernels, very slowly,
+        for debugging.
 
     Raises:
-      ValueError: a value that is not known; near matches are named.
+      ValueError: A value is unknown; the message suggests near matches.
 
     Example:
       >>> ExecutionSettings(compute_dtype="bfloat16", remat="full").dtype
@@ -57,5 +57,5 @@ class ExecutionSettings:
 
     @property
     def dtype(self) -> jnp.dtype:
-        """`compute_dtype` as a dtype."""
+        """Dtype object of `compute_dtype`."""
         return jnp.dtype(self.compute_dtype)

@@ -1,4 +1,4 @@
-"""What a family of models has to offer."""
+"""Interface of a model family: configuration, module and checkpoint names."""
 
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping
@@ -14,31 +14,31 @@ from peft_jax.models.naming import Naming
 
 @runtime_checkable
 class ModelConfig(Hashable, Protocol):
-    """The architecture of a model: what every family's (frozen, hashable) configuration has."""
+    """Architecture of a model: the fields every family's (frozen, hashable) configuration has."""
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the embedding."""
+        """Number of rows of the embedding."""
 
     @property
     def hidden_size(self) -> int:
-        """Features of the residual stream."""
+        """Number of features of the residual stream."""
 
     @property
     def num_layers(self) -> int:
-        """Transformer blocks."""
+        """Number of transformer blocks."""
 
     @property
     def num_heads(self) -> int:
-        """Query heads."""
+        """Number of query heads."""
 
     @property
     def num_kv_heads(self) -> int:
-        """Key-value heads; divides `num_heads`."""
+        """Number of key-value heads; divides `num_heads`."""
 
     @property
     def head_dim(self) -> int:
-        """Features of a head."""
+        """Number of features per head."""
 
     @property
     def tie_word_embeddings(self) -> bool:
@@ -58,25 +58,25 @@ class Decoder(Protocol):
         segment_ids: Int[Array, "batch tokens"] | None,
         cache: KVCache | None,
     ) -> tuple[Float[Array, "batch tokens embed"], KVCache | None]:
-        """The hidden states after the final norm, and the cache where one was given."""
+        """Returns the hidden states after the final norm, and the updated cache if one is given."""
 
     def head_kernel(self) -> Kernel:
-        """The head, [embed, vocab]; with tied embeddings, the transposed embedding."""
+        """Returns the head, [embed, vocab]; if tied, the transposed embedding."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """One family: how its `config.json` is read, its module, and the names of its tensors.
+    """Describes one family of models.
 
     Attributes:
-      model_type: what `config.json` calls it.
-      architecture: the name of its class in transformers.
-      read_config: builds the family's configuration, refusing what is not understood.
-      decoder: the module.
-      naming: of tensors and modules in Hugging Face checkpoints.
-      unused: regular expressions for tensors that its checkpoints may hold and the model leaves:
-        heads it was pretrained with, tensors that repeat what `config.json` says.
-      old_names: (ending, ending now) of tensors that old checkpoints call otherwise.
+      model_type: `model_type` in `config.json`.
+      architecture: Class name in transformers.
+      read_config: Builds the family's configuration; raises ValueError for unknown attributes.
+      decoder: Module class.
+      naming: Names of tensors and modules in Hugging Face checkpoints.
+      unused: Regular expressions of tensors that checkpoints may hold but the model ignores, such
+        as pretraining heads.
+      old_names: (old suffix, new suffix) of tensors that old checkpoints name differently.
     """
 
     model_type: str

@@ -1,10 +1,10 @@
-"""Attention in one fused kernel: cuDNN's, on NVIDIA GPUs.
+"""Computes attention with cuDNN's fused kernel, on NVIDIA GPUs.
 
-B batch, T tokens, K key-value heads, G query heads a key-value head, H head dimension.
+B batch, T tokens, K key-value heads, G query heads per key-value head, H head dimension.
 
-The kernel never holds the scores, as `chunked_attention`, and keeps the matrix units busy, as XLA's
-loops do not. Causal order and a sliding window are part of it. Segments packed into a row are not:
-they go in as a mask over [B, T, T], which is why long packed rows are left to `chunked_attention`.
+Like `chunked_attention`, the kernel never stores all scores, and it is faster than XLA's loops. It
+supports causal order and a sliding window. Segments packed into a row need a mask [B, T, T], which
+is why long packed rows use `chunked_attention`.
 
 Source: Dao, 2023, arXiv 2307.08691, as implemented by cuDNN behind `jax.nn.dot_product_attention`.
 """
@@ -14,11 +14,11 @@ import jax.numpy as jnp
 
 from peft_jax.models.attention_layout import Attend, AttentionLayout, Keys, Queries, visible
 
-LONGEST_MASKED = 8192
-"""Tokens of a row up to which a mask is given to the kernel: it takes 128 MiB a row in bfloat16."""
+MAX_MASKED_TOKENS = 8192
+"""Longest row, in tokens, that gets a mask: 128 MiB per row in bfloat16."""
 
-_LARGEST_HEAD = 128
-"""cuDNN's limit on every GPU; on Hopper it goes to 256 forwards and, for some shapes, backwards."""
+_MAX_HEAD_DIM = 128
+"""cuDNN's limit on every GPU. Hopper allows 256, but in the backward pass for some shapes only."""
 
 
 def why_not_fused(
@@ -33,8 +33,8 @@ def why_not_fused(
     """Returns why the fused kernel cannot compute this attention, or None if it can.
 
     Args:
-      layout: Who may attend to whom.
-      platform: What the program is traced for: "cpu", "gpu" or "tpu".
+      layout: Which keys each query attends to.
+      platform: Platform the program is compiled for: "cpu", "gpu" or "tpu".
       dtype: Dtype of queries, keys and values.
       head_dim: H.
       tokens: T.
@@ -44,36 +44,38 @@ def why_not_fused(
       >>> layout = AttentionLayout.causal(None, None)
       >>> sizes = {"head_dim": 64, "tokens": 1024, "keys": 1024}
       >>> why_not_fused(layout, platform="cpu", dtype=jnp.dtype("bfloat16"), **sizes)
-      'it is for GPUs, and this is for a cpu'
+      'it needs a GPU, but the platform is cpu'
       >>> why_not_fused(layout, platform="gpu", dtype=jnp.dtype("float32"), **sizes)
-      'it is for bfloat16 and float16, and activations are float32'
+      'it needs bfloat16 or float16 activations, but they are float32'
       >>> why_not_fused(layout, platform="gpu", dtype=jnp.dtype("bfloat16"), **sizes) is None
       True
     """
     if platform != "gpu":
-        return f"it is for GPUs, and this is for a {platform}"
+        return f"it needs a GPU, but the platform is {platform}"
     if dtype not in (jnp.bfloat16, jnp.float16):
-        return f"it is for bfloat16 and float16, and activations are {dtype.name}"
-    if head_dim % 8 or head_dim > _LARGEST_HEAD:
+        return f"it needs bfloat16 or float16 activations, but they are {dtype.name}"
+    if head_dim % 8 or head_dim > _MAX_HEAD_DIM:
         return (
-            f"it takes head dimensions that are multiples of 8 up to {_LARGEST_HEAD}, not"
-            f" {head_dim}"
+            f"the head dimension must be a multiple of 8 up to {_MAX_HEAD_DIM}, but is {head_dim}"
         )
     if layout.slopes is not None:
-        return "it has no ALiBi"
+        return "it does not support ALiBi"
     if layout.cached or tokens != keys:
-        return "keys come from a cache"
-    if _needs_mask(layout) and tokens > LONGEST_MASKED:
-        return f"a mask of packed segments is given to it up to {LONGEST_MASKED} tokens a row"
+        return "it does not support keys from a cache"
+    if _needs_mask(layout) and tokens > MAX_MASKED_TOKENS:
+        return (
+            f"packed rows may have up to {MAX_MASKED_TOKENS} tokens, because of their mask, but"
+            f" have {tokens}"
+        )
     if _needs_mask(layout) and tokens % 2:
-        return f"with a mask it takes an even number of tokens, not {tokens}"
+        return f"packed rows must have an even number of tokens, but have {tokens}"
     return None
 
 
 def fused_attention(layout: AttentionLayout, *, tokens: int, keys: int) -> Attend:
-    """Attention by cuDNN's kernel; see `make_attention`.
+    """Returns attention by cuDNN's kernel; see `make_attention`.
 
-    The caller must ensure that `why_not_fused` has no reason against it.
+    The caller must ensure that `why_not_fused` returns None.
     """
     mask = None
     if _needs_mask(layout):
@@ -88,7 +90,7 @@ def fused_attention(layout: AttentionLayout, *, tokens: int, keys: int) -> Atten
             value,
             mask=mask,
             scale=1.0,
-            is_causal=not layout.sees_later,
+            is_causal=layout.is_causal,
             local_window_size=None if layout.window is None else (layout.window - 1, 0),
             implementation="cudnn",
         )
@@ -98,9 +100,8 @@ def fused_attention(layout: AttentionLayout, *, tokens: int, keys: int) -> Atten
 
 
 def _needs_mask(layout: AttentionLayout) -> bool:
-    """Whether order and window alone do not say who sees whom.
+    """Returns whether causal order and the window alone cannot express the layout.
 
-    Padding after the last token is not seen by the tokens before it, so that a causal row of one
-    segment needs none.
+    A causal row of one segment needs no mask, because its tokens precede its padding.
     """
-    return layout.query_segments is not None and (layout.packed or layout.sees_later)
+    return layout.query_segments is not None and (layout.packed or not layout.is_causal)

@@ -1,10 +1,10 @@
-"""The layers models are made of. Each is written for one transformer block; blocks are stacked.
+"""Layers of transformer blocks: linear maps, embeddings and norms.
 
-Modules are built abstractly, by `nnx.eval_shape`: what their parameters start as stands in the
-metadata of `parameter`.
+Each layer is written for one block; `blocks` stacks them. Modules are built abstractly by
+`nnx.eval_shape`, so the initial distribution of a parameter is part of its metadata.
 
-Chains of elementwise operations keep their inputs for the backward pass, and compute what is
-between again: that is faster than writing it to memory and reading it back.
+Chains of elementwise operations save only their inputs for the backward pass and recompute the
+intermediate values, which is faster than writing them to memory and reading them back.
 """
 
 import functools
@@ -22,30 +22,32 @@ from peft_jax.parallel import constrain_features
 def parameter(
     shape: tuple[int, ...], axes: tuple[str, ...], *, mean: float = 0.0, stddev: float = 0.0
 ) -> nnx.Param:
-    """A parameter with the logical names of its axes and the distribution it starts with.
+    """Returns a parameter annotated with logical axes and its initial normal distribution.
 
     Args:
-      shape: of the array.
-      axes: the logical name of each axis.
-      mean: of the normal distribution it is drawn from.
-      stddev: of that distribution; 0 for a constant.
+      shape: Shape of the array.
+      axes: Logical name of each axis.
+      mean: Mean of the initial distribution.
+      stddev: Standard deviation of the initial distribution; 0 for a constant.
     """
     return nnx.Param(jnp.zeros(shape, jnp.float32), axes=axes, mean=mean, stddev=stddev)
 
 
 recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
-"""Of a function of arrays: its backward pass keeps the arguments, and nothing in between."""
+"""Wraps a function of arrays so that its backward pass saves the arguments only."""
 
 
 class Linear(nnx.Module):
-    """y = x W + b, W [in, out] read as whatever kernel is bound, b [out] if there is one.
+    """Computes y = x W + b with W [in, out] and, optionally, b [out].
+
+    W may be any kernel: an array, a quantized array or an adapted kernel.
 
     Args:
-      d_in: input features.
-      d_out: output features.
-      axes: logical names of W's axes.
-      bias: whether there is a b.
-      stddev: the standard deviation W starts with.
+      d_in: Number of input features.
+      d_out: Number of output features.
+      axes: Logical names of W's axes.
+      bias: Whether to add b.
+      stddev: Initial standard deviation of W.
     """
 
     def __init__(self, d_in: int, d_out: int, *, axes: tuple[str, str], bias: bool, stddev: float):
@@ -55,7 +57,7 @@ class Linear(nnx.Module):
         self.input_axis = axes[0]
 
     def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
-        """The map of `x`, in the dtype of `x`."""
+        """Returns y in the dtype of `x`."""
         with input_axis(self.input_axis):
             y = constrain_features(linear(x, self.kernel.get_value()), self.features)
         return y if self.bias is None else y + self.bias.get_value().astype(y.dtype)
@@ -65,9 +67,9 @@ class Embedding(nnx.Module):
     """A table [vocab, embed] of token embeddings.
 
     Args:
-      vocab_size: rows.
-      features: columns.
-      stddev: the standard deviation the table starts with.
+      vocab_size: Number of rows.
+      features: Number of columns.
+      stddev: Initial standard deviation of the table.
     """
 
     def __init__(self, vocab_size: int, features: int, *, stddev: float):
@@ -76,17 +78,17 @@ class Embedding(nnx.Module):
     def __call__(
         self, tokens: Int[Array, "batch tokens"], dtype: jnp.dtype
     ) -> Float[Array, "batch tokens embed"]:
-        """The tokens' rows, in `dtype`."""
+        """Returns the embeddings of `tokens` in `dtype`."""
         rows = jnp.take(self.embedding.get_value(), tokens, axis=0)
         return constrain_features(rows.astype(dtype), "embed")
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale over the last axis (Zhang and Sennrich, 2019, arXiv 1910.07467).
+    """Computes x / rms(x) * scale over the last axis (Zhang and Sennrich, 2019, arXiv 1910.07467).
 
     Args:
-      features: the size of the last axis.
-      epsilon: added to the mean square.
+      features: Size of the last axis.
+      epsilon: Added to the mean square.
     """
 
     def __init__(self, features: int, *, epsilon: float):
@@ -94,7 +96,7 @@ class RMSNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
-        """The normalized `x`, computed in float32, in the dtype of `x`."""
+        """Returns the normalized `x` in the dtype of `x`, computed in float32."""
         return recomputed(self._normalize)(x, self.scale.get_value())
 
     def _normalize(self, x: Array, scale: Array) -> Array:
@@ -105,11 +107,13 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """(x - mean) / std * scale + bias over the last axis (Ba et al., 2016, arXiv 1607.06450).
+    """Computes (x - mean) / std * scale + bias over the last axis.
+
+    Source: Ba et al., 2016, arXiv 1607.06450.
 
     Args:
-      features: the size of the last axis.
-      epsilon: added to the variance.
+      features: Size of the last axis.
+      epsilon: Added to the variance.
     """
 
     def __init__(self, features: int, *, epsilon: float):
@@ -118,7 +122,7 @@ class LayerNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
-        """The normalized `x`, computed in float32, in the dtype of `x`."""
+        """Returns the normalized `x` in the dtype of `x`, computed in float32."""
         return recomputed(self._normalize)(x, self.scale.get_value(), self.bias.get_value())
 
     def _normalize(self, x: Array, scale: Array, bias: Array) -> Array:

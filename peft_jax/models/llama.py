@@ -1,9 +1,9 @@
-"""The Llama family: Llama 1 to 3, Vicuna, Mistral, Qwen2 and Qwen3.
+"""Decoder of the Llama family: Llama 1 to 3, Vicuna, Mistral, Qwen2 and Qwen3.
 
-One module for all; the differences (biases, norms on queries and keys, a window, tied embeddings,
-rotary scaling) are fields of `LlamaConfig`.
+All members share one module. Their differences (biases, norms on queries and keys, sliding window,
+tied embeddings, rotary scaling) are fields of `LlamaConfig`.
 
-Axes: B batch, T tokens, D embed, K key-value heads, G query heads a key-value head, H head
+Axes: B batch, T tokens, D embed, K key-value heads, G query heads per key-value head, H head
 dimension, F mlp, V vocab.
 
 Sources: Touvron et al., 2023 (arXiv 2302.13971, 2307.09288); Grattafiori et al., 2024 (arXiv
@@ -33,26 +33,26 @@ Rotation = tuple[Float32[Array, "batch tokens pairs"], Float32[Array, "batch tok
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-    """The architecture of a model of the Llama family.
+    """Architecture of a model of the Llama family.
 
     Attributes:
       vocab_size: V.
       hidden_size: D.
       intermediate_size: F.
-      num_layers: transformer blocks.
-      num_heads: query heads.
-      num_kv_heads: key-value heads; divides `num_heads`.
+      num_layers: Number of transformer blocks.
+      num_heads: Number of query heads, K G.
+      num_kv_heads: K; divides `num_heads`.
       head_dim: H; need not be D / num_heads.
-      rotary: the rotary embedding.
-      norm_epsilon: added to the mean square in every norm.
-      max_positions: the longest context the model was made for, in tokens.
-      tie_word_embeddings: whether the head is the transposed embedding.
-      qkv_bias: biases on queries, keys and values.
-      output_bias: a bias on attention's output map.
-      mlp_bias: biases on the three maps of the MLP.
-      qk_norm: an RMS norm on each head's queries and keys, before the rotation.
-      sliding_window: a token sees this many tokens, itself included; None sees all.
-      initializer_range: the standard deviation random kernels and embeddings start with.
+      rotary: Rotary embedding.
+      norm_epsilon: Added to the mean square in every norm.
+      max_positions: Longest context of pretraining, in tokens.
+      tie_word_embeddings: Whether the head is the transposed embedding.
+      qkv_bias: Whether queries, keys and values have biases.
+      output_bias: Whether attention's output map has a bias.
+      mlp_bias: Whether the three maps of the MLP have biases.
+      qk_norm: Whether each head's queries and keys pass an RMS norm before the rotation.
+      sliding_window: Number of tokens that a token attends to, itself included; None for all.
+      initializer_range: Initial standard deviation of kernels and embeddings.
     """
 
     vocab_size: int
@@ -90,7 +90,7 @@ class LlamaConfig:
             check_positive_int("sliding_window", self.sliding_window)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"num_heads must be a multiple of num_kv_heads, but they are {self.num_heads} and"
+                f"num_heads is {self.num_heads}, but must be a multiple of num_kv_heads ="
                 f" {self.num_kv_heads}"
             )
 
@@ -120,7 +120,7 @@ class LlamaAttention(nnx.Module):
     def __call__(
         self, x: Hidden, rotation: Rotation, attend: Attend, cache: LayerCache | None
     ) -> tuple[Hidden, LayerCache | None]:
-        """The attended `x`, and this layer of the cache where one was given."""
+        """Returns attention's output [B, T, D], and the layer's updated cache if one is given."""
         config = self.config
         leading, group = x.shape[:2], config.num_heads // config.num_kv_heads
         query = self.q_proj(x).reshape(*leading, config.num_kv_heads, group, config.head_dim)
@@ -138,7 +138,7 @@ class LlamaAttention(nnx.Module):
 
 
 class LlamaMLP(nnx.Module):
-    """The gated MLP, down(silu(gate(x)) * up(x)) (Shazeer, 2020, arXiv 2002.05202)."""
+    """The gated MLP down(silu(gate(x)) * up(x)) (Shazeer, 2020, arXiv 2002.05202)."""
 
     def __init__(self, config: LlamaConfig):
         def project(d_in: int, d_out: int, axes: tuple[str, str]) -> Linear:
@@ -156,7 +156,7 @@ class LlamaMLP(nnx.Module):
         self.down_proj = project(mlp, embed, ("mlp", "embed"))
 
     def __call__(self, x: Hidden) -> Hidden:
-        """The map of `x`."""
+        """Returns the MLP's output, [B, T, D]."""
         gated = recomputed(lambda gate, up: jax.nn.silu(gate) * up)
         return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
 
@@ -176,7 +176,7 @@ class LlamaBlock(nnx.Module):
     def __call__(
         self, x: Hidden, rotation: Rotation, attend: Attend, cache: LayerCache | None
     ) -> tuple[Hidden, LayerCache | None]:
-        """The block's output, and this layer of the cache where one was given."""
+        """Returns the block's output, and the layer's updated cache if one is given."""
         attended, cache = self.self_attn(self.input_layernorm(x), rotation, attend, cache)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), cache
@@ -186,8 +186,8 @@ class Llama(nnx.Module):
     """The decoder: embedding, blocks, final norm, head.
 
     Args:
-      config: the architecture.
-      execution: how it is computed.
+      config: Architecture.
+      execution: Execution settings.
     """
 
     def __init__(self, config: LlamaConfig, execution: ExecutionSettings):
@@ -213,7 +213,7 @@ class Llama(nnx.Module):
         cache: KVCache | None,
         packed: bool,
     ) -> tuple[Hidden, KVCache | None]:
-        """The hidden states after the final norm, and the cache where one was given."""
+        """Returns the hidden states after the final norm, and the updated cache if one is given."""
         layout = AttentionLayout.causal(
             segment_ids, cache, window=self.config.sliding_window, packed=packed
         )
@@ -236,7 +236,7 @@ class Llama(nnx.Module):
         return self.norm(hidden), cache
 
     def head_kernel(self) -> Kernel:
-        """The head, [embed, vocab]; with tied embeddings, the transposed embedding."""
+        """Returns the head, [embed, vocab]; if tied, the transposed embedding."""
         if self.config.tie_word_embeddings:
             return self.embed_tokens.embedding.get_value().T
         return self.lm_head.kernel.get_value()

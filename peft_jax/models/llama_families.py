@@ -1,4 +1,4 @@
-"""How the `config.json` of each member of the Llama family is read."""
+"""Reads the `config.json` of each member of the Llama family."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -52,7 +52,7 @@ _QWEN3 = AttributeTable(
 
 
 def read_llama(hf_config: Mapping[str, Any]) -> LlamaConfig:
-    """Llama 1 to 3 and Vicuna."""
+    """Reads the configuration of Llama 1 to 3 and Vicuna."""
     _LLAMA.check(hf_config)
     bias = given(hf_config, "attention_bias", False)
     return _read_common(
@@ -64,24 +64,24 @@ def read_llama(hf_config: Mapping[str, Any]) -> LlamaConfig:
 
 
 def read_mistral(hf_config: Mapping[str, Any]) -> LlamaConfig:
-    """Mistral: every layer sees a window, where one is given."""
+    """Reads the configuration of Mistral: all layers have the same sliding window, if any."""
     _MISTRAL.check(hf_config)
     return _read_common(
         hf_config,
         num_kv_heads=given(hf_config, "num_key_value_heads", 8),
-        # An absent window is transformers' default of 4096; a null one is none.
+        # As in transformers, an absent window means 4096, and null means no window.
         sliding_window=hf_config.get("sliding_window", 4096),
     )
 
 
 def read_qwen2(hf_config: Mapping[str, Any]) -> LlamaConfig:
-    """Qwen2: biases on queries, keys and values."""
+    """Reads the configuration of Qwen2: biases on queries, keys and values."""
     _QWEN2.check(hf_config)
-    return _read_common(hf_config, qkv_bias=True, sliding_window=_window_of_all(hf_config))
+    return _read_common(hf_config, qkv_bias=True, sliding_window=_uniform_window(hf_config))
 
 
 def read_qwen3(hf_config: Mapping[str, Any]) -> LlamaConfig:
-    """Qwen3: norms on queries and keys, an explicit head dimension."""
+    """Reads the configuration of Qwen3: norms on queries and keys, an explicit head dimension."""
     _QWEN3.check(hf_config)
     bias = given(hf_config, "attention_bias", False)
     return _read_common(
@@ -90,7 +90,7 @@ def read_qwen3(hf_config: Mapping[str, Any]) -> LlamaConfig:
         qk_norm=True,
         qkv_bias=bias,
         output_bias=bias,
-        sliding_window=_window_of_all(hf_config),
+        sliding_window=_uniform_window(hf_config),
     )
 
 
@@ -102,7 +102,7 @@ def _read_common(hf_config: Mapping[str, Any], **others: Any) -> LlamaConfig:
     )
     if hf_config.get("head_dim") is None and "head_dim" not in others and hidden_size % num_heads:
         raise ValueError(
-            f"config.json gives no head_dim, and hidden_size = {hidden_size} is not a multiple of"
+            f"config.json sets no head_dim, and hidden_size = {hidden_size} is not a multiple of"
             f" num_attention_heads = {num_heads}"
         )
     settings = {
@@ -122,15 +122,15 @@ def _read_common(hf_config: Mapping[str, Any], **others: Any) -> LlamaConfig:
     return LlamaConfig(**{**settings, **others})
 
 
-def _window_of_all(hf_config: Mapping[str, Any]) -> int | None:
-    """Qwen's window, where it is the same in all layers.
+def _uniform_window(hf_config: Mapping[str, Any]) -> int | None:
+    """Returns Qwen's sliding window, which must be the same in all layers.
 
     Raises:
-      ValueError: some layers have a window and others not.
+      ValueError: Some layers have a window and others do not.
     """
     layers = require(hf_config, "num_hidden_layers")
-    # As transformers reads it: an absent window is 4096, a null one none, and only
-    # use_sliding_window turns it on.
+    # As in transformers, an absent window means 4096, null means none, and only
+    # use_sliding_window enables it.
     window = hf_config.get("sliding_window", 4096)
     if not given(hf_config, "use_sliding_window", False):
         window = None
@@ -141,8 +141,7 @@ def _window_of_all(hf_config: Mapping[str, Any]) -> int | None:
     ]
     if len(types) != layers:
         raise ValueError(
-            f"config.json gives layer_types of {len(types)} layers, and num_hidden_layers ="
-            f" {layers}"
+            f"config.json sets layer_types of {len(types)} layers, but num_hidden_layers = {layers}"
         )
     if set(types) == {"full_attention"}:
         return None
@@ -150,8 +149,7 @@ def _window_of_all(hf_config: Mapping[str, Any]) -> int | None:
         return window
     raise ValueError(
         f"config.json mixes the layer types {', '.join(sorted(set(types)))} (layer_types,"
-        " max_window_layers, use_sliding_window); only the same attention in all layers is"
-        " implemented"
+        " max_window_layers, use_sliding_window), but all layers must have the same type"
     )
 
 

@@ -1,4 +1,4 @@
-"""What every model has: its architecture, its parameters, and the names of their tensors."""
+"""Base class of models: architecture, parameters, logical axes and checkpoint names."""
 
 import dataclasses
 import functools
@@ -36,27 +36,26 @@ from peft_jax.models.naming import HFTensor
 
 _Model = TypeVar("_Model", bound="Model")
 
-_DRAWN_AT_ONCE = 2**27
-"""How many random numbers are drawn in one go: 512 MiB."""
+_MAX_DRAW = 2**27
+"""Number of random float32 values drawn at once: 512 MiB."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """A handle on a model: static and hashable, with Flax NNX modules inside.
+    """A static, hashable description of a model, computed by Flax NNX modules.
 
-    Parameters are plain nested dictionaries of arrays; the leaves of transformer blocks stand under
-    "layers", stacked [layers, ...]. A leaf called "kernel" may be an `AdaptedKernel`, and under
-    "layers" a quantized array. What is computed of them is the business of `CausalLM` and
-    `SequenceClassifier`.
+    Parameters are nested dictionaries of arrays, kept outside the model. The leaves of transformer
+    blocks are under "layers", stacked [layers, ...]. A leaf called "kernel" may be an
+    `AdaptedKernel`; under "layers" it may also be a quantized array. `CausalLM` and
+    `SequenceClassifier` add the forward pass.
 
     Attributes:
-      family: how the model is built and what its tensors are called.
-      config: the architecture.
-      execution: how it is computed.
-      hf_json: the `config.json` it was built from, as text; models that differ in it only (in
-        token ids, say) are equal.
-      origin: the folder that its parameters were read from; empty if they were not, or not known.
-        It makes no difference to equality.
+      family: Reader, module and checkpoint names of the model's family.
+      config: Architecture.
+      execution: Execution settings; they do not change the function.
+      hf_json: Text of the `config.json` that the model was built from. Ignored by equality, so
+        models that differ only there (in token ids, for example) are equal.
+      origin: Folder that the parameters were read from; empty if unknown. Ignored by equality.
     """
 
     family: Family
@@ -67,26 +66,26 @@ class Model:
 
     @property
     def hf_config(self) -> dict[str, Any]:
-        """The `config.json` the model was built from."""
+        """The parsed `config.json` that the model was built from."""
         return json.loads(self.hf_json)
 
     def with_execution(self: _Model, execution: ExecutionSettings) -> _Model:
-        """The same model, computed in another way."""
+        """Returns the same model with other execution settings."""
         return dataclasses.replace(self, execution=execution)
 
     def abstract_params(
         self, dtype: Any = jnp.float32, quantization: str = "none", platform: str = ""
     ) -> Tree:
-        """The shapes of all parameters, as `jax.ShapeDtypeStruct`s of `dtype`.
+        """Returns the shapes of all parameters, as `jax.ShapeDtypeStruct`s.
 
         Args:
-          dtype: of the parameters; of quantized kernels' scales.
-          quantization: "none", or what the blocks' kernels are held as: "int8", "nf4". Their leaves
-            are `qwix.QArray`s then.
-          platform: of the devices that hold them, as `abstract_quantized` takes it.
+          dtype: Parameter dtype; for quantized kernels, the dtype of their scales.
+          quantization: Storage format of the blocks' kernels: "none", "int8" or "nf4". Quantized
+            leaves are `qwix.QArray`s.
+          platform: Platform of the devices that hold them; see `abstract_quantized`.
 
         Raises:
-          ValueError: the format is not known, or a kernel cannot be quantized.
+          ValueError: The format is unknown, or a kernel cannot be quantized.
         """
         check_choice("quantization", quantization, FORMATS)
         dtype = jnp.dtype(dtype)
@@ -102,12 +101,12 @@ class Model:
         return unflatten(shapes)
 
     def logical_axes(self, quantization: str = "none") -> Tree:
-        """The name of every axis of every parameter.
+        """Returns the logical name of every axis of every parameter.
 
-        Names: "layers", "vocab", "embed", "heads", "kv_heads", "mlp", "norm".
+        The names are "layers", "vocab", "embed", "heads", "kv_heads", "mlp" and "norm".
 
         Args:
-          quantization: as for `abstract_params`, whose tree this one is shaped like.
+          quantization: See `abstract_params`; the tree has the same structure.
         """
         named: dict[Path, Any] = {}
         for path, variable in self._variables.items():
@@ -117,11 +116,11 @@ class Model:
             named[path] = axes
         return unflatten(named)
 
-    def cut_sizes(self) -> dict[str, int]:
-        """How many there are of what a mesh may cut, by logical axis; heads are never cut in two.
+    def shardable_sizes(self) -> dict[str, int]:
+        """Returns the size of each logical axis that a mesh must divide to shard it.
 
-        The vocabulary is not among it: an array whose vocabulary does not come out even is held
-        whole.
+        Attention is sharded by whole heads, so "heads" and "kv_heads" count heads. "vocab" is
+        absent: an array whose vocabulary is not divisible is replicated.
         """
         sizes = {
             axis: size
@@ -136,19 +135,22 @@ class Model:
     def init_params(
         self, key: jax.Array, dtype: Any = jnp.float32, quantization: str = "none"
     ) -> Tree:
-        """Random parameters: kernels and embeddings normal, scales one, biases zero.
+        """Returns random parameters: kernels and embeddings normal, scales one, biases zero.
 
         Args:
-          key: a random key.
-          dtype: of the parameters.
-          quantization: as for `abstract_params`; the same numbers are drawn, and then rounded.
+          key: Random key.
+          dtype: Parameter dtype.
+          quantization: See `abstract_params`. The same values are drawn, then quantized.
         """
         return quantize_params(_init_params(self, key, jnp.dtype(dtype)), quantization)
 
     def init_leaves(
         self, key: jax.Array, paths: Iterable[Path], dtype: Any = jnp.float32
     ) -> dict[Path, jax.Array]:
-        """Some leaves as `init_params` begins them; each depends on the key and its own path."""
+        """Returns random values for some leaves, drawn from the distributions of `init_params`.
+
+        The values of a leaf depend on `key` and its path only.
+        """
         drawn = {}
         for path in paths:
             variable = self._variables[path]
@@ -158,64 +160,64 @@ class Model:
         return drawn
 
     def hf_names(self) -> dict[Path, HFTensor]:
-        """The Hugging Face tensor of every leaf, and whether it is stored transposed."""
+        """Returns the Hugging Face tensor of every leaf."""
         return {path: self.family.naming.tensor(path) for path in self._variables}
 
     def module_name(self, path: Path, layer: int | None = None) -> str:
-        """The Hugging Face name of the module that holds the leaf at `path`.
+        """Returns the Hugging Face name of the module that holds the leaf at `path`.
 
         Raises:
-          ValueError: the leaf is stacked and `layer` is not given.
+          ValueError: The leaf is stacked and `layer` is None.
         """
         return self.family.naming.module(path, layer)
 
     def check_params(self, params: Tree, quantization: str = "none") -> None:
-        """Rejects parameters that are not this model's.
+        """Raises ValueError unless the leaves have this model's names and shapes.
 
         Args:
-          params: The parameters, arrays or shapes.
-          quantization: As for `abstract_params`.
+          params: Parameters, as arrays or shapes.
+          quantization: See `abstract_params`.
 
         Raises:
-          ValueError: A leaf is missing or unknown, or has another shape.
+          ValueError: A leaf is missing, unknown or of another shape.
         """
         expected, found = flatten(self.abstract_params(quantization=quantization)), flatten(params)
         if found.keys() != expected.keys():
-            _refuse_leaves(set(found), set(expected))
+            _raise_leaf_mismatch(set(found), set(expected))
         for path, leaf in found.items():
             if tuple(leaf.shape) != tuple(expected[path].shape):
                 raise ValueError(
-                    f"the parameters are not this model's: {'.'.join(path)} has the shape"
-                    f" {list(leaf.shape)}, and the model's has {list(expected[path].shape)}"
+                    f"the parameters do not fit the model: {'.'.join(path)} has shape"
+                    f" {list(leaf.shape)}, but must have shape {list(expected[path].shape)}"
                 )
 
     @property
     def _variables(self) -> dict[Path, nnx.Variable]:
         return _template(self.family, self.config, self.execution)[1]
 
-    def _bound(self, params: Tree) -> Any:
-        """The module with the parameters in it.
+    def _bind(self, params: Tree) -> Any:
+        """Returns the module with `params` bound.
 
         Raises:
-          ValueError: a leaf is missing or unknown.
+          ValueError: A leaf is missing or unknown.
         """
         graphdef, variables = _template(self.family, self.config, self.execution)
         leaves = flatten(params)
         if leaves.keys() != variables.keys():
-            _refuse_leaves(set(leaves), set(variables))
+            _raise_leaf_mismatch(set(leaves), set(variables))
         state = {path: variable.replace(leaves[path]) for path, variable in variables.items()}
         return nnx.merge(graphdef, nnx.State(unflatten(state)))
 
 
 def quantize_params(params: Tree, quantization: str) -> Tree:
-    """Parameters with the blocks' kernels in 8 or 4 bits a number.
+    """Quantizes the kernels of the transformer blocks.
 
     Args:
-      params: the parameters, as arrays.
+      params: Parameters, as arrays.
       quantization: "none", "int8" or "nf4".
 
     Raises:
-      ValueError: the format is not known, or a kernel cannot be quantized.
+      ValueError: The format is unknown, or a kernel cannot be quantized.
     """
     check_choice("quantization", quantization, FORMATS)
     if quantization == "none":
@@ -229,7 +231,7 @@ def quantize_params(params: Tree, quantization: str) -> Tree:
 
 
 def quantization_of(params: Tree) -> str:
-    """Returns what the kernels of some parameters are held as: "none", "int8" or "nf4"."""
+    """Returns the storage format of the kernels in `params`: "none", "int8" or "nf4"."""
     return next(
         (format_of(leaf) for leaf in flatten(params).values() if isinstance(leaf, QArray)), "none"
     )
@@ -242,7 +244,7 @@ _quantize = jax.jit(quantize, static_argnums=1)
 def _template(
     family: Family, config: ModelConfig, execution: ExecutionSettings
 ) -> tuple[Any, dict[Path, nnx.Variable]]:
-    """The module's structure, and its variables by path, without arrays."""
+    """Returns the module's structure and its variables by path, without arrays."""
     module = nnx.eval_shape(lambda: family.decoder(config, execution))
     graphdef, state = nnx.split(module)
     return graphdef, {tuple(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
@@ -250,10 +252,10 @@ def _template(
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def _init_params(model: Model, key: jax.Array, dtype: jnp.dtype) -> Tree:
-    """Draws many leaves at a time: compiling a draw takes longer than drawing a small leaf."""
+    """Draws many leaves at once, since compiling a draw costs more than drawing a small leaf."""
     variables = model._variables
     drawn = dict.fromkeys(variables)
-    for group in _groups(variables, _DRAWN_AT_ONCE):
+    for group in _groups(variables, _MAX_DRAW):
         key, subkey = jax.random.split(key)
         ends = np.cumsum([variable.get_value().size for variable in group.values()])
         numbers = jax.random.normal(subkey, (int(ends[-1]),), jnp.float32)
@@ -266,7 +268,7 @@ def _init_params(model: Model, key: jax.Array, dtype: jnp.dtype) -> Tree:
 
 
 def _groups(variables: dict[Path, nnx.Variable], size: int) -> Iterator[dict[Path, nnx.Variable]]:
-    """The variables in order, in groups of at most `size` numbers or of one variable."""
+    """Yields the variables in order, grouped up to `size` values; a larger one is alone."""
     group: dict[Path, nnx.Variable] = {}
     total = 0
     for path, variable in variables.items():
@@ -278,15 +280,14 @@ def _groups(variables: dict[Path, nnx.Variable], size: int) -> Iterator[dict[Pat
     yield group
 
 
-def _refuse_leaves(found: set[Path], expected: set[Path]) -> None:
+def _raise_leaf_mismatch(found: set[Path], expected: set[Path]) -> None:
     missing = sorted(".".join(path) for path in expected - found)
     unknown = sorted(".".join(path) for path in found - expected)
     parts = []
     if missing:
-        parts.append(f"they lack {', '.join(missing)}")
+        parts.append(f"missing: {', '.join(missing)}")
     if unknown:
         parts.append(
-            f"they have {', '.join(unknown)}, not known here"
-            f"{did_you_mean(unknown[0], missing) if missing else ''}"
+            f"unknown: {', '.join(unknown)}{did_you_mean(unknown[0], missing) if missing else ''}"
         )
-    raise ValueError(f"the parameters are not this model's: {'; '.join(parts)}")
+    raise ValueError(f"the parameters do not fit the model; {'; '.join(parts)}")

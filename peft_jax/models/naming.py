@@ -1,43 +1,43 @@
-"""Which Hugging Face tensor each leaf of the parameters is."""
+"""Maps each leaf of the parameters to its tensor in a Hugging Face checkpoint."""
 
 import dataclasses
 
 from peft_jax.core import STACKED, Path, is_stacked
 
 LM_HEAD = "lm_head"
-"""What the head of a causal language model is called."""
+"""Name of a causal language model's head."""
 
 CLASSIFIER = "classifier"
-"""What the head of a classifier is called."""
+"""Name of a classifier's head."""
 
 HEADS = (LM_HEAD, CLASSIFIER)
-"""The modules that do not stand under a family's prefix."""
+"""Modules whose names do not begin with a family's prefix."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HFTensor:
-    """A leaf's tensor, or one tensor a layer, in a Hugging Face checkpoint.
+    """A leaf's tensor in a Hugging Face checkpoint; one tensor per layer if the leaf is stacked.
 
     Attributes:
-      template: the tensor's name; stacked leaves have "{layer}" where the layer's number goes.
-      transposed: whether the file has [out, in] where the leaf has [in, out].
+      template: Name of the tensor, with "{layer}" in place of the layer's number if stacked.
+      transposed: Whether the file stores [out, in] where the leaf is [in, out].
     """
 
     template: str
     transposed: bool
 
     def name(self, layer: int | None = None) -> str:
-        """The tensor's name, of one layer where the leaf is stacked."""
+        """Returns the tensor's name, for one layer if the leaf is stacked."""
         return self.template.format(layer=layer)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Naming:
-    """How one family of checkpoints names its modules.
+    """Module names of one family of checkpoints.
 
     Attributes:
-      prefix: what everything but the head stands under: "model", "transformer", "bert".
-      blocks: what the transformer blocks stand under: "layers", "h", "encoder.layer".
+      prefix: Prefix of every module except the head: "model", "transformer", "bert".
+      blocks: Name of the list of transformer blocks: "layers", "h", "encoder.layer".
 
     Example:
       >>> naming = Naming(prefix="model", blocks="layers")
@@ -51,10 +51,10 @@ class Naming:
     blocks: str
 
     def module(self, path: Path, layer: int | str | None = None) -> str:
-        """The dotted name of the module that holds the leaf at `path`.
+        """Returns the dotted name of the module that holds the leaf at `path`.
 
         Raises:
-          ValueError: a stacked leaf without `layer`.
+          ValueError: The leaf is stacked and `layer` is None.
         """
         modules = path[:-1]
         if modules[0] in HEADS:
@@ -63,12 +63,13 @@ class Naming:
             return ".".join((self.prefix, *modules))
         if layer is None:
             raise ValueError(
-                f"{'.'.join(path)} is stacked over {STACKED}: say which layer is meant"
+                f"layer is None, but {'.'.join(path)} is stacked over {STACKED}: pass the layer's"
+                " number"
             )
         return ".".join((self.prefix, self.blocks, str(layer), *modules[1:]))
 
     def tensor(self, path: Path) -> HFTensor:
-        """The tensor (or one a layer) of the leaf at `path`."""
+        """Returns the tensor of the leaf at `path`."""
         module = self.module(path, "{layer}" if is_stacked(path) else None)
         leaf = path[-1]
         suffix = "bias" if leaf == "bias" else "weight"

@@ -1,4 +1,4 @@
-"""From a `config.json` to a model."""
+"""Builds a causal language model from a `config.json`."""
 
 import json
 from collections.abc import Mapping
@@ -15,20 +15,20 @@ from peft_jax.models.llama_families import LLAMA, MISTRAL, QWEN2, QWEN3
 FAMILIES: dict[str, Family] = {
     family.model_type: family for family in (BLOOM, LLAMA, MISTRAL, QWEN2, QWEN3)
 }
-"""The families by the `model_type` of their `config.json`."""
+"""Families by the `model_type` of their `config.json`."""
 
 
 def build_model(
     hf_config: Mapping[str, Any], execution: ExecutionSettings | None = None
 ) -> CausalLM:
-    """The model a Hugging Face `config.json` describes.
+    """Builds the model that a Hugging Face `config.json` describes.
 
     Args:
-      hf_config: the parsed `config.json`, as transformers 4 or 5 writes it.
-      execution: how the model is computed.
+      hf_config: The parsed `config.json`, as transformers 4 or 5 writes it.
+      execution: Execution settings; None for the defaults.
 
     Raises:
-      ValueError: a family, or an attribute, that is not understood; it is named.
+      ValueError: The family or an attribute is unknown; the message names it.
 
     Example:
       >>> model = build_model({
@@ -40,16 +40,16 @@ def build_model(
     model_type = hf_config.get("model_type")
     if is_encoder(hf_config):
         raise ValueError(
-            f"config.json has the model_type {model_type!r}, an encoder: it writes no text; build"
-            " it with build_classifier (load_classifier), or fine-tune it with a recipe that has"
-            " labels"
+            f"config.json sets model_type = {model_type!r}, an encoder, which generates no text;"
+            " build it with build_classifier (load_classifier), or fine-tune it with a recipe that"
+            " has labels"
         )
     if model_type not in FAMILIES:
         code = ""
         if hf_config.get("auto_map"):
-            code = " (its auto_map points to code of its own, which is never downloaded or run)"
+            code = " (its auto_map names code of its own, which is never downloaded or run)"
         raise ValueError(
-            f"config.json has the model_type {model_type!r}, which is not implemented{code}"
+            f"config.json sets model_type = {model_type!r}, which is not implemented{code}"
             f"{did_you_mean(str(model_type), FAMILIES)}"
         )
     family = FAMILIES[model_type]

@@ -1,9 +1,9 @@
-"""Rotary position embeddings and the ways checkpoints stretch them.
+"""Rotary position embeddings and their scaling to longer contexts.
 
 B batch, T tokens, H head dimension.
 
-Source: Su et al., 2021, arXiv 2104.09864; the halves of a head are paired as in GPT-NeoX, which is
-how Hugging Face stores Llama's weights.
+Source: Su et al., 2021, arXiv 2104.09864. Feature i is paired with feature i + H/2, as in GPT-NeoX
+and in Hugging Face's Llama checkpoints.
 """
 
 import dataclasses
@@ -25,10 +25,12 @@ Frequencies = Float64[np.ndarray, "pairs"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearScaling:
-    """Position interpolation: every frequency divided by `factor` (Chen et al., arXiv 2306.15595).
+    """Position interpolation: divides every frequency by `factor`.
 
     Attributes:
-      factor: by how much the context is stretched.
+      factor: Ratio of the new context length to the original one.
+
+    Source: Chen et al., 2023, arXiv 2306.15595.
     """
 
     factor: float
@@ -37,25 +39,27 @@ class LinearScaling:
         check_positive("factor", self.factor)
 
     def scale(self, frequencies: Frequencies, theta: float) -> Frequencies:
-        """The stretched frequencies, radians a token."""
+        """Returns the scaled frequencies, in radians per token."""
         del theta
         return frequencies / self.factor
 
     @property
     def magnitude(self) -> float:
-        """What cosines and sines are multiplied by."""
+        """Multiplier of cosines and sines."""
         return 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Llama3Scaling:
-    """Llama 3.1's stretching: low frequencies divided by `factor`, high ones kept, a ramp between.
+    """Llama 3.1's scaling: divides low frequencies by `factor` and keeps high ones.
+
+    Frequencies in between are interpolated.
 
     Attributes:
-      factor: by how much low frequencies are divided.
-      low_freq_factor: wavelengths above original / low_freq_factor count as low frequencies.
-      high_freq_factor: wavelengths below original / high_freq_factor count as high frequencies.
-      original_max_position_embeddings: the context length of pretraining, in tokens.
+      factor: Divisor of low frequencies.
+      low_freq_factor: Wavelengths above original / low_freq_factor count as low frequencies.
+      high_freq_factor: Wavelengths below original / high_freq_factor count as high frequencies.
+      original_max_position_embeddings: Context length of pretraining, in tokens.
 
     Source: the `llama3` rope type of Meta's Llama 3.1 release.
     """
@@ -70,12 +74,12 @@ class Llama3Scaling:
             check_positive(field.name, getattr(self, field.name))
         if self.high_freq_factor <= self.low_freq_factor:
             raise ValueError(
-                f"high_freq_factor must be above low_freq_factor, but they are"
-                f" {self.high_freq_factor} and {self.low_freq_factor}"
+                f"high_freq_factor is {self.high_freq_factor}, but must be above low_freq_factor ="
+                f" {self.low_freq_factor}"
             )
 
     def scale(self, frequencies: Frequencies, theta: float) -> Frequencies:
-        """The stretched frequencies, radians a token."""
+        """Returns the scaled frequencies, in radians per token."""
         del theta
         turns = self.original_max_position_embeddings * frequencies / (2 * math.pi)
         kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
@@ -84,22 +88,21 @@ class Llama3Scaling:
 
     @property
     def magnitude(self) -> float:
-        """What cosines and sines are multiplied by."""
+        """Multiplier of cosines and sines."""
         return 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class YarnScaling:
-    """YaRN: interpolation of slow pairs, none of fast ones, and a temperature on the scores.
+    """YaRN: interpolates low frequencies, keeps high ones and scales the attention scores.
 
     Attributes:
-      factor: by how much the context is stretched.
-      original_max_position_embeddings: the context length of pretraining, in tokens.
-      attention_factor: what cosines and sines are multiplied by; None takes the paper's
-        0.1 ln(factor) + 1.
-      beta_fast: pairs that turn more often than this over the original context are kept.
-      beta_slow: pairs that turn less often than this are interpolated fully.
-      truncate: whether the ramp's ends are rounded outwards to whole pairs.
+      factor: Ratio of the new context length to the original one.
+      original_max_position_embeddings: Context length of pretraining, in tokens.
+      attention_factor: Multiplier of cosines and sines; None for the paper's 0.1 ln(factor) + 1.
+      beta_fast: Pairs with more turns than this over the original context are kept.
+      beta_slow: Pairs with fewer turns than this are fully interpolated.
+      truncate: Whether to round the ends of the ramp outwards to whole pairs.
 
     Source: Peng et al., 2023, arXiv 2309.00071, section 3.2 and eq. 21-23.
     """
@@ -116,9 +119,9 @@ class YarnScaling:
             check_positive(name, getattr(self, name))
 
     def scale(self, frequencies: Frequencies, theta: float) -> Frequencies:
-        """The stretched frequencies, radians a token."""
+        """Returns the scaled frequencies, in radians per token."""
         pairs = len(frequencies)
-        low, high = (self._pair_that_turns(beta, pairs, theta) for beta in self._betas)
+        low, high = (self._pair_with_turns(beta, pairs, theta) for beta in self._betas)
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, 2 * pairs - 1)
@@ -129,14 +132,14 @@ class YarnScaling:
     def _betas(self) -> tuple[float, float]:
         return self.beta_fast, self.beta_slow
 
-    def _pair_that_turns(self, turns: float, pairs: int, theta: float) -> float:
-        """The (fractional) index of the pair that turns so often over the original context."""
+    def _pair_with_turns(self, turns: float, pairs: int, theta: float) -> float:
+        """Returns the fractional index of the pair with so many turns over the original context."""
         wavelength = self.original_max_position_embeddings / turns
         return pairs * math.log(wavelength / (2 * math.pi)) / math.log(theta)
 
     @property
     def magnitude(self) -> float:
-        """What cosines and sines are multiplied by."""
+        """Multiplier of cosines and sines."""
         if self.attention_factor is not None:
             return self.attention_factor
         return 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
@@ -153,12 +156,12 @@ _SCALINGS: dict[str, type[Scaling]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RotarySettings:
-    """The rotary embedding of a model.
+    """Settings of a rotary embedding.
 
     Attributes:
-      head_dim: H, even.
-      theta: the base; pair i turns by theta^(-2i/H) radians a token.
-      scaling: how the frequencies are stretched, if they are.
+      head_dim: H; even.
+      theta: Base; pair i is rotated by theta^(-2i/H) radians per token.
+      scaling: Scaling of the frequencies to a longer context, or None.
     """
 
     head_dim: int
@@ -169,12 +172,12 @@ class RotarySettings:
         check_positive("rope_theta", self.theta)
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(
-                f"rotary embeddings pair up a head's features: head_dim must be even, but is"
-                f" {self.head_dim}"
+                f"head_dim is {self.head_dim}, but must be even: rotary embeddings pair a head's"
+                " features"
             )
 
     def frequencies(self) -> Frequencies:
-        """Radians a token of each pair, after scaling, in float64.
+        """Returns the scaled frequency of each pair, in radians per token, in float64.
 
         Example:
           >>> RotarySettings(head_dim=4, theta=100.0).frequencies()
@@ -187,7 +190,7 @@ class RotarySettings:
     def tables(
         self, positions: Int[Array, "batch tokens"]
     ) -> tuple[Float32[Array, "batch tokens pairs"], Float32[Array, "batch tokens pairs"]]:
-        """Cosines and sines of every pair at every position, times the scaling's magnitude."""
+        """Returns cosines and sines [B, T, H/2], times the scaling's magnitude."""
         frequencies = jnp.asarray(self.frequencies(), jnp.float32)
         angles = positions.astype(jnp.float32)[..., None] * frequencies
         magnitude = jnp.float32(1.0 if self.scaling is None else self.scaling.magnitude)
@@ -198,10 +201,9 @@ class RotarySettings:
 
 
 def _computed_once(angles: Float32[Array, "*shape"]) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, behind a loop.
+    """Returns cosines and sines, computed in a loop that XLA cannot fuse into their users.
 
-    On a CPU, XLA fuses whatever makes an operand into its users, and so would compute them anew for
-    every head of every layer that is not in a loop itself. A loop's results it takes as they are.
+    On a CPU, XLA would otherwise recompute them for every head of every unrolled layer.
     """
     both = jax.lax.map(
         lambda index: jax.lax.cond(index == 0, jnp.cos, jnp.sin, angles), jnp.arange(2)
@@ -216,7 +218,7 @@ def rotate(
     *,
     scale: float = 1.0,
 ) -> Float[Array, "batch tokens *heads head_dim"]:
-    """Features i and i + H/2 of every head turned by their pair's angle, times `scale`."""
+    """Rotates features i and i + H/2 of every head by their pair's angle, and scales them."""
     axes = tuple(range(2, x.ndim - 1))
     cosines, sines = jnp.expand_dims(cosines, axes), jnp.expand_dims(sines, axes)
     first, second = jnp.split(x.astype(jnp.float32) * scale, 2, axis=-1)
@@ -234,18 +236,22 @@ ROTARY_ATTRIBUTES = frozenset(
         "rope_theta",
     }
 )
-"""The attributes of `config.json` that `read_rotary` understands."""
+"""Attributes of `config.json` that `read_rotary` reads."""
 
 
 def read_rotary(hf_config: Mapping[str, Any], *, head_dim: int) -> RotarySettings:
-    """The rotary embedding a `config.json` describes, as transformers 4 or 5 writes it.
+    """Reads the rotary embedding from a `config.json` of transformers 4 or 5.
 
-    transformers 5 writes `rope_parameters` (with `rope_type` and `rope_theta` in it), earlier ones
-    `rope_theta` and `rope_scaling` (with `type` or `rope_type`).
+    transformers 5 writes `rope_parameters`, which holds `rope_type` and `rope_theta`. Earlier
+    versions write `rope_theta` and `rope_scaling`, which holds `type` or `rope_type`.
+
+    Args:
+      hf_config: The parsed `config.json`.
+      head_dim: H.
 
     Raises:
-      ValueError: a rope type that is not implemented, or a parameter of it that is missing or not
-        understood.
+      ValueError: The rope type is not implemented, or one of its parameters is missing or
+        unknown.
     """
     for name in ("rope_parameters", "rope_scaling"):
         check_kind(hf_config, name)
@@ -269,8 +275,7 @@ def read_rotary(hf_config: Mapping[str, Any], *, head_dim: int) -> RotarySetting
     )
     if partial != 1.0:
         raise ValueError(
-            f"config.json sets partial_rotary_factor = {partial!r}; only 1.0 (whole heads are"
-            " turned) is implemented"
+            f"config.json sets partial_rotary_factor = {partial!r}, but only 1.0 is implemented"
         )
     old_type = parameters.pop("type", "default")
     kind = parameters.pop("rope_type", old_type)
@@ -290,7 +295,7 @@ def _read_scaling(
         known = {field.name for field in dataclasses.fields(_SCALINGS[kind])}
     else:
         raise ValueError(
-            f"config.json asks for the rope type {kind!r}, which is not implemented"
+            f"config.json sets the rope type {kind!r}, which is not implemented"
             f"{did_you_mean(kind, ('default', *_SCALINGS))}"
         )
     if "original_max_position_embeddings" in known:
@@ -305,8 +310,8 @@ def _read_scaling(
     for name, value in parameters.items():
         if name not in known:
             raise ValueError(
-                f"config.json gives the rope type {kind!r} {name} = {value!r}, which is not"
-                f" understood{did_you_mean(name, known)}"
+                f"config.json sets {name} = {value!r} for the rope type {kind!r}, which is not"
+                f" known{did_you_mean(name, known)}"
             )
     if kind == "default":
         return None
@@ -320,6 +325,6 @@ def _read_scaling(
     }
     if required:
         raise ValueError(
-            f"config.json asks for the rope type {kind!r} without {', '.join(sorted(required))}"
+            f"config.json sets the rope type {kind!r} without {', '.join(sorted(required))}"
         )
     return settings(**parameters)

@@ -208,7 +208,7 @@ def _layouts(config: RunConfig, model: Model, sizes: _Sizes, topology: Topology)
 
 def _meshes(config: RunConfig, model: Model, topology: Topology) -> Iterator[MeshSettings]:
     """The meshes that divide the model: every slice alike, parameters cut over all of it."""
-    cut, tokens = model.cut_sizes(), config.train.max_length
+    cut, tokens = model.shardable_sizes(), config.train.max_length
     for fsdp, sequence, tensor in factorizations(len(topology.devices) // topology.slices, 3):
         heads = all(cut[axis] % tensor == 0 for axis in ("heads", "kv_heads", "mlp"))
         if tensor > _LARGEST_TENSOR or not heads or cut["embed"] % fsdp or tokens % sequence:

@@ -243,7 +243,7 @@ def lay_out(
     """
     rules = LogicalAxisRules()
     tokens = {} if length is None else {"sequence": length}
-    check_divides(model.cut_sizes() | tokens, mesh, rules)
+    check_divides(model.shardable_sizes() | tokens, mesh, rules)
     adapter = spec.abstract(params)
     axes = spec.axes(params, model.logical_axes())
     trainable = _with_shardings(adapter.trainable, axes.trainable, mesh, rules)

@@ -1,4 +1,4 @@
-"""Tiny random models of transformers on torch, and the same models here."""
+"""Tiny random transformers models, and the same models loaded here."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,19 +17,19 @@ LLAMA = {
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
 }
-"""Sizes of the tiny models of the Llama family."""
+"""Dimensions of the tiny models of the Llama family."""
 
 BLOOM = {"vocab_size": 61, "hidden_size": 32, "n_layer": 2, "n_head": 4}
 
 
 class TorchModel:
-    """A model of transformers with random weights, biases and norms, in float32 on torch."""
+    """A transformers model with random weights, biases and norms, in float32."""
 
     def __init__(self, kind: str, settings: dict[str, Any]):
         import torch
         import transformers
 
-        # Threads cost more than they bring on models this small.
+        # Threads slow down models this small.
         torch.set_num_threads(1)
         config = getattr(transformers, f"{kind}Config")(**settings)
         config._attn_implementation = "eager"
@@ -42,7 +42,7 @@ class TorchModel:
                 parameter.copy_(1.0 + 0.2 * noise if is_scale else 0.2 * noise)
 
     def logits(self, tokens, *, mask=None, positions=None) -> np.ndarray:
-        """[B, T, V] of tokens [B, T]; padding where the mask is 0."""
+        """Returns logits [B, T, V] of tokens [B, T]; mask 0 is padding."""
         import torch
 
         arguments = {"input_ids": torch.tensor(np.asarray(tokens), dtype=torch.long)}
@@ -54,14 +54,14 @@ class TorchModel:
             return self.module(**arguments).logits.numpy()
 
     def save(self, folder: Path) -> Path:
-        """Writes the model as transformers does."""
+        """Saves the model in transformers' format."""
         self.module.save_pretrained(folder)
         return folder
 
 
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory) -> Callable:
-    """Makes (a model on torch, the same model here, its parameters), each once."""
+    """Returns a cached factory of (torch model, the same model here, its parameters)."""
     made: dict = {}
 
     def make(kind: str, **settings):
@@ -80,13 +80,13 @@ def pair(tmp_path_factory) -> Callable:
 
 @pytest.fixture
 def tokens() -> jax.Array:
-    """Tokens [3, 13] of the tiny models' vocabulary."""
+    """Returns random tokens [3, 13] of the tiny models' vocabulary."""
     return jnp.asarray(np.random.default_rng(0).integers(1, 61, (3, 13)), jnp.int32)
 
 
 @pytest.fixture(scope="session")
 def relative_error() -> Callable:
-    """The largest difference, relative to the largest value expected."""
+    """Returns a function for the largest difference relative to the largest expected value."""
 
     def error(found, expected) -> float:
         found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)

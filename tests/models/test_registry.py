@@ -1,4 +1,4 @@
-"""Configurations as they are published are read; what is not understood is refused by name."""
+"""Published configurations are read; unknown attributes raise ValueError with their name."""
 
 import math
 
@@ -21,7 +21,7 @@ LLAMA = {
 }
 BLOOM = {"model_type": "bloom", "vocab_size": 32, "hidden_size": 8, "n_layer": 2, "n_head": 2}
 
-# What the hub's config.json of each says, written out.
+# The config.json of each model on the hub.
 LLAMA_3_1_8B = {
     "architectures": ["LlamaForCausalLM"],
     "attention_bias": False,
@@ -137,7 +137,7 @@ def parameters(model):
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.abstract_params()))
 
 
-# The counts are those the models' cards give.
+# The counts come from the model cards.
 @pytest.mark.parametrize(
     ("config", "count"),
     [
@@ -148,11 +148,11 @@ def parameters(model):
     ],
     ids=["llama", "vicuna", "qwen2", "bloom"],
 )
-def test_published_configurations_give_the_published_sizes(config, count):
+def test_published_configurations_have_the_published_parameter_counts(config, count):
     assert parameters(build_model(config)) == count
 
 
-def test_llama_3s_rotary_scaling_is_read_from_either_form():
+def test_llama_3_rotary_scaling_is_read_from_both_formats():
     old = build_model(LLAMA_3_1_8B).config.rotary
     assert old == RotarySettings(
         head_dim=128,
@@ -170,7 +170,7 @@ def test_llama_3s_rotary_scaling_is_read_from_either_form():
     assert build_model(new).config.rotary == old
 
 
-def test_yarn_takes_its_original_length_from_the_maximum():
+def test_yarn_reads_its_original_length_from_max_position_embeddings():
     scaling = {"type": "yarn", "factor": 4.0}
     rotary = build_model(LLAMA | {"rope_scaling": scaling, "max_position_embeddings": 64})
     expected = YarnScaling(factor=4.0, original_max_position_embeddings=64)
@@ -180,45 +180,45 @@ def test_yarn_takes_its_original_length_from_the_maximum():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2', which is not implemented"),
+        ({"model_type": "gpt2"}, "model_type = 'gpt2'"),
         ({"model_type": "lama"}, "did you mean 'llama'"),
-        ({"model_type": "x", "auto_map": {"AutoModel": "m.M"}}, "never downloaded or run"),
-        ({}, "model_type None"),
-        (LLAMA | {"logit_scale": 2.0}, "sets logit_scale = 2.0, which is not understood"),
+        ({"model_type": "x", "auto_map": {"AutoModel": "m.M"}}, "auto_map"),
+        ({}, "model_type = None"),
+        (LLAMA | {"logit_scale": 2.0}, "logit_scale = 2.0"),
         (LLAMA | {"rms_norm_epsilon": 1e-5}, "did you mean 'rms_norm_eps'"),
-        (LLAMA | {"hidden_act": "gelu"}, "hidden_act = 'gelu'.* 'silu' or 'swish' only"),
-        (LLAMA | {"attention_dropout": 0.1}, "attention_dropout = 0.1.* = 0.0 only"),
+        (LLAMA | {"hidden_act": "gelu"}, "hidden_act = 'gelu'.*'silu' or 'swish'"),
+        (LLAMA | {"attention_dropout": 0.1}, "attention_dropout = 0.1"),
         (LLAMA | {"sliding_window": 128}, "sliding_window = 128"),
         (LLAMA | {"quantization_config": {"bits": 4}}, "quantization_config"),
         (LLAMA | {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClass"),
-        (LLAMA | {"hidden_size": 9}, "hidden_size = 9 is not a multiple"),
-        (LLAMA | {"num_key_value_heads": 3}, "num_heads must be a multiple of num_kv_heads"),
-        (LLAMA | {"head_dim": 5}, "head_dim must be even"),
-        (LLAMA | {"hidden_size": None}, "lacks hidden_size"),
+        (LLAMA | {"hidden_size": 9}, "hidden_size = 9"),
+        (LLAMA | {"num_key_value_heads": 3}, "num_heads .*num_kv_heads = 3"),
+        (LLAMA | {"head_dim": 5}, "head_dim is 5"),
+        (LLAMA | {"hidden_size": None}, "hidden_size"),
         (LLAMA | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
         (LLAMA | {"rope_scaling": {"type": "longrope"}}, "rope type 'longrope'"),
-        (LLAMA | {"rope_scaling": {"type": "linear"}}, "'linear' without factor"),
-        (LLAMA | {"rope_scaling": "linear"}, "rope_scaling = 'linear'; it must be an object"),
-        (LLAMA | {"rope_scaling": {"type": "linear", "factor": -1.0}}, "factor = -1.0; it must be"),
-        (LLAMA | {"rope_parameters": {"mrope_section": [1]}}, "mrope_section = .*not understood"),
-        (LLAMA | {"rope_parameters": {"full_attention": {}}}, "differ by layer type"),
+        (LLAMA | {"rope_scaling": {"type": "linear"}}, "'linear' .*factor"),
+        (LLAMA | {"rope_scaling": "linear"}, "rope_scaling = 'linear'"),
+        (LLAMA | {"rope_scaling": {"type": "linear", "factor": -1.0}}, "factor = -1.0"),
+        (LLAMA | {"rope_parameters": {"mrope_section": [1]}}, "mrope_section ="),
+        (LLAMA | {"rope_parameters": {"full_attention": {}}}, r"\(full_attention\)"),
         (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
         (
             LLAMA | {"rope_parameters": {"factor": 2.0}, "rope_scaling": {"factor": 3.0}},
-            "which disagree",
+            "rope_parameters = .* rope_scaling =",
         ),
         (
             LLAMA | {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1},
-            "mixes the layer types full_attention, sliding_attention",
+            "full_attention, sliding_attention",
         ),
         (BLOOM | {"hidden_dropout": 0.1}, "hidden_dropout = 0.1"),
         (BLOOM | {"n_inner": 16}, "n_inner = 16"),
-        (BLOOM | {"n_head": 3}, "hidden_size must be a multiple of num_heads"),
+        (BLOOM | {"n_head": 3}, "hidden_size .*num_heads = 3"),
         (BLOOM | {"alibi": False}, "alibi = False"),
     ],
     ids=str,
 )
-def test_what_is_not_understood_is_refused_by_name(config, message):
+def test_unsupported_configurations_raise_with_the_attribute(config, message):
     with pytest.raises(ValueError, match=message):
         build_model(config)
 
@@ -232,11 +232,11 @@ def test_what_is_not_understood_is_refused_by_name(config, message):
         {"transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}}},  # SmolLM2's
     ],
 )
-def test_what_does_not_matter_is_accepted(config):
+def test_irrelevant_attributes_are_accepted(config):
     assert build_model(LLAMA | config) == build_model(LLAMA)
 
 
-def test_models_are_equal_and_hash_alike_where_they_compute_the_same():
+def test_models_that_compute_the_same_are_equal_and_hash_equally():
     one, other = build_model(LLAMA), build_model(LLAMA | {"eos_token_id": 5})
     assert one == other
     assert hash(one) == hash(other)
@@ -245,7 +245,7 @@ def test_models_are_equal_and_hash_alike_where_they_compute_the_same():
 
 
 @pytest.mark.parametrize("config", [LLAMA, LLAMA | {"tie_word_embeddings": True}, BLOOM])
-def test_axes_and_names_and_shapes_fit_each_other(config):
+def test_axes_names_and_shapes_are_consistent(config):
     model = build_model(config)
     shapes, axes = flatten(model.abstract_params(jnp.bfloat16)), flatten(model.logical_axes())
     assert shapes.keys() == axes.keys() == model.hf_names().keys()
@@ -257,7 +257,7 @@ def test_axes_and_names_and_shapes_fit_each_other(config):
     assert ("lm_head", "kernel") not in shapes or not config.get("tie_word_embeddings")
 
 
-def test_module_names_are_those_of_hugging_face():
+def test_module_names_match_hugging_face():
     llama, bloom = build_model(LLAMA), build_model(BLOOM)
     path = ("layers", "self_attn", "q_proj", "kernel")
     assert llama.module_name(path, 1) == "model.layers.1.self_attn.q_proj"
@@ -265,11 +265,11 @@ def test_module_names_are_those_of_hugging_face():
     path = ("layers", "mlp", "dense_h_to_4h", "kernel")
     assert bloom.module_name(path, 0) == "transformer.h.0.mlp.dense_h_to_4h"
     assert bloom.hf_names()[path].name(1) == "transformer.h.1.mlp.dense_h_to_4h.weight"
-    with pytest.raises(ValueError, match="say which layer is meant"):
+    with pytest.raises(ValueError, match="layer is None"):
         bloom.module_name(path)
 
 
-def test_random_parameters_start_as_said(key):
+def test_random_parameters_have_the_configured_distribution(key):
     model = build_model(LLAMA | {"vocab_size": 4096, "initializer_range": 0.1})
     params = model.init_params(key, jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
@@ -281,20 +281,20 @@ def test_random_parameters_start_as_said(key):
     assert not np.array_equal(kernel[0], kernel[1])
 
 
-def test_random_parameters_drawn_in_several_goes_are_all_different(key, monkeypatch):
-    monkeypatch.setattr("peft_jax.models.model._DRAWN_AT_ONCE", 600)
+def test_random_parameters_drawn_in_several_groups_all_differ(key, monkeypatch):
+    monkeypatch.setattr("peft_jax.models.model._MAX_DRAW", 600)
     params = build_model(LLAMA | {"vocab_size": 33}).init_params(key)
     leaves = [leaf for leaf in jax.tree.leaves(params) if leaf.std() > 0]
     assert all(abs(leaf.std() - 0.02) < 0.01 for leaf in leaves)
     assert len({float(leaf.ravel()[0]) for leaf in leaves}) == len(leaves) == 9
 
 
-def test_parameters_of_another_model_are_refused(key):
+def test_parameters_of_another_model_are_rejected(key):
     model = build_model(LLAMA)
     params = model.init_params(key)
     tokens = jnp.zeros((1, 3), jnp.int32)
     bias = {**params, "norm": {**params["norm"], "bias": jnp.zeros(8)}}
-    with pytest.raises(ValueError, match=r"they have norm\.bias, not known here"):
+    with pytest.raises(ValueError, match=r"norm\.bias"):
         model(bias, tokens)
-    with pytest.raises(ValueError, match=r"they lack norm\.scale"):
+    with pytest.raises(ValueError, match=r"norm\.scale"):
         model({**params, "norm": {}}, tokens)
