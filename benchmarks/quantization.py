@@ -91,11 +91,10 @@ def rounding_errors(model: str) -> list[dict[str, Any]]:
 
 def train(model: str, data: str, method: str, quantization: str, steps: int) -> dict[str, float]:
     """The held-out loss before and after a run."""
-    from configs import common
     from peft_jax.runtime.progress import Reporter
-    from peft_jax.training import from_config_dict, run
+    from peft_jax.training import config_files, from_config_dict, run
 
-    config = common.base(method=method, precision="float32")
+    config = config_files.base(method=method, precision="float32")
     config.model.path = model
     config.model.dtype = "bfloat16"
     config.model.quantization = quantization

@@ -1,22 +1,22 @@
 r"""Qwen2.5 1.5B on the one chip of a free Colab: a TPU v5e, or a GPU.
 
-    python train.py --config=configs/colab.py --workdir=runs/colab --config.data.path=rows.jsonl
+    peft-jax train --config=colab.py --workdir=runs/colab --config.data.path=rows.jsonl
 
 and before, on any machine, without the checkpoint:
 
-    python train.py --config=configs/colab.py --plan --topology=v5e:1x1
+    peft-jax train --config=colab.py --plan --topology=v5e:1x1
 
 The argument names another method: `configs/colab.py:method=lora`.
 """
 
 from ml_collections import ConfigDict
 
-from configs import common
+from peft_jax.training import config_files
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    options = common.parse_arg(arg, method="hybrid")
-    config = common.base(method=options.method)
+    options = config_files.parse_arg(arg, method="hybrid")
+    config = config_files.base(method=options.method)
     config.model.path = "Qwen/Qwen2.5-1.5B-Instruct"
     config.model.architecture = "qwen2.5-1.5b"
     config.data.recipe = "alpaca"

@@ -1,6 +1,6 @@
 r"""The demo: the small checkpoint in assets/tiny_world learns to answer questions.
 
-    python train.py --config=configs/demo.py --workdir=runs/demo
+    peft-jax train --config=demo.py --workdir=runs/demo
 
 Its base has read stories and songs and was never asked anything. A few hundred steps of the hybrid
 teach it to answer; `make demo` runs this and shows its answers before and after. The argument
@@ -9,7 +9,7 @@ names another method: `configs/demo.py:lora`.
 
 from ml_collections import ConfigDict
 
-from configs import common
+from peft_jax.training import config_files
 
 LEARNING_RATES = {
     "full": 1e-3,
@@ -22,8 +22,8 @@ LEARNING_RATES = {
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    options = common.parse_arg(arg, method="hybrid", steps=200)
-    config = common.base(method=options.method, precision="float32")
+    options = config_files.parse_arg(arg, method="hybrid", steps=200)
+    config = config_files.base(method=options.method, precision="float32")
     config.model.path = "assets/tiny_world"
     config.data.recipe = "chat"
     config.data.path = "assets/tiny_world_questions"

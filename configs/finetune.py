@@ -1,6 +1,6 @@
 r"""Any supported checkpoint, any data, any method.
 
-    python train.py --config=configs/finetune.py:hybrid --workdir=runs/gsm8k \
+    peft-jax train --config=finetune.py:hybrid --workdir=runs/gsm8k \
         --config.model.path=/path/to/checkpoint --config.data.recipe=gsm8k
 
 The argument names the method: hybrid, lora, lora_ga, boft, unitary or full; and, after a comma, the
@@ -10,12 +10,12 @@ changed with a flag: `--config.method.rank=16`, `--config.train.learning_rate=1e
 
 from ml_collections import ConfigDict
 
-from configs import common
+from peft_jax.training import config_files
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    options = common.parse_arg(arg, method="hybrid", precision="bfloat16")
-    config = common.base(method=options.method, precision=options.precision)
+    options = config_files.parse_arg(arg, method="hybrid", precision="bfloat16")
+    config = config_files.base(method=options.method, precision=options.precision)
     config.train.steps = 1000
     config.train.batch_size = 16
     config.train.max_length = 1024

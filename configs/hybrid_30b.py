@@ -1,12 +1,12 @@
 r"""Wizard-Vicuna 30B on 32 chips of TPU v5p.
 
-    python train.py --config=configs/hybrid_30b.py --distributed --workdir=/mnt/bucket/runs/30b \
+    peft-jax train --config=hybrid_30b.py --distributed --workdir=/mnt/bucket/runs/30b \
         --config.model.path=/path/to/Wizard-Vicuna-30B --config.data.path=rows.jsonl
 
 on every host, with a bucket mounted there on each (docs/pods.md); and before, on any machine,
 without the checkpoint:
 
-    python train.py --config=configs/hybrid_30b.py --plan --topology=v5p:2x4x4
+    peft-jax train --config=hybrid_30b.py --plan --topology=v5p:2x4x4
 
 The argument names another method: `configs/hybrid_30b.py:method=lora`. The model's 52 heads can be
 cut along "tensor" by 4 at most: the next divisors are 13 and 26.
@@ -14,12 +14,12 @@ cut along "tensor" by 4 at most: the next divisors are 13 and 26.
 
 from ml_collections import ConfigDict
 
-from configs import common
+from peft_jax.training import config_files
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    options = common.parse_arg(arg, method="hybrid")
-    config = common.large_model(options.method)
+    options = config_files.parse_arg(arg, method="hybrid")
+    config = config_files.large_model(options.method)
     config.model.path = "QuixiAI/Wizard-Vicuna-30B-Uncensored"
     config.model.architecture = "wizard-vicuna-30b"
     config.train.batch_size = 64

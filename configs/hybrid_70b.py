@@ -1,24 +1,24 @@
 r"""Llama 3.3 70B on 64 chips of TPU v5p.
 
-    python train.py --config=configs/hybrid_70b.py --distributed --workdir=/mnt/bucket/runs/70b \
+    peft-jax train --config=hybrid_70b.py --distributed --workdir=/mnt/bucket/runs/70b \
         --config.model.path=/path/to/Llama-3.3-70B-Instruct --config.data.path=rows.jsonl
 
 on every host, with a bucket mounted there on each (docs/pods.md); and before, on any machine,
 without the checkpoint:
 
-    python train.py --config=configs/hybrid_70b.py --plan --topology=v5p:4x4x4
+    peft-jax train --config=hybrid_70b.py --plan --topology=v5p:4x4x4
 
 The argument names another method: `configs/hybrid_70b.py:method=lora`.
 """
 
 from ml_collections import ConfigDict
 
-from configs import common
+from peft_jax.training import config_files
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    options = common.parse_arg(arg, method="hybrid")
-    config = common.large_model(options.method)
+    options = config_files.parse_arg(arg, method="hybrid")
+    config = config_files.large_model(options.method)
     config.model.path = "meta-llama/Llama-3.3-70B-Instruct"
     config.model.architecture = "llama-3.3-70b"
     config.train.batch_size = 64

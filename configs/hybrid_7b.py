@@ -1,24 +1,24 @@
 r"""BLOOMZ 7B1 on sixteen chips of TPU v5e.
 
-    python train.py --config=configs/hybrid_7b.py --distributed --workdir=/mnt/bucket/runs/7b \
+    peft-jax train --config=hybrid_7b.py --distributed --workdir=/mnt/bucket/runs/7b \
         --config.model.path=/path/to/bloomz-7b1 --config.data.path=rows.jsonl
 
 on every host, with a bucket mounted there on each (docs/pods.md); and before, on any machine,
 without the checkpoint:
 
-    python train.py --config=configs/hybrid_7b.py --plan --topology=v5e:4x4
+    peft-jax train --config=hybrid_7b.py --plan --topology=v5e:4x4
 
 The argument names another method: `configs/hybrid_7b.py:method=lora`.
 """
 
 from ml_collections import ConfigDict
 
-from configs import common
+from peft_jax.training import config_files
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    options = common.parse_arg(arg, method="hybrid")
-    config = common.large_model(options.method)
+    options = config_files.parse_arg(arg, method="hybrid")
+    config = config_files.large_model(options.method)
     config.model.path = "bigscience/bloomz-7b1"
     config.model.architecture = "bloomz-7b1"
     config.train.batch_size = 64

@@ -1,7 +1,7 @@
 r"""The checkpoint in assets/tiny_world, made again from nothing.
 
     python examples/tiny_world.py stories --rows=120000 --out=out/tiny_world/stories.jsonl
-    python train.py --config=configs/pretrain_tiny.py --workdir=runs/pretrain_tiny
+    peft-jax train --config=pretrain_tiny.py --workdir=runs/pretrain_tiny
 
 Full training of a small Llama from random weights on text that the project makes itself; what comes
 of it is a checkpoint in Hugging Face's format in `runs/pretrain_tiny/model`. About twenty minutes
@@ -11,12 +11,12 @@ read.
 
 from ml_collections import ConfigDict
 
-from configs import common
+from peft_jax.training import config_files
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    options = common.parse_arg(arg, steps=12000)
-    config = common.base(method="full", precision="float32")
+    options = config_files.parse_arg(arg, steps=12000)
+    config = config_files.base(method="full", precision="float32")
     config.model.path = "assets/tiny_world"
     config.model.weights = "random"
     config.data.recipe = "text"

@@ -1,6 +1,6 @@
 r"""The methods compared on a CPU, with two small pretrained models.
 
-    python -m eval.study --config=configs/study_cpu.py --data=DATA --page=docs/study
+    peft-jax study --config=study_cpu.py --data=DATA --page=docs/study
 
 A language model of 656,000 parameters that has only ever read stories learns to write grade-school
 mathematics and Swahili; an encoder of 22 million parameters (MiniLM) learns three of GLUE's tasks
@@ -16,9 +16,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import common
-from eval.study.settings import ArmSettings, StudySettings, TaskSettings
+from peft_jax.training import config_files
 
+Settings = dict[str, Any]
 Grids = dict[str, tuple[float, ...]]
 
 
@@ -58,8 +58,8 @@ _ENCODER_GRIDS = _grids(
 )
 
 
-def _arm(title: str, name: str, method: str, grid: str) -> ArmSettings:
-    return ArmSettings(name=name, title=title, method={"name": method}, grid=grid)
+def _arm(title: str, name: str, method: str, grid: str) -> Settings:
+    return {"name": name, "title": title, "method": {"name": method}, "grid": grid}
 
 
 def _variant(
@@ -71,20 +71,20 @@ def _variant(
     rotation_grid: str = "shared_rotation",
     ablation: bool = True,
     **method: Any,
-) -> ArmSettings:
+) -> Settings:
     """The hybrid with a mixing rule.
 
     No mixing at all, which is λ = ½ at twice the rate, is not another variant than "fixed" here.
     """
-    return ArmSettings(
-        name=name,
-        title=title,
-        method={"name": "hybrid", **method},
-        mixing={"rule": rule},
-        grid=grid,
-        rotation_grid=rotation_grid,
-        ablation=ablation,
-    )
+    return {
+        "name": name,
+        "title": title,
+        "method": {"name": "hybrid", **method},
+        "mixing": {"rule": rule},
+        "grid": grid,
+        "rotation_grid": rotation_grid,
+        "ablation": ablation,
+    }
 
 
 ARMS = (
@@ -107,16 +107,16 @@ ARMS = (
 )
 
 
-def get_config(data: str = "") -> StudySettings:
+def get_config(data: str = "") -> Settings:
     folder = Path(data).expanduser() if data else None
-    return StudySettings(
-        name="cpu",
-        title="The methods compared, on a CPU",
-        tasks=(_gsm8k(folder), _flores(folder), *(_glue(folder, *task) for task in _GLUE)),
-        arms=ARMS,
-        hybrid="hybrid",
-        branches=("lora_ga", "boft"),
-        about=(
+    return {
+        "name": "cpu",
+        "title": "The methods compared, on a CPU",
+        "tasks": (_gsm8k(folder), _flores(folder), *(_glue(folder, *task) for task in _GLUE)),
+        "arms": ARMS,
+        "hybrid": "hybrid",
+        "branches": ("lora_ga", "boft"),
+        "about": (
             "Two small pretrained models, five tasks, few steps: what is learned here is how the"
             " methods compare in this setting, not how good they can be. The hybrid weighs its"
             " branches by predicted decrease; the paper's rule is among its variants. Each of its"
@@ -128,10 +128,10 @@ def get_config(data: str = "") -> StudySettings:
             " fewer. On RTE hardly anything is learned in the steps that fit here. Both have fewer"
             " arms.",
         ),
-    )
+    }
 
 
-_SAME_RATES = tuple(arm.name for arm in ARMS if arm.name != "one_rate")
+_SAME_RATES = tuple(arm["name"] for arm in ARMS if arm["name"] != "one_rate")
 """The arms on tasks whose branches have the same grid, so that they have one rate in any case."""
 
 _FEW = ("lora_ga", "boft", "hybrid", "full")
@@ -146,7 +146,7 @@ _GLUE = (
 
 
 def _base(*, steps: int, batch_size: int, max_length: int) -> ConfigDict:
-    config = common.base(method="lora", precision="float32")
+    config = config_files.base(method="lora", precision="float32")
     config.data.check_rows = 0
     config.data.prefetch = 0
     config.data.hold_out = 256
@@ -158,11 +158,11 @@ def _base(*, steps: int, batch_size: int, max_length: int) -> ConfigDict:
     return config
 
 
-def _gsm8k(folder: Path | None) -> TaskSettings:
+def _gsm8k(folder: Path | None) -> Settings:
     return _stories(folder, "gsm8k", "GSM8K", files="gsm8k", test_split="test")
 
 
-def _flores(folder: Path | None) -> TaskSettings:
+def _flores(folder: Path | None) -> Settings:
     return _stories(
         folder,
         "flores",
@@ -177,7 +177,7 @@ def _flores(folder: Path | None) -> TaskSettings:
 
 def _stories(
     folder: Path | None, recipe: str, title: str, *, files: str, test_split: str, **data: str
-) -> TaskSettings:
+) -> Settings:
     config = _base(steps=150, batch_size=4, max_length=256)
     config.model.path = "raincandy-u/TinyStories-656K"
     config.data.recipe = recipe
@@ -185,14 +185,14 @@ def _stories(
     if folder:
         config.model.path = str(folder / "models" / "tinystories656K")
         config.data.path = str(folder / files)
-    return TaskSettings(
-        name=recipe,
-        title=f"{title} (stories model)",
-        config=config,
-        test={"eval_split": test_split, "eval_rows": 300},
-        arms=_SAME_RATES,
-        grids=_STORIES_GRIDS,
-    )
+    return {
+        "name": recipe,
+        "title": f"{title} (stories model)",
+        "config": config,
+        "test": {"eval_split": test_split, "eval_rows": 300},
+        "arms": _SAME_RATES,
+        "grids": _STORIES_GRIDS,
+    }
 
 
 def _glue(
@@ -204,7 +204,7 @@ def _glue(
     batch_size: int,
     max_length: int,
     arms: tuple[str, ...],
-) -> TaskSettings:
+) -> Settings:
     config = _base(steps=steps, batch_size=batch_size, max_length=max_length)
     config.model.path = _minilm()
     config.data.recipe = recipe
@@ -213,16 +213,16 @@ def _glue(
     if folder:
         config.data.path = str(folder / "glue" / title)
         own_text = str(folder / "flores200" / "dev" / "eng_Latn.dev")
-    return TaskSettings(
-        name=recipe,
-        title=f"{title} (MiniLM)",
-        config=config,
-        test={"eval_split": "dev" if folder else "validation", "eval_rows": 500},
-        metric=metric,
-        arms=arms,
-        own_text=own_text,
-        grids=_ENCODER_GRIDS,
-    )
+    return {
+        "name": recipe,
+        "title": f"{title} (MiniLM)",
+        "config": config,
+        "test": {"eval_split": "dev" if folder else "validation", "eval_rows": 500},
+        "metric": metric,
+        "arms": arms,
+        "own_text": own_text,
+        "grids": _ENCODER_GRIDS,
+    }
 
 
 def _minilm() -> str:

@@ -156,7 +156,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Arguments("eval", usage="python -m eval", description=__doc__)
+    parser = Arguments("eval", description=__doc__)
     add = parser.add_argument_group("what is evaluated").add_argument
     add("--workdir", type=Path, help="a finished run's folder")
     add("--model", help="a checkpoint's folder or name on the hub; else the adapter's base")

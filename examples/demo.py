@@ -91,7 +91,6 @@ def main() -> None:
     """Measures, trains, measures again, and shows what came of it."""
     parser = Arguments(
         "examples.demo",
-        usage="python -m examples.demo",
         description=__doc__.partition("\n")[0],
     )
     parser.add_argument("--workdir", type=Path, default=Path("runs/demo"), help="for the run")

@@ -438,9 +438,7 @@ def train_tokenizer(
 @exits.command("examples.tiny_world")
 def main() -> None:
     """The command line."""
-    parser = Arguments(
-        "examples.tiny_world", usage="python -m examples.tiny_world", description=__doc__
-    )
+    parser = Arguments("examples.tiny_world", description=__doc__)
     parser.add_argument("what", choices=("stories", "questions", "tokenizer"))
     parser.add_argument("--out", type=Path, required=True, help="the file (tokenizer: folder)")
     parser.add_argument("--rows", type=int, default=1000, help="how many stories or questions")

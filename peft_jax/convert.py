@@ -119,7 +119,7 @@ def _identity(folder: FilePath) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Arguments("peft_jax.convert", usage="python -m peft_jax.convert", description=__doc__)
+    parser = Arguments("peft_jax.convert", description=__doc__)
     parser.add_argument("model", help="a folder with safetensors, or a name on the hub")
     parser.add_argument("out", help="gs://bucket/folder, s3://bucket/folder, or a folder")
     parser.add_argument(

@@ -9,9 +9,10 @@ import warnings
 from collections.abc import Iterable
 
 MOVED = {
+    "configs.common": "peft_jax.training.config_files",
     "peft_jax.adapters.plan": "peft_jax.adapters.targets",
     "peft_jax.arguments": "peft_jax.runtime.flags",
-    "peft_jax.command_line": "peft_jax.training.config_flags",
+    "peft_jax.command_line": "peft_jax.commands.config_flags",
     "peft_jax.core.activations": "peft_jax.core.activation_axes",
     "peft_jax.core.checks": "peft_jax.core.validation",
     "peft_jax.core.convert": "peft_jax.core.typed_settings",
@@ -27,9 +28,11 @@ MOVED = {
     "peft_jax.parallel.memory": "peft_jax.cost.memory",
     "peft_jax.parallel.running": "peft_jax.parallel.activations",
     "peft_jax.parallel.topology": "peft_jax.cost.topology",
+    "peft_jax.plan.command": "peft_jax.commands.plan",
     "peft_jax.plan.memory": "peft_jax.plan.step_memory",
     "peft_jax.training.arithmetic": "peft_jax.training.step_flops",
     "peft_jax.training.clock": "peft_jax.runtime.clock",
+    "peft_jax.training.config_flags": "peft_jax.commands.config_flags",
     "peft_jax.training.cpu_memory": "peft_jax.runtime.cpu_allocator",
     "peft_jax.training.errors": "peft_jax.runtime.errors",
     "peft_jax.training.files": "peft_jax.runtime.files",

@@ -1,10 +1,10 @@
 r"""Prints every setting of a run, with its type, its default and its meaning.
 
-    python -m peft_jax.settings                  # all of them
-    python -m peft_jax.settings train method     # some sections
-    python -m peft_jax.settings train.epochs     # one setting
-    python -m peft_jax.settings --json           # for programs
-    python -m peft_jax.settings --markdown       # the documentation's page
+    peft-jax settings                  # all of them
+    peft-jax settings train method     # some sections
+    peft-jax settings train.epochs     # one setting
+    peft-jax settings --json           # for programs
+    peft-jax settings --markdown       # the documentation's page
 
 What it prints are the settings of the version that is installed, methods of other packages
 included.
@@ -80,11 +80,14 @@ def to_text(sections: Sequence[Section], width: int) -> str:
 
 
 @exits.command("peft_jax.settings")
-def main() -> None:
-    """Prints what the command line asks for."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints what the command line asks for.
+
+    Args:
+      argv: The command line without the program's name; None: that of this process.
+    """
     parser = Arguments(
         "peft_jax.settings",
-        usage="python -m peft_jax.settings",
         description=__doc__,
     )
     parser.add_argument(
@@ -93,7 +96,7 @@ def main() -> None:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--markdown", action="store_true", help="print the documentation's page")
     form.add_argument("--json", action="store_true", help="print JSON")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     sections = select(settings_reference(), given.names)
     if given.markdown:
         print(to_markdown(sections))

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from peft_jax.generation import GenerationSettings, Loaded, generate_text
-from peft_jax.runtime.exits import EndingError, printable
+from peft_jax.runtime.errors import EndingError
+from peft_jax.runtime.printable import printable
 
 from .exchange import SECONDS, Answer, exchange
 from .requests import JudgeRequest

@@ -112,9 +112,7 @@ def _as_json(prompt: str, completion: TextCompletion) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     default = GenerationSettings()
-    parser = Arguments(
-        "peft_jax.generation", usage="python -m peft_jax.generation", description=__doc__
-    )
+    parser = Arguments("peft_jax.generation", description=__doc__)
     add = parser.add_argument
     add("--model", help="the checkpoint's folder, or its name on the Hugging Face hub")
     add("--adapter", help="an adapter's folder, such as a run's adapter/")

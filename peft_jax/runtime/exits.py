@@ -27,6 +27,8 @@ from types import MappingProxyType
 from typing import ParamSpec
 
 from peft_jax.runtime.errors import EndingError, ExitCode
+from peft_jax.runtime.log_lines import show_log_lines
+from peft_jax.runtime.printable import printable
 
 P = ParamSpec("P")
 
@@ -43,6 +45,9 @@ class Ending:
     message: str
     code: int
 
+
+PROGRAM = "peft-jax"
+"""The console script, which puts a command's whole name in place of its own."""
 
 OURS = ("peft_jax", "eval", "kernels_pallas", "configs", "examples", "__main__")
 """Packages whose `ValueError`s are messages to the user."""
@@ -98,6 +103,7 @@ def command(
         @functools.wraps(main)
         def guarded(*args: P.args, **kwargs: P.kwargs) -> int:
             _write_any_text()
+            show_log_lines()
             try:
                 try:
                     code = main(*args, **kwargs)
@@ -155,29 +161,17 @@ def say(message: str, *, name: str) -> None:
     """Prints a message to standard error, prefixed with the command's name."""
     if len(message) > _LONGEST_MESSAGE:
         message = f"{message[:_LONGEST_MESSAGE]} …"
-    print(f"{name}: {printable(message)}", file=sys.stderr, flush=True)
+    print(f"{started_as(name)}: {printable(message)}", file=sys.stderr, flush=True)
 
 
-def printable(text: str, *, keep: str = "\n\t") -> str:
-    r"""Returns a text with unprintable characters replaced by Python escapes.
-
-    Text from a data set, a model or an endpoint can contain sequences that move a terminal's
-    cursor, hide text or reverse its direction.
+def started_as(name: str) -> str:
+    """Returns the name that a command was started under.
 
     Args:
-      text: Text to escape.
-      keep: Characters that are not escaped.
-
-    Example:
-      >>> print(printable("a\x1b[2Jb\n\u202ec é", keep=""))
-      a\x1b[2Jb\n\u202ec é
+      name: The command's name where it is started by itself. A command of `peft-jax` has that
+        program's name and its own, as `peft-jax train`.
     """
-    return "".join(
-        character
-        if character.isprintable() or character in keep
-        else character.encode("unicode_escape").decode("ascii")
-        for character in text
-    )
+    return sys.argv[0] if sys.argv[0].startswith(f"{PROGRAM} ") else name
 
 
 def _as_os_error(text: str, number: int) -> OSError:

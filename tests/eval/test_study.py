@@ -11,10 +11,9 @@ import pytest
 from ml_collections import ConfigDict
 from scipy import stats
 
-from configs import common
-from eval.study.__main__ import _load
 from eval.study.bench import Bench, with_rate
 from eval.study.cell import train_cell
+from eval.study.command import load_study
 from eval.study.page import collect, comparisons, count_finished, write_page
 from eval.study.run import choose_rate, count_cells, run_study
 from eval.study.settings import ArmSettings, StudySettings, TaskSettings, digest
@@ -23,7 +22,7 @@ from eval.study.statistics import compare, holm, mean_and_deviation, sign_flip_p
 from eval.study.store import Store
 from eval.study.timing import ROUNDS
 from peft_jax.optim import MixingSettings, OptimizerSettings, make_optimizer
-from peft_jax.training import RefusedError, run
+from peft_jax.training import RefusedError, config_files, run
 from peft_jax.training.report.metrics import read_records
 
 WORDS = [f"w{number}" for number in range(20)]
@@ -79,7 +78,7 @@ def rows(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def study(checkpoint, rows):
-    config = common.base(method="lora", precision="float32")
+    config = config_files.base(method="lora", precision="float32")
     config.model.path = str(checkpoint)
     config.data.recipe = "alpaca"
     config.data.path = str(rows)
@@ -205,7 +204,7 @@ def test_a_file_without_a_study_is_refused(tmp_path):
     file = tmp_path / "none.py"
     file.write_text("x = 1")
     with pytest.raises(ValueError, match=r"has no get_config\(data\)"):
-        _load(file)
+        load_study(file)
 
 
 def test_the_mixing_decides_a_hybrids_numbers_alone(study):

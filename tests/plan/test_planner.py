@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from configs import colab, common, hybrid_7b, hybrid_30b, hybrid_70b, hybrid_405b
+from configs import colab, hybrid_7b, hybrid_30b, hybrid_70b, hybrid_405b
 from peft_jax.adapters import METHODS
 from peft_jax.core import flatten
 from peft_jax.cost import find_topology
@@ -25,7 +25,7 @@ from peft_jax.plan import describe, make_plan
 from peft_jax.plan.compiler import read_out_of_memory
 from peft_jax.plan.planner import find_model
 from peft_jax.plan.search import _layouts, _Sizes
-from peft_jax.training import RefusedError, RunConfig, from_config_dict
+from peft_jax.training import RefusedError, RunConfig, config_files, from_config_dict
 from peft_jax.training.blueprint import draw_blueprint
 from peft_jax.training.program import step_bytes
 from peft_jax.training.step_flops import count_step
@@ -49,7 +49,7 @@ SMALL = {
 def small(tmp_path: Path, method: str = "lora", **changes) -> RunConfig:
     """A run of a small model, whose folder has a config.json and nothing else."""
     (tmp_path / "config.json").write_text(json.dumps(SMALL))
-    config = common.base(method=method, precision="float32")
+    config = config_files.base(method=method, precision="float32")
     config.model.path = str(tmp_path)
     config.data.recipe = "alpaca"
     config.train.steps, config.train.batch_size, config.train.max_length = 3, 8, 32

@@ -60,10 +60,10 @@ REFUSED = [
     (["--config.trian.steps=3"], "trian"),
     (["--config.train.lr=3"], "train.lr is not a setting; did you mean train.learning_rate?"),
     (["--config.lora_r=3"], "lora_r is not a setting; did you mean method.rank?"),
-    (["--lr=3"], "flag 'lr'; did you mean --config.train.learning_rate?"),
+    (["--lr=3"], "there is no flag --lr; did you mean --config.train.learning_rate?"),
     (["--config.train.steps=many"], "train.steps must be an integer; it is 'many'"),
     (["--config.train.epochs=2"], "train.steps is 60 and train.epochs is 2; give one of the two"),
-    (["--confg=x"], "Unknown command line flag 'confg'. Did you mean: config"),
+    (["--confg=x"], "there is no flag --confg; did you mean --config?"),
     (["--config.method.target_modules=qproj"], "did you mean 'q_proj'"),
     (["--json", "--topology=v5p:4x4x8"], "--topology and --json only plan, and neither --plan"),
 ]
@@ -143,17 +143,15 @@ def test_help_names_the_flags():
 
 
 _ENDS_TOGETHER = """
-import train
-from absl import flags
-from peft_jax.training import config_flags
-class PeerMonitor:
+from peft_jax.commands.train import ending_together
+from peft_jax.runtime import exits
+class Peers:
     def leave(self, reason, code):
         raise SystemExit(f"the others are told {code}")
-def broken(message):
+def broken(message, *, name):
     raise BrokenPipeError
-config_flags.say = broken
-flags.FLAGS(["train.py"])
-with train._ending_together(PeerMonitor()):
+exits.say = broken
+with ending_together(Peers()):
     raise BrokenPipeError
 """
 

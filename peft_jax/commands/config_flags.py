@@ -1,0 +1,245 @@
+"""A command line with a configuration: --config, and any setting in it as a flag."""
+
+import argparse
+import dataclasses
+import difflib
+import re
+import sys
+import traceback
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+import peft_jax
+from peft_jax.runtime.errors import RefusedError
+from peft_jax.runtime.flags import Arguments
+
+_OF_CONFIG = re.compile(r"--(no)?config(\.|=|$)")
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenConfig:
+    """The configuration that a command line puts together.
+
+    Attributes:
+      name: The configuration's file and argument, as given.
+      values: What the file returns, changed by the flags.
+    """
+
+    name: str
+    values: ConfigDict
+
+
+class ConfigArguments(Arguments):
+    """A command line whose namespace has a `GivenConfig` as `config`.
+
+    Whatever begins with --config is read by ml_collections, and everything else by argparse. Flags
+    are checked before the configuration, which imports JAX, is loaded.
+
+    Args:
+      name: Name of the command.
+      description: Text of --help.
+    """
+
+    def __init__(self, name: str, *, description: str | None):
+        super().__init__(name, description=description)
+        add = self.add_argument_group("configuration").add_argument
+        add(
+            "--config",
+            metavar="FILE[:ARGUMENT]",
+            help="a configuration file, and after a colon its argument: finetune.py:lora; files"
+            " that are not there are looked for among those that come with peft_jax",
+        )
+        add(
+            "--config.SECTION.SETTING",
+            metavar="VALUE",
+            dest=argparse.SUPPRESS,
+            default=argparse.SUPPRESS,
+            help="change any setting: --config.train.steps=100; `peft-jax settings` lists them"
+            " with their defaults",
+        )
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> argparse.Namespace:
+        """Returns the values of the flags and the configuration.
+
+        Raises:
+          RefusedError: The configuration cannot be loaded, or a setting's value not be read.
+        """
+        words = sys.argv[1:] if args is None else list(args)
+        of_config, others = split(words)
+        given = super().parse_args(others, namespace)
+        try:
+            given.config = load_config(of_config)
+        except RefusedError:
+            raise
+        except Exception as error:
+            # A configuration is a program and may raise anything.
+            if given.traceback:
+                traceback.print_exc()
+            name = f"--config={_take_name(of_config)[0]}"
+            raise RefusedError(explain_config_error(error, name)) from error
+        return given
+
+    def near(self, flag: str) -> Iterable[str]:
+        """Returns the flags, or the settings, that a user may have meant."""
+        return settings_near(flag.lstrip("-")) or super().near(flag)
+
+
+def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns what of a command line is about the configuration, and the rest.
+
+    Args:
+      words: The command line without the program's name.
+
+    Example:
+      >>> split(["--config", "mine.py", "--workdir=runs/a", "--config.train.steps=3"])
+      (['--config', 'mine.py', '--config.train.steps=3'], ['--workdir=runs/a'])
+    """
+    of_config: list[str] = []
+    others: list[str] = []
+    takes_value = False
+    for word in words:
+        if _OF_CONFIG.match(word):
+            of_config.append(word)
+            takes_value = "=" not in word and not word.startswith("--no")
+        elif takes_value and not word.startswith("--"):
+            of_config.append(word)
+            takes_value = False
+        else:
+            others.append(word)
+            takes_value = False
+    return of_config, others
+
+
+def load_config(words: Sequence[str]) -> GivenConfig:
+    """Loads the configuration that --config names, and sets what --config.… flags give.
+
+    Unknown keys are let through: the conversion to a `RunConfig` rejects them, and names the
+    nearest known one.
+
+    Args:
+      words: What a command line says about the configuration.
+
+    Raises:
+      RefusedError: There is no configuration, or it is none of a run.
+    """
+    name, words = _take_name(words)
+    path, colon, argument = name.partition(":")
+    file = f"{find_config_file(path)}{colon}{argument}"
+    given = [f"--config={file}", *words]
+    values = flags.FlagValues()
+    values.set_gnu_getopt(True)
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        flag_values=values,
+        lock_config=False,
+        accept_new_attributes=True,
+        sys_argv=given,
+    )
+    left = values(["", *given])[1:]
+    if left:
+        raise RefusedError(f"{left[0]!r} is not a flag; flags begin with two dashes")
+    config = values["config"].value
+    if not isinstance(config, ConfigDict):
+        # ml_collections keeps an error of reading the file until its settings are used.
+        error = getattr(config, "_error", None)
+        if isinstance(error, OSError):
+            raise error
+        raise RefusedError(f"{name}: get_config must return a ConfigDict")
+    # Imported here, so that a mistyped flag is refused before JAX is imported.
+    from peft_jax.training.config import let_flags_win
+
+    let_flags_win(config, config_flags.get_override_values(values["config"]))
+    return GivenConfig(name=name, values=config)
+
+
+def _take_name(words: Sequence[str]) -> tuple[str, list[str]]:
+    """Takes --config out of what is said about the configuration; the last one counts."""
+    name, left = "", []
+    rest = iter(words)
+    for word in rest:
+        if word == "--config":
+            name = next(rest, "")
+        elif word.startswith("--config="):
+            name = word.partition("=")[2]
+        else:
+            left.append(word)
+    if not name:
+        raise RefusedError(
+            "--config is missing, for example --config=finetune.py:hybrid; see --help"
+        )
+    return name, left
+
+
+def settings_near(name: str) -> list[str]:
+    """Returns the flags of the settings that a name may stand for, as --lr for the learning rate.
+
+    Args:
+      name: A flag's name without its dashes.
+    """
+    from peft_jax.training.config import default_config
+    from peft_jax.training.setting_aliases import settings_called
+
+    meant = settings_called(name.rpartition(".")[2], default_config().to_dict())
+    return [one if one.startswith("--") else f"--config.{one}" for one in meant[:3]]
+
+
+def find_config_file(path: str) -> Path:
+    """Returns a configuration file: the one that is given, or else one that comes with peft_jax.
+
+    Args:
+      path: The file's path; of one that comes with peft_jax its name does, with or without the
+        folder `configs/`.
+
+    Raises:
+      RefusedError: There is no such file.
+    """
+    given = Path(path).expanduser()
+    if given.exists() and not given.is_dir():
+        return given
+    shipped = shipped_configs()
+    name = given.relative_to("configs") if given.is_relative_to("configs") else given
+    if not given.is_absolute() and (shipped / name).is_file():
+        return shipped / name
+    names = [file.name for file in sorted(shipped.glob("[!_]*.py"))]
+    near = difflib.get_close_matches(given.name, names, n=1, cutoff=0.6)
+    hint = f"; did you mean {near[0]}" if near else ""
+    raise RefusedError(
+        f"there is no configuration file {path}{hint}; those of peft_jax are {', '.join(names)}"
+    )
+
+
+def shipped_configs() -> Path:
+    """Returns the folder of the configurations that come with peft_jax."""
+    package = Path(peft_jax.__file__).parent
+    installed = package / "configs"
+    # In a checkout the folder is beside the package.
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def explain_config_error(error: Exception, name: str) -> str:
+    """Returns what is wrong with a configuration, without ml_collections' own tracebacks.
+
+    Args:
+      error: What was raised while it was loaded.
+      name: What the configuration is called in the message.
+    """
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    _, found, trace = text.partition("Error whilst parsing config file:")
+    if found:
+        lines = [line for line in trace.splitlines() if line.strip()]
+        said = re.sub(r"^(builtins[.])?ValueError: ", "", lines[-1].strip())
+        text = f"{name}: {said}"
+    elif "has no attribute 'get_config'" in text:
+        text = f"{name} has no get_config(); configs/finetune.py is one to copy"
+    elif isinstance(error, SyntaxError):
+        text = f"{error.filename}:{error.lineno}: {error.msg}"
+    elif not isinstance(error, (flags.Error, KeyError, OSError)):
+        text = f"{type(error).__name__}: {text}"
+    return text.strip()

@@ -1,0 +1,114 @@
+r"""Plans a run on devices that need not be there.
+
+    peft-jax plan --config=hybrid_405b.py --topology=v5p:4x4x8
+
+compiles the training step of the configuration, and says how much memory it
+takes, how long a step takes, and whether it fits. --search looks for the
+smallest devices on which it does. Neither a TPU nor the checkpoint is needed:
+docs/planning.md.
+
+Exit codes: 0 it fits; 1 failed; 2 rejected, the message says what would work;
+4 it does not fit. docs/exit_codes.md has those of all commands.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from peft_jax.commands.config_flags import ConfigArguments
+from peft_jax.runtime import exits
+from peft_jax.runtime.errors import RefusedError
+
+NAME = "peft_jax.plan"
+
+
+@exits.command(NAME)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Plans the configuration of the command line, and returns the exit code.
+
+    Args:
+      argv: The command line without the program's name; None: that of this process.
+    """
+    return plan_given(make_parser().parse_args(argv))
+
+
+def make_parser() -> ConfigArguments:
+    """Returns the parser of the command's flags."""
+    parser = ConfigArguments(NAME, description=__doc__)
+    add_plan_flags(parser.add_argument_group("planning"))
+    return parser
+
+
+def add_plan_flags(group: argparse._ArgumentGroup) -> None:
+    """Adds the flags that say what to plan for."""
+    group.add_argument(
+        "--search",
+        action="store_true",
+        help="plan on ever larger topologies of the kind that --topology names, until it fits",
+    )
+    group.add_argument(
+        "--topology",
+        default="",
+        metavar="DEVICES",
+        help="the devices to plan for: v5p:4x4x8, v5e:16x16*2 (two slices), or cpu or gpu for those"
+        " of this machine, which is the default; with --search a kind of TPU alone, v5p",
+    )
+    group.add_argument("--json", action="store_true", help="print the plan as JSON")
+
+
+def plan_given(given: argparse.Namespace) -> int:
+    """Plans, prints the plan, and returns the exit code.
+
+    Args:
+      given: The flags of `add_plan_flags`, and the configuration.
+
+    Raises:
+      RefusedError: The configuration cannot be planned.
+      ValueError: There is no such topology.
+    """
+    # Imported here, so that a mistyped flag is rejected at once and not after JAX has started.
+    import jax
+
+    from peft_jax.cost import find_topology
+    from peft_jax.cost.topology import HERE
+    from peft_jax.plan import describe, make_plan, search
+    from peft_jax.training.config import from_config_dict
+
+    config = from_config_dict(given.config.values)
+    name = given.topology or _platform_here()
+    if name not in HERE:
+        # The TPU that this may be started on is not needed, and is not to be taken.
+        jax.config.update("jax_platforms", "cpu")
+    if given.search:
+        plan, layout = search(config, name, say=_say)
+        if layout is not None:
+            _say(f"laid out by {layout.flags()}")
+    else:
+        plan = make_plan(config, find_topology(name))
+    print(json.dumps(plan.to_mapping(), indent=2) if given.json else describe(plan))
+    return exits.ExitCode.DONE if plan.fits else exits.ExitCode.DOES_NOT_FIT
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _platform_here() -> str:
+    import jax
+
+    from peft_jax.cost.topology import HERE, has_tpu, skip_tpu_discovery
+
+    if not has_tpu():
+        skip_tpu_discovery()
+    platform = jax.default_backend()
+    if platform not in HERE:
+        raise RefusedError(
+            f"say which devices to plan for: --topology=v5p:4x4x8, for example (those of this "
+            f"machine are of the kind {platform!r}, which goes by the name of its topology)"
+        )
+    return platform
+
+
+if __name__ == "__main__":
+    sys.exit(main())
