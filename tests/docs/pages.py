@@ -105,6 +105,9 @@ def make_folder(folder: Path) -> dict[str, str]:
     python = commands / "python"
     python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n', encoding="utf-8")
     python.chmod(0o755)
+    script = commands / "peft-jax"
+    script.write_text('#!/bin/sh\nexec python -m peft_jax "$@"\n', encoding="utf-8")
+    script.chmod(0o755)
     hub = folder / ".hub"
     for name, checkpoint in STAND_INS.items():
         _put_in_cache(hub / "hub" / f"models--{name.replace('/', '--')}", checkpoint)
@@ -198,6 +201,8 @@ def what_is_wrong(words: list[str]) -> str:
       words: The command.
     """
     program, *rest = words
+    if program == "peft-jax":
+        program, rest = "python", ["-m", "peft_jax", *rest]
     if Path(program).name == "python" and rest[:2] == ["-m", "pip"]:
         program, rest = "pip", rest[2:]
     if Path(program).name in ("pip", "pip3"):
@@ -217,7 +222,8 @@ def what_is_wrong(words: list[str]) -> str:
             return f"no module {rest[1]}"
     elif rest and not (ROOT / rest[0]).is_file():
         return f"no file {rest[0]}"
-    known = known_flags(*rest[: 2 if rest[0] == "-m" else 1]) if own else set()
+    start = (3 if rest[1] == "peft_jax" else 2) if rest[0] == "-m" else 1
+    known = known_flags(*rest[:start]) if own else set()
     return next((f"no flag {flag}" for flag in own if flag not in known), "")
 
 
@@ -236,17 +242,13 @@ def known_flags(*start: str) -> set[str]:
     """Returns the flags that a program names in its help.
 
     Args:
-      *start: How Python starts it: a file, or "-m" and a module.
+      *start: How Python starts it: a file, or "-m" and a module, and a command of `peft-jax`.
     """
-    found: set[str] = set()
-    for flag in ("--help", "--helpfull"):
-        done = subprocess.run(
-            [sys.executable, *start, flag],
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-            capture_output=True,
-            text=True,
-        )
-        text = re.sub(r"--\[no\](\w+)", r"--\1 --no\1", done.stdout)
-        found |= set(re.findall(r"--[\w-]+", text))
-    return found
+    done = subprocess.run(
+        [sys.executable, *start, "--help"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    return set(re.findall(r"--[\w-]+", done.stdout))

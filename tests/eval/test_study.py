@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -585,10 +586,9 @@ def test_settings_that_would_not_be_fair_are_refused(study):
 
 
 def test_the_committed_study_is_well_formed():
-    from configs.study_cpu import get_config
-
+    file = Path(__file__).parents[2] / "configs" / "study_cpu.py"
     for data in ("", "/data"):
-        study = get_config(data)
+        study = load_study(file, data)
         for task in study.tasks:
             for arm in study.arms:
                 config = task.run_config(arm, learning_rate=task.rates(arm)[0], seed=1)
