@@ -592,7 +592,7 @@ def test_the_committed_study_is_well_formed():
         for task in study.tasks:
             for arm in study.arms:
                 config = task.run_config(arm, learning_rate=task.rates(arm)[0], seed=1)
-                assert config.method.name == arm.method["name"]
+                assert config.spec.method.name == arm.method["name"]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "5", "[" * 100_000])
