@@ -115,7 +115,7 @@ def main() -> None:
     before = answer(model, params, tokenizer, questions)
     console.print(f"Right answers: {accuracy(questions, before)['all']:.1%}")
 
-    console.rule(f"Fine-tuning: {config.method.name}")
+    console.rule(f"Fine-tuning: {config.spec.method.name}")
     summary = run(config, given.workdir)
 
     console.rule("After")

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,16 @@ from jaxtyping import Array, Float
 from peft_jax.adapters import AdapterSpec, AdapterState
 from peft_jax.adapters.method import GradientFactors
 from peft_jax.core import Path as TreePath
-from peft_jax.core import Tree, flatten, unflatten
+from peft_jax.core import Tree
 from peft_jax.data import AnyBatch, DataSettings, EvalData, LabeledBatch, build_data
 from peft_jax.data.examples import Example
 from peft_jax.generation import GenerationSettings, generate
 from peft_jax.hub import load_params
 from peft_jax.models import CausalLM, SequenceClassifier
 from peft_jax.optim import component_values, make_optimizer
-from peft_jax.training import RunConfig, TrainState, TrainStep
+from peft_jax.parallel import on_mesh
+from peft_jax.training import RunConfig, TrainState
+from peft_jax.training.blueprint import Blueprint, draw_blueprint
 from peft_jax.training.classification import classifier_outputs
 from peft_jax.training.evaluate import (
     choice_log_likelihood,
@@ -32,9 +34,8 @@ from peft_jax.training.evaluate import (
     preferred_answers,
 )
 from peft_jax.training.losses import chunked_token_scores
-from peft_jax.training.prepare import prepare
+from peft_jax.training.prepare import prepare, train_head
 from peft_jax.training.program import step_bytes
-from peft_jax.training.step import summed_loss
 
 from .settings import ArmSettings, TaskSettings
 
@@ -65,16 +66,18 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """A compiled training step of one arm.
+    """An arm's training step, compiled once for all rates and seeds.
 
     Attributes:
-      step: (state, frozen, constant, batch) to (state, metrics).
-      optimizer: makes the state's first value; its rate is in its state.
-      step_bytes: what the step needs, as the compiler counts it: arguments, results, temporaries.
+      blueprint: The program of a run, with a learning rate that is data; see `with_rate`.
+      step: The compiled step.
+      make_state: Makes the state before the first step; takes the buffers of what is trained.
+      step_bytes: Bytes that a step needs on each device, as the compiler counts them.
     """
 
-    step: Any
-    optimizer: Any
+    blueprint: Blueprint
+    step: jax.stages.Compiled
+    make_state: Callable[[Tree], TrainState]
     step_bytes: int
 
 
@@ -121,6 +124,7 @@ class Bench:
         job.train.close()
         self.model, self.tokenizer, self._folder = job.model, job.tokenizer, job.folder
         self._config, self._steps = config, job.steps
+        self._mesh, self._layout = job.mesh, job.params
         self._new_head = job.new_head
         self.held_out = {"tuning": job.held_out, "test": self._test_data(config)}
         self._rows = {
@@ -184,80 +188,73 @@ class Bench:
 
     @functools.lru_cache(maxsize=2)  # noqa: B019
     def params(self, seed: int) -> Tree:
-        """The base's parameters; a new head depends on the seed alone."""
+        """Loads the base's parameters; a new head depends on the seed alone."""
         key = jax.random.fold_in(jax.random.key(seed), 2) if self._new_head else None
-        return load_params(self._folder, self.model, head_key=key)
-
-    def spec(self, config: RunConfig) -> AdapterSpec:
-        """What is adapted, a new head included."""
-        spec = config.spec
-        if isinstance(self.model, SequenceClassifier):
-            saved = (*spec.modules_to_save, *self.model.head_modules)
-            spec = dataclasses.replace(spec, modules_to_save=tuple(dict.fromkeys(saved)))
-        return spec
-
-    def initialize(self, config: RunConfig) -> AdapterState:
-        """The adapter's first arrays, just as `peft_jax.training.run` makes them."""
-        spec, params = self.spec(config), self.params(config.seed)
-        key = jax.random.fold_in(jax.random.key(config.seed), 0)
-        state = spec.init(key, params, factors=self._gradient_factors(spec, config, key))
-        # Copied: the step is given the buffers of what is trained.
-        return AdapterState(
-            trainable=jax.tree.map(jnp.copy, state.trainable),
-            constant=jax.tree.map(jnp.copy, unflatten(flatten(state.constant))),
+        return load_params(
+            self._folder,
+            self.model,
+            dtype=self._config.model.dtype,
+            quantization=self._config.model.quantization,
+            sharding=jax.tree.map(lambda leaf: leaf.sharding, self._layout),
+            head_key=key,
         )
 
+    def spec(self, config: RunConfig) -> AdapterSpec:
+        """Returns what is adapted, a new head included."""
+        return train_head(config.spec, self.model)
+
+    def initialize(self, arm: ArmSettings, config: RunConfig) -> AdapterState:
+        """Makes the adapter's first arrays, as a run of `config` does."""
+        blueprint = self.program(arm, config).blueprint
+        key = jax.random.fold_in(jax.random.key(config.seed), 0)
+        with on_mesh(blueprint.mesh):
+            factors = self._gradient_factors(blueprint, config, key)
+            return blueprint.initialize(key, self.params(config.seed), factors=factors)
+
     def _gradient_factors(
-        self, spec: AdapterSpec, config: RunConfig, key: jax.Array
+        self, blueprint: Blueprint, config: RunConfig, key: jax.Array
     ) -> dict[TreePath, GradientFactors]:
-        """The gradient's directions on the first batches; arms with the same ranks share them."""
+        """Estimates the gradient on the first batches; arms with the same ranks share it."""
         rank = config.spec.method.gradient_rank
         if not rank:
             return {}
         place = (config.seed, rank, config.init_batches)
         if place not in self._factors:
-            batches = self.batches(config.seed)[: config.init_batches]
-            placed = [jax.tree.map(jnp.asarray, batch) for batch in batches]
-            targets = sum(float(np.sum(batch.loss_mask)) for batch in batches)
-
-            def loss_fn(bound: Tree, batch: AnyBatch) -> jax.Array:
-                total, _ = summed_loss(self.model, bound, batch, chunk_size=config.train.loss_chunk)
-                return total / targets
-
-            self._factors[place] = spec.gradient_factors(
-                key, self.params(config.seed), loss_fn=loss_fn, batches=placed
+            batches = self.batches(config.seed)[: blueprint.init_batches]
+            self._factors[place] = blueprint.gradient_factors(
+                key, self.params(config.seed), blueprint.init_microbatches(batches)
             )
         return self._factors[place]
 
     # Programs.
 
-    def program(self, arm: ArmSettings, config: RunConfig, adapter: AdapterState) -> Program:
-        """The arm's step, compiled once for all rates and seeds."""
+    def program(self, arm: ArmSettings, config: RunConfig) -> Program:
+        """Returns the arm's step, compiled once for all rates and seeds.
+
+        Its dropout is that of seed 0 in every cell, because the seed is part of the program.
+        """
         if arm.name not in self._programs:
-            self._programs[arm.name] = self._compile(config, adapter)
+            self._programs[arm.name] = self._compile(dataclasses.replace(config, seed=0))
         return self._programs[arm.name]
 
-    def _compile(self, config: RunConfig, adapter: AdapterState) -> Program:
-        spec = self.spec(config)
-        mixing = config.mixing if config.spec.method.branches else None
+    def _compile(self, config: RunConfig) -> Program:
         settings = dataclasses.replace(config.optimizer, learning_rate=1.0)
+        mixing = config.mixing if config.spec.method.branches else None
         inner = make_optimizer(settings, self._steps, mixing=mixing)
-        optimizer = with_rate(inner, 1.0, settings.learning_rates)
-        step = TrainStep(
-            model=self.model,
-            spec=spec,
-            optimizer=optimizer,
-            learning_rate=lambda step: 1.0,
-            chunk_size=config.train.loss_chunk,
-            seed=0,
+        blueprint = draw_blueprint(
+            config,
+            self.model,
+            self._mesh,
+            spec=self.spec(config),
+            optimizer=with_rate(inner, 1.0, settings.learning_rates),
         )
-        state = TrainState.create(adapter.trainable, optimizer)
-        frozen = spec.frozen(self.params(config.seed))
-        lowered = jax.jit(step, donate_argnums=0).lower(
-            state, frozen, adapter.constant, microbatches(self.batches(config.seed)[0])
+        compiled = blueprint.trace_step().lower().compile()
+        return Program(
+            blueprint=blueprint,
+            step=compiled,
+            make_state=blueprint.jit_make_state(),
+            step_bytes=step_bytes(compiled) or 0,
         )
-        compiled = lowered.compile()
-        return Program(step=compiled, optimizer=optimizer, step_bytes=step_bytes(compiled) or 0)
 
     # Measuring.
 
@@ -329,11 +326,6 @@ class Bench:
         if self._own is None:
             self._own = _own_text(self, params)
         return self._own(self.spec(config).bind(params, adapter)) - self._own(params)
-
-
-def microbatches(batch: AnyBatch) -> AnyBatch:
-    """One batch as a step wants it: one microbatch."""
-    return jax.tree.map(lambda x: jnp.asarray(x)[None], batch)
 
 
 def row_losses(

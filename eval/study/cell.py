@@ -12,7 +12,7 @@ from peft_jax.adapters import AdapterState, count_parameters
 from peft_jax.core import Tree
 from peft_jax.training import RunConfig, TrainState
 
-from .bench import Bench, Program, microbatches
+from .bench import Bench, Program
 from .settings import ArmSettings, digest
 from .source import source_of
 
@@ -29,33 +29,37 @@ class Start:
     Attributes:
       config: of the run.
       program: its compiled step.
-      adapter: its first arrays; the trainable ones are given away with the first step.
+      constant: its constant arrays.
       frozen: the parameters it leaves alone.
       state: what a step changes.
     """
 
     config: RunConfig
     program: Program
-    adapter: AdapterState
+    constant: Tree
     frozen: Tree
     state: TrainState
 
     def step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
-        """One step from `state`, whose buffers it takes; the batch as from `microbatches`."""
-        return self.program.step(state, self.frozen, self.adapter.constant, batch)
+        """Takes one step from `state`, whose buffers it takes, on a batch [rows, ...]."""
+        blueprint = self.program.blueprint
+        placed = blueprint.placement.put_microbatches(
+            batch, blueprint.config.train.gradient_accumulation
+        )
+        return self.program.step(state, self.frozen, self.constant, placed)
 
 
 def make_start(bench: Bench, arm: ArmSettings, *, learning_rate: float, seed: int) -> Start:
     """An arm ready to be trained, with its rate set."""
     config = bench.task.run_config(arm, learning_rate=learning_rate, seed=seed)
-    adapter = bench.initialize(config)
-    program = bench.program(arm, config, adapter)
+    program = bench.program(arm, config)
+    adapter = bench.initialize(arm, config)
     return Start(
         config=config,
         program=program,
-        adapter=adapter,
-        frozen=bench.spec(config).frozen(bench.params(seed)),
-        state=_set_rate(TrainState.create(adapter.trainable, program.optimizer), learning_rate),
+        constant=adapter.constant,
+        frozen=program.blueprint.spec.frozen(bench.params(seed)),
+        state=_set_rate(program.make_state(adapter.trainable), learning_rate),
     )
 
 
@@ -78,14 +82,15 @@ def train_cell(
     """
     start = make_start(bench, arm, learning_rate=learning_rate, seed=seed)
     config, state = start.config, start.state
-    count = count_parameters(bench.spec(config), bench.params(seed), start.adapter)
+    blueprint = start.program.blueprint
+    count = count_parameters(blueprint.spec, blueprint.params, blueprint.adapter)
     records = []
     for batch in bench.batches(seed):
-        state, metrics = start.step(state, microbatches(batch))
+        state, metrics = start.step(state, batch)
         records.append(jax.device_get(metrics))
         if not records[-1]["finite"]:
             break
-    trained = AdapterState(trainable=state.trainable, constant=start.adapter.constant)
+    trained = AdapterState(trainable=state.trainable, constant=start.constant)
     cell: Cell = {
         "task": bench.task.name,
         "arm": arm.name,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import jax
 
-from .bench import Bench, microbatches
+from .bench import Bench
 from .cell import Start, make_start
 from .settings import ArmSettings
 
@@ -38,7 +38,7 @@ def time_arms(
       steps: in a turn.
     """
     first = bench.batches(seed)[:steps]
-    batches = [microbatches(batch) for batch in itertools.islice(itertools.cycle(first), steps)]
+    batches = list(itertools.islice(itertools.cycle(first), steps))
     starts = {arm.name: make_start(bench, arm, learning_rate=_RATE, seed=seed) for arm in arms}
     states = {name: start.state for name, start in starts.items()}
     seconds: dict[str, list[float]] = {name: [] for name in starts}

@@ -1,6 +1,7 @@
 """The program of a run, drawn from its configuration; no weights, no data."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import optax
@@ -50,6 +51,24 @@ class Blueprint(StepProgram):
             self.placement.microbatches,
         )
 
+    @property
+    def init_batches(self) -> int:
+        """Number of batches that hold the microbatches a start along the gradient takes."""
+        return -(-self.config.init_batches // self.config.train.gradient_accumulation)
+
+    def init_microbatches(self, batches: Sequence[AnyBatch]) -> list[AnyBatch]:
+        """Divides the first batches into the microbatches that such a start takes.
+
+        Args:
+          batches: The first `init_batches` of the stream, leaves [rows, ...].
+        """
+        size = self.config.train.microbatch_size
+        return [
+            jax.tree.map(lambda x, at=at: x[at : at + size], batch)
+            for batch in batches
+            for at in range(0, len(batch.tokens), size)
+        ][: self.config.init_batches]
+
     def lasting(self, steps: int) -> "Blueprint":
         """The same program with a schedule of `steps` steps.
 
@@ -69,7 +88,12 @@ class Blueprint(StepProgram):
 
 
 def draw_blueprint(
-    config: RunConfig, model: Model, mesh: jax.sharding.Mesh, *, spec: AdapterSpec | None = None
+    config: RunConfig,
+    model: Model,
+    mesh: jax.sharding.Mesh,
+    *,
+    spec: AdapterSpec | None = None,
+    optimizer: optax.GradientTransformationExtraArgs | None = None,
 ) -> Blueprint:
     """The program of a run of a model on a mesh, whose devices need not be there.
 
@@ -78,6 +102,7 @@ def draw_blueprint(
       model: the model.
       mesh: the devices.
       spec: what is adapted; by default as the configuration says.
+      optimizer: Turns gradients into updates; by default as the configuration says.
 
     Raises:
       ValueError: what is to be adapted cannot be, or the mesh does not divide the model or the
@@ -86,7 +111,7 @@ def draw_blueprint(
     spec = config.spec if spec is None else spec
     platform = mesh.devices.flat[0].platform
     steps = config.train.steps or _STEPS_UNTIL_COUNTED
-    optimizer = optimizer_of(config, steps)
+    optimizer = optimizer_of(config, steps) if optimizer is None else optimizer
     placement = place_rows(mesh)
     _check_rows(config, placement)
     layout = lay_out(

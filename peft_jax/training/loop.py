@@ -280,17 +280,10 @@ class _Run:
 
     def _first_microbatches(self) -> list[AnyBatch]:
         """The first microbatches of the stream, which is rewound afterwards."""
-        train = self._config.train
-        wanted = self._config.init_batches
         before = self._job.train.get_state()
-        rows = [self._next_batch() for _ in range(-(-wanted // train.gradient_accumulation))]
+        batches = [self._next_batch() for _ in range(self._job.init_batches)]
         self._job.train.set_state(before)
-        size = train.microbatch_size
-        return [
-            jax.tree.map(lambda x, at=at: x[at : at + size], batch)
-            for batch in rows
-            for at in range(0, len(batch.tokens), size)
-        ][:wanted]
+        return self._job.init_microbatches(batches)
 
     def _compile(self) -> jax.stages.Compiled:
         """The step, compiled, if it fits."""

@@ -105,7 +105,7 @@ def _prepare(
             new_head = True
             say(f"the checkpoint has no head for these labels: {', '.join(absent)} begin at random")
     blueprint = draw_blueprint(
-        config, model, make_mesh(config.parallel), spec=_train_head(config.spec, model)
+        config, model, make_mesh(config.parallel), spec=train_head(config.spec, model)
     )
     _check_memory(blueprint)
 
@@ -167,7 +167,7 @@ def _build_model(folder: Path, config: RunConfig) -> Model:
     return build_classifier(hf_config, config.execution, num_labels=recipe.num_labels)
 
 
-def _train_head(spec: AdapterSpec, model: Model) -> AdapterSpec:
+def train_head(spec: AdapterSpec, model: Model) -> AdapterSpec:
     """The specification, with a classifier's head among what is trained itself."""
     if not isinstance(model, SequenceClassifier):
         return spec

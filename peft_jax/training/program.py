@@ -1,12 +1,12 @@
 """The program of a training step: model, adapter, optimizer and mesh, as shapes with shardings.
 
 It needs no weights, no data and no devices that are there. A run's `Blueprint`, the in-memory
-`Trainer` and the planner all compile the step that is described here.
+`Trainer`, the planner and the study all compile the step that is described here.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from peft_jax.adapters import AdapterSpec, AdapterState
-from peft_jax.core import Tree, flatten, unflatten
+from peft_jax.adapters import AdapterSpec, AdapterState, GradientFactors
+from peft_jax.core import Path, Tree, flatten, unflatten
 from peft_jax.models import Model
 from peft_jax.parallel import (
     LogicalAxisRules,
@@ -132,8 +132,28 @@ class StepProgram:
                 self.state, self.frozen, self.constant, batch
             )
 
+    def gradient_factors(
+        self, key: jax.Array, params: Tree, batches: Sequence[Any]
+    ) -> dict[Path, GradientFactors]:
+        """Estimates the gradient's directions that adapters start along; empty where none do.
+
+        Args:
+          key: A random key.
+          params: The model's parameters.
+          batches: Microbatches.
+        """
+        placed = [self.placement.put(rows) for rows in batches]
+        return self.spec.gradient_factors(
+            key, params, loss_fn=self._mean_loss(batches), batches=placed
+        )
+
     def initialize(
-        self, key: jax.Array, params: Tree, batches: Sequence[Any] | None = None
+        self,
+        key: jax.Array,
+        params: Tree,
+        batches: Sequence[Any] | None = None,
+        *,
+        factors: Mapping[Path, GradientFactors] | None = None,
     ) -> AdapterState:
         """Makes the adapter's first arrays and lays them out over the devices.
 
@@ -141,13 +161,14 @@ class StepProgram:
           key: A random key.
           params: The model's parameters.
           batches: Microbatches, for methods that start along the gradient.
+          factors: What `gradient_factors` returned for them, where it is known already.
 
         Raises:
           ValueError: The method starts along the gradient, and no batches are given.
         """
-        loss_fn = None if batches is None else self._mean_loss(batches)
-        placed = None if batches is None else [self.placement.put(rows) for rows in batches]
-        adapter = self.spec.init(key, params, loss_fn=loss_fn, batches=placed)
+        if factors is None and batches is not None:
+            factors = self.gradient_factors(key, params, batches)
+        adapter = self.spec.init(key, params, factors=factors)
         # Copied: constants may share buffers with what they are the first values of, and those are
         # given away to the first step.
         constant = jax.tree.map(jnp.copy, unflatten(flatten(adapter.constant)))
@@ -179,12 +200,15 @@ class StepProgram:
 
     def make_state(self, trainable: Tree) -> TrainState:
         """Makes the state before the first step; takes the buffers of `trainable`."""
-        make = jax.jit(
+        return self.jit_make_state()(trainable)
+
+    def jit_make_state(self) -> Callable[[Tree], TrainState]:
+        """Returns `make_state`, jitted, for whoever makes many states of one program."""
+        return jax.jit(
             functools.partial(TrainState.create, optimizer=self.optimizer),
             out_shardings=jax.tree.map(lambda leaf: leaf.sharding, self.state),
             donate_argnums=0,
         )
-        return make(trainable)
 
     def _mean_loss(self, batches: Sequence[Any]) -> Callable[[Tree, Any], jax.Array]:
         """The loss of one microbatch, as its part of the mean over all of them."""

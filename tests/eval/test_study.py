@@ -512,7 +512,7 @@ def test_a_language_models_labels_are_measured(study, labeled):
     arm = study.arm("both")
     bench = Bench(labeled, arm)
     config = labeled.run_config(arm, learning_rate=1e-2, seed=1)
-    adapter = bench.initialize(config)
+    adapter = bench.initialize(arm, config)
     noisy = jax.tree.map(
         lambda x: x + 0.3 * jax.random.normal(jax.random.key(2), x.shape), adapter.trainable
     )

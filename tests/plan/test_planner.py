@@ -137,7 +137,7 @@ def test_configurations_are_of_models_of_the_right_size(name):
     model = build_model(find_architecture(config.model.architecture), config.execution)
     count = sum(x.size for x in jax.tree.leaves(model.abstract_params()))
     assert count == pytest.approx(parameters, rel=1e-3)
-    assert config.method.name == "hybrid"
+    assert config.spec.method.name == "hybrid"
     assert "--plan --topology=" in module.__doc__
 
 
