@@ -23,7 +23,7 @@ from peft_jax.core import Path, flatten
 from peft_jax.hub import find_folder, read_config
 from peft_jax.hub.adapter_base import base_digest
 from peft_jax.hub.checkpoint import INDEX, open_checkpoint
-from peft_jax.hub.converted import check_place, convert, is_converted, local_folder
+from peft_jax.hub.converted import check_output, convert, is_converted, local_folder
 from peft_jax.hub.fetch import FETCHED
 from peft_jax.hub.leaf_sources import LeafSource, StoredLeaf
 from peft_jax.hub.load import open_sources
@@ -66,7 +66,7 @@ def convert_checkpoint(
     if place is not None and given.is_dir() and given.resolve() == place.resolve():
         raise ValueError(f"{out} is the checkpoint itself: give another place")
     # Before the checkpoint is fetched, which may take hours.
-    check_place(out)
+    check_output(out)
     folder = find_folder(model, revision=revision)
     if is_converted(folder):
         raise ValueError(f"{model} is a converted checkpoint already")
@@ -88,7 +88,7 @@ def convert_checkpoint(
         dtype=dtype,
         identity=_identity(folder),
         weights=base_digest(folder) if exact else None,
-        say=print,
+        log=print,
     )
 
 

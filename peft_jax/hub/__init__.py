@@ -1,14 +1,14 @@
-"""Hugging Face checkpoints and adapters, in and out, as safetensors.
+"""Loads and saves Hugging Face checkpoints and adapters as safetensors.
 
-- [`load`][peft_jax.hub.load]: `load_model`, `load_classifier`, `load_params`, streamed into
-  stacked, sharded arrays.
-- [`save`][peft_jax.hub.save]: `save_model`, a checkpoint that transformers reads.
-- [`adapter_save`][peft_jax.hub.adapter_save]: `save_adapter`, for this library and, where it has
-  the method, Hugging Face PEFT; `export_merged`, as a whole model.
-- [`adapter_load`][peft_jax.hub.adapter_load]: `load_adapter`, from either.
+- [`load`][peft_jax.hub.load]: `load_model`, `load_classifier`, `load_params`: stream
+  tensors into stacked, sharded arrays.
+- [`save`][peft_jax.hub.save]: `save_model` writes a checkpoint that transformers loads.
+- [`adapter_save`][peft_jax.hub.adapter_save]: `save_adapter` writes an adapter for this library
+  and, where it has the method, for Hugging Face PEFT; `export_merged` writes a merged model.
+- [`adapter_load`][peft_jax.hub.adapter_load]: `load_adapter` reads both formats.
 - [`checkpoint`][peft_jax.hub.checkpoint]: `read_config`, `open_checkpoint`.
-- [`digests`][peft_jax.hub.digests]: whether a base or data files are what they were, by content.
-- [`fetch`][peft_jax.hub.fetch]: `find_folder`, a local folder or one from the hub.
+- [`digests`][peft_jax.hub.digests]: detect changed base or data files by content.
+- [`fetch`][peft_jax.hub.fetch]: `find_folder` finds a local folder or fetches one from the hub.
 """
 
 from peft_jax.hub.adapter_load import load_adapter

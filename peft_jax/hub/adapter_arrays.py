@@ -1,4 +1,4 @@
-"""An adapter's arrays as named tensors, one a layer, and back."""
+"""Converts between an adapter's arrays and named tensors, one per layer."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,20 +14,20 @@ from peft_jax.hub.finite import check_finite
 from peft_jax.hub.tensors import StoredTensor, TensorToWrite
 from peft_jax.models import Model
 
-_NAMED_AT_MOST = 8
+_MAX_LISTED = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ArrayTensors:
-    """The tensors one of an adapter's arrays is stored as.
+    """Describes the tensors that store one of an adapter's arrays.
 
     Attributes:
-      tree: which of `AdapterState`'s trees has the array.
-      path: where in it.
-      names: of the tensors: one a layer where the array is stacked, else one.
-      shape: of each tensor.
-      dtype: of each tensor.
-      transposed: whether the tensors are the array's transposes.
+      tree: Tree of `AdapterState` that holds the array.
+      path: Path of the array in the tree.
+      names: Names of the tensors; one per layer if the array is stacked.
+      shape: Shape of each tensor.
+      dtype: Dtype of each tensor.
+      transposed: Whether the tensors are transposed.
     """
 
     tree: Literal["trainable", "constant"]
@@ -39,12 +39,12 @@ class ArrayTensors:
 
 
 def adapted_tensors(model: Model, targets: Targets, state: AdapterState) -> list[ArrayTensors]:
-    """The tensors of the arrays over adapted kernels, in this library's own form.
+    """Describes the tensors of adapted kernels' arrays, in this library's format.
 
     Args:
-      model: gives the modules' names.
-      targets: which kernels are adapted.
-      state: the arrays, or abstract ones.
+      model: Base model, for the modules' names.
+      targets: Adapted kernels.
+      state: Adapter arrays or shapes.
     """
     found = []
     trees: tuple[Literal["trainable", "constant"], ...] = ("trainable", "constant")
@@ -69,13 +69,13 @@ def adapted_tensors(model: Model, targets: Targets, state: AdapterState) -> list
 def trained_tensors(
     model: Model, targets: Targets, state: AdapterState, *, prefix: str = ""
 ) -> list[ArrayTensors]:
-    """The tensors of the leaves that are trained themselves, as in the base's checkpoint.
+    """Describes the tensors of fully trainable leaves, named as in the base's checkpoint.
 
     Args:
-      model: gives the tensors' names.
-      targets: which leaves are trained.
-      state: the arrays, or abstract ones.
-      prefix: put before every name.
+      model: Base model, for the tensors' names.
+      targets: Fully trainable leaves.
+      state: Adapter arrays or shapes.
+      prefix: Prefix of every name.
     """
     names = model.hf_names()
     leaves = flatten(state.trainable)
@@ -98,7 +98,7 @@ def trained_tensors(
 
 
 def modules_of(model: Model, path: Path) -> list[str]:
-    """The Hugging Face names of the modules that hold a leaf: one a layer, or one."""
+    """Returns the Hugging Face names of a leaf's modules; one per layer if it is stacked."""
     if not is_stacked(path):
         return [model.module_name(path)]
     return [model.module_name(path, layer) for layer in range(model.config.num_layers)]
@@ -107,7 +107,7 @@ def modules_of(model: Model, path: Path) -> list[str]:
 def tensors_to_write(
     arrays: Iterable[ArrayTensors], state: AdapterState
 ) -> Iterator[TensorToWrite]:
-    """The tensors, each fetched when its turn comes."""
+    """Yields the tensors, each fetched when it is written."""
     trees = {tree: flatten(getattr(state, tree)) for tree in ("trainable", "constant")}
     for item in arrays:
         for index, name in enumerate(item.names):
@@ -128,9 +128,9 @@ def _fetch(array: jax.Array, item: ArrayTensors, index: int) -> Callable[[], np.
 def read_arrays(
     arrays: Iterable[ArrayTensors], stored: Mapping[str, StoredTensor]
 ) -> dict[tuple[str, Path], jax.Array]:
-    """The arrays by tree and path, from tensors that `check_tensors` has seen.
+    """Reads arrays by tree and path, from tensors that passed `check_tensors`.
 
-    Where a tensor's dtype is not the array's, it is converted.
+    Tensors are converted to the arrays' dtypes.
     """
     found: dict[tuple[str, Path], jax.Array] = {}
     for item in arrays:
@@ -142,12 +142,12 @@ def read_arrays(
 
 
 def stack(path: Path, tensors: list[np.ndarray], dtype: Any) -> jax.Array:
-    """One array of a leaf's tensors, stacked where the leaf is."""
+    """Combines a leaf's tensors into one array, stacked if the leaf is."""
     return jnp.asarray(np.stack(tensors) if is_stacked(path) else tensors[0], dtype)
 
 
 def make_state(arrays: Mapping[tuple[str, Path], jax.Array]) -> AdapterState:
-    """The state whose arrays are given by tree and path."""
+    """Builds the adapter state from arrays by tree and path."""
     trees: dict[str, dict[Path, jax.Array]] = {"trainable": {}, "constant": {}}
     for (tree, path), array in arrays.items():
         trees[tree][path] = array
@@ -155,10 +155,10 @@ def make_state(arrays: Mapping[tuple[str, Path], jax.Array]) -> AdapterState:
 
 
 def read_tensor(tensor: StoredTensor) -> np.ndarray:
-    """A whole tensor, in its own dtype.
+    """Reads a whole tensor in its stored dtype.
 
     Raises:
-      ValueError: it holds NaN or infinity.
+      ValueError: It holds NaN or infinity.
     """
     whole = np.empty(tensor.shape, tensor.numpy_dtype)
     for rows, values in tensor.pieces():
@@ -170,20 +170,20 @@ def read_tensor(tensor: StoredTensor) -> np.ndarray:
 def check_tensors(
     wanted: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredTensor], what: str
 ) -> None:
-    """Checks that a file has just the tensors that are wanted, in the wanted shapes.
+    """Raises ValueError unless a file has exactly the expected tensors.
 
     Args:
-      wanted: shapes by name.
-      stored: the file's tensors.
-      what: what the file is, for messages.
+      wanted: Expected shapes by name.
+      stored: Tensors of the file by name.
+      what: Name of the file in messages.
 
     Raises:
-      ValueError: tensors are missing, left over or of another shape; they are named.
+      ValueError: Tensors are missing, unexpected or wrongly shaped; the message names them.
     """
     missing = [name for name in wanted if name not in stored]
     extra = [name for name in stored if name not in wanted]
     wrong = [
-        f"{name} is {list(stored[name].shape)} and would have to be {list(shape)}"
+        f"{name} has shape {list(stored[name].shape)}, but must have {list(shape)}"
         for name, shape in wanted.items()
         if name in stored and stored[name].shape != tuple(shape)
     ]
@@ -191,18 +191,23 @@ def check_tensors(
     if missing:
         parts.append(f"it lacks {listing(missing)}")
     if extra:
-        parts.append(f"it has {listing(extra)}, for which the model has no place")
+        parts.append(f"it has {listing(extra)}, which match no module")
     if wrong:
-        parts.append(f"tensors have another shape: {listing(wrong)}")
+        parts.append(listing(wrong))
     if parts:
         raise ValueError(f"{what} does not fit this model: {'; '.join(parts)}")
 
 
 def check_state(state: AdapterState, expected: AdapterState) -> None:
-    """Checks that arrays are what a specification makes.
+    """Raises ValueError unless arrays match those of a specification.
+
+    Args:
+      state: Arrays.
+      expected: Shapes from `AdapterSpec.abstract`.
 
     Raises:
-      ValueError: arrays are missing, left over, or of another shape or dtype; they are named.
+      ValueError: Arrays are missing, unexpected, or of another shape or dtype; the message names
+        them.
     """
     trees: tuple[Literal["trainable", "constant"], ...] = ("trainable", "constant")
     for tree in trees:
@@ -218,12 +223,12 @@ def check_state(state: AdapterState, expected: AdapterState) -> None:
         ]
         if wrong:
             raise ValueError(
-                f"the adapter's {tree} arrays are not what its specification makes for this model:"
+                f"the adapter's {tree} arrays do not match its specification for this model:"
                 f" {listing(wrong)}"
             )
 
 
 def listing(names: list[str]) -> str:
-    """The first few names, and how many more there are."""
-    more = len(names) - _NAMED_AT_MOST
-    return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
+    """Joins the first few names, and counts the rest."""
+    more = len(names) - _MAX_LISTED
+    return ", ".join(names[:_MAX_LISTED]) + (f" and {more} more" if more > 0 else "")

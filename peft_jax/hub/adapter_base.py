@@ -1,4 +1,4 @@
-"""What an adapter remembers of the base it was made on, and what is said where it meets another."""
+"""Records which base an adapter was trained on, and warns when it is loaded onto another."""
 
 import logging
 from collections.abc import Mapping
@@ -16,17 +16,16 @@ _log = logging.getLogger(__name__)
 
 
 def base_digest(folder: Path) -> str | None:
-    """Returns the digest of a base's weights; of a converted one, that of what it was made of.
+    """Returns the digest of a base's weights; for a converted checkpoint, that of its source.
 
     Args:
-      folder: The checkpoint's, as `find_folder` returns it.
+      folder: Folder of the checkpoint, as returned by `find_folder`.
 
     Returns:
-      None of a converted checkpoint that has other numbers than what it was made of, or that was
-      made by peft_jax 0.1.
+      The digest, or None for a converted checkpoint that was rounded or written by peft_jax 0.1.
 
     Raises:
-      ValueError: It holds no checkpoint.
+      ValueError: The folder holds no checkpoint.
     """
     if not is_converted(folder):
         return sample_tensors(folder)
@@ -38,8 +37,8 @@ def digest_of_origin(model: Model) -> str | None:
     """Returns the digest of the weights that a model's parameters were read from.
 
     Returns:
-      None where it is not known what they were read from, or that can no longer be read, which is
-      a warning: a result is not lost with its base.
+      The digest, or None if the origin is unknown or unreadable. The latter is logged as a warning
+      rather than raised, so that a trained adapter is not lost with its base.
     """
     if not model.origin:
         return None
@@ -51,13 +50,13 @@ def digest_of_origin(model: Model) -> str | None:
 
 
 def recorded_quantization(folder: Path) -> str | None:
-    """Returns how the base of an adapter was quantized when it was trained; None if not recorded.
+    """Returns the quantization of the base during training; None if not recorded.
 
     Args:
-      folder: The adapter's.
+      folder: Folder of the adapter.
 
     Raises:
-      ValueError: What is recorded is not a format.
+      ValueError: The recorded value is not a quantization format.
     """
     if not (folder / CONFIG).is_file():
         return None
@@ -70,24 +69,24 @@ def recorded_quantization(folder: Path) -> str | None:
     return quantization
 
 
-def warn_of_another_base(
+def warn_on_base_mismatch(
     folder: Path, config: Mapping[str, Any], model: Model, params: Tree
 ) -> None:
-    """Warns where an adapter is loaded onto something else than the base that it was made on.
+    """Logs a warning if an adapter is loaded onto another base than it was trained on.
 
     Args:
-      folder: The adapter's.
-      config: The content of its `peft_jax_adapter.json`.
-      model: The base.
-      params: Its parameters, arrays or abstract ones.
+      folder: Folder of the adapter.
+      config: Content of its `peft_jax_adapter.json`.
+      model: Base model.
+      params: Parameters of the base, as arrays or shapes.
     """
-    made_on = f"{config.get('base_model_name_or_path')} ({config.get('model_type')})"
+    trained_on = f"{config.get('base_model_name_or_path')} ({config.get('model_type')})"
     here = f"{model.origin or 'this model'} ({model.family.model_type})"
     if config.get("model_type") != model.family.model_type:
         _log.warning(
-            "the adapter in %s was made on %s and is loaded onto %s, which is of another family",
+            "the adapter in %s was trained on %s but is loaded onto %s, a model of another family",
             folder,
-            made_on,
+            trained_on,
             here,
         )
         return
@@ -95,10 +94,10 @@ def warn_of_another_base(
     held = quantization_of(params)
     if recorded is not None and recorded != held:
         _log.warning(
-            "the adapter in %s was trained on %s with quantization %s and is loaded onto %s with"
-            " quantization %s: that is another function",
+            "the adapter in %s was trained on %s with quantization %s but is loaded onto %s with"
+            " quantization %s, so the model computes another function",
             folder,
-            made_on,
+            trained_on,
             recorded,
             here,
             held,
@@ -107,10 +106,10 @@ def warn_of_another_base(
     found = None if weights is None else digest_of_origin(model)
     if found is not None and found != weights:
         _log.warning(
-            "the adapter in %s was made on %s, whose weights have the digest %s, and is loaded onto"
-            " %s, whose weights have the digest %s: they are not the same weights",
+            "the adapter in %s was trained on %s, whose weights have the digest %s, but is loaded"
+            " onto %s, whose weights differ (digest %s)",
             folder,
-            made_on,
+            trained_on,
             weights,
             here,
             found,

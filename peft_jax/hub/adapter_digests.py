@@ -1,4 +1,4 @@
-"""Digests of an adapter's arrays and settings, by which damage and edits are noticed."""
+"""Computes digests of an adapter's arrays and settings, to detect damage and edits."""
 
 import hashlib
 import json
@@ -8,14 +8,14 @@ from typing import Any
 from peft_jax.hub.tensors import StoredTensor
 
 DIGESTS = "digests"
-"""The key in `peft_jax_adapter.json`."""
+"""Key of the digests in `peft_jax_adapter.json`."""
 
 
 def digest_arrays(stored: Mapping[str, StoredTensor]) -> str:
-    """Returns the digest of named tensors: of every name, dtype, shape and byte.
+    """Returns the digest of all names, dtypes, shapes and bytes of some tensors.
 
     Args:
-      stored: The tensors of a file, by name.
+      stored: Tensors of a file, by name.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(stored.items()):
@@ -26,7 +26,7 @@ def digest_arrays(stored: Mapping[str, StoredTensor]) -> str:
 
 
 def digest_settings(settings: Mapping[str, Any]) -> str:
-    """Returns the digest of settings as JSON holds them, in whatever order and spelling.
+    """Returns the digest of settings, independent of key order and number format.
 
     Example:
       >>> digest_settings({"rank": 4, "alpha": 16.0}) == digest_settings({"alpha": 16, "rank": 4})
@@ -37,7 +37,7 @@ def digest_settings(settings: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A value of JSON with whole numbers written in one way: 16.0 and 16 are the same setting."""
+    """Returns a JSON value with integral floats as integers, so that 16.0 equals 16."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,23 +1,23 @@
-"""What a saved adapter consists of, and how its own configuration is written.
+"""Files of a saved adapter, and its configuration `peft_jax_adapter.json`.
 
-    peft_jax_adapter.json         the method, its settings, what it applies to; what is in the files
-    peft_jax_adapter.safetensors  the arrays, where Hugging Face PEFT's form does not hold them all
-    adapter_config.json           the same adapter for PEFT, where PEFT has the method
-    adapter_model.safetensors     its arrays in PEFT's form
+    peft_jax_adapter.json         method, its settings, target modules, digests
+    peft_jax_adapter.safetensors  arrays, unless PEFT's files hold all of them exactly
+    adapter_config.json           the same adapter for Hugging Face PEFT, if PEFT has the method
+    adapter_model.safetensors     arrays in PEFT's format
 
-`peft_jax_adapter.json` has digests of the arrays and of the settings that are computed with; PEFT's
-own files have none.
+`peft_jax_adapter.json` has digests of the arrays and of the settings that affect the computation.
+PEFT's files have no digests.
 
-So a folder of LoRA, LoRA-GA or BOFT loads in `peft.PeftModel.from_pretrained` as it is. Where
-PEFT's form gives back every array bit for bit (LoRA, LoRA-GA, BOFT with one factor), it is the only
-copy. For BOFT with several factors PEFT's files are a copy, made for it, with the factors
-multiplied together. For the other methods there are none, and `peft_jax_adapter.json` says why;
-merged (`export_merged`), they are checkpoints like any other.
+A folder of LoRA, LoRA-GA or BOFT loads in `peft.PeftModel.from_pretrained` unchanged. If PEFT's
+format restores every array bit for bit (LoRA, LoRA-GA, BOFT with one factor), it is the only copy.
+For BOFT with several factors, PEFT's files hold a second copy with the factors multiplied. The
+other methods have no PEFT files, and `peft_jax_adapter.json` says why. `export_merged` writes any
+method as an ordinary checkpoint.
 
-Tensors in `peft_jax_adapter.safetensors` are named by module and array, one a layer:
-"model.layers.0.self_attn.q_proj.low_rank.a". The methods' docstrings say what each is; kernels act
-on row vectors, y = x W, so that "a" is [in, rank]. Leaves that are trained themselves have the
-names and the layout they have in the base's checkpoint.
+Tensors in `peft_jax_adapter.safetensors` are named by module and array, one per layer:
+"model.layers.0.self_attn.q_proj.low_rank.a". The methods' docstrings describe the arrays. Kernels
+act on row vectors, y = x W, so "a" is [in, rank]. Fully trainable leaves have the names and the
+layout of the base's checkpoint.
 """
 
 import dataclasses
@@ -62,17 +62,17 @@ def write_config(
     quantization: str | None,
     base_digest: str | None,
 ) -> dict[str, Any]:
-    """The content of `peft_jax_adapter.json`.
+    """Returns the content of `peft_jax_adapter.json`.
 
     Args:
-      spec: the method and what it applies to.
-      model_type: of the base's `config.json`.
-      base_model_name: where the base is, or its name on the hub.
-      arrays_in: the file that holds the arrays, `ARRAYS` or `PEFT_ARRAYS`.
-      arrays_digest: the digest of the arrays in it.
-      peft: whether PEFT loads the folder, and why not.
-      quantization: how the base's kernels were held while it was trained; None if not known.
-      base_digest: the digest of the base's weights; None if not known.
+      spec: Adapter specification.
+      model_type: `model_type` of the base's `config.json`.
+      base_model_name: Path of the base, or its name on the hub.
+      arrays_in: Name of the file with the arrays, `ARRAYS` or `PEFT_ARRAYS`.
+      arrays_digest: Digest of the arrays.
+      peft: Whether PEFT loads the folder and, if not, why.
+      quantization: Storage format of the base's kernels during training; None if unknown.
+      base_digest: Digest of the base's weights; None if unknown.
     """
     config = {
         "format": FORMAT,
@@ -87,53 +87,60 @@ def write_config(
         "arrays": arrays_in,
         "peft": dict(peft),
     }
-    settings = digest_settings(_computed_with(config))
+    settings = digest_settings(_digested_settings(config))
     return {**config, DIGESTS: {"arrays": arrays_digest, "settings": settings}}
 
 
 def check_settings_digest(config: Mapping[str, Any], file: Path) -> str | None:
-    """Checks that the settings that are computed with are those that were written.
+    """Raises ValueError if a setting that affects the computation was edited.
 
-    The names in the file, of the base above all, may be edited.
+    Names in the file, such as the base's, may be edited.
+
+    Args:
+      config: Content of `peft_jax_adapter.json`.
+      file: Its path, for messages.
 
     Returns:
-      The digest that the arrays have to have; None of an adapter of before there were digests.
-
-    Raises:
-      ValueError: a setting was changed.
+      The recorded digest of the arrays; None for an adapter of version 0.1, which has no digests.
     """
     digests = config.get(DIGESTS)
     if digests is None:
         return None
     if not isinstance(digests, Mapping) or not isinstance(digests.get("arrays"), str):
-        raise ValueError(f"{file}: {DIGESTS} must have the arrays' and the settings'")
-    if digests.get("settings") != digest_settings(_computed_with(config)):
         raise ValueError(
-            f"{file} was changed since it was written: its settings do not have the digest"
-            f" {digests.get('settings')}. Restore it, or save the adapter again"
+            f"{file}: {DIGESTS} must be an object with arrays and settings; it is {digests!r}"
+        )
+    if digests.get("settings") != digest_settings(_digested_settings(config)):
+        raise ValueError(
+            f"{file} was changed since it was written: the digest of its settings is not"
+            f" {digests.get('settings')}; restore the file, or save the adapter again"
         )
     return digests["arrays"]
 
 
-def _computed_with(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that decide what an adapter computes."""
+def _digested_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings that affect what an adapter computes."""
     names = ("method", *_SPEC_FIELDS, "arrays", "quantization")
     return {name: config.get(name) for name in names}
 
 
 def read_spec(config: Mapping[str, Any], file: Path) -> AdapterSpec:
-    """The method and what it applies to, from the content of `peft_jax_adapter.json`.
+    """Reads the adapter specification from the content of `peft_jax_adapter.json`.
 
     Raises:
-      ValueError: it is of another format or a later version, or a setting is missing or unknown.
+      ValueError: The format or version is not supported, or a setting is missing or unknown.
     """
     if config.get("format") != FORMAT:
-        raise ValueError(f"{file} is no adapter's configuration: its format is not {FORMAT!r}")
+        raise ValueError(
+            f"{file} has the format {config.get('format')!r}, but an adapter's configuration has"
+            f" {FORMAT!r}"
+        )
     version = config.get("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"{file} has format_version {version!r} and was written by peft_jax"
-            f" {config.get('peft_jax_version')}; this one ({__version__}) reads {FORMAT_VERSION}"
+            f"{file} has format_version {version!r} (written by peft_jax"
+            f" {config.get('peft_jax_version')}), but peft_jax {__version__} reads version"
+            f" {FORMAT_VERSION}"
         )
     missing = [name for name in ("method", "arrays", *_SPEC_FIELDS) if name not in config]
     if missing:
@@ -148,10 +155,10 @@ def read_spec(config: Mapping[str, Any], file: Path) -> AdapterSpec:
 
 
 def _read_method(given: Mapping[str, Any]) -> TrainingMethod:
-    """The method whose name and settings are given.
+    """Builds the method from its name and settings.
 
     Raises:
-      ValueError: it or one of its settings is not known, or a setting is of the wrong type.
+      ValueError: The method or a setting is unknown, or a setting has the wrong type.
     """
     settings = {name: value for name, value in given.items() if name != "name"}
     name = str(given.get("name"))
@@ -166,7 +173,7 @@ def _read_method(given: Mapping[str, Any]) -> TrainingMethod:
 
 
 def _plain(value: Any) -> Any:
-    """A setting as JSON has it."""
+    """Returns a setting as a JSON value."""
     if isinstance(value, tuple):
         return list(value)
     return dict(value) if isinstance(value, Mapping) else value

@@ -1,4 +1,4 @@
-"""Loading an adapter that this library, or Hugging Face PEFT, has written."""
+"""Loads adapters saved by this library or by Hugging Face PEFT."""
 
 import logging
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from peft_jax.hub.adapter_arrays import (
     stack,
     trained_tensors,
 )
-from peft_jax.hub.adapter_base import warn_of_another_base
+from peft_jax.hub.adapter_base import warn_on_base_mismatch
 from peft_jax.hub.adapter_digests import digest_arrays
 from peft_jax.hub.adapter_files import (
     ARRAYS,
@@ -35,7 +35,7 @@ from peft_jax.hub.checkpoint import PICKLED
 from peft_jax.hub.fetch import find_folder
 from peft_jax.hub.peft_config import check_peft_config, check_unchanged, write_peft_config
 from peft_jax.hub.peft_forms import peft_form
-from peft_jax.hub.peft_import import check_tied, spec_of, without_base_copies
+from peft_jax.hub.peft_import import check_tied, drop_base_copies, read_peft_spec
 from peft_jax.hub.peft_names import PEFT_PREFIX
 from peft_jax.hub.tensors import StoredTensor, read_header
 from peft_jax.models import Model
@@ -47,26 +47,26 @@ _log = logging.getLogger(__name__)
 def load_adapter(
     folder: str | FilePath, model: Model, params: Tree
 ) -> tuple[AdapterSpec, AdapterState]:
-    """An adapter from a folder, or from the Hugging Face hub.
+    """Loads an adapter from a folder or from the Hugging Face hub.
 
-    What `save_adapter` wrote comes back bit for bit: digests tell whether its arrays or settings
-    were changed since. A base of another family, or with other weights, is a warning. Of Hugging
-    Face PEFT's own adapters LoRA (plain, rank-stabilized, with patterns and modules_to_save) and
-    BOFT are read; a setting that changes what is computed and is not implemented is refused by
-    name. Nothing is ever unpickled.
+    Adapters written by `save_adapter` are restored bit for bit, and digests detect arrays or
+    settings that were changed. A base of another family or with other weights is logged as a
+    warning. Of Hugging Face PEFT's adapters, LoRA (plain, rank-stabilized, with patterns and
+    modules_to_save) and BOFT are supported; a setting that would change the computation and is not
+    implemented raises ValueError. Nothing is ever unpickled.
 
     Args:
-      folder: where it is, or its name on the hub.
-      model: the base it was made for.
-      params: the base's parameters, arrays or abstract ones.
+      folder: Folder of the adapter, or its name on the hub.
+      model: Base model.
+      params: Parameters of the base, as arrays or shapes.
 
     Returns:
-      What is adapted, and the adapter's arrays: `spec.bind(params, state)` is the adapted model.
+      The adapter specification and the adapter arrays; `spec.bind(params, state)` binds them.
 
     Raises:
-      ValueError: the folder holds no adapter, or not one of this base: the modules or tensors that
-        are missing, left over or of another shape are named. Or it is damaged, was changed, or
-        holds NaN or infinity.
+      ValueError: The folder holds no adapter, or one that does not fit the base (the message names
+        missing, unexpected and wrongly shaped tensors), is damaged or changed, or holds NaN or
+        infinity.
     """
     folder = find_folder(folder)
     if (folder / CONFIG).is_file():
@@ -83,8 +83,8 @@ def _load_own(folder: FilePath, model: Model, params: Tree) -> tuple[AdapterSpec
     digest = check_settings_digest(config, file)
     if digest is None:
         _log.warning(
-            "%s has no digests, as those of peft_jax 0.1 have none: damage to it is not noticed;"
-            " saved again, the adapter has them",
+            "%s has no digests (it was written by peft_jax 0.1), so damage is not detected; save"
+            " the adapter again to add them",
             file,
         )
     base = f"{config.get('base_model_name_or_path')} ({config.get('model_type')})"
@@ -92,10 +92,10 @@ def _load_own(folder: FilePath, model: Model, params: Tree) -> tuple[AdapterSpec
         targets = spec.targets(params)
     except ValueError as error:
         raise ValueError(
-            f"the adapter in {folder} was made for {base} and does not fit this"
+            f"the adapter in {folder} was trained on {base} and does not fit this"
             f" {model.family.model_type} model: {error}"
         ) from error
-    what = f"the adapter in {folder}, made for {base},"
+    what = f"the adapter in {folder}, trained on {base},"
     stored = _open(folder, _arrays_file(config, spec, model, targets, folder))
     if config["arrays"] == PEFT_ARRAYS:
         _check_peft_tensors(stored, model, spec, params, what=what)
@@ -104,10 +104,10 @@ def _load_own(folder: FilePath, model: Model, params: Tree) -> tuple[AdapterSpec
         check_tensors({name: item.shape for item in arrays for name in item.names}, stored, what)
     if digest is not None and digest_arrays(stored) != digest:
         raise ValueError(
-            f"{folder / config['arrays']} is damaged or was changed since it was written: its"
-            f" arrays do not have the digest {digest}, which {CONFIG} gives. Copy the adapter again"
+            f"{folder / config['arrays']} is damaged or was changed since it was written: the"
+            f" digest of its arrays is not {digest}, as in {CONFIG}; copy the adapter again"
         )
-    warn_of_another_base(folder, config, model, params)
+    warn_on_base_mismatch(folder, config, model, params)
     if config["arrays"] == PEFT_ARRAYS:
         return spec, _read_peft_state(stored, model, spec, params)
     return spec, make_state(read_arrays(arrays, stored))
@@ -116,19 +116,23 @@ def _load_own(folder: FilePath, model: Model, params: Tree) -> tuple[AdapterSpec
 def _arrays_file(
     config: Mapping[str, Any], spec: AdapterSpec, model: Model, targets: Targets, folder: FilePath
 ) -> str:
-    """The file with the arrays of an adapter of ours.
+    """Returns the name of the file with the arrays of this library's adapter.
 
     Raises:
-      ValueError: the configuration names another, or PEFT's no longer says what it said.
+      ValueError: The configuration names another file, or PEFT's configuration was changed.
     """
     file = folder / CONFIG
     if config["arrays"] == ARRAYS:
         return ARRAYS
     if config["arrays"] != PEFT_ARRAYS:
-        raise ValueError(f"{file} says that its arrays are in {config['arrays']!r}, not {ARRAYS}")
+        raise ValueError(
+            f"{file} sets arrays = {config['arrays']!r}; it must be {ARRAYS!r} or {PEFT_ARRAYS!r}"
+        )
     form = peft_form(spec.method)
     if form is None or not form.exact:
-        raise ValueError(f"{file} says that its arrays are in {PEFT_ARRAYS}; they cannot be")
+        raise ValueError(
+            f"{file} sets arrays = {PEFT_ARRAYS!r}; for {spec.method.name!r} it must be {ARRAYS!r}"
+        )
     written = write_peft_config(model, spec, targets, form, base_model_name="")
     check_unchanged(read_json_object(folder / PEFT_CONFIG), written, folder / PEFT_CONFIG)
     return PEFT_ARRAYS
@@ -137,7 +141,7 @@ def _arrays_file(
 def _own_arrays(
     model: Model, spec: AdapterSpec, targets: Targets, params: Tree
 ) -> list[ArrayTensors]:
-    """The tensors of all arrays, in this library's own form."""
+    """Returns the tensors of all arrays, in this library's format."""
     abstract = spec.abstract(params)
     return [*adapted_tensors(model, targets, abstract), *trained_tensors(model, targets, abstract)]
 
@@ -145,10 +149,10 @@ def _own_arrays(
 def _load_peft(folder: FilePath, model: Model, params: Tree) -> tuple[AdapterSpec, AdapterState]:
     config = read_json_object(folder / PEFT_CONFIG)
     check_peft_config(config, folder / PEFT_CONFIG)
-    what = f"the adapter in {folder}, made for {config.get('base_model_name_or_path')},"
+    what = f"the adapter in {folder}, trained on {config.get('base_model_name_or_path')},"
     stored = _open(folder, PEFT_ARRAYS)
-    stored = without_base_copies(stored, model, params, what=what)
-    spec = spec_of(config, stored, model, params, what=what)
+    stored = drop_base_copies(stored, model, params, what=what)
+    spec = read_peft_spec(config, stored, model, params, what=what)
     _check_peft_tensors(stored, model, spec, params, what=what)
     return spec, _read_peft_state(stored, model, spec, params)
 
@@ -156,10 +160,10 @@ def _load_peft(folder: FilePath, model: Model, params: Tree) -> tuple[AdapterSpe
 def _check_peft_tensors(
     stored: Mapping[str, StoredTensor], model: Model, spec: AdapterSpec, params: Tree, *, what: str
 ) -> None:
-    """Checks that the tensors are just those of the adapter in PEFT's form.
+    """Raises ValueError unless the tensors are exactly those of the adapter in PEFT's form.
 
     Raises:
-      ValueError: they are not; they are named.
+      ValueError: Tensors are missing, unexpected or wrongly shaped; the message names them.
     """
     targets = spec.targets(params)
     trained = peft_trained_tensors(model, targets, spec.abstract(params))
@@ -174,7 +178,7 @@ def _check_peft_tensors(
 def _read_peft_state(
     stored: Mapping[str, StoredTensor], model: Model, spec: AdapterSpec, params: Tree
 ) -> AdapterState:
-    """The arrays of an adapter in PEFT's form."""
+    """Reads the arrays of an adapter in PEFT's form."""
     targets = spec.targets(params)
     arrays = read_arrays(peft_trained_tensors(model, targets, spec.abstract(params)), stored)
     for path in targets.adapted:
@@ -185,7 +189,7 @@ def _read_peft_state(
 def _shapes(
     model: Model, targets: Targets, path: Path, shape: tuple[int, ...]
 ) -> dict[str, tuple[int, ...]]:
-    """The tensors, by name, of one adapted kernel [..., d_in, d_out] over its layers."""
+    """Returns the shapes, by name, of the tensors of one adapted kernel [..., d_in, d_out]."""
     form = peft_form(targets.adapted[path])
     assert form is not None
     return {
@@ -202,7 +206,7 @@ def _read_adapted(
     stored: Mapping[str, StoredTensor],
     dtype: np.dtype,
 ) -> dict[tuple[str, Path], Any]:
-    """The arrays over one adapted kernel, by tree and path."""
+    """Reads the arrays of one adapted kernel, by tree and path."""
     form = peft_form(targets.adapted[path])
     assert form is not None
     layers = []
@@ -218,19 +222,18 @@ def _read_adapted(
 
 
 def _open(folder: FilePath, name: str) -> dict[str, StoredTensor]:
-    """The tensors of one of the folder's files.
+    """Opens one of the folder's safetensors files.
 
     Raises:
-      ValueError: it is not there, or there is a pickle in its place.
+      ValueError: The file is missing, or a pickle replaces it.
     """
     if (folder / name).is_file():
         return read_header(folder / name)
     pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
     if pickled:
         raise ValueError(
-            f"{folder} has its arrays in {pickled[0]}, a pickle: loading one can run any code, so"
-            " it is never done here. Convert it, where you trust it: load it with"
-            " peft.PeftModel.from_pretrained and save it with save_pretrained, which writes"
-            f" {PEFT_ARRAYS}"
+            f"{folder} has its arrays in {pickled[0]}, a pickle, which is never loaded because it"
+            " can run any code. If you trust it, load it with peft.PeftModel.from_pretrained and"
+            f" save it with save_pretrained, which writes {PEFT_ARRAYS}"
         )
-    raise ValueError(f"{folder} lacks {name}, which its configuration speaks of")
+    raise ValueError(f"{folder} lacks {name}, which its configuration names")

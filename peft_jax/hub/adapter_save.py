@@ -1,4 +1,4 @@
-"""Writing an adapter, for this library and for Hugging Face PEFT."""
+"""Saves adapters for this library and for Hugging Face PEFT, and exports merged models."""
 
 import dataclasses
 import shutil
@@ -34,7 +34,7 @@ from peft_jax.runtime.files import atomic_folder, write_json
 FILES = (CONFIG, ARRAYS, PEFT_CONFIG, PEFT_ARRAYS)
 
 MAX_COPY_BYTES = 4 * 2**30
-"""How large a copy for PEFT, whose rotations are dense blocks, may be."""
+"""Largest copy for PEFT, whose rotations are dense blocks."""
 
 _METADATA = {"format": "pt"}
 
@@ -48,23 +48,22 @@ def save_adapter(
     *,
     quantization: str | None = None,
 ) -> None:
-    """Writes an adapter that `load_adapter` gives back bit for bit, and PEFT loads where it can.
+    """Saves an adapter; `load_adapter` restores it bit for bit, and PEFT loads it if supported.
 
-    The folder is written beside its place and moved there when it is whole; an adapter that was
-    there is replaced, other files beside it are kept. For the files see
-    [`adapter_files`][peft_jax.hub.adapter_files].
+    The write is atomic. An adapter in the folder is replaced, other files are kept. For the files
+    see [`adapter_files`][peft_jax.hub.adapter_files].
 
     Args:
-      folder: where to; it is created.
-      model: the base.
-      spec: what is adapted.
-      state: the adapter's arrays.
-      base_model_name: the base's path, or its name on the hub, for whoever loads the adapter.
-      quantization: how the base's kernels were held while the adapter was trained ("none", "int8",
-        "nf4"), so that it is used as it was trained; None if not known.
+      folder: Output folder; it is created.
+      model: Base model.
+      spec: Adapter specification.
+      state: Adapter arrays.
+      base_model_name: Path of the base, or its name on the hub, recorded for loading.
+      quantization: Storage format of the base's kernels during training ("none", "int8", "nf4"),
+        so that the adapter can be used on the same base; None if unknown.
 
     Raises:
-      ValueError: the arrays are not what `spec` makes for this model, or the folder holds files
+      ValueError: The arrays do not match `spec` for this model, or the folder holds other files
         but no adapter.
 
     Example:
@@ -140,22 +139,22 @@ def export_merged(
     dtype: Any = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes the adapted model as a Hugging Face checkpoint, which transformers and vLLM load.
+    """Writes the merged model as a Hugging Face checkpoint, which transformers and vLLM load.
 
-    It works for every method. The tokenizer is not the model's, and is not written.
+    All methods are supported. The tokenizer is not written.
 
     Args:
-      folder: where to; it is created.
-      model: the base.
-      params: its parameters; those of `spec.frozen` do as well.
-      spec: what is adapted.
-      state: the adapter's arrays.
-      dtype: of the checkpoint; by default kernels have the base's, and what was trained itself the
-        dtype it was trained in.
-      max_shard_bytes: larger models are split into files of about this size.
+      folder: Output folder; it is created.
+      model: Base model.
+      params: Parameters of the base, or those of `spec.frozen`.
+      spec: Adapter specification.
+      state: Adapter arrays.
+      dtype: Dtype of the checkpoint; by default merged kernels have the base's dtype, and fully
+        trainable leaves keep the dtype they were trained in.
+      max_shard_bytes: Approximate size above which the weights are split into several files.
 
     Raises:
-      ValueError: the merged model is not finite somewhere; the module is named.
+      ValueError: The merged model holds NaN or infinity; the message names the module.
     """
     merged = spec.merge(params, state)
     if dtype is not None:
@@ -164,9 +163,9 @@ def export_merged(
 
 
 def peft_trained_tensors(model: Model, targets: Targets, state: AdapterState) -> list[ArrayTensors]:
-    """The tensors of the leaves that are trained themselves, as PEFT names them.
+    """Returns the tensors of the fully trainable leaves, with PEFT's names.
 
-    A trained embedding that is the output head too is there under both names.
+    A trainable embedding that is tied to the head is listed under both names.
     """
     found = trained_tensors(model, targets, state, prefix=PEFT_PREFIX)
     tied = tied_embedding(model, targets)
@@ -178,7 +177,7 @@ def peft_trained_tensors(model: Model, targets: Targets, state: AdapterState) ->
 
 
 def _check_form(spec: AdapterSpec, targets: Targets, params: Tree) -> PeftForm:
-    """How the method's arrays are written for PEFT.
+    """Returns the PEFT form of the method's arrays.
 
     Raises:
       NoPeftFormError: PEFT has no such method, or its form would be too large.
@@ -210,10 +209,10 @@ def _check_form(spec: AdapterSpec, targets: Targets, params: Tree) -> PeftForm:
 def _peft_tensors(
     model: Model, targets: Targets, state: AdapterState, form: PeftForm
 ) -> Iterator[TensorToWrite]:
-    """The adapter's tensors for PEFT.
+    """Yields the adapter's tensors in PEFT's form.
 
     Raises:
-      NoPeftFormError: a module's arrays have no such form.
+      NoPeftFormError: A module's arrays have no such form.
     """
     trees = [
         flatten(tree, is_leaf=lambda path, _: path in targets.adapted)
@@ -236,20 +235,20 @@ def _peft_tensors(
                     name=f"{PEFT_PREFIX}{module}.{name}",
                     dtype=tensor.dtype,
                     shape=tensor.shape,
-                    fetch=_given(tensor),
+                    fetch=_constant(tensor),
                 )
     yield from tensors_to_write(peft_trained_tensors(model, targets, state), state)
 
 
-def _given(tensor: np.ndarray) -> Callable[[], np.ndarray]:
+def _constant(tensor: np.ndarray) -> Callable[[], np.ndarray]:
     return lambda: tensor
 
 
 def check_adapter_folder(folder: FilePath) -> None:
-    """Rejects a folder that an adapter cannot be written to, since it holds something else.
+    """Raises ValueError if an adapter cannot be saved to a folder.
 
     Raises:
-      ValueError: it does, or it is a file.
+      ValueError: It holds other files but no adapter, or is a file.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give a folder")
@@ -257,13 +256,13 @@ def check_adapter_folder(folder: FilePath) -> None:
         return
     if others := sorted(file.name for file in folder.iterdir()):
         raise ValueError(
-            f"{folder} holds {others[0]} but no adapter, and would be replaced as a whole; give a"
-            " folder of its own"
+            f"{folder} holds {others[0]} but no adapter, and would be overwritten; give an empty or"
+            " new folder"
         )
 
 
 def _keep_other_files(folder: FilePath, temporary: FilePath) -> None:
-    """Copies what is in the folder beside the adapter: a tokenizer, a model card."""
+    """Copies the folder's other files, such as a tokenizer or a model card."""
 
     def own_files(parent: str, names: list[str]) -> list[str]:
         return [name for name in names if FilePath(parent) == folder and name in FILES]

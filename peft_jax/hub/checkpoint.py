@@ -1,4 +1,4 @@
-"""A folder with a Hugging Face checkpoint: its configuration, and where each tensor is."""
+"""Opens the folder of a Hugging Face checkpoint: its configuration and the headers of tensors."""
 
 import dataclasses
 from pathlib import Path
@@ -14,18 +14,18 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-"""The ends of the names of files that are pickles."""
+"""File suffixes of pickles."""
 
 _PICKLES_INDEX = tuple(f"{end}.index.json" for end in PICKLED)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint's tensors, by name; nothing but the files' headers has been read.
+    """An open checkpoint, of which only the files' headers have been read.
 
     Attributes:
-      folder: where it is.
-      tensors: of all of its files.
+      folder: Folder of the checkpoint.
+      tensors: Tensors of all files, by name.
     """
 
     folder: Path
@@ -33,35 +33,34 @@ class Checkpoint:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The parsed `config.json` of a checkpoint.
+    """Reads the `config.json` of a checkpoint.
 
     Raises:
-      ValueError: the folder has none, or it is not a JSON object.
+      ValueError: The file is missing or not a JSON object.
     """
     file = folder / CONFIG
     if not file.is_file():
         if any((folder / name).is_file() for name in (ADAPTER_CONFIG, PEFT_CONFIG)):
             raise ValueError(
-                f"{folder} holds an adapter, not a model: give the path of the model it was made"
-                " for"
+                f"{folder} holds an adapter, not a model; give the path of the adapter's base model"
             )
         raise ValueError(f"{folder} has no {CONFIG}: it is not a Hugging Face checkpoint")
     return read_json_object(file)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Finds the tensors of a checkpoint, in one file or several with an index.
+    """Opens a checkpoint of one safetensors file, or of several with an index.
 
-    Nothing is ever unpickled: a checkpoint without safetensors is refused.
+    Nothing is ever unpickled.
 
     Raises:
-      ValueError: there are no safetensors, or the index and the files disagree.
+      ValueError: There are no safetensors, or the index and the files disagree.
     """
     if (folder / INDEX).is_file():
         return Checkpoint(folder=folder, tensors=_read_sharded(folder))
     if (folder / WEIGHTS).is_file():
         return Checkpoint(folder=folder, tensors=read_header(folder / WEIGHTS))
-    raise ValueError(_without_safetensors(folder))
+    raise ValueError(_no_safetensors_message(folder))
 
 
 def _read_sharded(folder: Path) -> dict[str, StoredTensor]:
@@ -71,18 +70,17 @@ def _read_sharded(folder: Path) -> dict[str, StoredTensor]:
     for name, file_name in weight_map.items():
         if not isinstance(file_name, str):
             raise ValueError(
-                f"{folder / INDEX} gives {name} the file {file_name!r}, which is not the name of"
-                " one"
+                f"{folder / INDEX} maps {name} to {file_name!r}, which is not a file name"
             )
     tensors: dict[str, StoredTensor] = {}
     for file_name in sorted(set(weight_map.values())):
         if Path(file_name).name != file_name or not file_name.endswith(".safetensors"):
             raise ValueError(
-                f"{folder / INDEX} points to {file_name!r}, which is not a safetensors file beside"
-                " it"
+                f"{folder / INDEX} names {file_name!r}, which is not a safetensors file in the"
+                " same folder"
             )
         if not (folder / file_name).is_file():
-            raise ValueError(f"{folder} lacks {file_name}, which {INDEX} points to")
+            raise ValueError(f"{folder} lacks {file_name}, which {INDEX} names")
         for name, tensor in read_header(folder / file_name).items():
             if name in tensors:
                 raise ValueError(
@@ -91,19 +89,20 @@ def _read_sharded(folder: Path) -> dict[str, StoredTensor]:
             tensors[name] = tensor
     for name, file_name in weight_map.items():
         if name not in tensors or tensors[name].file.name != file_name:
-            raise ValueError(f"{folder / INDEX} says that {name} is in {file_name}; it is not")
+            raise ValueError(f"{folder / INDEX} maps {name} to {file_name}, which lacks it")
     return tensors
 
 
-def _without_safetensors(folder: Path) -> str:
+def _no_safetensors_message(folder: Path) -> str:
     names = sorted(file.name for file in folder.iterdir())
     pickled = [name for name in names if name.endswith(PICKLED)]
-    # Of a repository on the hub pickles are never fetched, but the index that names them is.
+    # Pickles are never fetched from the hub, but their index is.
     pickled += [name for name in names if name.endswith(_PICKLES_INDEX)]
     if pickled:
         return (
-            f"{folder} has its weights in {pickled[0].removesuffix('.index.json')} only, a pickle:"
-            f" loading one can run any code, so it is never done here. {_how_to_convert(folder)}"
+            f"{folder} has its weights in {pickled[0].removesuffix('.index.json')} only, a pickle,"
+            " which is never loaded because it can run any code."
+            f" {_conversion_command(folder)}"
         )
     others = [name for name in names if name.endswith(".safetensors")]
     found = f" (it has {', '.join(others)})" if others else ""
@@ -111,17 +110,17 @@ def _without_safetensors(folder: Path) -> str:
     if others or _hub_name(folder) is None:
         return lacks
     return (
-        f"{lacks}: if the weights on the hub are pickles (.bin, .pt), which can run any code, they"
-        f" are neither fetched nor loaded. {_how_to_convert(folder)}"
+        f"{lacks}; if the weights on the hub are pickles (.bin, .pt), they are never fetched or"
+        f" loaded because they can run any code. {_conversion_command(folder)}"
     )
 
 
-def _how_to_convert(folder: Path) -> str:
-    """What makes safetensors of a pickle, and brings the tokenizer along."""
+def _conversion_command(folder: Path) -> str:
+    """Returns advice with a command that converts a pickle and copies the tokenizer."""
     name = _hub_name(folder)
     source, target = (folder, f"{folder}-safetensors") if name is None else (name, Path(name).name)
     return (
-        "Convert it, where you trust it, with (it takes torch):\n"
+        "If you trust it, convert it with this command, which needs torch:\n"
         f"  python -c \"import transformers as t; source, target = '{source}', '{target}';"
         " t.AutoModelForCausalLM.from_pretrained(source).save_pretrained(target);"
         ' t.AutoTokenizer.from_pretrained(source).save_pretrained(target)"'
@@ -129,7 +128,7 @@ def _how_to_convert(folder: Path) -> str:
 
 
 def _hub_name(folder: Path) -> str | None:
-    """The name on the hub of a folder in huggingface_hub's cache; None of another.
+    """Returns the hub name of a folder in huggingface_hub's cache; None for other folders.
 
     Example:
       >>> _hub_name(Path("hub/models--org--model/snapshots/1a2b"))

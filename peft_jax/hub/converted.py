@@ -1,13 +1,13 @@
-"""A checkpoint converted for many hosts: one array a leaf, in chunks, in a folder or a bucket.
+"""Writes and reads converted checkpoints: one chunked array per leaf, in a folder or a bucket.
 
     gs://bucket/llama/             or s3://…, file:///…, or a folder
-      peft_jax_checkpoint.json     what there is; written last, so without it nothing is loaded
+      peft_jax_checkpoint.json     manifest; written last, and required for loading
       config.json, tokenizer.json…
-      arrays/layers.mlp.up_proj.kernel/    a Zarr array [layers, in, out], uncompressed
-      converting/                  what is done already, while it is being made
+      arrays/layers.mlp.up_proj.kernel/    Zarr array [layers, in, out], uncompressed
+      converting/                  progress, during the conversion only
 
-Kernels lie as they are multiplied, [in, out], and in chunks of about 4 MiB, so that a host that
-holds a part of a kernel asks for the chunks of that part and nothing else.
+Kernels are stored [in, out], as they are multiplied, in chunks of about 4 MiB. A host that holds a
+shard of a kernel reads only the chunks of that shard.
 """
 
 import collections
@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 MANIFEST = "peft_jax_checkpoint.json"
 
 WEIGHTS = "weights"
-"""The manifest's key for the digest of the weights that were converted; null if rounded."""
+"""Key in the manifest of the source weights' digest; null if the weights were rounded."""
 
 _VERSION = 1
 _ARRAYS = "arrays/"
@@ -44,23 +44,23 @@ _PROGRESS = "converting/"
 _SETTINGS = f"{_PROGRESS}settings.json"
 
 _CHUNK = (1, 256, 8192)
-"""The most of a stacked kernel in one chunk: 4 MiB in bfloat16."""
+"""Largest chunk of a stacked kernel, by axis: 4 MiB in bfloat16."""
 
 _PIECE = 64 * 2**20
-"""About how many bytes are moved at a time."""
+"""Number of bytes copied at once, approximately."""
 
 _SCHEMES = ("gs", "s3", "file")
-"""The stores that a conversion is kept in."""
+"""Supported URL schemes."""
 
 _CONTACT_SECONDS = 12.0
-"""How long a store may take for its first answer; TensorStore itself would try for an hour."""
+"""Timeout of a store's first response, in seconds; TensorStore would retry for an hour."""
 
 _IN_FLIGHT = 4
-"""How many pieces wait to be read or written at a time, at most."""
+"""Largest number of concurrent reads or writes."""
 
 
 def is_location(path: str) -> bool:
-    """Whether a path is an object store's, and no folder or name: it says how it is reached.
+    """Returns whether a path is a URL, rather than a folder or a name on the hub.
 
     Example:
       >>> is_location("gs://bucket/model"), is_location("org/model")
@@ -70,21 +70,21 @@ def is_location(path: str) -> bool:
 
 
 def is_converted(folder: FilePath) -> bool:
-    """Whether a folder holds a converted checkpoint, or what `fetch_small_files` fetched of one."""
+    """Returns whether a folder holds a converted checkpoint, or its small files."""
     return (folder / MANIFEST).is_file()
 
 
-def check_place(location: str) -> None:
-    """Whether a conversion may be begun, or gone on with, at a place: it has to be empty or one.
+def check_output(location: str) -> None:
+    """Raises ValueError unless a location is empty or holds a conversion.
 
     Raises:
-      ValueError: it is a file, holds something else, or cannot be reached.
+      ValueError: It is a file, holds something else, or cannot be reached.
     """
     folder = local_folder(location)
     try:
         if folder is not None:
             if folder.exists() and not folder.is_dir():
-                raise ValueError(f"{location} is a file: give a new folder, or a bucket's address")
+                raise ValueError(f"{location} is a file; give a new folder or a bucket's URL")
             names = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
             own = {MANIFEST, _PROGRESS.rstrip("/")} & set(names)
         else:
@@ -95,8 +95,8 @@ def check_place(location: str) -> None:
         raise ValueError(f"{location} cannot be reached: {error}") from error
     if names and not own:
         raise ValueError(
-            f"{location} holds {names[0]}{' and more' if len(names) > 1 else ''}, and no"
-            " conversion, finished or begun; nothing is overwritten: give an empty place"
+            f"{location} holds {names[0]}{' and more' if len(names) > 1 else ''}, but no"
+            " finished or started conversion; give an empty location, since nothing is overwritten"
         )
 
 
@@ -108,26 +108,25 @@ def convert(
     shapes: dict[Path, tuple[int, ...]],
     dtype: str,
     identity: str,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     weights: str | None = None,
 ) -> None:
-    """Writes a converted checkpoint; a piece at a time, and going on where it was stopped.
+    """Writes a converted checkpoint, resuming a conversion that was interrupted.
 
     Args:
       location: "gs://…", "s3://…", "file://…" or a folder.
-      small_files: what else belongs to the checkpoint, by name.
-      leaves: where each leaf is read from.
-      shapes: of each leaf.
-      dtype: of the arrays.
-      identity: what the checkpoint is read from; a conversion of something else is not gone on
-        with.
-      say: told of the progress.
-      weights: the digest of the weights, where no number is rounded.
+      small_files: Contents of the configuration and tokenizer files, by name.
+      leaves: Source of each leaf.
+      shapes: Shape of each leaf.
+      dtype: Dtype of the arrays.
+      identity: Identifies the source; only a conversion of the same source is resumed.
+      log: Called with progress messages.
+      weights: Digest of the weights; None if they are rounded.
 
     Raises:
-      ValueError: another conversion was begun at the location, or it holds something else.
+      ValueError: The location holds another conversion or something else.
     """
-    check_place(location)
+    check_output(location)
     store = _open_store(location)
     settings = json.dumps({"version": _VERSION, "dtype": dtype, "source": identity})
     begun = store.read(_SETTINGS).result()
@@ -137,18 +136,20 @@ def convert(
     elif finished.state != "missing":
         held = parse_json_object(finished.value, f"{MANIFEST} in {location}")
         if held.get("source") == identity and held.get("dtype") == dtype:
-            say(f"{location} holds this checkpoint already")
+            log(f"{location} already holds this checkpoint")
             return
         if held.get("source") == identity:
             raise ValueError(
-                f"{location} holds this checkpoint in {held.get('dtype')}, and not in {dtype}: give"
-                " another place, or delete it"
+                f"{location} holds this checkpoint in {held.get('dtype')}, not in {dtype}; give"
+                " another location, or delete it"
             )
-        raise ValueError(f"{location} holds another checkpoint: give another place, or delete it")
+        raise ValueError(
+            f"{location} holds another checkpoint; give another location, or delete it"
+        )
     elif begun.value.decode() != settings:
         raise ValueError(
-            f"{location} holds the beginning of another conversion, of another checkpoint or in"
-            " another dtype: give another place, or delete it"
+            f"{location} holds an unfinished conversion of another checkpoint or to another dtype;"
+            " give another location, or delete it"
         )
     done = {key.decode() for key in store.list(ts.KvStore.KeyRange(_PROGRESS)).result()}
     total = sum(math.prod(shape) for shape in shapes.values())
@@ -162,7 +163,7 @@ def convert(
                 _copy(leaves[path], array, part, dtype)
                 store.write(mark, b"").result()
             moved += math.prod(stop - start for start, stop in part)
-        say(f"{name}: {100 * moved / total:.0f}% of the numbers are there")
+        log(f"{name}: {100 * moved / total:.0f}% of the values are written")
     for name, content in small_files.items():
         store.write(name, content).result()
     manifest = {
@@ -176,36 +177,39 @@ def convert(
     store.write(MANIFEST, json.dumps(manifest, indent=2).encode()).result()
     store.delete_range(ts.KvStore.KeyRange(_PROGRESS, _PROGRESS[:-1] + "0")).result()
     if (folder := local_folder(location)) is not None:
-        # Of a folder the files alone have been deleted.
+        # In a folder, delete_range removes the files but leaves the directories.
         shutil.rmtree(folder / _PROGRESS, ignore_errors=True)
 
 
 def fetch_small_files(location: str, cache: FilePath) -> FilePath:
-    """A folder with the configuration, the tokenizer and the manifest of a converted checkpoint.
+    """Fetches the configuration, tokenizer and manifest of a converted checkpoint.
 
     Args:
-      location: where the checkpoint is.
-      cache: under which the folder is made anew.
+      location: Location of the checkpoint.
+      cache: Folder under which the files are written.
+
+    Returns:
+      The folder with the files.
 
     Raises:
-      ValueError: there is no converted checkpoint, or it cannot be reached.
+      ValueError: There is no converted checkpoint, or it cannot be reached.
     """
     store = _reach_store(location)
     found = store.read(MANIFEST).result()
     if found.state == "missing":
         raise ValueError(
-            f"{location} holds no converted checkpoint (it has no {MANIFEST}); make one with"
+            f"{location} holds no converted checkpoint (it has no {MANIFEST}); create one with"
             f" python -m peft_jax.convert MODEL {location}"
         )
     manifest = parse_json_object(found.value, f"{MANIFEST} in {location}")
     files = manifest.get("files")
     if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
-        raise ValueError(f"{MANIFEST} in {location} does not list the files that belong to it")
+        raise ValueError(f"{MANIFEST} in {location} sets files = {files!r}; it must be a list")
     folder = cache / hashlib.sha256(location.encode()).hexdigest()[:16]
     with atomic_folder(folder) as temporary:
         for name in files:
             if FilePath(name).name != name:
-                raise ValueError(f"{location}: {name!r} in {MANIFEST} is not the name of a file")
+                raise ValueError(f"{location}: {name!r} in {MANIFEST} is not a file name")
             content = store.read(name).result()
             if content.state == "missing":
                 raise ValueError(f"{location} lacks {name}, which {MANIFEST} lists")
@@ -215,39 +219,39 @@ def fetch_small_files(location: str, cache: FilePath) -> FilePath:
 
 
 def open_converted(folder: FilePath, model: Model) -> dict[Path, LeafSource]:
-    """Where the numbers of every leaf of a converted checkpoint are read from.
+    """Returns the source of every leaf of a converted checkpoint.
 
     Raises:
-      ValueError: the arrays are not the model's.
+      ValueError: The arrays do not fit the model.
     """
     manifest = read_json_object(folder / MANIFEST)
     if manifest.get("version") != _VERSION:
         raise ValueError(
-            f"{folder / MANIFEST} is of version {manifest.get('version')}, and this is version"
-            f" {_VERSION}: convert the checkpoint again"
+            f"{folder / MANIFEST} has version {manifest.get('version')}, but must have version"
+            f" {_VERSION}; convert the checkpoint again"
         )
     location = str(manifest.get("location") or folder.absolute())
     arrays = manifest.get("arrays")
     if not isinstance(arrays, dict):
-        raise ValueError(f"{folder / MANIFEST} does not list the arrays of the checkpoint")
+        raise ValueError(f"{folder / MANIFEST} sets arrays = {arrays!r}; it must be an object")
     sources: dict[Path, LeafSource] = {}
     for path, leaf in flatten(model.abstract_params()).items():
         name = join_path(path)
         if arrays.get(name) != list(leaf.shape):
             raise ValueError(
-                f"{location} has {name} as {arrays.get(name)}, and config.json makes it"
+                f"{location} has {name} with shape {arrays.get(name)}, but config.json requires"
                 f" {list(leaf.shape)}"
             )
         sources[path] = ConvertedLeaf(location, name)
     return sources
 
 
-def warn_of_dtype(folder: FilePath, dtype: np.dtype) -> None:
-    """Warns where a checkpoint is loaded in float32 and was converted to something narrower.
+def warn_on_dtype(folder: FilePath, dtype: np.dtype) -> None:
+    """Logs a warning if a checkpoint converted to a narrower dtype is loaded in float32.
 
     Args:
-      folder: what `is_converted` says yes to.
-      dtype: what it is loaded in.
+      folder: Folder for which `is_converted` returns True.
+      dtype: Dtype of the loaded parameters.
     """
     manifest = read_json_object(folder / MANIFEST)
     held = manifest.get("dtype")
@@ -255,28 +259,28 @@ def warn_of_dtype(folder: FilePath, dtype: np.dtype) -> None:
         return
     location = manifest.get("location") or folder
     if manifest.get(WEIGHTS) is not None:
-        why = f"its source is {held} too: {held} takes half the memory for the same numbers"
+        why = f"its source is {held} too, so loading it in {held} takes half the memory"
     elif WEIGHTS in manifest:
-        why = "its source was wider, and was rounded when it was converted"
+        why = "its source was wider and was rounded by the conversion"
     else:
-        why = "if its source was wider, it was rounded when it was converted"
+        why = "if its source was wider, it was rounded by the conversion"
     _log.warning("%s holds %s and is loaded in float32: %s", location, held, why)
 
 
 @dataclasses.dataclass(frozen=True)
 class ConvertedLeaf:
-    """A leaf in a converted checkpoint.
+    """A leaf of a converted checkpoint.
 
     Attributes:
-      location: of the checkpoint.
-      name: of the leaf.
+      location: Location of the checkpoint.
+      name: Name of the leaf.
     """
 
     location: str
     name: str
 
     def read_into(self, target: np.ndarray, ranges: Ranges) -> None:
-        """Fills `target` with a part of the leaf; the chunks that hold it are read."""
+        """Fills `target` with a range of the leaf, reading only the chunks that hold it."""
         array = _open_array(self.location, self.name)
         waiting: collections.deque[tuple[Any, Any]] = collections.deque()
         for piece in _pieces(ranges, array.dtype.numpy_dtype.itemsize):
@@ -286,18 +290,18 @@ class ConvertedLeaf:
             )
             waiting.append((within, array[_slices(piece)].read()))
             if len(waiting) >= _IN_FLIGHT:
-                self._take(target, *waiting.popleft())
+                self._store(target, *waiting.popleft())
         while waiting:
-            self._take(target, *waiting.popleft())
+            self._store(target, *waiting.popleft())
 
-    def _take(self, target: np.ndarray, within: tuple[slice, ...], reading: Any) -> None:
+    def _store(self, target: np.ndarray, within: tuple[slice, ...], reading: Any) -> None:
         values = reading.result()
         check_finite(values, target.dtype, name=self.name, where=self.location)
         target[within] = values
 
 
 def _copy(source: LeafSource, array: ts.TensorStore, part: Ranges, dtype: str) -> None:
-    """Writes a part of a leaf, a piece at a time; it is on disk, or in the bucket, at the end."""
+    """Copies a range of a leaf in pieces; returns once it is on disk or in the bucket."""
     numpy_dtype = array.dtype.numpy_dtype
     waiting: collections.deque[Any] = collections.deque()
     for piece in _pieces(part, numpy_dtype.itemsize):
@@ -311,7 +315,7 @@ def _copy(source: LeafSource, array: ts.TensorStore, part: Ranges, dtype: str) -
 
 
 def _layers(shape: tuple[int, ...]) -> Iterator[Ranges]:
-    """A leaf's parts along its leading axis: one a layer of a kernel, and large parts of others."""
+    """Yields ranges along a leaf's leading axis: one per layer of a kernel, else the whole leaf."""
     rest = tuple((0, size) for size in shape[1:])
     step = 1 if len(shape) == 3 else shape[0]
     for start in range(0, shape[0], step):
@@ -319,7 +323,7 @@ def _layers(shape: tuple[int, ...]) -> Iterator[Ranges]:
 
 
 def _pieces(ranges: Ranges, itemsize: int) -> Iterator[Ranges]:
-    """A part cut into pieces of about `_PIECE`: single layers, and chunks' rows of matrices."""
+    """Splits a range into pieces of about `_PIECE` bytes, aligned to chunks."""
     if len(ranges) == 3:
         first, last = ranges[0]
         for layer in range(first, last):
@@ -332,7 +336,7 @@ def _pieces(ranges: Ranges, itemsize: int) -> Iterator[Ranges]:
     step = max(_CHUNK[1], step - step % _CHUNK[1])
     start = first
     while start < last:
-        # Along the chunks' bounds, so that none is written twice.
+        # Pieces end at chunk boundaries, so that no chunk is written twice.
         stop = min(last, (start + step) - (start + step) % _CHUNK[1])
         yield ((start, stop), *others)
         start = stop
@@ -343,7 +347,7 @@ def _slices(ranges: Ranges) -> tuple[slice, ...]:
 
 
 def _url(location: str) -> str:
-    """The location as a URL that ends in a slash.
+    """Returns the location as a URL that ends in a slash.
 
     Example:
       >>> _url("gs://bucket/model"), _url("/data/model")
@@ -354,7 +358,7 @@ def _url(location: str) -> str:
 
 
 def local_folder(location: str) -> FilePath | None:
-    """The folder that a location stands for; None for an object store's.
+    """Returns the local folder of a location; None for an object store.
 
     Example:
       >>> str(local_folder("file:///data/my%20model")), local_folder("gs://bucket/model")
@@ -371,30 +375,30 @@ def _holds(store: ts.KvStore, name: str) -> bool:
 
 
 def _reach_store(location: str) -> ts.KvStore:
-    """Opens a store, and waits for its first answer.
+    """Opens a store and waits for its first response.
 
     Raises:
-      ValueError: nothing can be kept at such an address, or nothing answers there.
+      ValueError: The URL scheme is not supported, or the store does not respond.
     """
     scheme = location.partition("://")[0]
     if is_location(location) and scheme not in _SCHEMES:
         raise ValueError(
-            f"{location} begins with {scheme}://, where no checkpoint can be converted to or read"
-            " from; give gs://bucket/folder, s3://bucket/folder or a folder"
+            f"{location} begins with {scheme}://, which is not supported; give gs://bucket/folder,"
+            " s3://bucket/folder or a folder"
         )
     try:
         store = _open_store(location)
         store.read(MANIFEST).result(timeout=_CONTACT_SECONDS)
     except TimeoutError as error:
         raise ValueError(
-            f"{location} cannot be reached: there was no answer in {_CONTACT_SECONDS:.0f} seconds;"
-            " see that the bucket exists, that this machine has credentials for it, and its network"
+            f"{location} cannot be reached: no response within {_CONTACT_SECONDS:.0f} seconds;"
+            " check that the bucket exists, the credentials and the network"
         ) from error
     except ValueError as error:
         reason = str(error).partition(" [")[0]
         raise ValueError(
-            f"{location} cannot be reached: {reason}; give the address of a bucket that this"
-            " machine may use, gs://bucket/folder or s3://bucket/folder, or a folder"
+            f"{location} cannot be reached: {reason}; give gs://bucket/folder or s3://bucket/folder"
+            " of a bucket that this machine has access to, or a folder"
         ) from error
     return store
 
@@ -406,7 +410,7 @@ def _open_store(location: str) -> ts.KvStore:
 def _open_array(
     location: str, name: str, *, shape: tuple[int, ...] | None = None, dtype: str = ""
 ) -> ts.TensorStore:
-    """The array of one leaf; with a shape, one that may have to be made."""
+    """Opens the array of one leaf; with a shape, creates it if it is missing."""
     spec: dict[str, Any] = {"driver": "zarr3", "kvstore": f"{_url(location)}{_ARRAYS}{name}/"}
     if shape is None:
         return ts.open(spec, read=True).result()

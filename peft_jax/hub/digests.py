@@ -1,12 +1,12 @@
-"""Digests that tell whether a base or data files are what they were, by content and not by name.
+"""Computes digests of base and data files, to detect changes by content rather than by name.
 
-A digest is a short text that says how it was taken:
+A digest is a string that names its kind:
 
-    sha256:…          SHA-256 of every byte; of files, and arrays on disk, below 1 GiB
-    sampled-sha256:…  SHA-256 of the size and of 32 blocks of 256 KiB, from the first to the last
-                      byte; of larger files, and of arrays in a bucket
+    sha256:…          SHA-256 of every byte, for files and arrays on disk below 1 GiB
+    sampled-sha256:…  SHA-256 of the size and 32 evenly spaced blocks of 256 KiB, including the
+                      first and the last byte, for larger files and for arrays in a bucket
 
-A sampled digest finds another checkpoint or other rows, and may miss an edit between its blocks.
+A sampled digest detects another checkpoint or other rows, but may miss an edit between its blocks.
 """
 
 import contextlib
@@ -33,12 +33,12 @@ from peft_jax.hub.leaf_sources import Ranges
 from peft_jax.runtime.files import read_json_object
 
 WHOLE_BELOW = 2**30
-"""Files of fewer bytes are read whole."""
+"""Size in bytes below which files are read whole."""
 
 _BLOCKS = 32
 _BLOCK_BYTES = 256 * 2**10
 _ARRAY_BLOCKS = 8
-"""Blocks of each array in a bucket, which gives its chunks whole: 4 MiB for each block."""
+"""Number of blocks per array in a bucket, which returns whole chunks of 4 MiB."""
 
 _TENSOR_BLOCKS = 8
 _TENSOR_BLOCK_BYTES = 4 * 2**10
@@ -57,7 +57,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-"""What decides which tokens a text becomes."""
+"""Files that determine how text is tokenized."""
 
 
 def digest_file(file: Path) -> str:
@@ -83,24 +83,24 @@ def digest_file(file: Path) -> str:
 
 
 def digest_files(files: Mapping[str, Path]) -> dict[str, str]:
-    """Returns the digests of several files by the names given, read side by side.
+    """Returns the digests of several files, read in parallel.
 
     Args:
-      files: Paths, by the name that the record and messages have for each.
+      files: Paths, by their names in records and messages.
     """
-    return _side_by_side({name: (digest_file, (file,)) for name, file in files.items()})
+    return _run_parallel({name: (digest_file, (file,)) for name, file in files.items()})
 
 
 def digest_weights(folder: Path) -> dict[str, str]:
-    """Returns the digests of a checkpoint's weights, by file, or by array of a converted one.
+    """Returns the digests of a checkpoint's weights by file; by array if it is converted.
 
-    The index is not among them, nor any file that it does not name.
+    The index itself and files that it does not list are excluded.
 
     Args:
-      folder: A checkpoint's folder, as `find_folder` returns it.
+      folder: Folder of the checkpoint, as returned by `find_folder`.
 
     Raises:
-      ValueError: It has no safetensors; as `open_checkpoint`.
+      ValueError: There are no safetensors; see `open_checkpoint`.
     """
     if is_converted(folder):
         return _digest_converted(folder)
@@ -109,16 +109,16 @@ def digest_weights(folder: Path) -> dict[str, str]:
 
 
 def digest_checkpoint(folder: Path, *, weights: bool = True) -> dict[str, str]:
-    """Returns the digests of what a checkpoint computes with: configuration, tokenizer, weights.
+    """Returns the digests of a checkpoint's configuration, tokenizer and weights.
 
-    Other files in the folder (a model card, settings of generation) are not among them.
+    Other files in the folder (model card, generation settings) are excluded.
 
     Args:
-      folder: A checkpoint's folder, as `find_folder` returns it.
-      weights: Whether its weights are used.
+      folder: Folder of the checkpoint, as returned by `find_folder`.
+      weights: Whether to include the weights.
 
     Raises:
-      ValueError: As `digest_weights`.
+      ValueError: See `digest_weights`.
     """
     names = [name for name in (CONFIG, *TOKENIZER_FILES) if (folder / name).is_file()]
     digests = digest_files({name: folder / name for name in names})
@@ -126,16 +126,16 @@ def digest_checkpoint(folder: Path, *, weights: bool = True) -> dict[str, str]:
 
 
 def sample_tensors(folder: Path) -> str:
-    """Returns a digest of a checkpoint's tensors, whichever files hold them.
+    """Returns a digest of a checkpoint's tensors that does not depend on their files.
 
-    It is of the name, dtype and shape of every tensor, and of 8 blocks of 4 KiB of its content, so
-    it takes milliseconds a tensor. The same weights in other files, or in one, have the same.
+    It covers the name, dtype and shape of every tensor and 8 blocks of 4 KiB of its content, and
+    takes milliseconds per tensor.
 
     Args:
-      folder: A checkpoint's folder, as `find_folder` returns it, with safetensors.
+      folder: Folder of the checkpoint, as returned by `find_folder`.
 
     Raises:
-      ValueError: It has none; as `open_checkpoint`.
+      ValueError: There are no safetensors; see `open_checkpoint`.
     """
     digest = hashlib.sha256()
     tensors = open_checkpoint(folder).tensors
@@ -154,7 +154,7 @@ def sample_tensors(folder: Path) -> str:
 
 
 def hub_commit(folder: Path) -> str | None:
-    """Returns the commit of a folder in huggingface_hub's cache, and None for any other folder.
+    """Returns the commit of a folder in huggingface_hub's cache; None for other folders.
 
     Example:
       >>> hub_commit(Path("hub/models--org--model/snapshots/1a2b")), hub_commit(Path("/model"))
@@ -167,11 +167,11 @@ def hub_commit(folder: Path) -> str | None:
 
 
 def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Returns what differs between two sets of digests, in words; empty where nothing does.
+    """Describes the differences between two sets of digests; empty if there are none.
 
     Args:
-      before: Digests by name, as they were recorded.
-      now: The same, as they are.
+      before: Recorded digests, by name.
+      now: Current digests, by name.
 
     Example:
       >>> changes({"a": "sha256:1", "b": "sha256:2"}, {"a": "sha256:3", "c": "sha256:4"})
@@ -189,7 +189,7 @@ def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
 
 
 def combined(digests: Mapping[str, str]) -> str:
-    """Returns one digest of many, whatever their order; sampled where one of them is.
+    """Combines digests into one, independent of their order; sampled if any of them is.
 
     Example:
       >>> combined({"a": "sha256:1", "b": "sampled-sha256:2"})[:18]
@@ -200,10 +200,13 @@ def combined(digests: Mapping[str, str]) -> str:
     return f"{'sampled-' if sampled else ''}sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
-def _side_by_side(
+def _run_parallel(
     calls: Mapping[str, tuple[Callable[..., str], tuple[Any, ...]]],
 ) -> dict[str, str]:
-    """Returns the results of several calls by name; hashing leaves the interpreter's lock."""
+    """Runs several calls in threads and returns their results by name.
+
+    Hashing releases the interpreter's lock.
+    """
     if len(calls) < 2:
         return {name: function(*given) for name, (function, given) in calls.items()}
     with ThreadPoolExecutor(min(_THREADS, len(calls))) as pool:
@@ -212,7 +215,7 @@ def _side_by_side(
 
 
 def _starts(size: int, block: int, count: int) -> list[int]:
-    """Returns where evenly spaced blocks start, the first at 0 and the last up to the end.
+    """Returns the starts of evenly spaced blocks; the first begins at 0, the last ends at `size`.
 
     Example:
       >>> _starts(100, 10, 4), _starts(5, 10, 4)
@@ -228,7 +231,7 @@ def _digest_converted(folder: Path) -> dict[str, str]:
     location = str(manifest.get("location") or folder.absolute())
     dtype = jnp.dtype(manifest["dtype"])
     on_disk = local_folder(location) is not None
-    return _side_by_side(
+    return _run_parallel(
         {
             name: (_digest_array, (ConvertedLeaf(location, name), tuple(shape), dtype, on_disk))
             for name, shape in manifest["arrays"].items()
@@ -250,7 +253,7 @@ def _digest_array(
 
 
 def _all_of(shape: tuple[int, ...]) -> Iterable[Ranges]:
-    """Yields an array's parts along its leading axis, a layer or some rows at a time."""
+    """Yields ranges that cover an array, each one layer or some rows of its leading axis."""
     rest = tuple((0, size) for size in shape[1:])
     step = max(1, _BLOCK_BYTES // max(1, math.prod(shape[1:])))
     for start in range(0, shape[0], step):
@@ -258,7 +261,7 @@ def _all_of(shape: tuple[int, ...]) -> Iterable[Ranges]:
 
 
 def _sample_of(shape: tuple[int, ...]) -> Iterable[Ranges]:
-    """Yields evenly spaced rows of an array, each with all of its columns."""
+    """Yields the ranges of evenly spaced rows of an array."""
     leading = shape[:-1]
     rows = math.prod(leading)
     for row in _starts(rows, 1, _ARRAY_BLOCKS):

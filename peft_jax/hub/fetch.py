@@ -1,4 +1,4 @@
-"""A checkpoint's folder: one that is there, or fetched from the Hugging Face hub or a bucket."""
+"""Finds a checkpoint's folder, or fetches it from the Hugging Face hub or a bucket."""
 
 import os
 import re
@@ -9,20 +9,20 @@ from peft_jax.hub.converted import fetch_small_files, is_location
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 FETCHED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
-"""What is fetched: weights as safetensors, JSON, tokenizers. Never pickles, never code."""
+"""Patterns of fetched files: safetensors, JSON and tokenizers, never pickles or code."""
 
 
 def find_folder(path: str | Path, *, revision: str | None = None) -> Path:
-    """The folder of a checkpoint.
+    """Returns the folder of a checkpoint, fetching it if necessary.
 
     Args:
-      path: a folder; a name on the Hugging Face hub ("org/model"), which is fetched once into
-        huggingface_hub's cache; or the place of a converted checkpoint ("gs://bucket/model"), of
-        which all but the arrays is fetched into ~/.cache/peft_jax (or $PEFT_JAX_CACHE).
-      revision: a branch, tag or commit on the hub.
+      path: A folder; a name on the Hugging Face hub ("org/model"), fetched once into
+        huggingface_hub's cache; or the location of a converted checkpoint ("gs://bucket/model"),
+        of which all but the arrays is fetched into ~/.cache/peft_jax (or $PEFT_JAX_CACHE).
+      revision: Branch, tag or commit on the hub.
 
     Raises:
-      ValueError: there is no such folder, and it cannot be fetched by that name.
+      ValueError: There is no such folder, and it cannot be fetched.
     """
     if is_location(str(path)):
         cache = os.environ.get("PEFT_JAX_CACHE", "~/.cache/peft_jax")
@@ -32,7 +32,7 @@ def find_folder(path: str | Path, *, revision: str | None = None) -> Path:
         return folder
     name = str(path)
     if folder.exists():
-        raise ValueError(f"{name} is a file: give the folder that holds config.json")
+        raise ValueError(f"{name} is a file; give the folder that holds config.json")
     if not _HUB_NAME.fullmatch(name):
         raise ValueError(f"there is no folder {name}")
     return _fetch(name, revision)
@@ -68,7 +68,6 @@ def _fetch(name: str, revision: str | None) -> Path:
         raise ValueError(f"{name} on the Hugging Face hub has no revision {revision!r}") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
         raise ValueError(
-            f"there is no folder {name}, and it could not be fetched from the Hugging Face hub:"
-            " the hub cannot be reached (or HF_HUB_OFFLINE is set) and the repository is not in"
-            f" the cache: {error}"
+            f"there is no folder {name}, and the Hugging Face hub cannot be reached (or"
+            f" HF_HUB_OFFLINE is set) and the repository is not in its cache: {error}"
         ) from error

@@ -1,6 +1,6 @@
-"""Leaves read onto the devices that hold them, quantized on the way where that is wanted.
+"""Loads leaves onto their devices, optionally quantizing them on the way.
 
-Every device's part is read by itself, so that no process holds, or reads, another's.
+Every device's shard is read separately, so a process reads and holds its own shards only.
 """
 
 import functools
@@ -20,19 +20,19 @@ from peft_jax.hub.leaf_sources import LeafSource, Ranges
 _ALIGNMENT = 64
 
 _PIECE = 64 * 2**20
-"""About how many bytes are quantized at a time."""
+"""Number of bytes quantized at once, approximately."""
 
 
-def place(leaf: Any, sharding: Any, source: LeafSource) -> Any:
-    """A leaf on its devices.
+def load_leaf(leaf: Any, sharding: Any, source: LeafSource) -> Any:
+    """Loads a leaf onto its devices.
 
     Args:
-      leaf: a `jax.ShapeDtypeStruct`, or a `QArray` of them: what the leaf is to be.
-      sharding: how it is laid out; a `QArray` of shardings for a `QArray`.
-      source: where its numbers are.
+      leaf: Shape and dtype as a `jax.ShapeDtypeStruct`, or a `QArray` of them to quantize.
+      sharding: Sharding of the array; for a `QArray`, a `QArray` of shardings.
+      source: Source of the values.
 
     Returns:
-      An array, or a `QArray` of arrays, as `leaf` says.
+      An array, or a `QArray` of arrays.
     """
     if isinstance(leaf, QArray):
         return _place_quantized(leaf, sharding, source)
@@ -40,7 +40,7 @@ def place(leaf: Any, sharding: Any, source: LeafSource) -> Any:
 
 
 def _reader(leaf: jax.ShapeDtypeStruct, source: LeafSource) -> Callable[[Any], np.ndarray]:
-    """What reads one shard of a leaf, given its place in the whole as a tuple of slices.
+    """Returns a function that reads the shard at a tuple of slices.
 
     A shard that several devices hold is read once.
     """
@@ -53,15 +53,15 @@ def _reader(leaf: jax.ShapeDtypeStruct, source: LeafSource) -> Callable[[Any], n
 
 
 def _place_quantized(leaf: QArray, sharding: QArray, source: LeafSource) -> QArray:
-    """A quantized leaf: every device quantizes its own part, a piece at a time."""
-    values_at = _parts(leaf.qvalue, sharding.qvalue)
-    scales_at = _parts(leaf.scale, sharding.scale)
+    """Loads a quantized leaf; every device quantizes its own shard in pieces."""
+    values_at = _device_ranges(leaf.qvalue, sharding.qvalue)
+    scales_at = _device_ranges(leaf.scale, sharding.scale)
     made: dict[tuple[Ranges, Ranges], tuple[jax.Array, jax.Array]] = {}
     held: list[tuple[jax.Array, jax.Array]] = []
     for device, values in values_at.items():
         part = values, scales_at[device]
         if part not in made:
-            # Within a run on a mesh: this one device computes, and not all of that mesh.
+            # A run may have set a mesh; only this device must compute.
             with jax.set_mesh(jax.sharding.Mesh([device], ("device",))):
                 made[part] = _quantize_part(leaf, *part, source, device)
         held.append(jax.device_put(made[part], device))
@@ -77,9 +77,9 @@ def _place_quantized(leaf: QArray, sharding: QArray, source: LeafSource) -> QArr
 def _quantize_part(
     leaf: QArray, values: Ranges, scales: Ranges, source: LeafSource, device: jax.Device
 ) -> tuple[jax.Array, jax.Array]:
-    """One device's part of the values and of the scales, on the device.
+    """Returns one device's shard of the values and of the scales.
 
-    A tile that reaches beyond the part is read whole: its scale depends on all of it.
+    A tile that extends beyond the shard is read whole, since its scale depends on all of it.
     """
     tile = leaf.shape[-2] // leaf.scale.shape[-2]
     layers, rows, columns = values
@@ -96,8 +96,8 @@ def _quantize_part(
             end = min(begin + at_once, last)
             part = ((layer, layer + 1), (begin * tile, end * tile), columns)
             piece = jax.device_put(_read(source, part, dtype), device)
-            wanted_rows = _common(rows, part[1])
-            wanted_tiles = _common(tiles, (begin, end))
+            wanted_rows = _intersect(rows, part[1])
+            wanted_tiles = _intersect(tiles, (begin, end))
             held = _write(
                 *held,
                 piece,
@@ -108,7 +108,7 @@ def _quantize_part(
                 tiles=(wanted_tiles[0] - begin, wanted_tiles[1] - begin),
                 quantization=format_of(leaf),
             )
-            # One piece at a time: the next would be read while this one is still held.
+            # Without this, the next piece would be read while this one is still in memory.
             jax.block_until_ready(held)
     return held
 
@@ -128,15 +128,15 @@ def _write(
     tiles: tuple[int, int],
     quantization: str,
 ) -> tuple[jax.Array, jax.Array]:
-    """Quantizes a piece, and writes the wanted rows and tiles of it where they belong."""
+    """Quantizes a piece and writes its wanted rows and tiles into `values` and `scales`."""
     q = quantize(piece, quantization)
     values = jax.lax.dynamic_update_slice(values, q.qvalue[:, slice(*rows)], (layer, row, 0))
     scales = jax.lax.dynamic_update_slice(scales, q.scale[:, slice(*tiles)], (layer, tile, 0))
     return values, scales
 
 
-def _parts(leaf: Any, sharding: Sharding) -> dict[jax.Device, Ranges]:
-    """Which part of a leaf each device of this process holds."""
+def _device_ranges(leaf: Any, sharding: Sharding) -> dict[jax.Device, Ranges]:
+    """Returns the range of a leaf that each device of this process holds."""
     indices = sharding.addressable_devices_indices_map(leaf.shape)
     return {device: _ranges(index, leaf.shape) for device, index in indices.items()}
 
@@ -149,8 +149,8 @@ def _shape(ranges: Ranges) -> tuple[int, ...]:
     return tuple(stop - start for start, stop in ranges)
 
 
-def _common(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
-    """What two ranges have in common; an empty range inside the second, if nothing."""
+def _intersect(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
+    """Returns the intersection of two ranges; if empty, an empty range inside the second."""
     start = min(max(one[0], other[0]), other[1])
     return start, max(start, min(one[1], other[1]))
 
@@ -162,7 +162,7 @@ def _read(source: LeafSource, ranges: Ranges, dtype: Any) -> np.ndarray:
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array that the CPU backend takes over as it is: others it copies."""
+    """Returns an aligned array, which the CPU backend uses without a copy."""
     dtype = np.dtype(dtype)
     size = dtype.itemsize * math.prod(shape)
     buffer = np.empty(size + _ALIGNMENT, np.uint8)

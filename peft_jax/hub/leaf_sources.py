@@ -1,4 +1,4 @@
-"""Reading any part of a leaf of the parameters from where a checkpoint keeps it."""
+"""Reads ranges of a parameter leaf from a checkpoint."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,33 +10,33 @@ from peft_jax.hub.finite import check_finite
 from peft_jax.hub.tensors import StoredTensor
 
 Ranges = tuple[tuple[int, int], ...]
-"""A part of an array: the first index and the one after the last, along each axis."""
+"""A range of an array: (start, stop) along each axis."""
 
 
 @runtime_checkable
 class LeafSource(Protocol):
-    """Where the numbers of one leaf are."""
+    """Source of the values of one leaf."""
 
     def read_into(self, target: np.ndarray, ranges: Ranges) -> None:
-        """Fills `target` with a part of the leaf, converted to its dtype.
+        """Fills `target` with a range of the leaf, converted to the dtype of `target`.
 
         Args:
-          target: of the part's shape.
-          ranges: which part.
+          target: Array of the range's shape.
+          ranges: Range to read.
 
         Raises:
-          ValueError: a number is NaN or infinite; the tensor is named.
+          ValueError: A value is NaN or infinite; the message names the tensor.
         """
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredLeaf:
-    """A leaf in safetensors: one tensor, or one for each layer.
+    """A leaf in safetensors.
 
     Attributes:
-      tensors: the tensor; of a stacked leaf, one a layer.
-      stacked: whether the leaf has the layers as its leading axis.
-      transposed: whether the files have [out, in] where the leaf has [in, out].
+      tensors: Tensor of the leaf; one per layer if stacked.
+      stacked: Whether the leaf's leading axis is the layer.
+      transposed: Whether the files store [out, in] where the leaf is [in, out].
     """
 
     tensors: Sequence[StoredTensor]
@@ -44,7 +44,7 @@ class StoredLeaf:
     transposed: bool
 
     def read_into(self, target: np.ndarray, ranges: Ranges) -> None:
-        """Fills `target` with a part of the leaf; only that part is read, where it is worth it."""
+        """Fills `target` with a range of the leaf; the rest is read only where that is faster."""
         if not self.stacked:
             self._fill(target, self.tensors[0], ranges)
             return

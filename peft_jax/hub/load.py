@@ -1,8 +1,8 @@
-"""Loading a Hugging Face checkpoint straight into stacked, sharded arrays.
+"""Loads Hugging Face checkpoints directly into stacked, sharded arrays.
 
-Tensors are read a piece at a time into the arrays of the wanted dtype, or quantized on the way, so
-the host never holds more than its share of the model and one tensor. Of a tensor only the part is
-read that this process's devices hold.
+Tensors are read in pieces and converted or quantized on the way, so the host holds at most its
+shards of the model and one tensor. Only the range of a tensor that this process's devices hold is
+read.
 """
 
 import dataclasses
@@ -18,9 +18,9 @@ import numpy as np
 from peft_jax.core import Path, Tree, did_you_mean, flatten, is_stacked, unflatten
 from peft_jax.cost.memory import check_fits
 from peft_jax.hub.checkpoint import Checkpoint, open_checkpoint, read_config
-from peft_jax.hub.converted import is_converted, open_converted, warn_of_dtype
+from peft_jax.hub.converted import is_converted, open_converted, warn_on_dtype
 from peft_jax.hub.fetch import find_folder
-from peft_jax.hub.leaf_loading import place
+from peft_jax.hub.leaf_loading import load_leaf
 from peft_jax.hub.leaf_sources import LeafSource, StoredLeaf
 from peft_jax.hub.tensors import StoredTensor
 from peft_jax.models import (
@@ -33,13 +33,13 @@ from peft_jax.models import (
 )
 
 Shardings = Tree | jax.sharding.Sharding | Callable[[Model], Tree]
-"""A tree of shardings as the parameters', one for all, or what makes the tree for a model."""
+"""A tree of shardings, one sharding for all leaves, or a function from a model to the tree."""
 
 _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")
-"""Tensors of old checkpoints that only repeat what config.json says."""
+"""Tensors of old checkpoints that are derived from config.json."""
 
 _HEAD = "lm_head.weight"
-_NAMED_AT_MOST = 8
+_MAX_LISTED = 8
 
 
 def load_model(
@@ -51,24 +51,24 @@ def load_model(
     sharding: Shardings | None = None,
     revision: str | None = None,
 ) -> tuple[CausalLM, Tree]:
-    """A model and its parameters from a folder, or from the Hugging Face hub.
+    """Loads a causal language model from a folder or from the Hugging Face hub.
 
     Args:
-      path: a folder with `config.json` and safetensors, a name on the hub, or the place of a
-        converted checkpoint (`python -m peft_jax.convert`).
-      dtype: of the parameters, whatever the files have.
-      execution: how the model is computed.
-      quantization: "none", or what the blocks' kernels are held as, "int8" or "nf4"; see
+      path: Folder with `config.json` and safetensors, name on the hub, or location of a converted
+        checkpoint (`python -m peft_jax.convert`).
+      dtype: Parameter dtype.
+      execution: Execution settings; None for the defaults.
+      quantization: Storage format of the blocks' kernels: "none", "int8" or "nf4"; see
         `CausalLM.abstract_params`.
-      sharding: how the parameters are laid out over devices; by default on the first.
-      revision: a branch, tag or commit on the hub.
+      sharding: Sharding of the parameters; by default, all on the first device.
+      revision: Branch, tag or commit on the hub.
 
     Returns:
       The model, and its parameters as nested dictionaries of arrays.
 
     Raises:
-      ValueError: the checkpoint is not one this library understands wholly: the attribute of
-        `config.json`, or the tensors missing, left over or of the wrong shape, are named.
+      ValueError: The checkpoint is not supported or damaged; the message names the attribute of
+        `config.json`, or the missing, unexpected or wrongly shaped tensors.
     """
     folder = find_folder(path, revision=revision)
     model = build_model(read_config(folder), execution)
@@ -88,21 +88,24 @@ def load_classifier(
     sharding: Shardings | None = None,
     revision: str | None = None,
 ) -> tuple[SequenceClassifier, Tree]:
-    """An encoder with a classification or regression head; see `load_model` for what is not here.
+    """Loads an encoder with a classification or regression head.
 
     Args:
-      path: a folder with `config.json` and safetensors, or a name on the hub.
-      num_labels: how many labels the head has, 1 for a regression; by default as many as
-        `config.json` says.
-      head_key: a random key for the head where the checkpoint has none of that size; an adapter
-        that was trained with a head of its own replaces it.
-      dtype: of the parameters.
-      execution: how the model is computed.
-      sharding: how the parameters are laid out over devices.
-      revision: a branch, tag or commit on the hub.
+      path: Folder with `config.json` and safetensors, or name on the hub.
+      num_labels: Number of labels of the head, 1 for regression; None for the number in
+        `config.json`.
+      head_key: Random key to initialize the head if the checkpoint has none of that size. An
+        adapter that was trained with its own head replaces it.
+      dtype: Parameter dtype.
+      execution: Execution settings; None for the defaults.
+      sharding: Sharding of the parameters; by default, all on the first device.
+      revision: Branch, tag or commit on the hub.
+
+    Returns:
+      The model, and its parameters as nested dictionaries of arrays.
 
     Raises:
-      ValueError: as `load_model`, or the checkpoint has no such head and `head_key` is not given.
+      ValueError: See `load_model`; or the checkpoint has no such head and `head_key` is None.
     """
     folder = find_folder(path, revision=revision)
     model = build_classifier(read_config(folder), execution, num_labels=num_labels)
@@ -119,9 +122,9 @@ def load_params(
     sharding: Shardings | None = None,
     head_key: jax.Array | None = None,
 ) -> Tree:
-    """The parameters of `model` from a checkpoint's folder.
+    """Loads the parameters of `model` from a checkpoint's folder.
 
-    Arguments as for `load_model` and `load_classifier`.
+    See `load_model` and `load_classifier` for the arguments.
     """
     if callable(sharding):
         sharding = sharding(model)
@@ -135,7 +138,7 @@ def load_params(
         shardings = flatten(sharding)
     _check_memory(shapes, shardings, dtype)
     if is_converted(folder):
-        warn_of_dtype(folder, jnp.dtype(dtype))
+        warn_on_dtype(folder, jnp.dtype(dtype))
     sources = open_sources(folder, model, new_head=head_key is not None)
     drawn: dict[Path, jax.Array] = {}
     if head_key is not None:
@@ -144,18 +147,14 @@ def load_params(
         {
             path: jax.device_put(drawn[path], shardings[path])
             if path in drawn
-            else place(leaf, shardings[path], sources[path])
+            else load_leaf(leaf, shardings[path], sources[path])
             for path, leaf in shapes.items()
         }
     )
 
 
 def _check_memory(shapes: dict[Path, Any], shardings: dict[Path, Any], dtype: Any) -> None:
-    """Rejects parameters that do not fit in memory.
-
-    Raises:
-      ValueError: they do not.
-    """
+    """Raises ValueError if the parameters do not fit in memory."""
     laid_out = {
         path: jax.tree.map(
             lambda part, layout: jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=layout),
@@ -166,7 +165,7 @@ def _check_memory(shapes: dict[Path, Any], shardings: dict[Path, Any], dtype: An
     }
     check_fits(
         {f"the parameters in {jnp.dtype(dtype)}": laid_out},
-        "load them in bfloat16 or quantized (int8, nf4), shard them over more devices, or take a"
+        "load them in bfloat16 or quantized (int8, nf4), shard them over more devices, or use a"
         " smaller model",
     )
 
@@ -174,15 +173,15 @@ def _check_memory(shapes: dict[Path, Any], shardings: dict[Path, Any], dtype: An
 def open_sources(
     folder: FilePath, model: Model, *, new_head: bool = False
 ) -> dict[Path, LeafSource]:
-    """Where the numbers of every leaf are read from; nothing but headers has been read.
+    """Returns the source of every leaf; only headers are read.
 
     Args:
-      folder: the checkpoint's.
-      model: what is wanted.
-      new_head: as for `match_tensors`.
+      folder: Folder of the checkpoint.
+      model: Model to load.
+      new_head: See `match_tensors`.
 
     Raises:
-      ValueError: as `match_tensors`, or as `open_converted`.
+      ValueError: See `match_tensors` and `open_converted`.
     """
     if is_converted(folder):
         return open_converted(folder, model)
@@ -198,28 +197,28 @@ def open_sources(
 def match_tensors(
     checkpoint: Checkpoint, model: Model, *, new_head: bool = False
 ) -> dict[Path, list[StoredTensor]]:
-    """The stored tensor, or one a layer, of every leaf.
+    """Returns the stored tensors of every leaf; one per layer if it is stacked.
 
     Args:
-      checkpoint: what is stored.
-      model: what is wanted.
-      new_head: leave out a classifier's head, and pooler, that the checkpoint does not have.
+      checkpoint: Open checkpoint.
+      model: Model to load.
+      new_head: Whether to omit a classifier's head and pooler that the checkpoint lacks.
 
     Raises:
-      ValueError: tensors are missing, left over, or of the wrong shape; they are named.
+      ValueError: Tensors are missing, unexpected or wrongly shaped; the message names them.
     """
     tensors = _used_tensors(checkpoint, model)
     prefix = model.family.naming.prefix + "."
-    # Checkpoints of the bare decoder leave the prefix out, as BLOOM's do.
+    # Checkpoints of the bare decoder, such as BLOOM's, omit the prefix.
     bare = not any(name.startswith(prefix) for name in tensors)
     wanted = _wanted_names(model, bare=bare)
     if model.config.tie_word_embeddings:
-        _settle_tied_head(tensors, _embedding_name(wanted))
+        _drop_tied_head(tensors, _embedding_name(wanted))
     for path in _absent_head(wanted, tensors, model):
         if not new_head:
             raise ValueError(
-                f"{checkpoint.folder} has no trained head for {model.hf_names()[path].name()}: give"
-                " head_key, a random key, to begin with a new one"
+                f"{checkpoint.folder} has no trained head ({model.hf_names()[path].name()}); pass"
+                " head_key, a random key, to initialize a new one"
             )
         for name in wanted.pop(path):
             tensors.pop(name, None)
@@ -227,14 +226,14 @@ def match_tensors(
     used = {name for names in wanted.values() for name in names}
     extra = [name for name in tensors if name not in used and not _DERIVED.fullmatch(name)]
     if missing or extra:
-        raise ValueError(_unmatched(checkpoint.folder, missing, extra))
+        raise ValueError(_mismatch_message(checkpoint.folder, missing, extra))
     sources = {path: [tensors[name] for name in names] for path, names in wanted.items()}
     _check_shapes(sources, model)
     return sources
 
 
 def _wanted_names(model: Model, *, bare: bool) -> dict[Path, list[str]]:
-    """The names of every leaf's tensors, one a layer where the leaf is stacked."""
+    """Returns the names of every leaf's tensors; one per layer if it is stacked."""
     wanted = {}
     for path, tensor in model.hf_names().items():
         layers = range(model.config.num_layers) if is_stacked(path) else (None,)
@@ -250,11 +249,11 @@ def _embedding_name(wanted: dict[Path, list[str]]) -> str:
     return name
 
 
-def _settle_tied_head(tensors: dict[str, StoredTensor], embedding: str) -> None:
-    """Drops the head of a tied model, which may also stand for the embedding.
+def _drop_tied_head(tensors: dict[str, StoredTensor], embedding: str) -> None:
+    """Drops the head of a tied model, or uses it as the embedding if that is missing.
 
     Raises:
-      ValueError: both are there and they differ.
+      ValueError: Both exist and differ.
     """
     head = tensors.pop(_HEAD, None)
     if head is None:
@@ -264,8 +263,8 @@ def _settle_tied_head(tensors: dict[str, StoredTensor], embedding: str) -> None:
         return
     if stored.shape != head.shape or not _equal(stored, head):
         raise ValueError(
-            f"config.json ties the head to the embedding, but {_HEAD} and {embedding} differ; if"
-            " the head is meant, set tie_word_embeddings to false in config.json"
+            f"config.json sets tie_word_embeddings to true, but {_HEAD} and {embedding} differ; to"
+            " use the head, set tie_word_embeddings to false"
         )
 
 
@@ -277,7 +276,7 @@ def _equal(one: StoredTensor, other: StoredTensor) -> bool:
 def _check_shapes(sources: dict[Path, list[StoredTensor]], model: Model) -> None:
     shapes = _stored_shapes(model)
     wrong = [
-        f"{tensor.name} is {list(tensor.shape)}, and config.json makes it {list(shapes[path])}"
+        f"{tensor.name} has {list(tensor.shape)}, but config.json requires {list(shapes[path])}"
         for path, tensors in sources.items()
         for tensor in tensors
         if tensor.shape != shapes[path]
@@ -287,7 +286,7 @@ def _check_shapes(sources: dict[Path, list[StoredTensor]], model: Model) -> None
 
 
 def _stored_shapes(model: Model) -> dict[Path, tuple[int, ...]]:
-    """The shape of every leaf's tensors, of one layer where it is stacked."""
+    """Returns the stored shape of every leaf, for one layer if it is stacked."""
     names = model.hf_names()
     shapes = {
         path: leaf.shape[1:] if is_stacked(path) else leaf.shape
@@ -297,7 +296,7 @@ def _stored_shapes(model: Model) -> dict[Path, tuple[int, ...]]:
 
 
 def _used_tensors(checkpoint: Checkpoint, model: Model) -> dict[str, StoredTensor]:
-    """The checkpoint's tensors by the names they have now, without those the model leaves."""
+    """Returns the checkpoint's tensors by current names, without those the model ignores."""
     found = {}
     for name, tensor in checkpoint.tensors.items():
         if any(re.fullmatch(pattern, name) for pattern in model.family.unused):
@@ -312,7 +311,7 @@ def _used_tensors(checkpoint: Checkpoint, model: Model) -> dict[str, StoredTenso
 def _absent_head(
     wanted: dict[Path, list[str]], tensors: dict[str, StoredTensor], model: Model
 ) -> list[Path]:
-    """The leaves of a classifier's head that are not stored, or in another size."""
+    """Returns the leaves of a classifier's head that are not stored, or in another shape."""
     if not isinstance(model, SequenceClassifier):
         return []
     shapes = _stored_shapes(model)
@@ -323,14 +322,14 @@ def _absent_head(
     ]
 
 
-def _unmatched(folder: FilePath, missing: list[str], extra: list[str]) -> str:
+def _mismatch_message(folder: FilePath, missing: list[str], extra: list[str]) -> str:
     parts = []
     if missing:
         hint = ""
         if missing == [_HEAD]:
-            hint = " (config.json does not tie the head to the embedding)"
+            hint = " (tie_word_embeddings is false in config.json)"
         elif extra:
-            hint = did_you_mean(missing[0], extra) if len(extra) <= _NAMED_AT_MOST else ""
+            hint = did_you_mean(missing[0], extra) if len(extra) <= _MAX_LISTED else ""
         parts.append(f"it lacks {_listing(missing)}{hint}")
     if extra:
         parts.append(f"it has {_listing(extra)}, which the model does not use")
@@ -338,5 +337,5 @@ def _unmatched(folder: FilePath, missing: list[str], extra: list[str]) -> str:
 
 
 def _listing(names: list[str]) -> str:
-    more = len(names) - _NAMED_AT_MOST
-    return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
+    more = len(names) - _MAX_LISTED
+    return ", ".join(names[:_MAX_LISTED]) + (f" and {more} more" if more > 0 else "")

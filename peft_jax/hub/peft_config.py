@@ -1,4 +1,4 @@
-"""Hugging Face PEFT's `adapter_config.json`: written, and checked before it is believed."""
+"""Writes and checks Hugging Face PEFT's `adapter_config.json`."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,25 +17,25 @@ from peft_jax.models import Model, SequenceClassifier
 from peft_jax.models.naming import CLASSIFIER
 
 HEAD = "lm_head"
-"""Hugging Face's name of the output head's module."""
+"""Hugging Face's name of the output head."""
 
 NEUTRAL: tuple[Any, ...] = (None, False, [], {}, "")
-"""What settings that do nothing are set to."""
+"""Values that disable a setting."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Settings:
-    """The settings of one `peft_type`.
+    """Settings of one `peft_type`.
 
     Attributes:
-      read: those that are understood.
-      irrelevant: those that do not change what a trained adapter computes.
-      refused: those that do, where they are not what is said here, and why.
+      read: Settings that are read.
+      irrelevant: Settings that do not change what a trained adapter computes.
+      fixed: Settings implemented for the listed values only.
     """
 
     read: frozenset[str]
     irrelevant: frozenset[str]
-    refused: Mapping[str, tuple[Any, ...]]
+    fixed: Mapping[str, tuple[Any, ...]]
 
 
 _IRRELEVANT = frozenset(
@@ -53,7 +53,7 @@ _IRRELEVANT = frozenset(
         "target_modules",
     }
 )
-_REFUSED: dict[str, tuple[Any, ...]] = {
+_FIXED: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "fan_in_fan_out": NEUTRAL,
     "layers_pattern": NEUTRAL,
@@ -73,11 +73,11 @@ SETTINGS: dict[str, _Settings] = {
                 "use_rslora",
             }
         ),
-        # How training began, or what goes with a setting that is refused itself.
+        # Initialization, and details of settings that are themselves rejected.
         irrelevant=_IRRELEVANT
         | {
             "corda_config",
-            # The tensors say what is tied.
+            # Tied weights are read from the tensors.
             "ensure_weight_tying",
             "eva_config",
             "loftq_config",
@@ -85,7 +85,7 @@ SETTINGS: dict[str, _Settings] = {
             "megatron_core",
             "qalora_group_size",
         },
-        refused=_REFUSED
+        fixed=_FIXED
         | {
             "alora_invocation_tokens": NEUTRAL,
             "arrow_config": NEUTRAL,
@@ -108,17 +108,16 @@ SETTINGS: dict[str, _Settings] = {
         read=frozenset({"boft_dropout"}),
         irrelevant=_IRRELEVANT
         | {"boft_block_num", "boft_block_size", "boft_n_butterfly_factor", "init_weights"},
-        refused=_REFUSED,
+        fixed=_FIXED,
     ),
 }
 
 _WHY = {
     "init_lora_weights": (
-        "; an adapter that began so goes with a base that was changed at its start: save it again"
-        " in PEFT with path_initial_model_for_weight_conversion, which makes it one of the base as"
-        " it is"
+        "; this initialization changes the base: save the adapter again in PEFT with"
+        " path_initial_model_for_weight_conversion, which converts it to the unchanged base"
     ),
-    "task_type": "; only adapters of causal language models and of classifiers are read",
+    "task_type": "; only adapters of causal language models and of classifiers are supported",
 }
 
 _TYPES: Mapping[str, Any] = {
@@ -133,7 +132,7 @@ _TYPES: Mapping[str, Any] = {
     "target_modules": str | tuple[str, ...],
     "use_rslora": bool,
 }
-"""What settings have to be, where they are not null."""
+"""Types of settings that are not null."""
 
 _COMPARED = (
     "alpha_pattern",
@@ -152,14 +151,14 @@ _COMPARED = (
 def write_peft_config(
     model: Model, spec: AdapterSpec, targets: Targets, form: PeftForm, *, base_model_name: str
 ) -> dict[str, Any]:
-    """The content of `adapter_config.json`.
+    """Returns the content of `adapter_config.json`.
 
     Args:
-      model: the base.
-      spec: what is adapted.
-      targets: what that comes to in this model.
-      form: how the kernels' arrays are written.
-      base_model_name: where the base is, or its name on the hub.
+      model: Base model.
+      spec: Adapter specification.
+      targets: Targets of `spec` in this model.
+      form: PEFT form of the arrays.
+      base_model_name: Path of the base, or its name on the hub.
     """
     modules = all_modules(model)
     saved = short_names(model, targets.trained, modules, matches_saved)
@@ -167,7 +166,7 @@ def write_peft_config(
         saved.append(HEAD)
     is_classifier = isinstance(model, SequenceClassifier)
     if is_classifier and any(path[0] == CLASSIFIER for path in targets.trained):
-        # PEFT saves a classifier's head as one module, whatever it is made of.
+        # PEFT saves a classifier's head as one module, even if it has several layers.
         heads = {
             name
             for path in targets.trained
@@ -199,10 +198,10 @@ def write_peft_config(
 
 
 def tied_embedding(model: Model, targets: Targets) -> TreePath | None:
-    """The embedding's path, where it is trained itself and is the output head too.
+    """Returns the path of the embedding if it is fully trainable and tied to the head, else None.
 
-    PEFT trains copies of modules, and so would leave the head as it was; it is given the same
-    tensor for both.
+    PEFT copies trainable modules, so the head would keep its old values. The same tensor is
+    therefore saved for both.
     """
     if not model.config.tie_word_embeddings:
         return None
@@ -234,15 +233,20 @@ def _lora_settings(model: Model, method: LoRA, targets: Targets) -> dict[str, An
 
 
 def check_peft_config(config: Mapping[str, Any], file: Path) -> None:
-    """Checks that every setting is understood, or does nothing.
+    """Raises ValueError for a setting that is unknown or not implemented.
+
+    Args:
+      config: Content of `adapter_config.json`.
+      file: Its path, for messages.
 
     Raises:
-      ValueError: one is not; it is named.
+      ValueError: A setting is unknown or not implemented; the message names it.
     """
     peft_type = config.get("peft_type")
     if not isinstance(peft_type, str) or peft_type not in SETTINGS:
         raise ValueError(
-            f"{file} has the peft_type {peft_type!r}, which is not read{_known_types(peft_type)}"
+            f"{file} sets peft_type = {peft_type!r}, which is not implemented"
+            f"{_known_types(peft_type)}"
         )
     settings = SETTINGS[peft_type]
     for name, annotation in _TYPES.items():
@@ -251,26 +255,29 @@ def check_peft_config(config: Mapping[str, Any], file: Path) -> None:
     for name in settings.read & {"r", "lora_alpha"}:
         if name in config and config[name] is None:
             raise ValueError(
-                f"{file} sets {name} to null, with which PEFT computes nothing; give the number"
-                " that the adapter was trained with"
+                f"{file} sets {name} to null, which PEFT cannot use; set the value that the adapter"
+                " was trained with"
             )
     for name, value in config.items():
         if name in settings.read or name in settings.irrelevant:
             continue
-        allowed = settings.refused.get(name, NEUTRAL)
+        allowed = settings.fixed.get(name, NEUTRAL)
         if not any(value is one or (value == one and type(value) is type(one)) for one in allowed):
-            known = "" if name in settings.refused else ", a setting that is not known here"
+            fault = "not implemented" if name in settings.fixed else "an unknown setting"
             raise ValueError(
-                f"{file} sets {name} = {value!r}{known}, and what such an adapter computes is not"
-                f" implemented{_WHY.get(name, '')}"
+                f"{file} sets {name} = {value!r}, which is {fault}{_WHY.get(name, '')}"
             )
 
 
 def check_unchanged(stored: Mapping[str, Any], written: Mapping[str, Any], file: Path) -> None:
-    """Checks that PEFT's configuration still says what it said when it was written.
+    """Raises ValueError if PEFT's configuration was changed since it was written.
 
-    Raises:
-      ValueError: it does not, so that it is not known which of the two holds.
+    It would then contradict this library's own configuration.
+
+    Args:
+      stored: Content of `adapter_config.json`.
+      written: Content that this library writes for the adapter.
+      file: Path of `adapter_config.json`, for messages.
     """
     check_peft_config(stored, file)
     changed = [
@@ -281,7 +288,7 @@ def check_unchanged(stored: Mapping[str, Any], written: Mapping[str, Any], file:
     if changed:
         raise ValueError(
             f"{file} was changed since peft_jax wrote it: {'; '.join(changed)}. To load the adapter"
-            f" as PEFT reads it, delete {CONFIG} beside it"
+            f" as PEFT reads it, delete {CONFIG} in the same folder"
         )
 
 

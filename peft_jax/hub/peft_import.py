@@ -1,8 +1,8 @@
-"""What a Hugging Face PEFT adapter adapts, read from its tensors' names and its settings.
+"""Reads an adapter specification from the tensors and settings of a Hugging Face PEFT adapter.
 
-PEFT adapts modules one by one, chosen by patterns; here layers are stacked, and an adapter covers
-all of them. So which modules are adapted is taken from the tensors themselves, and what cannot be
-stacked is refused.
+PEFT selects single modules by patterns. Here layers are stacked, and an adapter covers all of
+them. So the adapted modules are read from the tensors' names, and adapters that differ between
+layers raise ValueError.
 """
 
 import dataclasses
@@ -32,18 +32,18 @@ _HEAD_TENSOR = f"{PEFT_PREFIX}{HEAD}.weight"
 
 @dataclasses.dataclass
 class _Found:
-    """What an adapter's tensors are of.
+    """Stored tensors, grouped by module.
 
     Attributes:
-      adapted: the tensors by kernel, by the module's name and by the end of their own.
-      trained: the leaves trained themselves, and how many tensors there are of each.
+      adapted: Tensors by the kernel's path, the module's name and the suffix of their own name.
+      trained: Number of tensors of each fully trainable leaf.
     """
 
     adapted: dict[Path, dict[str, dict[str, StoredTensor]]]
     trained: dict[Path, int]
 
 
-def spec_of(
+def read_peft_spec(
     config: Mapping[str, Any],
     stored: Mapping[str, StoredTensor],
     model: Model,
@@ -51,24 +51,24 @@ def spec_of(
     *,
     what: str,
 ) -> AdapterSpec:
-    """What a PEFT adapter adapts, and how.
+    """Reads the adapter specification of a PEFT adapter.
 
     Args:
-      config: the content of `adapter_config.json`, checked.
-      stored: the tensors.
-      model: the base.
-      params: its parameters, arrays or abstract ones.
-      what: what the adapter is called in messages.
+      config: Content of `adapter_config.json`, checked by `check_peft_config`.
+      stored: Tensors by name.
+      model: Base model.
+      params: Parameters of the base, as arrays or shapes.
+      what: Name of the adapter in messages.
 
     Raises:
-      ValueError: tensors are not of this model, or differ between layers that are stacked here.
+      ValueError: Tensors do not fit the model, or differ between layers that are stacked here.
     """
-    found = _sort(stored, model, _NAMES[config["peft_type"]], what)
+    found = _group_tensors(stored, model, _NAMES[config["peft_type"]], what)
     check_tied(model, stored, what=what)
     kernels = [path for path in flatten(params) if path[-1] == "kernel"]
     common: dict[str, Any] = {
-        "target_modules": _short(found.adapted, kernels),
-        "modules_to_save": _short(found.trained, flatten(params)),
+        "target_modules": _short_names(found.adapted, kernels),
+        "modules_to_save": _short_names(found.trained, flatten(params)),
         "dtype": "bfloat16" if all(t.dtype == "BF16" for t in stored.values()) else "float32",
     }
     try:
@@ -80,20 +80,20 @@ def spec_of(
         raise ValueError(str(error) if what in str(error) else f"{what} {error}") from error
 
 
-def without_base_copies(
+def drop_base_copies(
     stored: Mapping[str, StoredTensor], model: Model, params: Tree, *, what: str
 ) -> dict[str, StoredTensor]:
-    """The tensors without the copies of the base that PEFT saves beside an adapted head.
+    """Drops the copies of base weights that PEFT saves along with an adapted head.
 
     Args:
-      stored: the tensors of an adapter of PEFT's.
-      model: the base.
-      params: its parameters; in place of abstract ones the base's files are read, where it is known
-        which they are.
-      what: what the adapter is called in messages.
+      stored: Tensors of a PEFT adapter, by name.
+      model: Base model.
+      params: Parameters of the base. If they are shapes only, the base's files are read when the
+        model's origin is known.
+      what: Name of the adapter in messages.
 
     Raises:
-      ValueError: a copy is not what the base has.
+      ValueError: A copy differs from the base.
     """
     leaves = flatten(params)
     copies = {
@@ -109,15 +109,14 @@ def without_base_copies(
             leaf = _read_leaf(model, path, leaf)
         if not _is_copy(stored[name], leaf, layer if is_stacked(path) else None):
             raise ValueError(
-                f"{what} comes with {name}, which is not the base's {join_path(path)}: it was made"
-                " on other weights. Load the base it was made on, or merge the adapter in PEFT and"
-                " load the result"
+                f"{what} contains {name}, which differs from the base's {join_path(path)}; load the"
+                " base that it was trained on, or merge the adapter in PEFT and load the result"
             )
     return {name: tensor for name, tensor in stored.items() if name not in copies}
 
 
 def _read_leaf(model: Model, path: Path, leaf: Any) -> jax.Array:
-    """A leaf of the base from its files, in the dtype that it is wanted in."""
+    """Reads a leaf of the base from its files, in the dtype of `leaf`."""
     whole = np.empty(leaf.shape, leaf.dtype)
     source = open_sources(FilePath(model.origin), model)[path]
     source.read_into(whole, tuple((0, size) for size in leaf.shape))
@@ -125,7 +124,7 @@ def _read_leaf(model: Model, path: Path, leaf: Any) -> jax.Array:
 
 
 def _is_copy(tensor: StoredTensor, leaf: Any, layer: int | None) -> bool:
-    """Whether a stored [out, in] is a leaf's kernel [in, out], in the leaf's dtype."""
+    """Returns whether a stored [out, in] equals a kernel [in, out], in the kernel's dtype."""
     shape = leaf.shape if layer is None else leaf.shape[1:]
     if tensor.shape != shape[::-1]:
         return False
@@ -133,7 +132,7 @@ def _is_copy(tensor: StoredTensor, leaf: Any, layer: int | None) -> bool:
         return True
     kernel = leaf if layer is None else leaf[layer]
     values = read_tensor(tensor).T.astype(kernel.dtype)
-    # The parts of this process: others compare theirs.
+    # Each process compares its own shards.
     return all(
         np.array_equal(np.asarray(shard.data), values[shard.index])
         for shard in kernel.addressable_shards
@@ -141,11 +140,7 @@ def _is_copy(tensor: StoredTensor, leaf: Any, layer: int | None) -> bool:
 
 
 def check_tied(model: Model, stored: Mapping[str, StoredTensor], *, what: str) -> None:
-    """Checks that an embedding that is the head too was not trained apart from it.
-
-    Raises:
-      ValueError: it was.
-    """
+    """Raises ValueError if a tied embedding and head have different trained values."""
     if not model.config.tie_word_embeddings:
         return
     names = model.hf_names()
@@ -156,19 +151,19 @@ def check_tied(model: Model, stored: Mapping[str, StoredTensor], *, what: str) -
     one, other = both
     if one is None or other is None or not np.array_equal(read_tensor(one), read_tensor(other)):
         raise ValueError(
-            f"{what} has {HEAD} and the embedding apart, and the model's config.json ties them;"
-            " such a model is not implemented. Save it in PEFT as a whole, with"
+            f"{what} has different values for {HEAD} and the embedding, but config.json sets"
+            " tie_word_embeddings to true; merge the adapter in PEFT and save the whole model with"
             " tie_word_embeddings set to false"
         )
 
 
-def _sort(
+def _group_tensors(
     stored: Mapping[str, StoredTensor], model: Model, ends: tuple[str, ...], what: str
 ) -> _Found:
-    """What each tensor is of.
+    """Groups stored tensors by module.
 
     Raises:
-      ValueError: a tensor is of nothing in this model, or a module or a layer lacks one.
+      ValueError: A tensor matches no module of the model, or a module or layer lacks a tensor.
     """
     modules, leaves = {}, {}
     for path, hf_name in model.hf_names().items():
@@ -190,10 +185,10 @@ def _sort(
     if unknown:
         raise ValueError(
             f"{what} does not fit this {model.family.model_type} model: it has {listing(unknown)},"
-            " for which the model has no place"
+            " which match no module"
         )
     if not found.adapted:
-        raise ValueError(f"{what} has no tensors that adapt a kernel")
+        raise ValueError(f"{what} has no tensors of an adapted kernel")
     _check_complete(found, model, ends, what)
     return found
 
@@ -217,13 +212,13 @@ def _check_layers(path: Path, count: int, model: Model, what: str) -> None:
     layers = model.config.num_layers if is_stacked(path) else 1
     if count != layers:
         raise ValueError(
-            f"{what} covers {join_path(path[:-1])} in {count} layers of {layers}; layers are"
-            " stacked here, and an adapter covers all of them"
+            f"{what} covers {join_path(path[:-1])} in {count} of {layers} layers, but must cover"
+            " all of them, because layers are stacked"
         )
 
 
-def _short(chosen: Iterable[Path], everything: Iterable[Path]) -> tuple[str, ...]:
-    """For each chosen leaf's module the last parts of its name, as many as mean no other module."""
+def _short_names(chosen: Iterable[Path], everything: Iterable[Path]) -> tuple[str, ...]:
+    """Returns the shortest suffix of each chosen module's name that matches no other module."""
     wanted = {join_path(path[:-1]) for path in chosen}
     others = {join_path(path[:-1]) for path in everything} - wanted
     names = set()
@@ -238,15 +233,15 @@ def _short(chosen: Iterable[Path], everything: Iterable[Path]) -> tuple[str, ...
 
 def _lora(config: Mapping[str, Any]) -> LoRA:
     return LoRA(
-        rank=_given(config, "r", 8),
-        alpha=float(_given(config, "lora_alpha", 8)),
-        rank_stabilized=_given(config, "use_rslora", False),
-        dropout=float(_given(config, "lora_dropout", 0.0)),
+        rank=_get(config, "r", 8),
+        alpha=float(_get(config, "lora_alpha", 8)),
+        rank_stabilized=_get(config, "use_rslora", False),
+        dropout=float(_get(config, "lora_dropout", 0.0)),
     )
 
 
-def _given(config: Mapping[str, Any], name: str, default: Any) -> Any:
-    """A setting's value, or PEFT's default where it is absent or null."""
+def _get(config: Mapping[str, Any], name: str, default: Any) -> Any:
+    """Returns a setting's value, or PEFT's default if it is absent or null."""
     value = config.get(name)
     return default if value is None else value
 
@@ -258,7 +253,7 @@ def _patterns(
     kernels: list[Path],
     what: str,
 ) -> dict[str, dict[str, Any]]:
-    """The ranks and alphas of single modules, by names here."""
+    """Returns `rank_pattern` and `alpha_pattern`, by module names of this library."""
     patterns: dict[str, dict[str, Any]] = {}
     for setting, common, kind in (
         ("rank_pattern", "r", int),
@@ -267,29 +262,30 @@ def _patterns(
         theirs = config.get(setting) or {}
         patterns[setting] = {}
         for path in found.adapted:
-            values = {_first(theirs, module) for module in modules_of(model, path)}
+            values = {_match_pattern(theirs, module) for module in modules_of(model, path)}
             if len(values) > 1:
                 raise ValueError(
-                    f"{what} sets {setting} for some layers of {join_path(path[:-1])} and not for"
-                    " others, or differently; layers are stacked here and have one"
+                    f"{what} sets {setting} to different values for layers of"
+                    f" {join_path(path[:-1])}, but all layers must have the same value, because"
+                    " they are stacked"
                 )
             (value,) = values
             if value is not None and value != config.get(common):
-                patterns[setting][_short([path], kernels)[0]] = kind(value)
+                patterns[setting][_short_names([path], kernels)[0]] = kind(value)
     return patterns
 
 
-def _first(patterns: Mapping[str, Any], module: str) -> Any:
-    """The value of the first pattern that matches, by PEFT's rule; None without one."""
+def _match_pattern(patterns: Mapping[str, Any], module: str) -> Any:
+    """Returns the value of the first pattern that matches by PEFT's rule, or None."""
     for key, value in patterns.items():
-        compile_pattern(key)  # by itself, so that a message shows what was given
+        compile_pattern(key)  # Checked alone, so that an error shows the pattern as given.
         if compile_pattern(rf"(.*\.)?({key})").fullmatch(module):
             return value
     return None
 
 
 def _boft(config: Mapping[str, Any], found: _Found, what: str) -> BOFT:
-    """The method, whose sizes the tensors have."""
+    """Builds the method with the sizes of the stored tensors."""
     shapes = {
         f"{module}.boft_R": tensors["boft_R"].shape
         for own in found.adapted.values()
@@ -299,12 +295,12 @@ def _boft(config: Mapping[str, Any], found: _Found, what: str) -> BOFT:
     if len(sizes) > 1 or any(len(shape) != 4 for shape in shapes.values()):
         raise ValueError(
             f"{what} has rotations of several sizes"
-            f" ({listing([f'{name} {list(shape)}' for name, shape in shapes.items()])}); here one"
-            " block size and number of factors hold for all modules"
+            f" ({listing([f'{name} {list(shape)}' for name, shape in shapes.items()])}), but all"
+            " modules must have the same block size and number of factors"
         )
     ((factors, size),) = sizes
     return BOFT(
         block_size=size,
         n_butterfly_factors=factors,
-        dropout=float(_given(config, "boft_dropout", 0.0)),
+        dropout=float(_get(config, "boft_dropout", 0.0)),
     )

@@ -1,4 +1,4 @@
-"""How Hugging Face PEFT chooses modules by name, and the shortest names that choose as wanted."""
+"""Matches module names by Hugging Face PEFT's rules, and finds the shortest matching names."""
 
 from collections.abc import Callable, Collection, Sequence
 
@@ -7,24 +7,24 @@ from peft_jax.hub.adapter_arrays import modules_of
 from peft_jax.models import Model
 
 PEFT_PREFIX = "base_model.model."
-"""What PEFT puts before the names of the base's modules."""
+"""PEFT's prefix of the base's module names."""
 
 Matches = Callable[[str, str], bool]
-"""Whether (a name in the configuration, a module's name) match."""
+"""Returns whether (a name in the configuration, a module's name) match."""
 
 
 def matches_target(name: str, module: str) -> bool:
-    """PEFT's rule for `target_modules`, and for plain names in `rank_pattern`."""
+    """Matches by PEFT's rule for `target_modules`, and for plain names in `rank_pattern`."""
     return module == name or module.endswith(f".{name}")
 
 
 def matches_saved(name: str, module: str) -> bool:
-    """PEFT's rule for `modules_to_save`: "norm" means "input_layernorm" too."""
+    """Matches by PEFT's rule for `modules_to_save`: "norm" also matches "input_layernorm"."""
     return module.endswith(name)
 
 
 def all_modules(model: Model) -> set[str]:
-    """The Hugging Face names of all modules that hold parameters, and of what holds them."""
+    """Returns the Hugging Face names of all modules that hold parameters, and of their parents."""
     found: set[str] = set()
     for path in model.hf_names():
         for module in modules_of(model, path):
@@ -36,16 +36,16 @@ def all_modules(model: Model) -> set[str]:
 def short_names(
     model: Model, paths: Sequence[Path], modules: Collection[str], matches: Matches
 ) -> list[str]:
-    """Names that choose the modules of some leaves, and no others.
+    """Returns the shortest names that match the modules of some leaves, and no others.
 
     Args:
-      model: gives the modules' names.
-      paths: leaves whose modules are wanted.
-      modules: what else there is to choose from.
-      matches: by which rule.
+      model: Model, for the modules' names.
+      paths: Leaves whose modules must match.
+      modules: All modules.
+      matches: Matching rule.
 
     Returns:
-      Sorted; for each leaf the last parts of its module's name, as many as are needed.
+      Sorted names; for each leaf, the shortest sufficient suffix of its module's name.
     """
     wanted = {module for path in paths for module in modules_of(model, path)}
     others = set(modules) - wanted
@@ -66,7 +66,7 @@ def short_names(
 
 
 def _endings(module: str, path: Path) -> list[str]:
-    """The ends of a module's name, shortest first; of a layer's module, those without a number."""
+    """Returns the suffixes of a module's name, shortest first, without the layer's number."""
     parts = module.split(".")
     most = len(path) - 2 if is_stacked(path) else len(parts)
     return [".".join(parts[-count:]) for count in range(1, most + 1)]

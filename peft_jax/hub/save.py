@@ -1,6 +1,6 @@
-"""Writing a model as a Hugging Face checkpoint, which transformers and others read.
+"""Saves a model as a Hugging Face checkpoint, which transformers and others load.
 
-Tensors are fetched and written one after another; nothing is held twice.
+Tensors are fetched and written one at a time, so the host holds only one copy of one tensor.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from peft_jax.models import HFTensor, Model
 from peft_jax.runtime.files import write_json
 
 MAX_SHARD_BYTES = 5_000_000_000
-"""The size a file of weights has at most, where its tensors allow."""
+"""Largest size of a file of weights, unless a single tensor is larger."""
 
 
 def save_model(
@@ -25,26 +25,27 @@ def save_model(
 ) -> None:
     """Writes `config.json` and safetensors that transformers loads, in the parameters' dtype.
 
-    Each file is written beside its place and moved there when it is whole; `config.json`, without
-    which nothing is loaded, comes last. The tokenizer is not the model's, and is not written.
+    Each file is written atomically. `config.json`, which loading requires, is written last. The
+    tokenizer is not written.
 
     Args:
-      folder: where to; it is created.
-      model: the model.
-      params: its parameters; adapters are merged into them first.
-      max_shard_bytes: larger models are split into files of about this size, with an index.
+      folder: Output folder; it is created.
+      model: Model.
+      params: Parameters, without bound adapters.
+      max_shard_bytes: Approximate size above which the weights are split into several files with
+        an index.
 
     Raises:
-      ValueError: a kernel still has an adapter bound to it.
+      ValueError: A kernel has an adapter bound to it.
     """
     folder = FilePath(folder)
     leaves = flatten(params)
     for path, leaf in leaves.items():
         if isinstance(leaf, AdaptedKernel):
-            raise ValueError(f"{join_path(path)} has an adapter bound to it: merge it first")
+            raise ValueError(f"{join_path(path)} has an adapter bound to it; merge it first")
     tensors = list(_tensors(leaves, model))
     shards = _split(tensors, max_shard_bytes)
-    # An index without its files, or files without theirs, is refused by every loader.
+    # Removed first: an interrupted save must not leave an index that disagrees with its files.
     (folder / CONFIG).unlink(missing_ok=True)
     (folder / INDEX).unlink(missing_ok=True)
     if len(shards) == 1:
@@ -56,7 +57,7 @@ def save_model(
 
 
 def _tensors(leaves: dict[Path, Any], model: Model) -> Iterator[TensorToWrite]:
-    """The model's tensors in Hugging Face's layout, fetched when they are written."""
+    """Yields the model's tensors in Hugging Face's layout, fetched when they are written."""
     names = model.hf_names()
     for path, leaf in leaves.items():
         layers = range(leaf.shape[0]) if is_stacked(path) else (None,)
@@ -81,7 +82,7 @@ def _fetch(
 
 
 def _split(tensors: list[TensorToWrite], max_bytes: int) -> list[list[TensorToWrite]]:
-    """The tensors in order, in groups of at most `max_bytes` or of one tensor."""
+    """Groups the tensors in order, up to `max_bytes` per group; a larger tensor is alone."""
     groups: list[list[TensorToWrite]] = [[]]
     size = 0
     for tensor in tensors:
@@ -105,7 +106,7 @@ def _write_shards(folder: FilePath, shards: list[list[TensorToWrite]]) -> None:
 
 
 def _config(model: Model, leaves: dict[Path, Any]) -> dict[str, Any]:
-    """The `config.json` the model was built from, with the dtype the parameters have now."""
+    """Returns the model's `config.json` with the dtype of the parameters."""
     config = {"architectures": [model.family.architecture], **model.hf_config}
     config.pop("auto_map", None)
     dtypes = {str(leaf.dtype) for leaf in leaves.values()}

@@ -1,9 +1,9 @@
-"""Safetensors files, read and written a piece at a time.
+"""Reads and writes safetensors files in pieces.
 
-The `safetensors` package maps whole files into memory or builds them there; a model that is loaded
-into stacked arrays wants rows of one tensor after another, and nothing else resident. A file is
-eight bytes of header length (little-endian), a JSON header of names, dtypes, shapes and byte
-ranges, and the bytes (https://huggingface.co/docs/safetensors).
+The `safetensors` package maps or builds whole files in memory. Loading into stacked arrays needs
+only some rows of one tensor at a time, so this module reads just those. A file consists of the
+header length (eight bytes, little-endian), a JSON header of names, dtypes, shapes and byte ranges,
+and the data (https://huggingface.co/docs/safetensors).
 """
 
 import dataclasses
@@ -26,28 +26,28 @@ DTYPES: Mapping[str, np.dtype] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-"""The floating-point dtypes of safetensors that hold weights as they are."""
+"""Floating-point dtypes of safetensors that hold unquantized weights."""
 
 _PIECE = 32 * 2**20
 
 _LONG_ROW = 8192
-"""Bytes of a row from which on a part of it is read by itself; disks read pages of 4096."""
+"""Smallest row, in bytes, of which a part is read separately; disks read pages of 4096."""
 
 _READERS = 8
-"""How many parts of rows are asked for at a time: a disk that is asked for one at a time waits."""
+"""Number of threads that read parts of rows; one alone would leave the disk idle."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """One tensor in a file.
+    """A tensor in a safetensors file.
 
     Attributes:
-      file: where it is.
-      name: what it is called there.
-      dtype: safetensors' name of its dtype.
-      shape: of the tensor, as stored.
-      start: the offset of its first byte in the file.
-      nbytes: how many bytes it has there.
+      file: Path of the file.
+      name: Name of the tensor in the file.
+      dtype: Safetensors' name of the dtype.
+      shape: Stored shape.
+      start: Offset of the first byte in the file.
+      nbytes: Number of bytes in the file.
     """
 
     file: Path
@@ -59,33 +59,33 @@ class StoredTensor:
 
     @property
     def numpy_dtype(self) -> np.dtype:
-        """The dtype of what `pieces` gives.
+        """The dtype of the arrays that `pieces` yields.
 
         Raises:
-          ValueError: the tensor is not of a floating-point dtype known here (it is quantized).
+          ValueError: The dtype is not in `DTYPES` (the tensor is quantized).
         """
         if self.dtype not in DTYPES:
             raise ValueError(
-                f"{self.name} in {self.file} has the dtype {self.dtype}: quantized checkpoints are"
-                f" not read; known: {', '.join(DTYPES)}"
+                f"{self.name} in {self.file} has the dtype {self.dtype}, but must have one of"
+                f" {', '.join(DTYPES)}; quantized checkpoints are not supported"
             )
         return DTYPES[self.dtype]
 
     def pieces(
         self, rows: slice | None = None, columns: slice | None = None
     ) -> Iterator[tuple[slice, np.ndarray]]:
-        """The tensor along its leading axis, some rows at a time (of about 32 MiB).
+        """Reads the tensor along its leading axis, in pieces of about 32 MiB.
 
         Args:
-          rows: which rows are wanted, a slice without step; all by default.
-          columns: which part of the second axis is wanted, likewise. Where that is less than half
-            of long rows, nothing else is read from the file.
+          rows: Range of the leading axis, a slice without step; all by default.
+          columns: Range of the second axis, a slice without step; all by default. If it covers at
+            most half of long rows, only those bytes are read from the file.
 
         Yields:
-          The rows' place along the leading axis, and their values [rows, columns, ...].
+          The slice along the leading axis, and its values [rows, columns, ...].
         """
         if not self.shape:
-            raise ValueError(f"{self.name} in {self.file} is a scalar, which no model has")
+            raise ValueError(f"{self.name} in {self.file} is a scalar, but must have an axis")
         first, last, _ = (rows or slice(None)).indices(self.shape[0])
         row_bytes = self.numpy_dtype.itemsize * math.prod(self.shape[1:])
         left, width, inside = 0, self.shape[1:2], slice(None)
@@ -108,11 +108,11 @@ class StoredTensor:
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file, by name.
+    """Reads the header of a safetensors file and returns its tensors by name.
 
     Raises:
-      ValueError: the safetensors library does not take the file: its header is not one, or the
-        tensors do not cover the file's bytes, each of them once.
+      ValueError: The safetensors library rejects the file: its header is invalid, or the tensors
+        do not cover the file's bytes exactly once.
     """
     _check_header(file)
     with file.open("rb") as stream:
@@ -133,33 +133,33 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def _check_header(file: Path) -> None:
-    """Checks a file's header by the safetensors library's own rules; tensors are not read.
+    """Checks a file's header with the safetensors library, without reading tensors.
 
     Raises:
-      ValueError: the library does not take the file.
+      ValueError: The library rejects the file.
     """
     size = file.stat().st_size
     if size < 8:
-        raise ValueError(f"{file} is not a safetensors file, or is cut short ({size} bytes)")
+        raise ValueError(f"{file} is not a safetensors file, or is truncated ({size} bytes)")
     try:
         with safetensors.safe_open(file, framework="np"):
             pass
     except safetensors.SafetensorError as error:
         raise ValueError(
-            f"{file} is not a safetensors file, or is cut short or damaged ({size:,} bytes):"
+            f"{file} is not a safetensors file, or is truncated or damaged ({size:,} bytes):"
             f" {error}"
         ) from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorToWrite:
-    """A tensor that is fetched only when its turn comes.
+    """A tensor whose array is fetched only when it is written.
 
     Attributes:
-      name: what it is called in the file.
-      dtype: of the tensor.
-      shape: of the tensor.
-      fetch: gives the array.
+      name: Name of the tensor in the file.
+      dtype: Stored dtype.
+      shape: Stored shape.
+      fetch: Returns the array.
     """
 
     name: str
@@ -169,19 +169,19 @@ class TensorToWrite:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file."""
+        """Number of bytes in the file."""
         return self.dtype.itemsize * math.prod(self.shape)
 
 
 def write_tensors(
     file: Path, tensors: Sequence[TensorToWrite], metadata: Mapping[str, str]
 ) -> None:
-    """Writes a safetensors file, holding one tensor at a time.
+    """Writes a safetensors file, fetching one tensor at a time.
 
-    The file is written beside its place, and moved there once it is on disk.
+    The write is atomic: a temporary file is renamed once it is on disk.
 
     Raises:
-      ValueError: a dtype safetensors has no name for here.
+      ValueError: A tensor's dtype is not in `DTYPES`, or its array differs from its description.
     """
     names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, object] = {"__metadata__": dict(metadata)}
@@ -189,7 +189,8 @@ def write_tensors(
     for tensor in tensors:
         if tensor.dtype not in names:
             raise ValueError(
-                f"{tensor.name} has the dtype {tensor.dtype}; known: {', '.join(map(str, names))}"
+                f"{tensor.name} has the dtype {tensor.dtype}, but must have one of"
+                f" {', '.join(map(str, names))}"
             )
         header[tensor.name] = {
             "dtype": names[tensor.dtype],
@@ -206,19 +207,19 @@ def write_tensors(
             array = np.ascontiguousarray(tensor.fetch())
             if array.shape != tensor.shape or array.dtype != tensor.dtype:
                 raise ValueError(
-                    f"{tensor.name} is {array.dtype} {array.shape}, and was said to be"
-                    f" {tensor.dtype} {tensor.shape}"
+                    f"{tensor.name} is {array.dtype} {array.shape}, but must be {tensor.dtype}"
+                    f" {tensor.shape}"
                 )
             stream.write(_as_bytes(array))
 
 
 def _as_bytes(array: np.ndarray) -> memoryview:
-    """The bytes of a contiguous array, not copied; numpy exports no buffer of bfloat16."""
+    """Returns a view of a contiguous array's bytes; numpy exports no buffer for bfloat16."""
     return array.reshape(-1).view(np.uint8).data
 
 
 def _read_rows(descriptor: int, piece: np.ndarray, start: int, stride: int, file: Path) -> None:
-    """Fills an array from a file: its first row from `start` on, and each `stride` bytes later."""
+    """Fills an array from a file; its first row is at `start`, the next `stride` bytes later."""
     if not piece.size:
         return
     row_bytes = piece.nbytes // len(piece)
@@ -238,10 +239,10 @@ def _read_rows(descriptor: int, piece: np.ndarray, start: int, stride: int, file
 
 
 def _read_into(descriptor: int, view: memoryview, start: int, file: Path) -> None:
-    """Fills a buffer from a file's bytes from `start` on."""
+    """Fills a buffer with the file's bytes at offset `start`."""
     while len(view):
         count = os.preadv(descriptor, [view], start)
         if not count:
-            raise ValueError(f"{file} is cut short")
+            raise ValueError(f"{file} is truncated")
         view = view[count:]
         start += count

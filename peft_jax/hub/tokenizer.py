@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer, as transformers reads it."""
+"""Loads a checkpoint's tokenizer with transformers."""
 
 from pathlib import Path
 from typing import Any
@@ -6,19 +6,19 @@ from typing import Any
 from peft_jax.runtime.files import read_json_object
 
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-"""Files that transformers takes for JSON objects, whatever is in them."""
+"""Files that transformers assumes to be JSON objects, so that they are checked first."""
 
 
 def load_tokenizer(folder: Path, *, chat_template: str | Path | None = None) -> Any:
-    """The tokenizer in a checkpoint's folder; none of its code is ever run.
+    """Loads the tokenizer in a checkpoint's folder, without running any of its code.
 
     Args:
-      folder: the checkpoint's.
-      chat_template: a file with a Jinja chat template, which takes the place of the tokenizer's
-        own, also where the tokenizer is saved; None or empty: its own.
+      folder: Folder of the checkpoint.
+      chat_template: File with a Jinja chat template that replaces the tokenizer's own, also when
+        the tokenizer is saved; None or empty to keep its own.
 
     Raises:
-      ValueError: there is none that can be loaded, or no such template.
+      ValueError: The tokenizer or the template cannot be loaded.
     """
     from transformers import AutoTokenizer
 
@@ -31,7 +31,7 @@ def load_tokenizer(folder: Path, *, chat_template: str | Path | None = None) -> 
             folder, trust_remote_code=False, local_files_only=True
         )
     except Exception as error:
-        # transformers raises whatever its many tokenizers raise.
+        # transformers lets errors of many types through from its tokenizers.
         said = " ".join(str(error).split())
         if not isinstance(error, (ValueError, OSError)):
             said = f"{type(error).__name__}: {said}"
@@ -42,10 +42,10 @@ def load_tokenizer(folder: Path, *, chat_template: str | Path | None = None) -> 
 
 
 def read_chat_template(file: str | Path) -> str:
-    """The Jinja chat template in a file.
+    """Reads a Jinja chat template from a file.
 
     Raises:
-      ValueError: there is no such file, or it is no text in UTF-8.
+      ValueError: The file does not exist or is not UTF-8 text.
     """
     try:
         return Path(file).expanduser().read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Tiny models, here and on torch, and adapters with arbitrary values over them."""
+"""Tiny models with the same weights here and on torch, and adapters with random values."""
 
 import copy
 import dataclasses
@@ -42,7 +42,7 @@ class Base:
     module: Any
 
     def copy_of_module(self) -> Any:
-        """One that PEFT may change."""
+        """Returns a copy that PEFT may modify."""
         return copy.deepcopy(self.module)
 
     @functools.cached_property
@@ -50,13 +50,13 @@ class Base:
         return jax.jit(self.model)
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
-        """Of the base."""
+        """Returns the logits of the base."""
         return np.asarray(self._forward(self.params, jnp.asarray(tokens, jnp.int32)))
 
     def adapted_logits(
         self, tokens: np.ndarray, spec: AdapterSpec, state: AdapterState
     ) -> np.ndarray:
-        """Of the base with an adapter bound to it."""
+        """Returns the logits of the base with a bound adapter."""
 
         @jax.jit
         def forward(params: Tree, state: AdapterState, tokens: jax.Array) -> jax.Array:
@@ -67,7 +67,7 @@ class Base:
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Base]:
-    """Makes a base by name, each once."""
+    """Returns a cached factory of bases by name."""
     made: dict[str, Base] = {}
 
     def make(name: str) -> Base:
@@ -96,13 +96,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Base]:
 
 @pytest.fixture
 def tokens() -> np.ndarray:
-    """Tokens [2, 7]."""
+    """Returns random tokens [2, 7]."""
     return np.random.default_rng(0).integers(1, 37, (2, 7))
 
 
 @pytest.fixture(scope="session")
 def arbitrary_state() -> Callable[..., AdapterState]:
-    """Makes an adapter's arrays, all away from where they start."""
+    """Returns a function that draws random values for all of an adapter's arrays."""
 
     def make(spec: AdapterSpec, params: Tree) -> AdapterState:
         rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Adapters come back from disk bit for bit, whole or not at all, and to their own base only."""
+"""Saved adapters are restored bit for bit, written atomically, and fit their own base only."""
 
 import dataclasses
 import json
@@ -57,7 +57,7 @@ SPECS = {
         modules_to_save=("embed_tokens",),
     ),
 }
-IN_PEFTS_FORM = {"lora", "lora_ga", "boft"}
+IN_PEFT_FORMAT = {"lora", "lora_ga", "boft"}
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def params(model):
 
 @pytest.fixture
 def saved(model, params, arbitrary_state, tmp_path):
-    """Saves an adapter, and gives it with its folder."""
+    """Returns a function that saves an adapter and returns its folder and arrays."""
 
     def save(spec):
         state = arbitrary_state(spec, params)
@@ -83,7 +83,7 @@ def saved(model, params, arbitrary_state, tmp_path):
 
 
 def awkward(leaf: jax.Array) -> jax.Array:
-    """With a negative zero and the smallest number there is among the values."""
+    """Puts a negative zero and the smallest subnormal among the values."""
     values = np.array(leaf)
     values.reshape(-1)[:2] = [-0.0, jnp.finfo(leaf.dtype).smallest_subnormal]
     return jnp.asarray(values)
@@ -98,7 +98,9 @@ def assert_same_bits(found: AdapterState, expected: AdapterState) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", SPECS)
-def test_every_method_comes_back_bit_for_bit(name, dtype, model, params, arbitrary_state, tmp_path):
+def test_every_method_is_restored_bit_for_bit(
+    name, dtype, model, params, arbitrary_state, tmp_path
+):
     spec = dataclasses.replace(SPECS[name], dtype=dtype)
     state = jax.tree.map(awkward, arbitrary_state(spec, params))
     save_adapter(tmp_path, model, spec, state, base_model_name="someone/base")
@@ -107,7 +109,7 @@ def test_every_method_comes_back_bit_for_bit(name, dtype, model, params, arbitra
     assert_same_bits(found, state)
     for_peft = {"adapter_config.json", "adapter_model.safetensors"}
     own = {"peft_jax_adapter.safetensors"}
-    files = {"peft_jax_adapter.json"} | (for_peft if name in IN_PEFTS_FORM else own)
+    files = {"peft_jax_adapter.json"} | (for_peft if name in IN_PEFT_FORMAT else own)
     files |= for_peft if name == "boft two factors" else set()
     assert {file.name for file in tmp_path.iterdir()} == files
     config = json.loads((tmp_path / "peft_jax_adapter.json").read_text())
@@ -117,7 +119,7 @@ def test_every_method_comes_back_bit_for_bit(name, dtype, model, params, arbitra
         assert "merged model instead" in config["peft"]["why"]
 
 
-def test_files_are_read_without_jax(saved):
+def test_the_files_hold_the_arrays_under_documented_names(saved):
     folder, state = saved(SPECS["hybrid"])
     tensors = safetensors.numpy.load_file(folder / "peft_jax_adapter.safetensors")
     q_proj = state.trainable["layers"]["self_attn"]["q_proj"]["kernel"]
@@ -133,7 +135,7 @@ def test_files_are_read_without_jax(saved):
     assert config["method"]["rank"] == 2
 
 
-def test_trained_leaves_are_laid_out_as_in_the_base(saved):
+def test_fully_trainable_leaves_have_the_layout_of_the_base(saved):
     folder, state = saved(SPECS["full of some"])
     tensors = safetensors.numpy.load_file(folder / "peft_jax_adapter.safetensors")
     kernel = state.trainable["layers"]["self_attn"]["q_proj"]["kernel"]
@@ -144,7 +146,7 @@ def test_trained_leaves_are_laid_out_as_in_the_base(saved):
     np.testing.assert_array_equal(tensors["model.layers.2.self_attn.q_proj.weight"], kernel[2].T)
 
 
-def test_gradient_adapters_keep_their_scale_at_twice_the_rank(saved):
+def test_lora_ga_keeps_its_scale_at_twice_the_rank(saved):
     folder, _ = saved(SPECS["lora_ga"])
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["r"] == 4
@@ -152,10 +154,10 @@ def test_gradient_adapters_keep_their_scale_at_twice_the_rank(saved):
     assert scale == pytest.approx(LoRAGA(rank=2).scale, rel=1e-15)
 
 
-def test_a_rotation_by_half_a_turn_has_no_form_for_peft(model, params, arbitrary_state, tmp_path):
+def test_a_rotation_by_half_a_turn_has_no_peft_form(model, params, arbitrary_state, tmp_path):
     spec = SPECS["boft two factors"]
     state = arbitrary_state(spec, params)
-    # Both factors turn the first two features by a quarter, the product by a half.
+    # Both factors rotate the first two features by a quarter turn, so the product by half a turn.
     turned = {
         path: (0.0 * leaf).at[:, :, 0, 0].set(1.0) if path[-1] == "r" else leaf
         for path, leaf in flatten(state.trainable).items()
@@ -169,7 +171,7 @@ def test_a_rotation_by_half_a_turn_has_no_form_for_peft(model, params, arbitrary
     assert_same_bits(load_adapter(tmp_path, model, params)[1], state)
 
 
-def test_copies_for_peft_that_would_be_huge_are_left_out(saved, monkeypatch):
+def test_peft_copies_above_the_size_limit_are_omitted(saved, monkeypatch):
     monkeypatch.setattr("peft_jax.hub.adapter_save.MAX_COPY_BYTES", 1000)
     folder, _ = saved(SPECS["boft two factors"])
     config = json.loads((folder / "peft_jax_adapter.json").read_text())
@@ -181,7 +183,7 @@ def contents(folder):
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def test_a_failure_leaves_the_adapter_that_was_there(
+def test_a_failed_save_keeps_the_previous_adapter(
     saved, model, params, arbitrary_state, monkeypatch
 ):
     folder, _ = saved(SPECS["lora"])
@@ -198,7 +200,7 @@ def test_a_failure_leaves_the_adapter_that_was_there(
     assert [file.name for file in folder.parent.iterdir()] == [folder.name]
 
 
-def test_an_adapter_is_replaced_and_other_files_are_kept(saved, model, params, arbitrary_state):
+def test_saving_replaces_the_adapter_and_keeps_other_files(saved, model, params, arbitrary_state):
     folder, _ = saved(SPECS["lora"])
     (folder / "tokenizer.json").write_text("{}")
     spec = SPECS["unitary"]
@@ -213,7 +215,7 @@ def test_an_adapter_is_replaced_and_other_files_are_kept(saved, model, params, a
     assert [file.name for file in folder.parent.iterdir()] == [folder.name]
 
 
-def test_what_a_killed_process_of_the_same_number_left_is_in_nobodys_way(tmp_path):
+def test_leftovers_of_a_killed_process_with_the_same_id_are_removed(tmp_path):
     folder = tmp_path / "adapter"
     left = [tmp_path / f".adapter.{os.getpid()}.{end}" for end in ("tmp", "old")]
     for path in (folder, *left):
@@ -224,17 +226,17 @@ def test_what_a_killed_process_of_the_same_number_left_is_in_nobodys_way(tmp_pat
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["adapter", "fresh"]
 
 
-def test_folders_that_hold_something_else_are_left_alone(model, params, arbitrary_state, tmp_path):
+def test_folders_with_other_files_are_not_overwritten(model, params, arbitrary_state, tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     spec = SPECS["unitary"]
     state = arbitrary_state(spec, params)
-    with pytest.raises(ValueError, match=r"holds thesis\.tex but no adapter"):
+    with pytest.raises(ValueError, match=r"holds thesis\.tex"):
         save_adapter(tmp_path, model, spec, state, base_model_name="x")
-    with pytest.raises(ValueError, match="is a file; give a folder"):
+    with pytest.raises(ValueError, match="is a file"):
         save_adapter(tmp_path / "thesis.tex", model, spec, state, base_model_name="x")
 
 
-def test_arrays_that_the_specification_does_not_make_are_refused(
+def test_arrays_that_do_not_match_the_specification_are_rejected(
     model, params, arbitrary_state, tmp_path
 ):
     spec = SPECS["lora"]
@@ -254,20 +256,20 @@ def test_arrays_that_the_specification_does_not_make_are_refused(
 
 
 WRONG_BASES = {
-    "width": (LLAMA | {"hidden_size": 32}, r" is \[.*\] and would have to be \["),
+    "width": (LLAMA | {"hidden_size": 32}, r"has shape \[.*\], but must have \["),
     "fewer layers": (
         LLAMA | {"num_hidden_layers": 2},
-        r"it has \S*layers\.2\..*has no place",
+        r"it has \S*layers\.2\.",
     ),
     "more layers": (LLAMA | {"num_hidden_layers": 4}, r"it lacks \S*layers\.3\.\S*"),
-    "family": (BLOOM, r"made for someone/base \(llama\).*does not fit this bloom model.*no module"),
+    "family": (BLOOM, r"someone/base \(llama\).*bloom model.*no module"),
     "tied": (LLAMA | {"tie_word_embeddings": True}, r"names 'lm_head', which matches no module"),
 }
 
 
 @pytest.mark.parametrize("name", ["lora", "full of some", "unitary"])
 @pytest.mark.parametrize("wrong", WRONG_BASES)
-def test_another_base_is_refused_by_name(name, wrong, saved):
+def test_another_base_raises_with_the_difference(name, wrong, saved):
     config, message = WRONG_BASES[wrong]
     other = build_model(config)
     if wrong == "tied" and name == "full of some":
@@ -279,62 +281,62 @@ def test_another_base_is_refused_by_name(name, wrong, saved):
         load_adapter(folder, other, other.abstract_params())
 
 
-def test_blocks_that_do_not_divide_another_base_are_named(saved):
+def test_an_error_names_the_module_whose_size_the_block_does_not_divide(saved):
     other = build_model(LLAMA | {"hidden_size": 12, "num_attention_heads": 2})
     folder, _ = saved(SPECS["boft two factors"])
     with pytest.raises(ValueError, match=r"divisible by 8, but \S*gate_proj has 12 inputs"):
         load_adapter(folder, other, other.abstract_params())
 
 
-def test_damaged_and_foreign_folders_are_refused(saved, model, params, tmp_path):
+def test_damaged_and_unrelated_folders_are_rejected(saved, model, params, tmp_path):
     folder, _ = saved(SPECS["lora"])
     config = json.loads((folder / "peft_jax_adapter.json").read_text())
-    del config["digests"]  # which would tell of every change below
+    del config["digests"]  # Otherwise every change below would fail the digest check.
 
-    def refused(message, **changes):
+    def check_rejected(message, **changes):
         (folder / "peft_jax_adapter.json").write_text(json.dumps(config | changes))
         with pytest.raises(ValueError, match=message):
             load_adapter(folder, model, params)
 
-    refused("reads 1", format_version=2)
-    refused("its format is not", format="something else")
-    refused(r"arrays are in 'pickle\.bin', not peft_jax_adapter\.safetensors", arrays="pickle.bin")
-    refused("rnk is no setting of the method 'lora'", method={"name": "lora", "rnk": 2})
-    refused("there is no method 'lroa'", method={"name": "lroa"})
-    refused(r"lacks peft_jax_adapter\.safetensors", arrays="peft_jax_adapter.safetensors")
+    check_rejected("format_version 2", format_version=2)
+    check_rejected("'something else'", format="something else")
+    check_rejected(r"arrays = 'pickle\.bin'", arrays="pickle.bin")
+    check_rejected("rnk is no setting of the method 'lora'", method={"name": "lora", "rnk": 2})
+    check_rejected("there is no method 'lroa'", method={"name": "lroa"})
+    check_rejected(r"lacks peft_jax_adapter\.safetensors", arrays="peft_jax_adapter.safetensors")
     (folder / "peft_jax_adapter.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         load_adapter(folder, model, params)
     (folder / "peft_jax_adapter.json").write_text(json.dumps(config))
     arrays = folder / "adapter_model.safetensors"
     arrays.write_bytes(arrays.read_bytes()[:-4])
-    with pytest.raises(ValueError, match="cut short"):
+    with pytest.raises(ValueError, match="truncated"):
         load_adapter(folder, model, params)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no adapter"):
+    with pytest.raises(ValueError, match="no adapter"):
         load_adapter(tmp_path / "empty", model, params)
 
 
-def test_settings_of_peft_changed_by_hand_are_not_passed_over(saved, model, params):
+def test_edited_peft_settings_are_rejected(saved, model, params):
     folder, _ = saved(SPECS["lora"])
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | {"lora_alpha": 99}))
-    with pytest.raises(ValueError, match=r"lora_alpha is 99, not 3\b.*delete peft_jax_adapter"):
+    with pytest.raises(ValueError, match=r"lora_alpha is 99, not 3\b"):
         load_adapter(folder, model, params)
-    # Their order is nothing.
+    # The order of modules does not matter.
     file.write_text(json.dumps(config | {"target_modules": config["target_modules"][::-1]}))
     load_adapter(folder, model, params)
 
 
-def test_a_model_is_not_loaded_from_an_adapters_folder(saved):
+def test_loading_a_model_from_an_adapter_folder_raises(saved):
     for name in ("lora", "unitary"):
         folder, _ = saved(SPECS[name])
-        with pytest.raises(ValueError, match="holds an adapter, not a model"):
+        with pytest.raises(ValueError, match="an adapter, not a model"):
             load_model(folder)
 
 
-def test_arrays_over_devices_are_saved_whole(model, params, arbitrary_state, tmp_path):
+def test_sharded_arrays_are_saved_whole(model, params, arbitrary_state, tmp_path):
     mesh = jax.make_mesh((8,), ("fsdp",))
     spec = AdapterSpec(method=LoRA(rank=8))
     state = arbitrary_state(spec, params)

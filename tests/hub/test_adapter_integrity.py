@@ -1,4 +1,4 @@
-"""Damaged or edited adapters, and NaN in bases or adapters, are refused; other bases warned of."""
+"""Damaged or edited adapters and non-finite values raise; another base is logged as a warning."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ CONFIG = "peft_jax_adapter.json"
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """Folders of two bases of one shape, and one of another family."""
+    """Returns the folders of two bases of the same shape, and of one of another family."""
     folders = {}
     for seed, (name, config) in enumerate(
         {"one": LLAMA, "other": LLAMA, "family": LLAMA | {"model_type": "mistral"}}.items()
@@ -51,7 +51,7 @@ def bases(tmp_path_factory):
 
 @pytest.fixture
 def saved(bases, tmp_path, arbitrary_state):
-    """Saves an adapter on the first base, and gives its folder with the base."""
+    """Returns a function that saves an adapter and returns its folder and base."""
 
     def save(name, **settings):
         model, params = load_model(bases["one"])
@@ -68,7 +68,7 @@ def arrays_file(folder):
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_every_flipped_bit_is_noticed(name, saved):
+def test_a_flipped_bit_is_detected(name, saved):
     folder, model, params = saved(name)
     file = arrays_file(folder)
     whole = file.read_bytes()
@@ -78,7 +78,7 @@ def test_every_flipped_bit_is_noticed(name, saved):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << int(place) % 8
         file.write_bytes(bytes(damaged))
-        with pytest.raises(ValueError, match=rf"{file.name} is damaged or was changed"):
+        with pytest.raises(ValueError, match=rf"{file.name} is damaged"):
             load_adapter(folder, model, params)
 
 
@@ -96,18 +96,18 @@ def test_every_flipped_bit_is_noticed(name, saved):
     ],
     ids=str,
 )
-def test_an_edited_setting_is_noticed(name, change, saved):
+def test_an_edited_setting_is_detected(name, change, saved):
     folder, model, params = saved(name, quantization="none")
     file = folder / CONFIG
     config = json.loads(file.read_text())
     for key, value in change.items():
         config[key] = config[key] | value if key == "method" else value
     file.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=rf"{CONFIG} was changed since"):
+    with pytest.raises(ValueError, match=rf"{CONFIG} was changed"):
         load_adapter(folder, model, params)
 
 
-def test_names_order_and_spelling_may_be_edited(saved):
+def test_names_order_and_number_format_may_be_edited(saved):
     folder, model, params = saved("hybrid")
     file = folder / CONFIG
     config = json.loads(file.read_text())
@@ -121,15 +121,15 @@ def test_an_adapter_without_digests_loads_with_one_warning(saved, caplog):
     folder, model, params = saved("lora")
     file = folder / CONFIG
     config = json.loads(file.read_text())
-    for name in ("digests", "base_digest", "quantization"):  # as peft_jax 0.1 wrote it
+    for name in ("digests", "base_digest", "quantization"):  # peft_jax 0.1 wrote none of them.
         del config[name]
     file.write_text(json.dumps(config))
     load_adapter(folder, model, params)
     (record,) = caplog.records
-    assert "has no digests" in record.getMessage()
+    assert "no digests" in record.getMessage()
 
 
-def test_the_base_itself_is_no_warning(saved, caplog):
+def test_the_same_base_gives_no_warning(saved, caplog):
     folder, model, params = saved("lora", quantization="none")
     load_adapter(folder, model, params)
     load_adapter(folder, dataclasses.replace(model, origin=""), params)
@@ -137,27 +137,27 @@ def test_the_base_itself_is_no_warning(saved, caplog):
 
 
 @pytest.mark.parametrize(
-    ("base", "said"), [("other", "they are not the same weights"), ("family", "another family")]
+    ("base", "reason"), [("other", "weights differ"), ("family", "another family")]
 )
-def test_another_base_is_a_warning_that_names_both(base, said, saved, bases, caplog):
+def test_another_base_logs_a_warning_that_names_both(base, reason, saved, bases, caplog):
     folder, _, _ = saved("lora")
     with caplog.at_level(logging.WARNING):
         load_adapter(folder, *load_model(bases[base]))
     (record,) = caplog.records
     message = record.getMessage()
-    assert said in message
+    assert reason in message
     assert str(bases["one"]) in message
     assert str(bases[base]) in message
 
 
-def test_the_same_weights_in_other_files_are_no_warning(saved, bases, tmp_path, caplog):
+def test_the_same_weights_in_other_files_give_no_warning(saved, bases, tmp_path, caplog):
     folder, model, params = saved("lora")
     save_model(tmp_path / "copy", model, params, max_shard_bytes=4000)
     load_adapter(folder, *load_model(tmp_path / "copy"))
     assert not caplog.records
 
 
-def test_a_base_that_is_gone_does_not_take_the_result_with_it(
+def test_an_adapter_is_saved_although_its_base_was_deleted(
     bases, tmp_path, arbitrary_state, caplog
 ):
     model, params = load_model(bases["one"])
@@ -170,7 +170,7 @@ def test_a_base_that_is_gone_does_not_take_the_result_with_it(
 
 
 @pytest.mark.parametrize(("trained", "used"), [("nf4", "none"), ("none", "int8")])
-def test_another_quantization_is_a_warning(trained, used, saved, bases, caplog):
+def test_another_quantization_logs_a_warning(trained, used, saved, bases, caplog):
     folder, _, _ = saved("lora", quantization=trained)
     model, params = load_model(bases["one"], quantization=used)
     load_adapter(folder, model, params)
@@ -189,7 +189,7 @@ DTYPES = {
 
 @pytest.mark.parametrize("stored", DTYPES)
 @pytest.mark.parametrize("wanted", ["float32", "bfloat16"])
-def test_what_is_finite_is_decided_as_numpy_decides(stored, wanted):
+def test_check_finite_agrees_with_numpy(stored, wanted):
     rng = np.random.default_rng(0)
     stored, wanted = DTYPES[stored], DTYPES[wanted]
     patterns = np.frombuffer(rng.bytes(stored.itemsize * 4000), stored)
@@ -208,7 +208,7 @@ def test_what_is_finite_is_decided_as_numpy_decides(stored, wanted):
 
 @pytest.mark.parametrize("quantization", ["none", "int8"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_base_that_is_not_finite_is_refused_by_the_tensors_name(value, quantization, tmp_path):
+def test_a_non_finite_base_raises_with_the_tensor_name(value, quantization, tmp_path):
     model = build_model(LLAMA)
     save_model(tmp_path, model, model.init_params(jax.random.key(0)))
     file = tmp_path / "model.safetensors"
@@ -216,11 +216,11 @@ def test_a_base_that_is_not_finite_is_refused_by_the_tensors_name(value, quantiz
     name = "model.layers.1.mlp.down_proj.weight"
     tensors[name].reshape(-1)[-1] = value
     safetensors.numpy.save_file(tensors, file)
-    with pytest.raises(ValueError, match=rf"^{name} in .*model\.safetensors holds NaN or inf"):
+    with pytest.raises(ValueError, match=rf"^{name} in .*model\.safetensors .*NaN"):
         load_model(tmp_path, quantization=quantization)
 
 
-def test_an_adapter_of_peft_that_is_not_finite_is_refused_by_the_tensors_name(saved):
+def test_a_non_finite_peft_adapter_raises_with_the_tensor_name(saved):
     folder, model, params = saved("lora")
     (folder / CONFIG).unlink()
     file = folder / "adapter_model.safetensors"
@@ -228,5 +228,5 @@ def test_an_adapter_of_peft_that_is_not_finite_is_refused_by_the_tensors_name(sa
     name = "base_model.model.model.layers.0.self_attn.v_proj.lora_B.weight"
     tensors[name][0, 0] = np.nan
     safetensors.numpy.save_file(tensors, file)
-    with pytest.raises(ValueError, match=rf"^{name} in .* holds NaN or infinity"):
+    with pytest.raises(ValueError, match=rf"^{name} in .*NaN"):
         load_adapter(folder, model, params)

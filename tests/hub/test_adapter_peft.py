@@ -1,4 +1,4 @@
-"""Adapters go to Hugging Face PEFT on torch and come from there, and compute the same."""
+"""Adapters exchanged with Hugging Face PEFT compute the same there and here."""
 
 import json
 import warnings
@@ -80,7 +80,7 @@ EXPORTED = [
 
 @pytest.fixture(autouse=True)
 def no_cuda_extension(monkeypatch):
-    """PEFT looks for a compiler at every layer; here it has none, as on most machines."""
+    """Disables PEFT's CUDA extension, for which it would search a compiler at every layer."""
     monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: None)
 
 
@@ -90,7 +90,7 @@ def theirs(module, tokens) -> np.ndarray:
 
 
 def assert_same(found, expected, away_from) -> None:
-    """Equal to `TOLERANCE`, and not by having changed nothing."""
+    """Asserts equality up to `TOLERANCE`, and a difference from the base."""
     scale = np.abs(expected).max()
     assert np.abs(found - expected).max() < TOLERANCE * scale
     assert np.abs(found - away_from).max() > 0.05 * scale
@@ -98,7 +98,7 @@ def assert_same(found, expected, away_from) -> None:
 
 def load_in_peft(base, folder):
     with warnings.catch_warnings():
-        # A key of the file that is not used, or one that is not there, is but a warning there.
+        # PEFT only warns of unused and missing keys.
         warnings.filterwarnings("error", message=".*missing adapter keys.*")
         warnings.filterwarnings("error", message=".*[Uu]nexpected.*")
         return peft.PeftModel.from_pretrained(base.copy_of_module(), folder)
@@ -118,7 +118,7 @@ def test_saved_adapters_load_in_peft(kind, spec, base, arbitrary_state, tokens, 
 
 
 @pytest.mark.parametrize("name", ["lora patterns", "lora_ga", "boft two factors"])
-def test_what_is_written_for_peft_loads_here_too(name, base, arbitrary_state, tokens, tmp_path):
+def test_peft_files_written_here_load_here(name, base, arbitrary_state, tokens, tmp_path):
     base, spec = base("llama"), LLAMA_SPECS[name]
     state = arbitrary_state(spec, base.params)
     save_adapter(tmp_path, base.model, spec, state, base_model_name="someone/base")
@@ -151,7 +151,7 @@ CONFIGS = {
         },
     ),
     "all-linear": ("llama", "LoraConfig", {"r": 2, "target_modules": "all-linear"}),
-    # PEFT saves a copy of the base's head beside these.
+    # For these, PEFT also saves a copy of the base's head.
     "lora over the head": (
         "llama",
         "LoraConfig",
@@ -202,7 +202,7 @@ CONFIGS = {
 
 
 def save_with_peft(base, folder, config_class, settings):
-    """An adapter of PEFT with arbitrary values, saved there; gives the module."""
+    """Saves an adapter with random values by PEFT, and returns the module."""
     config = getattr(peft, config_class)(**settings, task_type="CAUSAL_LM")
     module = peft.get_peft_model(base.copy_of_module(), config)
     generator = torch.Generator().manual_seed(1)
@@ -215,7 +215,7 @@ def save_with_peft(base, folder, config_class, settings):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_adapters_of_peft_load(name, base, tokens, tmp_path):
+def test_peft_adapters_load(name, base, tokens, tmp_path):
     kind, config_class, settings = CONFIGS[name]
     base = base(kind)
     module = save_with_peft(base, tmp_path, config_class, settings)
@@ -224,7 +224,7 @@ def test_adapters_of_peft_load(name, base, tokens, tmp_path):
     assert_same(found, theirs(module, tokens), base.logits(tokens))
 
 
-def test_an_adapter_over_another_head_is_refused(base, tmp_path):
+def test_an_adapter_of_another_head_is_rejected(base, tmp_path):
     base = base("llama")
     settings = {"r": 2, "target_modules": ["lm_head"]}
     save_with_peft(base, tmp_path, "LoraConfig", settings)
@@ -233,11 +233,11 @@ def test_an_adapter_over_another_head_is_refused(base, tmp_path):
     name = "base_model.model.lm_head.base_layer.weight"
     tensors[name] = tensors[name] * np.float32(1.5)
     safetensors.numpy.save_file(tensors, file)
-    with pytest.raises(ValueError, match=rf"{name}, which is not the base's lm_head\.kernel"):
+    with pytest.raises(ValueError, match=rf"{name}, .*lm_head\.kernel"):
         load_adapter(tmp_path, base.model, base.params)
 
 
-def test_an_adapter_of_peft_keeps_its_bits(base, tmp_path):
+def test_a_peft_adapter_is_saved_again_bit_for_bit(base, tmp_path):
     base = base("llama")
     save_with_peft(base, tmp_path / "theirs", "LoraConfig", {"target_modules": ["q_proj"], "r": 2})
     spec, state = load_adapter(tmp_path / "theirs", base.model, base.params)
@@ -250,52 +250,52 @@ def test_an_adapter_of_peft_keeps_its_bits(base, tmp_path):
         assert value.tobytes() == np.ascontiguousarray(after[key]).tobytes()
 
 
-REFUSED = {
-    "use_dora": ({"use_dora": True}, r"sets use_dora = True"),
-    "bias": ({"bias": "lora_only"}, r"sets bias = 'lora_only'"),
-    "layers": ({"layers_to_transform": [0]}, r"sets layers_to_transform = \[0\]"),
-    "lora_bias": ({"lora_bias": True}, r"sets lora_bias = True"),
-    "tokens": ({"trainable_token_indices": [1]}, r"sets trainable_token_indices = \[1\]"),
+REJECTED = {
+    "use_dora": ({"use_dora": True}, r"use_dora = True"),
+    "bias": ({"bias": "lora_only"}, r"bias = 'lora_only'"),
+    "layers": ({"layers_to_transform": [0]}, r"layers_to_transform = \[0\]"),
+    "lora_bias": ({"lora_bias": True}, r"lora_bias = True"),
+    "tokens": ({"trainable_token_indices": [1]}, r"trainable_token_indices = \[1\]"),
     "pissa": (
         {"init_lora_weights": "pissa"},
-        r"init_lora_weights = 'pissa'.*base that was changed",
+        r"init_lora_weights = 'pissa'.*path_initial_model_for_weight_conversion",
     ),
     "rank by layer": (
         {"rank_pattern": {"layers.0.self_attn.q_proj": 3}},
-        r"sets rank_pattern for some layers of layers\.self_attn\.q_proj and not for others",
+        r"rank_pattern .*layers\.self_attn\.q_proj",
     ),
     "modules by layer": (
         {"target_modules": r".*layers\.0\.self_attn\.q_proj"},
-        r"covers layers\.self_attn\.q_proj in 1 layers of 2",
+        r"layers\.self_attn\.q_proj in 1 of 2 layers",
     ),
     "embedding": (
         {"target_modules": ["q_proj", "embed_tokens"]},
-        r"embed_tokens\.lora_embedding_A, base_model.*has no place",
+        r"embed_tokens\.lora_embedding_A, base_model",
     ),
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_adapters_of_peft_that_compute_otherwise_are_refused(name, base, tmp_path):
-    settings, message = REFUSED[name]
+@pytest.mark.parametrize("name", REJECTED)
+def test_unsupported_peft_settings_are_rejected(name, base, tmp_path):
+    settings, message = REJECTED[name]
     base = base("llama")
     save_with_peft(base, tmp_path, "LoraConfig", {"r": 2, "target_modules": ["q_proj"], **settings})
     with pytest.raises(ValueError, match=message):
         load_adapter(tmp_path, base.model, base.params)
 
 
-def test_settings_and_methods_that_are_not_known_are_refused(base, tmp_path):
+def test_unknown_peft_settings_and_methods_are_rejected(base, tmp_path):
     base = base("llama")
     save_with_peft(base, tmp_path, "LoraConfig", {"r": 2, "target_modules": ["q_proj"]})
     file = tmp_path / "adapter_config.json"
     config = json.loads(file.read_text())
     for change, message in (
-        ({"use_new_trick": True}, r"sets use_new_trick = True, a setting that is not known here"),
-        ({"fan_in_fan_out": True}, r"sets fan_in_fan_out = True"),
-        ({"peft_type": "IA3"}, r"peft_type 'IA3', which is not read.*BOFT, LORA"),
+        ({"use_new_trick": True}, r"use_new_trick = True"),
+        ({"fan_in_fan_out": True}, r"fan_in_fan_out = True"),
+        ({"peft_type": "IA3"}, r"peft_type = 'IA3'.*BOFT, LORA"),
         (
             {"task_type": "FEATURE_EXTRACTION"},
-            r"task_type = 'FEATURE_EXTRACTION'.*only adapters of causal",
+            r"task_type = 'FEATURE_EXTRACTION'",
         ),
     ):
         file.write_text(json.dumps(config | change))
@@ -305,19 +305,19 @@ def test_settings_and_methods_that_are_not_known_are_refused(base, tmp_path):
     load_adapter(tmp_path, base.model, base.params)
 
 
-def test_an_embedding_trained_apart_from_a_tied_head_is_refused(base, tmp_path):
+def test_different_values_of_a_tied_embedding_and_head_are_rejected(base, tmp_path):
     base = base("llama tied")
     settings = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
     save_with_peft(base, tmp_path, "LoraConfig", settings)
-    with pytest.raises(ValueError, match=r"lm_head and the embedding apart.*ties them"):
+    with pytest.raises(ValueError, match=r"lm_head and the embedding.*tie_word_embeddings"):
         load_adapter(tmp_path, base.model, base.params)
 
 
-def test_pickles_are_refused(base, tmp_path):
+def test_pickles_are_rejected(base, tmp_path):
     base = base("llama")
     save_with_peft(base, tmp_path, "LoraConfig", {"r": 2, "target_modules": ["q_proj"]})
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
-    with pytest.raises(ValueError, match=r"adapter_model\.bin, a pickle.*save_pretrained"):
+    with pytest.raises(ValueError, match=r"adapter_model\.bin.*save_pretrained"):
         load_adapter(tmp_path, base.model, base.params)
 
 
@@ -340,7 +340,7 @@ def test_merged_models_load_in_transformers(kind, method, base, arbitrary_state,
     assert_same(ours, theirs(module, tokens), base.logits(tokens))
 
 
-def test_merged_models_have_the_wanted_dtype(base, arbitrary_state, tmp_path):
+def test_merged_models_have_the_requested_dtype(base, arbitrary_state, tmp_path):
     base = base("llama")
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), base.params)
     spec = AdapterSpec(method=Unitary(), modules_to_save=("lm_head",))

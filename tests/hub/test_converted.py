@@ -1,4 +1,4 @@
-"""Converted checkpoints hold what the safetensors do, in a folder and in a bucket."""
+"""Converted checkpoints hold the source's values, in a folder and in a bucket."""
 
 import http.server
 import json
@@ -31,7 +31,7 @@ CONFIG = {
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A checkpoint of several files, and its parameters."""
+    """Returns the folder of a checkpoint of several files, and its parameters."""
     folder = tmp_path_factory.mktemp("checkpoint")
     model = build_model(CONFIG)
     params = model.init_params(jax.random.key(0))
@@ -45,7 +45,7 @@ def assert_same(found, expected):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-def test_what_is_loaded_is_what_was_converted(saved, tmp_path, monkeypatch):
+def test_a_converted_checkpoint_loads_with_the_same_values(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(converted, "_PIECE", 64 * 40)
     folder, params = saved
     assert command.main([str(folder), str(tmp_path / "out"), "--dtype=float32"]) == 0
@@ -58,12 +58,12 @@ def test_what_is_loaded_is_what_was_converted(saved, tmp_path, monkeypatch):
     assert_same(quantized, quantize_params(params, "int8"))
 
 
-def test_a_device_reads_the_chunks_of_its_part(saved, tmp_path, monkeypatch):
+def test_reading_a_range_needs_only_its_chunks(saved, tmp_path, monkeypatch):
     folder, params = saved
     command.convert_checkpoint(str(folder), str(tmp_path), dtype="float32")
     path = ("layers", "mlp", "down_proj", "kernel")
     leaf = converted.open_converted(tmp_path, build_model(CONFIG))[path]
-    # The kernel is [640, 64] in chunks of 256 rows: without the others' files the part is there.
+    # The kernel is [640, 64] in chunks of 256 rows. The range is readable without other chunks.
     chunks = tmp_path / "arrays" / "layers.mlp.down_proj.kernel" / "c"
     for chunk in sorted(file for file in chunks.rglob("*") if file.is_file()):
         layer, row, _ = chunk.relative_to(chunks).parts
@@ -74,7 +74,7 @@ def test_a_device_reads_the_chunks_of_its_part(saved, tmp_path, monkeypatch):
     np.testing.assert_array_equal(part, flatten(params)[path][1:2, 300:400])
 
 
-def test_a_stopped_conversion_goes_on_and_ends_the_same(saved, tmp_path, monkeypatch):
+def test_an_interrupted_conversion_resumes_with_the_same_result(saved, tmp_path, monkeypatch):
     folder, params = saved
     copied = []
     original = converted._copy
@@ -90,20 +90,20 @@ def test_a_stopped_conversion_goes_on_and_ends_the_same(saved, tmp_path, monkeyp
         command.convert_checkpoint(str(folder), str(tmp_path), dtype="float32")
     with pytest.raises(ValueError, match=r"no config\.json"):
         load_model(tmp_path)
-    with pytest.raises(ValueError, match="beginning of another conversion"):
+    with pytest.raises(ValueError, match="unfinished conversion"):
         command.convert_checkpoint(str(folder), str(tmp_path), dtype="bfloat16")
     monkeypatch.setattr(converted, "_copy", lambda *a: (copied.append(a[2]), original(*a)))
     command.convert_checkpoint(str(folder), str(tmp_path), dtype="float32")
-    # Each of the seven kernels once a layer, and each of the other leaves once.
+    # Seven kernels are copied once per layer, and five other leaves once.
     assert len(copied) == 3 * 7 + 5
     assert_same(load_model(tmp_path)[1], params)
 
 
-def test_what_is_there_is_not_overwritten(saved, tmp_path, capsys):
+def test_existing_conversions_are_not_overwritten(saved, tmp_path, capsys):
     folder, _ = saved
     command.convert_checkpoint(str(folder), str(tmp_path))
     assert command.main([str(folder), str(tmp_path)]) == 0
-    assert "holds this checkpoint already" in capsys.readouterr().out
+    assert "already holds this checkpoint" in capsys.readouterr().out
     other = tmp_path / "other"
     model = build_model(CONFIG | {"num_hidden_layers": 1})
     save_model(other, model, model.init_params(jax.random.key(1)))
@@ -112,11 +112,11 @@ def test_what_is_there_is_not_overwritten(saved, tmp_path, capsys):
     assert command.main([str(tmp_path), str(tmp_path / "twice")]) == 2
     assert "is a converted checkpoint already" in capsys.readouterr().err
     assert command.main([str(folder), str(tmp_path), "--dtype=bfloat16"]) == 2
-    assert "holds this checkpoint in float32, and not in bfloat16" in capsys.readouterr().err
+    assert "in float32, not in bfloat16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
-def test_the_dtype_is_kept_by_default(stored, tmp_path, capsys, caplog):
+def test_the_dtype_is_preserved_by_default(stored, tmp_path, capsys, caplog):
     model = build_model(CONFIG)
     params = model.init_params(jax.random.key(0), stored if stored != "float16" else "float32")
     params = jax.tree.map(lambda leaf: leaf.astype(stored), params)
@@ -130,11 +130,13 @@ def test_the_dtype_is_kept_by_default(stored, tmp_path, capsys, caplog):
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == (stored != "float32")
     assert all(f"holds {stored} and is loaded in float32" in message for message in messages)
-    # The weights are the same, whichever form they are in.
+    # The digest of the weights does not depend on their format.
     assert base_digest(tmp_path / "out") == base_digest(tmp_path / "source")
 
 
-def test_rounding_is_said_and_a_float32_run_over_it_is_warned_of(saved, tmp_path, capsys, caplog):
+def test_rounding_is_reported_and_loading_in_float32_logs_a_warning(
+    saved, tmp_path, capsys, caplog
+):
     folder, _ = saved
     assert command.main([str(folder), str(tmp_path), "--dtype=bfloat16"]) == 0
     assert "the weights are F32 and are rounded to bfloat16" in capsys.readouterr().out
@@ -142,41 +144,41 @@ def test_rounding_is_said_and_a_float32_run_over_it_is_warned_of(saved, tmp_path
     assert not caplog.records
     load_model(tmp_path)
     (record,) = caplog.records
-    assert "its source was wider, and was rounded" in record.getMessage()
+    assert "was rounded" in record.getMessage()
     assert base_digest(tmp_path) is None
 
 
-def test_an_occupied_place_is_left_alone(saved, tmp_path):
+def test_a_location_with_other_files_is_not_overwritten(saved, tmp_path):
     folder, _ = saved
     before = sorted(folder.iterdir())
     with pytest.raises(ValueError, match="is the checkpoint itself"):
         command.convert_checkpoint(str(folder), f"file://{folder}")
     assert sorted(folder.iterdir()) == before
     (tmp_path / "config.json").write_text("mine")
-    with pytest.raises(ValueError, match=r"holds config\.json, and no conversion"):
+    with pytest.raises(ValueError, match=r"holds config\.json"):
         command.convert_checkpoint(str(folder), str(tmp_path))
     assert (tmp_path / "config.json").read_text() == "mine"
-    with pytest.raises(ValueError, match=r"config\.json is a file: give a new folder"):
+    with pytest.raises(ValueError, match=r"config\.json is a file"):
         command.convert_checkpoint(str(folder), str(tmp_path / "config.json"))
 
 
-def test_another_architecture_is_refused_by_name(saved, tmp_path):
+def test_another_architecture_raises_with_the_array(saved, tmp_path):
     folder, _ = saved
     command.convert_checkpoint(str(folder), str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"intermediate_size": 320}))
-    with pytest.raises(ValueError, match=r"down_proj.kernel as \[3, 640, 64\], and config.json"):
+    with pytest.raises(ValueError, match=r"down_proj.kernel .*\[3, 640, 64\]"):
         load_model(tmp_path)
 
 
-def test_nothing_at_a_place(tmp_path):
-    with pytest.raises(ValueError, match="holds no converted checkpoint"):
+def test_an_empty_or_unreachable_location_is_rejected(tmp_path):
+    with pytest.raises(ValueError, match="no converted checkpoint"):
         find_folder(f"file://{tmp_path}")
     with pytest.raises(ValueError, match="cannot be reached"):
         find_folder("gs://not a bucket/model")
 
 
 class Bucket(http.server.BaseHTTPRequestHandler):
-    """As much of the protocol of Google Cloud Storage as reading and writing objects takes."""
+    """Implements the part of Google Cloud Storage's protocol that reads and writes objects."""
 
     objects: dict[str, bytes]
 
@@ -215,12 +217,12 @@ class Bucket(http.server.BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, *_: object) -> None:
-        """Says nothing."""
+        """Suppresses the log."""
 
 
 @pytest.fixture
 def bucket(monkeypatch):
-    """The objects of a bucket that gs://bucket-of-the-test/ leads to."""
+    """Yields the objects of the bucket gs://bucket-of-the-test/."""
     handler = type("Handler", (Bucket,), {"objects": {}})
     server = http.server.ThreadingHTTPServer(("localhost", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -236,7 +238,7 @@ def test_a_bucket_is_written_and_loaded(saved, bucket, tmp_path, monkeypatch):
     folder, params = saved
     place = "gs://bucket-of-the-test/models/tiny"
     bucket["models/tiny/config.json"] = b"mine"
-    with pytest.raises(ValueError, match=r"holds config\.json, and no conversion"):
+    with pytest.raises(ValueError, match=r"holds config\.json"):
         command.convert_checkpoint(str(folder), place)
     del bucket["models/tiny/config.json"]
     bucket["models/tiny-other/config.json"] = b"not in the way"
@@ -250,7 +252,7 @@ def test_a_bucket_is_written_and_loaded(saved, bucket, tmp_path, monkeypatch):
     }
     _, loaded = load_model(place, dtype=jnp.bfloat16)
     assert_same(loaded, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params))
-    # What is fetched is the small files; the arrays stay where they are.
+    # Only the small files are fetched; the arrays stay in the bucket.
     (fetched,) = (tmp_path / "checkpoints").iterdir()
     assert sorted(file.name for file in fetched.iterdir()) == [
         "config.json",
@@ -260,19 +262,19 @@ def test_a_bucket_is_written_and_loaded(saved, bucket, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("place", ["http://localhost:1/a", "ftp://host/a", "memory://a", "://a"])
-def test_a_place_of_another_kind_is_refused_at_once(saved, place, capsys):
+def test_an_unsupported_url_scheme_is_rejected(saved, place, capsys):
     folder, _ = saved
     assert command.main([str(folder), place]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"peft_jax.convert: {place} begins with {place.partition(':')[0]}://")
-    assert "give gs://bucket/folder" in said
-    with pytest.raises(ValueError, match="no checkpoint can be converted to or read from"):
+    message = capsys.readouterr().err
+    assert message.startswith(f"peft_jax.convert: {place} begins with {place.partition(':')[0]}://")
+    assert "give gs://bucket/folder" in message
+    with pytest.raises(ValueError, match=f"{place.partition(':')[0]}://"):
         find_folder(place)
 
 
 @pytest.fixture
 def silent_bucket(monkeypatch):
-    """A host that takes connections and never answers."""
+    """Starts a server that accepts connections and never responds."""
     with socket.create_server(("localhost", 0)) as server:
         monkeypatch.setenv(
             "TENSORSTORE_GCS_HTTP_URL", f"http://localhost:{server.getsockname()[1]}"
@@ -281,13 +283,13 @@ def silent_bucket(monkeypatch):
         yield
 
 
-def test_a_bucket_that_does_not_answer_is_given_up(saved, silent_bucket, monkeypatch, capsys):
+def test_a_bucket_that_does_not_respond_times_out(saved, silent_bucket, monkeypatch, capsys):
     assert converted._CONTACT_SECONDS < 20
     monkeypatch.setattr(converted, "_CONTACT_SECONDS", 0.2)
     place = "gs://bucket-of-the-test/model"
     assert command.main([str(saved[0]), place]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"peft_jax.convert: {place} cannot be reached: there was no answer in")
-    assert said.count("\n") == 1
+    message = capsys.readouterr().err
+    assert message.startswith(f"peft_jax.convert: {place} cannot be reached")
+    assert message.count("\n") == 1
     with pytest.raises(ValueError, match="cannot be reached"):
         find_folder(place)

@@ -1,4 +1,4 @@
-"""Digests change with what is computed with, and with nothing else."""
+"""Digests change exactly when the configuration, the tokenizer or the weights change."""
 
 import hashlib
 import json
@@ -42,7 +42,7 @@ def test_a_file_below_the_limit_is_read_whole(tmp_path):
     assert digests.digest_file(file) == f"sha256:{expected}"
 
 
-def test_a_larger_file_is_sampled_and_says_so(tmp_path, monkeypatch):
+def test_the_digest_of_a_larger_file_is_sampled(tmp_path, monkeypatch):
     monkeypatch.setattr(digests, "WHOLE_BELOW", 1000)
     monkeypatch.setattr(digests, "_BLOCK_BYTES", 10)
     file = tmp_path / "large"
@@ -57,7 +57,7 @@ def test_a_larger_file_is_sampled_and_says_so(tmp_path, monkeypatch):
     assert digests.digest_file(file) != before
 
 
-def test_a_checkpoint_s_digests_are_of_what_is_computed_with(folder):
+def test_checkpoint_digests_cover_configuration_tokenizer_and_weights(folder):
     before = digests.digest_checkpoint(folder)
     assert sorted(before) == ["config.json", "model.safetensors", "tokenizer.json"]
     (folder / "README.md").write_text("a card")
@@ -69,7 +69,7 @@ def test_a_checkpoint_s_digests_are_of_what_is_computed_with(folder):
     assert "model.safetensors" not in digests.digest_checkpoint(folder, weights=False)
 
 
-def test_every_file_that_the_index_names_is_among_the_weights(folder, tmp_path):
+def test_weight_digests_cover_every_file_in_the_index(folder, tmp_path):
     model = build_model(TINY)
     split = tmp_path / "split"
     save_model(split, model, model.init_params(jax.random.key(0)), max_shard_bytes=2000)
@@ -81,7 +81,7 @@ def test_every_file_that_the_index_names_is_among_the_weights(folder, tmp_path):
 
 
 @pytest.mark.parametrize("sampled", [False, True])
-def test_a_converted_checkpoint_s_arrays_are_read(folder, tmp_path, monkeypatch, sampled):
+def test_digests_of_a_converted_checkpoint_read_its_arrays(folder, tmp_path, monkeypatch, sampled):
     if sampled:
         monkeypatch.setattr(digests, "WHOLE_BELOW", 0)
     out = tmp_path / "converted"
@@ -98,7 +98,7 @@ def test_a_converted_checkpoint_s_arrays_are_read(folder, tmp_path, monkeypatch,
     assert len(digests.changes(before, after)) == 1
 
 
-def test_one_digest_of_many_does_not_depend_on_their_order():
+def test_a_combined_digest_does_not_depend_on_order():
     some = {"a": "sha256:1", "b": "sha256:2"}
     assert digests.combined(some) == digests.combined(dict(reversed(some.items())))
     assert digests.combined(some) != digests.combined({"a": "sha256:2", "b": "sha256:1"})

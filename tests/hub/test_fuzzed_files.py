@@ -1,4 +1,4 @@
-"""Whatever is in a file, it is read or refused with a message; nothing else ends the program."""
+"""Any file content is either read or rejected with a ValueError."""
 
 import json
 
@@ -67,7 +67,7 @@ VALUES = st.recursive(
 
 
 def mutated(mapping: dict) -> st.SearchStrategy[dict]:
-    """The mapping with one or two of its values, at the top or one level down, replaced or gone."""
+    """Replaces or removes one or two values of a mapping, at the top or one level down."""
 
     @st.composite
     def draw_one(draw):
@@ -90,7 +90,7 @@ def mutated(mapping: dict) -> st.SearchStrategy[dict]:
 
 
 def fuzz(check, strategy, examples):
-    """Runs a check over drawn inputs, always the same ones."""
+    """Runs a check on generated inputs, which are the same in every run."""
     settings = hypothesis.settings(
         max_examples=examples,
         derandomize=True,
@@ -101,8 +101,8 @@ def fuzz(check, strategy, examples):
     settings(hypothesis.given(strategy)(check))()
 
 
-def answer(call):
-    """What a call gives; None where it is refused as a command refuses, with a message."""
+def call_or_reject(call):
+    """Returns a call's result, or None if it raises an error that commands report."""
     try:
         return call()
     except ValueError as error:
@@ -116,17 +116,17 @@ MANY = [60, pytest.param(1000, marks=pytest.mark.slow)]
 
 @pytest.mark.parametrize("examples", MANY)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_config_json(name, examples):
+def test_any_config_json_is_read_or_rejected(name, examples):
     build = build_classifier if name == "bert" else build_model
 
     def check(config):
-        answer(lambda: build(config).abstract_params())
+        call_or_reject(lambda: build(config).abstract_params())
 
     fuzz(check, mutated(FAMILIES[name]), examples)
 
 
 @pytest.mark.parametrize("examples", [200, pytest.param(2000, marks=pytest.mark.slow)])
-def test_safetensors_headers(examples, tmp_path):
+def test_any_safetensors_header_is_read_or_rejected(examples, tmp_path):
     file = tmp_path / "model.safetensors"
     tensors = {name: np.ones((2, 3), np.float32) for name in ("a", "b")}
     safetensors.numpy.save_file(tensors, file)
@@ -160,7 +160,7 @@ def test_safetensors_headers(examples, tmp_path):
 
 @pytest.mark.parametrize("examples", MANY)
 @pytest.mark.parametrize("kind", ["own", "peft"])
-def test_adapters(kind, examples, tmp_path):
+def test_any_adapter_configuration_is_read_or_rejected(kind, examples, tmp_path):
     model = build_model(LLAMA)
     spec = {
         "own": AdapterSpec(method=Hybrid(rank=2, block_size=4, gradient_init=False)),
@@ -172,10 +172,10 @@ def test_adapters(kind, examples, tmp_path):
     if kind == "peft":
         (tmp_path / "peft_jax_adapter.json").unlink()
     config = json.loads(file.read_text())
-    config.pop("digests", None)  # which would tell of every change of a setting
+    config.pop("digests", None)  # Otherwise every change would fail the digest check.
 
     def check(changed):
         file.write_text(json.dumps(changed))
-        answer(lambda: load_adapter(tmp_path, model, model.abstract_params()))
+        call_or_reject(lambda: load_adapter(tmp_path, model, model.abstract_params()))
 
     fuzz(check, mutated(config), examples)

@@ -1,4 +1,4 @@
-"""Loading holds the model and one tensor more, not the model twice."""
+"""Loading needs memory for the model and one tensor, not for two copies of the model."""
 
 import json
 import os
@@ -15,7 +15,7 @@ if not Path("/proc/self/clear_refs").exists():
 MIB = 2**20
 LAYERS, WIDTH, INNER = 4, 1024, 4096
 
-# The peak that getrusage reports is inherited from the parent process; /proc's can be reset.
+# getrusage reports a peak inherited from the parent process, while the one in /proc can be reset.
 MEASURE = """
 import re, sys
 import jax, jax.numpy as jnp
@@ -35,7 +35,7 @@ print(resident("VmHWM") - before, sum(leaf.nbytes for leaf in jax.tree.leaves(pa
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A Llama checkpoint of about 260 MiB in float32, in two files."""
+    """Returns the folder of a Llama checkpoint of 260 MiB in float32, in two files."""
     import jax
 
     from peft_jax.hub import save_model

@@ -1,4 +1,4 @@
-"""Checkpoints load as they are, or are refused by name."""
+"""Checkpoints load with their values, or raise ValueError naming what does not fit."""
 
 import json
 import re
@@ -32,7 +32,7 @@ TINY_WORLD = Path(__file__).parents[2] / "assets" / "tiny_world"
 
 
 def random_tensors(rng, **config):
-    """The tensors of a Llama checkpoint, made without the package's own naming."""
+    """Returns the tensors of a Llama checkpoint, named independently of the package."""
     d, f, v, kv = 16, 24, 40, 8
     tensors = {"model.embed_tokens.weight": (v, d), "model.norm.weight": (d,)}
     if not config.get("tie_word_embeddings"):
@@ -60,7 +60,7 @@ def tensors():
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes a checkpoint of one file and gives its folder."""
+    """Returns a function that writes a checkpoint of one file and returns its folder."""
 
     def write(tensors, **config):
         (tmp_path / "config.json").write_text(json.dumps(CONFIG | config))
@@ -71,7 +71,7 @@ def write(tmp_path):
 
 
 def shard(folder, tensors, files=3):
-    """Replaces a checkpoint's one file by several with an index."""
+    """Splits a checkpoint's file into several with an index."""
     (folder / WEIGHTS).unlink()
     weight_map = {}
     for number in range(files):
@@ -84,7 +84,7 @@ def shard(folder, tensors, files=3):
 
 
 def assert_params(params, tensors, dtype=np.float32):
-    """Every stacked leaf holds its tensors, kernels transposed."""
+    """Asserts that every leaf holds its tensors, stacked, and kernels transposed."""
     leaves = flatten(params)
     assert all(leaf.dtype == dtype for leaf in leaves.values())
     for path, leaf in leaves.items():
@@ -98,7 +98,7 @@ def assert_params(params, tensors, dtype=np.float32):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_one_file_loads_in_the_wanted_dtype(write, tensors, dtype):
+def test_one_file_loads_in_the_requested_dtype(write, tensors, dtype):
     model, params = load_model(write(tensors), dtype=dtype)
     assert_params(params, tensors, jnp.dtype(dtype))
     assert len(flatten(params)) == len(flatten(model.abstract_params())) == 12
@@ -117,7 +117,7 @@ def test_sharded_files_load(write, tensors):
     assert_params(load_model(folder)[1], tensors)
 
 
-def test_arrays_are_laid_out_over_devices_as_asked(write, tensors):
+def test_arrays_have_the_requested_sharding(write, tensors):
     mesh = jax.make_mesh((2, 4), ("data", "model"))
 
     spec = PartitionSpec(None, "data", "model")
@@ -153,8 +153,8 @@ def test_a_tied_embedding_may_be_stored_under_either_name(write, tensors, stored
     np.testing.assert_array_equal(model.head_kernel(params), embedding.T)
 
 
-def test_a_tied_head_that_differs_is_refused(write, tensors):
-    with pytest.raises(ValueError, match="tie_word_embeddings to false"):
+def test_a_tied_head_that_differs_is_rejected(write, tensors):
+    with pytest.raises(ValueError, match="tie_word_embeddings"):
         load_model(write(tensors, tie_word_embeddings=True))
 
 
@@ -163,12 +163,12 @@ def test_names_without_the_prefix_load(write, tensors):
     assert_params(load_model(write(bare))[1], tensors)
 
 
-def test_derived_tensors_of_old_checkpoints_are_passed_over(write, tensors):
+def test_derived_tensors_of_old_checkpoints_are_ignored(write, tensors):
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(2, np.float32)
     assert_params(load_model(write(tensors))[1], tensors)
 
 
-def test_missing_extra_and_wrongly_shaped_tensors_are_named(write, tensors):
+def test_an_error_names_missing_unexpected_and_wrongly_shaped_tensors(write, tensors):
     norm = tensors.pop("model.norm.weight")
     with pytest.raises(ValueError, match=r"lacks model\.norm\.weight"):
         load_model(write(tensors))
@@ -178,36 +178,38 @@ def test_missing_extra_and_wrongly_shaped_tensors_are_named(write, tensors):
         load_model(write(tensors))
     del tensors["model.layers.1.self_attn.q_proj.bias"]
     tensors["model.layers.2.mlp.up_proj.weight"] = np.zeros((16, 24), np.float32)
-    message = r"up_proj\.weight is \[16, 24\], and config\.json makes it \[24, 16\]"
+    message = r"up_proj\.weight has \[16, 24\], .*\[24, 16\]"
     with pytest.raises(ValueError, match=message):
         load_model(write(tensors))
 
 
-def test_a_missing_head_says_that_it_is_not_tied(write, tensors):
+def test_an_error_for_a_missing_head_names_tie_word_embeddings(write, tensors):
     del tensors["lm_head.weight"]
-    with pytest.raises(ValueError, match=r"lm_head\.weight \(config\.json does not tie"):
+    with pytest.raises(ValueError, match=r"lm_head\.weight \(tie_word_embeddings"):
         load_model(write(tensors))
 
 
-def test_quantized_tensors_are_refused(write, tensors):
+def test_quantized_tensors_are_rejected(write, tensors):
     name = "model.layers.0.mlp.up_proj.weight"
     tensors[name] = tensors[name].astype(np.int8)
-    with pytest.raises(ValueError, match=r"up_proj\.weight in .* has the dtype I8: quantized"):
+    with pytest.raises(ValueError, match=r"up_proj\.weight in .* dtype I8"):
         load_model(write(tensors))
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth"])
-def test_pickles_are_refused_with_how_to_convert(write, tensors, name):
+def test_pickles_are_rejected_with_a_conversion_command(write, tensors, name):
     folder = write(tensors)
     (folder / WEIGHTS).unlink()
     (folder / name).write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
-    with pytest.raises(ValueError, match=rf"{name} only, a pickle(.|\n)*save_pretrained"):
+    with pytest.raises(ValueError, match=rf"{name}(.|\n)*save_pretrained"):
         load_model(folder)
 
 
 @pytest.mark.parametrize("left", ["pytorch_model.bin.index.json", "generation_config.json"])
-def test_pickles_on_the_hub_are_refused_with_how_to_convert(write, tensors, tmp_path_factory, left):
-    # As huggingface_hub leaves a repository of which the pickles are not fetched.
+def test_pickles_on_the_hub_are_rejected_with_a_conversion_command(
+    write, tensors, tmp_path_factory, left
+):
+    # huggingface_hub leaves such a folder if the pickles are not fetched.
     folder = tmp_path_factory.mktemp("hub") / "models--org--old-model" / "snapshots" / "1a2b"
     folder.parent.mkdir(parents=True)
     write(tensors).rename(folder)
@@ -218,7 +220,7 @@ def test_pickles_on_the_hub_are_refused_with_how_to_convert(write, tensors, tmp_
         load_model(folder)
 
 
-def test_the_command_that_converts_a_pickle_leaves_what_a_run_wants(tmp_path):
+def test_the_conversion_command_for_pickles_writes_a_loadable_checkpoint(tmp_path):
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
     pickled = tmp_path / "pickled"
@@ -226,9 +228,9 @@ def test_the_command_that_converts_a_pickle_leaves_what_a_run_wants(tmp_path):
     module = transformers.AutoModelForCausalLM.from_pretrained(pickled)
     torch.save(module.state_dict(), pickled / "pytorch_model.bin")
     (pickled / WEIGHTS).unlink()
-    with pytest.raises(ValueError, match="a pickle") as refused:
+    with pytest.raises(ValueError, match="pickle") as error:
         load_model(pickled)
-    (program,) = re.findall(r'python -c "(.*)"$', str(refused.value))
+    (program,) = re.findall(r'python -c "(.*)"$', str(error.value))
     exec(program)
     converted = tmp_path / "pickled-safetensors"
     assert (converted / "tokenizer.json").is_file()
@@ -237,29 +239,29 @@ def test_the_command_that_converts_a_pickle_leaves_what_a_run_wants(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params, wanted)
 
 
-def test_a_folder_without_weights_or_configuration_is_refused(write, tensors):
+def test_a_folder_without_weights_or_configuration_is_rejected(write, tensors):
     folder = write(tensors)
     (folder / WEIGHTS).rename(folder / "consolidated.safetensors")
-    with pytest.raises(ValueError, match=r"neither .*it has consolidated\.safetensors"):
+    with pytest.raises(ValueError, match=r"consolidated\.safetensors"):
         load_model(folder)
     (folder / "config.json").unlink()
     with pytest.raises(ValueError, match=r"no config\.json"):
         load_model(folder)
     (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="holds an adapter, not a model"):
+    with pytest.raises(ValueError, match="an adapter, not a model"):
         load_model(folder)
 
 
-def test_damaged_files_are_refused(write, tensors):
+def test_damaged_files_are_rejected(write, tensors):
     folder = write(tensors)
     whole = (folder / WEIGHTS).read_bytes()
     for damaged in (whole[:-1], whole[:100], whole[:4], b"", b"\x08" + bytes(7) + b"not json"):
         (folder / WEIGHTS).write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"cut short|not a safetensors file"):
+        with pytest.raises(ValueError, match=r"truncated|not a safetensors file"):
             load_model(folder)
 
 
-def test_an_index_that_does_not_fit_its_files_is_refused(write, tensors):
+def test_an_index_that_disagrees_with_its_files_is_rejected(write, tensors):
     folder = write(tensors)
     weight_map = shard(folder, tensors)
     index = folder / f"{WEIGHTS}.index.json"
@@ -269,10 +271,10 @@ def test_an_index_that_does_not_fit_its_files_is_refused(write, tensors):
 
     first, second = sorted(set(weight_map.values()))[:2]
     with_map(**{"model.norm.weight": second if weight_map["model.norm.weight"] == first else first})
-    with pytest.raises(ValueError, match=r"says that model\.norm\.weight is in"):
+    with pytest.raises(ValueError, match=r"maps model\.norm\.weight to"):
         load_model(folder)
     with_map(other="../elsewhere.safetensors")
-    with pytest.raises(ValueError, match=r"elsewhere\.safetensors', which is not a safetensors"):
+    with pytest.raises(ValueError, match=r"elsewhere\.safetensors"):
         load_model(folder)
     with_map()
     shutil.copy(folder / first, folder / "copy.safetensors")
@@ -328,7 +330,7 @@ def test_transformers_loads_a_saved_model(tmp_path, key, model_type):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
-def test_saving_leaves_nothing_loadable_when_it_fails(tmp_path, key, monkeypatch):
+def test_a_failed_save_leaves_nothing_loadable(tmp_path, key, monkeypatch):
     model = build_model(CONFIG)
     params = model.init_params(key)
     save_model(tmp_path, model, params)
@@ -344,8 +346,8 @@ def test_saving_leaves_nothing_loadable_when_it_fails(tmp_path, key, monkeypatch
     assert [file.name for file in tmp_path.iterdir()] == [WEIGHTS]
 
 
-def test_a_tokenizer_of_sentencepiece_alone_is_read(tmp_path):
-    """As Llama 1, Llama 2 and Vicuna have it: tokenizer.model, and no tokenizer.json."""
+def test_a_tokenizer_with_only_a_sentencepiece_model_is_read(tmp_path):
+    # Llama 1, Llama 2 and Vicuna have tokenizer.model, but no tokenizer.json.
     import sentencepiece
 
     words = ["the fox ran", "a fox and a dog", "the dog ran to the fox", "and then they slept"]

@@ -1,4 +1,4 @@
-"""Kernels quantized while they are loaded are those quantized afterwards, cut up or whole."""
+"""Quantizing while loading gives the same kernels as quantizing afterwards, sharded or not."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ CONFIG = {
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A checkpoint, and its parameters."""
+    """Returns the folder of a checkpoint, and its parameters."""
     folder = tmp_path_factory.mktemp("checkpoint")
     model = build_model(CONFIG)
     params = model.init_params(jax.random.key(0))
@@ -41,7 +41,7 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
-def test_loading_quantizes_the_blocks_kernels_and_nothing_else(saved, quantization, dtype):
+def test_loading_quantizes_only_the_kernels_of_blocks(saved, quantization, dtype):
     folder, params = saved
     model, loaded = load_model(folder, dtype=dtype, quantization=quantization)
     cast = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
@@ -52,8 +52,8 @@ def test_loading_quantizes_the_blocks_kernels_and_nothing_else(saved, quantizati
         assert isinstance(leaf, jax.Array) != is_quantized_leaf(path)
 
 
-# Of 192 and 320 rows, 3 and 5 tiles: cut in 2, 4 and 8 the devices' rows end inside tiles, and the
-# scales are held whole.
+# 192 and 320 rows are 3 and 5 tiles. Shards in 2, 4 and 8 end inside tiles, and the scales are
+# replicated.
 @pytest.mark.parametrize(
     "mesh",
     [
@@ -64,8 +64,8 @@ def test_loading_quantizes_the_blocks_kernels_and_nothing_else(saved, quantizati
     ],
     ids=str,
 )
-def test_cut_over_devices_it_is_the_same(saved, mesh, monkeypatch):
-    monkeypatch.setattr(leaf_loading, "_PIECE", 64 * 40 * 4)  # one tile or few at a time
+def test_sharded_loading_gives_the_same_values(saved, mesh, monkeypatch):
+    monkeypatch.setattr(leaf_loading, "_PIECE", 64 * 40 * 4)  # A few tiles at a time.
     folder, params = saved
 
     def shardings(model):
@@ -85,7 +85,7 @@ def test_cut_over_devices_it_is_the_same(saved, mesh, monkeypatch):
 
 @pytest.fixture
 def count_reads(monkeypatch):
-    """Counts the bytes read from files of tensors, since it was last asked."""
+    """Returns a function that returns the bytes read from tensor files since its last call."""
     counts = []
     original = tensors_module._read_into
 
@@ -102,8 +102,8 @@ def count_reads(monkeypatch):
     return taken
 
 
-def test_of_long_rows_only_the_wanted_part_is_read(tmp_path, count_reads):
-    """Kernels are stored transposed: a part of d_in is a part of every row of the file."""
+def test_only_the_requested_part_of_long_rows_is_read(tmp_path, count_reads):
+    # Kernels are stored transposed, so a range of d_in is a part of every row of the file.
     model = build_model(CONFIG | {"hidden_size": 4096, "head_dim": 8, "num_hidden_layers": 1})
     params = model.init_params(jax.random.key(0))
     save_model(tmp_path, model, params)
@@ -119,7 +119,7 @@ def test_of_long_rows_only_the_wanted_part_is_read(tmp_path, count_reads):
     assert count_reads() == leaf.nbytes
 
 
-def test_a_mesh_of_devices_reads_nothing_twice(saved, count_reads):
+def test_replicated_leaves_are_read_once(saved, count_reads):
     folder, _ = saved
     sharding = NamedSharding(jax.make_mesh((2, 4), ("a", "b")), PartitionSpec())
     _, loaded = load_model(folder, quantization="int8", sharding=sharding)

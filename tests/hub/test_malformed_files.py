@@ -1,4 +1,4 @@
-"""Malformed files are refused by name, in one line, whatever is wrong with them."""
+"""Malformed files raise ValueError with the file's name, in one line."""
 
 import json
 import time
@@ -55,19 +55,19 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("name", HEADERS)
-def test_headers_are_taken_as_the_library_takes_them(name, tmp_path):
+def test_headers_that_the_library_rejects_raise(name, tmp_path):
     header, size = HEADERS[name]
     text = header.encode() if isinstance(header, str) else json.dumps(header).encode()
     file = tmp_path / "model.safetensors"
     file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
     with pytest.raises(safetensors.SafetensorError):
         safetensors.numpy.load_file(file)
-    with pytest.raises(ValueError, match=r"model\.safetensors is not a safetensors file") as found:
+    with pytest.raises(ValueError, match=r"model\.safetensors") as found:
         read_header(file)
     assert "\n" not in str(found.value)
 
 
-def test_headers_that_the_library_takes_give_its_tensors(tmp_path):
+def test_headers_that_the_library_accepts_return_its_tensors(tmp_path):
     file = tmp_path / "model.safetensors"
     tensors = {
         "b": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -84,19 +84,19 @@ def test_headers_that_the_library_takes_give_its_tensors(tmp_path):
 
 
 @pytest.mark.parametrize("value", [None, 1, ["model.safetensors"], {}])
-def test_an_index_with_something_else_than_names_is_refused(value, tmp_path):
+def test_an_index_with_an_invalid_file_name_is_rejected(value, tmp_path):
     weight_map = {"model.norm.weight": "model.safetensors", "lm_head.weight": value}
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(ValueError, match=r"gives lm_head\.weight the file .* not the name of one"):
+    with pytest.raises(ValueError, match=r"lm_head\.weight"):
         open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["[" * 10**6, '{"a":' * 500 + "1" + "}" * 500, "\ud800", "\x00"])
-def test_settings_that_no_parser_takes_are_refused(text, tmp_path):
+def test_settings_that_cannot_be_parsed_are_rejected(text, tmp_path):
     file = tmp_path / "config.json"
     file.write_bytes(text.encode("utf-8", "surrogatepass"))
-    with pytest.raises(ValueError, match=r"config\.json is (not JSON|nested too deeply)"):
+    with pytest.raises(ValueError, match=r"^\S*config\.json (is not JSON|has more than)"):
         read_json_object(file)
 
 
@@ -106,14 +106,14 @@ def model():
 
 
 @pytest.mark.parametrize("value", ["</s>", [1, "2"], {"a": 1}, 1.5, True])
-def test_end_tokens_are_numbers(value, model, tmp_path):
+def test_end_tokens_must_be_token_ids(value, model, tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
     with pytest.raises(ValueError, match=r"generation_config\.json sets eos_token_id = "):
         ends.end_tokens(model, folder=tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null"])
-def test_a_broken_generation_config_is_named(text, model, tmp_path):
+def test_an_error_names_a_malformed_generation_config(text, model, tmp_path):
     (tmp_path / "generation_config.json").write_text(text)
     with pytest.raises(ValueError, match=r"generation_config\.json is not"):
         ends.end_tokens(model, folder=tmp_path)
@@ -121,7 +121,7 @@ def test_a_broken_generation_config_is_named(text, model, tmp_path):
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
 @pytest.mark.parametrize("text", ["[1]", "{", "5"])
-def test_a_broken_tokenizer_is_named(name, text, tmp_path):
+def test_an_error_names_a_malformed_tokenizer_file(name, text, tmp_path):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=rf"{name} is not"):
         load_tokenizer(tmp_path)
@@ -136,7 +136,7 @@ CONFIGS = {"own": "peft_jax_adapter.json", "peft": "adapter_config.json"}
 
 @pytest.fixture(scope="module")
 def folders(model, tmp_path_factory):
-    """An adapter of ours with its own arrays, and one that PEFT could have written."""
+    """Returns the folders of an adapter in this library's format and of one in PEFT's."""
     made = {}
     params = model.init_params(jax.random.key(0))
     for name, spec in SPECS.items():
@@ -144,7 +144,7 @@ def folders(model, tmp_path_factory):
         save_adapter(folder, model, spec, spec.init(jax.random.key(1), params), "base")
     (made["peft"] / CONFIGS["own"]).unlink()
     config = json.loads((made["own"] / CONFIGS["own"]).read_text())
-    del config["digests"]  # which would tell of every change
+    del config["digests"]  # Otherwise every change would fail the digest check.
     (made["own"] / CONFIGS["own"]).write_text(json.dumps(config))
     return made
 
@@ -168,8 +168,8 @@ MALFORMED = [
     ("peft", {"r": 1.5}, "r must be an integer"),
     ("peft", {"r": 1000000}, "rank 1000000 is larger than"),
     ("peft", {"lora_alpha": [1]}, "lora_alpha must be a number"),
-    ("peft", {"lora_alpha": None}, "sets lora_alpha to null"),
-    ("peft", {"r": None}, "sets r to null"),
+    ("peft", {"lora_alpha": None}, "lora_alpha to null"),
+    ("peft", {"r": None}, "r to null"),
     ("peft", {"lora_alpha": "16"}, "lora_alpha must be a number"),
     ("peft", {"use_rslora": "no"}, "use_rslora must be true or false"),
     ("peft", {"rank_pattern": 5}, "rank_pattern must be a mapping"),
@@ -183,7 +183,7 @@ MALFORMED = [
 
 
 @pytest.mark.parametrize(("kind", "changes", "message"), MALFORMED, ids=str)
-def test_malformed_adapters_are_refused_by_name(kind, changes, message, folders, model):
+def test_malformed_adapters_raise_with_the_setting(kind, changes, message, folders, model):
     file = folders[kind] / CONFIGS[kind]
     text = file.read_text()
     start = time.process_time()
@@ -197,7 +197,7 @@ def test_malformed_adapters_are_refused_by_name(kind, changes, message, folders,
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_model_beyond_all_memory_is_refused_before_it_is_read(dtype, model, tmp_path):
+def test_a_model_too_large_for_memory_is_rejected_before_it_is_read(dtype, model, tmp_path):
     save_model(tmp_path, model, model.init_params(jax.random.key(0)))
     config = json.loads((tmp_path / "config.json").read_text())
     sizes = {"hidden_size": 2**20, "intermediate_size": 2**22, "num_hidden_layers": 10_000}
