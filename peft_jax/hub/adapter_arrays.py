@@ -14,7 +14,8 @@ from peft_jax.hub.finite import check_finite
 from peft_jax.hub.tensors import StoredTensor, TensorToWrite
 from peft_jax.models import Model
 
-_MAX_LISTED = 8
+MAX_LISTED = 8
+"""Largest number of names that a message lists."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -230,5 +231,5 @@ def check_state(state: AdapterState, expected: AdapterState) -> None:
 
 def listing(names: list[str]) -> str:
     """Joins the first few names, and counts the rest."""
-    more = len(names) - _MAX_LISTED
-    return ", ".join(names[:_MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
+    more = len(names) - MAX_LISTED
+    return ", ".join(names[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")

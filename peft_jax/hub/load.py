@@ -17,6 +17,7 @@ import numpy as np
 
 from peft_jax.core import Path, Tree, did_you_mean, flatten, is_stacked, unflatten
 from peft_jax.cost.memory import check_fits
+from peft_jax.hub.adapter_arrays import MAX_LISTED, listing
 from peft_jax.hub.checkpoint import Checkpoint, open_checkpoint, read_config
 from peft_jax.hub.converted import is_converted, open_converted, warn_on_dtype
 from peft_jax.hub.fetch import find_folder
@@ -39,7 +40,6 @@ _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")
 """Tensors of old checkpoints that are derived from config.json."""
 
 _HEAD = "lm_head.weight"
-_MAX_LISTED = 8
 
 
 def load_model(
@@ -282,7 +282,7 @@ def _check_shapes(sources: dict[Path, list[StoredTensor]], model: Model) -> None
         if tensor.shape != shapes[path]
     ]
     if wrong:
-        raise ValueError(f"tensors of the wrong shape: {_listing(wrong)}")
+        raise ValueError(f"tensors of the wrong shape: {listing(wrong)}")
 
 
 def _stored_shapes(model: Model) -> dict[Path, tuple[int, ...]]:
@@ -329,13 +329,8 @@ def _mismatch_message(folder: FilePath, missing: list[str], extra: list[str]) ->
         if missing == [_HEAD]:
             hint = " (tie_word_embeddings is false in config.json)"
         elif extra:
-            hint = did_you_mean(missing[0], extra) if len(extra) <= _MAX_LISTED else ""
-        parts.append(f"it lacks {_listing(missing)}{hint}")
+            hint = did_you_mean(missing[0], extra) if len(extra) <= MAX_LISTED else ""
+        parts.append(f"it lacks {listing(missing)}{hint}")
     if extra:
-        parts.append(f"it has {_listing(extra)}, which the model does not use")
+        parts.append(f"it has {listing(extra)}, which the model does not use")
     return f"the tensors of {folder} do not fit its config.json: {'; '.join(parts)}"
-
-
-def _listing(names: list[str]) -> str:
-    more = len(names) - _MAX_LISTED
-    return ", ".join(names[:_MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
