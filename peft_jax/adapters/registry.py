@@ -78,7 +78,10 @@ def make_method(name: str, **settings: Any) -> TrainingMethod:
       ValueError: block_size is no setting of the method 'lora', but of boft, hybrid
     """
     if name not in METHODS:
-        raise ValueError(f"there is no method {name!r}{did_you_mean(name, METHODS)}")
+        raise ValueError(
+            f"there is no method {name!r}{did_you_mean(name, METHODS)}; import the module that"
+            " registers another package's method first (--import=MODULE)"
+        )
     known = method_settings(name)
     for setting in settings:
         if setting in known:

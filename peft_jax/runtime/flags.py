@@ -2,8 +2,11 @@
 
 import argparse
 import difflib
+import importlib
+import os
 import re
 import shutil
+import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,9 +24,9 @@ _KINDS = MappingProxyType({int: "INTEGER", float: "NUMBER", Path: "PATH"})
 class Arguments(argparse.ArgumentParser):
     """An `ArgumentParser` whose errors are one line that names the nearest flag.
 
-    It takes no abbreviations, and has the flag --traceback of all commands. Its --help wraps
-    between words at 80 columns, keeps indented lines as they are, and gives the default of each
-    flag.
+    It takes no abbreviations, and has the flags --traceback and --import of all commands. Its
+    --help wraps between words at 80 columns, keeps indented lines as they are, and gives the
+    default of each flag.
 
     Args:
       name: Name of the command, as `exits.command` has it.
@@ -46,6 +49,15 @@ class Arguments(argparse.ArgumentParser):
             action="store_true",
             help="show where in the program a rejected command was rejected",
         )
+        self.add_argument(
+            "--import",
+            action="append",
+            default=[],
+            dest="imports",
+            metavar="MODULE",
+            help="a module of yours that registers methods, such as my_package.my_method; may be"
+            " given several times",
+        )
 
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: N | None = None
@@ -54,12 +66,25 @@ class Arguments(argparse.ArgumentParser):
         given, left = self.parse_known_args(args, namespace)
         if left:
             self.error(self._explain_unknown(left[0]))
+        for module in given.imports:
+            self._import(module)
         return given
 
     def error(self, message: str) -> NoReturn:
         """Ends the program, with nothing done."""
         exits.say(f"{message}; see --help", name=self._name)
         raise SystemExit(int(exits.ExitCode.REFUSED))
+
+    def _import(self, name: str) -> None:
+        """Imports a module of the user's, which may lie in the current folder."""
+        if "" not in sys.path and os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                raise
+            self.error(f"--import={name}: there is no module {error.name}, here or installed")
 
     def near(self, flag: str) -> Iterable[str]:
         """Returns the flags that a user may have meant by one that there is not."""
