@@ -4,9 +4,11 @@
 # make format    let ruff put the layout right
 # make docs      the documentation's site, in site/ (make docs-serve: while you write; make
 #                docs-test: run the code of every page)
+# make build     the wheel and the source archive, in dist/
 # make bench     speed and memory, side by side with Hugging Face PEFT
 #
-# Each sets up what it needs in .venv first, and only when setup.cfg or pyproject.toml has changed.
+# Each sets up what it needs in .venv first, and only when setup.cfg, setup.py or pyproject.toml has
+# changed.
 # PYTHON=python3.12 chooses the interpreter, VENV=folder where the environment goes, WORKERS=4 how
 # many processes run the tests, and ARGS="…" is passed on to the command.
 
@@ -23,9 +25,9 @@ ARGS ?=
 
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check --no-input install -qq
-METADATA := setup.cfg pyproject.toml
+METADATA := setup.cfg setup.py pyproject.toml
 
-.PHONY: help demo test test-all lint format docs docs-serve docs-test bench clean
+.PHONY: help demo test test-all lint format docs docs-serve docs-test build bench clean
 # The demo and the benchmark are made for a CPU; where others are to be looked for, clear it.
 demo bench: export JAX_PLATFORMS ?= cpu
 
@@ -63,6 +65,11 @@ docs-test: $(VENV)/.dev
 
 docs-serve: $(VENV)/.dev
 	$(RUN) -m mkdocs serve $(ARGS)
+
+# What an earlier build has left would end up in the wheel.
+build: $(VENV)/.dev
+	rm -rf build dist
+	$(RUN) -m build $(ARGS)
 
 bench: $(VENV)/.dev
 	$(RUN) -m benchmarks.run $(ARGS)

@@ -1,6 +1,6 @@
-"""Evaluation, from the repository's root: `python -m eval --workdir=RUN --tasks=glue,gsm8k`.
+"""Evaluation: `peft-jax eval --workdir=RUN --tasks=glue,gsm8k`, or here `python -m eval`.
 
-Not installed with the library; it needs `pip install -e ".[eval]"`.
+It is installed as `peft_jax.eval`, and needs the extra "eval": `pip install "peft_jax[eval]"`.
 
 - [`command`][eval.command]: `python -m eval`.
 - [`model`][eval.model]: `HarnessModel`, our models for the lm-evaluation-harness.

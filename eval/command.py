@@ -1,7 +1,7 @@
-r"""Evaluates a run, or a checkpoint, on benchmarks; from the repository's root.
+r"""Evaluates a run, or a checkpoint, on benchmarks.
 
-    python -m eval --workdir=runs/gsm8k --tasks=gsm8k,glue
-    python -m eval --model=/path/to/checkpoint --tasks=xnli,flores --data=folder --limit=100
+    peft-jax eval --workdir=runs/gsm8k --tasks=gsm8k,glue
+    peft-jax eval --model=/path/to/checkpoint --tasks=xnli --data=folder
 
 --workdir is a run's folder; its adapter is evaluated on the base it was made for. --model alone is
 a plain checkpoint, --adapter an adapter's folder. --tasks=list says what there is. Data come from
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; `argv` without the program's name. Returns the exit code."""
     given = _parser().parse_args(argv)
     if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError('lm-evaluation-harness is not installed: pip install -e ".[eval]"')
+        raise ValueError('lm-evaluation-harness is not installed: pip install "peft_jax[eval]"')
     # The harness draws a bar for every small step; those that matter are drawn here.
     os.environ.setdefault("TQDM_DISABLE", "1")
     # Imported here, so that a mistyped flag is refused at once and not after JAX has started.

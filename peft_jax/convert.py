@@ -1,6 +1,6 @@
 """Converts a Hugging Face checkpoint for many hosts, in a folder or a bucket.
 
-    python -m peft_jax.convert /path/to/checkpoint gs://bucket/llama-405b
+    peft-jax convert /path/to/checkpoint gs://bucket/llama-405b
 
 What it makes is given as `model.path` in place of the checkpoint. Every host then reads the parts
 of each kernel that its devices hold, and nothing else. The command takes a few hundred MiB of

@@ -98,7 +98,7 @@ def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
     Example:
       >>> split(["--config", "mine.py", "--workdir=runs/a", "--config.train.steps=3"])
-      (['--config', 'mine.py', '--config.train.steps=3'], ['--workdir=runs/a'])
+      (['--config=mine.py', '--config.train.steps=3'], ['--workdir=runs/a'])
     """
     of_config: list[str] = []
     others: list[str] = []
@@ -108,7 +108,7 @@ def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
             of_config.append(word)
             takes_value = "=" not in word and not word.startswith("--no")
         elif takes_value and not word.startswith("--"):
-            of_config.append(word)
+            of_config[-1] += f"={word}"
             takes_value = False
         else:
             others.append(word)
@@ -123,7 +123,7 @@ def load_config(words: Sequence[str]) -> GivenConfig:
     nearest known one.
 
     Args:
-      words: What a command line says about the configuration.
+      words: What a command line says about the configuration, as `split` returns it.
 
     Raises:
       RefusedError: There is no configuration, or it is none of a run.
@@ -133,7 +133,6 @@ def load_config(words: Sequence[str]) -> GivenConfig:
     file = f"{find_config_file(path)}{colon}{argument}"
     given = [f"--config={file}", *words]
     values = flags.FlagValues()
-    values.set_gnu_getopt(True)
     config_flags.DEFINE_config_file(
         "config",
         None,
@@ -142,9 +141,7 @@ def load_config(words: Sequence[str]) -> GivenConfig:
         accept_new_attributes=True,
         sys_argv=given,
     )
-    left = values(["", *given])[1:]
-    if left:
-        raise RefusedError(f"{left[0]!r} is not a flag; flags begin with two dashes")
+    values(["", *given])
     config = values["config"].value
     if not isinstance(config, ConfigDict):
         # ml_collections keeps an error of reading the file until its settings are used.
@@ -161,15 +158,9 @@ def load_config(words: Sequence[str]) -> GivenConfig:
 
 def _take_name(words: Sequence[str]) -> tuple[str, list[str]]:
     """Takes --config out of what is said about the configuration; the last one counts."""
-    name, left = "", []
-    rest = iter(words)
-    for word in rest:
-        if word == "--config":
-            name = next(rest, "")
-        elif word.startswith("--config="):
-            name = word.partition("=")[2]
-        else:
-            left.append(word)
+    names = [word for word in words if re.match(r"--config(=|$)", word)]
+    left = [word for word in words if word not in names]
+    name = names[-1].partition("=")[2] if names else ""
     if not name:
         raise RefusedError(
             "--config is missing, for example --config=finetune.py:hybrid; see --help"

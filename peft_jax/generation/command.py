@@ -1,7 +1,7 @@
 r"""Continues prompts with a model, or with what a run made of it.
 
-    python -m peft_jax.generation --adapter=runs/gsm8k/adapter \
-        --prompt=$'Question: Ann has 3 apples and buys 4. How many has she?\nAnswer:'
+    peft-jax generate --adapter=runs/gsm8k/adapter \
+        --prompt=$'Question: How many are 3 and 4 apples?\nAnswer:'
 
 The base is the one the run started from, unless --model names another; without --adapter it is
 --model alone. A base that an adapter was trained on in fewer bits is held in these again, unless
