@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -144,7 +145,7 @@ def test_configurations_are_of_models_of_the_right_size(name):
 @pytest.mark.parametrize("method", METHODS)
 def test_their_argument_names_any_method(method):
     for module, _ in CONFIGS.values():
-        assert from_config_dict(module.get_config(f"method={method}")).method.name == method
+        assert from_config_dict(module.get_config(f"method={method}")).spec.method.name == method
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -153,7 +154,7 @@ def test_a_config_json_has_to_agree_with_the_architecture(name):
     check_architecture(name, build_model(hf_config).config)
     key = "n_layer" if "n_layer" in hf_config else "num_hidden_layers"
     other = build_model(hf_config | {key: 3})
-    with pytest.raises(ValueError, match=f"is no {name}.*num_layers is 3, and of {name} it is"):
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}.*num_layers is 3"):
         check_architecture(name, other.config)
     with pytest.raises(ValueError, match="did you mean"):
         find_architecture(name[:-1] + "x")
@@ -161,7 +162,7 @@ def test_a_config_json_has_to_agree_with_the_architecture(name):
 
 def test_another_checkpoint_than_the_configurations_is_refused(tmp_path):
     config = small(tmp_path, model__architecture="llama-3.1-405b")
-    with pytest.raises(RefusedError, match=r"the checkpoint is no llama-3\.1-405b"):
+    with pytest.raises(RefusedError, match=r"llama-3\.1-405b.*the checkpoint differs"):
         make_plan(config, find_topology("cpu"))
 
 
@@ -209,7 +210,8 @@ def run_plan(*flags: str) -> subprocess.CompletedProcess:
 def test_the_command_refuses_with_one_message():
     result = run_plan("--config=configs/hybrid_405b.py", "--topology=v5q:2x2")
     assert result.returncode == 2
-    assert result.stderr.startswith("peft_jax.plan: there is no TPU 'v5q'; did you mean")
+    assert result.stderr.startswith("peft_jax.plan: ")
+    assert "'v5q'; did you mean 'v5p'" in result.stderr
     assert "Traceback" not in result.stderr
 
 
