@@ -66,7 +66,7 @@ class Arguments(argparse.ArgumentParser):
         given, left = self.parse_known_args(args, namespace)
         if left:
             self.error(self._explain_unknown(left[0]))
-        for module in given.imports:
+        for module in vars(given)["imports"]:
             self._import(module)
         return given
 
