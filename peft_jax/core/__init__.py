@@ -30,6 +30,7 @@ from peft_jax.core.trees import (
     flatten,
     is_stacked,
     join_path,
+    names_of,
     unflatten,
 )
 
@@ -53,6 +54,7 @@ __all__ = [
     "is_stacked",
     "join_path",
     "linear",
+    "names_of",
     "quantize",
     "quantized_axes",
     "storage_dtype",

@@ -9,6 +9,9 @@ is the block index.
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+from jax.tree_util import KeyPath
+
 Path = tuple[str, ...]
 Tree = dict[str, Any]
 
@@ -24,6 +27,17 @@ def is_stacked(path: Path) -> bool:
 def join_path(path: Path) -> str:
     """Returns a path as one dotted string: "layers.mlp.up_proj.kernel"."""
     return ".".join(path)
+
+
+def names_of(key_path: KeyPath) -> Path:
+    """Returns JAX's key path as plain names, whatever kind of node each key belongs to.
+
+    Example:
+      >>> ((key_path, _),) = jax.tree_util.tree_leaves_with_path({"a": [1.0]})
+      >>> names_of(key_path)
+      ('a', '0')
+    """
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in key_path)
 
 
 def flatten(

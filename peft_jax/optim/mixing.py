@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from peft_jax.core import Path, is_stacked, join_path
+from peft_jax.core import Path, is_stacked, join_path, names_of
 from peft_jax.core.validation import check_choice, check_fraction
 
 LOW_RANK = "low_rank"
@@ -271,14 +271,6 @@ class _Group:
     sizes: Mapping[str, int]
 
 
-def _names(key_path: tuple[Any, ...]) -> Path:
-    """Returns JAX's key path as plain names, whatever kind of node each key belongs to."""
-    return tuple(
-        str(next(getattr(key, field) for field in ("key", "name", "idx") if hasattr(key, field)))
-        for key in key_path
-    )
-
-
 def _locate(path: Path, grouping: str) -> tuple[str, str] | None:
     """Returns the group and branch of a leaf; None outside any branch."""
     for position, component in enumerate(path):
@@ -294,7 +286,7 @@ def _find_groups(tree: Any, grouping: str) -> dict[str, _Group]:
     shapes: dict[str, tuple[int, ...]] = {}
     sizes: dict[str, dict[str, int]] = {}
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        path = _names(key_path)
+        path = names_of(key_path)
         located = _locate(path, grouping)
         if located is None:
             continue
@@ -325,13 +317,13 @@ def _scores(
 ) -> dict[str, dict[str, Weight]]:
     """Returns the score of each group's branches: gradient norm or predicted decrease."""
     by_step = settings.rule == "predicted_decrease"
-    step_at = {_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(steps)}
+    step_at = {names_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(steps)}
     sums: dict[str, dict[str, Weight]] = {
         name: {branch: jnp.zeros(group.shape, jnp.float32) for branch in group.sizes}
         for name, group in groups.items()
     }
     for key_path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
-        path = _names(key_path)
+        path = names_of(key_path)
         located = _locate(path, settings.grouping)
         if located is None or located[0] not in groups:
             continue
@@ -380,7 +372,7 @@ def _apply(steps: Any, weights: Mapping[str, Weight], settings: MixingSettings) 
     """Multiplies the inner optimizer's steps by each branch's rate and weight."""
 
     def scale(key_path: tuple[Any, ...], step: Array) -> Array:
-        located = _locate(_names(key_path), settings.grouping)
+        located = _locate(names_of(key_path), settings.grouping)
         if located is None:
             return step
         name, branch = located

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from peft_jax.core import names_of
 from peft_jax.core.validation import check_choice, check_finite, check_positive
 from peft_jax.optim.mixing import MixingSettings, hybrid_mixing
 from peft_jax.optim.schedules import ScheduleSettings, make_schedule
@@ -218,7 +219,7 @@ def component_values(tree: Any, values: Mapping[str, Any], default: Any) -> Any:
 
     def value(key_path: tuple[Any, ...], leaf: Any) -> Any:
         del leaf
-        return next((values[c] for c in reversed(_components(key_path)) if c in values), default)
+        return next((values[c] for c in reversed(names_of(key_path)) if c in values), default)
 
     return jax.tree_util.tree_map_with_path(value, tree)
 
@@ -233,16 +234,12 @@ def decay_mask(tree: Any, no_decay: tuple[str, ...] = NO_DECAY) -> Any:
     return component_values(tree, dict.fromkeys(no_decay, False), True)
 
 
-def _components(key_path: tuple[Any, ...]) -> list[str]:
-    return [str(getattr(key, "key", "")) for key in key_path]
-
-
 def _scale_components(values: Mapping[str, float]) -> optax.GradientTransformation:
     """Multiplies the updates under each component by its value."""
 
     def init(params: Any) -> optax.EmptyState:
         paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-        known = {component for path in paths for component in _components(path)}
+        known = {component for path in paths for component in names_of(path)}
         unknown = sorted(values.keys() - known)
         # optax.tree_map_params initializes with a placeholder, which has no leaves.
         if paths and unknown:

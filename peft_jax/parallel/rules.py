@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from peft_jax.core import Tree, did_you_mean
+from peft_jax.core import Tree, did_you_mean, join_path, names_of
 from peft_jax.parallel.mesh import MESH_AXES, describe_shape, shapes_near
 
 MeshAxes = str | tuple[str, ...] | None
@@ -152,7 +152,7 @@ def sharding_tree(
     whole: list[str] = []
 
     def sharding(key_path: Any, logical: tuple[str | None, ...], array: Any) -> NamedSharding:
-        name = jax.tree_util.keystr(key_path, simple=True, separator=".")
+        name = join_path(names_of(key_path))
         try:
             spec = rules.partition_spec(logical)
         except ValueError as error:

@@ -33,6 +33,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from peft_jax.core import join_path, names_of
 from peft_jax.runtime.errors import RefusedError, StorageError
 from peft_jax.runtime.files import write_json
 
@@ -194,7 +195,7 @@ class Checkpoints:
         ):
             if wanted.shape != leaf.shape or wanted.dtype != leaf.dtype:
                 raise ValueError(
-                    f"{self.path(step)}: {jax.tree_util.keystr(path)} is "
+                    f"{self.path(step)}: {join_path(names_of(path))} is "
                     f"{leaf.dtype}{list(leaf.shape)}, this run needs "
                     f"{wanted.dtype}{list(wanted.shape)}"
                 )
