@@ -184,7 +184,7 @@ class HarnessModel(TemplateLM):
         done = chat.templated
         plain = (*chat.plain, *((done + start, done + stop) for start, stop in others))
         example = Example(
-            pieces=(Piece(text=str(string), learn=False), Piece(text="", learn=True)),
+            pieces=(Piece(text=str(string), in_loss=False), Piece(text="", in_loss=True)),
             templated=not begin or isinstance(string, ChatText),
             plain=plain,
         )

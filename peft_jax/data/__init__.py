@@ -1,13 +1,13 @@
-"""Data: from files or the hub, through recipes, to batches of tokens.
+"""Reads rows from files or the hub, formats them by recipes, and builds batches of tokens.
 
 - [`settings`][peft_jax.data.settings]: `dataset` and `DataSettings`, which describe rows.
-- [`pipeline`][peft_jax.data.pipeline]: `build_data`, the training stream and the held-out set.
-- [`batch`][peft_jax.data.batch]: `Batch` and `LabeledBatch`, the arrays a step is given.
-- [`recipes`][peft_jax.data.recipes]: how a row becomes a prompt and an answer.
+- [`pipeline`][peft_jax.data.pipeline]: `build_data` builds the training stream and held-out set.
+- [`batch`][peft_jax.data.batch]: `Batch` and `LabeledBatch` hold a step's arrays.
+- [`recipes`][peft_jax.data.recipes]: turn a row into a prompt and an answer.
 - [`examples`][peft_jax.data.examples]: `Example`, a row as text.
-- [`chat`][peft_jax.data.chat]: `ChatRenderer`, conversations to text.
-- [`encode`][peft_jax.data.encode]: `Encoder`, text to tokens.
-- [`labeled`][peft_jax.data.labeled]: `LabeledEncoder`, texts with a label, for encoders.
+- [`chat`][peft_jax.data.chat]: `ChatRenderer` renders conversations as text.
+- [`encode`][peft_jax.data.encode]: `Encoder` tokenizes text.
+- [`labeled`][peft_jax.data.labeled]: `LabeledEncoder` tokenizes labeled texts for encoders.
 """
 
 from peft_jax.data.bad_rows import BadRowError, BadRows, UnusableRowsError

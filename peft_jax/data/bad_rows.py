@@ -1,4 +1,4 @@
-"""Rows that cannot be used: what is wrong with each, and how many there are."""
+"""Records rows that cannot be used, with counts by reason."""
 
 import collections
 import contextlib
@@ -7,23 +7,23 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 _MOST_SHOWN = 300
-"""Number of characters of a message that are shown: a row's text may be any length."""
+"""Largest number of characters of a message; a row's text may have any length."""
 
 _REASONS: tuple[tuple[type[Exception], str], ...] = (
     (RecursionError, "nested too deeply"),
     (UnicodeError, "not Unicode"),
     (MemoryError, "too large"),
 )
-"""Reasons under which exceptions are counted; others go by the names of their types."""
+"""Reasons of exceptions; for others, the reason is the name of their type."""
 
 
 class BadRowError(ValueError):
-    """A row cannot be used.
+    """Raised for a row that cannot be used.
 
     Attributes:
-      reason: the kind of fault, under which rows are counted ("broken JSON", "missing field").
-      detail: what is wrong with this one.
-      tokens: Number of tokens of a row that is too long; None for any other fault.
+      reason: Kind of fault, by which rows are counted ("broken JSON", "missing field").
+      detail: Description of this row's fault.
+      tokens: Number of tokens of a row that is too long; None for other faults.
     """
 
     def __init__(self, reason: str, detail: str, *, tokens: int | None = None):
@@ -35,11 +35,11 @@ class BadRowError(ValueError):
 
 @contextlib.contextmanager
 def as_bad_row() -> Iterator[None]:
-    """Turns whatever goes wrong with one row into a `BadRowError`.
+    """Turns any exception caused by one row into a `BadRowError`.
 
-    A row holds what anyone may have written, and a chat template is a program: together they can
-    make a parser, a template or a tokenizer raise anything. Only what is not the row's fault, such
-    as a disk that fails (`OSError`), passes.
+    A row may hold any text, and a chat template is a program, so that parsers, templates and
+    tokenizers may raise any exception. Only errors that are not the row's fault, such as a failing
+    disk (`OSError`), pass unchanged.
 
     Example:
       >>> with as_bad_row():
@@ -59,13 +59,13 @@ def as_bad_row() -> Iterator[None]:
 
 
 def check_unicode(value: Any) -> None:
-    """Rejects text with lone surrogates, which stand for no character and have no UTF-8 form.
+    """Rejects strings with lone surrogates, which UTF-8 cannot encode.
 
     Args:
-      value: a text; or a mapping or sequence, all of whose texts are checked.
+      value: A string, or a mapping or sequence whose strings are all checked.
 
     Raises:
-      BadRowError: there is one.
+      BadRowError: A string has a lone surrogate.
     """
     if isinstance(value, str):
         try:
@@ -85,7 +85,7 @@ def check_unicode(value: Any) -> None:
 
 
 def one_line(text: str) -> str:
-    r"""A text that may hold anything, as one short printable line.
+    r"""Returns any text as one short printable line.
 
     Example:
       >>> one_line("a\nb\x1b[2J")
@@ -96,23 +96,23 @@ def one_line(text: str) -> str:
 
 
 class UnusableRowsError(ValueError):
-    """Rows cannot be used, and the settings make that an error; or none of the rows can be."""
+    """Raised if bad rows are an error by the settings, or if no row can be used."""
 
 
 class BadRows:
-    """Counts the rows that cannot be used, and keeps the first few to be shown.
+    """Counts the rows that cannot be used, and keeps the first few for messages.
 
-    A row is counted once however many epochs meet it. Safe to use from several threads.
+    A row is counted once, even if several epochs reach it. Thread-safe.
 
     Attributes:
-      what: the rows' name in messages, such as "training rows".
-      shown: how many rows are kept to be shown.
+      what: Name of the rows in messages, such as "training rows".
+      shown: Number of rows kept for messages.
     """
 
     shown = 5
 
     def __init__(self, what: str):
-        """Starts with none."""
+        """Starts without bad rows."""
         self.what = what
         self._lock = threading.Lock()
         self._reasons: dict[int, str] = {}
@@ -123,12 +123,12 @@ class BadRows:
         """Counts one row.
 
         Args:
-          row: the row's index, by which it is known again.
-          where: the file and line, or the table and row, for the message.
-          error: what is wrong with it.
+          row: Index of the row, which identifies it.
+          where: File and line, or table and row, for messages.
+          error: Fault of the row.
 
         Returns:
-          Whether it is new, and one of the first few.
+          Whether the row is new and among the first few.
         """
         with self._lock:
             if row in self._reasons:
@@ -142,27 +142,27 @@ class BadRows:
             return True
 
     def __len__(self) -> int:
-        """How many rows cannot be used, of those that were met."""
+        """Returns the number of bad rows found so far."""
         return len(self._reasons)
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many rows by reason, the most frequent first."""
+        """Number of bad rows by reason, the most frequent first."""
         return self.counts_of(lambda row: True)
 
     def counts_of(self, chosen: Callable[[int], bool]) -> dict[str, int]:
-        """As `counts`, of the rows that are chosen by their indices."""
+        """Returns `counts` for the rows whose index satisfies `chosen`."""
         with self._lock:
             found = (reason for row, reason in self._reasons.items() if chosen(row))
             return dict(collections.Counter(found).most_common())
 
     def tokens_of(self, chosen: Callable[[int], bool]) -> list[int]:
-        """Number of tokens of each chosen row that is too long."""
+        """Returns the number of tokens of each chosen row that is too long."""
         with self._lock:
             return [tokens for row, tokens in self._tokens.items() if chosen(row)]
 
     def describe(self, total: int) -> str:
-        """One line on how many of `total` rows there are and why, then the first few.
+        """Summarizes the bad rows among `total` rows in one line, followed by the first few.
 
         Example:
           >>> bad = BadRows("training rows")

@@ -1,4 +1,4 @@
-"""One batch of training or evaluation, as arrays of fixed shape."""
+"""Batches of training or evaluation rows, as arrays of fixed shape."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -11,23 +11,23 @@ from numpy.typing import ArrayLike
 
 @struct.dataclass
 class Batch:
-    """Token rows with what is to be learned of them; a pytree.
+    """Rows of tokens with a loss mask; a pytree.
 
-    Axes: B rows, T positions. The fields are numpy arrays as the data pipeline yields them, and
-    whatever a transformation makes of them afterwards (device arrays, shape structs, shardings).
+    Axes: B rows, T positions. The data pipeline yields numpy arrays. Transformations may replace
+    them (by device arrays, shape structs, shardings).
 
     Attributes:
-      tokens: int32 [B, T], what the model reads.
-      targets: int32 [B, T], the token that follows each position.
-      loss_mask: float32 [B, T], 1 where the target is to be learned, else 0.
-      positions: int32 [B, T], the position within its own segment, from 0.
-      segment_ids: int32 [B, T], 1, 2, ... for the sequences packed into a row, 0 for padding.
+      tokens: Int32 [B, T], input tokens.
+      targets: Int32 [B, T], the token that follows each position.
+      loss_mask: Float32 [B, T], 1 where the target is in the loss, else 0.
+      positions: Int32 [B, T], position within the segment, from 0.
+      segment_ids: Int32 [B, T], 1, 2, ... for the sequences packed into a row, 0 for padding.
     """
 
-    of_rows: ClassVar[tuple[str, ...]] = ()
-    """The fields with an axis of rows only."""
-    floats: ClassVar[tuple[str, ...]] = ("loss_mask",)
-    """The fields of float32; the others are int32."""
+    row_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields of shape [B]."""
+    float_fields: ClassVar[tuple[str, ...]] = ("loss_mask",)
+    """Fields of dtype float32; the others are int32."""
 
     tokens: Any
     targets: Any
@@ -44,16 +44,16 @@ class Batch:
     def from_tokens(
         tokens: ArrayLike, mask: ArrayLike | None = None, lengths: ArrayLike | None = None
     ) -> "Batch":
-        """Makes a batch whose rows hold one sequence each.
+        """Builds a batch with one sequence per row.
 
         Args:
-          tokens: [B, T] whole numbers; token t + 1 is the target at position t.
-          mask: [B, T]; nonzero where a token is to be learned. All are by default. The first token
-            of a row is never learned, since nothing precedes it.
-          lengths: [B]; number of tokens of each row, padding following them. T by default.
+          tokens: Integers [B, T]; token t + 1 is the target at position t.
+          mask: [B, T]; nonzero where a token is in the loss; all tokens by default. The first token
+            of a row is never in the loss, since nothing precedes it.
+          lengths: [B]; number of tokens of each row, followed by padding; T by default.
 
         Raises:
-          ValueError: the shapes do not agree, a length is not between 1 and T, or a token is
+          ValueError: The shapes do not match, a length is not between 1 and T, or a token is
             negative.
 
         Example:
@@ -64,15 +64,15 @@ class Batch:
         tokens = np.asarray(tokens)
         if tokens.ndim != 2 or 0 in tokens.shape or not np.issubdtype(tokens.dtype, np.integer):
             raise ValueError(
-                "tokens must be whole numbers [rows, positions], at least one of each, but are"
+                "tokens must be integers [rows, positions], at least one of each, but are"
                 f" {tokens.dtype}{list(tokens.shape)}"
             )
         rows, length = tokens.shape
-        learned = np.ones(tokens.shape, bool) if mask is None else np.asarray(mask) != 0
-        if learned.shape != tokens.shape:
+        in_loss = np.ones(tokens.shape, bool) if mask is None else np.asarray(mask) != 0
+        if in_loss.shape != tokens.shape:
             raise ValueError(
                 f"mask must have the shape of tokens, {list(tokens.shape)}, but has"
-                f" {list(learned.shape)}"
+                f" {list(in_loss.shape)}"
             )
         ends = np.full(rows, length) if lengths is None else np.asarray(lengths)
         if ends.shape != (rows,) or not (ends.min() >= 1 and ends.max() <= length):
@@ -80,14 +80,14 @@ class Batch:
                 f"lengths must be {rows} numbers from 1 to {length}, but are {ends.tolist()}"
             )
         present = np.arange(length) < ends[:, None]
-        # Whatever stands in the padding (-100, say) may be no token of the model's.
+        # Padding may hold any value (such as -100), which need not be a token of the model.
         tokens = np.where(present, tokens, 0)
         if tokens.min() < 0:
             raise ValueError(
-                f"tokens must be at least 0, but one is {tokens.min()}; `lengths` marks padding,"
-                " and `mask` what is not to be learned"
+                f"tokens must be at least 0, but one is {tokens.min()}; mark padding by `lengths`,"
+                " and tokens that are not in the loss by `mask`"
             )
-        following = np.pad(learned & present, ((0, 0), (0, 1)))[:, 1:]
+        following = np.pad(in_loss & present, ((0, 0), (0, 1)))[:, 1:]
         positions = np.where(present, np.arange(length), 0)
         return Batch(
             tokens=tokens.astype(np.int32),
@@ -100,20 +100,20 @@ class Batch:
 
 @struct.dataclass
 class LabeledBatch:
-    """Rows of one text, or one pair of texts, each with a label; a pytree.
+    """Rows of one text or one pair of texts, each with a label; a pytree.
 
-    Axes and kinds of arrays as for `Batch`.
+    Axes and kinds of arrays are those of `Batch`.
 
     Attributes:
-      tokens: int32 [B, T], with the tokenizer's own beginning, separator and end.
-      token_types: int32 [B, T], 1 for the second text of a pair where the tokenizer says so.
-      segment_ids: int32 [B, T], 1 where there is a token, 0 for padding.
-      labels: float32 [B], the number of the label or, in a regression, the number itself.
-      loss_mask: float32 [B], 1 where there is a row, 0 for what fills up the last batch.
+      tokens: Int32 [B, T], with the tokenizer's special tokens.
+      token_types: Int32 [B, T], 1 for the second text of a pair if the tokenizer has types.
+      segment_ids: Int32 [B, T], 1 for tokens, 0 for padding.
+      labels: Float32 [B], index of the label or, in a regression, the number.
+      loss_mask: Float32 [B], 1 for rows, 0 for padding of the last batch.
     """
 
-    of_rows: ClassVar[tuple[str, ...]] = ("labels", "loss_mask")
-    floats: ClassVar[tuple[str, ...]] = ("labels", "loss_mask")
+    row_fields: ClassVar[tuple[str, ...]] = ("labels", "loss_mask")
+    float_fields: ClassVar[tuple[str, ...]] = ("labels", "loss_mask")
 
     tokens: Any
     token_types: Any
@@ -136,13 +136,13 @@ def abstract_batch(
     length: int,
     sharding: jax.sharding.Sharding | None = None,
 ) -> Any:
-    """The shapes and dtypes of a batch.
+    """Returns the shapes and dtypes of a batch, as `jax.ShapeDtypeStruct`s.
 
     Args:
       kind: `Batch` or `LabeledBatch`.
-      leading: the axes before the positions: (rows,) or (microbatches, rows).
+      leading: Sizes of the axes before the positions: (rows,) or (microbatches, rows).
       length: T.
-      sharding: of every array.
+      sharding: Sharding of every array.
 
     Example:
       >>> abstract_batch(LabeledBatch, (4,), 16).labels
@@ -151,8 +151,8 @@ def abstract_batch(
     return kind(
         **{
             field.name: jax.ShapeDtypeStruct(
-                leading if field.name in kind.of_rows else (*leading, length),
-                np.float32 if field.name in kind.floats else np.int32,
+                leading if field.name in kind.row_fields else (*leading, length),
+                np.float32 if field.name in kind.float_fields else np.int32,
                 sharding=sharding,
             )
             for field in dataclasses.fields(kind)
@@ -161,7 +161,7 @@ def abstract_batch(
 
 
 def padding_share(batch: AnyBatch) -> float:
-    """The share of a batch's positions that hold no token, from 0 to 1.
+    """Returns the share of a batch's positions that are padding, from 0 to 1.
 
     Example:
       >>> row = np.array([[1, 1, 2, 0]], np.int32)

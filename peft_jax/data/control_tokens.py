@@ -1,9 +1,9 @@
-"""Control tokens in others' text: where they stand, so that they can be tokenized as characters.
+"""Locates control tokens in message text, so that they can be tokenized as characters.
 
-A tokenizer reads "<|im_end|>" as the end of a turn wherever it stands. In a user's text, or in an
-answer that a judge is shown, it may be no more than these characters. Which it is can be told only
-before a chat template joins that text with its own, so it is marked there, and the marks are taken
-out of what the template makes.
+A tokenizer reads "<|im_end|>" anywhere as the end of a turn. In a user's text, or in an answer
+shown to a judge, it may be mere characters. This is known only before a chat template combines
+that text with its own. So control tokens are marked in messages, and the marks are removed from
+the rendered text.
 """
 
 import re
@@ -14,7 +14,7 @@ from peft_jax.data.bad_rows import BadRowError
 from peft_jax.data.examples import Span
 
 _BEGIN, _END = "\U000f0000", "\U000f0001"
-"""What stands around a marked token; transformers marks with the same private characters."""
+"""Private characters around a marked token, the same as in transformers."""
 
 # A template's `tojson` may have escaped the marks.
 _MARKS = re.compile(
@@ -23,18 +23,18 @@ _MARKS = re.compile(
 
 
 class ControlTokens:
-    """The control tokens of a tokenizer.
+    """Control tokens of a tokenizer.
 
-    They are its special tokens, and of the tokens that were added to it those that a chat template
-    writes, as transformers has it for `sanitize_control_tokens`. White space is none.
+    They are its special tokens, and those added tokens that a chat template contains, as for
+    `sanitize_control_tokens` in transformers. White space is excluded.
     """
 
     def __init__(self, tokenizer: Any, templates: Iterable[str]):
-        """Finds them.
+        """Collects the control tokens.
 
         Args:
-          tokenizer: a transformers tokenizer.
-          templates: the chat templates.
+          tokenizer: A transformers tokenizer.
+          templates: Chat templates.
         """
         templates = tuple(templates)
         control = [
@@ -43,25 +43,25 @@ class ControlTokens:
             if token.content.strip()
             and (token.special or any(token.content in template for template in templates))
         ]
-        # The longest first: a tokenizer takes a token before the ones that it begins with.
+        # Longest first, since a tokenizer prefers a token to its prefixes.
         longest_first = sorted(control, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     def spans(self, text: str) -> tuple[Span, ...]:
-        """Where control tokens stand in a text."""
+        """Returns the spans of control tokens in a text."""
         return tuple(found.span() for found in self._pattern.finditer(text))
 
     def mark(self, value: Any) -> Any:
-        """A value with marks around the control tokens of its texts, keys too.
+        """Adds marks around control tokens in the strings of a value, including keys.
 
         Raises:
-          BadRowError: if a text has the characters of the marks.
+          BadRowError: A string contains the mark characters.
         """
         if isinstance(value, str):
             if _MARKS.search(value):
                 raise BadRowError(
                     "private characters",
-                    "a text has U+F0000 or U+F0001, which data.split_special_tokens marks with",
+                    "a text has U+F0000 or U+F0001, which data.split_special_tokens uses as marks",
                 )
             return self._pattern.sub(f"{_BEGIN}\\g<0>{_END}", value)
         if isinstance(value, Mapping):
@@ -73,14 +73,14 @@ class ControlTokens:
     def unmark(
         self, text: str, spans: Sequence[Span] = ()
     ) -> tuple[str, tuple[Span, ...], tuple[Span, ...]]:
-        """A text without the marks.
+        """Removes the marks from a text.
 
         Args:
-          text: what a template made of marked texts. It may have cut one of a token's two marks.
-          spans: stretches of it.
+          text: Rendered text with marks. A template may have removed one of a token's two marks.
+          spans: Spans of the text.
 
         Returns:
-          The text, the spans in it, and where it has the tokens that were marked.
+          The text, the shifted spans, and the spans of the marked tokens.
         """
         found = list(_MARKS.finditer(text))
         marks = [mark.span() for mark in found]
@@ -90,7 +90,7 @@ class ControlTokens:
         def moved(position: int) -> int:
             return position - sum(min(b, position) - a for a, b in marks if a < position)
 
-        # One mark of the two is enough.
+        # One of the two marks is sufficient.
         behind = {mark.end() for mark in found if mark["begin"]}
         before = {mark.start() for mark in found if not mark["begin"]}
         plain = [

@@ -1,4 +1,4 @@
-"""What a recipe makes of a row: text with a part to be learned, or a conversation."""
+"""Examples that recipes make of rows: text with a loss mask, or a conversation."""
 
 import dataclasses
 import itertools
@@ -6,42 +6,42 @@ from collections.abc import Mapping
 from typing import Any
 
 Span = tuple[int, int]
-"""The first character of a stretch of text, and one past its last."""
+"""Start and stop of a range of characters."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A stretch of text that is learned, or is not.
+    """A piece of text that is in the loss, or is not.
 
     Attributes:
-      text: the text.
-      learn: whether the loss is taken on its tokens.
-      written: whether a model writes it although it is not learned, as an earlier turn of the
-        assistant's; what goes before it is a prompt, and is tokenized as one.
+      text: Text.
+      in_loss: Whether the tokens are in the loss.
+      generated: Whether a model generates the text although it is not in the loss, as in an earlier
+        turn of the assistant. The text before it is a prompt and is tokenized as one.
     """
 
     text: str
-    learn: bool
-    written: bool = False
+    in_loss: bool
+    generated: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Example:
-    """One row as text: what the model is shown and what it is to say.
+    """A row as text: a prompt and an answer.
 
     Attributes:
-      pieces: the whole text in order; the answer that is evaluated is the last one that is learned,
-        with what is written around it.
-      answer: the reference that a prediction is scored against ("positive", "72").
-      choices: for a classification, every label's text as it would continue the prompt, with its
-        leading space, in the order of the labels.
-      label: the index of the right one among `choices`.
-      value: for a regression, the right number.
-      sentences: for a classification or regression, the texts an encoder reads in the prompt's
-        place.
-      templated: whether a chat template wrote the text, so that it holds its own special tokens
-        and none are added.
-      plain: where a templated text has control tokens that are no more than their characters.
+      pieces: The whole text, in order. The answer is the last piece in the loss, with the
+        generated pieces around it.
+      answer: Reference that a prediction is scored against ("positive", "72").
+      choices: For a classification, the continuation of the prompt for each label, with its leading
+        space, in the order of labels.
+      label: Index of the correct choice.
+      value: For a regression, the correct number.
+      sentences: For a classification or regression, the texts that an encoder reads instead of the
+        prompt.
+      templated: Whether a chat template rendered the text. It then has its own special tokens, and
+        none are added.
+      plain: Spans of control tokens in a templated text that are tokenized as characters.
     """
 
     pieces: tuple[Piece, ...]
@@ -55,61 +55,62 @@ class Example:
 
     @property
     def prompt(self) -> str:
-        """The text before the answer."""
+        """Text before the answer."""
         return "".join(piece.text for piece in self.before_answer)
 
     @property
     def completion(self) -> str:
-        """The answer."""
+        """Text of the answer."""
         begun = itertools.takewhile(_is_written, self.pieces[len(self.before_answer) :])
         return "".join(piece.text for piece in begun)
 
     @property
     def before_answer(self) -> tuple[Piece, ...]:
-        """The pieces before the answer."""
-        last = max(index for index, piece in enumerate(self.pieces) if piece.learn)
+        """Pieces before the answer."""
+        last = max(index for index, piece in enumerate(self.pieces) if piece.in_loss)
         while last and _is_written(self.pieces[last - 1]):
             last -= 1
         return self.pieces[:last]
 
 
 def _is_written(piece: Piece) -> bool:
-    return piece.learn or piece.written
+    return piece.in_loss or piece.generated
 
 
 def prompt_and_completion(prompt: str, completion: str, **others: Any) -> Example:
-    """An example of a prompt that is not learned and an answer that is.
+    """Returns an example of a prompt, and an answer whose tokens are in the loss.
 
     Args:
-      prompt: the prompt; it may be empty.
-      completion: the answer, with the space that parts it from the prompt.
-      **others: the further fields of `Example`.
+      prompt: Prompt; may be empty.
+      completion: Answer, with the space that separates it from the prompt.
+      **others: Other fields of `Example`.
 
     Example:
       >>> example = prompt_and_completion("Sentiment:", " positive", answer="positive")
       >>> example.prompt, example.completion
       ('Sentiment:', ' positive')
     """
-    pieces = (Piece(text=prompt, learn=False),) if prompt else ()
-    return Example(pieces=(*pieces, Piece(text=completion, learn=True)), **others)
+    pieces = (Piece(text=prompt, in_loss=False),) if prompt else ()
+    return Example(pieces=(*pieces, Piece(text=completion, in_loss=True)), **others)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """Messages that a chat template turns into an `Example`.
+    """Messages that a chat template renders as an `Example`.
 
     Attributes:
-      messages: as `apply_chat_template` takes them: dictionaries with "role" and "content".
-      tools: the tools the conversation may call, as `apply_chat_template` takes them.
-      learned: the assistant's messages that are learned, by their indices; None: every one of them.
-      answer: as in `Example`.
-      choices: as in `Example`.
-      label: as in `Example`.
+      messages: Messages in the format of `apply_chat_template`: dictionaries with "role" and
+        "content".
+      tools: Tools that the conversation may call, in the format of `apply_chat_template`.
+      loss_turns: Indices of the assistant's messages in the loss; None: all of them.
+      answer: See `Example`.
+      choices: See `Example`.
+      label: See `Example`.
     """
 
     messages: tuple[Mapping[str, Any], ...]
     tools: tuple[Mapping[str, Any], ...] = ()
-    learned: tuple[int, ...] | None = None
+    loss_turns: tuple[int, ...] | None = None
     answer: str = ""
     choices: tuple[str, ...] = ()
     label: int | None = None

@@ -1,4 +1,4 @@
-"""Local data files: which format a file has, which split it is, and its rows."""
+"""Opens local data files: detects formats and splits, and reads rows."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ from peft_jax.data.tables import (
 )
 
 TEXT_COLUMN = "text"
-"""The column of a plain text file's rows."""
+"""Column of a plain text file's rows."""
 
 SPLIT_NAMES = {
     "train": "train",
@@ -43,19 +43,19 @@ SPLIT_NAMES = {
     "test": "test",
     "devtest": "test",
 }
-"""What a split is called in files' names, and what it is called here."""
+"""Canonical names of splits, by the words for them in file names."""
 
 _QUALIFIERS = ("matched", "mismatched")
-"""What tells two splits of one kind apart in a file's name (MultiNLI's)."""
+"""Words in file names that distinguish two splits of one kind (MultiNLI's)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What a recipe knows of the columns of its files.
+    """Columns of a recipe's files.
 
     Attributes:
-      known: every column name the recipe would take; a first line with one of them is a header.
-      headerless: the columns of the layouts that are published without a header.
+      known: Column names that the recipe reads; a first line with one of them is a header.
+      headerless: Columns of layouts that are published without a header.
     """
 
     known: tuple[str, ...] = ()
@@ -63,48 +63,47 @@ class Layout:
 
 
 def is_data_file(path: Path) -> bool:
-    """Whether a name ends as a data file's does."""
+    """Returns whether a file name has the suffix of a data file."""
     return _format(path) in _READERS
 
 
 def open_file(path: Path, settings: DataSettings, layout: Layout) -> Table:
-    """The rows of one data file, by the ending of its name.
+    """Opens one data file in the format of its suffix.
 
     Args:
-      path: jsonl, ndjson, json, csv, tsv, txt (each of them also with .gz), parquet or arrow.
-      settings: header, column names, quoting and text unit.
-      layout: the columns that are looked for.
+      path: File: jsonl, ndjson, json, csv, tsv, txt (each also with .gz), parquet or arrow.
+      settings: Header, column names, quoting and text unit.
+      layout: Columns of the recipe.
 
     Raises:
-      ValueError: if the format is not known, or the file as a whole cannot be read.
+      ValueError: The format is unknown, or the file cannot be read.
     """
     kind = _format(path)
     if kind not in _READERS:
-        raise ValueError(f"{path}: not a known data format{did_you_mean(kind, _READERS)}")
+        raise ValueError(f"{path} has no known data format{did_you_mean(kind, _READERS)}")
     return _READERS[kind](path, settings, layout)
 
 
 def open_lines(path: Path) -> Table:
-    """The lines of a text file, blank ones too, so that files stay aligned."""
+    """Opens the lines of a text file, including blank ones, which keep files aligned."""
     return RecordTable(path, functools.partial(find_lines, keep_blank=True), _text_row)
 
 
 def find_splits(folder: Path, unwanted: Sequence[str] = ()) -> dict[str, list[Path]]:
-    """The data files of a folder by split, as their names tell.
+    """Finds the data files of a folder and groups them by split.
 
-    A file's split is the word for one in its own name ("train-00000-of-00002.parquet",
-    "dev_matched.tsv"), or else in its folder's.
+    A file's split is named in its own name ("train-00000-of-00002.parquet", "dev_matched.tsv"), or
+    else in its folder's.
 
     Args:
-      folder: the folder; its subfolders are looked into as well.
-      unwanted: files with one of these words in their paths are passed over.
+      folder: Folder, searched with its subfolders.
+      unwanted: Words; files with one of them in their paths are ignored.
 
     Returns:
-      The files of each split, in the order of their names. Files that name no split are the
-      training rows where no file names any.
+      Files of each split, sorted by name. If no file names a split, all files are training rows.
 
     Raises:
-      ValueError: if a split has files of several formats, which may be the same rows twice.
+      ValueError: A split has files of several formats, which may hold the same rows twice.
     """
     splits: dict[str, list[Path]] = {}
     unnamed: list[Path] = []
@@ -123,14 +122,14 @@ def find_splits(folder: Path, unwanted: Sequence[str] = ()) -> dict[str, list[Pa
         if len({_format(path) for path in paths}) > 1:
             names = ", ".join(path.name for path in paths)
             raise ValueError(
-                f"{folder} has files of several formats for {split}: {names}. They may hold the"
-                " same rows; name the file to use in data.path"
+                f"{folder} has files of several formats for {split}: {names}; since they may hold"
+                " the same rows, set data.path to one file"
             )
     return splits
 
 
 def split_of(name: str) -> str:
-    """The split that a file's or folder's name tells, as it is called here; "" if none.
+    """Returns the canonical split in a file's or folder's name; "" if there is none.
 
     Example:
       >>> split_of("train-00000-of-00002.parquet"), split_of("dev_matched.tsv"), split_of("a.json")
@@ -144,7 +143,7 @@ def split_of(name: str) -> str:
 
 
 def missing_file_message(path: Path) -> str:
-    """Why there is nothing at a path, with the near matches in its folder."""
+    """Returns a message for a missing path, with near matches in its folder."""
     folder = path.parent
     while not folder.is_dir():
         folder = folder.parent
@@ -154,7 +153,7 @@ def missing_file_message(path: Path) -> str:
 
 
 def words_of(name: str) -> list[str]:
-    """The words of a file's or folder's name, in lower case.
+    """Splits a file's or folder's name into words in lower case.
 
     Example:
       >>> words_of("XNLI.train-sw.tsv")
@@ -164,7 +163,7 @@ def words_of(name: str) -> list[str]:
 
 
 def _format(path: Path) -> str:
-    """The ending that tells the format, without ".gz"."""
+    """Returns the suffix of the format, without ".gz"."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] == ".gz":
         suffixes.pop()
@@ -178,7 +177,7 @@ def _read_jsonl(path: Path, settings: DataSettings, layout: Layout) -> Table:
 
 
 def _read_json(path: Path, settings: DataSettings, layout: Layout) -> Table:
-    """A JSON array of objects; or, as many files are, one object a line in spite of the name."""
+    """Reads a JSON array of objects or, as in many files of this suffix, one object per line."""
 
     def find(data: Bytes) -> Records:
         letter = first_letter(data)
@@ -187,8 +186,8 @@ def _read_json(path: Path, settings: DataSettings, layout: Layout) -> Table:
         if letter in ("", "{"):
             return find_lines(data)
         raise ValueError(
-            f"{path}: broken JSON: it begins with {letter!r}; it should hold an array of objects,"
-            " or one object a line"
+            f"{path}: broken JSON: it begins with {letter!r}, but must hold an array of objects, or"
+            " one object per line"
         )
 
     return RecordTable(path, find, parse_json)
@@ -215,14 +214,14 @@ def _read_delimited(
 def _columns(
     path: Path, first: list[str], settings: DataSettings, layout: Layout
 ) -> tuple[list[str], bool]:
-    """The names of a csv or tsv file's columns, and whether its first record holds them."""
+    """Returns the column names of a csv or tsv file, and whether its first record holds them."""
     has_header = settings.header
     if has_header is None:
         known = {name.lower() for name in (*layout.known, *settings.columns.values())}
         named = not settings.column_names and any(cell.strip().lower() in known for cell in first)
         fits = settings.column_names or _headerless(first, layout)
-        # A file that looks like neither is taken to have a header, so that the columns it lacks
-        # are reported against the names that stand there.
+        # An unknown layout is treated as having a header, so that errors about missing columns
+        # show the names in the file.
         has_header = named or not fits
     if settings.column_names:
         return list(settings.column_names), bool(settings.header)
@@ -230,9 +229,7 @@ def _columns(
         return [cell.strip() for cell in first], True
     columns = _headerless(first, layout)
     if columns is None:
-        raise ValueError(
-            f"{path}: has no header and {len(first)} columns; name them in data.column_names"
-        )
+        raise ValueError(f"{path} has no header and {len(first)} columns; set data.column_names")
     return list(columns), False
 
 
@@ -262,18 +259,18 @@ def _read_arrow(path: Path, settings: DataSettings, layout: Layout) -> Table:
 
 
 def _open_arrow(load: Callable[[str], Any], path: Path) -> Table:
-    """What a loader of `datasets` makes of a file.
+    """Opens a file with a loader of `datasets`.
 
     Raises:
-      ValueError: the file is damaged, or not of its format.
+      ValueError: The file is damaged, or has another format.
     """
     import pyarrow
     from datasets.exceptions import DatasetsError
 
     try:
         return ArrowTable(load(str(path)), str(path), files=(path,))
-    # A footer or a schema that cannot be read is Arrow's error, which may be a plain OSError; what
-    # lies before it is datasets' own.
+    # An unreadable footer or schema raises Arrow's error, which may be a plain OSError; unreadable
+    # rows raise an error of datasets.
     except (pyarrow.ArrowException, DatasetsError, OSError) as error:
         raise ValueError(f"{path} cannot be read as {_format(path)[1:]}: {error}") from error
 
@@ -295,6 +292,6 @@ _READERS: dict[str, Callable[[Path, DataSettings, Layout], Table]] = {
 
 
 def open_files(paths: Sequence[Path], settings: DataSettings, layout: Layout) -> Table:
-    """The rows of several files, one after the other."""
+    """Opens several files as one table."""
     tables = [open_file(path, settings, layout) for path in paths]
     return tables[0] if len(tables) == 1 else JoinedTable(tables)

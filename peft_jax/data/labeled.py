@@ -1,4 +1,4 @@
-"""Texts, or pairs of texts, with a label, to rows for an encoder."""
+"""Encodes labeled texts or pairs of texts as rows for an encoder."""
 
 import dataclasses
 import unicodedata
@@ -13,7 +13,7 @@ from peft_jax.data.encode import TOO_LONG
 from peft_jax.data.examples import Conversation, Example
 from peft_jax.data.settings import DataSettings
 
-_OF_PROMPTS = (
+_PROMPT_SETTINGS = (
     "chat",
     "chat_template",
     "system_prompt",
@@ -26,50 +26,54 @@ _OF_PROMPTS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncodedText:
-    """One text, or pair, as an encoder reads it.
+    """An encoded text or pair of texts.
 
     Attributes:
-      ids: int32 [n].
-      token_types: int32 [n].
-      label: the label's number, or the number that is to be learned.
-      cut: Number of tokens that were cut off because they did not fit.
+      ids: Int32 [n], tokens.
+      token_types: Int32 [n], token types.
+      label: Index of the label or, in a regression, the target number.
+      truncated: Number of tokens that were truncated.
     """
 
     ids: np.ndarray
     token_types: np.ndarray
     label: float
-    cut: int = 0
+    truncated: int = 0
 
     @property
     def positions(self) -> int:
-        """How many positions it takes."""
+        """Number of positions that it takes."""
         return len(self.ids)
 
 
 class LabeledEncoder:
-    """Makes rows of examples that have sentences and a label.
+    """Encodes examples with sentences and a label as rows.
 
-    The tokenizer puts its own tokens around a text and between the texts of a pair ([CLS] and [SEP]
-    for BERT) and numbers the two. Of a pair that is too long, tokens are cut from the longer of the
-    two, as is usual.
+    The tokenizer adds its special tokens around and between the texts ([CLS] and [SEP] for BERT)
+    and assigns token types. A pair that is too long is truncated at its longer text.
 
     Attributes:
-      tokenizer: the transformers tokenizer.
-      max_length: T, the most tokens of a row, the tokenizer's own included.
-      pad_id: what fills the rest of a row; nothing attends to it.
+      tokenizer: The transformers tokenizer.
+      max_length: T, largest number of tokens per row, including special tokens.
+      pad_id: Padding token; nothing attends to it.
     """
 
     def __init__(self, tokenizer: Any, settings: DataSettings, *, max_length: int):
-        """Checks that the settings can hold for rows without a prompt.
+        """Checks that the settings apply to rows without a prompt.
+
+        Args:
+          tokenizer: A transformers tokenizer.
+          settings: Data settings.
+          max_length: T.
 
         Raises:
-          ValueError: a setting of prompts is given, or long rows are to be split.
+          ValueError: A setting for prompts is set, or `data.too_long` is "split".
         """
-        for name in _OF_PROMPTS:
+        for name in _PROMPT_SETTINGS:
             if getattr(settings, name):
                 raise ValueError(
-                    f"data.{name} is {getattr(settings, name)!r}, but an encoder reads a row's"
-                    " texts as they are, without a prompt"
+                    f"data.{name} is {getattr(settings, name)!r}, but must be unset for an encoder,"
+                    " which reads a row's texts without a prompt"
                 )
         if settings.too_long == "split":
             raise ValueError(
@@ -82,20 +86,20 @@ class LabeledEncoder:
         self._truncates = settings.too_long in (None, "truncate")
 
     def as_example(self, example: Example | Conversation) -> Example:
-        """The example itself.
+        """Returns the example unchanged.
 
         Raises:
-          BadRowError: it is a conversation.
+          BadRowError: It is a conversation.
         """
         if isinstance(example, Conversation):
-            raise BadRowError("wrong type", "an encoder reads texts, and this is a conversation")
+            raise BadRowError("wrong type", "an encoder reads texts, not conversations")
         return example
 
     def encode(self, example: Example | Conversation) -> list[EncodedText]:
-        """The example as one row.
+        """Encodes an example as one sequence.
 
         Raises:
-          BadRowError: it has no sentences or no label, or is too long and not to be truncated.
+          BadRowError: It has no sentences or no label, or is too long and must not be truncated.
         """
         example = self.as_example(example)
         label = example.label if example.value is None else example.value
@@ -105,28 +109,28 @@ class LabeledEncoder:
             *example.sentences,
             truncation="longest_first" if self._truncates else False,
             max_length=self.max_length if self._truncates else None,
-            # A tokenizer that numbers no texts (RoBERTa's) says nothing, which stands for zeros.
+            # Tokenizers without token types (RoBERTa's) return none, which means zeros.
             return_token_type_ids="token_type_ids" in self.tokenizer.model_input_names,
         )
         ids = np.array(encoded["input_ids"], np.int32)
         if len(ids) > self.max_length:
-            detail = f"{len(ids)} tokens, and at most {self.max_length} fit"
+            detail = f"{len(ids)} tokens, but at most {self.max_length} fit"
             raise BadRowError(TOO_LONG, detail, tokens=len(ids))
-        cut = 0
+        truncated = 0
         if self._truncates and len(ids) == self.max_length:
             whole = self.tokenizer(*example.sentences, truncation=False, verbose=False)
-            cut = len(whole["input_ids"]) - len(ids)
+            truncated = len(whole["input_ids"]) - len(ids)
         types = np.array(encoded.get("token_type_ids", np.zeros_like(ids)), np.int32)
-        return [EncodedText(ids=ids, token_types=types, label=float(label), cut=cut)]
+        return [EncodedText(ids=ids, token_types=types, label=float(label), truncated=truncated)]
 
     def lost_characters(self, example: Example | Conversation) -> set[str]:
-        """The characters that the tokens do not give back; white space, case and accents aside."""
+        """Returns the characters lost by tokenization, except white space, case and accents."""
         text = " ".join(self.as_example(example).sentences)
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return _letters(text) - _letters(self.tokenizer.decode(ids))
 
     def fill_row(self, texts: Sequence[EncodedText]) -> LabeledBatch:
-        """One row, fields [T] and []; of no text a row without loss."""
+        """Builds one row, fields [T] and []; without a text, a row of padding."""
         tokens = np.full(self.max_length, self.pad_id, np.int32)
         types, segments = np.zeros((2, self.max_length), np.int32)
         for text in texts:
@@ -143,6 +147,6 @@ class LabeledEncoder:
 
 
 def _letters(text: str) -> set[str]:
-    """The characters of a text, without case, accents and white space."""
+    """Returns the characters of a text, without case, accents and white space."""
     plain = unicodedata.normalize("NFKD", text).casefold()
     return {c for c in plain if not c.isspace() and not unicodedata.combining(c)}

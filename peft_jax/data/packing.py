@@ -1,4 +1,4 @@
-"""Sequences into rows of fixed length: packed, or one to a row."""
+"""Arranges sequences in rows of fixed length, packed or one per row."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -14,19 +14,19 @@ _Row = TypeVar("_Row", bound=AnyBatch)
 
 
 def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Puts items into as few bins as is quick: the longest first, each into the first bin it fits.
+    """Packs items into bins: the longest first, each into the first bin that has room.
 
-    It uses at most 11/9 of the fewest bins possible, plus 6/9 (Dósa, 2007).
+    It uses at most 11/9 of the optimal number of bins, plus 6/9 (Dósa, 2007).
 
     Args:
-      lengths: the items' lengths, each from 1 to `capacity`.
-      capacity: what a bin holds.
+      lengths: Length of each item, from 1 to `capacity`.
+      capacity: Capacity of a bin.
 
     Returns:
-      The items of each bin, by index.
+      Indices of the items in each bin.
 
     Raises:
-      ValueError: if an item is longer than a bin.
+      ValueError: An item is longer than `capacity`.
 
     Example:
       >>> first_fit_decreasing([3, 5, 2, 4], 7)
@@ -49,16 +49,16 @@ def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int
 
 
 def fill_row(sequences: Sequence[Encoded], max_length: int, pad_id: int) -> Batch:
-    """One row, [max_length], of sequences one after the other, padded on the right.
+    """Builds one row of consecutive sequences, padded on the right.
 
     Args:
-      sequences: what goes in; n tokens take n - 1 positions, as all but the last are read and all
-        but the first are predicted.
+      sequences: Sequences. Each of n tokens takes n - 1 positions: all but the last are inputs,
+        all but the first are targets.
       max_length: T.
-      pad_id: what fills the rest of `tokens` and `targets`.
+      pad_id: Padding of `tokens` and `targets`.
 
     Returns:
-      A `Batch` whose fields have one axis, [T].
+      A `Batch` of fields [T].
     """
     tokens = np.full(max_length, pad_id, np.int32)
     targets = np.full(max_length, pad_id, np.int32)
@@ -70,7 +70,7 @@ def fill_row(sequences: Sequence[Encoded], max_length: int, pad_id: int) -> Batc
         stop = start + sequence.positions
         tokens[start:stop] = sequence.ids[:-1]
         targets[start:stop] = sequence.ids[1:]
-        loss_mask[start:stop] = sequence.learn[1:]
+        loss_mask[start:stop] = sequence.loss_mask[1:]
         positions[start:stop] = np.arange(sequence.positions)
         segment_ids[start:stop] = number
         start = stop
@@ -84,21 +84,21 @@ def fill_row(sequences: Sequence[Encoded], max_length: int, pad_id: int) -> Batc
 
 
 def stack_rows(rows: Sequence[_Row]) -> _Row:
-    """Rows [T] into a batch [B, T]."""
+    """Stacks rows [T] to a batch [B, T]."""
     kind = type(rows[0])
     fields = [field.name for field in dataclasses.fields(kind)]
     return kind(**{name: np.stack([getattr(row, name) for row in rows]) for name in fields})
 
 
 class RowsDataset(grain.IterDataset):
-    """Rows of fixed length from an endless stream of token sequences.
+    """Builds rows of fixed length from an endless stream of token sequences.
 
-    The stream's elements are lists of sequences: a row of the data may make several. As many
-    elements as the window has are taken at a time, their sequences put into rows, and the rows
-    given out in a random order; without packing every sequence is its own row, in order.
+    The elements of the stream are lists of sequences, since a row of the data may give several.
+    With packing, the sequences of a window of elements are packed into rows, which are yielded in
+    random order. Without packing, every sequence is a row, in order.
 
-    The state is the stream's state where the window began, and how many of its rows were given out:
-    a few numbers, whatever the window holds. Going on from it reads that one window again.
+    The state is the stream's state at the start of the window, and the number of its rows yielded
+    so far. Resuming reads that window again.
     """
 
     def __init__(
@@ -112,16 +112,16 @@ class RowsDataset(grain.IterDataset):
         shuffle: bool,
         seed: int,
     ):
-        """Takes the stream and how its sequences are put into rows.
+        """Wraps the stream.
 
         Args:
-          parent: gives lists of `Encoded`.
+          parent: Stream of lists of `Encoded`.
           max_length: T.
-          fill: makes a row of its sequences.
-          packing: several sequences to a row.
-          window: how many elements are packed at a time.
-          shuffle: give out a window's rows in a random order.
-          seed: of that order.
+          fill: Builds a row from its sequences.
+          packing: Whether several sequences share a row.
+          window: Number of elements that are packed together.
+          shuffle: Whether to yield a window's rows in random order.
+          seed: Seed of that order.
         """
         super().__init__(parent)
         self.max_length = max_length
@@ -132,12 +132,12 @@ class RowsDataset(grain.IterDataset):
         self.seed = seed
 
     def __iter__(self) -> grain.DatasetIterator:
-        """A stream of rows as `fill` makes them."""
+        """Returns the iterator of rows."""
         return _RowsIterator(iter(self._parent), self)
 
 
 class _RowsIterator(grain.DatasetIterator):
-    """See `RowsDataset`."""
+    """Iterator of `RowsDataset`."""
 
     def __init__(self, parent: grain.DatasetIterator, dataset: RowsDataset):
         super().__init__(parent)
@@ -145,7 +145,7 @@ class _RowsIterator(grain.DatasetIterator):
         self._restart(window=0, row=0)
 
     def _restart(self, *, window: int, row: int) -> None:
-        """From the parent's present state, with the first rows of its window given out already."""
+        """Starts a window at the parent's present state, after its first `row` rows."""
         self._window_state = self._parent.get_state()
         self._window = window
         self._row = row

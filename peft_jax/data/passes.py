@@ -1,4 +1,4 @@
-"""How many rows of a batch one pass over the data fills, and how many steps several passes take."""
+"""Counts the batch rows that passes over the data fill."""
 
 import itertools
 import math
@@ -10,11 +10,11 @@ from peft_jax.data.packing import first_fit_decreasing
 
 _PACKED_PASSES = 4
 _PACKED_WINDOWS = 256
-"""The least that is packed to count the rows of many passes: passes, or windows."""
+"""Numbers of passes and windows that are packed at least; more passes are extrapolated."""
 
 
 class Lengths:
-    """The positions that each row's sequences take, for the rows that have been encoded.
+    """Positions of each encoded row's sequences.
 
     Args:
       rows: Number of rows of the data.
@@ -23,43 +23,43 @@ class Lengths:
     def __init__(self, rows: int):
         self._rows = rows
         self._of_row: dict[int, tuple[int, ...]] = {}
-        # Few rows differ from all others, so equal tuples are held once.
+        # Most rows share their lengths with others, so equal tuples are stored once.
         self._known: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     def add(self, row: int, positions: Sequence[int]) -> None:
-        """Notes the sequences of a row; none for a row that cannot be used."""
+        """Records the positions of a row's sequences; empty for a row that cannot be used."""
         found = tuple(positions)
         self._of_row[row] = self._known.setdefault(found, found)
 
     def __len__(self) -> int:
-        """Number of rows that have been noted."""
+        """Returns the number of recorded rows."""
         return len(self._of_row)
 
     def __contains__(self, row: object) -> bool:
-        """Whether a row has been noted."""
+        """Returns whether a row has been recorded."""
         return row in self._of_row
 
     def __getitem__(self, row: int) -> tuple[int, ...]:
-        """The positions of each sequence of a row."""
+        """Returns the positions of each sequence of a row."""
         return self._of_row[row]
 
     @property
     def whole(self) -> bool:
-        """Whether every row of the data has been noted."""
+        """Whether every row of the data has been recorded."""
         return len(self) == self._rows
 
     @property
     def usable(self) -> int:
-        """Number of noted rows that have a sequence."""
+        """Number of recorded rows that have a sequence."""
         return sum(1 for positions in self._of_row.values() if positions)
 
     @property
     def sequences(self) -> int:
-        """Number of sequences of all noted rows."""
+        """Number of sequences of all recorded rows."""
         return sum(len(positions) for positions in self._of_row.values())
 
     def __iter__(self) -> Iterator[int]:
-        """The noted rows, in the order in which they were noted."""
+        """Yields the recorded rows, in the order of recording."""
         return iter(self._of_row)
 
 
@@ -72,21 +72,20 @@ def count_rows(
     window: int,
     max_length: int,
 ) -> int:
-    """Returns how many rows of batches the stream fills in so many passes over the usable rows.
+    """Returns the number of batch rows that `passes` over the usable rows fill.
 
-    Without packing every sequence fills a row. With packing, the stream packs `window` usable rows
-    of the data at a time, and this packs the same windows. Of a window that the last pass ends in,
-    the part is counted that belongs to the pass. Passes beyond the first few are not packed, but
-    taken to fill as many rows as those. The result depends on the data, the settings and
-    the seed alone, so it is the same on every process and whenever a run is resumed.
+    Without packing, every sequence fills a row. With packing, the windows of the stream are packed
+    in the same way as the stream does. The last window counts in proportion to its part of the last
+    pass. Only the first few passes are packed, and more are extrapolated. The result depends on the
+    data, the settings and the seed alone, so it is the same on every process and in a resumed run.
 
     Args:
-      lengths: what each row of `order` takes.
-      order: the rows of the data in the order of the stream, without end.
-      passes: Number of passes, which need not be whole.
-      packing: whether several sequences share a row.
-      window: Number of rows of the data that are packed at a time.
-      max_length: positions of a row.
+      lengths: Positions of each row of `order`.
+      order: Endless order of the rows in the stream.
+      passes: Number of passes, which may be fractional.
+      packing: Whether several sequences share a row.
+      window: Number of rows of the data that are packed together.
+      max_length: Number of positions per row.
 
     Example:
       >>> lengths = Lengths(3)
@@ -114,7 +113,7 @@ def count_rows(
 
 
 def _exact(number: float) -> float:
-    """A product without the rounding error that would take `ceil` one further.
+    """Removes the rounding error of a product, which would make `ceil` too large by one.
 
     Example:
       >>> 0.07 * 100, _exact(0.07 * 100)

@@ -1,4 +1,4 @@
-"""From settings to batches: the training stream and the held-out set."""
+"""Builds the training stream and the held-out set from settings."""
 
 import collections
 import copy
@@ -36,16 +36,16 @@ from peft_jax.data.totals import Origin, RowTotals
 _STATE_VERSION = 2
 _ROWS_LOOKED_AT = 64
 _READ_FOR_ONE_ENCODED = 10
-"""So many times the rows that the check encodes are read by it: reading takes far less time."""
+"""Number of rows read per row encoded by the check; reading is far cheaper."""
 
 _LONG_CHECK = 15.0
-"""Seconds after which the check says how long it takes."""
+"""Seconds after which the check reports its estimated duration."""
 
 _UNKNOWN, _LEFT_OUT, _USED, _TRUNCATED = range(4)
-"""What became of a row."""
+"""Outcome of a row."""
 
 _TEMPLATE = "chat template"
-"""Why a row cannot be used that the chat template refuses or fails on."""
+"""Reason of rows that the chat template rejects or fails on."""
 
 
 def build_data(
@@ -58,38 +58,36 @@ def build_data(
     labeled: bool = False,
     say: Callable[[str], None] = logging.info,
 ) -> tuple["TrainData", "EvalData"]:
-    """The training stream and the held-out set of a run.
+    """Builds the training stream and the held-out set of a run.
 
-    Where several processes train together, each of them makes the whole stream and hands its
-    devices their rows of every batch: the batches, and a position in the stream, are then the same
-    for any number of processes and any mesh. What that costs is tokenizing, in a background thread.
+    With several processes, each builds the whole stream and gives its devices their rows of every
+    batch. So batches and stream positions are the same for any number of processes and any mesh.
+    Each process tokenizes all rows, in a background thread.
 
     Args:
-      settings: what data, and what is made of it.
-      tokenizer: a transformers tokenizer. A copy of it is used, in a background thread.
-      batch_size: the rows of a batch, over all devices and processes.
-      max_length: T, the positions of a row.
-      seed: of the order of the rows.
-      labeled: rows for an encoder with a head: `LabeledBatch`es in place of `Batch`es, a text or
-        pair of texts to a row (never packed), and long ones truncated where the settings say
-        nothing else.
-      say: Told of a check that takes long.
+      settings: Data settings.
+      tokenizer: A transformers tokenizer; a copy is used in a background thread.
+      batch_size: B, number of rows per batch over all devices and processes.
+      max_length: T, number of positions per row.
+      seed: Seed of the order of rows.
+      labeled: Whether to build `LabeledBatch`es, for an encoder with a head. A row then holds one
+        text or pair of texts, is never packed, and is truncated by default if it is too long.
+      say: Called with a message if the check of rows takes long.
 
     Returns:
-      An endless iterator of `Batch`es of [batch_size, max_length] whose state can be taken and set;
-      and the held-out batches of the same shape, a sequence that is empty if there are no held-out
-      rows.
+      The training stream, an endless iterator of `Batch`es [B, T] with a state; and the held-out
+      batches of the same shape, a sequence that is empty if there are no held-out rows.
 
     Raises:
-      ValueError: if settings do not fit the data or each other, or bad rows are to stop the run.
-      FileNotFoundError: if a path leads nowhere.
+      ValueError: Settings do not fit the data or each other, or bad rows are an error.
+      FileNotFoundError: A path does not exist.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     recipe = get_recipe(settings.recipe).configured(settings)
     sources = open_sources(settings, recipe, seed=seed)
     warn_of_unread_columns(recipe, sources.train)
-    # Another thread tokenizes, and a fast tokenizer that two threads use at once may refuse.
+    # A background thread tokenizes, and a fast tokenizer may fail if two threads use it.
     own_tokenizer = copy.deepcopy(tokenizer)
     encoder: Encoder | LabeledEncoder
     if labeled:
@@ -102,7 +100,7 @@ def build_data(
         MemoryTable([], "no held-out rows") if sources.held_out is None else sources.held_out,
         reader,
         origin=sources.held_out_origin,
-        otherwise=_without_held_out(settings, sources),
+        fallback_advice=_without_held_out(settings, sources),
         packing=settings.packing,
         batch_size=batch_size,
     )
@@ -119,15 +117,15 @@ def build_data(
 
 
 def _without_held_out(settings: DataSettings, sources: Sources) -> str:
-    """How to do without the held-out rows of a run."""
-    instead = "measure on rows taken from the training rows, set data.hold_out=0.05"
+    """Returns advice on how to avoid the held-out rows of a run."""
+    instead = "evaluate on rows taken from the training rows, set data.hold_out=0.05"
     for name in ("eval_path", "eval_split"):
         if getattr(settings, name):
-            return f"To {instead} and leave data.{name} out."
+            return f"To {instead} and leave data.{name} empty."
     train, held_out = sources.train_origin, sources.held_out_origin
     if (train.name, train.split) != (held_out.name, held_out.split):
         return f"To {instead}."
-    return "To train without measuring on held-out rows, set data.hold_out=0."
+    return "To train without evaluating on held-out rows, set data.hold_out=0."
 
 
 def _make_encoder(
@@ -153,7 +151,7 @@ def _make_encoder(
 
 
 class _Reader:
-    """Rows to examples to token sequences."""
+    """Reads rows, and turns them into examples and token sequences."""
 
     def __init__(self, recipe: Recipe, encoder: Encoder | LabeledEncoder, settings: DataSettings):
         self.recipe = recipe
@@ -161,10 +159,10 @@ class _Reader:
         self.settings = settings
 
     def example(self, table: Table, index: int) -> Example | Conversation:
-        """What the recipe makes of a row, as a conversation if the settings ask for one.
+        """Returns the example of a row, as a conversation if `data.chat` is set.
 
         Raises:
-          BadRowError: the row cannot be used, for whatever reason.
+          BadRowError: The row cannot be used.
         """
         with as_bad_row():
             example = self._example(table[index])
@@ -172,10 +170,10 @@ class _Reader:
             return example
 
     def encode(self, table: Table, index: int) -> tuple[Example, list[Any]]:
-        """A row as an example and as its token sequences.
+        """Returns the example of a row and its token sequences.
 
         Raises:
-          BadRowError: the row cannot be used, for whatever reason.
+          BadRowError: The row cannot be used.
         """
         example = self.example(table, index)
         with as_bad_row():
@@ -184,10 +182,10 @@ class _Reader:
             return rendered, self.encoder.encode(rendered)
 
     def lost_characters(self, table: Table, index: int) -> set[str]:
-        """The characters of a row that its tokens do not give back.
+        """Returns the characters of a row that are lost by tokenization.
 
         Raises:
-          BadRowError: the row cannot be used, for whatever reason.
+          BadRowError: The row cannot be used.
         """
         example = self.example(table, index)
         with as_bad_row():
@@ -195,7 +193,7 @@ class _Reader:
 
     @property
     def tokens_beyond_positions(self) -> int:
-        """Number of tokens of a sequence beyond the positions that it takes."""
+        """Number of tokens of a sequence beyond its positions."""
         return 0 if isinstance(self.encoder, LabeledEncoder) else 1
 
     def _example(self, row: Row) -> Example | Conversation:
@@ -213,24 +211,24 @@ class _Reader:
         )
 
     def fill_row(self, sequences: Sequence[Any]) -> AnyBatch:
-        """One row of sequences."""
+        """Builds one row from sequences."""
         if isinstance(self.encoder, LabeledEncoder):
             return self.encoder.fill_row(sequences)
         return fill_row(sequences, self.encoder.max_length, self.encoder.pad_id)
 
-    def stops(self, error: BadRowError) -> bool:
-        """Whether a row with this fault ends the run."""
+    def is_fatal(self, error: BadRowError) -> bool:
+        """Returns whether a row with this fault is_fatal the run."""
         if error.reason == TOO_LONG:
             return self.recipe.too_long == "error"
         return self.settings.on_bad_row == "error"
 
-    def describe(self, bad_rows: BadRows, total: int, otherwise: str = "") -> str:
-        """Rows that end the run, and what would help.
+    def describe(self, bad_rows: BadRows, total: int, fallback_advice: str = "") -> str:
+        """Returns a message on rows that stop the run, with advice.
 
         Args:
-          bad_rows: those that cannot be used.
+          bad_rows: Bad rows.
           total: Number of rows that were read.
-          otherwise: how to do without these rows, where none of them is left.
+          fallback_advice: Advice for the case that no row can be used.
         """
         reasons = set(bad_rows.counts)
         if len(bad_rows) < total:
@@ -240,18 +238,18 @@ class _Reader:
             advice.append(f"Raise train.max_length, or set data.too_long to {self._keeps_long}.")
         if reasons == {_TEMPLATE}:
             advice.append(
-                "The chat template takes none of the rows: name another in data.chat_template, or"
-                " give rows that it takes."
+                "The chat template rejects all rows: set data.chat_template to another, or provide"
+                " rows that it accepts."
             )
-        if otherwise:
-            advice.append(otherwise)
+        if fallback_advice:
+            advice.append(fallback_advice)
         return f"{bad_rows.describe(total)}\n{' '.join(advice)}"
 
     def advice(self, reasons: Collection[str]) -> str:
-        """What would help against rows with these faults, where others can be used."""
+        """Returns advice against rows with these faults, if other rows can be used."""
         advice = []
         if self.settings.on_bad_row == "error" and set(reasons) - {TOO_LONG}:
-            advice.append("Set data.on_bad_row=skip to go on without such rows.")
+            advice.append("Set data.on_bad_row=skip to continue without such rows.")
         if self.recipe.too_long == "error" and TOO_LONG in reasons:
             advice.append(
                 "For rows that are too long, raise train.max_length, or set data.too_long to skip,"
@@ -261,13 +259,13 @@ class _Reader:
 
     @property
     def _keeps_long(self) -> str:
-        """The values of data.too_long that use some of a row that is too long."""
+        """Values of data.too_long that keep a part of a long row."""
         # A row with one label cannot be split.
         return "truncate" if isinstance(self.encoder, LabeledEncoder) else "truncate or split"
 
 
 def _check_text(example: Example | Conversation) -> None:
-    """Rejects text that no tokenizer can be given."""
+    """Rejects text that no tokenizer accepts."""
     if isinstance(example, Conversation):
         check_unicode((*example.messages, *example.tools))
     else:
@@ -275,11 +273,12 @@ def _check_text(example: Example | Conversation) -> None:
 
 
 class TrainData(Iterator[AnyBatch]):
-    """An endless stream of training batches whose state can be taken and set.
+    """An endless stream of training batches with a state.
 
     Attributes:
-      bad_rows: the rows that could not be used, of those that were met.
-      files: the files that the rows are read from.
+      bad_rows: Bad rows found so far.
+      encoder: Encoder of the rows.
+      files: Files that the rows are read from.
     """
 
     def __init__(
@@ -303,7 +302,7 @@ class TrainData(Iterator[AnyBatch]):
         self._say = say
         self._settings = settings
         self._batch_size = batch_size
-        self._became = np.full(len(table), _UNKNOWN, np.uint8)
+        self._outcomes = np.full(len(table), _UNKNOWN, np.uint8)
         self._truncated: dict[int, int] = {}
         self._lengths = Lengths(len(table))
         self._tried = 0
@@ -312,7 +311,7 @@ class TrainData(Iterator[AnyBatch]):
         self._batches = 0
         self._check(settings.check_rows)
         self._warn_of_lost_text()
-        # What a state is only good for: the same rows, in the same order, cut the same way.
+        # A state is valid only for the same rows, in the same order, batched in the same way.
         self._identity = {
             "version": _STATE_VERSION,
             "recipe": settings.recipe,
@@ -348,14 +347,14 @@ class TrainData(Iterator[AnyBatch]):
         self._iterator = iter(batches)
 
     def __iter__(self) -> "TrainData":
-        """Itself."""
+        """Returns itself."""
         return self
 
     def __next__(self) -> Any:
-        """The next batch; there always is one.
+        """Returns the next batch; the stream never ends.
 
         Raises:
-          ValueError: if a row cannot be used and the settings make that an error, or if none can.
+          UnusableRowsError: A bad row is an error by the settings, or no row can be used.
         """
         batch = next(self._iterator)
         self._padding += padding_share(batch)
@@ -363,14 +362,14 @@ class TrainData(Iterator[AnyBatch]):
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        """Where the stream is, after the last batch that was given out; JSON can hold it."""
+        """Returns the position after the last batch returned, as JSON values."""
         return {**self._identity, "iterator": self._iterator.get_state()}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on from a state that `get_state` gave, bit for bit.
+        """Resumes from a state of `get_state`, with identical batches.
 
         Raises:
-          ValueError: if the state belongs to other rows, or another order or cut of them.
+          ValueError: The state belongs to other rows, or to another order or batching of them.
         """
         changed = [
             f"{name} was {state.get(name)} and is {value}"
@@ -379,7 +378,7 @@ class TrainData(Iterator[AnyBatch]):
         ]
         if changed:
             raise ValueError(
-                f"the data is not what it was when its position was saved: {'; '.join(changed)}"
+                f"the data differs from that of the saved position: {'; '.join(changed)}"
             )
         self._iterator.set_state(state["iterator"])
 
@@ -389,18 +388,18 @@ class TrainData(Iterator[AnyBatch]):
 
     @property
     def padding_share(self) -> float:
-        """The share of padding in the batches given out so far."""
+        """Share of padding in the batches returned so far."""
         return self._padding / max(self._batches, 1)
 
     def __len__(self) -> int:
-        """How many rows the data has."""
+        """Returns the number of rows of the data."""
         return len(self._table)
 
     @property
     def totals(self) -> RowTotals:
-        """How many rows there are, are used and are left out, of those met so far."""
-        counts = np.bincount(self._became, minlength=4)
-        left_out = lambda row: self._became[row] == _LEFT_OUT  # noqa: E731
+        """Counts of the rows encoded so far."""
+        counts = np.bincount(self._outcomes, minlength=4)
+        left_out = lambda row: self._outcomes[row] == _LEFT_OUT  # noqa: E731
         return RowTotals(
             what=self.bad_rows.what,
             origin=self._origin,
@@ -414,29 +413,29 @@ class TrainData(Iterator[AnyBatch]):
 
     @property
     def warnings(self) -> list[str]:
-        """What a user should know of the rows before the run begins."""
+        """Warnings to show before the run begins."""
         return self.totals.warnings(
             max_length=self.encoder.max_length, extra=self._reader.tokens_beyond_positions
         )
 
     def count_steps(self, epochs: float) -> int:
-        """Returns the number of steps that so many passes over the usable rows take.
+        """Returns the number of steps of `epochs` passes over the usable rows.
 
-        Encodes the rows that have not been encoded yet. The last batch is filled up from the next
+        Rows that have not been encoded yet are encoded. The last batch is completed from the next
         pass.
 
         Raises:
-          UnusableRowsError: a row cannot be used, and the settings make that an error.
+          UnusableRowsError: A bad row is an error by the settings.
         """
         if not self._lengths.whole:
             self._check(None)
         return -(-self._count_rows(epochs) // self._batch_size)
 
     def passes(self, steps: int) -> float | None:
-        """Returns the number of passes over the usable rows that so many steps make.
+        """Returns the number of passes over the usable rows in `steps` steps.
 
-        It is estimated from the rows that the check encoded, where these are not all; None where
-        it encoded none.
+        If only some rows were encoded by the check, it is estimated from them. If none was, it is
+        None.
         """
         if not self._lengths.usable:
             return None
@@ -454,7 +453,7 @@ class TrainData(Iterator[AnyBatch]):
         return self._lengths.whole
 
     def _count_rows(self, passes: float) -> int:
-        """Number of rows of batches in so many passes over the rows that have been encoded."""
+        """Returns the number of batch rows in `passes` passes over the encoded rows."""
         if self._lengths.whole:
             order: Iterator[int] = (int(self._order[index]) for index in itertools.count())
             window = self._window
@@ -471,17 +470,17 @@ class TrainData(Iterator[AnyBatch]):
         )
 
     def _check(self, limit: int | None) -> None:
-        """Encodes rows, so that bad ones are found before the first step and not hours later.
+        """Encodes rows before the first step, to find bad rows early.
 
         Args:
-          limit: Number of rows to encode, evenly spread over the data; None: all of them. Ten times
-            as many are read.
+          limit: Number of rows to encode, evenly spread over the data; None: all. Ten times as
+            many are read.
         """
         size = len(self._table)
         encoded = _spread(size, limit)
         read = _spread(size, None if limit is None else limit * _READ_FOR_ONE_ENCODED)
         read = np.union1d(encoded, read)
-        stops = False
+        is_fatal = False
         began, is_told = time.monotonic(), False
         pairs = zip(read.tolist(), np.isin(read, encoded).tolist(), strict=True)
         for done, (index, whole) in enumerate(pairs):
@@ -501,13 +500,13 @@ class TrainData(Iterator[AnyBatch]):
                     self._reader.example(self._table, index)
             except BadRowError as error:
                 self.bad_rows.add(index, self._table.where(index), error)
-                stops |= self._reader.stops(error)
+                is_fatal |= self._reader.is_fatal(error)
             if whole:
                 self._lengths.add(index, positions)
-        _report(self.bad_rows, len(read), self._reader, stops=stops)
+        _report(self.bad_rows, len(read), self._reader, is_fatal=is_fatal)
 
     def _warn_of_lost_text(self) -> None:
-        """Looks at a few rows for characters that the tokenizer has no token for."""
+        """Warns if the tokenizer has no token for some characters of a sample of rows."""
         number = min(_ROWS_LOOKED_AT, len(self._table))
         lost: collections.Counter[str] = collections.Counter()
         for index in range(0, len(self._table), len(self._table) // number):
@@ -518,30 +517,30 @@ class TrainData(Iterator[AnyBatch]):
         if lost:
             shown = " ".join(character for character, _ in lost.most_common(20))
             logging.warning(
-                "The tokenizer has no token for some characters of the data, which the model will"
-                " neither see nor write: %s",
+                "The tokenizer has no token for some characters of the data, which the model can"
+                " neither read nor write: %s",
                 shown,
             )
 
     def _read(self, index: int) -> list[Any]:
-        """A row's token sequences.
+        """Returns a row's token sequences, and records its outcome.
 
         Raises:
-          BadRowError: the row cannot be used.
+          BadRowError: The row cannot be used.
         """
         try:
             _, sequences = self._reader.encode(self._table, index)
         except BadRowError:
-            self._became[index] = _LEFT_OUT
+            self._outcomes[index] = _LEFT_OUT
             raise
-        cut = sum(sequence.cut for sequence in sequences)
-        self._became[index] = _TRUNCATED if cut else _USED
+        cut = sum(sequence.truncated for sequence in sequences)
+        self._outcomes[index] = _TRUNCATED if cut else _USED
         if cut:
             self._truncated[index] = sum(len(sequence.ids) for sequence in sequences) + cut
         return sequences
 
     def _encode(self, index: int) -> list[Any] | None:
-        """A row's token sequences; None if it cannot be used."""
+        """Returns a row's token sequences; None if it cannot be used."""
         index = int(index)
         sequences = None
         try:
@@ -549,7 +548,7 @@ class TrainData(Iterator[AnyBatch]):
         except BadRowError as error:
             where = self._table.where(index)
             is_news = self.bad_rows.add(index, where, error)
-            if self._reader.stops(error):
+            if self._reader.is_fatal(error):
                 advice = self._reader.advice({error.reason})
                 message = f"{self.bad_rows.what}: {where}: {error}\n{advice}"
                 raise UnusableRowsError(message) from None
@@ -563,7 +562,7 @@ class TrainData(Iterator[AnyBatch]):
 
 
 def _spread(size: int, number: int | None) -> np.ndarray:
-    """int64 [n], at most `number` indices below `size`, evenly spread, the first and the last.
+    """Returns int64 [n], at most `number` indices below `size`, evenly spread from first to last.
 
     Example:
       >>> _spread(10, 4).tolist(), _spread(3, None).tolist(), _spread(3, 0).tolist()
@@ -575,39 +574,40 @@ def _spread(size: int, number: int | None) -> np.ndarray:
 
 
 def _report(
-    bad_rows: BadRows, total: int, reader: _Reader, *, stops: bool, otherwise: str = ""
+    bad_rows: BadRows, total: int, reader: _Reader, *, is_fatal: bool, fallback_advice: str = ""
 ) -> None:
-    """Says what is wrong with the rows that were read.
+    """Reports the bad rows among those that were read.
 
     Args:
-      bad_rows: those that cannot be used.
+      bad_rows: Bad rows.
       total: Number of rows that were read.
-      reader: has read them.
-      stops: whether the settings make that an error.
-      otherwise: how to do without these rows, where none of them is left.
+      reader: Reader of the rows.
+      is_fatal: Whether bad rows are an error.
+      fallback_advice: Advice for the case that no row can be used.
 
     Raises:
-      UnusableRowsError: if the settings make that an error, or none of the rows can be used.
+      UnusableRowsError: Bad rows are an error by the settings, or no row can be used.
     """
     if not len(bad_rows):
         return
-    if stops or len(bad_rows) == total:
-        raise UnusableRowsError(reader.describe(bad_rows, total, otherwise))
+    if is_fatal or len(bad_rows) == total:
+        raise UnusableRowsError(reader.describe(bad_rows, total, fallback_advice))
     logging.warning("%s", bad_rows.describe(total))
 
 
 class EvalData(Sequence[AnyBatch]):
-    """The held-out batches, always the same ones, and their rows as text.
+    """The held-out batches, the same in every evaluation, and their rows as text.
 
-    The last batch is filled up with rows that hold no token and no loss.
+    The last batch is completed with rows of padding, which are not in the loss.
 
     Attributes:
-      recipe: the recipe.
-      encoder: the encoder.
-      bad_rows: the rows that cannot be used.
-      examples: the others, as text.
-      totals: how many rows there are, are used and are left out.
-      warnings: what a user should know of them before the run begins.
+      recipe: Recipe of the rows.
+      encoder: Encoder of the rows.
+      files: Files that the rows are read from.
+      bad_rows: Rows that cannot be used.
+      examples: The other rows, as text.
+      totals: Counts of the rows.
+      warnings: Warnings to show before the run begins.
     """
 
     def __init__(
@@ -616,19 +616,19 @@ class EvalData(Sequence[AnyBatch]):
         reader: _Reader,
         *,
         origin: Origin,
-        otherwise: str,
+        fallback_advice: str,
         packing: bool,
         batch_size: int,
     ):
         """Reads and tokenizes every held-out row.
 
         Args:
-          table: the rows.
-          reader: makes examples and sequences of them.
-          origin: where they come from.
-          otherwise: how to do without them.
-          packing: several sequences to a row.
-          batch_size: the rows of a batch.
+          table: Held-out rows.
+          reader: Reader of the rows.
+          origin: Source of the rows.
+          fallback_advice: Advice for the case that no row can be used.
+          packing: Whether several sequences share a row.
+          batch_size: Number of rows per batch.
         """
         self.recipe = reader.recipe
         self.files = table.files
@@ -638,19 +638,21 @@ class EvalData(Sequence[AnyBatch]):
         self._batch_size = batch_size
         sequences: list[Any] = []
         truncated: list[int] = []
-        stops = False
+        is_fatal = False
         for index in range(len(table)):
             try:
                 example, encoded = reader.encode(table, index)
             except BadRowError as error:
                 self.bad_rows.add(index, table.where(index), error)
-                stops |= reader.stops(error)
+                is_fatal |= reader.is_fatal(error)
                 continue
             sequences += encoded
             self.examples.append(example)
-            if cut := sum(sequence.cut for sequence in encoded):
+            if cut := sum(sequence.truncated for sequence in encoded):
                 truncated.append(sum(len(sequence.ids) for sequence in encoded) + cut)
-        _report(self.bad_rows, len(table), reader, stops=stops, otherwise=otherwise)
+        _report(
+            self.bad_rows, len(table), reader, is_fatal=is_fatal, fallback_advice=fallback_advice
+        )
         self.totals = RowTotals(
             what=self.bad_rows.what,
             origin=origin,
@@ -674,11 +676,11 @@ class EvalData(Sequence[AnyBatch]):
         )
 
     def __len__(self) -> int:
-        """How many batches there are."""
+        """Returns the number of batches."""
         return -(-len(self._bins) // self._batch_size)
 
     def __getitem__(self, index: Any) -> Any:
-        """One batch."""
+        """Returns one batch, or a list of batches for a slice."""
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
@@ -690,7 +692,7 @@ class EvalData(Sequence[AnyBatch]):
 
     @property
     def padding_share(self) -> float:
-        """The share of padding over all batches."""
+        """Share of padding over all batches."""
         tokens = sum(sequence.positions for sequence in self._sequences)
         room = len(self) * self._batch_size * self.encoder.max_length
         return 1 - tokens / room if room else 0.0

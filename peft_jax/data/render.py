@@ -1,9 +1,9 @@
-"""Renders chat templates in a process of their own, bounded in computing and memory.
+"""Renders chat templates in a separate process with limited CPU time and memory.
 
-A template comes with a model from elsewhere. Jinja's sandbox keeps it from the machine, but not
-from computing for ever: nested loops, or one power of two numbers, which no other thread can
-interrupt. The system ends the process that does; the conversation is then a bad row, and the next
-one starts a process anew.
+A template comes with a model and is not trusted. Jinja's sandbox protects the machine, but cannot
+stop endless computing, such as nested loops or one huge power, which no other thread can interrupt.
+The operating system ends such a process. The conversation becomes a bad row, and the next one
+starts a new process.
 """
 
 import atexit
@@ -22,27 +22,27 @@ from typing import Any
 from peft_jax.data.bad_rows import BadRowError
 from peft_jax.data.examples import Span
 
-OVER_BOUNDS = ("Endless", "MemoryError", "Killed")
-"""The kinds of errors of a template that goes over a bound, or is ended by the system."""
+LIMIT_KINDS = ("Endless", "MemoryError", "Killed")
+"""Kinds of errors of a template that exceeds a limit or is ended by the operating system."""
 
 _SECONDS = 2.0
-"""The most computing time for one text, which usually takes less than a millisecond."""
+"""Limit of CPU seconds per text; a usual text takes less than a millisecond."""
 
 _MEMORY = 1 << 30
-"""The most bytes that rendering may take."""
+"""Limit of bytes of memory."""
 
 _CHARACTERS = 1 << 24
-"""The most characters of one text."""
+"""Limit of characters per text."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """One text that is wanted of a template.
+class RenderRequest:
+    """A request to render one text.
 
     Attributes:
-      messages: the messages.
-      generation_prompt: whether the header of the assistant's next turn follows them.
-      continued: whether the last message is left open, for the model to continue.
+      messages: Messages of the conversation.
+      generation_prompt: Whether to append the header of the assistant's next turn.
+      continued: Whether to leave the last message open, for the model to continue.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -52,12 +52,12 @@ class Wanted:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rendered:
-    """One text that a template made.
+    """A rendered text.
 
     Attributes:
-      text: the text.
-      marked: the characters that the template marks with `{% generation %}`.
-      plain: where control tokens stand that are others' text, if they are told apart.
+      text: Text.
+      marked: Spans that the template marks with `{% generation %}`.
+      plain: Spans of control tokens from the data's own text, if these are tracked.
     """
 
     text: str
@@ -66,58 +66,58 @@ class Rendered:
 
 
 class TemplateError(BadRowError):
-    """A template refuses a conversation or fails on it.
+    """Raised if a template rejects a conversation or fails on it.
 
     Attributes:
-      kind: the name of what it raised; "TemplateError" is a refusal of its own.
+      kind: Name of the exception; "TemplateError" if the template itself rejects.
     """
 
     def __init__(self, kind: str, message: str):
         message = " ".join(message.split())
-        # What a template itself refuses, and what it is ended for, is said in words.
-        is_told = kind in ("TemplateError", *OVER_BOUNDS)
+        # These messages are sentences already; others need the exception's name.
+        is_told = kind in ("TemplateError", *LIMIT_KINDS)
         super().__init__("chat template", message if is_told else f"{kind}: {message}")
         self.kind = kind
 
 
 def render(
     source: str,
-    wanted: Sequence[Wanted],
+    requests: Sequence[RenderRequest],
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
     variables: Mapping[str, Any] | None = None,
     marks: bool = False,
 ) -> list[Rendered]:
-    """The texts that a template makes, as transformers renders it.
+    """Renders texts by a template, as transformers does.
 
     Args:
-      source: the Jinja template.
-      wanted: what is rendered.
-      tools: the tools that the conversation may call.
-      variables: what else the template can name, such as `bos_token`.
-      marks: whether the template's `{% generation %}` is looked at.
+      source: Jinja template.
+      requests: Texts to render.
+      tools: Tools that the conversation may call.
+      variables: Other variables of the template, such as `bos_token`.
+      marks: Whether to return the spans of the template's `{% generation %}`.
 
     Raises:
-      TemplateError: if the template raises anything, or takes too much time or memory.
-      BadRowError: if messages or tools hold what JSON does not.
+      TemplateError: The template raises an error, or exceeds the limits of time or memory.
+      BadRowError: Messages or tools hold values that JSON cannot represent.
     """
-    # A conversation's texts share most messages, which are sent once.
+    # The texts of a conversation share most messages, so each message is sent once.
     messages: dict[int, Mapping[str, Any]] = {}
     numbers: dict[int, int] = {}
-    for one in wanted:
+    for one in requests:
         for message in one.messages:
             numbers.setdefault(id(message), len(numbers))
             messages[id(message)] = message
     request = {
         "source": source,
         "messages": list(messages.values()),
-        "wanted": [
+        "requests": [
             (
                 [numbers[id(message)] for message in one.messages],
                 one.generation_prompt,
                 one.continued,
             )
-            for one in wanted
+            for one in requests
         ],
         "tools": list(tools) if tools else None,
         "variables": dict(variables or {}),
@@ -126,7 +126,7 @@ def render(
     try:
         line = json.dumps(request).encode("ascii") + b"\n"
     except (TypeError, ValueError, RecursionError) as error:
-        detail = f"messages and tools are what JSON can hold: {error}"
+        detail = f"messages and tools must be JSON values: {error}"
         raise BadRowError("wrong type", detail) from None
     answer = _worker().ask(line)
     if "error" in answer:
@@ -138,7 +138,7 @@ def render(
 
 
 class _Worker:
-    """The process that renders, started when it is first asked and after it was ended."""
+    """Process that renders; started on the first request, and again after it has ended."""
 
     def __init__(self) -> None:
         self.pid = os.getpid()
@@ -147,7 +147,7 @@ class _Worker:
         atexit.register(self.close)
 
     def ask(self, line: bytes) -> dict[str, Any]:
-        """The answer to one request."""
+        """Sends one request and returns the answer."""
         with self._lock:
             process = self._process or self._start()
             assert process.stdin is not None
@@ -169,7 +169,7 @@ class _Worker:
             raise RuntimeError(f"the process that renders chat templates ended with code {code}")
         message = f"the process that renders it was ended by {signal.Signals(-code).name}"
         if code == -signal.SIGPROF:
-            message = f"it does not end within {_SECONDS:g} s of computing"
+            message = f"it does not end within {_SECONDS:g} s of CPU time"
         return {"error": "Endless" if code == -signal.SIGPROF else "Killed", "message": message}
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -195,7 +195,7 @@ _current: _Worker | None = None
 
 
 def _worker() -> _Worker:
-    """This process's worker; a fork does not share its parent's."""
+    """Returns this process's worker; a forked process gets its own."""
     global _current
     with _lock:
         if _current is None or _current.pid != os.getpid():

@@ -1,8 +1,8 @@
-"""Renders chat templates for `peft_jax.data.render`; run as a script, which imports little.
+"""Renders chat templates for `peft_jax.data.render`; run as a script, to import little.
 
-Reads a request from each line of the standard input and writes its answer to a line of the standard
-output, both JSON. A text that takes more computing than it may ends the process by SIGPROF, which
-nothing in a template can catch or delay; memory beyond the bound is a MemoryError.
+Reads one JSON request per line of standard input and writes one JSON answer per line of standard
+output. A text that exceeds the CPU limit ends the process by SIGPROF, which a template can neither
+catch nor delay. Exceeding the memory limit raises MemoryError.
 """
 
 import json
@@ -16,9 +16,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 
 def main() -> None:
-    """Answers requests until there are no more; the arguments are the bounds."""
+    """Answers requests until the input ends; the script's arguments are the limits."""
     seconds, memory, characters = float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    # What stops a run's process group is for the run to act on; it may still need rows.
+    # Signals to a run's process group are handled by the run, which may still need rows.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     _limit_memory(memory)
@@ -28,7 +28,7 @@ def main() -> None:
         except MemoryError:
             message = f"it takes more than {memory >> 20} MiB of memory"
             answer = {"error": "MemoryError", "message": message}
-        except Exception as error:  # Whatever a template raises is the answer.
+        except Exception as error:  # A template may raise any exception; it is the answer.
             answer = {"error": type(error).__name__, "message": str(error)[:2000]}
         signal.setitimer(signal.ITIMER_PROF, 0)
         sys.stdout.buffer.write(json.dumps(answer).encode("ascii") + b"\n")
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def _limit_memory(more: int) -> None:
-    """Bounds the address space to what is in use now and `more` bytes, where the system tells."""
+    """Limits the address space to its present size plus `more` bytes, if /proc reports it."""
     usage = Path("/proc/self/statm")
     if usage.exists():
         limit = int(usage.read_text().split()[0]) * resource.getpagesize() + more
@@ -48,9 +48,9 @@ def _limit_memory(more: int) -> None:
 def _render(request: dict[str, Any], seconds: float, characters: int) -> dict[str, Any]:
     texts: list[str] = []
     marks: list[list[tuple[int, int]]] = []
-    # Behind the annotation of a text stand the texts and their marks.
+    # The annotation says that it returns text, but it returns texts and marks.
     render: Any = render_jinja_template
-    for indices, generation_prompt, continued in request["wanted"]:
+    for indices, generation_prompt, continued in request["requests"]:
         signal.setitimer(signal.ITIMER_PROF, seconds)
         found, marked = render(
             [[request["messages"][index] for index in indices]],
@@ -62,7 +62,9 @@ def _render(request: dict[str, Any], seconds: float, characters: int) -> dict[st
             **request["variables"],
         )
         if len(found[0]) > characters:
-            raise ValueError(f"it writes {len(found[0]):,} characters, and at most {characters:,}")
+            raise ValueError(
+                f"it writes {len(found[0]):,} characters, but the limit is {characters:,}"
+            )
         texts.append(found[0])
         marks.append(marked[0] if marked else [])
     return {"texts": texts, "marks": marks}

@@ -1,4 +1,4 @@
-"""What a run says about its data."""
+"""Data settings of a run."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,67 +15,65 @@ TextUnit = Literal["line", "paragraph", "file"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    """Where the rows come from, what is made of them, and how they reach the model.
+    """Settings of the source of rows, their formatting, and batching.
 
     Attributes:
-      recipe: how a row becomes a prompt and an answer; a name in `peft_jax.data.RECIPES`.
-      path: a data file, a folder of them, or a data set's name on the Hugging Face hub. Empty: the
-        recipe's own set on the hub.
-      subset: the configuration of a hub data set ("main", "sst2"); empty: the recipe's own.
-      revision: the revision of a hub data set; empty: the newest.
-      train_split: the rows to train on; empty: "train", or what the recipe names instead. For a
-        folder, the part of a file's name ("train.jsonl", "train-00000-of-00002.parquet").
-      eval_path: held-out rows from another file, folder or hub data set; empty: from `path`.
-      eval_split: the split to evaluate on; empty: "validation" or "test", whichever there is.
-      hold_out: held-out rows taken from the training rows: a fraction below 1, or a number of rows;
-        0 takes none. None: taken only where there are no other held-out rows, one row in twenty and
-        at most 512.
-      hold_out_seed: which rows are taken; it is not the run's seed, so that runs with different
-        seeds are measured on the same rows.
-      train_rows: use at most so many training rows; None: all.
-      train_rows_by_seed: Whether the run's seed chooses the rows of `train_rows`, so that runs with
-        different seeds take different rows. False: every run takes the same rows, chosen by
-        `hold_out_seed`. Held-out rows are the same either way.
-      eval_rows: use at most so many held-out rows; None: all.
-      columns: the data's own name for a field of the recipe, {"question": "body"}.
-      column_names: names for the columns of a csv or tsv file that has no header.
-      header: whether a csv or tsv file begins with its columns' names. None: found out from the
-        first line.
-      quoting: whether double quotes enclose fields. None: in csv they do, in tsv they do not (a
-        quotation mark at the start of a sentence stays what it is).
-      text_unit: what one row of a plain text file is: a line, a paragraph (blank lines between), or
-        the whole file.
-      language: The language of the xnli recipe; several with commas between ("fr,sw") train on all
-        of them in one run.
-      source_language: What the flores recipe translates from; several with commas between.
-      target_language: What the flores recipe translates to; several with commas between. Each
-        source goes with each target but itself.
-      prompt_template: replaces the recipe's prompt; its fields stand in braces. None: the recipe's.
-      completion_template: replaces the recipe's answer. None: the recipe's.
-      label_words: replaces the words that stand for a classification's labels, in their order.
-      chat: put prompt and answer through the tokenizer's chat template as one user turn and one
-        assistant turn.
-      chat_template: a file with a Jinja chat template, used in place of the tokenizer's own.
-      system_prompt: a system turn put before conversations that have none.
-      split_special_tokens: tokenize a control token that stands in the data's own text
-        ("<|im_end|>" in what a user says) as the characters that it is, as transformers'
-        `split_special_tokens`. What a chat template writes and what the assistant says keep theirs.
-        Generation has a flag of the same name.
-      completion_only: learn the answer only. None: as the recipe says.
-      too_long: what to do with a row of more than the run's length: "skip" and count it,
-        "truncate" it at its end, "split" it into as many sequences as it takes, "error". None:
-        "split" for plain text, "skip" for everything else, because an answer without its end
-        teaches something that is not in the data.
-      on_bad_row: what to do with a row that cannot be used (broken JSON, a missing or empty field,
-        a wrong type, an unknown label): "error" stops, "skip" counts it and goes on.
-      check_rows: How many training rows are encoded before the first step (read, put through the
-        recipe and the chat template, tokenized), to find bad ones at once rather than hours later.
-        They are spread evenly over the data, and ten times as many are read and put through the
-        recipe alone. None: all. Others are found when they are reached.
-      shuffle: a new order every epoch. False: the order of the data.
-      packing: put several short sequences into one row, each with its own segment and positions.
-      packing_window: how many rows of the data are packed at a time: more leave less padding.
-      prefetch: how many batches a background thread prepares; 0: none, all in the caller's thread.
+      recipe: Recipe that turns a row into a prompt and an answer; a name in
+        `peft_jax.data.RECIPES`.
+      path: Data file, folder of them, or name of a data set on the Hugging Face hub. Empty: the
+        recipe's own data set on the hub.
+      subset: Configuration of a hub data set ("main", "sst2"); empty: the recipe's own.
+      revision: Revision of a hub data set; empty: the newest.
+      train_split: Split to train on; empty: "train", or the recipe's own. In a folder, a split is
+        named by its files ("train.jsonl", "train-00000-of-00002.parquet").
+      eval_path: File, folder or hub data set of held-out rows; empty: `path`.
+      eval_split: Split to evaluate on; empty: "validation" or "test", whichever exists.
+      hold_out: Held-out rows taken from the training rows: a fraction below 1, or a number of rows;
+        0 takes none. None: 5% and at most 512 rows, if there are no other held-out rows.
+      hold_out_seed: Seed that chooses the held-out rows. It is independent of the run's seed, so
+        that runs with different seeds are evaluated on the same rows.
+      train_rows: Largest number of training rows; None: all.
+      train_rows_by_seed: Whether the run's seed chooses the rows of `train_rows`. False: every run
+        uses the same rows, chosen by `hold_out_seed`. Held-out rows are the same either way.
+      eval_rows: Largest number of held-out rows; None: all.
+      columns: Names of the data's columns by the recipe's fields, {"question": "body"}.
+      column_names: Column names of a csv or tsv file without a header.
+      header: Whether the first line of a csv or tsv file holds the column names. None: detected
+        from that line.
+      quoting: Whether double quotes enclose fields. None: True for csv, False for tsv.
+      text_unit: Unit of a row of a plain text file: "line", "paragraph" (separated by blank lines)
+        or "file".
+      language: Language of the xnli recipe. Several, separated by commas ("fr,sw"), are trained on
+        in one run.
+      source_language: Source language of the flores recipe; several are separated by commas.
+      target_language: Target language of the flores recipe; several are separated by commas. Every
+        source is paired with every other language among the targets.
+      prompt_template: Template that replaces the recipe's prompt, with fields in braces; None: the
+        recipe's own.
+      completion_template: Template that replaces the recipe's answer; None: the recipe's own.
+      label_words: Words that replace those of a classification's labels, in the same order.
+      chat: Whether to render prompt and answer by the tokenizer's chat template, as a user turn and
+        an assistant turn.
+      chat_template: File with a Jinja chat template that replaces the tokenizer's own.
+      system_prompt: System turn of conversations that have none.
+      split_special_tokens: Whether control tokens in the data's own text ("<|im_end|>" in a user
+        turn) are tokenized as characters, as by `split_special_tokens` in transformers. Those that
+        the chat template or the assistant writes stay control tokens. Generation has a flag of the
+        same name.
+      completion_only: Whether only the answer's tokens are in the loss. None: the recipe's own.
+      too_long: Treatment of a row that exceeds the run's length: "skip" counts it, "truncate" cuts
+        its end, "split" makes several sequences, "error" stops. None: "split" for plain text,
+        "skip" otherwise, since a truncated answer would train on an end that is not in the data.
+      on_bad_row: Treatment of a row that cannot be used (broken JSON, a missing or empty field, a
+        wrong type, an unknown label): "error" stops, "skip" counts it and continues.
+      check_rows: Number of training rows that are encoded (read, formatted, tokenized) before the
+        first step, to find bad rows early. They are spread evenly over the data. Ten times as many
+        are read and formatted only. None: all. Bad rows among the others are found when the stream
+        reaches them.
+      shuffle: Whether every epoch has a new order. False: the order of the data.
+      packing: Whether several short sequences share a row, each with its own segment and positions.
+      packing_window: Number of rows of the data that are packed together; more leave less padding.
+      prefetch: Number of batches that a background thread prepares; 0: none, without a thread.
     """
 
     recipe: str
@@ -126,8 +124,8 @@ class DataSettings:
             self.hold_out < 0 or (self.hold_out > 1 and self.hold_out != int(self.hold_out))
         ):
             raise ValueError(
-                f"data.hold_out is {self.hold_out}; it is a fraction below 1 (0.05), a whole number"
-                " of rows (500), or 0 for none"
+                f"data.hold_out is {self.hold_out}; it must be a fraction below 1 (0.05), a whole"
+                " number of rows (500), or 0 for none"
             )
         for name, least in (("packing_window", 1), ("prefetch", 0), ("hold_out_seed", 0)):
             value = getattr(self, name)
@@ -142,18 +140,18 @@ class DataSettings:
             if not all(languages) or len(set(languages)) < len(languages):
                 raise ValueError(
                     f"data.{name} is {getattr(self, name)!r}; it must be one language, or"
-                    " different ones with commas between"
+                    " different ones separated by commas"
                 )
         if self.train_rows_by_seed and self.train_rows is None:
             raise ValueError(
-                "data.train_rows_by_seed is True, but data.train_rows is None: all rows are used;"
-                " give data.train_rows a number"
+                "data.train_rows_by_seed is True, but data.train_rows is None, so all rows are"
+                " used; set data.train_rows to a number"
             )
         for name in ("eval_path", "eval_split"):
             if getattr(self, name) and self.hold_out:
                 raise ValueError(
-                    f"data.{name} is {getattr(self, name)!r} and data.hold_out is {self.hold_out}:"
-                    " give one of the two"
+                    f"data.{name} is {getattr(self, name)!r} and data.hold_out is {self.hold_out};"
+                    " set only one of the two"
                 )
 
 
@@ -178,7 +176,7 @@ def dataset(recipe: str, path: str | PathLike[str] = "", **settings: Any) -> Dat
 
 
 def split_names(text: str) -> tuple[str, ...]:
-    """The names in a text, which have commas between.
+    """Splits names separated by commas.
 
     Example:
       >>> split_names("fr, sw")

@@ -1,4 +1,4 @@
-"""Where rows come from: local files and folders, or the Hugging Face hub."""
+"""Opens the rows of a run from local files and folders or the Hugging Face hub."""
 
 import dataclasses
 import functools
@@ -20,18 +20,18 @@ from peft_jax.data.totals import Origin
 _AUTOMATIC_SHARE = 0.05
 _AUTOMATIC_MOST = 512
 _MOST_NAMES = 3
-"""So many files are named in messages."""
+"""Largest number of files named in messages."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sources:
-    """The rows of a run.
+    """Rows of a run.
 
     Attributes:
-      train: the rows to train on.
-      held_out: the rows to evaluate on; None if there are none.
-      train_origin: where the training rows come from.
-      held_out_origin: where the held-out rows come from.
+      train: Training rows.
+      held_out: Held-out rows; None if there are none.
+      train_origin: Source of the training rows.
+      held_out_origin: Source of the held-out rows.
     """
 
     train: Table
@@ -41,19 +41,19 @@ class Sources:
 
 
 def open_sources(settings: DataSettings, recipe: Recipe, *, seed: int = 0) -> Sources:
-    """Opens what the settings name, and sets held-out rows apart.
+    """Opens the training and held-out rows of a run.
 
     Args:
-      settings: the run's data settings.
-      recipe: the recipe as configured by them; it knows columns, splits and the hub's name.
-      seed: the run's seed; of use with `data.train_rows_by_seed`.
+      settings: Data settings of the run.
+      recipe: Recipe, configured by the settings; it knows columns, splits and the hub data set.
+      seed: Seed of the run; used with `data.train_rows_by_seed`.
 
     Returns:
-      Training and held-out rows that never overlap.
+      Training and held-out rows, which never overlap.
 
     Raises:
-      FileNotFoundError: if a path leads nowhere; near matches are named.
-      ValueError: if a split is missing, or nothing is left to train on.
+      FileNotFoundError: A path does not exist; the message suggests near matches.
+      ValueError: A split is missing, or there are no rows to train on.
     """
     first, of_first = recipe.languages(settings)[0]
     path = settings.path or _home(of_first, first).path
@@ -100,9 +100,9 @@ def _is_file(path: str) -> bool:
 
 
 def _name(table: Table) -> str:
-    """What messages call a table: its files, each once, below the folder that all are in."""
+    """Returns a table's name for messages: its distinct files relative to their common folder."""
     files = list(dict.fromkeys(table.files))
-    # The files of a hub's set are of a cache, and say less than its name.
+    # Files of a hub data set are in a cache, and its name says more.
     if len(files) < 2 or any(str(file) not in table.name for file in files):
         return table.name
     folder = Path(os.path.commonpath(files))
@@ -112,7 +112,7 @@ def _name(table: Table) -> str:
 
 
 def _train_rows_seed(settings: DataSettings, seed: int) -> int:
-    """The seed that chooses the rows of `data.train_rows`."""
+    """Returns the seed that chooses the rows of `data.train_rows`."""
     if not settings.train_rows_by_seed:
         return settings.hold_out_seed + 1
     words = np.random.SeedSequence([settings.hold_out_seed + 1, seed]).generate_state(1)
@@ -122,19 +122,22 @@ def _train_rows_seed(settings: DataSettings, seed: int) -> int:
 def _home(settings: DataSettings, recipe: Recipe) -> HubHome:
     home = recipe.hub_home(settings)
     if home is None:
-        raise ValueError(f"data.path is empty, and recipe {recipe.name!r} has no data of its own")
+        raise ValueError(
+            f"data.path is empty, but recipe {recipe.name!r} has no data set of its own; set"
+            " data.path"
+        )
     return home
 
 
 def _open_languages(
     path: str, settings: DataSettings, recipe: Recipe
 ) -> dict[str, Callable[[], Table]]:
-    """What opens each split, in all languages that the settings name.
+    """Returns functions that open each split, in all languages of the settings.
 
     Args:
-      path: a path or a hub name; empty: the recipe's own set on the hub.
-      settings: the run's data settings.
-      recipe: the recipe as configured by them.
+      path: Path or hub name; empty: the recipe's own data set on the hub.
+      settings: Data settings of the run.
+      recipe: Recipe, configured by the settings.
     """
     opened = []
     languages = recipe.languages(settings)
@@ -151,18 +154,17 @@ def _open_languages(
         for (one, of_one), splits in zip(languages, opened, strict=True):
             if split not in splits:
                 raise ValueError(
-                    f"there are no rows called {split!r} for {_name_language(of_one)}; it has"
-                    f" {', '.join(sorted(splits))}: name a split that all languages have"
+                    f"{_name_language(of_one)} has no split {split!r}, only"
+                    f" {', '.join(sorted(splits))}; choose a split that all languages have"
                 )
             table = splits[split]()
             joined = one.joinable(table)
-            # Rows that were chosen by what they say of their language are not the same ones.
+            # Rows selected by a language column are different rows of the same file.
             whole = joined is table and not isinstance(table, SelectedTable)
             if whole and (both := files & {*table.files}):
                 raise ValueError(
-                    f"{sorted(both)[0]} is of no one language by its name, so it would be read once"
-                    " for each of several; give a folder with a file for each language, or one"
-                    " data.language"
+                    f"{sorted(both)[0]} does not name a language, so it would be read once per"
+                    " language; give a folder with one file per language, or only one data.language"
                 )
             files.update(table.files)
             tables.append(joined)
@@ -183,7 +185,7 @@ def _name_language(settings: DataSettings) -> str:
 def _open_splits(
     path: str, subset: str, settings: DataSettings, recipe: Recipe
 ) -> dict[str, Callable[[], Table]]:
-    """What opens each split that a path or a hub name has."""
+    """Returns functions that open each split of a path or a hub name."""
     local = Path(path).expanduser()
     if local.is_file():
         return {"train": functools.partial(recipe.open_file, local, settings)}
@@ -207,17 +209,17 @@ def _open_folder(
     if not splits:
         names = sorted(entry.name for entry in folder.iterdir())[:10]
         raise FileNotFoundError(
-            f"{folder} holds no data file that recipe {recipe.name!r} reads; it holds"
+            f"{folder} holds no data file for recipe {recipe.name!r}; it holds"
             f" {', '.join(names) or 'nothing'}"
         )
     return splits
 
 
 def _load_saved(folder: Path) -> Any:
-    """A data set that `datasets` has saved.
+    """Loads a data set saved by `datasets`.
 
     Raises:
-      ValueError: its files are damaged or missing.
+      ValueError: Its files are damaged or missing.
     """
     import datasets
     import pyarrow
@@ -225,7 +227,7 @@ def _load_saved(folder: Path) -> Any:
 
     try:
         return datasets.load_from_disk(str(folder))
-    # The library raises many types for one thing: the files are not as it wrote them.
+    # The library raises many types if the files are not as it wrote them.
     except (
         pyarrow.ArrowException,
         DatasetsError,
@@ -254,13 +256,13 @@ def _open_hub(
         for name in sliced:
             rows = load(subset or None, split=name)
             splits[name] = functools.partial(ArrowTable, rows, f"{path} {name}")
-    # The library raises many types for one thing: the set, or its subset, cannot be had.
+    # The library raises many types if the data set or its subset is unavailable.
     except (OSError, ValueError, RuntimeError) as error:
         folder = Path(path).parent
         near = f" ({missing_file_message(Path(path))})" if folder.is_dir() else ""
         raise FileNotFoundError(
-            f"data.path is {path!r}: there is no such file or folder{near}, and the Hugging Face"
-            f" hub's data set of that name could not be loaded: {error}"
+            f"data.path is {path!r}: there is no such file or folder{near}, and the data set of"
+            f" that name could not be loaded from the Hugging Face hub: {error}"
         ) from error
     return splits
 
@@ -292,21 +294,21 @@ def _choose_train(splits: Mapping[str, Any], settings: DataSettings, recipe: Rec
         if found := _same_split(name, splits):
             return found
     raise ValueError(
-        f"there are no rows called {' or '.join(recipe.train_splits)} to train on; there are"
-        f" {', '.join(sorted(splits))}: name one in data.train_split"
+        f"there is no split {' or '.join(recipe.train_splits)} to train on, only"
+        f" {', '.join(sorted(splits))}; choose one in data.train_split"
     )
 
 
 def _choose_eval(
     splits: Mapping[str, Any], train_name: str, settings: DataSettings, recipe: Recipe
 ) -> str:
-    """The split to evaluate on; "" if there is none."""
+    """Returns the split to evaluate on; "" if there is none."""
     if settings.eval_split:
         name = _find_split("data.eval_split", settings.eval_split, splits)
         if name == train_name:
             raise ValueError(
-                f"data.eval_split is {settings.eval_split!r}, the rows that are trained on; hold"
-                " some of them out with data.hold_out"
+                f"data.eval_split is {settings.eval_split!r}, the training split; hold out some of"
+                " its rows with data.hold_out"
             )
         return name
     found = (_same_split(name, splits) for name in recipe.eval_splits)
@@ -321,7 +323,7 @@ def _find_split(setting: str, name: str, splits: Mapping[str, Any]) -> str:
 
 
 def _same_split(name: str, splits: Mapping[str, Any]) -> str:
-    """The split of that name, or of another name for the same ("dev"); "" if there is none."""
+    """Returns the split of that name or of a synonym ("dev"); "" if there is none."""
     if name in splits:
         return name
     wanted = split_of(name)
@@ -331,7 +333,7 @@ def _same_split(name: str, splits: Mapping[str, Any]) -> str:
 def _open_eval(
     train_path: str, train_name: str, settings: DataSettings, recipe: Recipe
 ) -> tuple[Table, str]:
-    """The rows of `data.eval_path`, and the split they are."""
+    """Returns the rows of `data.eval_path`, and their split."""
     splits = _open_languages(settings.eval_path, settings, recipe)
     if settings.eval_split:
         name = _find_split("data.eval_split", settings.eval_split, splits)
@@ -344,8 +346,8 @@ def _open_eval(
         same = Path(settings.eval_path).samefile(train_path)
     if same and name == train_name:
         raise ValueError(
-            f"data.eval_path is {settings.eval_path!r}, the rows that are trained on; hold some of"
-            " them out with data.hold_out"
+            f"data.eval_path is {settings.eval_path!r}, the training rows; hold out some of them"
+            " with data.hold_out"
         )
     return splits[name](), name
 
@@ -353,9 +355,8 @@ def _open_eval(
 def _hold_out(train: Table, settings: DataSettings) -> tuple[Table, Table | None]:
     """Takes held-out rows from the training rows.
 
-    Of several languages, each gives its share. Where they are translations of each other, they
-    have the same number of rows and give the same ones, so that none is trained on in another
-    language.
+    Each of several languages gives an equal share. Translations of each other have the same number
+    of rows and give the same ones, so that no held-out row is trained on in another language.
     """
     if not isinstance(train, LanguagesTable):
         return _hold_out_of_one(train, settings, most=_AUTOMATIC_MOST)
@@ -383,22 +384,22 @@ def _hold_out_of_one(
         number = max(round(size * asked), 1) if asked < 1 else int(asked)
     if number >= size:
         raise ValueError(
-            f"data.hold_out is {asked}, and {train.name} has {size} rows: none would be left to"
-            " train on"
+            f"data.hold_out is {asked}, but must be below {size}, the number of rows in"
+            f" {train.name}"
         )
     rows = _sample(size, number, settings.hold_out_seed)
     return SelectedTable(train, rows, without=True), SelectedTable(train, rows)
 
 
 def _limit(table: Table, most: int | None, seed: int) -> Table:
-    """At most so many rows, chosen at random."""
+    """Returns at most `most` rows, chosen at random."""
     if most is None or most >= len(table):
         return table
     return SelectedTable(table, _sample(len(table), most, seed))
 
 
 def _sample(size: int, number: int, seed: int) -> np.ndarray:
-    """int64 [number], sorted: distinct indices below `size`, without a list of all of them."""
+    """Returns int64 [number] sorted distinct indices below `size`, without listing all indices."""
     shuffle = functools.partial(
         grain.experimental.index_shuffle, max_index=size - 1, seed=seed % 2**32, rounds=4
     )

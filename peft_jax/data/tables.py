@@ -1,4 +1,4 @@
-"""Rows by index, wherever they come from, without holding them as Python objects."""
+"""Tables of rows with access by index, without holding all rows as Python objects."""
 
 import copy
 import csv
@@ -18,37 +18,37 @@ import numpy as np
 from peft_jax.data.bad_rows import BadRowError
 
 Row = Mapping[str, Any]
-"""One row: values by column name."""
+"""A row: values by column name."""
 
 
 Bytes = mmap.mmap | bytes
-"""A file's bytes, memory-mapped; an empty file cannot be."""
+"""A file's bytes: memory-mapped, or `bytes` for an empty file, which cannot be mapped."""
 
 
 @runtime_checkable
 class Table(Protocol):
-    """Rows addressed by index.
+    """Rows with access by index.
 
     Attributes:
-      name: What messages call the table.
-      files: The files that the rows are read from; none for rows that were made in memory.
+      name: Name in messages.
+      files: Files that the rows are read from; empty for rows in memory.
     """
 
     name: str
     files: tuple[Path, ...]
 
     def __len__(self) -> int:
-        """How many rows there are."""
+        """Returns the number of rows."""
 
     def __getitem__(self, index: int) -> Row:
-        """One row; raises `BadRowError` where it cannot be read."""
+        """Returns one row; raises `BadRowError` if it cannot be read."""
 
     def where(self, index: int) -> str:
-        """Where to look for the row: a file and line, or a data set's name and row number."""
+        """Returns the location of a row: file and line, or data set and row number."""
 
 
 class MemoryTable:
-    """Rows that are in memory already."""
+    """Rows in memory."""
 
     def __init__(
         self,
@@ -61,10 +61,10 @@ class MemoryTable:
         """Wraps a sequence.
 
         Args:
-          rows: the rows; one that is no mapping is a bad row.
-          name: what messages call the table.
-          unit: what messages call a row.
-          files: the files that the rows were read from.
+          rows: Rows; one that is not a mapping is a bad row.
+          name: Name in messages.
+          unit: Name of a row in messages.
+          files: Files that the rows were read from.
         """
         self.name = name
         self.files = files
@@ -72,28 +72,28 @@ class MemoryTable:
         self._unit = unit
 
     def __len__(self) -> int:
-        """How many rows there are."""
+        """Returns the number of rows."""
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Row:
-        """One row."""
+        """Returns one row."""
         return _as_row(self._rows[index])
 
     def where(self, index: int) -> str:
-        """The table's name and the row's number, from 1."""
+        """Returns the table's name and the row's number, from 1."""
         return f"{self.name}, {self._unit} {index + 1}"
 
 
 class ArrowTable:
-    """Rows of a `datasets.Dataset`, read from its memory-mapped files as they are asked for."""
+    """Rows of a `datasets.Dataset`, read from its memory-mapped files on access."""
 
     def __init__(self, dataset: Any, name: str, *, files: tuple[Path, ...] | None = None):
         """Wraps a data set.
 
         Args:
-          dataset: a `datasets.Dataset`.
-          name: what messages call it.
-          files: the files that it was made of; None: those that it maps into memory.
+          dataset: A `datasets.Dataset`.
+          name: Name in messages.
+          files: Source files; None: the files that the data set maps into memory.
         """
         self.name = name
         if files is None:
@@ -102,23 +102,23 @@ class ArrowTable:
         self.dataset = dataset
 
     def __len__(self) -> int:
-        """How many rows there are."""
+        """Returns the number of rows."""
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Row:
-        """One row."""
+        """Returns one row."""
         return self.dataset[int(index)]
 
     def where(self, index: int) -> str:
-        """The data set's name and the row's number, from 1."""
+        """Returns the data set's name and the row's number, from 1."""
         return f"{self.name}, row {index + 1}"
 
 
 class RecordTable:
-    """Records of a file, found by their byte offsets and parsed as they are asked for.
+    """Records of a file, indexed by byte offsets and parsed on access.
 
-    The file is memory-mapped; what is held is 24 bytes a record. A gzip file is unpacked to a
-    temporary file that is gone when the table is.
+    The file is memory-mapped, and the index takes 24 bytes per record. A gzip file is unpacked to a
+    temporary file, which is deleted with the table.
     """
 
     def __init__(
@@ -127,15 +127,15 @@ class RecordTable:
         find: Callable[[Bytes], "Records"],
         parse: Callable[[str], Row],
     ):
-        """Finds the records.
+        """Indexes the records.
 
         Args:
-          path: the file; a name that ends in ".gz" is unpacked first.
-          find: finds the records in the file's bytes.
-          parse: makes a row of a record's text, or raises `BadRowError`.
+          path: File; if its name ends in ".gz", it is unpacked first.
+          find: Finds the records in the file's bytes.
+          parse: Turns a record's text into a row, or raises `BadRowError`.
 
         Raises:
-          ValueError: if a gzip file is damaged.
+          ValueError: A gzip file is damaged.
         """
         self.name = str(path)
         self.files: tuple[Path, ...] = (path,)
@@ -144,18 +144,18 @@ class RecordTable:
         self._records = find(self._bytes)
 
     def parsed_by(self, parse: Callable[[str], Row], *, skip: int = 0) -> "RecordTable":
-        """The same records after the first `skip`, made into rows by another function."""
+        """Returns the table without its first `skip` records, parsed by another function."""
         table = copy.copy(self)
         table._parse = parse
         table._records = self._records[skip:]
         return table
 
     def __len__(self) -> int:
-        """How many records there are."""
+        """Returns the number of records."""
         return len(self._records.starts)
 
     def __getitem__(self, index: int) -> Row:
-        """One record's row."""
+        """Returns one record's row."""
         raw = self._bytes[int(self._records.starts[index]) : int(self._records.stops[index])]
         try:
             text = raw.decode("utf-8")
@@ -164,31 +164,31 @@ class RecordTable:
         return self._parse(text)
 
     def where(self, index: int) -> str:
-        """The file and the number of the record's first line."""
+        """Returns the file and the number of the record's first line."""
         return f"{self.name}:{int(self._records.lines[index])}"
 
 
 class JoinedTable:
-    """Several tables, one after the other."""
+    """Concatenation of several tables."""
 
     def __init__(self, tables: Sequence[Table]):
-        """Joins tables in their order."""
+        """Concatenates tables in order."""
         self.name = ", ".join(table.name for table in tables)
         self.files = tuple(file for table in tables for file in table.files)
         self._tables = tables
         self._ends = np.cumsum([len(table) for table in tables])
 
     def __len__(self) -> int:
-        """How many rows there are in all."""
+        """Returns the total number of rows."""
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> Row:
-        """One row."""
+        """Returns one row."""
         table, local = self._find(index)
         return table[local]
 
     def where(self, index: int) -> str:
-        """As the row's own table says."""
+        """Returns the location of a row in its own table."""
         table, local = self._find(index)
         return table.where(local)
 
@@ -199,50 +199,50 @@ class JoinedTable:
 
 
 class LanguagesTable(JoinedTable):
-    """The same rows in several languages, one language after the other.
+    """The same rows in several languages, concatenated by language.
 
     Attributes:
-      parts: the rows of each language.
+      parts: Table of each language.
     """
 
     def __init__(self, parts: Sequence[Table]):
-        """Joins the languages' tables."""
+        """Concatenates the tables of the languages."""
         super().__init__(parts)
         self.parts = tuple(parts)
 
 
 class SelectedTable:
-    """Some rows of another table.
+    """A selection of another table's rows.
 
-    The rows that others hold out are skipped by arithmetic, so nothing is held for those that stay.
+    With `without`, memory is needed for the excluded rows only.
     """
 
     def __init__(self, table: Table, rows: np.ndarray, *, without: bool = False):
-        """Selects.
+        """Selects rows.
 
         Args:
-          table: the rows to select from.
-          rows: int64 [n], sorted indices without repetition.
-          without: select all rows but these.
+          table: Table to select from.
+          rows: Int64 [n], sorted distinct indices.
+          without: Whether to select all rows except these.
         """
         self.name = table.name
         self.files = table.files
         self._table = table
         self._rows = rows
         self._without = without
-        # Row i of those that stay is i plus the number of left-out rows before it.
+        # Row i of the rest has index i plus the number of excluded rows before it.
         self._stays_before = rows - np.arange(len(rows))
 
     def __len__(self) -> int:
-        """How many rows are selected."""
+        """Returns the number of selected rows."""
         return len(self._table) - len(self._rows) if self._without else len(self._rows)
 
     def __getitem__(self, index: int) -> Row:
-        """One row."""
+        """Returns one row."""
         return self._table[self._original(index)]
 
     def where(self, index: int) -> str:
-        """As the table itself says."""
+        """Returns the location of a row in the original table."""
         return self._table.where(self._original(index))
 
     def _original(self, index: int) -> int:
@@ -252,17 +252,17 @@ class SelectedTable:
 
 
 class AlignedTable:
-    """Rows that are spread over several tables, the same row of each belonging together."""
+    """Rows that combine the same row of several tables."""
 
     def __init__(self, tables: Mapping[str, Table], *, column: str = "text"):
-        """Joins tables side by side.
+        """Joins tables by row number.
 
         Args:
-          tables: a table for each column of the joined rows.
-          column: the column of the tables that is taken.
+          tables: Table of each column of the joined rows.
+          column: Column of the tables that is used.
 
         Raises:
-          ValueError: if the tables have different numbers of rows.
+          ValueError: The tables have different numbers of rows.
         """
         self.name = " and ".join(table.name for table in tables.values())
         self.files = tuple(file for table in tables.values() for file in table.files)
@@ -271,17 +271,17 @@ class AlignedTable:
         sizes = {table.name: len(table) for table in tables.values()}
         if len(set(sizes.values())) > 1:
             counts = ", ".join(f"{name} has {size}" for name, size in sizes.items())
-            raise ValueError(f"aligned data have a row of each for every row, but {counts} rows")
+            raise ValueError(f"aligned tables must have the same number of rows, but {counts} rows")
 
     def __len__(self) -> int:
-        """How many rows there are."""
+        """Returns the number of rows."""
         return len(next(iter(self._tables.values())))
 
     def __getitem__(self, index: int) -> Row:
-        """One row.
+        """Returns one row.
 
         Raises:
-          BadRowError: if the tables give their rows different ids.
+          BadRowError: The tables' rows have different ids.
         """
         rows = {name: table[index] for name, table in self._tables.items()}
         ids = {str(row.get("id")) for row in rows.values()}
@@ -290,36 +290,36 @@ class AlignedTable:
         return {name: row.get(self._column) for name, row in rows.items()}
 
     def where(self, index: int) -> str:
-        """Where the row is in the first table."""
+        """Returns the location of a row in the first table."""
         return next(iter(self._tables.values())).where(index)
 
 
 class Records:
-    """Where the records of a file are.
+    """Byte ranges of a file's records.
 
     Attributes:
-      starts: int64 [records], the first byte of each.
-      stops: int64 [records], one past its last byte.
-      lines: int64 [records], the number of its first line, from 1.
+      starts: Int64 [records], first byte of each record.
+      stops: Int64 [records], one past the last byte.
+      lines: Int64 [records], number of the first line, from 1.
     """
 
     def __init__(self, starts: Any, stops: Any, lines: Any):
-        """Takes three sequences of the same length."""
+        """Converts three sequences of the same length."""
         self.starts = np.asarray(starts, np.int64)
         self.stops = np.asarray(stops, np.int64)
         self.lines = np.asarray(lines, np.int64)
 
     def __getitem__(self, keep: Any) -> "Records":
-        """Those that an index or a mask selects."""
+        """Returns the records selected by an index or a mask."""
         return Records(self.starts[keep], self.stops[keep], self.lines[keep])
 
 
 def find_lines(data: Bytes, *, keep_blank: bool = False) -> Records:
-    r"""The lines of a file, without their ends; blank ones are left out.
+    r"""Finds the lines of a file, without line ends.
 
     Args:
-      data: the file's bytes. A byte order mark at the start is skipped.
-      keep_blank: keep blank lines too.
+      data: Bytes of the file. A byte order mark at the start is skipped.
+      keep_blank: Whether to keep blank lines.
 
     Example:
       >>> records = find_lines(b"one\n\nthree\r\n")
@@ -341,7 +341,7 @@ def find_lines(data: Bytes, *, keep_blank: bool = False) -> Records:
     records = Records(starts, stops, np.arange(1, len(stops) + 1))
     if keep_blank:
         return records
-    # Only short lines are looked at: a long one of nothing but spaces is a fault worth reporting.
+    # Only short lines are checked, since a long line of spaces is a fault worth reporting.
     blank = np.zeros(len(starts), bool)
     for index in np.flatnonzero(stops - starts <= 8):
         blank[index] = not data[int(starts[index]) : int(stops[index])].strip()
@@ -351,7 +351,7 @@ def find_lines(data: Bytes, *, keep_blank: bool = False) -> Records:
 
 
 def find_paragraphs(data: Bytes) -> Records:
-    r"""The paragraphs of a file: runs of lines between blank ones.
+    r"""Finds the paragraphs of a file, which blank lines separate.
 
     Example:
       >>> records = find_paragraphs(b"one\ntwo\n\n\nthree")
@@ -367,27 +367,27 @@ def find_paragraphs(data: Bytes) -> Records:
 
 
 def find_whole(data: Bytes) -> Records:
-    """The whole file as one record; none if it is empty."""
+    """Returns the whole file as one record; no record if it is empty."""
     first = _after_mark(data)
     return Records([first], [len(data)], [1]) if len(data) > first else Records([], [], [])
 
 
 _JSON_MARK = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["\[\]{},]', re.DOTALL)
-"""A whole string, or one of the characters that JSON's structure is made of."""
+"""A whole string, or a structural character of JSON."""
 
 
 def find_json_items(data: Bytes, name: str) -> Records:
-    r"""The items of a JSON array, each of which is then parsed by itself.
+    r"""Finds the items of a JSON array, to be parsed separately.
 
-    Only strings, brackets and commas are looked at: what is wrong inside an item is wrong with that
-    item alone.
+    Only strings, brackets and commas are examined, so that a fault inside an item affects that item
+    alone.
 
     Args:
-      data: the file's bytes, which begin with a bracket.
-      name: the file's name, for messages.
+      data: Bytes of the file, which begin with a bracket.
+      name: Name of the file in messages.
 
     Raises:
-      ValueError: the array or a string in it does not end, or something follows the array.
+      ValueError: The array or a string in it does not end, or other content follows the array.
 
     Example:
       >>> records = find_json_items(b'[{"a": [1, 2]},\n {"b": "]"}]', "a.json")
@@ -427,19 +427,19 @@ def find_json_items(data: Bytes, name: str) -> Records:
         raise ValueError(f"{name}:{line}: broken JSON: the array does not end after this item")
     first, last = _strip(data, closed, len(data))
     if last > first:
-        raise ValueError(f"{name}:{line_of(first)}: broken JSON: something follows the array")
+        raise ValueError(f"{name}:{line_of(first)}: broken JSON: content follows the array")
     return Records(starts, stops, [line_of(start) for start in starts])
 
 
 def _strip(data: Bytes, start: int, stop: int) -> tuple[int, int]:
-    """A stretch of bytes without white space at its ends."""
+    """Returns a byte range without white space at its ends."""
     text = data[start:stop]
     first = start + len(text) - len(text.lstrip())
     return first, max(first, start + len(text.rstrip()))
 
 
 def find_csv_records(data: Bytes, delimiter: str) -> Records:
-    r"""The records of a file whose fields may hold line ends between double quotes.
+    r"""Finds the records of a csv file, whose quoted fields may hold line ends.
 
     Example:
       >>> records = find_csv_records(b'a,"x\ny"\nb,z\n', ",")
@@ -454,7 +454,7 @@ def find_csv_records(data: Bytes, delimiter: str) -> Records:
         nonlocal consumed
         for start, stop in zip(lines.starts.tolist(), lines.stops.tolist(), strict=True):
             consumed += 1
-            # One character a byte: delimiters and quotes are ASCII, and no byte is refused here.
+            # Latin-1 maps every byte to one character; delimiters and quotes are ASCII.
             yield data[start:stop].decode("latin-1") + "\n"
 
     starts, stops, numbers = [], [], []
@@ -465,7 +465,7 @@ def find_csv_records(data: Bytes, delimiter: str) -> Records:
             empty = not next(reader)
         except StopIteration:
             break
-        # A record too, which is refused by itself when it is read.
+        # Still a record, which raises its own error when it is read.
         except csv.Error:
             empty = False
         if not empty:
@@ -477,10 +477,10 @@ def find_csv_records(data: Bytes, delimiter: str) -> Records:
 
 
 def parse_json(text: str) -> Row:
-    """A row from one line of JSON.
+    """Parses a row from one line of JSON.
 
     Raises:
-      BadRowError: if the line is no JSON, or no object.
+      BadRowError: The line is not JSON, or not an object.
     """
     try:
         value = json.loads(text)
@@ -488,23 +488,23 @@ def parse_json(text: str) -> Row:
         raise BadRowError("broken JSON", f"{error.msg} at column {error.colno}") from None
     except RecursionError:
         raise BadRowError("nested too deeply", "its brackets are nested too deeply") from None
-    # A number of more digits than Python converts.
+    # Python limits the digits of a number.
     except ValueError as error:
         raise BadRowError("broken JSON", str(error)) from None
     return _as_row(value)
 
 
 def csv_parser(columns: Sequence[str], delimiter: str, *, quoting: bool) -> Callable[[str], Row]:
-    """What makes a row of one csv or tsv record.
+    """Returns a parser of csv or tsv records.
 
     Args:
-      columns: the columns' names in order.
-      delimiter: the character between fields.
-      quoting: whether double quotes enclose fields.
+      columns: Names of the columns, in order.
+      delimiter: Character between fields.
+      quoting: Whether double quotes enclose fields.
 
     Returns:
-      A function from a record's text to its row, which raises `BadRowError` if the record has
-      another number of fields or its quotes do not close.
+      A function from a record's text to its row. It raises `BadRowError` if the record has another
+      number of fields, or a quote does not close.
     """
 
     def parse(text: str) -> Row:
@@ -512,7 +512,7 @@ def csv_parser(columns: Sequence[str], delimiter: str, *, quoting: bool) -> Call
         if len(fields) != len(columns):
             raise BadRowError(
                 "wrong number of columns",
-                f"has {len(fields)}, wants {len(columns)} ({', '.join(columns)})",
+                f"has {len(fields)}, must have {len(columns)} ({', '.join(columns)})",
             )
         return dict(zip(columns, fields, strict=True))
 
@@ -520,10 +520,10 @@ def csv_parser(columns: Sequence[str], delimiter: str, *, quoting: bool) -> Call
 
 
 def split_record(text: str, delimiter: str, *, quoting: bool) -> list[str]:
-    """The fields of one csv or tsv record.
+    """Splits one csv or tsv record into fields.
 
     Raises:
-      BadRowError: if a quote does not close, or a carriage return stands outside quotes.
+      BadRowError: A quote does not close, or a carriage return is outside of quotes.
 
     Example:
       >>> split_record('a,"b, c"', ",", quoting=True)
@@ -534,39 +534,39 @@ def split_record(text: str, delimiter: str, *, quoting: bool) -> list[str]:
     if not quoting:
         return text.rstrip("\r").split(delimiter)
     try:
-        # Lines end as in `find_csv_records`: a carriage return alone would cut the record short.
+        # Lines must end as in `find_csv_records`; otherwise a carriage return would end the record.
         return next(csv.reader(io.StringIO(text, newline="\n"), delimiter=delimiter, strict=True))
     except csv.Error as error:
         detail, lines = str(error), text.count("\n") + 1
         if "new-line character" in detail:
             detail = (
-                "a carriage return stands in a field without quotation marks; lines should end in"
-                " a line feed"
+                "a field without quotation marks has a carriage return; lines must end in a"
+                " line feed"
             )
         elif lines > 1:
-            detail += f"; the record has {lines:,} lines: is a quotation mark not closed?"
+            detail += f"; the record has {lines:,} lines, so a quotation mark may not be closed"
         raise BadRowError("broken CSV", detail) from None
 
 
 def _as_row(value: Any) -> Row:
     if not isinstance(value, Mapping):
-        raise BadRowError("wrong type", f"a row is an object, and this is a {type(value).__name__}")
+        raise BadRowError("wrong type", f"a row must be an object, not a {type(value).__name__}")
     return value
 
 
 def _after_mark(data: Bytes) -> int:
-    """The first byte after a UTF-8 byte order mark, if there is one."""
+    """Returns the offset after a UTF-8 byte order mark, if any."""
     return 3 if data[:3] == b"\xef\xbb\xbf" else 0
 
 
 def first_letter(data: Bytes) -> str:
-    """The first character that is no white space, if it is an ASCII one; "" if there is none."""
+    """Returns the first character that is not white space, if it is ASCII; "" if there is none."""
     found = re.compile(rb"\s*+(\S)").match(data, _after_mark(data))
     return found[1].decode("ascii", "replace") if found else ""
 
 
 def _map_bytes(path: Path) -> Bytes:
-    """The bytes of a file, memory-mapped; of a gzip file, what is packed in it."""
+    """Maps a file into memory; unpacks a gzip file first."""
     with tempfile.TemporaryFile() if path.suffix == ".gz" else path.open("rb") as file:
         if path.suffix == ".gz":
             try:

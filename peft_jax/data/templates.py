@@ -1,4 +1,4 @@
-"""Chat templates: messages to text, in one place for training, evaluation and generation."""
+"""Renders messages by chat templates, for training, evaluation and generation alike."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,35 +9,35 @@ import jinja2
 
 from peft_jax.data.bad_rows import BadRowError
 from peft_jax.data.control_tokens import ControlTokens
-from peft_jax.data.render import OVER_BOUNDS, Rendered, TemplateError, Wanted, render
+from peft_jax.data.render import LIMIT_KINDS, Rendered, RenderRequest, TemplateError, render
 
 Messages = list[dict[str, Any]]
-"""Messages, or tools, as `apply_chat_template` takes them."""
+"""Messages or tools, in the format of `apply_chat_template`."""
 
 _SHORTEST: Messages = [
     {"role": "user", "content": "Hello"},
     {"role": "assistant", "content": "Hello"},
 ]
-"""What a template is tried on."""
+"""Conversation that every template is tested with."""
 
 _NEVER_LOADED = ("include", "import", "from", "extends")
-"""Jinja's statements that load another template; a chat template has none to load."""
+"""Jinja statements that load another template, which a chat template cannot do."""
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, or one from a file."""
+    """Chat template of a tokenizer or from a file."""
 
     def __init__(self, tokenizer: Any, *, path: str = "", split_special_tokens: bool = False):
-        """Takes the tokenizer's templates or another.
+        """Loads and tests the templates.
 
         Args:
-          tokenizer: a transformers tokenizer.
-          path: a file with a Jinja template; empty: the tokenizer's own.
-          split_special_tokens: tell control tokens in the messages' text, the assistant's aside,
-            from those that the template writes.
+          tokenizer: A transformers tokenizer.
+          path: File with a Jinja template; empty: the tokenizer's own.
+          split_special_tokens: Whether to track control tokens in the text of messages, except the
+            assistant's.
 
         Raises:
-          ValueError: if there is no template, or one that can never be rendered.
+          ValueError: There is no template, or it can never be rendered.
         """
         self._tokenizer = tokenizer
         self._variables = dict(tokenizer.special_tokens_map)
@@ -45,7 +45,7 @@ class ChatTemplate:
         own = getattr(tokenizer, "chat_template", None)
         if not path and not own:
             raise ValueError(
-                "the tokenizer has no chat template; name a file with one in data.chat_template, or"
+                "the tokenizer has no chat template; set data.chat_template to a file with one, or"
                 " use a recipe that needs none (alpaca)"
             )
         named = tuple(own.values()) if isinstance(own, Mapping) else (own or "",)
@@ -54,30 +54,30 @@ class ChatTemplate:
         )
         self._marks_turns: dict[str, bool] = {}
         for source in (self._given,) if path else named:
-            self._learn(source)
+            self._register(source)
         self._control = (
             ControlTokens(tokenizer, self._marks_turns) if split_special_tokens else None
         )
 
-    def _learn(self, source: str) -> None:
-        """Takes up a template, unless it fails whatever the conversation.
+    def _register(self, source: str) -> None:
+        """Tests and registers a template.
 
         Raises:
-          ValueError: if it is no Jinja, or goes over a bound on the shortest conversation.
+          ValueError: It is not valid Jinja, or exceeds a limit on the shortest conversation.
         """
         marks_turns = _marks_turns(source, self._origin)
         try:
-            render(source, [Wanted(messages=_SHORTEST)], variables=self._variables)
+            render(source, [RenderRequest(messages=_SHORTEST)], variables=self._variables)
         except TemplateError as error:
-            if error.kind in ("TemplateSyntaxError", "TemplateAssertionError", *OVER_BOUNDS):
+            if error.kind in ("TemplateSyntaxError", "TemplateAssertionError", *LIMIT_KINDS):
                 raise ValueError(f"{self._origin}, which cannot be used: {error.detail}") from None
         self._marks_turns[source] = marks_turns
 
     def source(self, tools: Sequence[Mapping[str, Any]] = ()) -> str:
-        """The template of a conversation, chosen as transformers chooses among named ones.
+        """Returns the template for a conversation, chosen among named ones as by transformers.
 
         Raises:
-          BadRowError: if the tokenizer has none for it.
+          BadRowError: The tokenizer has no template for it.
         """
         if self._given:
             return self._given
@@ -87,32 +87,32 @@ class ChatTemplate:
             raise BadRowError("chat template", str(error)) from None
 
     def marks_turns(self, tools: Sequence[Mapping[str, Any]] = ()) -> bool:
-        """Whether a conversation's template marks the assistant's words with `{% generation %}`."""
+        """Returns whether the template marks the assistant's text with `{% generation %}`."""
         source = self.source(tools)
         if source not in self._marks_turns:
-            # The tokenizer was given another template meanwhile.
-            self._learn(source)
+            # The tokenizer's template was replaced in the meantime.
+            self._register(source)
         return self._marks_turns[source]
 
     def render(
-        self, wanted: Sequence[Wanted], tools: Sequence[Mapping[str, Any]] = ()
+        self, requests: Sequence[RenderRequest], tools: Sequence[Mapping[str, Any]] = ()
     ) -> list[Rendered]:
-        """The texts that are wanted of one conversation.
+        """Renders texts of one conversation.
 
         Args:
-          wanted: its messages, or the first few of them.
-          tools: the tools that it may call.
+          requests: Requests, each of the first messages of the conversation.
+          tools: Tools that it may call.
 
         Raises:
-          BadRowError: if the template refuses the messages or fails on them.
+          BadRowError: The template rejects the messages or fails on them.
         """
         control = self._control
         if control is not None:
-            wanted = self._with_marks(control, wanted)
+            requests = self._with_marks(control, requests)
             tools = control.mark(tools)
         rendered = render(
             self.source(tools),
-            wanted,
+            requests,
             tools=tools,
             variables=self._variables,
             marks=self.marks_turns(tools),
@@ -122,28 +122,30 @@ class ChatTemplate:
         unmarked = (control.unmark(one.text, one.marked) for one in rendered)
         return [Rendered(text=text, marked=marked, plain=plain) for text, marked, plain in unmarked]
 
-    def _with_marks(self, control: ControlTokens, wanted: Sequence[Wanted]) -> list[Wanted]:
-        """What is wanted, with marks around the control tokens in the text of others."""
-        # A message that stands in several texts stays one.
+    def _with_marks(
+        self, control: ControlTokens, requests: Sequence[RenderRequest]
+    ) -> list[RenderRequest]:
+        """Adds marks around control tokens in the messages, except the assistant's."""
+        # A message that several texts share stays one object, so that it is sent once.
         marked: dict[int, Mapping[str, Any]] = {}
-        for message in (message for one in wanted for message in one.messages):
+        for message in (message for one in requests for message in one.messages):
             is_own = message.get("role") == "assistant"
             if id(message) not in marked:
                 marked[id(message)] = message if is_own else control.mark(message)
         return [
             dataclasses.replace(one, messages=[marked[id(message)] for message in one.messages])
-            for one in wanted
+            for one in requests
         ]
 
 
 def without_nulls(value: Any) -> Any:
-    """A value without the keys that hold null, at any depth.
+    """Removes keys whose value is null, at any depth.
 
-    Arrow gives every object of a column the keys of all others, and null for those it has not: what
-    jsonl gives and what parquet gives are the same without them.
+    Arrow gives every object of a column the keys of all others, with null for missing ones. Without
+    nulls, rows from jsonl and parquet are equal.
 
     Raises:
-      BadRowError: if the value is nested too deep.
+      BadRowError: The value is nested too deeply.
 
     Example:
       >>> without_nulls({"zone": "UTC", "left": None, "of": [{"a": None}, None]})
@@ -173,27 +175,27 @@ def _read(path: str) -> str:
 
 
 def _marks_turns(source: str, origin: str) -> bool:
-    """Whether a template marks the assistant's words; a comment that names the mark is none.
+    """Returns whether a template has `{% generation %}` outside of comments.
 
     Raises:
-      ValueError: if it is no Jinja, or loads another template.
+      ValueError: It is not valid Jinja, or loads another template.
     """
     try:
         statements = set(_statements(source))
     except jinja2.TemplateSyntaxError as error:
         detail = f"{error.message} (line {error.lineno})"
-        raise ValueError(f"{origin}, which cannot be used: no Jinja template: {detail}") from None
+        raise ValueError(f"{origin}, which cannot be used: not valid Jinja: {detail}") from None
     for name in _NEVER_LOADED:
         if name in statements:
             raise ValueError(
-                f"{origin}, which cannot be used: it has {{% {name} %}}, and there is no other"
-                " template to load; a chat template is one file"
+                f"{origin}, which cannot be used: it has {{% {name} %}}, but a chat template must"
+                " be one file"
             )
     return "generation" in statements
 
 
 def _statements(source: str) -> Iterator[str]:
-    """The names that a template's statements begin with."""
+    """Yields the first name of each statement of a template."""
     begun = False
     for _, kind, value in jinja2.Environment().lex(source):
         if kind == "name" and begun:

@@ -1,4 +1,4 @@
-"""How many rows there are, how many are used, and why the others are not."""
+"""Counts the rows of a run: how many are used, and why others are left out."""
 
 import dataclasses
 import math
@@ -8,23 +8,23 @@ from typing import Any
 from peft_jax.data.encode import TOO_LONG
 
 _TOO_MANY_LOST = 0.1
-"""The share of lost rows above which a warning says what to change."""
+"""Share of lost rows above which a warning suggests changes."""
 
 _SHOULD_FIT = 0.95
-"""The share of rows that the `train.max_length` suggested in a warning would hold."""
+"""Share of rows that fit the `train.max_length` suggested by a warning."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Where rows come from, and what became of the others there.
+    """Source of some rows.
 
     Attributes:
-      name: files, or a data set on the hub.
-      split: the split they are; empty for a file that is given by name.
-      rows: Number of rows there.
-      held_out: Number of them that are held out for evaluation.
-      set_aside: Number of them that `data.train_rows` or `data.eval_rows` leaves out.
-      chosen: whether a setting names the split.
+      name: Files, or a data set on the hub.
+      split: Split of the rows; empty for a single file.
+      rows: Number of rows in the source.
+      held_out: Number of rows held out for evaluation.
+      set_aside: Number of rows excluded by `data.train_rows` or `data.eval_rows`.
+      chosen: Whether a setting names the split.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Origin:
     chosen: bool = True
 
     def __str__(self) -> str:
-        """The place in words.
+        """Returns the name with the split.
 
         Example:
           >>> str(Origin(name="data/train.jsonl", split="train", rows=10))
@@ -46,16 +46,16 @@ class Origin:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RowTotals:
-    """What is known of a run's rows.
+    """Counts of a run's rows.
 
     Attributes:
-      what: the rows' name in messages: "training rows".
-      origin: where they come from.
-      rows: Number of rows that the run takes from there.
-      checked: Number of them that have been encoded so far, each counted once.
-      used: Number of those that can be learned or measured.
-      left_out: Number of rows that cannot, by reason.
-      truncated: Number of used rows that lost their ends.
+      what: Name of the rows in messages, such as "training rows".
+      origin: Source of the rows.
+      rows: Number of rows that the run takes from the source.
+      checked: Number of distinct rows encoded so far.
+      used: Number of encoded rows that can be used.
+      left_out: Number of rows that cannot be used, by reason.
+      truncated: Number of used rows that were truncated.
       too_long: Number of tokens of each row that was left out or truncated.
     """
 
@@ -69,7 +69,7 @@ class RowTotals:
     too_long: Sequence[int] = ()
 
     def describe(self) -> str:
-        """The totals in words.
+        """Returns the totals as a line of text.
 
         Example:
           >>> totals = RowTotals(
@@ -88,7 +88,7 @@ class RowTotals:
         return f"{self.what}: {head}; {sample}{self.describe_use()}"
 
     def describe_use(self) -> str:
-        """How many of the checked rows are used, and why the others are not."""
+        """Returns how many of the checked rows are used, and why others are not."""
         parts = [f"{self.used:,} used"]
         if lost := sum(self.left_out.values()):
             parts.append(f"{lost:,} left out ({_reasons(self.left_out)})")
@@ -97,10 +97,10 @@ class RowTotals:
         return ", ".join(parts)
 
     def warnings(self, *, max_length: int, extra: int) -> list[str]:
-        """What a user should know before the run begins.
+        """Returns warnings to show before the run begins.
 
         Args:
-          max_length: positions of a row.
+          max_length: Number of positions per row.
           extra: Number of tokens of a sequence beyond the positions it takes.
         """
         return [
@@ -113,8 +113,8 @@ class RowTotals:
         if origin.chosen or not origin.split or origin.split == "train":
             return []
         return [
-            f"there is no split named train: the {self.what} are those of {origin}; name a split in"
-            " data.train_split to choose it"
+            f"there is no split named train, so the {self.what} are those of {origin}; set"
+            " data.train_split to choose a split"
         ]
 
     def _warn_of_lost_rows(self, *, max_length: int, extra: int) -> list[str]:
@@ -130,26 +130,26 @@ class RowTotals:
         if self.too_long:
             fitting = self._fitting_length(extra)
             advice.append(
-                f"train.max_length is {max_length}, and {fitting} would hold {_SHOULD_FIT:.0%} of"
-                " the rows"
+                f"train.max_length is {max_length}; {fitting} would fit {_SHOULD_FIT:.0%} of the"
+                " rows"
             )
             if self.left_out.get(TOO_LONG):
-                advice.append("data.too_long=truncate keeps the beginnings of long rows")
+                advice.append("data.too_long=truncate keeps the start of long rows")
         if left_out > self.left_out.get(TOO_LONG, 0):
             advice.append(
-                "the first of the rows that cannot be used are listed above: mend them, or name"
-                " their columns in data.columns"
+                "the first bad rows are listed above: correct them, or set their columns in"
+                " data.columns"
             )
         return [f"{self.what}: {share} are lost: {_reasons(reasons)}; {'; '.join(advice)}"]
 
     def _fitting_length(self, extra: int) -> int:
-        """The `max_length` that would hold most rows."""
+        """Returns the smallest `max_length` that fits the share `_SHOULD_FIT` of rows."""
         sizes = sorted(self.too_long, reverse=True)
         may_stay_out = math.floor((1 - _SHOULD_FIT) * self.checked)
         return sizes[min(may_stay_out, len(sizes) - 1)] - extra
 
     def to_mapping(self) -> dict[str, Any]:
-        """The totals as JSON can hold them, for `summary.json`."""
+        """Returns the totals as JSON values, for `summary.json`."""
         return {
             "source": self.origin.name,
             "split": self.origin.split or None,

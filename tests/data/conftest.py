@@ -1,4 +1,4 @@
-"""Tokenizers for the tests: small ones made here, and real ones of the shared data."""
+"""Tokenizers for tests: small ones built here, and real ones from the shared data."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ def llama3(shared_data: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def tinystories(shared_data: Path) -> Any:
-    """A tokenizer that has no tokens for some characters."""
+    """Returns a tokenizer without tokens for some characters."""
     folder = shared_data / "tokenizers" / "letters"
     if not folder.is_dir():
         folder = shared_data / "models" / "tinystories656K"

@@ -1,4 +1,4 @@
-"""Whatever goes wrong with one row: named, found before the first step, counted and skipped."""
+"""Bad rows of every kind are named, found before the first step, counted and skipped."""
 
 import csv
 import gzip
@@ -15,11 +15,11 @@ from peft_jax.data.bad_rows import BadRowError, as_bad_row
 
 GOOD = {"text": "a good row"}
 BAD = "@@"
-"""Stands in the files for what is put into their bytes."""
+"""Placeholder in the files for the bad bytes."""
 
 
 def write(folder, ending: str, bad: bytes, good: dict, number: int = 3):
-    """A file with the bad value in its second row; `bad` replaces the JSON string of the value."""
+    """Writes a file whose second row has `bad` in place of the JSON string of a value."""
     field = next(iter(good))
     rows = [{**good, field: BAD} if index == 1 else good for index in range(number)]
     path = folder / f"rows.{ending}"
@@ -50,7 +50,7 @@ def build(path, tokenizer, **changes):
 
 
 def check(path, tokenizer, where: str, reason: str, **changes) -> None:
-    """One row of three is bad: an error before the first step, or skipped and counted."""
+    """Checks that one bad row of three raises before the first step, or is skipped and counted."""
     with pytest.raises(ValueError, match="training rows: 1 of 3 cannot be used") as caught:
         build(path, tokenizer, **changes)
     assert f"{path}{where}: {reason}" in str(caught.value)
@@ -59,7 +59,7 @@ def check(path, tokenizer, where: str, reason: str, **changes) -> None:
     assert (train.totals.used, sum(train.totals.left_out.values())) == (2, 1)
     for _ in range(4):
         next(train)
-    # Met by the stream where none was checked.
+    # Without a check, the stream finds it.
     late, _ = build(path, tokenizer, check_rows=0, **changes)
     with pytest.raises(ValueError, match="training rows: ") as caught:
         list(itertools.islice(late, 4))
@@ -80,37 +80,37 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "json"])
-def test_json(tmp_path, tokenizer, ending, kind):
+def test_bad_values_in_json_are_bad_rows(tmp_path, tokenizer, ending, kind):
     bad, reason = KINDS[kind]
     path = write(tmp_path, ending, bad, GOOD)
     check(path, tokenizer, ":5" if ending == "json" else ":2", reason)
 
 
 @pytest.mark.parametrize("ending", ["csv", "tsv", "txt"])
-def test_bytes_that_are_no_text(tmp_path, tokenizer, ending):
+def test_bytes_that_are_not_utf_8_are_a_bad_row(tmp_path, tokenizer, ending):
     path = write(tmp_path, ending, b"\xff\xfe", GOOD)
     check(path, tokenizer, ":2" if ending == "txt" else ":3", "not UTF-8")
 
 
-def test_a_label_of_five_thousand_digits(tmp_path, tokenizer):
+def test_a_label_of_five_thousand_digits_is_a_bad_row(tmp_path, tokenizer):
     path = write(tmp_path, "csv", b"7" * 5000, {"label": "1", "sentence": "good"})
     check(path, tokenizer, ":3", "ValueError: Exceeds the limit", recipe="sst2")
 
 
-def test_a_quotation_mark_that_does_not_close_says_how_much_it_takes(tmp_path, tokenizer):
+def test_an_unclosed_quotation_mark_raises_with_its_number_of_lines(tmp_path, tokenizer):
     path = write(tmp_path, "csv", b'"open', GOOD, number=50)
     train, _ = build(path, tokenizer, on_bad_row="skip")
     [shown] = train.bad_rows.describe(2).splitlines()[1:]
     assert f"{path}:3: broken CSV" in shown
-    assert "the record has 49 lines: is a quotation mark not closed?" in shown
+    assert "the record has 49 lines" in shown
 
 
 @pytest.mark.parametrize("ending", ["parquet", "arrow", "saved"])
 @pytest.mark.parametrize("kind", ["bytes", "null"])
-def test_arrow(tmp_path, tokenizer, ending, kind):
+def test_bad_values_in_arrow_files_are_bad_rows(tmp_path, tokenizer, ending, kind):
     values = [b"a good row", b"\xff\xfe" if kind == "bytes" else None, b"a good row"]
     array = pa.array(values, pa.binary())
-    # Arrow does not look at the bytes that it calls text.
+    # Arrow does not validate the bytes of text.
     text = pa.Array.from_buffers(pa.string(), 3, array.buffers())
     table = pa.table({"text": text})
     path, where = tmp_path / f"rows.{ending}", ", row 2"
@@ -134,7 +134,7 @@ TEMPLATES = {
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)
-def test_a_template_that_raises_anything(tmp_path, tokenizer, kind):
+def test_any_error_of_a_template_is_a_bad_row(tmp_path, tokenizer, kind):
     template = tmp_path / "chat.jinja"
     template.write_text(
         "{% for m in messages %}{% if '@@' in m.content %}"
@@ -152,7 +152,7 @@ def test_a_template_that_raises_anything(tmp_path, tokenizer, kind):
 
 
 @pytest.mark.parametrize("turn", ["null", "[null]", '{"role": null}', '{"role": "user"}', "3"])
-def test_nulls_in_conversations(tmp_path, tokenizer, turn):
+def test_nulls_in_conversations_are_bad_rows(tmp_path, tokenizer, turn):
     template = tmp_path / "chat.jinja"
     template.write_text(
         "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>\n{% endfor %}"
@@ -163,7 +163,7 @@ def test_nulls_in_conversations(tmp_path, tokenizer, turn):
     check(path, tokenizer, ":2", "", recipe="chat", chat_template=str(template))
 
 
-def test_held_out_rows_are_checked_alike(tmp_path, tokenizer):
+def test_held_out_rows_are_checked_too(tmp_path, tokenizer):
     path = write(tmp_path, "jsonl", rb'"\ud800"', GOOD)
     path.rename(tmp_path / "dev.jsonl")
     write(tmp_path, "jsonl", b'"fine"', GOOD).rename(tmp_path / "train.jsonl")
@@ -189,16 +189,18 @@ ROW, BIRD = (
     ("files", "changes", "advised"),
     [
         ({"rows": BIRD * 3}, {"hold_out": 0}, ""),
-        ({"rows": BIRD * 3}, {"hold_out": 1}, "held-out rows, set data.hold_out=0."),
-        ({"train": ROW * 3, "dev": BIRD * 3}, {}, "training rows, set data.hold_out=0.05."),
+        ({"rows": BIRD * 3}, {"hold_out": 1}, "set data.hold_out=0."),
+        ({"train": ROW * 3, "dev": BIRD * 3}, {}, "set data.hold_out=0.05."),
         (
             {"train": ROW * 3, "dev": BIRD * 3},
             {"eval_split": "validation"},
-            "data.hold_out=0.05 and leave data.eval_split out.",
+            "data.hold_out=0.05 and leave data.eval_split empty.",
         ),
     ],
 )
-def test_what_cannot_help_is_not_advised(tmp_path, tokenizer, on_bad_row, files, changes, advised):
+def test_advice_omits_settings_that_cannot_help(
+    tmp_path, tokenizer, on_bad_row, files, changes, advised
+):
     template = tmp_path / "chat.jinja"
     template.write_text(NO_BIRDS)
     for name, rows in files.items():
@@ -207,7 +209,7 @@ def test_what_cannot_help_is_not_advised(tmp_path, tokenizer, on_bad_row, files,
     with pytest.raises(ValueError, match=r"(\d) of \1 cannot be used") as caught:
         build(tmp_path, tokenizer, **{**settings, "hold_out": None, **changes})
     advice = str(caught.value).splitlines()[-1]
-    assert advice.startswith("No row is left. The chat template takes none of the rows: ")
+    assert advice.startswith("No row is left. The chat template rejects all rows: ")
     assert "on_bad_row" not in advice
     assert advice.endswith(advised)
     assert ("data.hold_out" in advice) is bool(advised)
@@ -216,7 +218,7 @@ def test_what_cannot_help_is_not_advised(tmp_path, tokenizer, on_bad_row, files,
         assert (train.totals.used, held_out.totals.used) == (2, 1)
 
 
-def test_advice_is_of_the_faults_there_are(tmp_path, tokenizer):
+def test_advice_fits_the_faults(tmp_path, tokenizer):
     path = tmp_path / "rows.jsonl"
     long = json.dumps({"text": "word " * 100}) + "\n"
     for rows, on_bad_row, advised in (
@@ -231,7 +233,7 @@ def test_advice_is_of_the_faults_there_are(tmp_path, tokenizer):
         assert ("data.on_bad_row=skip" in advice, "data.too_long to skip" in advice) == advised
 
 
-def test_encoders_check_theirs_alike(tmp_path, tokenizer):
+def test_rows_for_encoders_are_checked_too(tmp_path, tokenizer):
     path = write(tmp_path, "jsonl", rb'"\ud800"', {"sentence": "good", "label": 1})
     settings = DataSettings(recipe="sst2", path=str(path), hold_out=0, on_bad_row="skip")
     train, _ = build_data(settings, tokenizer, batch_size=1, max_length=20, seed=0, labeled=True)
@@ -239,7 +241,7 @@ def test_encoders_check_theirs_alike(tmp_path, tokenizer):
     train.close()
 
 
-def test_what_the_row_is_not_to_blame_for_is_no_bad_row():
+def test_errors_that_are_not_the_row_s_fault_pass_unchanged():
     with pytest.raises(OSError, match="disk"), as_bad_row():
         raise OSError("disk")
     with pytest.raises(KeyboardInterrupt), as_bad_row():

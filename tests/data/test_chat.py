@@ -1,7 +1,7 @@
-"""Conversations: the assistant's words are learned and nothing else, whatever the template.
+"""Only the assistant's text is in the loss, for every chat template.
 
-The oracle knows the templates: for each it says, as a regular expression over the text that
-transformers renders, what the assistant writes. The code under test does not.
+The tests have a regular expression per template, which matches the assistant's text in the text
+that transformers renders. The code under test does not know the templates.
 """
 
 import re
@@ -29,10 +29,10 @@ TURNS = {
     "vicuna": r"ASSISTANT:( .*?<\|end_of_text\|>)",
     "zephyr": r"<\|assistant\|>\n(.*?<\|end_of_text\|>)",
 }
-"""By template: what the assistant writes, in a text whose end token is Llama 3's."""
+"""Regular expression of the assistant's text by template, with Llama 3's end token."""
 
 MARKS_JOINED = ("chatml", "gemma-it", "phi-3", "qwen2.5-instruct")
-"""Templates whose end mark is no token of its own here, and so has one token with a line end."""
+"""Templates whose end mark is not a token here, so that it may share one with a line end."""
 
 USER = {"role": "user", "content": "What is 2 + 2?"}
 CONVERSATIONS = {
@@ -58,7 +58,7 @@ CONVERSATIONS = {
 
 @pytest.fixture
 def template_path(shared_data, tmp_path):
-    """Gives the path of a template by name, without the indentation of its file."""
+    """Returns a function from a template's name to its path, without indentation."""
 
     def path_of(name: str) -> str:
         text = (shared_data / "tokenizers" / "chat_templates" / f"{name}.jinja").read_text()
@@ -71,21 +71,21 @@ def template_path(shared_data, tmp_path):
     return path_of
 
 
-def runs(ids: np.ndarray, learn: np.ndarray, tokenizer: Any) -> list[str]:
-    """The texts of the stretches that are learned."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], learn.astype(np.int8), [0]])))
+def runs(ids: np.ndarray, loss_mask: np.ndarray, tokenizer: Any) -> list[str]:
+    """Returns the texts of consecutive tokens in the loss."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], loss_mask.astype(np.int8), [0]])))
     return [tokenizer.decode(ids[a:b]) for a, b in edges.reshape(-1, 2)]
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("template", TURNS)
-def test_masks_are_the_assistant_s_turns(template_path, llama3, template, conversation):
+def test_loss_masks_cover_the_assistant_turns(template_path, llama3, template, conversation):
     path = template_path(template)
     messages = CONVERSATIONS[conversation]
     renderer = ChatRenderer(llama3, chat_template=path)
     encoder = Encoder(llama3, max_length=500, renderer=renderer)
     (encoded,) = encoder.encode(Conversation(messages=tuple(messages)))
-    # The tokens are those that transformers makes of the whole conversation: no second begin token.
+    # The tokens equal those of transformers, without a second begin token.
     text = llama3.apply_chat_template(
         messages, chat_template=Path(path).read_text(), tokenize=False
     )
@@ -94,14 +94,14 @@ def test_masks_are_the_assistant_s_turns(template_path, llama3, template, conver
     assert llama3.decode(encoded.ids) == text
     expected = re.findall(TURNS[template], text, flags=re.DOTALL)
     assert len(expected) == sum(message["role"] == "assistant" for message in messages)
-    found = runs(encoded.ids, encoded.learn, llama3)
+    found = runs(encoded.ids, encoded.loss_mask, llama3)
     if template in MARKS_JOINED:
         found = [turn.removesuffix("\n") for turn in found]
     assert found == expected
 
 
 @pytest.mark.parametrize("template", TURNS)
-def test_the_prompt_is_what_generation_would_be_given(template_path, llama3, template):
+def test_the_prompt_equals_that_of_generation(template_path, llama3, template):
     path = template_path(template)
     encoder = Encoder(llama3, max_length=500, renderer=ChatRenderer(llama3, chat_template=path))
     messages = CONVERSATIONS["three turns"]
@@ -118,7 +118,7 @@ def test_the_prompt_is_what_generation_would_be_given(template_path, llama3, tem
     assert encoded.ids[: len(prompt)].tolist() == prompt
 
 
-def test_marks_in_the_template_are_followed(llama3):
+def test_generation_marks_in_the_template_are_used(llama3):
     template = (
         "{% for m in messages %}{% if m.role == 'assistant' %}<A>{% generation %}"
         "{{ m.content if loop.last else 'earlier' }}<|eot_id|>{% endgeneration %}"
@@ -133,8 +133,8 @@ def test_marks_in_the_template_are_followed(llama3):
         (encoded,) = encoder.encode(Conversation(messages=tuple(messages)))
     finally:
         llama3.chat_template = llama3_template
-    # The template shortens earlier turns, which only its own marks can tell.
-    assert runs(encoded.ids, encoded.learn, llama3) == ["earlier<|eot_id|>", "Yes<|eot_id|>"]
+    # The template shortens earlier turns, so only its marks can locate them.
+    assert runs(encoded.ids, encoded.loss_mask, llama3) == ["earlier<|eot_id|>", "Yes<|eot_id|>"]
 
 
 @pytest.mark.parametrize(
@@ -143,24 +143,23 @@ def test_marks_in_the_template_are_followed(llama3):
         (
             "{% for m in messages %}{{ m.role }}: {{ m.content if loop.last else '...' }}\n"
             "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}",
-            "generation prompt: generation is given 'user: What is",
+            "generation prompt: generation has 'user: What is",
         ),
         (
             "{% for m in messages %}{{ m.role }}: "
             "{{ m.content if loop.last or m.role == 'user' else '...' }}\n"
             "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}",
-            r"turn 2 cannot be told apart, because the template writes '.*It is 4.* where nothing"
-            r" follows and '.*assistant: \.\.\.",
+            r"turn 2 cannot be located.*'.*It is 4.*'.*assistant: \.\.\.",
         ),
         (
             "{% for m in messages %}{{ m.role }}: {{ m.content | upper }}\n"
             "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}",
-            "turn 2 as they are: 'It is 4",
+            "turn 2 from 'It is 4",
         ),
         ("{{ raise_exception('no such role') }}", "no such role"),
     ],
 )
-def test_a_template_that_cannot_be_followed(tokenizer, tmp_path, template, message):
+def test_unsupported_templates_make_bad_rows(tokenizer, tmp_path, template, message):
     path = tmp_path / "template.jinja"
     path.write_text(template)
     renderer = ChatRenderer(tokenizer, chat_template=str(path))
@@ -168,7 +167,7 @@ def test_a_template_that_cannot_be_followed(tokenizer, tmp_path, template, messa
         renderer.render(Conversation(messages=tuple(CONVERSATIONS["three turns"])))
 
 
-def test_a_template_without_an_end_of_turn(tokenizer, tmp_path):
+def test_without_an_end_of_turn_token_the_line_end_is_in_the_loss(tokenizer, tmp_path):
     path = tmp_path / "template.jinja"
     path.write_text(
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -177,12 +176,12 @@ def test_a_template_without_an_end_of_turn(tokenizer, tmp_path):
     renderer = ChatRenderer(tokenizer, chat_template=str(path))
     encoder = Encoder(tokenizer, max_length=300, renderer=renderer)
     (encoded,) = encoder.encode(Conversation(messages=tuple(CONVERSATIONS["three turns"][:4])))
-    # Nothing else ends a turn, so the line end is learned.
-    found = runs(encoded.ids, encoded.learn, tokenizer)
+    # Only the line end ends a turn.
+    found = runs(encoded.ids, encoded.loss_mask, tokenizer)
     assert found == [" It is 4.\n\nIs it not?\n", " Yes\n"]
 
 
-def test_a_text_end_after_the_last_turn_only(tokenizer, tmp_path):
+def test_an_end_token_after_the_last_turn_is_in_the_loss(tokenizer, tmp_path):
     path = tmp_path / "template.jinja"
     path.write_text(
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
@@ -191,11 +190,11 @@ def test_a_text_end_after_the_last_turn_only(tokenizer, tmp_path):
     renderer = ChatRenderer(tokenizer, chat_template=str(path))
     encoder = Encoder(tokenizer, max_length=300, renderer=renderer)
     (encoded,) = encoder.encode(Conversation(messages=tuple(CONVERSATIONS["three turns"][:4])))
-    found = runs(encoded.ids, encoded.learn, tokenizer)
+    found = runs(encoded.ids, encoded.loss_mask, tokenizer)
     assert found == ["It is 4.\n\nIs it not?<|im_end|>", "Yes<|im_end|></s>"]
 
 
-def test_the_system_prompt_is_for_conversations_without_one(llama3):
+def test_system_prompt_applies_to_conversations_without_one(llama3):
     renderer = ChatRenderer(llama3, system_prompt="Be kind.")
     assert (
         "Be kind."
@@ -206,10 +205,10 @@ def test_the_system_prompt_is_for_conversations_without_one(llama3):
     assert "Be brief." in with_one.prompt
 
 
-def test_no_template_is_an_error(tokenizer, tmp_path):
-    with pytest.raises(ValueError, match=r"no chat template; .*data\.chat_template"):
+def test_a_missing_template_raises(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=r"data\.chat_template"):
         ChatRenderer(tokenizer)
-    with pytest.raises(ValueError, match="there is no such file"):
+    with pytest.raises(ValueError, match=r"absent\.jinja"):
         ChatRenderer(tokenizer, chat_template=str(tmp_path / "absent.jinja"))
 
 
@@ -236,7 +235,7 @@ SHARE_GPT = [
         },
     ],
 )
-def test_rows_that_are_the_same_conversation(row):
+def test_all_column_formats_give_the_same_conversation(row):
     conversation = get_recipe("chat").example(row)
     assert [dict(message) for message in conversation.messages] == [
         {"role": "user", "content": "Hi"},
@@ -249,16 +248,16 @@ def test_rows_that_are_the_same_conversation(row):
     [
         ({"message": []}, "missing field", "did you mean 'message'"),
         ({"prompt": "Hi"}, "missing field", "not both"),
-        ({"messages": "Hi"}, "wrong type", "a list of objects, and these a str"),
+        ({"messages": "Hi"}, "wrong type", "not a str"),
         ({"messages": []}, "empty", "no messages"),
-        ({"messages": [{"role": "user", "content": "Hi"}]}, "empty", "assistant says nothing"),
+        ({"messages": [{"role": "user", "content": "Hi"}]}, "empty", "assistant"),
         ({"messages": [{"role": "asistant", "content": "Hi"}]}, "unknown role", "'assistant'"),
         ({"messages": [{"role": ["user"], "content": "Hi"}]}, "unknown role", "has role"),
-        ({"messages": [{"role": "user", "content": 3}]}, "wrong type", "a int for content"),
+        ({"messages": [{"role": "user", "content": 3}]}, "wrong type", "a int as content"),
         ({"messages": [{"role": "user", "content": " "}]}, "empty", r"message 1 \(user\)"),
     ],
 )
-def test_rows_that_are_no_conversation(row, reason, detail):
+def test_rows_without_a_valid_conversation_are_bad(row, reason, detail):
     with pytest.raises(BadRowError, match=detail) as caught:
         get_recipe("chat").example(row)
     assert caught.value.reason == reason

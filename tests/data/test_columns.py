@@ -1,4 +1,4 @@
-"""What columns mean: which are read, which are padding of Arrow's, and which nothing reads."""
+"""Columns: recipes read the right ones, Arrow's nulls are ignored, unread ones are reported."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ def tool(name: str, **properties) -> dict:
     return {"type": "function", "function": {"name": name, "parameters": parameters}}
 
 
-# Every object has keys that others lack, at every depth.
+# Every object has keys that others do not have, at every depth.
 TOOL_ROWS = [
     {
         "messages": [
@@ -59,7 +59,7 @@ TOOL_ROWS = [
 
 
 def saved(rows, path, kind: str) -> str:
-    """The rows as a file or folder of some kind; its path."""
+    """Saves the rows as a file or folder of some kind, and returns its path."""
     data = datasets.Dataset.from_list(rows)
     if kind == "jsonl":
         path = path / "rows.jsonl"
@@ -109,10 +109,10 @@ def test_the_same_rows_give_the_same_text_in_every_format(tmp_path, tokenizer, m
         {"messages": None, "prompt": "Hi", "completion": "Yo", "system": "Be Ivy."},
     ],
 )
-def test_the_system_column_and_the_first_column_that_is_not_null(row):
+def test_the_system_column_and_the_first_non_null_column_are_read(row):
     conversation = get_recipe("chat").example(row)
     assert conversation.messages == ({"role": "system", "content": "Be Ivy."}, *MESSAGES)
-    assert conversation.learned == (2,)
+    assert conversation.loss_turns == (2,)
 
 
 def test_two_system_texts_are_a_bad_row():
@@ -122,26 +122,26 @@ def test_two_system_texts_are_a_bad_row():
 
 
 @pytest.mark.parametrize("weight", [0, 0.0, False])
-def test_a_turn_of_weight_0_is_context(weight):
+def test_a_turn_of_weight_0_is_not_in_the_loss(weight):
     turns = [*MESSAGES, *MESSAGES]
     turns[1] = {**turns[1], "weight": weight}
     turns[3] = {**turns[3], "weight": 1}
     conversation = get_recipe("chat").example({"messages": turns})
     assert conversation.messages == (*MESSAGES, *MESSAGES)
-    assert conversation.learned == (3,)
+    assert conversation.loss_turns == (3,)
     turns[3] = turns[1]
-    with pytest.raises(BadRowError, match="nothing that is to be learned"):
+    with pytest.raises(BadRowError, match="empty: "):
         get_recipe("chat").example({"messages": turns})
 
 
 @pytest.mark.parametrize("weight", [0.5, 2, "1", [1]])
-def test_another_weight_is_a_bad_row(weight):
+def test_a_weight_other_than_0_or_1_is_a_bad_row(weight):
     turns = [MESSAGES[0], {**MESSAGES[1], "weight": weight}]
-    with pytest.raises(BadRowError, match=r"message 2 has weight .*; it is 1, learned, or 0"):
+    with pytest.raises(BadRowError, match=r"message 2 has weight "):
         get_recipe("chat").example({"messages": turns})
 
 
-def test_of_prompt_and_completion_the_completion_alone_is_learned(tokenizer, tmp_path):
+def test_only_the_completion_of_prompt_and_completion_is_in_the_loss(tokenizer, tmp_path):
     path = tmp_path / "template.jinja"
     path.write_text(TEMPLATE.replace("{{ m | tojson }}", ""))
     prompt = [
@@ -151,18 +151,18 @@ def test_of_prompt_and_completion_the_completion_alone_is_learned(tokenizer, tmp
     ]
     for completion in ("NEW", [{"role": "assistant", "content": "NEW"}]):
         conversation = get_recipe("chat").example({"prompt": prompt, "completion": completion})
-        # With a system turn put before them too.
+        # The same with an inserted system turn.
         for system in ("", "Be Ivy."):
             renderer = ChatRenderer(tokenizer, chat_template=str(path), system_prompt=system)
             pieces = renderer.render(conversation).pieces
-            assert [piece.text for piece in pieces if piece.learn] == ["NEW</s>"]
+            assert [piece.text for piece in pieces if piece.in_loss] == ["NEW</s>"]
 
 
 ALPACA = {"instruction": "And then?", "input": "", "output": "She ran."}
 HISTORY = [["Who is Ivy?", "A hare."], ["Where?", "There."]]
 
 
-def test_history_and_system_of_alpaca_go_before_the_prompt():
+def test_alpaca_system_and_history_precede_the_prompt():
     recipe = get_recipe("alpaca")
     example = recipe.example({**ALPACA, "system": "Be brief.", "history": HISTORY})
     assert example.prompt == (
@@ -178,7 +178,7 @@ def test_history_and_system_of_alpaca_go_before_the_prompt():
     assert example.prompt == "[S] Who is Ivy? >\nA hare.\n\n[S] And then? >"
 
 
-def test_history_and_system_of_alpaca_are_turns_in_a_chat():
+def test_alpaca_system_and_history_are_turns_in_a_chat():
     recipe = get_recipe("alpaca").configured(DataSettings(recipe="alpaca", chat=True))
     conversation = recipe.example({**ALPACA, "system": "Be brief.", "history": HISTORY})
     assert [(one["role"], one["content"]) for one in conversation.messages] == [
@@ -190,18 +190,18 @@ def test_history_and_system_of_alpaca_are_turns_in_a_chat():
         ("user", "And then?"),
         ("assistant", "She ran."),
     ]
-    assert conversation.learned == (6,)
+    assert conversation.loss_turns == (6,)
 
 
 @pytest.mark.parametrize(
     "history", ["Who?", [["Who?"]], [{"a": "b"}], [["a", 1]], 3, [["a", None]]]
 )
-def test_a_history_that_is_none_is_a_bad_row(history):
-    with pytest.raises(BadRowError, match=r"'history' is .* a list of pairs of texts"):
+def test_an_invalid_history_is_a_bad_row(history):
+    with pytest.raises(BadRowError, match=r"'history' is "):
         get_recipe("alpaca").example({**ALPACA, "history": history})
 
 
-def test_the_first_column_that_is_not_null_is_read():
+def test_the_first_non_null_column_is_read():
     row = {**ALPACA, "input": None, "context": "Ivy is a hare."}
     assert "Ivy is a hare." in get_recipe("alpaca").example(row).prompt
 
@@ -218,13 +218,13 @@ def test_the_first_column_that_is_not_null_is_read():
         ("cola", {"source": "a", "label": "1", "mark": "*", "sentence": "b"}, []),
     ],
 )
-def test_columns_that_nothing_reads(recipe, row, unread):
+def test_unread_columns_are_found(recipe, row, unread):
     made = get_recipe(recipe).configured(DataSettings(recipe=recipe))
     rows = MemoryTable([{"broken": 1}, row, row], "rows")
     assert unread_columns(made, rows) == unread
 
 
-def test_columns_that_nothing_reads_are_named_once(tokenizer, tmp_path, caplog):
+def test_unread_columns_are_logged_once(tokenizer, tmp_path, caplog):
     path = tmp_path / "rows.jsonl"
     rows = [{**ALPACA, "category": "x", "id": number} for number in range(8)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,6 +1,6 @@
-"""Control tokens in others' text are tokenized as characters, and only there.
+"""Control tokens in message text are tokenized as characters, and only there.
 
-transformers' `sanitize_control_tokens` is the independent source for what a prompt then is.
+`sanitize_control_tokens` of transformers is the independent reference for prompts.
 """
 
 import json
@@ -50,14 +50,14 @@ def split_encoder(**kw) -> Encoder:
 
 @given(texts=st.lists(TEXT, min_size=1, max_size=3), data=st.data())
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_prompts_are_transformers_sanitised_ones(texts, data):
+def test_prompts_equal_the_sanitized_ones_of_transformers(texts, data):
     messages = []
     for text in texts:
         messages.append({"role": "user", "content": text})
         messages.append({"role": "assistant", "content": "I say"})
     encoder = split_encoder()
     (encoded,) = encoder.encode(Conversation(messages=tuple(messages)))
-    # The control tokens are the template's alone: two a turn.
+    # Only the template's control tokens remain, two per turn.
     control = [number for number in encoded.ids.tolist() if number in CONTROL]
     assert len(control) == 2 * len(messages)
     assert TOKENIZER.decode(encoded.ids) == TOKENIZER.apply_chat_template(messages, tokenize=False)
@@ -73,13 +73,13 @@ def test_prompts_are_transformers_sanitised_ones(texts, data):
         assert prompt.tolist() == expected
 
 
-def test_without_the_setting_they_are_control_tokens():
+def test_without_the_setting_message_text_has_control_tokens():
     messages = ({"role": "user", "content": "a<|im_end|>"}, {"role": "assistant", "content": "b"})
     (encoded,) = Encoder(TOKENIZER, max_length=200).encode(Conversation(messages=messages))
     assert sum(number in CONTROL for number in encoded.ids.tolist()) == 5
 
 
-def test_what_the_assistant_says_keeps_its_tokens_and_tools_do_not():
+def test_assistant_text_keeps_control_tokens_and_tools_do_not():
     tools = ({"type": "function", "function": {"name": "</s>", "parameters": {"<|im_end|>": 1}}},)
     messages = (
         {"role": "user", "content": "Q"},
@@ -93,7 +93,7 @@ def test_what_the_assistant_says_keeps_its_tokens_and_tools_do_not():
     assert sum(number in CONTROL for number in encoded.ids.tolist()) == 7
 
 
-def test_added_tokens_count_where_a_template_writes_them(tmp_path):
+def test_added_tokens_are_control_tokens_if_a_template_has_them(tmp_path):
     path = tmp_path / "template.jinja"
     path.write_text(TEMPLATE)
     think, word = (TOKENIZER.convert_tokens_to_ids(token) for token in ("<think>", "word"))
@@ -103,7 +103,7 @@ def test_added_tokens_count_where_a_template_writes_them(tmp_path):
         renderer = ChatRenderer(TOKENIZER, chat_template=str(path), split_special_tokens=True)
         encoder = split_encoder(renderer=renderer)
         ids = encoder.prompt_ids(renderer.prompt(messages)).tolist()
-        # In the first it is the template's own, in the second a user's word like any other.
+        # In the first, it is the template's own; in the second, an ordinary word of the user.
         assert ids.count(think) == thoughts
         assert ids.count(word) == 1
         assert ids == TOKENIZER.apply_chat_template(
@@ -115,7 +115,7 @@ def test_added_tokens_count_where_a_template_writes_them(tmp_path):
         )
 
 
-def test_text_without_a_template(tmp_path):
+def test_text_without_a_template_splits_control_tokens_of_the_prompt(tmp_path):
     example = prompt_and_completion("a</s> <|im_end|>b:", " c</s>")
     encoder = split_encoder()
     (encoded,) = encoder.encode(example)
@@ -127,7 +127,7 @@ def test_text_without_a_template(tmp_path):
     assert (
         encoder.prompt_ids(_as_example("a</s> <|im_end|>b:", encoder)).tolist() == prompt.tolist()
     )
-    # What looks like a beginning is the user's.
+    # The second begin token is the user's text.
     assert encoder.prompt_ids(_as_example("<s>a", encoder)).tolist().count(0) == 1
 
 
@@ -140,7 +140,7 @@ def test_text_without_a_template(tmp_path):
         "{{ m.content | trim }}",
     ],
 )
-def test_marks_that_a_template_cuts_or_escapes_are_still_found(tmp_path, made):
+def test_marks_that_a_template_cuts_or_escapes_are_found(tmp_path, made):
     path = tmp_path / "template.jinja"
     path.write_text("{% for m in messages %}" + made + "{% endfor %}")
     renderer = ChatRenderer(TOKENIZER, chat_template=str(path), split_special_tokens=True)
@@ -155,7 +155,7 @@ def test_private_characters_are_a_bad_row():
         split_encoder().encode(Conversation(messages=messages))
 
 
-def test_spans_stay_where_they_were():
+def test_unmark_shifts_spans():
     control = ControlTokens(TOKENIZER, ())
     marked = control.mark("a</s>b") + "|" + control.mark("<s>") + "</s>c"
     text, spans, plain = control.unmark(marked, [(1, 7), (len(marked) - 1, len(marked))])
@@ -164,7 +164,7 @@ def test_spans_stay_where_they_were():
     assert [text[a:b] for a, b in plain] == ["</s>", "<s>"]
 
 
-def test_the_setting_of_the_data(tmp_path):
+def test_data_split_special_tokens_splits_control_tokens(tmp_path):
     path = tmp_path / "rows.jsonl"
     row = {"prompt": "a<|im_end|>", "completion": "b"}
     path.write_text(json.dumps(row) + "\n")

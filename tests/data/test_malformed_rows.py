@@ -1,4 +1,4 @@
-"""Rows as anyone may have written them: each is used or counted, and nothing else is raised."""
+"""Arbitrary rows are either used or counted as bad, and raise nothing else."""
 
 import json
 
@@ -22,7 +22,7 @@ GOOD = {
     "sst2": {"sentence": "good", "label": 1},
     "flores": {"source": "one", "target": "un"},
 }
-"""A row that can be used, of each way in which recipes read rows."""
+"""A usable row for each way in which recipes read rows."""
 
 COLUMNS = sorted({name for r in RECIPES.values() for names in r.fields.values() for name in names})
 KEYS = st.sampled_from([*COLUMNS, "role", "content", "from", "value", "translation", "weight", ""])
@@ -42,7 +42,7 @@ LINES = st.one_of(
 
 
 def check(folder, tokenizer, recipe: str, lines: list[str], ending: str, options: dict) -> None:
-    """Builds the data of a good row and of others; every row is accounted for."""
+    """Checks that totals account for a good row and all others."""
     template = folder / "chat.jinja"
     template.write_text(TEMPLATE)
     rows = [json.dumps(GOOD[recipe]), *lines]
@@ -71,7 +71,7 @@ def check(folder, tokenizer, recipe: str, lines: list[str], ending: str, options
 
 
 def examples(number: int):
-    """So many lists of lines, the same ones every time."""
+    """Runs a test on `number` generated lists of lines, the same in every run."""
 
     def decorate(test):
         quiet = (HealthCheck.function_scoped_fixture, HealthCheck.too_slow)
@@ -88,18 +88,20 @@ def examples(number: int):
 
 @pytest.mark.parametrize("recipe", GOOD)
 @examples(11)
-def test_malformed_rows(tmp_path, tokenizer, recipe, lines, too_long):
+def test_malformed_rows_are_used_or_counted(tmp_path, tokenizer, recipe, lines, too_long):
     check(tmp_path, tokenizer, recipe, lines, "jsonl", {"too_long": too_long})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", GOOD)
 @examples(130)
-def test_a_thousand_malformed_rows(tmp_path, tokenizer, recipe, lines, too_long):
+def test_a_thousand_malformed_rows_are_used_or_counted(
+    tmp_path, tokenizer, recipe, lines, too_long
+):
     check(tmp_path, tokenizer, recipe, lines, "jsonl", {"too_long": too_long})
 
 
 @examples(12)
-def test_malformed_items(tmp_path, tokenizer, lines, too_long):
+def test_malformed_items_of_a_json_array_are_used_or_counted(tmp_path, tokenizer, lines, too_long):
     whole = [line for line in lines if line not in ("{", "[" * 100_000)]
     check(tmp_path, tokenizer, "alpaca", whole, "json", {"too_long": too_long})

@@ -1,4 +1,4 @@
-"""The number of steps of an epoch, against what the stream gives out."""
+"""The number of steps of an epoch agrees with the stream."""
 
 import json
 
@@ -10,7 +10,7 @@ ROWS = 23
 
 
 def build(folder, tokenizer, *, batch_size=2, seed=0, bad=(), **changes):
-    """A stream of rows that tell which they are, of which those in `bad` cannot be used."""
+    """Builds a stream of numbered rows, of which those in `bad` cannot be used."""
     path = folder / "train.jsonl"
     rows = [
         "{" if index in bad else json.dumps({"text": f"{index}:" + "x" * (index * 7 % 23)})
@@ -29,7 +29,7 @@ def build(folder, tokenizer, *, batch_size=2, seed=0, bad=(), **changes):
 
 
 def seen(train, tokenizer, batches: int) -> list[int]:
-    """The numbers of the rows in the next batches."""
+    """Returns the numbers of the rows in the next batches."""
     found = []
     for batch in (next(train) for _ in range(batches)):
         for tokens, segments in zip(batch.tokens, batch.segment_ids, strict=True):
@@ -41,8 +41,8 @@ def seen(train, tokenizer, batches: int) -> list[int]:
 
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("epochs", [1.0, 2.0, 3.0])
-def test_the_steps_of_whole_epochs_show_every_row_that_often(tmp_path, tokenizer, packing, epochs):
-    """With batches of one row the last batch holds nothing of the next pass."""
+def test_whole_epochs_contain_every_row_equally_often(tmp_path, tokenizer, packing, epochs):
+    # With batches of one row, the last batch has no rows of the next pass.
     train = build(tmp_path, tokenizer, batch_size=1, packing=packing)
     found = seen(train, tokenizer, train.count_steps(epochs))
     assert sorted(found) == sorted([*range(ROWS)] * int(epochs))
@@ -51,7 +51,7 @@ def test_the_steps_of_whole_epochs_show_every_row_that_often(tmp_path, tokenizer
 @pytest.mark.parametrize("packing", [False, True])
 def test_rows_that_cannot_be_used_are_not_counted(tmp_path, tokenizer, packing):
     bad = (0, 7, 8, 22)
-    # Windows of 19 usable rows: as many as a pass has.
+    # A window has 19 usable rows, as many as a pass.
     train = build(
         tmp_path, tokenizer, batch_size=1, packing=packing, bad=bad, packing_window=ROWS - len(bad)
     )
@@ -60,10 +60,8 @@ def test_rows_that_cannot_be_used_are_not_counted(tmp_path, tokenizer, packing):
 
 
 @pytest.mark.parametrize("window", [4, 5, 64])
-def test_windows_that_end_between_passes_are_packed_as_the_stream_packs_them(
-    tmp_path, tokenizer, window
-):
-    """Whole windows are counted exactly, and of the last one the part that belongs to the run."""
+def test_windows_across_passes_are_counted_as_the_stream_packs_them(tmp_path, tokenizer, window):
+    # Whole windows are counted exactly; the last one counts in proportion.
     bad = (3, 4)
     train = build(tmp_path, tokenizer, batch_size=1, bad=bad, packing_window=window)
     window = min(window, ROWS)
@@ -72,7 +70,7 @@ def test_windows_that_end_between_passes_are_packed_as_the_stream_packs_them(
     assert len(seen(train, tokenizer, train.count_steps(whole / usable))) == whole
 
 
-def test_a_part_of_an_epoch(tmp_path, tokenizer):
+def test_steps_of_fractional_epochs(tmp_path, tokenizer):
     train = build(tmp_path, tokenizer, packing=False)
     assert [train.count_steps(epochs) for epochs in (0.01, 0.5, 1.0, 1.5, 10.0)] == [
         1,
@@ -84,8 +82,8 @@ def test_a_part_of_an_epoch(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("changes", [{}, {"packing": False}, {"packing_window": 5}])
-def test_the_number_depends_on_the_data_and_the_seed_alone(tmp_path, tokenizer, changes):
-    """Processes and resumed runs count for themselves, whatever they have read before."""
+def test_the_number_of_steps_depends_on_data_and_seed_alone(tmp_path, tokenizer, changes):
+    # Every process and resumed run counts by itself, after reading different rows.
     counts = set()
     for check_rows, taken, prefetch in ((None, 0, 0), (0, 0, 2), (5, 3, 0)):
         options = {"check_rows": check_rows, "prefetch": prefetch, **changes}
@@ -97,7 +95,7 @@ def test_the_number_depends_on_the_data_and_the_seed_alone(tmp_path, tokenizer, 
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_passes_are_the_inverse_of_steps(tmp_path, tokenizer, packing):
+def test_passes_invert_count_steps(tmp_path, tokenizer, packing):
     train = build(tmp_path, tokenizer, packing=packing)
     for epochs in (1.0, 4.0, 20.0):
         steps = train.count_steps(epochs)
@@ -106,13 +104,13 @@ def test_passes_are_the_inverse_of_steps(tmp_path, tokenizer, packing):
 
 
 @pytest.mark.parametrize("epochs", [1e6, 2e9])
-def test_many_passes_are_counted_in_no_time(tmp_path, tokenizer, epochs):
+def test_many_passes_are_extrapolated(tmp_path, tokenizer, epochs):
     train = build(tmp_path, tokenizer, packing_window=5)
     a_hundred = train.count_steps(100.0)
     assert train.count_steps(epochs) == pytest.approx(a_hundred * (epochs / 100), rel=0.01)
 
 
-def test_passes_are_estimated_from_the_rows_that_were_checked(tmp_path, tokenizer):
+def test_passes_are_estimated_from_the_checked_rows(tmp_path, tokenizer):
     exact = build(tmp_path, tokenizer).passes(100)
     some = build(tmp_path, tokenizer, check_rows=12)
     assert some.passes(100) == pytest.approx(exact, rel=0.3)

@@ -1,4 +1,4 @@
-"""The stream: complete, disjoint, shuffled, resumable; held-out rows; bad rows."""
+"""The stream is complete, shuffled, resumable and disjoint from held-out rows; bad rows."""
 
 import dataclasses
 import itertools
@@ -18,7 +18,7 @@ FIELDS = ("tokens", "targets", "loss_mask", "positions", "segment_ids")
 
 
 def write_rows(folder: Path, number: int, name: str = "train.jsonl") -> Path:
-    """Rows whose answers tell which they are, of differing lengths."""
+    """Writes numbered rows of different lengths."""
     path = folder / name
     rows = [{"text": f"{index}:" + "x" * (index * 7 % 23)} for index in range(number)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -37,7 +37,7 @@ def build(path: Path, tokenizer: Any, *, batch_size=2, max_length=48, seed=0, **
 
 
 def segments(batch: Batch, tokenizer: Any) -> list[str]:
-    """The text of each segment of a batch, its last predicted token included."""
+    """Returns the text of each segment of a batch, including its last target."""
     found = []
     for row in range(batch.tokens.shape[0]):
         for number in range(1, batch.segment_ids[row].max() + 1):
@@ -58,7 +58,7 @@ def assert_same(one: Batch, other: Batch) -> None:
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_batches_have_their_shapes_and_types(tmp_path, tokenizer, packing):
+def test_batches_have_the_documented_shapes_and_dtypes(tmp_path, tokenizer, packing):
     train, _ = build(write_rows(tmp_path, 20), tokenizer, batch_size=4, packing=packing)
     for batch in itertools.islice(train, 5):
         for field in FIELDS:
@@ -72,8 +72,8 @@ def test_batches_have_their_shapes_and_types(tmp_path, tokenizer, packing):
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_an_epoch_has_every_row_once_in_a_new_order(tmp_path, tokenizer, packing):
-    # With batches of one row and windows of an epoch, rows come out epoch by epoch.
+def test_an_epoch_contains_every_row_once_in_a_new_order(tmp_path, tokenizer, packing):
+    # With batches of one row and windows of an epoch, rows are ordered by epoch.
     train, _ = build(write_rows(tmp_path, 17), tokenizer, batch_size=1, packing=packing)
     seen: list[int] = []
     while len(seen) < 3 * 17:
@@ -83,13 +83,13 @@ def test_an_epoch_has_every_row_once_in_a_new_order(tmp_path, tokenizer, packing
     assert epochs[0] != epochs[1] != epochs[2]
 
 
-def test_without_shuffling_rows_come_in_their_order(tmp_path, tokenizer):
+def test_without_shuffling_rows_are_in_order(tmp_path, tokenizer):
     train, _ = build(write_rows(tmp_path, 9), tokenizer, batch_size=3, packing=False, shuffle=False)
     found = row_numbers(itertools.islice(train, 6), tokenizer)
     assert found == [*range(9), *range(9)]
 
 
-def test_seeds_decide_the_order(tmp_path, tokenizer):
+def test_the_seed_determines_the_order(tmp_path, tokenizer):
     path = write_rows(tmp_path, 30)
     first = [next(build(path, tokenizer, seed=seed)[0]) for seed in (3, 3, 4)]
     assert_same(first[0], first[1])
@@ -105,7 +105,7 @@ def rows_path(tmp_path_factory):
 @pytest.mark.parametrize("packing", [False, True])
 @given(done=st.integers(0, 20), extra=st.integers(0, 3), window=st.sampled_from([1, 7, 1024]))
 @settings(max_examples=8, deadline=None)
-def test_a_stream_goes_on_from_its_state_bit_for_bit(
+def test_a_stream_resumes_from_its_state_bit_for_bit(
     rows_path, tokenizer, packing, prefetch, done, extra, window
 ):
     options = {"packing": packing, "prefetch": prefetch, "packing_window": window}
@@ -114,7 +114,7 @@ def test_a_stream_goes_on_from_its_state_bit_for_bit(
         next(straight)
     state = json.loads(json.dumps(straight.get_state()))
     resumed, _ = build(rows_path, tokenizer, **options)
-    for _ in range(extra):  # a state may be set on a stream that has begun
+    for _ in range(extra):  # A state may be set on a started stream.
         next(resumed)
     resumed.set_state(state)
     assert resumed.get_state() == state
@@ -125,7 +125,7 @@ def test_a_stream_goes_on_from_its_state_bit_for_bit(
     resumed.close()
 
 
-def test_long_texts_are_split_and_resumed_in_their_middle(tmp_path, tokenizer):
+def test_split_texts_can_be_resumed_in_their_middle(tmp_path, tokenizer):
     path = tmp_path / "a.txt"
     path.write_text("\n".join("abcdefghij" * number for number in range(1, 9)))
     straight, _ = build(path, tokenizer, batch_size=1, max_length=16, packing=False)
@@ -149,13 +149,13 @@ def test_long_texts_are_split_and_resumed_in_their_middle(tmp_path, tokenizer):
         ({"train_rows": 5}, "rows was 29 and is 5"),
     ],
 )
-def test_a_state_of_other_data_is_refused(rows_path, tokenizer, changes, message):
+def test_a_state_of_other_data_is_rejected(rows_path, tokenizer, changes, message):
     state = build(rows_path, tokenizer)[0].get_state()
     with pytest.raises(ValueError, match=message):
         build(rows_path, tokenizer, **changes)[0].set_state(state)
 
 
-def test_the_share_of_padding(rows_path, tokenizer):
+def test_padding_share_agrees_with_the_batches(rows_path, tokenizer):
     train, held_out = build(rows_path, tokenizer, batch_size=2, eval_path="", hold_out=9)
     batches = [next(train) for _ in range(5)]
     empty = np.mean([batch.segment_ids == 0 for batch in batches])
@@ -193,7 +193,7 @@ def test_held_out_rows_are_never_trained_on(rows_path, tokenizer, hold_out, pack
     assert numbers[0] == numbers[1] == numbers[2]
 
 
-def test_the_last_held_out_batch_is_filled_up(rows_path, tokenizer):
+def test_the_last_held_out_batch_is_padded(rows_path, tokenizer):
     _, held_out = build(rows_path, tokenizer, batch_size=4, packing=False, hold_out=6)
     assert len(held_out) == 2
     last = held_out[1]
@@ -207,7 +207,7 @@ def test_the_last_held_out_batch_is_filled_up(rows_path, tokenizer):
         held_out[2]
 
 
-def test_rows_may_be_limited(rows_path, tokenizer):
+def test_train_rows_and_eval_rows_limit_the_rows(rows_path, tokenizer):
     train, held_out = build(rows_path, tokenizer, hold_out=8, train_rows=5, eval_rows=3)
     seen: set[int] = set()
     for _ in range(30):
@@ -217,7 +217,7 @@ def test_rows_may_be_limited(rows_path, tokenizer):
     assert not seen & set(row_numbers(held_out, tokenizer))
 
 
-def test_splits_of_a_folder_and_another_path(tmp_path, tokenizer):
+def test_eval_rows_come_from_a_split_or_another_path(tmp_path, tokenizer):
     write_rows(tmp_path, 10, "train.jsonl")
     write_rows(tmp_path, 4, "dev.jsonl")
     write_rows(tmp_path, 3, "test.jsonl")
@@ -240,24 +240,24 @@ def test_splits_of_a_folder_and_another_path(tmp_path, tokenizer):
     [
         ({"train_split": "trian"}, "did you mean 'train'"),
         ({"eval_split": "vlaidation"}, "did you mean 'validation'"),
-        ({"eval_split": "train"}, "the rows that are trained on"),
-        ({"hold_out": 10}, "none would be left"),
+        ({"eval_split": "train"}, "data.eval_split is 'train'"),
+        ({"hold_out": 10}, "data.hold_out is 10"),
     ],
 )
-def test_splits_that_are_not_there(tmp_path, tokenizer, changes, message):
+def test_missing_splits_raise(tmp_path, tokenizer, changes, message):
     write_rows(tmp_path, 10, "train.jsonl")
     write_rows(tmp_path, 4, "dev.jsonl")
     with pytest.raises(ValueError, match=message):
         build(tmp_path, tokenizer, **{"hold_out": None, **changes})
 
 
-def test_evaluating_on_the_training_rows_is_refused(rows_path, tokenizer):
+def test_evaluating_on_the_training_rows_is_rejected(rows_path, tokenizer):
     other = rows_path.parent / "." / rows_path.name
-    with pytest.raises(ValueError, match="the rows that are trained on"):
+    with pytest.raises(ValueError, match=r"data\.eval_path is"):
         build(rows_path, tokenizer, eval_path=str(other), hold_out=None)
 
 
-def test_a_missing_file_names_near_matches(tmp_path, tokenizer):
+def test_an_error_for_a_missing_file_names_near_matches(tmp_path, tokenizer):
     write_rows(tmp_path, 3, "train.jsonl")
     with pytest.raises(
         FileNotFoundError, match=r"no 'trian\.jsonl' in .*did you mean 'train\.jsonl'"
@@ -266,7 +266,7 @@ def test_a_missing_file_names_near_matches(tmp_path, tokenizer):
     with pytest.raises(FileNotFoundError, match=r"no 'absent' in .*known: train\.jsonl"):
         build(tmp_path / "absent" / "deeper" / "train.jsonl", tokenizer)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="holds no data file that recipe 'text' reads"):
+    with pytest.raises(FileNotFoundError, match="no data file for recipe 'text'"):
         build(tmp_path / "empty", tokenizer)
 
 
@@ -315,7 +315,7 @@ def test_bad_rows_are_skipped_by_setting(tmp_path, tokenizer, caplog):
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_bad_rows_beyond_those_checked_stop_when_they_are_reached(tmp_path, tokenizer, prefetch):
+def test_unchecked_bad_rows_stop_the_stream_when_reached(tmp_path, tokenizer, prefetch):
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join([*['{"text": "good"}'] * 5, "bad"]))
     train, _ = build(path, tokenizer, check_rows=0, shuffle=False, packing=False, prefetch=prefetch)
@@ -326,14 +326,14 @@ def test_bad_rows_beyond_those_checked_stop_when_they_are_reached(tmp_path, toke
 
 
 @pytest.mark.parametrize("check_rows", [0, None])
-def test_only_bad_rows_are_an_error(tmp_path, tokenizer, check_rows):
+def test_data_with_only_bad_rows_is_an_error(tmp_path, tokenizer, check_rows):
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(BAD_LINES[1:5]))
     with pytest.raises(ValueError, match="training rows: 4 of 4 cannot be used"):
         next(build(path, tokenizer, on_bad_row="skip", check_rows=check_rows)[0])
 
 
-def test_rows_that_are_too_long(tmp_path, tokenizer):
+def test_too_long_decides_the_treatment_of_long_rows(tmp_path, tokenizer):
     path = tmp_path / "a.jsonl"
     rows = [{"question": f"{n}?", "answer": "y" * n + " #### 1"} for n in (1, 100, 2, 200)]
     path.write_text("\n".join(json.dumps(row) for row in rows))
@@ -342,7 +342,7 @@ def test_rows_that_are_too_long(tmp_path, tokenizer):
     for _ in range(4):
         next(train)
     assert train.bad_rows.counts == {"too long": 2}
-    too_long = r"too long: \d+ tokens, and at most 41 fit\n(.*\n)?.*truncate"
+    too_long = r"too long: \d+ tokens, .* 41 fit\n(.*\n)?.*truncate"
     with pytest.raises(ValueError, match=too_long):
         build(path, tokenizer, too_long="error", **common)
     train, _ = build(path, tokenizer, too_long="error", check_rows=0, **common)
@@ -358,7 +358,7 @@ def test_rows_that_are_too_long(tmp_path, tokenizer):
         build(path, tokenizer, recipe="gsm8k", max_length=3, hold_out=2)
 
 
-def test_the_answer_and_nothing_else_is_learned(tmp_path, tokenizer):
+def test_only_the_answer_is_in_the_loss(tmp_path, tokenizer):
     path = tmp_path / "a.jsonl"
     rows = [{"question": f"What is {n}?", "answer": f"It is {n}.\n#### {n}"} for n in range(20)]
     path.write_text("\n".join(json.dumps(row) for row in rows))
@@ -376,7 +376,7 @@ def test_the_answer_and_nothing_else_is_learned(tmp_path, tokenizer):
     np.testing.assert_array_equal(batch.loss_mask, batch.segment_ids > 0)
 
 
-def test_prompt_and_answer_may_go_through_a_chat_template(tmp_path, tokenizer):
+def test_prompt_and_answer_are_rendered_by_a_chat_template(tmp_path, tokenizer):
     path = tmp_path / "a.jsonl"
     rows = [{"instruction": f"Say {n}.", "output": f"{n}"} for n in range(6)]
     path.write_text("\n".join(json.dumps(row) for row in rows))
@@ -398,7 +398,7 @@ def test_prompt_and_answer_may_go_through_a_chat_template(tmp_path, tokenizer):
         build(path, tokenizer, recipe="alpaca", chat=True)
 
 
-def test_lost_characters_are_said(tmp_path, tinystories, caplog):
+def test_lost_characters_log_a_warning(tmp_path, tinystories, caplog):
     path = tmp_path / "a.jsonl"
     path.write_text('{"question": "1 + 1?", "answer": "2 #### 2"}\n')
     build(path, tinystories, recipe="gsm8k")
@@ -414,13 +414,13 @@ def test_lost_characters_are_said(tmp_path, tinystories, caplog):
         ({"max_length": 0}, "max_length is 0"),
     ],
 )
-def test_arguments_that_do_not_fit(rows_path, tokenizer, changes, message):
+def test_invalid_arguments_raise(rows_path, tokenizer, changes, message):
     with pytest.raises(ValueError, match=message):
         build(rows_path, tokenizer, **changes)
 
 
-def test_no_path_and_no_home(tokenizer):
-    with pytest.raises(ValueError, match="recipe 'text' has no data of its own"):
+def test_an_empty_path_without_a_hub_data_set_raises(tokenizer):
+    with pytest.raises(ValueError, match=r"data\.path is empty"):
         build_data(DataSettings(recipe="text"), tokenizer, batch_size=1, max_length=8, seed=0)
 
 
@@ -431,20 +431,20 @@ def test_no_path_and_no_home(tokenizer):
         ({"too_long": "cut"}, r"data\.too_long is 'cut'"),
         ({"text_unit": "lines"}, "did you mean 'line'"),
         ({"hold_out": -1}, "data.hold_out is -1"),
-        ({"hold_out": 1.5}, "a whole number"),
-        ({"packing_window": 0}, "must be at least 1"),
-        ({"train_rows": 0}, "must be at least 1, or None"),
-        ({"eval_path": "x", "hold_out": 0.1}, "give one of the two"),
+        ({"hold_out": 1.5}, "data.hold_out is 1.5"),
+        ({"packing_window": 0}, "data.packing_window is 0"),
+        ({"train_rows": 0}, "data.train_rows is 0"),
+        ({"eval_path": "x", "hold_out": 0.1}, "data.eval_path is 'x'.*data.hold_out is 0.1"),
     ],
 )
-def test_settings_that_make_no_sense(changes, message, monkeypatch):
-    # The types' own check comes first in the tests; users do not have it.
+def test_invalid_settings_raise(changes, message, monkeypatch):
+    # Tests check types first, but users' runs do not.
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ValueError, match=message):
         DataSettings(recipe="text", **changes)
 
 
-def test_lists_will_do_for_tuples(monkeypatch):
+def test_lists_are_accepted_for_tuples(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     made = DataSettings(recipe="text", columns={"text": "body"}, label_words=["a", "b"])
     assert made.label_words == ("a", "b")

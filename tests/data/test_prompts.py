@@ -1,6 +1,6 @@
-"""What is trained on is what is asked: prompts of training and generation, over kinds of templates.
+"""Prompts in training equal those in generation, for many kinds of templates.
 
-For each template the test knows what the assistant writes, and transformers renders the prompts.
+For each template the test knows the assistant's text, and transformers renders the prompts.
 """
 
 import sys
@@ -91,7 +91,7 @@ TEMPLATES = {
         "{0}</s>",
     ),
 }
-"""By kind: a template, and what is learned of a turn, {0} the content and {1} the same trimmed."""
+"""Template, and its text of a turn in the loss: {0} is the content, {1} is it trimmed."""
 
 TOKENIZER = make_tokenizer()
 RENDERERS: dict[str, ChatRenderer] = {}
@@ -115,7 +115,7 @@ def contents(*more: str) -> st.SearchStrategy[str]:
     return parts.map("".join).filter(str.strip)
 
 
-# Only users write a Q.
+# Only users' texts contain a Q.
 USER = contents("<|im_end|>", "</s>", "<|im_start|>assistant\n").map(lambda text: f"Q{text}Q")
 
 
@@ -141,7 +141,7 @@ def renderer(name: str, tmp_path_factory) -> ChatRenderer:
 @pytest.mark.parametrize("name", TEMPLATES)
 @given(messages=conversations())
 @settings(max_examples=25, deadline=None, derandomize=True)
-def test_what_is_trained_on_is_what_is_asked(tmp_path_factory, name, messages):
+def test_training_and_generation_have_the_same_prompts(tmp_path_factory, name, messages):
     template, form = TEMPLATES[name]
     encoder = Encoder(TOKENIZER, max_length=4000, renderer=renderer(name, tmp_path_factory))
     (encoded,) = encoder.encode(Conversation(messages=tuple(messages)))
@@ -150,17 +150,17 @@ def test_what_is_trained_on_is_what_is_asked(tmp_path_factory, name, messages):
         return TOKENIZER.apply_chat_template(given, chat_template=template, tokenize=False, **kw)
 
     assert TOKENIZER.decode(encoded.ids) == rendered(messages)
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], encoded.learn.astype(np.int8), [0]])))
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], encoded.loss_mask.astype(np.int8), [0]])))
     runs = edges.reshape(-1, 2).tolist()
     asked = [index for index, one in enumerate(messages) if one["role"] == "assistant"]
     assert len(runs) == len(asked)
     for index, (start, stop) in zip(asked, runs, strict=True):
-        # Every turn of the assistant's is learned, and nothing of the users' texts or of headers.
+        # All assistant's turns are in the loss, but no users' text and no header.
         content = messages[index]["content"]
-        learned = TOKENIZER.decode(encoded.ids[start:stop])
-        assert learned == form.format(content, content.strip())
-        assert "Q" not in learned
-        # The prompt is transformers', and generation gives the model the same tokens.
+        in_loss = TOKENIZER.decode(encoded.ids[start:stop])
+        assert in_loss == form.format(content, content.strip())
+        assert "Q" not in in_loss
+        # The prompt equals that of transformers, and generation has the same tokens.
         prompt = encoder.prompt_ids(_as_example(messages[:index], encoder))
         assert encoded.ids[:start].tolist() == prompt.tolist()
         assert TOKENIZER.decode(prompt) == rendered(messages[:index], add_generation_prompt=True)
@@ -171,17 +171,21 @@ def test_what_is_trained_on_is_what_is_asked(tmp_path_factory, name, messages):
 @pytest.mark.parametrize("name", TEMPLATES)
 @given(messages=conversations(), data=st.data())
 @settings(max_examples=5, deadline=None, derandomize=True)
-def test_turns_that_are_context_are_not_learned(tmp_path_factory, name, messages, data):
+def test_only_the_chosen_turns_are_in_the_loss(tmp_path_factory, name, messages, data):
     asked = [index for index, one in enumerate(messages) if one["role"] == "assistant"]
     chosen = data.draw(st.sets(st.sampled_from(asked), min_size=1))
     assume(len(chosen) < len(asked) or len(asked) == 1)
     encoder = Encoder(TOKENIZER, max_length=4000, renderer=renderer(name, tmp_path_factory))
     whole = encoder.encode(Conversation(messages=tuple(messages)))[0]
-    part = encoder.encode(Conversation(messages=tuple(messages), learned=tuple(chosen)))[0]
+    part = encoder.encode(Conversation(messages=tuple(messages), loss_turns=tuple(chosen)))[0]
     assert part.ids.tolist() == whole.ids.tolist()
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], whole.learn.astype(np.int8), [0]])))
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], whole.loss_mask.astype(np.int8), [0]])))
     for index, (start, stop) in zip(asked, edges.reshape(-1, 2).tolist(), strict=True):
-        assert part.learn[start:stop].all() == part.learn[start:stop].any() == (index in chosen)
+        assert (
+            part.loss_mask[start:stop].all()
+            == part.loss_mask[start:stop].any()
+            == (index in chosen)
+        )
 
 
 ROLES = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
@@ -195,27 +199,27 @@ ROLES = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{%
             r"<\|user\|>Who ran\?</s><\|assistant\|><think>\\n",
             r"<\|user\|>Who ran\?</s><\|assistant\|>Ivy ran\.",
         ),
-        # The indentation of the file is in the text.
+        # The indentation of the file is part of the text.
         (
             "{% for m in messages %}\n    {{ '<|' + m.role + '|>' + m.content }}\n{% endfor %}\n"
             "{% if add_generation_prompt %}\n        {{ '<|assistant|>' }}\n{% endif %}",
             r"Who ran\?\\n        <\|assistant\|>\\n'",
             r"Who ran\?\\n    <\|assistant\|>Ivy ran\.",
         ),
-        # Nothing is asked with, so that the header would be learned.
-        (ROLES, r"writes '<\|assistant\|>' before .* given '<\|user\|>Who ran\?</s>'", "<|assist"),
-        # Nothing is marked of what is asked for.
+        # There is no generation prompt, so the header would be in the loss.
+        (ROLES, r"writes '<\|assistant\|>' before .* has '<\|user\|>Who ran\?</s>'", "<|assist"),
+        # The mark starts after the prompt.
         (
             "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{{ '\n' }}"
             "{% generation %}{{ m.content }}{% endgeneration %}"
             "{% else %}{{ m.content }}{% endif %}{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}",
-            r"later than the generation prompt ends: generation is given '.*<\|assistant\|>'",
+            r"after the end of the generation prompt: generation has '.*<\|assistant\|>'",
             r"training has '.*<\|assistant\|>\\n'",
         ),
     ],
 )
-def test_another_prompt_in_generation_is_refused_with_both_texts(
+def test_a_different_generation_prompt_raises_with_both_texts(
     tmp_path, template, generation, training
 ):
     path = tmp_path / "template.jinja"
@@ -229,14 +233,14 @@ def test_another_prompt_in_generation_is_refused_with_both_texts(
         renderer.render(Conversation(messages=messages))
     assert caught.value.reason == "generation prompt"
     assert caught.match(training.replace("<|assist", r"<\|assist"))
-    # It can be asked all the same.
+    # Generation is possible nevertheless.
     asked = TOKENIZER.apply_chat_template(
         list(messages[:1]), chat_template=template, tokenize=False, add_generation_prompt=True
     )
     assert renderer.prompt(messages[:1]).prompt == asked
 
 
-def test_a_call_of_a_tool_is_learned_without_a_header(tmp_path):
+def test_a_tool_call_is_in_the_loss_without_a_header(tmp_path):
     path = tmp_path / "template.jinja"
     calls = "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}"
     body = ROLES.replace("{{ m.content }}", "{{ m.content }}" + calls)
@@ -251,11 +255,11 @@ def test_a_call_of_a_tool_is_learned_without_a_header(tmp_path):
     )
     assert example.completion == '{"name": "clock", "arguments": {}}</s>'
     path.write_text(body)
-    with pytest.raises(BadRowError, match="and nothing with add_generation_prompt"):
+    with pytest.raises(BadRowError, match="add_generation_prompt"):
         ChatRenderer(TOKENIZER, chat_template=str(path)).render(Conversation(messages=messages))
 
 
-def test_a_greeting_is_learned_without_its_header(tmp_path):
+def test_a_first_assistant_turn_is_in_the_loss_without_its_header(tmp_path):
     path = tmp_path / "template.jinja"
     path.write_text(ROLES + "{% if add_generation_prompt %}<|assistant|>{% endif %}")
     messages = (
@@ -266,5 +270,5 @@ def test_a_greeting_is_learned_without_its_header(tmp_path):
     example = ChatRenderer(TOKENIZER, chat_template=str(path)).render(
         Conversation(messages=messages)
     )
-    learned = [piece.text for piece in example.pieces if piece.learn]
-    assert learned == ["assistant</s>", "A</s>"]
+    in_loss = [piece.text for piece in example.pieces if piece.in_loss]
+    assert in_loss == ["assistant</s>", "A</s>"]

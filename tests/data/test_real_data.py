@@ -1,4 +1,4 @@
-"""Real files: how many rows there are, what is made of them, and what is learned."""
+"""Real files give the published numbers of rows, examples and tokens in the loss."""
 
 import csv
 import json
@@ -31,7 +31,9 @@ def raw_tsv(path) -> list[list[str]]:
         ("rte", "RTE", (2490, 277), 3, True, {"not_entailment": "no", "entailment": "yes"}),
     ],
 )
-def test_glue(published_data, recipe, folder, sizes, label_column, header, names):
+def test_glue_files_give_the_published_rows_and_scores(
+    published_data, recipe, folder, sizes, label_column, header, names
+):
     path = published_data / "glue" / folder
     sources, made = open_settings(recipe=recipe, path=str(path))
     assert (len(sources.train), len(sources.held_out)) == sizes
@@ -44,7 +46,7 @@ def test_glue(published_data, recipe, folder, sizes, label_column, header, names
         assert all(
             row[sentence] in example.prompt for row, example in zip(raw, examples, strict=True)
         )
-    # Perfect predictions score 1, and a constant one the share of its label.
+    # Perfect predictions score 1, and constant ones the share of their label.
     perfect = made.metrics([example.completion for example in examples], examples)
     assert set(perfect.values()) == {1.0}
     constant = made.metrics(
@@ -56,7 +58,7 @@ def test_glue(published_data, recipe, folder, sizes, label_column, header, names
 
 
 @pytest.mark.parametrize("language", ["ar", "de", "en", "es", "fr", "hi", "sw", "zh"])
-def test_xnli(published_data, language):
+def test_xnli_files_give_the_published_rows(published_data, language):
     sources, recipe = open_settings(
         recipe="xnli", path=str(published_data / "xnli"), language=language
     )
@@ -67,7 +69,7 @@ def test_xnli(published_data, language):
 
 
 @pytest.mark.parametrize("target", ["deu_Latn", "zho_Hans", "arb_Arab"])
-def test_flores(published_data, target):
+def test_flores_files_give_aligned_sentences(published_data, target):
     folder = published_data / "flores200"
     sources, recipe = open_settings(recipe="flores", path=str(folder), target_language=target)
     assert (len(sources.train), len(sources.held_out)) == (997, 1012)
@@ -80,7 +82,7 @@ def test_flores(published_data, target):
         assert recipe.score(example.completion, example) == pytest.approx(1.0)
 
 
-def test_alpaca(published_data):
+def test_alpaca_rows_become_prompts_and_answers(published_data):
     path = published_data / "sft" / "alpaca_en_demo.json"
     rows = json.loads(path.read_text())
     sources, recipe = open_settings(recipe="alpaca", path=str(path))
@@ -92,7 +94,7 @@ def test_alpaca(published_data):
     assert example.completion == f"\n{row['output']}"
 
 
-def test_gsm8k_learns_the_answers_only(published_data, llama3):
+def test_only_gsm8k_answers_are_in_the_loss(published_data, llama3):
     folder = published_data / "gsm8k"
     train, held_out = build_data(
         DataSettings(recipe="gsm8k", path=str(folder), eval_rows=40),
@@ -115,8 +117,8 @@ def test_gsm8k_learns_the_answers_only(published_data, llama3):
                 question = text.removeprefix("<|begin_of_text|>Question: ").partition("\nAnswer:")[
                     0
                 ]
-                learned = here & (batch.loss_mask[row] > 0)
-                answer = llama3.decode(batch.targets[row][learned])
+                in_loss = here & (batch.loss_mask[row] > 0)
+                answer = llama3.decode(batch.targets[row][in_loss])
                 assert answer == f" {known[question]}<|end_of_text|>"
                 begins = batch.tokens[row][here] == llama3.bos_token_id
                 assert np.flatnonzero(begins).tolist() == [0]
@@ -124,7 +126,7 @@ def test_gsm8k_learns_the_answers_only(published_data, llama3):
     assert held_out.recipe.metrics(perfect, held_out.examples) == {"exact_match": 1.0}
 
 
-def test_gsm8k_conversations_through_llama_3_s_own_template(published_data, llama3):
+def test_gsm8k_conversations_use_the_template_of_llama_3(published_data, llama3):
     _, held_out = build_data(
         DataSettings(
             recipe="gsm8k",
@@ -145,7 +147,7 @@ def test_gsm8k_conversations_through_llama_3_s_own_template(published_data, llam
     )
     assert "Question:" not in example.prompt
     batch = held_out[0]
-    learned = llama3.decode(batch.targets[0][batch.loss_mask[0] > 0])
-    assert learned == f"{example.completion}"
-    assert learned.endswith("<|eot_id|>")
+    in_loss = llama3.decode(batch.targets[0][batch.loss_mask[0] > 0])
+    assert in_loss == f"{example.completion}"
+    assert in_loss.endswith("<|eot_id|>")
     assert (batch.tokens[0] == llama3.bos_token_id).sum() == 1

@@ -1,4 +1,4 @@
-"""A run's rows know the files they come from, whatever the format and what is made of them."""
+"""Rows know their source files, in every format and after every selection."""
 
 import gzip
 import json
@@ -33,14 +33,14 @@ def sources(path, **changes):
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "json", "parquet", "txt"])
-def test_one_file(tmp_path, ending):
+def test_rows_of_a_file_know_the_file(tmp_path, ending):
     file = tmp_path / f"rows.{ending}"
     write(file)
     found = sources(file, hold_out=2, train_rows=4)
     assert found.train.files == found.held_out.files == (file,)
 
 
-def test_the_files_of_each_split_of_a_folder(tmp_path):
+def test_rows_of_a_folder_know_the_files_of_their_split(tmp_path):
     names = ("train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "validation.jsonl")
     for name in (*names, "test.jsonl"):
         write(tmp_path / name)
@@ -49,7 +49,7 @@ def test_the_files_of_each_split_of_a_folder(tmp_path):
     assert found.held_out.files == (tmp_path / names[2],)
 
 
-def test_a_saved_data_set(tmp_path):
+def test_rows_of_a_saved_data_set_know_its_arrow_file(tmp_path):
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
     (file,) = sources(tmp_path / "saved").train.files
     assert file.suffix == ".arrow"

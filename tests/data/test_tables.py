@@ -1,4 +1,4 @@
-"""Rows of files, against the standard library's and pandas' own readers."""
+"""Rows of files agree with the readers of the standard library and pandas."""
 
 import csv
 import gzip
@@ -53,7 +53,7 @@ def csv_text(rows: list[dict], **options) -> str:
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize("line_end", ["\n", "\r\n"])
 @pytest.mark.parametrize("ending", ["jsonl", "ndjson", "json", "csv"])
-def test_text_formats_give_the_rows(tmp_path, ending, line_end, mark, packed):
+def test_text_formats_give_the_same_rows(tmp_path, ending, line_end, mark, packed):
     if ending == "csv":
         text = csv_text(ROWS, lineterminator=line_end)
     else:
@@ -64,14 +64,14 @@ def test_text_formats_give_the_rows(tmp_path, ending, line_end, mark, packed):
     assert read(path) == ROWS
 
 
-def test_json_array(tmp_path):
+def test_a_json_array_gives_the_rows(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps(ROWS, indent=2))
     assert read(path) == ROWS
 
 
 @pytest.mark.parametrize("index", [False, True])
-def test_parquet_and_pandas_csv(tmp_path, index):
+def test_parquet_and_csv_files_of_pandas_give_the_rows(tmp_path, index):
     frame = pd.DataFrame(ROWS)
     frame.to_parquet(tmp_path / "a.parquet")
     frame.to_csv(tmp_path / "a.csv", index=index)
@@ -80,15 +80,15 @@ def test_parquet_and_pandas_csv(tmp_path, index):
 
 
 @pytest.mark.parametrize("ending", ["parquet", "arrow"])
-def test_a_file_that_is_no_parquet_or_arrow_is_named(tmp_path, ending):
+def test_an_error_names_a_file_that_is_not_parquet_or_arrow(tmp_path, ending):
     damaged = tmp_path / f"a.{ending}"
     damaged.write_bytes(b"PAR1 and no more")
     with pytest.raises(ValueError, match=rf"a\.{ending} cannot be read as {ending}"):
         read(damaged)
 
 
-def test_a_parquet_file_with_damaged_rows_is_named(tmp_path):
-    """The footer is as it was, so that the file opens; its first pages are not."""
+def test_an_error_names_a_parquet_file_with_damaged_rows(tmp_path):
+    # The footer is intact, so the file opens, but its first pages are damaged.
     damaged = tmp_path / "a.parquet"
     pd.DataFrame(ROWS).to_parquet(damaged)
     whole = damaged.read_bytes()
@@ -97,7 +97,7 @@ def test_a_parquet_file_with_damaged_rows_is_named(tmp_path):
         read(damaged)
 
 
-def test_tsv_takes_quotes_as_they_are_unless_told(tmp_path):
+def test_tsv_quotes_are_literal_unless_quoting_is_set(tmp_path):
     path = tmp_path / "a.tsv"
     path.write_text('question\tanswer\n"Well," he said.\tyes\n"quoted"\tno\n')
     assert [row["question"] for row in read(path)] == ['"Well," he said.', '"quoted"']
@@ -105,7 +105,7 @@ def test_tsv_takes_quotes_as_they_are_unless_told(tmp_path):
     assert read(path, quoting=True) == [{"question": 'a "b"', "answer": "yes"}]
 
 
-def test_header_is_found_out(tmp_path):
+def test_the_header_is_detected(tmp_path):
     path = tmp_path / "a.tsv"
     path.write_text("first\tsecond\nthird\tfourth\n")
     assert read(path) == [
@@ -116,7 +116,7 @@ def test_header_is_found_out(tmp_path):
     assert read(path, column_names=("a", "b"))[0] == {"a": "first", "b": "second"}
     assert read(path, column_names=("a", "b"), header=True) == [{"a": "third", "b": "fourth"}]
     path.write_text("a\tb\tc\n")
-    with pytest.raises(ValueError, match=r"no header and 3 columns.*data\.column_names"):
+    with pytest.raises(ValueError, match=r"a\.tsv .*data\.column_names"):
         read(path, header=False)
 
 
@@ -128,7 +128,7 @@ def test_header_is_found_out(tmp_path):
         ('{"question": "caf\xe9"}', "not UTF-8", "0xe9"),
     ],
 )
-def test_a_bad_line_is_named_and_the_others_are_read(tmp_path, line, reason, detail):
+def test_a_bad_line_raises_and_the_others_are_read(tmp_path, line, reason, detail):
     path = tmp_path / "a.jsonl"
     good = json.dumps(ROWS[0]) + "\n"
     path.write_bytes((good + "\n" + line + "\n" + good).encode("latin-1"))
@@ -147,14 +147,14 @@ def test_csv_line_numbers_count_line_ends_within_fields(tmp_path):
     table = open_file(path, DataSettings(recipe="gsm8k"), LAYOUT)
     assert [table.where(index) for index in range(3)] == [f"{path}:{n}" for n in (2, 4, 5)]
     assert table[0] == {"question": "a\nb", "answer": "c"}
-    with pytest.raises(BadRowError, match="wrong number of columns: has 1, wants 2"):
+    with pytest.raises(BadRowError, match="wrong number of columns: has 1"):
         table[1]
     with pytest.raises(BadRowError, match="broken CSV: unexpected end of data"):
         table[2]
 
 
 @pytest.mark.parametrize("field", [b"x\r\x00y", b"a\rb", b'"c" d'])
-def test_a_record_that_the_csv_module_refuses_is_a_bad_row(tmp_path, field):
+def test_a_record_that_the_csv_module_rejects_is_a_bad_row(tmp_path, field):
     path = tmp_path / "a.csv"
     path.write_bytes(b"question,answer\r\na,b\r\n" + field + b",c\r\nd,e\r\n")
     table = open_file(path, DataSettings(recipe="gsm8k"), LAYOUT)
@@ -171,25 +171,25 @@ def test_a_record_that_the_csv_module_refuses_is_a_bad_row(tmp_path, field):
     ("name", "content", "message"),
     [
         ("a.json", b'[{"question": 1},\n {]', r"a\.json:2: broken JSON"),
-        ("a.json", b"3", r"a\.json: broken JSON: it begins with '3'; it should hold an array"),
-        ("a.json", b'[{"a": 1},\n {"b": "]}', r"a\.json:2: broken JSON: a string does not end"),
-        ("a.json", b'[{"a": 1}]\n, 2', r"a\.json:2: broken JSON: something follows the array"),
-        ("a.csv", b'"question\n1,2\n', r"a\.csv:1: the first line cannot be read: broken CSV"),
+        ("a.json", b"3", r"a\.json: broken JSON: it begins with '3'"),
+        ("a.json", b'[{"a": 1},\n {"b": "]}', r"a\.json:2: broken JSON: a string"),
+        ("a.json", b'[{"a": 1}]\n, 2', r"a\.json:2: broken JSON"),
+        ("a.csv", b'"question\n1,2\n', r"a\.csv:1: .*broken CSV"),
         (
             "a.csv",
             b"question,answer\r\x001,2\r\n",
-            r"a\.csv:1: the first line cannot be read: broken CSV: a carriage return",
+            r"a\.csv:1: .*broken CSV: .*carriage return",
         ),
         (
             "a.csv",
             b"question,answer\r1,2\r3,4\r",
-            r"a\.csv:1: .* lines should end in a line feed",
+            r"a\.csv:1: .* line feed",
         ),
         ("a.jsonl.gz", b"\x1f\x8b not gzip", "is damaged"),
-        ("a.jsonll", b"", r"not a known data format; did you mean '\.jsonl'"),
+        ("a.jsonll", b"", r"a\.jsonll .*did you mean '\.jsonl'"),
     ],
 )
-def test_a_file_that_cannot_be_read(tmp_path, name, content, message):
+def test_an_unreadable_file_raises(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read(tmp_path / name)
@@ -209,7 +209,7 @@ JSON = st.recursive(
 
 
 @given(st.lists(JSON, max_size=5), st.sampled_from([None, 1]), st.booleans())
-def test_json_items_are_those_of_the_json_module(items, indent, ascii_only):
+def test_json_items_agree_with_the_json_module(items, indent, ascii_only):
     data = json.dumps(items, indent=indent, ensure_ascii=ascii_only).encode()
     records = find_json_items(data, "a.json")
     found = [json.loads(data[a:b]) for a, b in zip(records.starts, records.stops, strict=True)]
@@ -219,13 +219,13 @@ def test_json_items_are_those_of_the_json_module(items, indent, ascii_only):
 
 
 @given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\r\n")), max_size=8))
-def test_lines_are_those_of_split(lines):
+def test_lines_agree_with_split(lines):
     data = "\n".join(lines).encode()
     records = find_lines(data, keep_blank=True)
     found = [data[a:b].decode() for a, b in zip(records.starts, records.stops, strict=True)]
     expected = data.removeprefix(b"\xef\xbb\xbf").decode().split("\n") if data else []
     if expected and expected[-1] == "":
-        expected.pop()  # what follows the last line end is no line
+        expected.pop()  # Nothing follows the last line end.
     assert found == expected
 
 
@@ -235,7 +235,7 @@ def test_lines_are_those_of_split(lines):
         max_size=6,
     )
 )
-def test_csv_records_are_those_of_the_csv_module(rows):
+def test_csv_records_agree_with_the_csv_module(rows):
     stream = io.StringIO(newline="")
     csv.writer(stream).writerows(rows)
     data = stream.getvalue().encode()
@@ -249,7 +249,7 @@ def test_csv_records_are_those_of_the_csv_module(rows):
         assert line == data[:start].count(b"\n") + 1
 
 
-def test_text_units(tmp_path):
+def test_text_unit_decides_the_rows_of_a_text_file(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("one\ntwo\n\n \nthree\n")
     units = {
@@ -262,7 +262,7 @@ def test_text_units(tmp_path):
     assert find_paragraphs(path.read_bytes()).lines.tolist() == [1, 5]
 
 
-def test_splits_of_a_folder(tmp_path):
+def test_splits_of_a_folder_are_found_by_file_names(tmp_path):
     for name in (
         "train-00001-of-00002.jsonl",
         "train-00000-of-00002.jsonl",
@@ -286,7 +286,7 @@ def test_splits_of_a_folder(tmp_path):
         find_splits(tmp_path)
 
 
-def test_files_that_name_no_split_are_training_rows_where_none_does(tmp_path):
+def test_files_without_a_split_are_training_rows_if_no_file_has_one(tmp_path):
     (tmp_path / "stories.txt").write_text("a\n")
     assert list(find_splits(tmp_path)) == ["train"]
     (tmp_path / "valid.txt").write_text("b\n")
@@ -305,11 +305,11 @@ def test_files_that_name_no_split_are_training_rows_where_none_does(tmp_path):
         ("constrain.json", ""),
     ],
 )
-def test_split_names(name, split):
+def test_split_of_recognizes_the_words_for_splits(name, split):
     assert split_of(name) == split
 
 
-def test_joined_and_aligned_tables(tmp_path):
+def test_tables_can_be_joined_and_aligned(tmp_path):
     one = MemoryTable([{"text": "a"}, {"text": "b"}], "one")
     two = MemoryTable([{"text": "c"}], "two")
     joined = JoinedTable([one, two, one])

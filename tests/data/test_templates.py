@@ -1,4 +1,4 @@
-"""Templates: as transformers renders them, and stopped where they fail or never end."""
+"""Templates render as in transformers, and are stopped if they fail or do not end."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ from peft_jax.data import render as render_module
 from peft_jax.data.bad_rows import BadRowError
 from peft_jax.data.chat import ChatRenderer
 from peft_jax.data.examples import Conversation
-from peft_jax.data.render import TemplateError, Wanted, render
+from peft_jax.data.render import RenderRequest, TemplateError, render
 from peft_jax.data.templates import ChatTemplate, without_nulls
 
 MESSAGES = [
@@ -50,9 +50,9 @@ def impatient():
 
 @pytest.mark.parametrize("options", [{}, {"generation_prompt": True}, {"continued": True}])
 @pytest.mark.parametrize("tools", [(), (TOOL,)])
-def test_texts_are_transformers_own(tokenizer, make_template, options, tools):
+def test_texts_equal_those_of_transformers(tokenizer, make_template, options, tools):
     source = "{{ bos_token }}{{ tools | tojson }}" + ROLES
-    (found,) = make_template(source).render([Wanted(messages=MESSAGES, **options)], tools)
+    (found,) = make_template(source).render([RenderRequest(messages=MESSAGES, **options)], tools)
     assert found.text == tokenizer.apply_chat_template(
         MESSAGES,
         tools=list(tools) or None,
@@ -63,14 +63,14 @@ def test_texts_are_transformers_own(tokenizer, make_template, options, tools):
     )
 
 
-def test_a_template_among_named_ones_is_chosen_as_transformers_does(tokenizer):
+def test_named_templates_are_chosen_as_by_transformers(tokenizer):
     named = {"default": "D" + ROLES, "tool_use": "T{{ tools | tojson }}" + ROLES}
     before = tokenizer.chat_template
     try:
         tokenizer.chat_template = named
         template = ChatTemplate(tokenizer)
         for tools in ((), (TOOL,)):
-            (found,) = template.render([Wanted(messages=MESSAGES)], tools)
+            (found,) = template.render([RenderRequest(messages=MESSAGES)], tools)
             assert found.text == tokenizer.apply_chat_template(
                 MESSAGES, tools=list(tools) or None, tokenize=False
             )
@@ -80,7 +80,7 @@ def test_a_template_among_named_ones_is_chosen_as_transformers_does(tokenizer):
         assert example.prompt.startswith('T[{"type": "function"')
         tokenizer.chat_template = {"tool_use": named["tool_use"]}
         with pytest.raises(BadRowError, match="multiple chat templates with no default"):
-            ChatTemplate(tokenizer).render([Wanted(messages=MESSAGES)])
+            ChatTemplate(tokenizer).render([RenderRequest(messages=MESSAGES)])
     finally:
         tokenizer.chat_template = before
 
@@ -88,7 +88,7 @@ def test_a_template_among_named_ones_is_chosen_as_transformers_does(tokenizer):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("{% include 'other' %}", "it has {% include %}, and there is no other template"),
+        ("{% include 'other' %}", "{% include %}"),
         ("{% import 'other' as o %}", "{% import %}"),
         ("{% from 'other' import o %}", "{% from %}"),
         ("{%- extends 'other' %}", "{% extends %}"),
@@ -102,7 +102,7 @@ def test_a_template_among_named_ones_is_chosen_as_transformers_does(tokenizer):
         ("{{ 'a' * 10 ** 11 }}", "takes more than 1024 MiB"),
     ],
 )
-def test_a_template_that_cannot_be_used_is_refused_by_name(
+def test_unusable_templates_raise_with_their_path(
     make_template, impatient, tmp_path, source, message
 ):
     began = time.monotonic()
@@ -124,25 +124,25 @@ def test_a_template_that_cannot_be_used_is_refused_by_name(
         ("{{ m.content * 20000000 }}", "writes 20,000,013"),
     ],
 )
-def test_what_only_some_rows_trigger_is_a_bad_row(make_template, impatient, fault, message):
+def test_template_errors_of_some_rows_make_bad_rows(make_template, impatient, fault, message):
     source = "{% for m in messages %}{% if m.content == 'x' %}" + fault + "{% endif %}{% endfor %}"
     template = make_template(source + ROLES)
     with pytest.raises(BadRowError, match=message) as caught:
-        template.render([Wanted(messages=[{"role": "user", "content": "x"}])])
+        template.render([RenderRequest(messages=[{"role": "user", "content": "x"}])])
     assert caught.value.reason == "chat template"
     assert "\n" not in str(caught.value)
-    # The next row is rendered as if nothing had been.
-    assert template.render([Wanted(messages=MESSAGES)])[0].text.endswith("Yo</s>")
+    # The next row is rendered normally.
+    assert template.render([RenderRequest(messages=MESSAGES)])[0].text.endswith("Yo</s>")
 
 
 @pytest.mark.parametrize("value", [b"bytes", 10**5000, {1, 2}], ids=["bytes", "digits", "set"])
-def test_what_json_does_not_hold_is_a_bad_row(make_template, value):
+def test_values_that_json_cannot_represent_are_a_bad_row(make_template, value):
     template = make_template(ROLES)
     with pytest.raises(BadRowError, match="wrong type: messages and tools"):
-        template.render([Wanted(messages=[{"role": "user", "content": "x", "more": value}])])
+        template.render([RenderRequest(messages=[{"role": "user", "content": "x", "more": value}])])
 
 
-def test_nesting_without_end_is_a_bad_row():
+def test_deep_nesting_is_a_bad_row():
     value: dict = {}
     for _ in range(100_000):
         value = {"of": value}
@@ -150,13 +150,13 @@ def test_nesting_without_end_is_a_bad_row():
         without_nulls(value)
 
 
-def test_several_threads_may_render():
+def test_several_threads_can_render():
     texts: dict[int, str] = {}
 
     def run(number: int) -> None:
         for _ in range(20):
             found = render(
-                "{{ messages[0].content }}", [Wanted(messages=[{"content": str(number)}])]
+                "{{ messages[0].content }}", [RenderRequest(messages=[{"content": str(number)}])]
             )
             assert texts.setdefault(number, found[0].text) == found[0].text == str(number)
 
@@ -168,11 +168,12 @@ def test_several_threads_may_render():
     assert len(texts) == 4
 
 
-def test_the_process_that_renders_stands_signals_to_its_group_and_ends_with_its_run():
+def test_the_rendering_process_ignores_signals_and_ends_with_its_run():
     script = (
         "import os, signal\n"
-        "from peft_jax.data.render import Wanted, render, _worker\n"
-        "ask = lambda: render('{{ messages[0].content }}', [Wanted(messages=[{'content': 'a'}])])\n"
+        "from peft_jax.data.render import RenderRequest, render, _worker\n"
+        "request = RenderRequest(messages=[{'content': 'a'}])\n"
+        "ask = lambda: render('{{ messages[0].content }}', [request])\n"
         "ask()\n"
         "pid = _worker()._process.pid\n"
         "for number in (signal.SIGINT, signal.SIGTERM):\n"
@@ -193,18 +194,18 @@ def test_the_process_that_renders_stands_signals_to_its_group_and_ends_with_its_
     raise AssertionError(f"process {pid} is still there")
 
 
-def test_a_process_that_is_killed_is_a_bad_row():
-    render("a", [Wanted(messages=MESSAGES)])
+def test_a_killed_rendering_process_is_a_bad_row():
+    render("a", [RenderRequest(messages=MESSAGES)])
     worker = render_module._worker()
     assert worker._process is not None
     worker._process.kill()
     worker._process.wait()
     with pytest.raises(TemplateError, match="SIGKILL"):
-        render("a", [Wanted(messages=MESSAGES)])
-    assert render("a", [Wanted(messages=MESSAGES)])[0].text == "a"
+        render("a", [RenderRequest(messages=MESSAGES)])
+    assert render("a", [RenderRequest(messages=MESSAGES)])[0].text == "a"
 
 
-def test_a_run_is_refused_for_its_template_and_not_for_each_row(tokenizer, tmp_path, impatient):
+def test_an_unusable_template_raises_once_for_the_run(tokenizer, tmp_path, impatient):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "Hi", "completion": "Yo"}\n' * 50)
     before = tokenizer.chat_template
@@ -258,7 +259,7 @@ FRAGMENTS = (
 
 @given(st.lists(st.sampled_from(FRAGMENTS), max_size=12).map("".join), st.booleans())
 @settings(max_examples=100, deadline=None, derandomize=True)
-def test_templates_of_fragments_are_used_or_refused(tmp_path_factory, tokenizer, source, split):
+def test_random_templates_are_used_or_rejected(tmp_path_factory, tokenizer, source, split):
     path = tmp_path_factory.getbasetemp() / "fragments.jinja"
     path.write_text(source)
     messages = (
@@ -270,10 +271,10 @@ def test_templates_of_fragments_are_used_or_refused(tmp_path_factory, tokenizer,
         renderer = ChatRenderer(tokenizer, chat_template=str(path), split_special_tokens=split)
         example = renderer.render(Conversation(messages=messages))
     except ValueError as error:
-        refusal = str(error)
+        message = str(error)
     if example is None:
-        # A bad row is told of behind its file and line, and a refusal names the template's.
-        assert "\n" not in refusal
+        # A bad row is reported with its file and line, so its message must be one line.
+        assert "\n" not in message
         return
     text = tokenizer.apply_chat_template(list(messages), chat_template=source, tokenize=False)
     assert "".join(piece.text for piece in example.pieces) == text

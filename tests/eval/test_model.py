@@ -239,7 +239,7 @@ def test_a_chat_s_prompt_has_the_tokens_of_training(make_model, loaded):
         loaded.tokenizer.chat_template = before
     prompt = model.tok_encode(copy.deepcopy(text))
     assert prompt == trained.ids[: len(prompt)].tolist()
-    assert trained.learn[len(prompt) :].all()
+    assert trained.loss_mask[len(prompt) :].all()
     # No begin token, which training has not, and which the same characters have as a plain text.
     assert prompt[0] != loaded.tokenizer.bos_token_id
     assert model.tok_encode(str(text))[0] == loaded.tokenizer.bos_token_id

@@ -69,7 +69,7 @@ def test_measures_are_those_of_each_sequence_by_itself(parts):
     for example in held_out.examples:
         (encoded,) = held_out.encoder.encode(example)
         log_probabilities = _log_probabilities(model, merged, encoded.ids[:-1])
-        for at in np.flatnonzero(encoded.learn[1:]):
+        for at in np.flatnonzero(encoded.loss_mask[1:]):
             losses.append(-log_probabilities[at, encoded.ids[at + 1]])
             right.append(log_probabilities[at].argmax() == encoded.ids[at + 1])
         prompt = held_out.encoder.prompt_ids(example)

@@ -1,4 +1,4 @@
-"""The named recipes. To add one, write it and add a line to `RECIPES`."""
+"""Named recipes. To add one, write it and add a line to `RECIPES`."""
 
 from peft_jax.core import did_you_mean
 from peft_jax.data.recipes.base import HubHome, Recipe
@@ -22,14 +22,14 @@ RECIPES: dict[str, Recipe] = {
         TEXT,
     )
 }
-"""The recipes by the name that `data.recipe` gives."""
+"""Recipes by the name in `data.recipe`."""
 
 
 def get_recipe(name: str) -> Recipe:
-    """A recipe by name.
+    """Returns a recipe by name.
 
     Raises:
-      ValueError: if there is none of that name; near matches are named.
+      ValueError: The name is unknown; the message suggests near matches.
     """
     if name not in RECIPES:
         raise ValueError(f"data.recipe is {name!r}{did_you_mean(name, RECIPES)}")

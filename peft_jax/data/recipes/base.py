@@ -1,4 +1,4 @@
-"""A recipe: how a row becomes a prompt and an answer, and how a prediction is scored."""
+"""Base class of recipes, which turn rows into prompts and answers and score predictions."""
 
 import dataclasses
 import functools
@@ -17,11 +17,11 @@ from peft_jax.data.tables import Row, Table
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HubHome:
-    """Where a recipe's data lives on the Hugging Face hub.
+    """A data set on the Hugging Face hub.
 
     Attributes:
-      path: the data set's name.
-      subset: its configuration.
+      path: Name of the data set.
+      subset: Configuration of the data set.
     """
 
     path: str
@@ -30,26 +30,26 @@ class HubHome:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A prompt and an answer made of a row's fields, by two templates.
+    """Formats a row's fields as a prompt and an answer, by two templates.
 
     A recipe that needs more than templates is a subclass with its own `example`.
 
     Attributes:
-      name: what `data.recipe` calls it.
-      about: one line on the task.
-      fields: the columns each field is read from: the first that is not null.
-      optional: the fields that may be missing or empty.
-      prompt: the prompt, with fields in braces.
-      completion: the answer, with fields in braces; it begins with the space or line end that
-        parts it from the prompt, which ends in neither.
-      hub: where the data lives on the hub, for an empty `data.path`.
-      headerless: the columns of the layouts that are published without a header.
-      train_splits: what the training rows are called, in order of preference.
-      eval_splits: what the held-out rows are called, in order of preference.
-      completion_only: whether only the answer is learned.
-      too_long: what is done with a row of more than the run's length.
-      chat_prompt: the prompt where a chat template is put around it; empty: the same.
-      metric: the name of what `score` measures; empty where a prediction cannot be scored.
+      name: Name in `data.recipe`.
+      about: One line on the task.
+      fields: Columns of each field; the first that is not null is read.
+      optional: Fields that may be missing or empty.
+      prompt: Template of the prompt, with fields in braces.
+      completion: Template of the answer, with fields in braces. It begins with the space or line
+        end that separates it from the prompt.
+      hub: Data set on the hub for an empty `data.path`.
+      headerless: Columns of layouts that are published without a header.
+      train_splits: Names of the training split, in order of preference.
+      eval_splits: Names of the held-out split, in order of preference.
+      completion_only: Whether only the answer's tokens are in the loss.
+      too_long: Treatment of a row that exceeds the run's length.
+      chat_prompt: Template of the prompt within a chat template; empty: `prompt`.
+      metric: Name of the metric of `score`; empty if predictions cannot be scored.
     """
 
     name: str
@@ -68,25 +68,28 @@ class Recipe:
     metric: str = ""
 
     templated: ClassVar[bool] = True
-    """Whether the recipe's prompt and completion are templates that settings may replace."""
+    """Whether settings may replace the templates of prompt and completion."""
 
     makes_conversations: ClassVar[bool] = False
-    """Whether the recipe's rows need a chat template."""
+    """Whether rows need a chat template."""
 
     def configured(self, settings: DataSettings) -> "Recipe":
-        """The recipe with what the settings replace.
+        """Returns the recipe with the settings applied.
 
         Raises:
-          ValueError: if a setting names a field that the recipe does not have, or does not apply.
+          ValueError: A setting does not apply to the recipe, or names an unknown field.
         """
         for field in settings.columns:
             if field not in self.fields:
                 raise ValueError(
-                    f"data.columns names {field!r}, which recipe {self.name!r} does not read"
-                    f"{did_you_mean(field, self.fields)}"
+                    f"data.columns has the field {field!r}, which recipe {self.name!r} does not"
+                    f" have{did_you_mean(field, self.fields)}"
                 )
         if settings.label_words:
-            raise ValueError(f"data.label_words: recipe {self.name!r} has no labels")
+            raise ValueError(
+                f"data.label_words is {settings.label_words}, but recipe {self.name!r} has no"
+                " labels"
+            )
         changes: dict[str, Any] = {
             "fields": {**self.fields, **{key: (name,) for key, name in settings.columns.items()}}
         }
@@ -104,21 +107,21 @@ class Recipe:
         return dataclasses.replace(self, **changes)
 
     def hub_home(self, settings: DataSettings) -> HubHome | None:
-        """Where the data lives on the hub."""
+        """Returns the data set on the hub, if the recipe has one."""
         return self.hub
 
     @property
     def layout(self) -> Layout:
-        """What is known of the columns of the recipe's files."""
+        """Columns of the recipe's files."""
         known = tuple(name for names in self.fields.values() for name in names)
         return Layout(known=known, headerless=self.headerless)
 
     def open_file(self, path: Path, settings: DataSettings) -> Table:
-        """The rows of one local file."""
+        """Opens one local file."""
         return open_file(path, settings, self.layout)
 
     def find_splits(self, folder: Path, settings: DataSettings) -> dict[str, Callable[[], Table]]:
-        """What opens each split that is found in a local folder."""
+        """Returns functions that open each split of a local folder."""
         files = find_splits(folder, self.unwanted_words(settings))
         return {
             split: functools.partial(open_files, paths, settings, self.layout)
@@ -126,30 +129,30 @@ class Recipe:
         }
 
     def unwanted_words(self, settings: DataSettings) -> tuple[str, ...]:
-        """Words by which a folder's files are passed over, such as other languages."""
+        """Returns words in file names that exclude a file, such as other languages."""
         return ()
 
     def aligned_subsets(self, settings: DataSettings) -> dict[str, str]:
-        """By column, the hub subset it comes from, where one row is spread over several subsets."""
+        """Returns the hub subset of each column, if a row combines several subsets."""
         return {}
 
     def languages(self, settings: DataSettings) -> tuple[tuple["Recipe", DataSettings], ...]:
-        """The recipe and the settings for each language that a run's rows are in.
+        """Returns the recipe and the settings of each language of the run.
 
-        One pair, unless the settings name several languages. Each language's rows are opened by
-        themselves and then joined.
+        There is one pair, unless the settings name several languages. The rows of each language are
+        opened separately and then joined.
         """
         return ((self, settings),)
 
     def joinable(self, table: Table) -> Table:
-        """A language's rows in a form in which those of several languages can be joined."""
+        """Converts the rows of a language to a form that can be joined with other languages."""
         return table
 
     def example(self, row: Row) -> Example | Conversation:
-        """What is made of a row.
+        """Returns the example of a row.
 
         Raises:
-          BadRowError: if the row cannot be used.
+          BadRowError: The row cannot be used.
         """
         values = self.read(row)
         completion = self.completion.format(**values)
@@ -158,34 +161,38 @@ class Recipe:
         )
 
     def read(self, row: Row) -> dict[str, str]:
-        """The row's fields as text.
+        """Reads the row's fields as text.
 
         Raises:
-          BadRowError: if one is missing, empty, or no text.
+          BadRowError: A field is missing, empty, or not text.
         """
         return {field: self.read_text(row, field) for field in self.fields}
 
     def read_text(self, row: Row, field: str) -> str:
-        """One field as text; "" for an optional one that the row does not have."""
+        """Reads one field as text; "" for a missing optional field.
+
+        Raises:
+          BadRowError: The field is missing, empty, or not text.
+        """
         value = self.read_value(row, field)
         if value is None and field in self.optional:
             return ""
         if not isinstance(value, str):
             raise BadRowError(
-                "wrong type", f"field {field!r} is a {type(value).__name__}, and should be text"
+                "wrong type", f"field {field!r} is a {type(value).__name__}, but must be text"
             )
         if not value.strip() and field not in self.optional:
             raise BadRowError("empty", f"field {field!r} is empty")
         return value
 
     def read_value(self, row: Row, field: str) -> Any:
-        """One field as it is, from the first of its columns that is not null.
+        """Reads one field from the first of its columns that is not null.
 
         Returns:
-          None where all of them are null, or an optional field has none of them in the row.
+          The value, or None if all columns are null, or if an optional field has no column.
 
         Raises:
-          BadRowError: if a field that is not optional has none of them in the row.
+          BadRowError: The row has no column of a required field.
         """
         columns = [column for column in self.fields[field] if column in row]
         for column in columns:
@@ -200,36 +207,36 @@ class Recipe:
 
     @property
     def num_labels(self) -> int:
-        """How many outputs a classifier's head has for this task; 0 where it is none for one."""
+        """Number of outputs of a classifier's head; 0 if the task is not for classifiers."""
         return 0
 
     def answer_of(self, output: float) -> str:
-        """What a classifier's output stands for, as the answers of `metrics`.
+        """Returns the answer for a classifier's output, in the form that `metrics` reads.
 
         Args:
-          output: the number of the likeliest label or, in a regression, the number.
+          output: Index of the likeliest label or, in a regression, the number.
 
         Raises:
-          ValueError: if the task is none for a classifier.
+          ValueError: The task is not for classifiers.
         """
-        raise ValueError(f"recipe {self.name!r} has no labels and no numbers for a classifier")
+        raise ValueError(f"recipe {self.name!r} has no labels or numbers for a classifier")
 
     def score(self, prediction: str, example: Example) -> float:
-        """How good a generated answer is, from 0 to 1; see `metric` for what is measured.
+        """Returns the score of a generated answer, from 0 to 1; `metric` names the score.
 
         Args:
-          prediction: what the model generated after `example.prompt`.
-          example: what it should have said.
+          prediction: Text that the model generated after `example.prompt`.
+          example: Example with the reference.
 
         Raises:
-          ValueError: if the recipe's answers cannot be scored.
+          ValueError: The recipe's answers cannot be scored.
         """
-        raise ValueError(f"recipe {self.name!r} has no score: its answers have no one right form")
+        raise ValueError(f"recipe {self.name!r} has no score, since many answers may be correct")
 
     def metrics(self, predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
-        """The task's measures over a whole set of predictions, by name.
+        """Returns the task's metrics over a set of predictions, by name.
 
-        Empty where the recipe's answers cannot be scored.
+        Empty if the recipe's answers cannot be scored.
         """
         if not self.metric or not examples:
             return {}
@@ -238,14 +245,15 @@ class Recipe:
 
     def _check_template(self, setting: str, template: str) -> None:
         if not self.templated:
-            raise ValueError(f"{setting}: recipe {self.name!r} takes no templates")
+            raise ValueError(
+                f"{setting} is {template!r}, but recipe {self.name!r} has no templates to replace"
+            )
         known = self.template_fields()
         try:
             parts = list(string.Formatter().parse(template))
         except ValueError as error:
             raise ValueError(
-                f"{setting} is {template!r}: {error}; a brace that stands for itself is written"
-                " twice, {{ or }}"
+                f"{setting} is {template!r}: {error}; write literal braces twice, {{{{ or }}}}"
             ) from None
         for _, field, _, _ in parts:
             if field is not None and field not in known:
@@ -255,5 +263,5 @@ class Recipe:
                 )
 
     def template_fields(self) -> tuple[str, ...]:
-        """What a template may have in braces."""
+        """Returns the names that a template may have in braces."""
         return tuple(self.fields)

@@ -1,4 +1,4 @@
-"""Classification as text: a prompt, and a word for each label."""
+"""Formats classification as text: a prompt, and a word per label."""
 
 import dataclasses
 import re
@@ -16,16 +16,16 @@ from peft_jax.data.settings import DataSettings
 from peft_jax.data.tables import Row
 
 _UNLABELED = (-1, "-1", "-", "")
-"""What published sets put where there is no label: test splits, and where annotators disagree."""
+"""Values of a missing label in published sets: test splits, and disagreeing annotators."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Label:
-    """One label.
+    """A label.
 
     Attributes:
-      word: what the model says for it.
-      names: what data call it besides its number, in lower case.
+      word: Word that the model generates for it.
+      names: Its names in data besides its number, in lower case.
     """
 
     word: str
@@ -34,11 +34,11 @@ class Label:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Classification(Recipe):
-    """A row has one of a few labels, and the answer is the label's word.
+    """Classifies a row; the answer is the word of its label.
 
     Attributes:
-      labels: the labels in the order of the numbers that stand for them in the data.
-      measures: the task's measures besides accuracy: "f1" (of label 1) and "matthews_correlation".
+      labels: Labels in the order of their numbers in the data.
+      measures: Metrics besides accuracy: "f1" (of label 1) and "matthews_correlation".
     """
 
     labels: tuple[Label, ...]
@@ -47,18 +47,18 @@ class Classification(Recipe):
     metric: str = "accuracy"
 
     def configured(self, settings: DataSettings) -> "Recipe":
-        """The recipe with what the settings replace, its labels' words included.
+        """Returns the recipe with the settings applied, including `data.label_words`.
 
         Raises:
-          ValueError: if there are not as many words as labels, or two are the same.
+          ValueError: The number of words differs from that of labels, or two words are the same.
         """
         words = settings.label_words
         labels = self.labels
         if words:
             if len(words) != len(labels) or len({word.lower() for word in words}) != len(words):
                 raise ValueError(
-                    f"data.label_words is {words}; recipe {self.name!r} has {len(labels)} labels,"
-                    f" which want as many different words; its own are {self.words}"
+                    f"data.label_words is {words}; recipe {self.name!r} has {len(labels)} labels"
+                    f" and needs as many different words, such as {self.words}"
                 )
             labels = tuple(
                 Label(word=word, names=(*label.names, label.word.lower()))
@@ -69,14 +69,14 @@ class Classification(Recipe):
 
     @property
     def words(self) -> tuple[str, ...]:
-        """The labels' words, in the labels' order."""
+        """Words of the labels, in order."""
         return tuple(label.word for label in self.labels)
 
     def example(self, row: Row) -> Example:
-        """The label's word is learned; every label's is a choice.
+        """Returns an example whose answer is the label's word, and whose choices are all words.
 
         Raises:
-          BadRowError: if the row has no label, or one that is not known.
+          BadRowError: The row has no label, or an unknown one.
         """
         values = {field: self.read_text(row, field) for field in self.fields if field != "label"}
         index = self.label_index(self.read_value(row, "label"))
@@ -92,18 +92,18 @@ class Classification(Recipe):
 
     @property
     def num_labels(self) -> int:
-        """One output of a classifier's head a label."""
+        """Number of outputs of a classifier's head, one per label."""
         return len(self.labels)
 
     def answer_of(self, output: float) -> str:
-        """The word of the label with that number."""
+        """Returns the word of the label with that number."""
         return self.words[int(output)]
 
     def label_index(self, value: Any) -> int:
-        """The number of a label as data write it: a number, its digits, or a name.
+        """Returns the number of a label given as a number, as digits or by name.
 
         Raises:
-          BadRowError: if there is no label, or one that is not known.
+          BadRowError: There is no label, or it is unknown.
         """
         text = value.strip().lower() if isinstance(value, str) else value
         if text is None or text in _UNLABELED:
@@ -123,9 +123,9 @@ class Classification(Recipe):
         )
 
     def predicted(self, prediction: str) -> int | None:
-        """The label whose word a generated answer begins with; None if it is no label's.
+        """Returns the label whose word a generated answer begins with; None if there is none.
 
-        Case, leading white space and what follows the word do not matter.
+        Case, leading white space and the text after the word are ignored.
         """
         text = prediction.strip().lower()
         found = [
@@ -133,18 +133,18 @@ class Classification(Recipe):
             for index, word in enumerate(self.words)
             if re.match(rf"{re.escape(word.strip().lower())}(?!\w)", text)
         ]
-        # "not" and "not sure" may both be words: the longer one is meant.
+        # "not" and "not sure" may both be words, so the longest match counts.
         return max(found, key=lambda index: len(self.words[index]), default=None)
 
     def score(self, prediction: str, example: Example) -> float:
-        """1 if the prediction begins with the right label's word, else 0."""
+        """Returns 1 if the prediction begins with the correct label's word, else 0."""
         return float(self.predicted(prediction) == example.label)
 
     def metrics(self, predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
-        """Accuracy and the task's own measures.
+        """Returns accuracy and the task's other metrics.
 
-        A prediction that is no label's word counts as wrong: in measures of two labels, as the
-        other one.
+        A prediction without a label's word counts as wrong; in metrics of two labels, it counts as
+        the other label.
         """
         found = super().metrics(predictions, examples)
         if not self.measures or not examples:

@@ -1,4 +1,4 @@
-"""Columns of the data that a recipe does not read."""
+"""Finds columns of the data that a recipe does not read."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,17 +13,17 @@ _ROWS_LOOKED_AT = 64
 
 
 def warn_of_unread_columns(recipe: Recipe, table: Table) -> None:
-    """Names the columns that hold something and that the recipe reads in no row, once.
+    """Logs a warning that names nonempty columns which the recipe does not read.
 
     Args:
-      recipe: the recipe, configured.
-      table: the rows; a few of them are looked at.
+      recipe: Configured recipe.
+      table: Rows, of which a sample is examined.
     """
     unread = unread_columns(recipe, table)
     if unread:
         logging.warning(
-            "Recipe %r does not read %s %s of %s. Where one is to be used, data.columns says which"
-            " column a field is read from: the fields are %s.",
+            "Recipe %r does not read %s %s of %s. To use one, set data.columns, which maps the"
+            " recipe's fields to columns; the fields are %s.",
             recipe.name,
             "columns" if len(unread) > 1 else "column",
             ", ".join(map(repr, unread)),
@@ -33,9 +33,9 @@ def warn_of_unread_columns(recipe: Recipe, table: Table) -> None:
 
 
 def unread_columns(recipe: Recipe, table: Table) -> list[str]:
-    """The columns that hold something in rows that can be used, and are read in none of them.
+    """Returns the nonempty columns of usable rows that the recipe never reads.
 
-    Columns that the recipe knows to be in a published layout without a header are left out.
+    Columns of the recipe's published layouts without a header are ignored.
     """
     held: dict[str, None] = {}
     read = {name for layout in recipe.headerless for name in layout}
@@ -53,7 +53,7 @@ def unread_columns(recipe: Recipe, table: Table) -> list[str]:
 
 
 class _WatchedRow(Mapping[str, Any]):
-    """A row that remembers which of its columns are read."""
+    """A row that records which of its columns are read."""
 
     def __init__(self, row: Row):
         self.row = row
@@ -75,5 +75,5 @@ class _WatchedRow(Mapping[str, Any]):
 
 
 def _holds(value: Any) -> bool:
-    """Whether a column holds something: neither null nor empty."""
+    """Returns whether a value is neither null nor empty."""
     return value is not None and value != "" and value != [] and value != {}

@@ -1,4 +1,4 @@
-"""Conversations: messages, or a prompt and a completion, through a chat template."""
+"""Recipe for conversations (messages, or prompt and completion), rendered by a chat template."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -19,28 +19,27 @@ _ROLES = {
     "gpt": "assistant",
     "tool": "tool",
 }
-"""The roles as data call them (ShareGPT's among them), and as chat templates do."""
+"""Roles of chat templates, by their names in data (including ShareGPT's)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chat(Recipe):
-    """A row's messages; the assistant's turns are learned, every one of them.
+    """A row's messages, with all of the assistant's turns in the loss.
 
     A row has "messages" with "role" and "content", or "conversations" with "from" and "value", or
-    "prompt" and "completion", each a text or a list of messages; the completion is learned.
-    A turn of the assistant's with "weight" 0 is context. The first column that is not null is read;
-    what a column "system" says stands before the others.
+    "prompt" and "completion", each a text or a list of messages. Of the latter, only the completion
+    is in the loss. A turn of the assistant with "weight" 0 is not in the loss. The first column
+    that is not null is read. A column "system" gives the system turn.
     """
 
     templated: ClassVar[bool] = False
     makes_conversations: ClassVar[bool] = True
 
     def example(self, row: Row) -> Conversation:
-        """The row's conversation.
+        """Returns the row's conversation.
 
         Raises:
-          BadRowError: if the row is none of these, or the assistant says nothing in it that is to
-            be learned.
+          BadRowError: The row has none of these forms, or no assistant's turn is in the loss.
         """
         messages = self.read_value(row, "messages")
         context = 0
@@ -57,29 +56,29 @@ class Chat(Recipe):
             messages = [*before, *_turns(completion, "assistant")]
         tools = self.read_value(row, "tools") or ()
         if not _is_list_of_objects(tools):
-            raise BadRowError("wrong type", "field 'tools' is no list of objects")
+            raise BadRowError("wrong type", "field 'tools' must be a list of objects")
         # Arrow fills the keys that other rows have with nulls.
         listed = without_nulls(_listed(messages))
         weights = [_weight(number, message) for number, message in enumerate(listed)]
         checked = [_message(number, message) for number, message in enumerate(listed)]
-        learned = tuple(
+        loss_turns = tuple(
             number
             for number, message in enumerate(checked)
             if message["role"] == "assistant" and number >= context and weights[number]
         )
-        if not learned:
-            raise BadRowError("empty", "the assistant says nothing that is to be learned")
+        if not loss_turns:
+            raise BadRowError("empty", "the assistant has no text in the loss")
         system = self.read_text(row, "system")
         if system.strip():
             if checked[0]["role"] == "system" and checked[0]["content"] != system:
                 raise BadRowError(
-                    "two system texts", "the conversation has one, and column 'system' another"
+                    "two system texts", "the conversation's differs from column 'system'"
                 )
             if checked[0]["role"] != "system":
                 checked.insert(0, {"role": "system", "content": system})
-                learned = tuple(number + 1 for number in learned)
+                loss_turns = tuple(number + 1 for number in loss_turns)
         return Conversation(
-            messages=tuple(checked), tools=tuple(without_nulls(tools)), learned=learned
+            messages=tuple(checked), tools=tuple(without_nulls(tools)), loss_turns=loss_turns
         )
 
 
@@ -90,7 +89,7 @@ def _turns(value: Any, role: str) -> list[Any]:
 def _listed(messages: Any) -> list[Any]:
     if not _is_list_of_objects(messages):
         raise BadRowError(
-            "wrong type", f"messages are a list of objects, and these a {type(messages).__name__}"
+            "wrong type", f"messages must be a list of objects, not a {type(messages).__name__}"
         )
     if not messages:
         raise BadRowError("empty", "there are no messages")
@@ -103,18 +102,18 @@ def _is_list_of_objects(value: Any) -> bool:
 
 
 def _weight(number: int, message: Mapping[str, Any]) -> bool:
-    """Whether a message is learned, if it is the assistant's."""
+    """Returns whether a message is in the loss, if it is the assistant's."""
     weight = message.get("weight", 1)
     if weight not in (0, 1):
         raise BadRowError(
             "wrong type",
-            f"message {number + 1} has weight {weight!r}; it is 1, learned, or 0, context",
+            f"message {number + 1} has weight {weight!r}; it must be 1 (in the loss) or 0",
         )
     return bool(weight)
 
 
 def _message(number: int, message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message with the names that chat templates know."""
+    """Returns a message with the names that chat templates use."""
     fields = {key: value for key, value in message.items() if key != "weight"}
     if "from" in fields and "role" not in fields:
         fields["role"] = fields.pop("from")
@@ -129,7 +128,7 @@ def _message(number: int, message: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(content, str):
         raise BadRowError(
             "wrong type",
-            f"message {number + 1} has a {type(content).__name__} for content, and wants text",
+            f"message {number + 1} has a {type(content).__name__} as content, but needs text",
         )
     if not content.strip() and role in ("user", "assistant") and not fields.get("tool_calls"):
         raise BadRowError("empty", f"message {number + 1} ({role}) has no content")
@@ -138,7 +137,7 @@ def _message(number: int, message: Mapping[str, Any]) -> dict[str, Any]:
 
 CHAT = Chat(
     name="chat",
-    about="conversations through a chat template, the assistant's turns learned",
+    about="conversations through a chat template, the assistant's turns in the loss",
     fields={
         "messages": ("messages", "conversations", "conversation"),
         "prompt": ("prompt",),

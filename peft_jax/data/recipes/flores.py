@@ -1,6 +1,6 @@
-"""FLORES, and any other aligned pairs of sentences: translation.
+"""Recipe for translation: FLORES, and other aligned pairs of sentences.
 
-NLLB Team, 2022, "No Language Left Behind: Scaling Human-Centered Machine Translation",
+Source: NLLB Team, 2022, "No Language Left Behind: Scaling Human-Centered Machine Translation",
 arXiv 2207.04672.
 """
 
@@ -21,10 +21,10 @@ from peft_jax.data.settings import DataSettings, split_names
 from peft_jax.data.tables import AlignedTable, Row, Table
 
 _CODE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
-"""How FLORES's codes look: language and script."""
+"""Pattern of FLORES's codes: language and script."""
 
 _LANGUAGES = "languages"
-"""The column of joined rows that holds the codes of their two languages."""
+"""Column of joined rows with the codes of their two languages."""
 
 LANGUAGE_NAMES = {
     "arb_Arab": "Arabic",
@@ -65,40 +65,43 @@ LANGUAGE_NAMES = {
     "vie_Latn": "Vietnamese",
     "zho_Hans": "Chinese",
 }
-"""English names of FLORES's languages, for the prompt; one that is not here goes by its code."""
+"""English names of FLORES's languages, for the prompt; others are named by their code."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Translation(Recipe):
-    """A sentence in one language, and the same in another.
+    """Translates a sentence from one language to another.
 
-    A folder may hold aligned files, a sentence a line: "dev/eng_Latn.dev" or "train.en". Other
-    files have a column for each language, called by its code, "sentence_" and its code, or "source"
-    and "target"; or a column "translation" with both.
+    A folder may hold aligned files with one sentence per line: "dev/eng_Latn.dev" or "train.en".
+    Other files have a column per language, named by its code, by "sentence_" and its code, or
+    "source" and "target"; or a column "translation" with both.
 
     Attributes:
-      source_code: the language translated from; empty: each row says it.
-      target_code: the language translated to; empty: each row says it.
+      source_code: Code of the source language; empty: read from each row.
+      target_code: Code of the target language; empty: read from each row.
     """
 
     source_code: str = ""
     target_code: str = ""
 
     def configured(self, settings: DataSettings) -> Recipe:
-        """The recipe for the settings' languages.
+        """Returns the recipe for the languages in the settings.
 
         Raises:
-          ValueError: if source and target are the same.
+          ValueError: Source and target are the same.
         """
         pairs = _pairs(settings)
         if not pairs:
             language = settings.source_language
-            raise ValueError(f"data.source_language and data.target_language are both {language!r}")
+            raise ValueError(
+                f"data.source_language and data.target_language are both {language!r}, but must"
+                " differ"
+            )
         pair = self._between(*pairs[0]) if len(pairs) == 1 else self
         return super(Translation, pair).configured(settings)
 
     def languages(self, settings: DataSettings) -> tuple[tuple[Recipe, DataSettings], ...]:
-        """The recipe and the settings for each pair of languages."""
+        """Returns the recipe and the settings of each pair of languages."""
         if self.source_code:
             return ((self, settings),)
         return tuple(
@@ -110,11 +113,11 @@ class Translation(Recipe):
         )
 
     def joinable(self, table: Table) -> Table:
-        """The rows of one pair of languages, each with the languages' codes."""
+        """Adds the languages' codes to the rows of one pair of languages."""
         return _PairTable(table, self)
 
     def _between(self, source: str, target: str) -> "Translation":
-        """The recipe for one pair of languages, whose columns are called by their codes."""
+        """Returns the recipe for one pair of languages, whose columns are named by their codes."""
         fields = {
             field: (f"sentence_{code}", code, *self.fields[field])
             for field, code in (("source", source), ("target", target))
@@ -122,14 +125,14 @@ class Translation(Recipe):
         return dataclasses.replace(self, fields=fields, source_code=source, target_code=target)
 
     def aligned_subsets(self, settings: DataSettings) -> dict[str, str]:
-        """The hub's set has a subset a language, its rows in the same order in each."""
+        """Returns the hub's subset of each language; all have their rows in the same order."""
         return {"source": self.source_code, "target": self.target_code}
 
     def find_splits(self, folder: Path, settings: DataSettings) -> dict[str, Callable[[], Table]]:
-        """Aligned files, or else what other recipes find.
+        """Returns functions that open each split: aligned files, or else those of other recipes.
 
         Raises:
-          ValueError: the folder has files in some of FLORES's languages, but not in one of these.
+          ValueError: The folder has files in some of FLORES's languages, but not in one of these.
         """
         sides = [_files_in_language(folder, code) for code in (self.source_code, self.target_code)]
         splits: dict[str, Callable[[], Table]] = {
@@ -142,7 +145,7 @@ class Translation(Recipe):
         return splits or super().find_splits(folder, settings)
 
     def _check_languages(self, folder: Path) -> None:
-        """Names a language that is not there, where files are called by FLORES's codes."""
+        """Raises ValueError if files are named by FLORES's codes, but none by one of these."""
         there = {
             part
             for path in folder.rglob("*")
@@ -152,31 +155,31 @@ class Translation(Recipe):
         for setting, code in (("source", self.source_code), ("target", self.target_code)):
             if there and code not in there:
                 raise ValueError(
-                    f"data.{setting}_language is {code!r}, and {folder} has no file in it"
-                    f"{did_you_mean(code, there)}"
+                    f"data.{setting}_language is {code!r}, but {folder} has no file of that"
+                    f" language{did_you_mean(code, there)}"
                 )
 
     def read_value(self, row: Row, field: str) -> Any:
-        """One field; of a row with both languages under "translation", from there."""
+        """Reads one field, from the column "translation" if the row has one."""
         both = row.get("translation")
         return super().read_value(both if isinstance(both, Mapping) else row, field)
 
     def read(self, row: Row) -> dict[str, str]:
-        """The two sentences, and the languages' names."""
+        """Reads the two sentences, and adds the languages' names."""
         codes = (self.source_code, self.target_code) if self.source_code else row[_LANGUAGES]
         source, target = (LANGUAGE_NAMES.get(code, code) for code in codes)
         return {**super().read(row), "source_language": source, "target_language": target}
 
     def template_fields(self) -> tuple[str, ...]:
-        """The sentences and the languages' names."""
+        """Returns the names of the sentences and the languages."""
         return (*self.fields, "source_language", "target_language")
 
     def score(self, prediction: str, example: Example) -> float:
-        """The character n-gram F-score of the prediction's first line, from 0 to 1."""
+        """Returns the character n-gram F-score of the prediction's first line, from 0 to 1."""
         return chrf([_first_line(prediction)], [example.answer])
 
     def metrics(self, predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
-        """The character n-gram F-score over all sentences, from 0 to 1."""
+        """Returns the character n-gram F-score over all sentences, from 0 to 1."""
         if not examples:
             return {}
         answers = [example.answer for example in examples]
@@ -184,13 +187,13 @@ class Translation(Recipe):
 
 
 def _pairs(settings: DataSettings) -> list[tuple[str, str]]:
-    """Each source language with each target language but itself."""
+    """Returns all pairs of a source and a different target language."""
     sources, targets = map(split_names, (settings.source_language, settings.target_language))
     return [pair for pair in itertools.product(sources, targets) if pair[0] != pair[1]]
 
 
 class _PairTable:
-    """The rows of one pair of languages as "source" and "target", with the languages' codes."""
+    """Rows of one pair of languages as "source" and "target", with the languages' codes."""
 
     def __init__(self, table: Table, recipe: Translation):
         self.name = table.name
@@ -215,7 +218,7 @@ def _first_line(text: str) -> str:
 
 
 def _files_in_language(folder: Path, code: str) -> dict[str, Path]:
-    """By split, the files whose names begin or end with a language's code."""
+    """Returns by split the files whose names begin or end with a language's code."""
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
         parts = path.name.split(".")

@@ -1,7 +1,7 @@
-"""GLUE's tasks as prompts, each with the columns of the hub's set and of the official TSV files.
+"""Recipes for GLUE's tasks, for the hub's data set and the official TSV files.
 
-Wang et al., 2019, "GLUE: A Multi-Task Benchmark and Analysis Platform for Natural Language
-Understanding". The labels' words, in the order of the labels' numbers:
+Source: Wang et al., 2019, "GLUE: A Multi-Task Benchmark and Analysis Platform for Natural Language
+Understanding". Words of the labels, in the order of their numbers:
 
 | recipe | words |
 | --- | --- |
@@ -32,34 +32,34 @@ ENTAILMENT = (
     Label(word="maybe", names=("neutral",)),
     Label(word="no", names=("contradiction",)),
 )
-"""Does the premise imply the hypothesis, in the order of MultiNLI's and XNLI's labels."""
+"""Labels of "does the premise imply the hypothesis", in the order of MultiNLI and XNLI."""
 
 _HIGHEST_SIMILARITY = 5.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Similarity(Recipe):
-    """How similar two sentences are, as a number from 0 to 5 with one decimal."""
+    """Rates the similarity of two sentences as a number from 0 to 5 with one decimal."""
 
     completion: str = " {label}"
     metric: str = "closeness"
 
     def example(self, row: Row) -> Example:
-        """The number is learned.
+        """Returns an example whose answer is the number.
 
         Raises:
-          BadRowError: if the row has no number, or one out of range.
+          BadRowError: The row has no number, or one out of range.
         """
         values = {field: self.read_text(row, field) for field in self.fields if field != "label"}
         raw = self.read_value(row, "label")
         try:
             number = float(raw)
         except (TypeError, ValueError):
-            raise BadRowError("wrong type", f"field 'label' is {raw!r}, no number") from None
+            raise BadRowError("wrong type", f"field 'label' is {raw!r}, not a number") from None
         if number == -1:
             raise BadRowError("no label", f"field 'label' is {raw!r}")
         if not 0 <= number <= _HIGHEST_SIMILARITY:
-            raise BadRowError("unknown label", f"field 'label' is {raw!r}; it goes from 0 to 5")
+            raise BadRowError("unknown label", f"field 'label' is {raw!r}; it must be from 0 to 5")
         answer = f"{number:.1f}"
         return prompt_and_completion(
             self.prompt.format(**values),
@@ -71,24 +71,24 @@ class Similarity(Recipe):
 
     @property
     def num_labels(self) -> int:
-        """A classifier's head has one output, the number."""
+        """Number of outputs of a classifier's head: one, the number."""
         return 1
 
     def answer_of(self, output: float) -> str:
-        """The number, within the scale."""
+        """Returns the number, clipped to the scale."""
         return f"{min(max(output, 0.0), _HIGHEST_SIMILARITY):.6f}"
 
     def score(self, prediction: str, example: Example) -> float:
-        """1 less the distance to the reference as a share of the scale."""
+        """Returns 1 minus the distance to the reference, relative to the scale."""
         distance = abs(_first_number(prediction) - float(example.answer))
         return max(0.0, 1 - distance / _HIGHEST_SIMILARITY)
 
     def metrics(self, predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
-        """Pearson's and Spearman's correlation; a prediction without a number counts as 0."""
+        """Returns closeness, Pearson's and Spearman's correlation; no number counts as 0."""
         if not examples:
             return {}
         said = np.array([_first_number(prediction) for prediction in predictions])
-        # Measured against the numbers as they are, of which the answers are rounded.
+        # The reference is the exact number, since the answers are rounded.
         right = np.array(
             [e.value if e.value is not None else float(e.answer) for e in examples], np.float64
         )

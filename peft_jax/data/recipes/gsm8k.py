@@ -1,6 +1,6 @@
-"""GSM8K: grade-school mathematics, worked out and answered with a number.
+"""Recipe for GSM8K: grade-school mathematics, solved step by step and answered with a number.
 
-Cobbe et al., 2021, "Training Verifiers to Solve Math Word Problems", arXiv 2110.14168.
+Source: Cobbe et al., 2021, "Training Verifiers to Solve Math Word Problems", arXiv 2110.14168.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from peft_jax.data.examples import Example, prompt_and_completion
 from peft_jax.data.recipes.base import HubHome, Recipe
 from peft_jax.data.tables import Row
 
-# A minus sign after a digit, a letter or a bracket is a subtraction's.
+# A minus sign after a digit, a letter or a bracket is a subtraction.
 _NUMBER = re.compile(r"(?:(?<![\w)])-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 _MARK = "####"
 
@@ -22,10 +22,10 @@ class MathProblem(Recipe):
     """A problem, its solution, and the number after the mark "####"."""
 
     def example(self, row: Row) -> Example:
-        """The solution is learned; the number after its mark is the reference.
+        """Returns an example whose answer is the solution, with its final number as reference.
 
         Raises:
-          BadRowError: if the solution has no number after a mark.
+          BadRowError: The solution has no number after a mark.
         """
         values = self.read(row)
         _, mark, tail = values["answer"].rpartition(_MARK)
@@ -37,21 +37,21 @@ class MathProblem(Recipe):
         )
 
     def score(self, prediction: str, example: Example) -> float:
-        """1 if the prediction's final number equals the reference as a number, else 0."""
+        """Returns 1 if the prediction's final number equals the reference, else 0."""
         number = final_number(prediction)
         return float(number is not None and Decimal(number) == Decimal(example.answer))
 
 
 def final_number(text: str) -> str | None:
-    """The number a solution ends in: the one after the first "####", or else the last one.
+    """Returns the final number of a solution: the one after the first "####", else the last one.
 
-    Only the first mark counts, so that what a model writes after its answer does not.
+    Only the first mark counts, so that text after the answer is ignored.
 
     Args:
-      text: a solution.
+      text: Solution.
 
     Returns:
-      The number without thousands separators or currency sign; None if there is none.
+      The number, without thousands separators and currency sign; None if there is none.
 
     Example:
       >>> final_number("She earns 3 * 400 = $1,200 a month. #### 1,200")

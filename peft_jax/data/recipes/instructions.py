@@ -1,6 +1,6 @@
-"""Instructions and their answers, as Alpaca's and Dolly's sets have them.
+"""Recipe for instructions and answers, in the formats of Alpaca and Dolly.
 
-Taori et al., 2023, "Stanford Alpaca: An Instruction-following LLaMA model".
+Source: Taori et al., 2023, "Stanford Alpaca: An Instruction-following LLaMA model".
 """
 
 import dataclasses
@@ -16,24 +16,24 @@ from peft_jax.data.tables import Row
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Instructions(Recipe):
-    """An instruction, often with an input, and an answer.
+    """An instruction, an optional input, and an answer.
 
-    A row may have a text "system", which stands before all else, and a "history": earlier
-    instructions with their answers, which are context.
+    A row may have a text "system", which comes first, and a "history" of earlier instructions with
+    their answers, which are not in the loss.
 
     Attributes:
-      prompt_without_input: the prompt of rows whose input is missing or empty.
-      as_chat: whether a chat template is put around the turns.
+      prompt_without_input: Template of the prompt for rows without an input.
+      as_chat: Whether turns are rendered by a chat template.
     """
 
     prompt_without_input: str = ""
     as_chat: bool = False
 
     def configured(self, settings: DataSettings) -> Recipe:
-        """The recipe with what the settings replace.
+        """Returns the recipe with the settings applied.
 
-        In a chat the turn says whose words they are, so the headings are left out; a template of
-        the user's serves for rows with and without input.
+        In a chat, turns replace the headings. `data.prompt_template` applies to rows with and
+        without input.
         """
         recipe = dataclasses.replace(self, as_chat=settings.chat)
         if settings.prompt_template is not None:
@@ -43,7 +43,7 @@ class Instructions(Recipe):
         return super(Instructions, recipe).configured(settings)
 
     def example(self, row: Row) -> Example | Conversation:
-        """The answer is learned."""
+        """Returns the example of a row; a conversation if a chat has several turns."""
         values = self.read(row)
         history = self._history(row)
         system = "" if "{system}" in self.prompt else values["system"]
@@ -63,7 +63,7 @@ class Instructions(Recipe):
             if system.strip():
                 messages.insert(0, {"role": "system", "content": system})
             return Conversation(
-                messages=tuple(messages), learned=(len(messages) - 1,), answer=answer
+                messages=tuple(messages), loss_turns=(len(messages) - 1,), answer=answer
             )
         parts = [system] if system.strip() else []
         parts += [
@@ -73,11 +73,11 @@ class Instructions(Recipe):
         return prompt_and_completion("\n\n".join([*parts, prompt]), completion, answer=answer)
 
     def read(self, row: Row) -> dict[str, str]:
-        """The row's fields as text, without the history."""
+        """Reads the row's fields as text, without the history."""
         return {field: self.read_text(row, field) for field in self.template_fields()}
 
     def template_fields(self) -> tuple[str, ...]:
-        """What a template may have in braces."""
+        """Returns the names that a template may have in braces."""
         return tuple(field for field in self.fields if field != "history")
 
     def _prompt(self, values: dict[str, str]) -> str:
@@ -85,10 +85,10 @@ class Instructions(Recipe):
         return prompt.format(**values)
 
     def _history(self, row: Row) -> list[tuple[str, str]]:
-        """Earlier instructions with their answers.
+        """Reads earlier instructions with their answers.
 
         Raises:
-          BadRowError: if it is no list of pairs of texts.
+          BadRowError: The history is not a list of pairs of texts.
         """
         history = self.read_value(row, "history") or []
         if not _is_list(history) or not all(
@@ -97,8 +97,8 @@ class Instructions(Recipe):
         ):
             raise BadRowError(
                 "wrong type",
-                f"field 'history' is {str(history)[:60]}, and should be a list of pairs of texts,"
-                " an instruction and its answer",
+                f"field 'history' is {str(history)[:60]}, but must be a list of pairs of texts, an"
+                " instruction and its answer",
             )
         return [(asked, said) for asked, said in history]
 

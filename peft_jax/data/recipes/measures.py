@@ -1,4 +1,4 @@
-"""Measures over a set of predictions."""
+"""Metrics over a set of predictions."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -7,11 +7,11 @@ import numpy as np
 
 
 def f1(predicted: np.ndarray, right: np.ndarray) -> float:
-    """The harmonic mean of precision and recall of label 1; 0 where neither has any.
+    """Returns the F1 score of label 1; 0 if it is neither predicted nor correct anywhere.
 
     Args:
-      predicted: int [n], labels 0 or 1.
-      right: int [n].
+      predicted: Int [n], predicted labels, 0 or 1.
+      right: Int [n], correct labels.
 
     Example:
       >>> f1(np.array([1, 1, 0]), np.array([1, 0, 0]))
@@ -23,38 +23,39 @@ def f1(predicted: np.ndarray, right: np.ndarray) -> float:
 
 
 def matthews_correlation(predicted: np.ndarray, right: np.ndarray) -> float:
-    """The correlation of two labelings by 0 and 1; 0 where one of them is constant.
+    """Returns Matthews' correlation of two binary labelings; 0 if one of them is constant.
 
     Args:
-      predicted: int [n], labels 0 or 1.
-      right: int [n].
+      predicted: Int [n], predicted labels, 0 or 1.
+      right: Int [n], correct labels.
     """
     return pearson(predicted.astype(np.float64), right.astype(np.float64))
 
 
 def pearson(predicted: np.ndarray, right: np.ndarray) -> float:
-    """The linear correlation of two series, float [n]; 0 where one of them is constant."""
+    """Returns the linear correlation of two series, float [n]; 0 if one of them is constant."""
     a, b = predicted - predicted.mean(), right - right.mean()
     norm = float(np.sqrt((a * a).sum() * (b * b).sum()))
     return float((a * b).sum()) / norm if norm else 0.0
 
 
 def spearman(predicted: np.ndarray, right: np.ndarray) -> float:
-    """The correlation of two series' ranks, float [n]; equal values share the mean of theirs."""
+    """Returns the rank correlation of two series, float [n]; ties have their mean rank."""
     return pearson(_ranks(predicted), _ranks(right))
 
 
 def chrf(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """The character n-gram F-score of translations, from 0 to 1.
+    """Returns the character n-gram F-score of translations, from 0 to 1.
 
-    F with beta 2, which weighs recall twice as much as precision, over character n-grams of 1 to 6
-    without white space, counted over all sentences (Popović, 2015, "chrF: character n-gram F-score
-    for automatic MT evaluation"). Precision and recall are averaged over the orders that have
-    n-grams in both.
+    The score is F with beta 2, which weighs recall twice as much as precision. It covers character
+    n-grams of order 1 to 6 without white space, counted over all sentences. Precision and recall
+    are averaged over the orders that have n-grams in both.
+
+    Source: Popović, 2015, "chrF: character n-gram F-score for automatic MT evaluation".
 
     Args:
-      predictions: the translations.
-      references: one reference each.
+      predictions: Translations.
+      references: Reference of each translation.
 
     Example:
       >>> round(chrf(["the cat sat"], ["the cat sat"]), 6)
@@ -82,7 +83,7 @@ def _ngrams(text: str, order: int) -> Counter[str]:
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """Float [n], each value's rank from 1; equal values have the mean of their ranks."""
+    """Returns float [n], the rank of each value from 1; ties have their mean rank."""
     _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2)[group]

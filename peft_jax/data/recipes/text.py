@@ -1,4 +1,4 @@
-"""Plain text, for language modeling."""
+"""Recipe for plain text (language modeling)."""
 
 import dataclasses
 from typing import ClassVar
@@ -10,18 +10,18 @@ from peft_jax.data.tables import Row
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlainText(Recipe):
-    """Every token of a text is learned; a long text becomes several sequences."""
+    """Plain text with every token in the loss; a long text becomes several sequences."""
 
     templated: ClassVar[bool] = False
 
     def example(self, row: Row) -> Example:
-        """The row's text, all of it learned."""
+        """Returns the row's text as the answer."""
         return prompt_and_completion("", self.read_text(row, "text"))
 
 
 TEXT = PlainText(
     name="text",
-    about="plain text, every token learned",
+    about="plain text, every token in the loss",
     fields={"text": ("text", "content", "story")},
     completion_only=False,
     too_long="split",

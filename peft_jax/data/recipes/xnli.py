@@ -1,8 +1,10 @@
-"""XNLI: does a premise imply a hypothesis, in fifteen languages.
+"""Recipe for XNLI: does a premise imply a hypothesis, in fifteen languages.
 
-Conneau et al., 2018, "XNLI: Evaluating Cross-lingual Sentence Representations", arXiv 1809.05053.
-The prompt's own words and the labels' stay English in every language; `data.prompt_template` and
+The words of the prompt and of the labels are English for every language; `data.prompt_template` and
 `data.label_words` replace them.
+
+Source: Conneau et al., 2018, "XNLI: Evaluating Cross-lingual Sentence Representations", arXiv
+1809.05053.
 """
 
 import dataclasses
@@ -26,27 +28,27 @@ LANGUAGES = (
 )  # fmt: skip
 
 _ROWS_LOOKED_AT = 16
-"""So many rows tell whether a file's rows say their languages."""
+"""Number of rows examined for a column "language"."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CrossLingualInference(Classification):
-    """Each language's files of a folder, or each language's subset of the hub's set.
+    """Natural language inference in the chosen languages.
 
-    Of a file whose rows have a column "language", as the published ones have, those in the wanted
-    language are taken.
+    Rows come from each language's files in a folder, or from its subset on the hub. If rows have a
+    column "language", as in the published files, those of the chosen language are used.
     """
 
     def languages(self, settings: DataSettings) -> tuple[tuple[Recipe, DataSettings], ...]:
-        """The settings for each language in `data.language`."""
+        """Returns the settings of each language in `data.language`."""
         names = split_names(settings.language)
         return tuple((self, dataclasses.replace(settings, language=name)) for name in names)
 
     def find_splits(self, folder: Path, settings: DataSettings) -> dict[str, Callable[[], Table]]:
-        """What opens each split that is found in a local folder.
+        """Returns functions that open each split of a local folder.
 
         Raises:
-          ValueError: the folder has files in some of the languages, but not in this one.
+          ValueError: The folder has files in some of the languages, but not in this one.
         """
         wanted = _language(settings)
         there = {
@@ -59,7 +61,7 @@ class CrossLingualInference(Classification):
         }
         if there and wanted not in there:
             raise ValueError(
-                f"data.language is {wanted!r}, and {folder} has no file in it"
+                f"data.language is {wanted!r}, but {folder} has no file of that language"
                 f"{did_you_mean(wanted, there)}"
             )
         return {
@@ -68,43 +70,43 @@ class CrossLingualInference(Classification):
         }
 
     def open_file(self, path: Path, settings: DataSettings) -> Table:
-        """The rows of one local file that are in the wanted language.
+        """Opens the rows of one local file in the chosen language.
 
         Raises:
-          ValueError: the file says which language its rows are in, and none is in this one.
+          ValueError: The file has a column "language", but no row in this language.
         """
         open_all = functools.partial(super().open_file, path, settings)
         return _open_in_language(open_all, _language(settings))
 
     def hub_home(self, settings: DataSettings) -> HubHome:
-        """The hub's set in the wanted language."""
+        """Returns the hub's data set in the chosen language."""
         return HubHome(path="facebook/xnli", subset=_language(settings))
 
     def unwanted_words(self, settings: DataSettings) -> tuple[str, ...]:
-        """The other languages, whose files are passed over."""
+        """Returns the other languages, whose files are ignored."""
         language = _language(settings)
         return tuple(other for other in LANGUAGES if other != language)
 
 
 def _open_in_language(open_all: Callable[[], Table], language: str) -> Table:
-    """The rows in a language; all of them where they do not say which they are in."""
+    """Returns the rows of a language; all rows if they have no column "language"."""
     table = open_all()
     of_rows = [_language_of(table, index) for index in range(min(len(table), _ROWS_LOOKED_AT))]
     if not any(of_rows):
         return table
     of_rows = [_language_of(table, index) for index in range(len(table))]
-    # Rows that cannot be read stay, to be counted with the others that cannot be used.
+    # Unreadable rows are kept, to be counted as bad rows.
     rows = [index for index, found in enumerate(of_rows) if found in ("", language)]
     if language not in of_rows:
         raise ValueError(
-            f"data.language is {language!r}, and {table.name} has no row in it"
+            f"data.language is {language!r}, but {table.name} has no row in it"
             f"{did_you_mean(language, set(filter(None, of_rows)))}"
         )
     return SelectedTable(table, np.array(rows, np.int64))
 
 
 def _language_of(table: Table, index: int) -> str:
-    """What a row says of its language; "" where it says nothing or cannot be read."""
+    """Returns the language of a row; "" if it has none or cannot be read."""
     try:
         with as_bad_row():
             return str(table[index].get("language") or "")
