@@ -1,11 +1,11 @@
-"""Adapters: pure functional transforms over frozen parameter trees.
+"""Adapts frozen parameter trees with pure functions.
 
-Methods, each over one kernel: `LoRA`, `LoRAGA`, `BOFT`, `Unitary`, `Hybrid`, and `Full`.
-Over a whole model: `AdapterSpec` makes, binds and merges an `AdapterState`.
+Methods over one kernel: `LoRA`, `LoRAGA`, `BOFT`, `Unitary`, `Hybrid` and `Full`.
+`AdapterSpec` initializes, binds and merges an `AdapterState` over a model:
 
     spec = AdapterSpec(method=LoRA(rank=8))
-    state = spec.init(key, params)         # small trees along the selected kernels
-    bound = spec.bind(params, state)       # the same tree with an AdaptedKernel at each of them
+    state = spec.init(key, params)         # small arrays for the selected kernels
+    bound = spec.bind(params, state)       # the same tree, with an AdaptedKernel at each of them
     merged = spec.merge(params, state)     # plain arrays again
 """
 
@@ -56,5 +56,5 @@ __all__ = [
     "trainable_table",
 ]
 
-# Last: what it imports may take names from here.
+# Comes last, because the methods of installed packages may import names from this module.
 register_installed()

@@ -1,4 +1,4 @@
-"""BOFT: the kernel's input turned by a product of butterfly-structured rotations."""
+"""Implements BOFT: a product of butterfly-structured rotations of the kernel's input."""
 
 import dataclasses
 from typing import ClassVar
@@ -22,24 +22,27 @@ from peft_jax.core.validation import check_fraction, check_positive_int
 MOST_FACTORS = 32
 
 MAX_COMPOSED_BLOCK = 256
-"""Up to this size the factors are multiplied into dense blocks once a step; beyond it the factors
-act one after another, which costs m passes over the activations but less arithmetic."""
+"""Maximum size of blocks that are composed from the factors once per step.
+
+Above it the factors are applied one after another. This takes m passes over the activations, but
+fewer operations.
+"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BOFT(AdapterMethod):
     """Orthogonal butterfly fine-tuning, y = ((x M) W) ⊙ scale with M = F_{m-1} ... F_0.
 
-    Each factor is block-diagonal (after a permutation) with blocks Q = (I - S)(I + S)⁻¹ of
-    skew-symmetric S; see `kernels_pallas.butterfly.butterfly_rotation`. Only the
-    b (b - 1) / 2 free entries of each S are stored, where Hugging Face PEFT stores b² and projects.
-    Trained: `r` [m, d_in / b, b (b - 1) / 2], zeros at first, and `scale` [d_out], ones at first.
+    Each factor is block-diagonal after a permutation, with blocks Q = (I - S)(I + S)⁻¹ for
+    skew-symmetric S; see `kernels_pallas.butterfly.butterfly_rotation`. Only the b (b - 1) / 2 free
+    entries of each S are stored. Hugging Face PEFT stores b² and projects. Trainable arrays: `r`
+    [m, d_in / b, b (b - 1) / 2], initially zero, and `scale` [d_out], initially one.
 
     Attributes:
-      block_size: Size b of a block; d_in must be divisible by b 2^(m-1).
-      n_butterfly_factors: Number m of factors; 1 is a plain block-diagonal rotation (OFT).
-      dropout: the probability that a block is left out (replaced by the identity) while training;
-        PEFT instead replaces a fixed share of one randomly chosen factor's blocks.
+      block_size: Block size b; d_in must be divisible by b 2^(m-1).
+      n_butterfly_factors: Number of factors m; 1 is a plain block-diagonal rotation (OFT).
+      dropout: Probability that a block is replaced by the identity while training. PEFT instead
+        replaces a fixed share of the blocks of one random factor.
 
     Source: Liu et al., 2023, arXiv 2311.06243.
     """
@@ -58,23 +61,26 @@ class BOFT(AdapterMethod):
         if self.n_butterfly_factors > MOST_FACTORS:
             raise ValueError(
                 f"n_butterfly_factors must be at most {MOST_FACTORS}, but is"
-                f" {self.n_butterfly_factors}: each doubles what the input must be divisible by"
+                f" {self.n_butterfly_factors}: each doubles the required divisor of the input"
             )
         if self.block_size < 2:
-            raise ValueError("block_size must be at least 2: a block of 1 has nothing to turn")
+            raise ValueError(
+                f"block_size must be at least 2, but is {self.block_size}: a block of size 1 cannot"
+                " rotate"
+            )
         if self.n_butterfly_factors > 1 and self.block_size % 2:
             raise ValueError(
-                f"block_size must be even with {self.n_butterfly_factors} butterfly factors, which"
-                f" pair half-blocks, but is {self.block_size}"
+                f"block_size must be even with {self.n_butterfly_factors} butterfly factors, but is"
+                f" {self.block_size}: factors pair half-blocks"
             )
 
     @property
     def composed_block_size(self) -> int:
-        """The size of the blocks of M: b 2^(m-1)."""
+        """Size of the blocks of M: b 2^(m-1)."""
         return self.block_size * 2 ** (self.n_butterfly_factors - 1)
 
     def check_kernel(self, module: str, shape: tuple[int, int]) -> None:
-        """The input must divide into blocks of b 2^(m-1)."""
+        """Raises ValueError unless d_in is divisible by b 2^(m-1)."""
         d_in = shape[0]
         if d_in % self.composed_block_size == 0:
             return
@@ -86,9 +92,9 @@ class BOFT(AdapterMethod):
         ]
         nearest = sorted(sorted(sizes, key=lambda b: abs(b - self.block_size))[:4])
         help_ = (
-            f"block sizes that work there: {', '.join(map(str, nearest))}"
+            f"block sizes that work: {', '.join(map(str, nearest))}"
             if nearest
-            else "no block size works there with this many factors; use fewer"
+            else "no block size works with this many factors; use fewer"
         )
         raise ValueError(
             f"{self.name} with block_size {self.block_size} and n_butterfly_factors"
@@ -99,7 +105,7 @@ class BOFT(AdapterMethod):
     def init(
         self, key: jax.Array, shape: tuple[int, int], gradient: GradientFactors | None = None
     ) -> tuple[Arrays, Arrays]:
-        """Zeros and ones: every factor is the identity."""
+        """Returns zeros and ones, with which every factor is the identity."""
         del key, gradient
         d_in, d_out = shape
         b = self.block_size
@@ -107,19 +113,22 @@ class BOFT(AdapterMethod):
         return {"r": r, "scale": jnp.ones((d_out,), jnp.float32)}, {}
 
     def axes(self, d_in: str | None, d_out: str | None) -> tuple[Axes, Axes]:
-        """The blocks are laid out along the kernel's input."""
+        """Returns axes that shard blocks as the kernel's input."""
         return {"r": (None, d_in, None), "scale": (d_out,)}, {}
 
     def prepare(
         self, trainable: Arrays, constant: Arrays, *, dropout_key: jax.Array | None = None
     ) -> Arrays:
-        """The rotation's blocks: composed [d_in / B, B, B], or factors [m, d_in / b, b, b]."""
+        """Returns the rotation's blocks: composed [d_in / B, B, B] or factors [m, d_in / b, b, b].
+
+        B is `composed_block_size`.
+        """
         del constant
         factors = cayley(trainable["r"], self.block_size)
         if dropout_key is not None and self.dropout > 0:
-            left_out = jax.random.bernoulli(dropout_key, self.dropout, factors.shape[:2])
+            dropped = jax.random.bernoulli(dropout_key, self.dropout, factors.shape[:2])
             eye = jnp.eye(self.block_size, dtype=factors.dtype)
-            factors = jnp.where(left_out[..., None, None], eye, factors)
+            factors = jnp.where(dropped[..., None, None], eye, factors)
         if self.composed_block_size <= MAX_COMPOSED_BLOCK:
             return {"blocks": compose_butterfly(factors), "scale": trainable["scale"]}
         return {"factors": factors, "scale": trainable["scale"]}
@@ -132,14 +141,14 @@ class BOFT(AdapterMethod):
         *,
         dropout_key: jax.Array | None = None,
     ) -> Float[Array, "*batch d_out"]:
-        """((x M) W) ⊙ scale."""
+        """Returns ((x M) W) ⊙ scale."""
         del dropout_key
-        return self._turn_and_multiply(x, base, arrays) * arrays["scale"].astype(x.dtype)
+        return self._rotated_product(x, base, arrays) * arrays["scale"].astype(x.dtype)
 
-    def _turn_and_multiply(
+    def _rotated_product(
         self, x: Float[Array, "*batch d_in"], base: Kernel, arrays: Arrays
     ) -> Float[Array, "*batch d_out"]:
-        """(x M) W, or x (M W) where that is faster."""
+        """Returns (x M) W, computed as x (M W) if that is faster."""
         plain = isinstance(base, jax.Array) and "blocks" in arrays
         if plain and prefer_rotated_kernel(x, base):
             y = rotated_kernel_product(x, arrays["blocks"], base)
@@ -147,8 +156,8 @@ class BOFT(AdapterMethod):
         return linear(self._rotate(x, arrays), base)
 
     def merge(self, base: Float[Array, "d_in d_out"], arrays: Arrays) -> Float[Array, "d_in d_out"]:
-        """(M W) ⊙ scale."""
-        # The rows of Wᵀ through the transposed map are the columns of M W.
+        """Returns (M W) ⊙ scale."""
+        # The transposed map applied to the rows of Wᵀ gives the columns of M W.
         columns = base.astype(jnp.float32).T
         _, transposed = jax.vjp(
             lambda x: self._rotate(
@@ -166,9 +175,9 @@ class BOFT(AdapterMethod):
         precision: jax.lax.Precision | None = None,
         implementation: str | None = None,
     ) -> Float[Array, "*batch d_in"]:
-        rotate, turns = (
+        rotate, rotations = (
             (block_rotation, arrays["blocks"])
             if "blocks" in arrays
             else (butterfly_rotation, arrays["factors"])
         )
-        return rotate(x, turns, precision=precision, implementation=implementation)
+        return rotate(x, rotations, precision=precision, implementation=implementation)

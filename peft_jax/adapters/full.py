@@ -1,4 +1,4 @@
-"""Full fine-tuning: the kernel itself is trained; the baseline."""
+"""Implements full fine-tuning, the baseline: trains the kernel without an adapter."""
 
 import dataclasses
 from typing import ClassVar
@@ -8,10 +8,10 @@ from peft_jax.adapters.method import TrainingMethod
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Full(TrainingMethod):
-    """Every selected leaf is trained itself, y = x W with W trained.
+    """Full fine-tuning, y = x W with W trainable.
 
-    Not an `AdapterMethod`: nothing stands beside the kernel. `AdapterSpec` puts the trained leaf in
-    the frozen one's place, and drops the frozen one.
+    It is not an `AdapterMethod`, because it adds nothing to the kernel. `AdapterSpec` replaces the
+    frozen leaf by the trainable one.
     """
 
     name: ClassVar[str] = "full"

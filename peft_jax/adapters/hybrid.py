@@ -1,4 +1,4 @@
-"""The hybrid: a low-rank branch that starts along the gradient, and a rotation, on one kernel."""
+"""Implements the hybrid: a low-rank branch and a rotation branch on one kernel."""
 
 import dataclasses
 from collections.abc import Collection, Mapping
@@ -18,36 +18,36 @@ from peft_jax.core import Kernel, did_you_mean
 from peft_jax.core.validation import check_choice
 
 LOW_RANK = "low_rank"
-"""The branch of LoRA-GA, as a key in the adapter's trees."""
+"""Key of the LoRA-GA branch in the adapter's trees."""
 ROTATION = "rotation"
-"""The branch of BOFT, or of the unitary map in its place, as a key in the adapter's trees."""
+"""Key of the BOFT or unitary branch in the adapter's trees."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hybrid(AdapterMethod):
-    """Both branches on one kernel, y = ((x M) W) ⊙ scale + s ((x A) B - (x A₀) B₀).
+    """Low-rank and rotation branch on one kernel, y = ((x M) W) ⊙ scale + s ((x A) B - (x A₀) B₀).
 
-    How far each branch moves in a step is the business of `peft_jax.optim.hybrid_mixing`, which
-    weighs their updates layer by layer by their gradients. Trained: `low_rank` as in `LoRAGA`,
-    `rotation` as in `BOFT` or `Unitary`.
+    `peft_jax.optim.hybrid_mixing` weights the branches' updates layer by layer from their
+    gradients. Trainable arrays: `low_rank` as in `LoRAGA`, `rotation` as in `BOFT` or `Unitary`.
 
     Attributes:
-      rank, alpha, rank_stabilized, direction, init_scale, gamma: of the low-rank branch.
-      gradient_init: whether that branch starts along the gradient (LoRA-GA); else it is plain LoRA.
-      block_size, n_butterfly_factors: of the rotation.
-      rotation: "boft" or "unitary".
-      unitary_modules: modules that take the unitary map in BOFT's place, by name as
-        `target_modules` are given.
-      dropout: of the low-rank branch's input.
-      rotation_dropout: of the rotation's blocks.
+      rank, alpha, rank_stabilized, direction, init_scale, gamma: Settings of the low-rank branch.
+      gradient_init: Whether the low-rank branch is initialized from the gradient (LoRA-GA) or as
+        plain LoRA.
+      block_size, n_butterfly_factors: Settings of the rotation branch.
+      rotation: Kind of the rotation branch, "boft" or "unitary".
+      unitary_modules: Names of modules that use the unitary map instead of BOFT, in the form of
+        `target_modules`.
+      dropout: Dropout probability of the low-rank branch's input.
+      rotation_dropout: Dropout probability of the rotation's blocks.
 
     Source: Hybrid and Unitary PEFT for Resource-Efficient Large Language Models, arXiv 2507.18076.
     """
 
     name: ClassVar[str] = "hybrid"
     learning_rate: ClassVar[float] = 1e-4
-    # Each branch begins with twice the rate that it has as a method of its own, for it takes about
-    # half of its update; and BOFT wants longer steps than LoRA-GA.
+    # Each branch has twice its learning rate as a separate method, because mixing about halves its
+    # update. BOFT needs a higher learning rate than LoRA-GA.
     branches: ClassVar[Mapping[str, float]] = MappingProxyType({LOW_RANK: 1.0, ROTATION: 10.0})
 
     rank: int = 8
@@ -77,7 +77,7 @@ class Hybrid(AdapterMethod):
 
     @property
     def low_rank_method(self) -> LoRA:
-        """The low-rank branch as a method of its own."""
+        """Low-rank branch as a separate method."""
         common: dict[str, Any] = {
             "rank": self.rank,
             "alpha": self.alpha,
@@ -92,7 +92,7 @@ class Hybrid(AdapterMethod):
 
     @property
     def rotation_method(self) -> BOFT | Unitary:
-        """The rotation branch as a method of its own."""
+        """Rotation branch as a separate method."""
         if self.rotation == "unitary":
             return Unitary()
         return BOFT(
@@ -103,34 +103,34 @@ class Hybrid(AdapterMethod):
 
     @property
     def gradient_rank(self) -> int:
-        """What the low-rank branch needs."""
+        """Number of singular directions that the low-rank branch needs."""
         return self.low_rank_method.gradient_rank
 
     def for_module(self, module: str, *, rank: int | None, alpha: float | None) -> AdapterMethod:
-        """With the unitary map where the module is one of `unitary_modules`."""
-        turned = any(matches_name(name, module) for name in self.unitary_modules)
-        method = dataclasses.replace(self, rotation="unitary") if turned else self
+        """Returns the method of one module; `unitary_modules` use the unitary map."""
+        unitary = any(matches_name(name, module) for name in self.unitary_modules)
+        method = dataclasses.replace(self, rotation="unitary") if unitary else self
         return AdapterMethod.for_module(method, module, rank=rank, alpha=alpha)
 
     def check_modules(self, modules: Collection[str]) -> None:
-        """Each of `unitary_modules` must name an adapted module."""
+        """Raises ValueError unless each of `unitary_modules` names an adapted module."""
         for name in self.unitary_modules:
             if not any(matches_name(name, module) for module in modules):
                 last_parts = {module.rsplit(".", 1)[-1] for module in modules}
                 raise ValueError(
-                    f"unitary_modules names {name!r}, which matches none of the adapted modules"
+                    f"unitary_modules has {name!r}, which matches no adapted module"
                     f"{did_you_mean(name, last_parts)}"
                 )
 
     def check_kernel(self, module: str, shape: tuple[int, int]) -> None:
-        """Both branches must be able to adapt it."""
+        """Raises ValueError unless both branches can adapt the kernel."""
         self.low_rank_method.check_kernel(module, shape)
         self.rotation_method.check_kernel(module, shape)
 
     def init(
         self, key: jax.Array, shape: tuple[int, int], gradient: GradientFactors | None = None
     ) -> tuple[Arrays, Arrays]:
-        """Both branches at their own starts."""
+        """Initializes each branch as a separate method."""
         low_key, rotation_key = jax.random.split(key)
         low, low_constant = self.low_rank_method.init(low_key, shape, gradient)
         rotation, rotation_constant = self.rotation_method.init(rotation_key, shape)
@@ -140,7 +140,7 @@ class Hybrid(AdapterMethod):
         )
 
     def axes(self, d_in: str | None, d_out: str | None) -> tuple[Axes, Axes]:
-        """Each branch as on its own."""
+        """Returns the axes of each branch."""
         low, low_constant = self.low_rank_method.axes(d_in, d_out)
         rotation, rotation_constant = self.rotation_method.axes(d_in, d_out)
         return (
@@ -151,7 +151,7 @@ class Hybrid(AdapterMethod):
     def prepare(
         self, trainable: Arrays, constant: Arrays, *, dropout_key: jax.Array | None = None
     ) -> Arrays:
-        """Each branch as on its own."""
+        """Prepares each branch as a separate method."""
         return {
             LOW_RANK: self.low_rank_method.prepare(
                 trainable[LOW_RANK], constant.get(LOW_RANK, {}), dropout_key=dropout_key
@@ -169,11 +169,11 @@ class Hybrid(AdapterMethod):
         *,
         dropout_key: jax.Array | None = None,
     ) -> Float[Array, "*batch d_out"]:
-        """The rotated projection plus the low-rank term of the unrotated input."""
+        """Returns the rotated projection plus the low-rank term of the unrotated input."""
         rotated = self.rotation_method.project(x, base, arrays[ROTATION], dropout_key=dropout_key)
         return rotated + self.low_rank_method.low_rank(x, arrays[LOW_RANK], dropout_key=dropout_key)
 
     def merge(self, base: Float[Array, "d_in d_out"], arrays: Arrays) -> Float[Array, "d_in d_out"]:
-        """The rotated kernel plus the low-rank product."""
+        """Returns the rotated kernel plus the low-rank product."""
         rotated = self.rotation_method.merge(base, arrays[ROTATION])
         return rotated + self.low_rank_method.difference(arrays[LOW_RANK])

@@ -1,4 +1,4 @@
-"""LoRA: a low-rank product beside the frozen kernel."""
+"""Implements LoRA: a low-rank product added to the frozen kernel."""
 
 import dataclasses
 import math
@@ -18,15 +18,14 @@ from peft_jax.core.validation import check_fraction, check_positive, check_posit
 class LoRA(AdapterMethod):
     """Low-rank adaptation, y = x W + s (x A) B with s = alpha / rank.
 
-    A [d_in, r] starts as Hugging Face PEFT's does, uniform within ±1/√d_in; B [r, d_out] starts at
-    zero. Trained: `a`, `b`.
+    A [d_in, r] is initialized uniformly within ±1/√d_in, as in Hugging Face PEFT, and B [r, d_out]
+    with zeros. Trainable arrays: `a`, `b`.
 
     Attributes:
-      rank: Rank r of A and B.
-      alpha: Numerator of the scale s.
-      rank_stabilized: Whether s is alpha / √rank instead (Kalajdzievski, 2023, arXiv
-        2312.03732).
-      dropout: the probability that an input of A is dropped while training.
+      rank: Rank r.
+      alpha: Numerator of s.
+      rank_stabilized: Use s = alpha / √rank instead (Kalajdzievski, 2023, arXiv 2312.03732).
+      dropout: Probability that an input of A is dropped while training.
 
     Source: Hu et al., 2021, arXiv 2106.09685, eq. 3.
 
@@ -52,22 +51,22 @@ class LoRA(AdapterMethod):
 
     @property
     def scale(self) -> float:
-        """The factor s before the low-rank product."""
+        """Factor s on the low-rank product."""
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
     def check_kernel(self, module: str, shape: tuple[int, int]) -> None:
-        """A product of rank above both sides would be larger than any kernel it could make."""
+        """Raises ValueError if the rank exceeds both sides of the kernel."""
         if self.rank > max(shape):
             raise ValueError(
-                f"{self.name} with rank {self.rank} is larger than the kernel of {module}"
-                f" [{shape[0]}, {shape[1]}], which no product exceeds in rank; use a rank of at"
-                f" most {min(shape)} there (rank_pattern)"
+                f"rank is {self.rank}, but {self.name} on the kernel of {module}"
+                f" [{shape[0]}, {shape[1]}] needs a rank of at most {min(shape)}; set it with"
+                " rank_pattern"
             )
 
     def init(
         self, key: jax.Array, shape: tuple[int, int], gradient: GradientFactors | None = None
     ) -> tuple[Arrays, Arrays]:
-        """A uniform within ±1/√d_in, B zero; nothing constant."""
+        """Returns A uniform within ±1/√d_in and B zero; no constant arrays."""
         del gradient
         d_in, d_out = shape
         bound = 1.0 / math.sqrt(d_in)
@@ -75,13 +74,13 @@ class LoRA(AdapterMethod):
         return {"a": a, "b": jnp.zeros((self.rank, d_out), jnp.float32)}, {}
 
     def axes(self, d_in: str | None, d_out: str | None) -> tuple[Axes, Axes]:
-        """A is laid out along the kernel's input, B along its output."""
+        """Returns axes that shard A as the kernel's input and B as its output."""
         return {"a": (d_in, None), "b": (None, d_out)}, {}
 
     def prepare(
         self, trainable: Arrays, constant: Arrays, *, dropout_key: jax.Array | None = None
     ) -> Arrays:
-        """A, and B times s."""
+        """Returns A and s B."""
         del constant, dropout_key
         return {"a": trainable["a"], "b": self.scale * trainable["b"]}
 
@@ -93,23 +92,23 @@ class LoRA(AdapterMethod):
         *,
         dropout_key: jax.Array | None = None,
     ) -> Float[Array, "*batch d_out"]:
-        """X W + (x A)(s B)."""
+        """Returns x W + (x A)(s B)."""
         return linear(x, base) + self.low_rank(x, arrays, dropout_key=dropout_key)
 
     def low_rank(
         self, x: Float[Array, "*batch d_in"], arrays: Arrays, *, dropout_key: jax.Array | None
     ) -> Float[Array, "*batch d_out"]:
-        """The adapter's own term, (x A)(s B)."""
+        """Returns the adapter's own term, (x A)(s B)."""
         if dropout_key is not None and self.dropout > 0:
             kept = jax.random.bernoulli(dropout_key, 1.0 - self.dropout, x.shape)
             x = jnp.where(kept, x / (1.0 - self.dropout), jnp.zeros_like(x))
         return low_rank_product(x, arrays["a"], arrays["b"])
 
     def merge(self, base: Float[Array, "d_in d_out"], arrays: Arrays) -> Float[Array, "d_in d_out"]:
-        """W + s A B."""
+        """Returns W + s A B."""
         return base.astype(jnp.float32) + self.difference(arrays)
 
     def difference(self, arrays: Arrays) -> Float[Array, "d_in d_out"]:
-        """What the adapter adds to the kernel."""
+        """Returns s A B, the adapter's change of the kernel, in float32."""
         a, b = arrays["a"].astype(jnp.float32), arrays["b"].astype(jnp.float32)
         return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

@@ -1,4 +1,4 @@
-"""LoRA-GA: a low-rank adapter that starts along the gradient's leading directions."""
+"""Implements LoRA-GA: LoRA initialized with the gradient's leading directions."""
 
 import dataclasses
 import math
@@ -20,23 +20,23 @@ CONVENTIONS = ("authors", "peft")
 class LoRAGA(LoRA):
     """Low-rank adaptation with gradient approximation, y = x W + s ((x A) B - (x A₀) B₀).
 
-    A and B start at A₀ and B₀, taken from the singular vectors of the kernel's gradient
-    G = U S Vᵀ on the first batches: A₀ = c U[:, :r], B₀ = c V[:, r:2r]ᵀ. Subtracting their product
-    leaves the function as it was, and works over any kind of base kernel. Trained: `a`, `b`;
-    constant: `a0`, `b0`.
+    A and B are initialized to A₀ = c U[:, :r] and B₀ = c V[:, r:2r]ᵀ. U and V hold the singular
+    vectors of the kernel's gradient G = U S Vᵀ on the first batches. Subtracting A₀ B₀ keeps the
+    initial function unchanged, for any kind of base kernel. Trainable arrays: `a`, `b`. Constant
+    arrays: `a0`, `b0`.
 
     Attributes:
-      direction: which singular vectors A and B take. "ArB2r": A the first r, B the next r;
-        "A2rBr": the other way round; "ArBr": alternating, B the even and A the odd ones; "random":
-        the same r of the 2r at random for both.
-      init_scale: The scale c. "stable": d_out^¼ / √gamma; "gd": 1 / s; "unit": 1.
-      gamma: The constant of the "stable" scale.
-      convention: "authors", as above; "peft": as Hugging Face PEFT starts, where B alone carries
+      direction: Singular vectors of A and B. "ArB2r": A takes the first r, B the next r. "A2rBr":
+        the reverse. "ArBr": B takes the even and A the odd ones of 2r. "random": both take the same
+        random r of 2r.
+      init_scale: Factor c. "stable": d_out^¼ / √gamma; "gd": 1 / s; "unit": 1.
+      gamma: Constant of the "stable" factor.
+      convention: "authors", as above, or "peft", as in Hugging Face PEFT. There only B is scaled by
         its singular values and the "stable" factor, which makes it nearly zero.
 
-    Source: Wang, Yu and Li, 2024, arXiv 2407.05000, section 3, and its authors' code. With dropout
-    the same dropped inputs feed the subtracted product, so that the start stays exact; in the
-    authors' code, which subtracts from W once, it is not.
+    Source: Wang, Yu and Li, 2024, arXiv 2407.05000, section 3, and its authors' code. With dropout,
+    the subtracted product gets the same dropped inputs, so that the initial function stays exact.
+    The authors' code subtracts from W once, so that it does not.
     """
 
     name: ClassVar[str] = "lora_ga"
@@ -57,29 +57,28 @@ class LoRAGA(LoRA):
 
     @property
     def gradient_rank(self) -> int:
-        """2 r singular directions."""
+        """Number of singular directions of the gradient that `init` needs: 2 r."""
         return 2 * self.rank
 
     def check_kernel(self, module: str, shape: tuple[int, int]) -> None:
-        """A gradient has no more than min(d_in, d_out) directions, and 2 r are needed."""
+        """Raises ValueError if the gradient has fewer than 2 r singular directions."""
         if 2 * self.rank > min(shape):
             raise ValueError(
-                f"{self.name} with rank {self.rank} takes {2 * self.rank} singular directions of a"
-                f" gradient, but the kernel of {module} [{shape[0]}, {shape[1]}] has only"
-                f" {min(shape)}; use a rank of at most {min(shape) // 2} there (rank_pattern), or"
-                " exclude it"
+                f"rank is {self.rank}, but {self.name} on the kernel of {module}"
+                f" [{shape[0]}, {shape[1]}] needs a rank of at most {min(shape) // 2}; set it with"
+                " rank_pattern, or exclude the module"
             )
 
     def init(
         self, key: jax.Array, shape: tuple[int, int], gradient: GradientFactors | None = None
     ) -> tuple[Arrays, Arrays]:
-        """A and B from the gradient's singular vectors; copies of both as constants.
+        """Returns A and B from the gradient's singular vectors, and copies of both as constants.
 
         Raises:
-          ValueError: without the gradient's factors.
+          ValueError: `gradient` is None.
         """
         if gradient is None:
-            raise ValueError(f"{self.name} starts from the kernel's gradient, which was not given")
+            raise ValueError(f"gradient must be given, because {self.name} is initialized from it")
         for_a, for_b = self._directions(key)
         a = gradient.u[:, for_a]
         b = gradient.v[:, for_b].T
@@ -97,7 +96,7 @@ class LoRAGA(LoRA):
         return {"a": a, "b": b}, {"a0": a, "b0": b}
 
     def _directions(self, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The columns of U that A takes, and of V that B takes."""
+        """Returns the columns of U for A and the columns of V for B."""
         r = self.rank
         first, second = jnp.arange(r), jnp.arange(r, 2 * r)
         if self.direction == "ArB2r":
@@ -110,14 +109,14 @@ class LoRAGA(LoRA):
         return chosen, chosen
 
     def axes(self, d_in: str | None, d_out: str | None) -> tuple[Axes, Axes]:
-        """The constants are laid out as what they are copies of."""
+        """Returns axes that shard the constant copies as the trainable arrays."""
         trainable, _ = super().axes(d_in, d_out)
         return trainable, {"a0": trainable["a"], "b0": trainable["b"]}
 
     def prepare(
         self, trainable: Arrays, constant: Arrays, *, dropout_key: jax.Array | None = None
     ) -> Arrays:
-        """[A, A₀] and s [B; -B₀]: one product of rank 2 r."""
+        """Returns [A, A₀] and s [B; -B₀], whose product has rank 2 r."""
         del dropout_key
         return {
             "a": jnp.concatenate([trainable["a"], constant["a0"]], axis=1),

@@ -1,4 +1,4 @@
-"""The product with a low-rank matrix, and its gradient."""
+"""Multiplies by a low-rank matrix, with a gradient that is fast on CPUs."""
 
 import jax
 import jax.numpy as jnp
@@ -13,20 +13,20 @@ def low_rank_product(
     a: Float[Array, "d_in rank"],
     b: Float[Array, "rank d_out"],
 ) -> Float[Array, "*batch d_out"]:
-    """(x A) B.
+    """Returns (x A) B.
 
-    The gradient is the usual one; it is written out for the order of its products. The gradient of
-    A contracts x [tokens, d_in] with a thin matrix over the tokens, for which a CPU's compiler
-    would transpose x; taking the transposed product instead turns the thin matrix around, which is
-    five times as fast there and changes nothing elsewhere.
+    The custom gradient only changes the order of products. The gradient of A contracts x [tokens,
+    d_in] with a thin matrix over tokens, for which the CPU compiler would transpose x. Computing
+    the transposed product transposes the thin matrix instead. This is five times as fast on a CPU
+    and makes no difference elsewhere.
 
     Args:
-      x: activations.
-      a: A, cast to the dtype of `x`.
-      b: B, likewise.
+      x: Activations [..., d_in].
+      a: Matrix A [d_in, rank], cast to the dtype of `x`.
+      b: Matrix B [rank, d_out], cast to the dtype of `x`.
 
     Returns:
-      In the dtype of `x`.
+      Product [..., d_out] in the dtype of `x`.
     """
     return linear(linear(x, a), b)
 
@@ -40,7 +40,7 @@ def _backward(kept: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array, jax.Arr
     x, inner, a, b = kept
     tokens = tuple(range(x.ndim - 1))
     d_inner = linear(dy, b.T)
-    # Without the barrier the transposition is moved into the product again.
+    # Without the barrier the compiler moves the transpose back into the product.
     da_t = jax.lax.optimization_barrier(jnp.tensordot(d_inner, x, axes=(tokens, tokens)))
     db = jnp.tensordot(inner, dy, axes=(tokens, tokens))
     return linear(d_inner, a.T), da_t.T.astype(a.dtype), db.astype(b.dtype)

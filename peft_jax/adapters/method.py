@@ -1,12 +1,12 @@
-"""What every adapter method provides: pure functions over one kernel.
+"""Defines the interface of adapter methods: pure functions over one kernel.
 
-A method is a frozen dataclass of settings. Its functions speak of one kernel [d_in, d_out];
-`AdapterSpec` maps them over kernels stacked by layer. The life of an adapter on one kernel:
+A method is a frozen dataclass of settings. Its functions act on one kernel [d_in, d_out].
+`AdapterSpec` maps them over kernels stacked by layer:
 
     trainable, constant = method.init(key, shape)          # once
-    arrays = method.prepare(trainable, constant)           # once a step: what it multiplies by
+    arrays = method.prepare(trainable, constant)           # once per step
     y = method.project(x, base, arrays)                    # on activations
-    kernel = method.merge(base, arrays)                    # at the end, if wanted
+    kernel = method.merge(base, arrays)                    # optionally, after training
 """
 
 import abc
@@ -21,19 +21,19 @@ from jaxtyping import Array, Float
 from peft_jax.core import Kernel
 
 Arrays = dict[str, Any]
-"""An adapter's arrays over one kernel: names to arrays, nested by branch for the hybrid."""
+"""An adapter's arrays on one kernel, by name; nested by branch for the hybrid."""
 
 Axes = dict[str, Any]
-"""The logical axis names of `Arrays`, leaf by leaf."""
+"""Logical axis names of `Arrays`, with the same structure."""
 
 
 class GradientFactors(NamedTuple):
-    """The leading singular triplets of a kernel's gradient, G ≈ U diag(S) Vᵀ.
+    """Leading singular triplets of a kernel's gradient, G ≈ U diag(S) Vᵀ, in float32.
 
     Attributes:
-      u: left vectors [d_in, k], orthonormal columns, float32.
-      s: singular values [k], falling.
-      v: right vectors [d_out, k], orthonormal columns.
+      u: Left singular vectors [d_in, k], as orthonormal columns.
+      s: Singular values [k], in descending order.
+      v: Right singular vectors [d_out, k], as orthonormal columns.
     """
 
     u: Float[Array, "*stack d_in k"]
@@ -43,20 +43,20 @@ class GradientFactors(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingMethod:
-    """What a method of fine-tuning says of itself: an `AdapterMethod`, or `Full`.
+    """Base class of fine-tuning methods: an `AdapterMethod`, or `Full`.
 
-    Nothing outside of `peft_jax.adapters` asks which method it has; it asks these.
+    Code outside of `peft_jax.adapters` uses these properties instead of testing for a method.
     """
 
     name: ClassVar[str]
-    """What the method is called in configurations."""
+    """Name of the method in configurations."""
     learning_rate: ClassVar[float]
-    """The learning rate to begin with; the best one depends on the model and the task."""
+    """Default learning rate; the best one depends on the model and the task."""
     branches: ClassVar[Mapping[str, float]] = MappingProxyType({})
-    """The branches whose updates are mixed, by their key in the adapter's trees, and the factor on
-    each one's learning rate; empty where there is nothing to mix."""
+    """Factors on the learning rates of branches whose updates are mixed, by key in the adapter's
+    trees; empty without mixing."""
     trains_base: ClassVar[bool] = False
-    """Whether the base's own leaves are trained, so that the result is a whole model."""
+    """Whether the base model's own leaves are trained, so that the result is a full model."""
 
     @property
     def gradient_rank(self) -> int:
@@ -65,25 +65,25 @@ class TrainingMethod:
 
     @property
     def has_dropout(self) -> bool:
-        """Whether anything is dropped while training."""
+        """Whether the method uses dropout while training."""
         names = (field.name for field in dataclasses.fields(self))
         return any(getattr(self, name) > 0 for name in names if name.endswith("dropout"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterMethod(TrainingMethod, abc.ABC):
-    """One way of adapting a kernel."""
+    """Base class of methods that adapt a kernel."""
 
     def for_module(self, module: str, *, rank: int | None, alpha: float | None) -> "AdapterMethod":
-        """This method as it applies to one module, given that module's own rank and alpha.
+        """Returns the method for one module, with that module's rank and alpha.
 
         Args:
-          module: the module's dotted name, without a layer number.
-          rank: replaces the method's, unless None.
-          alpha: replaces the method's, unless None.
+          module: Dotted name of the module, without a layer number.
+          rank: Rank for this module; None keeps the method's.
+          alpha: Alpha for this module; None keeps the method's.
 
         Raises:
-          ValueError: when the method has no rank or alpha to replace.
+          ValueError: The method has no rank or alpha to replace.
         """
         del module
         changes = {k: v for k, v in (("rank", rank), ("alpha", alpha)) if v is not None}
@@ -95,34 +95,34 @@ class AdapterMethod(TrainingMethod, abc.ABC):
         return dataclasses.replace(self, **changes) if changes else self
 
     def check_modules(self, modules: Collection[str]) -> None:
-        """Raises ValueError when the settings speak of a module that is not among the adapted."""
+        """Raises ValueError if the settings name a module that is not adapted."""
 
     def check_kernel(self, module: str, shape: tuple[int, int]) -> None:
-        """Raises ValueError, naming `module`, when a kernel [d_in, d_out] cannot be adapted."""
+        """Raises ValueError, naming `module`, if a kernel [d_in, d_out] cannot be adapted."""
 
     @abc.abstractmethod
     def init(
         self, key: jax.Array, shape: tuple[int, int], gradient: GradientFactors | None = None
     ) -> tuple[Arrays, Arrays]:
-        """The adapter's first arrays over a kernel: (trained, constant), float32.
+        """Returns the initial arrays for one kernel: (trainable, constant), float32.
 
-        At these the adapted kernel computes what the kernel alone does, to float error.
+        With them, the adapted kernel computes what the base kernel does, up to rounding.
 
         Args:
-          key: a random key.
-          shape: (d_in, d_out).
-          gradient: the kernel's gradient's factors where `gradient_rank` is above 0.
+          key: Random key.
+          shape: Kernel shape (d_in, d_out).
+          gradient: Factors of the kernel's gradient; required if `gradient_rank` is above 0.
         """
 
     @abc.abstractmethod
     def axes(self, d_in: str | None, d_out: str | None) -> tuple[Axes, Axes]:
-        """The logical axes of what `init` returns, given those of the kernel."""
+        """Returns the logical axes of the arrays of `init`, given those of the kernel."""
 
     @abc.abstractmethod
     def prepare(
         self, trainable: Arrays, constant: Arrays, *, dropout_key: jax.Array | None = None
     ) -> Arrays:
-        """What `project` and `merge` multiply by; computed once a step, before the layers run."""
+        """Returns the arrays for `project` and `merge`; called once per step before the layers."""
 
     @abc.abstractmethod
     def project(
@@ -133,8 +133,8 @@ class AdapterMethod(TrainingMethod, abc.ABC):
         *,
         dropout_key: jax.Array | None = None,
     ) -> Float[Array, "*batch d_out"]:
-        """The adapted linear map of the activations; nothing of size d_in x d_out is built."""
+        """Returns the adapted linear map of activations, without an array of the kernel's size."""
 
     @abc.abstractmethod
     def merge(self, base: Float[Array, "d_in d_out"], arrays: Arrays) -> Float[Array, "d_in d_out"]:
-        """The one kernel that computes what `project` computes, in float32."""
+        """Returns one float32 kernel that is equivalent to `project`."""

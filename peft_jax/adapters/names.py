@@ -1,8 +1,8 @@
-"""Which modules a name or a pattern means.
+"""Selects modules by name or regular expression.
 
-A module is named by its dotted path in the parameters' tree without a layer number, since layers
-are stacked: "layers.self_attn.q_proj". Patterns may also be written as for Hugging Face models,
-with the number: "model.layers.0.self_attn.q_proj".
+A module's name is its dotted path in the parameter tree. It has no layer number, because layers are
+stacked: "layers.self_attn.q_proj". Regular expressions may also match Hugging Face names with a
+layer number: "model.layers.0.self_attn.q_proj".
 """
 
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from peft_jax.core.patterns import compile_pattern
 
 
 def matches_name(name: str, module: str) -> bool:
-    """Whether `name` is `module` or its last parts: "q_proj" and "self_attn.q_proj" both are.
+    """Returns whether `name` is `module` or its last parts, such as "self_attn.q_proj".
 
     Example:
       >>> matches_name("q_proj", "layers.self_attn.q_proj")
@@ -24,16 +24,16 @@ def matches_name(name: str, module: str) -> bool:
 
 
 def matches_pattern(pattern: str, module: str, *, n_layers: int = 1) -> bool:
-    r"""Whether the regular expression matches the whole of one of the module's names.
+    r"""Returns whether a regular expression matches the whole of one of a module's names.
 
     Args:
-      pattern: a regular expression; it may number the layers, as Hugging Face's names do.
-      module: the dotted name.
-      n_layers: how many layers are stacked under the name.
+      pattern: Regular expression; it may match Hugging Face names with layer numbers.
+      module: Dotted name of the module.
+      n_layers: Number of layers stacked under the name.
 
     Raises:
-      ValueError: when it is no regular expression, takes too long, or matches some of the stacked
-        layers and not others.
+      ValueError: `pattern` is not a regular expression, takes too long, or matches some of the
+        stacked layers but not others.
 
     Example:
       >>> matches_pattern(r".*\.(q|v)_proj", "layers.self_attn.q_proj")
@@ -50,12 +50,11 @@ def matches_pattern(pattern: str, module: str, *, n_layers: int = 1) -> bool:
         sum(matches(f"{prefix}.{layer}.{rest}") for layer in range(n_layers))
         for prefix in (STACKED, f"model.{STACKED}", "transformer.h")
     ]
-    # Asked first: a pattern that leaves out a layer also matches names that are not this model's.
+    # Checked first, because a pattern that excludes a layer may also match the names without one.
     if some := next((count for count in counts if 0 < count < n_layers), 0):
         raise ValueError(
-            f"the pattern {pattern!r} matches {rest} in {some} of {n_layers} layers, but layers"
-            " are stacked and an adapter covers all of them; leave particular layer numbers out of"
-            " it"
+            f"the pattern {pattern!r} matches {rest} in {some} of {n_layers} layers, but an adapter"
+            r" covers all stacked layers; match every layer number, as with \d+"
         )
     return n_layers in counts or matches(module)
 
@@ -67,19 +66,19 @@ def select_modules(
     n_layers: int = 1,
     setting: str = "target_modules",
 ) -> list[str]:
-    """The modules that names, or one regular expression, choose.
+    """Selects modules by names or by one regular expression.
 
     Args:
-      targets: names (a module's last parts), or one regular expression that must match whole.
-      modules: what there is to choose from, dotted.
-      n_layers: how many layers are stacked under a name.
-      setting: what the targets are called in errors.
+      targets: Names (a module's last parts), or one regular expression for the whole name.
+      modules: Dotted names to select from.
+      n_layers: Number of layers stacked under a name.
+      setting: Name of the setting that holds `targets`, for messages.
 
     Returns:
-      The chosen modules, in the order of `modules`.
+      The selected modules, in the order of `modules`.
 
     Raises:
-      ValueError: when a name, or the expression, chooses nothing; near matches are named.
+      ValueError: A name or the expression matches no module; the message names near matches.
     """
     modules = list(modules)
     if isinstance(targets, str):
@@ -97,7 +96,7 @@ def select_modules(
     for name in names:
         if not any(matches_name(name, module) for module in modules):
             raise ValueError(
-                f"{setting} names {name!r}, which matches no module"
+                f"{setting} has {name!r}, which matches no module"
                 f"{did_you_mean(name, _last_parts(modules))}"
             )
     return [module for module in modules if any(matches_name(name, module) for name in names)]

@@ -1,4 +1,4 @@
-"""The methods by name, and how a method from another package becomes one of them."""
+"""Registers methods by name, including those of other packages."""
 
 import dataclasses
 import importlib.metadata
@@ -19,22 +19,22 @@ METHODS: dict[str, type[TrainingMethod]] = {
 
 
 ENTRY_POINTS = "peft_jax.methods"
-"""The group of entry points under which an installed package offers methods."""
+"""Entry point group in which installed packages offer methods."""
 
 _Method = TypeVar("_Method", bound=type[TrainingMethod])
 
 
 def register_method(method: _Method) -> _Method:
-    """Makes a method known by its name, on the command line and in the files of adapters.
+    """Registers a method by its name, for the command line and adapter files.
 
     Args:
-      method: A dataclass that derives from `AdapterMethod`, with a `name` and a `learning_rate`.
+      method: Dataclass that derives from `AdapterMethod`, with a `name` and a `learning_rate`.
 
     Returns:
-      The method, so that this can be used as a decorator.
+      The method, so that this works as a decorator.
 
     Raises:
-      ValueError: It is no such class, or another method has the name.
+      ValueError: The class is not such a dataclass, or another method has the name.
 
     Example:
       >>> from peft_jax.adapters import LoRA
@@ -42,15 +42,17 @@ def register_method(method: _Method) -> _Method:
       'lora'
     """
     if not (isinstance(method, type) and issubclass(method, TrainingMethod)):
-        raise ValueError(f"{method!r} is no method: derive it from peft_jax.adapters.AdapterMethod")
-    for wanted in ("name", "learning_rate"):
-        if not hasattr(method, wanted):
-            raise ValueError(f"the method {method.__name__} has no class variable {wanted!r}")
+        raise ValueError(f"{method!r} must be a class derived from peft_jax.adapters.AdapterMethod")
+    for required in ("name", "learning_rate"):
+        if not hasattr(method, required):
+            raise ValueError(
+                f"the method {method.__name__} needs a class variable {required!r}, but has none"
+            )
     if not dataclasses.is_dataclass(method):
         raise ValueError(f"the method {method.__name__} must be a frozen dataclass")
     if METHODS.get(method.name, method) is not method:
         raise ValueError(
-            f"the method {method.__name__} is called {method.name!r}, as is"
+            f"the method {method.__name__} has the name {method.name!r}, which belongs to"
             f" {METHODS[method.name].__name__}; give it another name"
         )
     METHODS[method.name] = method
@@ -64,10 +66,14 @@ def register_installed() -> None:
 
 
 def make_method(name: str, **settings: Any) -> TrainingMethod:
-    """The method called `name` with these settings; the others at their defaults.
+    """Returns the method with this name and these settings.
+
+    Args:
+      name: Name of the method.
+      **settings: Settings of the method; the others take their defaults.
 
     Raises:
-      ValueError: when the name, or a setting, is not known, or a setting's value does not do.
+      ValueError: The name or a setting is not known, or a setting's value is invalid.
 
     Example:
       >>> make_method("lora", rank=4)
@@ -75,7 +81,7 @@ def make_method(name: str, **settings: Any) -> TrainingMethod:
       >>> make_method("lora", block_size=4)
       Traceback (most recent call last):
         ...
-      ValueError: block_size is no setting of the method 'lora', but of boft, hybrid
+      ValueError: block_size is not a setting of the method 'lora', but of boft, hybrid
     """
     if name not in METHODS:
         raise ValueError(
@@ -88,10 +94,10 @@ def make_method(name: str, **settings: Any) -> TrainingMethod:
             continue
         others = [other for other in METHODS if setting in method_settings(other)]
         hint = f", but of {', '.join(others)}" if others else did_you_mean(setting, known)
-        raise ValueError(f"{setting} is no setting of the method {name!r}{hint}")
+        raise ValueError(f"{setting} is not a setting of the method {name!r}{hint}")
     return METHODS[name](**settings)
 
 
 def method_settings(name: str) -> tuple[str, ...]:
-    """The names of a method's settings."""
+    """Returns the names of a method's settings."""
     return tuple(field.name for field in dataclasses.fields(METHODS[name]))

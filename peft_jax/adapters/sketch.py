@@ -1,12 +1,12 @@
-"""The leading singular triplets of every kernel's gradient, at the memory of LoRA.
+"""Computes the leading singular triplets of kernel gradients with the memory of LoRA.
 
-For y = x W + (x A) B the gradients at the function's start hold products with G = ∂L/∂W:
+For y = x W + (x A) B, the gradients of A and B are products with G = ∂L/∂W:
 
     A = 0, B = Pᵀ:   ∂L/∂A = G P        A = Q, B = 0:   ∂L/∂B = Qᵀ G
 
-so a randomized singular value decomposition (Halko, Martinsson and Tropp, 2011, arXiv 0909.4061,
-algorithms 4.4 and 5.1) needs ordinary LoRA backward passes only: no array of G's size is ever
-formed, the base may be sharded or quantized, and microbatches accumulate.
+So a randomized singular value decomposition (Halko, Martinsson and Tropp, 2011, arXiv 0909.4061,
+algorithms 4.4 and 5.1) only needs the backward passes of LoRA. No array has the size of G, the base
+may be sharded or quantized, and microbatches accumulate.
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ from peft_jax.adapters.method import Arrays, GradientFactors
 from peft_jax.core import AdaptedKernel, Kernel, Path, Tree, flatten, linear, unflatten
 
 LossFn = Callable[[Tree, Any], Float[Array, ""]]
-"""The loss of (parameters with kernels bound, one batch)."""
+"""Loss of (parameters with bound kernels, one batch)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Probe:
-    """A low-rank term beside the kernel, through which its gradient is felt."""
+    """Low-rank term added to a kernel, whose gradients are products with the kernel's gradient."""
 
     def project(
         self,
@@ -54,28 +54,29 @@ def gradient_factors(
     oversampling: int = 8,
     power_iterations: int = 2,
 ) -> dict[Path, GradientFactors]:
-    """The leading singular triplets of the kernels' gradients, summed over batches.
+    """Returns the leading singular triplets of kernel gradients, summed over batches.
 
-    Costs 2 + 2 `power_iterations` backward passes over `batches` with a low-rank term of
-    `ranks[path] + oversampling` beside each kernel.
+    It costs 2 + 2 `power_iterations` backward passes over `batches` with a low-rank term of rank
+    `ranks[path] + oversampling` on each kernel.
 
     Args:
-      loss_fn: the loss; differentiable in the parameters' kernels.
-      params: the parameters; kernels [..., d_in, d_out].
-      ranks: how many triplets are wanted, by the kernel's path.
-      batches: what the loss is summed over; every pass goes over all of them.
-      key: of the first random directions.
-      oversampling: how many more directions than wanted are followed, for accuracy.
-      power_iterations: how often G Gᵀ sharpens them; 0 does for a steeply falling spectrum.
+      loss_fn: Loss, differentiable in the kernels.
+      params: Parameters, with kernels [..., d_in, d_out].
+      ranks: Number of triplets, by kernel path.
+      batches: Batches that the gradient is summed over. Each pass reads all of them.
+      key: Random key of the initial directions.
+      oversampling: Number of additional directions, for accuracy.
+      power_iterations: Number of multiplications by G Gᵀ, which improve the directions. 0 suffices
+        for a steeply falling spectrum.
 
     Returns:
-      `GradientFactors` by path, float32, stacked as the kernel is.
+      `GradientFactors` by path, float32, stacked as the kernels.
 
     Raises:
-      ValueError: without batches, or when a gradient is zero or not finite.
+      ValueError: There are no batches, or a gradient is zero or not finite.
     """
     if not batches:
-        raise ValueError("the gradient's directions need at least one batch, but none was given")
+        raise ValueError("batches is empty, but the gradient needs at least one batch")
     shapes = {path: kernel_shape(flatten(params)[path]) for path in ranks}
     widths = {path: min(ranks[path] + oversampling, *shape[-2:]) for path, shape in shapes.items()}
     passes = _Passes(loss_fn, params, batches)
@@ -95,15 +96,15 @@ def gradient_factors(
         leading = jnp.min(factor.s[..., 0])
         if not bool(jnp.isfinite(leading) & (leading > 0)):
             raise ValueError(
-                f"the gradient of {'.'.join(path)} on the first batches is {float(leading):.3g} at"
-                " its largest in some layer; it must be finite and not zero: do the batches hold"
-                " tokens to learn?"
+                f"the gradient of {'.'.join(path)} must be finite and not zero, but its largest"
+                f" singular value in a layer is {float(leading):.3g} on the first batches; check"
+                " that they have tokens with a loss"
             )
     return factors
 
 
 class _Passes:
-    """Products with the gradient, and with its transpose, one backward pass over the data each."""
+    """Multiplies by the gradient or its transpose, with one backward pass over the batches."""
 
     def __init__(self, loss_fn: LossFn, params: Tree, batches: Sequence[Any]) -> None:
         self._params = params
@@ -122,7 +123,7 @@ class _Passes:
         self._accumulate = jax.jit(accumulate, donate_argnums=0)
 
     def times_gradient(self, directions: dict[Path, jax.Array]) -> dict[Path, jax.Array]:
-        """G P [..., d_in, k] for P [..., d_out, k]."""
+        """Returns G P [..., d_in, k] for P [..., d_out, k]."""
         flat = flatten(self._params)
         learned = {
             path: {"a": jnp.zeros((*kernel_shape(flat[path])[:-1], p.shape[-1]), jnp.float32)}
@@ -132,7 +133,7 @@ class _Passes:
         return {path: arrays["a"] for path, arrays in self._run(learned, fixed).items()}
 
     def times_transposed(self, basis: dict[Path, jax.Array]) -> dict[Path, jax.Array]:
-        """Gᵀ Q [..., d_out, k] for Q [..., d_in, k]."""
+        """Returns Gᵀ Q [..., d_out, k] for Q [..., d_in, k]."""
         flat = flatten(self._params)
         learned = {}
         for path, q in basis.items():
@@ -152,13 +153,13 @@ class _Passes:
 
 
 def kernel_shape(kernel: Kernel) -> tuple[int, ...]:
-    """The shape [..., d_in, d_out] of a kernel, adapted ones included."""
+    """Returns the shape [..., d_in, d_out] of a kernel of any kind."""
     return kernel_shape(kernel.base) if isinstance(kernel, AdaptedKernel) else tuple(kernel.shape)
 
 
 @jax.jit
 def _orthonormal(columns: dict[Path, jax.Array]) -> dict[Path, jax.Array]:
-    """Orthonormal bases of the columns' spans."""
+    """Returns orthonormal bases of the columns' spans."""
     return {
         path: _one_by_one(lambda matrix: jnp.linalg.qr(matrix)[0], array)
         for path, array in columns.items()
@@ -166,10 +167,10 @@ def _orthonormal(columns: dict[Path, jax.Array]) -> dict[Path, jax.Array]:
 
 
 def _one_by_one(factorize: Callable[[jax.Array], Any], stack: Float[Array, "*stack m n"]) -> Any:
-    """A factorization of each matrix of a stack, one after another.
+    """Factorizes the matrices of a stack one after another.
 
-    Batched factorizations of several arrays in one program can wait for each other forever where
-    the CPU's thread pool is small (jaxlib 0.10, two cores: it happened in most runs).
+    Batched factorizations of several arrays in one program can deadlock if the CPU's thread pool is
+    small. With jaxlib 0.10 on two cores, most runs did.
     """
     matrices = stack.reshape(-1, *stack.shape[-2:])
     found = jax.lax.map(factorize, matrices)
@@ -179,7 +180,7 @@ def _one_by_one(factorize: Callable[[jax.Array], Any], stack: Float[Array, "*sta
 def _factors(
     q: dict[Path, jax.Array], projected: dict[Path, jax.Array], ranks: dict[Path, int]
 ) -> dict[Path, GradientFactors]:
-    """The triplets of Q (Gᵀ Q)ᵀ, the gradient on the span of Q."""
+    """Returns the triplets of Q (Gᵀ Q)ᵀ, the gradient projected on the span of Q."""
 
     @jax.jit
     def factorize(

@@ -1,4 +1,4 @@
-"""What is trained, as a table by kernel group."""
+"""Counts and lists trainable parameters."""
 
 import dataclasses
 import math
@@ -14,12 +14,11 @@ from peft_jax.core import Tree, flatten, is_stacked, join_path
 
 @dataclasses.dataclass(frozen=True)
 class ParameterCount:
-    """How many numbers are trained, and how many there are.
+    """Numbers of trainable and of all parameters.
 
     Attributes:
-      trainable: trained numbers.
-      total: the model's and the adapter's trained ones together; what is trained itself counts
-        once.
+      trainable: Number of trainable parameters.
+      total: Number of parameters of model and adapter; a leaf trained in full counts once.
     """
 
     trainable: int
@@ -27,46 +26,46 @@ class ParameterCount:
 
     @property
     def percent(self) -> float:
-        """Trained numbers in a hundred."""
+        """Percentage of parameters that are trainable."""
         return 100.0 * self.trainable / self.total
 
 
 def count_parameters(spec: AdapterSpec, params: Tree, state: AdapterState) -> ParameterCount:
-    """Trained and total numbers, as Hugging Face PEFT's `print_trainable_parameters` counts them.
+    """Counts parameters as Hugging Face PEFT's `print_trainable_parameters` does.
 
     Args:
-      spec: what is adapted.
-      params: the model's parameters, with the leaves that are trained themselves; may be abstract.
-      state: the adapter's arrays, or abstract ones.
+      spec: Specification of the adapter.
+      params: Model parameters, including leaves trained in full; arrays or shapes.
+      state: State of the adapter; arrays or shapes.
     """
     trainable = _size(state.trainable)
     return ParameterCount(trainable, _size(spec.frozen(params)) + trainable)
 
 
 def trainable_table(spec: AdapterSpec, params: Tree, state: AdapterState) -> str:
-    """What is trained: a line a kernel group, and the sums.
+    """Returns a table of trainable parameters: one line per module, and the totals.
 
-    A group is one name over all layers, since layers are stacked.
+    A line covers a module of all layers, because layers are stacked.
 
     Args:
-      spec: what is adapted.
-      params: the model's parameters, with the leaves that are trained themselves; may be abstract.
-      state: the adapter's arrays, or abstract ones.
+      spec: Specification of the adapter.
+      params: Model parameters, including leaves trained in full; arrays or shapes.
+      state: State of the adapter; arrays or shapes.
 
     Returns:
-      Lines of: module, number and shape of its kernels, method, trained numbers.
+      Lines of module, number and shape of kernels, method and number of trainable parameters.
     """
     targets = spec.targets(params)
     flat = flatten(params)
     paths = [*targets.adapted, *targets.trained]
     learned = flatten(state.trainable, is_leaf=lambda path, _: path in set(paths))
-    rows = [("module", "kernels", "method", "trained")]
+    rows = [("module", "kernels", "method", "trainable")]
     for path in paths:
         shape = kernel_shape(flat[path])
         one = list(shape[1:] if is_stacked(path) else shape)
         kernels = f"{shape[0]} x {one}" if is_stacked(path) else str(one)
         name = join_path(path[:-1] if path in targets.adapted else path)
-        method = _label(targets.adapted[path]) if path in targets.adapted else "trained itself"
+        method = _label(targets.adapted[path]) if path in targets.adapted else "full"
         rows.append((name, kernels, method, f"{_size(learned[path]):,}"))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [
@@ -89,12 +88,12 @@ def _label(method: Any) -> str:
     blocks = ""
     if hasattr(method, "block_size") and getattr(method, "rotation", "boft") == "boft":
         blocks = f" b={method.block_size} m={method.n_butterfly_factors}"
-    turned = " +unitary" if getattr(method, "rotation", "boft") == "unitary" else ""
-    return f"{method.name}{rank}{blocks}{turned}"
+    unitary = " +unitary" if getattr(method, "rotation", "boft") == "unitary" else ""
+    return f"{method.name}{rank}{blocks}{unitary}"
 
 
 def _size(tree: Any) -> int:
-    """How many numbers there are; a quantized kernel's scales are not among them.
+    """Returns the number of parameters, without a quantized kernel's scales.
 
     Example:
       >>> from peft_jax.core import abstract_quantized

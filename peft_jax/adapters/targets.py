@@ -1,4 +1,4 @@
-"""Which leaves of a model an adapter covers, and with which settings."""
+"""Selects the leaves of a model that are adapted, or trained in full."""
 
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping
@@ -13,18 +13,18 @@ from peft_jax.core import Path, Tree, flatten, is_stacked, join_path
 from peft_jax.core.validation import check_positive, check_positive_int
 
 ALL_LINEAR = "all-linear"
-"""Every linear map but the output head, as in Hugging Face PEFT."""
+"""Selects every linear map but the output head, as in Hugging Face PEFT."""
 
 _HEADS = ("lm_head", "classifier")
 
 
 @dataclasses.dataclass(frozen=True)
 class Targets:
-    """What an `AdapterSpec` does to one model.
+    """Leaves of a model that an `AdapterSpec` trains.
 
     Attributes:
-      adapted: the method at each adapted kernel's path.
-      trained: the paths of leaves that are trained themselves.
+      adapted: Methods by path of the adapted kernel.
+      trained: Paths of leaves trained in full, without an adapter.
     """
 
     adapted: dict[Path, AdapterMethod]
@@ -33,16 +33,16 @@ class Targets:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TargetSettings:
-    """Which modules are adapted, and which are trained themselves.
+    """Settings that select the modules to adapt and to train in full.
 
     Attributes:
-      target_modules: "all-linear" (every linear map but the output head), names of modules (their
-        last parts: "q_proj", "mlp.up_proj"), or one regular expression. With `Full`, "all-linear"
-        means every parameter of the model.
+      target_modules: Modules to adapt: "all-linear" (every linear map but the output head), module
+        names (last parts such as "q_proj" or "mlp.up_proj"), or one regular expression. With
+        `Full`, "all-linear" selects every parameter of the model.
       exclude_modules: Names, or one regular expression, of modules to leave out.
-      rank_pattern: Rank of single modules, by name or regular expression; the first match counts.
-      alpha_pattern: Alpha of single modules, in the same way.
-      modules_to_save: Names of modules whose parameters are trained beside the adapters.
+      rank_pattern: Ranks of modules by name or regular expression; the first match applies.
+      alpha_pattern: Alphas of modules by name or regular expression; the first match applies.
+      modules_to_save: Names of modules to train in full.
     """
 
     target_modules: str | tuple[str, ...] = ALL_LINEAR
@@ -58,7 +58,7 @@ class TargetSettings:
                 object.__setattr__(self, setting, tuple(value))
         if isinstance(self.modules_to_save, str):
             raise ValueError(
-                f"modules_to_save must be a list of names, but is the string"
+                "modules_to_save must be a list of names, but is the string"
                 f" {self.modules_to_save!r}"
             )
         if self.target_modules == ():
@@ -70,16 +70,16 @@ class TargetSettings:
 
 
 def find_targets(params: Tree, method: TrainingMethod, settings: TargetSettings) -> Targets:
-    """Returns what is adapted and what is trained itself, in a model with these parameters.
+    """Returns the leaves of a model to adapt and to train in full.
 
     Args:
-      params: The model's parameters, arrays or shapes.
-      method: The method.
-      settings: Where it applies.
+      params: Model parameters, arrays or shapes.
+      method: Fine-tuning method.
+      settings: Selection of modules.
 
     Raises:
       ValueError: A target or a pattern matches nothing, a kernel cannot be adapted, or a leaf would
-        be both adapted and trained itself.
+        be both adapted and trained in full.
     """
     target_modules, exclude_modules = settings.target_modules, settings.exclude_modules
     rank_pattern, alpha_pattern = settings.rank_pattern, settings.alpha_pattern
@@ -90,7 +90,10 @@ def find_targets(params: Tree, method: TrainingMethod, settings: TargetSettings)
     saved = _choose(modules_to_save, leaves, n_layers, "modules_to_save") if modules_to_save else []
     if not isinstance(method, AdapterMethod):
         if rank_pattern or alpha_pattern:
-            raise ValueError("full fine-tuning has no ranks: leave rank_pattern and alpha_pattern")
+            raise ValueError(
+                "rank_pattern and alpha_pattern must be empty, because full fine-tuning has no"
+                " ranks"
+            )
         chosen = _without(
             list(leaves)
             if target_modules == ALL_LINEAR
@@ -101,20 +104,20 @@ def find_targets(params: Tree, method: TrainingMethod, settings: TargetSettings)
         )
         modules = sorted({*chosen, *saved})
         trained = tuple(path for module in modules for path in leaves[module])
-        _refuse_quantized(trained, flat)
+        _reject_quantized(trained, flat)
         return Targets({}, trained)
 
     kernels = {join_path(path[:-1]): path for path in flat if path[-1] == "kernel"}
     if target_modules == ALL_LINEAR:
         chosen = [module for module in kernels if module.split(".")[0] not in _HEADS]
     else:
-        _refuse_embeddings(target_modules, flat)
+        _reject_embeddings(target_modules, flat)
         chosen = _choose(target_modules, kernels, n_layers, "target_modules")
     chosen = _without(chosen, exclude_modules, kernels, n_layers)
     if both := sorted(set(chosen) & set(saved)):
         raise ValueError(
-            f"{', '.join(both)} would be adapted and, by modules_to_save, trained itself; take it"
-            " out of one of the two"
+            f"{', '.join(both)} is in both target_modules and modules_to_save; remove it from one"
+            " of them"
         )
     _check_patterns(rank_pattern, "rank_pattern", chosen, n_layers)
     _check_patterns(alpha_pattern, "alpha_pattern", chosen, n_layers)
@@ -130,7 +133,7 @@ def find_targets(params: Tree, method: TrainingMethod, settings: TargetSettings)
         own.check_kernel(module, (d_in, d_out))
         adapted[kernels[module]] = own
     trained = tuple(path for module in sorted(saved) for path in leaves[module])
-    _refuse_quantized(trained, flat)
+    _reject_quantized(trained, flat)
     return Targets(adapted, trained)
 
 
@@ -159,25 +162,25 @@ def _without(
     return left
 
 
-def _refuse_quantized(trained: Collection[Path], flat: Mapping[Path, Any]) -> None:
-    """Numbers of 8 or 4 bits take no small updates."""
+def _reject_quantized(trained: Collection[Path], flat: Mapping[Path, Any]) -> None:
+    """Rejects quantized leaves, because rounding would discard small updates."""
     quantized = [join_path(path[:-1]) for path in trained if isinstance(flat[path], QArray)]
     if quantized:
         raise ValueError(
-            f"{', '.join(quantized)} would be trained itself, and is quantized: adapt it, take it"
-            ' out of what is trained, or load the base with quantization "none"'
+            f"{', '.join(quantized)} cannot be trained in full, because it is quantized: adapt it,"
+            ' exclude it, or load the base model with quantization "none"'
         )
 
 
-def _refuse_embeddings(targets: str | Collection[str], flat: Mapping[Path, Any]) -> None:
+def _reject_embeddings(targets: str | Collection[str], flat: Mapping[Path, Any]) -> None:
     if isinstance(targets, str):
         return
     embeddings = {join_path(path[:-1]) for path in flat if path[-1] == "embedding"}
     for name in targets:
         if any(matches_name(name, module) for module in embeddings):
             raise ValueError(
-                f"target_modules names {name!r}, an embedding, which is a table and no linear map;"
-                " name it in modules_to_save to train it"
+                f"target_modules has {name!r}, which is an embedding and not a linear map; train it"
+                " with modules_to_save"
             )
 
 
@@ -191,7 +194,7 @@ def _check_patterns(
             raise ValueError(f"{setting}: {error}") from error
         if not found:
             raise ValueError(
-                f"{setting} names {pattern!r}, which matches none of the adapted modules:"
+                f"{setting} has {pattern!r}, which matches none of the adapted modules"
                 f" {', '.join(modules)}"
             )
 

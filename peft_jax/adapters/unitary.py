@@ -1,4 +1,4 @@
-"""The unitary adapter: the kernel's input through a learned unitary map of O(d) parameters."""
+"""Implements the unitary adapter: a unitary map of the kernel's input with O(d) parameters."""
 
 import dataclasses
 from typing import ClassVar
@@ -14,13 +14,13 @@ from peft_jax.core import Kernel, linear
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Unitary(AdapterMethod):
-    """A unitary map before the kernel, y = (U x) W with U = D₃ R₂ F⁻¹ D₂ R₁ F D₁.
+    """Unitary map before the kernel, y = (U x) W with U = D₃ R₂ F⁻¹ D₂ R₁ F D₁.
 
-    U acts on d_in / 2 complex numbers and keeps norms; see
-    `kernels_pallas.unitary.unitary_product`. It starts as the identity: phases zero, and R₂'s
-    vector the inverse transform of R₁'s, so that the two reflections cancel (to the precision they
-    are held in: trained in bfloat16, the start is the identity to 1 part in 100). Trained: `phases`
-    [3, d_in / 2] in radians and `reflections` [2, 2, d_in / 2] (real and imaginary parts).
+    U acts on d_in / 2 complex numbers and preserves norms; see
+    `kernels_pallas.unitary.unitary_product`. It is initialized to the identity: phases are zero,
+    and the vector of R₂ is the inverse transform of that of R₁, so that the reflections cancel. In
+    bfloat16 they cancel to 1 part in 100. Trainable arrays: `phases` [3, d_in / 2] in radians, and
+    `reflections` [2, 2, d_in / 2], (first and second reflection) x (real and imaginary part).
 
     Source: Arjovsky, Shah and Bengio, 2015, arXiv 1511.06464, as an adapter.
     """
@@ -29,17 +29,17 @@ class Unitary(AdapterMethod):
     learning_rate: ClassVar[float] = 5e-4
 
     def check_kernel(self, module: str, shape: tuple[int, int]) -> None:
-        """The input must be even: it is read as complex numbers."""
+        """Raises ValueError unless d_in is even, because pairs are read as complex numbers."""
         if shape[0] % 2:
             raise ValueError(
-                f"{self.name} reads its input as pairs, but {module} has {shape[0]} inputs, which"
-                " is odd; exclude it"
+                f"{self.name} needs an even number of inputs, but {module} has {shape[0]}; exclude"
+                " the module"
             )
 
     def init(
         self, key: jax.Array, shape: tuple[int, int], gradient: GradientFactors | None = None
     ) -> tuple[Arrays, Arrays]:
-        """A random reflection, undone by the second; no phases."""
+        """Returns zero phases and a random reflection that the second one cancels."""
         del gradient
         n = shape[0] // 2
         parts = jax.random.normal(key, (2, n), jnp.float32)
@@ -49,14 +49,14 @@ class Unitary(AdapterMethod):
         return {"phases": jnp.zeros((3, n), jnp.float32), "reflections": reflections}, {}
 
     def axes(self, d_in: str | None, d_out: str | None) -> tuple[Axes, Axes]:
-        """Held whole: the transform mixes every feature, and O(d) numbers are few."""
+        """Returns unsharded axes, because the transform mixes all features of a small array."""
         del d_in, d_out
         return {"phases": (None, None), "reflections": (None, None, None)}, {}
 
     def prepare(
         self, trainable: Arrays, constant: Arrays, *, dropout_key: jax.Array | None = None
     ) -> Arrays:
-        """The trained arrays in float32."""
+        """Returns the trainable arrays in float32."""
         del constant, dropout_key
         return {name: array.astype(jnp.float32) for name, array in trainable.items()}
 
@@ -68,13 +68,13 @@ class Unitary(AdapterMethod):
         *,
         dropout_key: jax.Array | None = None,
     ) -> Float[Array, "*batch d_out"]:
-        """(U x) W."""
+        """Returns (U x) W."""
         del dropout_key
         return linear(unitary_product(x, arrays["phases"], arrays["reflections"]), base)
 
     def merge(self, base: Float[Array, "d_in d_out"], arrays: Arrays) -> Float[Array, "d_in d_out"]:
-        """U, as a real orthogonal map of row vectors, times W."""
-        # The rows of Wᵀ through the transposed map are the columns of U W.
+        """Returns U W, with U as a real orthogonal map of row vectors."""
+        # The transposed map applied to the rows of Wᵀ gives the columns of U W.
         columns = base.astype(jnp.float32).T
         _, transposed = jax.vjp(
             lambda x: unitary_product(

@@ -1,4 +1,4 @@
-"""A tiny Llama, its loss and a few batches, for tests of methods over whole models."""
+"""Provides a tiny Llama, its loss and a few batches for tests over full models."""
 
 from collections.abc import Callable
 from typing import Any
@@ -41,7 +41,7 @@ def bloom() -> CausalLM:
 
 @pytest.fixture(scope="session")
 def loss_fn(llama: CausalLM) -> Callable[[Tree, Any], jax.Array]:
-    """The cross-entropy of predicting each token's successor, as text/learned tokens would be."""
+    """Returns the next-token cross-entropy."""
 
     def loss(params: Tree, tokens: jax.Array) -> jax.Array:
         log_probabilities = jax.nn.log_softmax(llama(params, tokens[:, :-1]))
@@ -53,7 +53,7 @@ def loss_fn(llama: CausalLM) -> Callable[[Tree, Any], jax.Array]:
 
 @pytest.fixture(scope="session")
 def batches() -> list[jax.Array]:
-    """Three batches of tokens [4, 17], of which few kinds are common, as in text."""
+    """Returns three batches of tokens [4, 17], a few of which are frequent, as in text."""
     rng = np.random.default_rng(0)
     odds = 1.0 / np.arange(1, 54)
     draw = rng.choice(53, size=(3, 4, 17), p=odds / odds.sum())

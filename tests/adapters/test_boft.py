@@ -1,4 +1,4 @@
-"""BOFT against Hugging Face PEFT's layer, and its two ways of turning against each other."""
+"""Tests BOFT against Hugging Face PEFT's layer, and composed against separate factors."""
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,8 @@ from peft_jax.adapters import BOFT, AdapterSpec, Hybrid
 from peft_jax.core import AdaptedKernel, linear
 
 
-def turned(method: BOFT, shape: tuple[int, int], key: jax.Array) -> dict[str, jax.Array]:
-    """Trained arrays away from the start."""
+def random_arrays(method: BOFT, shape: tuple[int, int], key: jax.Array) -> dict[str, jax.Array]:
+    """Returns trainable arrays away from their initial values."""
     trainable, constant = method.init(key, shape)
     assert constant == {}
     return {
@@ -20,12 +20,12 @@ def turned(method: BOFT, shape: tuple[int, int], key: jax.Array) -> dict[str, ja
 
 
 @pytest.mark.parametrize("block_size", [2, 3, 6])
-def test_it_is_pefts_layer(block_size, key, monkeypatch):
+def test_layer_agrees_with_peft(block_size, key, monkeypatch):
     peft = pytest.importorskip("peft")
     torch = pytest.importorskip("torch")
     monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: None)
     method = BOFT(block_size=block_size, n_butterfly_factors=1)
-    arrays = turned(method, (12, 7), key)
+    arrays = random_arrays(method, (12, 7), key)
     kernel, x = (jax.random.normal(jax.random.fold_in(key, 9), s) for s in ((12, 7), (5, 12)))
     bias = np.arange(7.0, dtype=np.float32)
 
@@ -37,7 +37,7 @@ def test_it_is_pefts_layer(block_size, key, monkeypatch):
     layer = peft.get_peft_model(module, config).base_model.model[0]
     blocks = np.zeros((1, 12 // block_size, block_size, block_size), np.float32)
     rows, columns = np.triu_indices(block_size, k=1)
-    # PEFT takes (R - Rᵀ) / 2 of what it stores.
+    # PEFT uses (R - Rᵀ) / 2 of its stored R.
     blocks[..., rows, columns] = 2 * np.asarray(arrays["r"])
     with torch.no_grad():
         layer.boft_R["default"].copy_(torch.tensor(blocks))
@@ -53,9 +53,9 @@ def test_it_is_pefts_layer(block_size, key, monkeypatch):
 
 
 @pytest.mark.parametrize("factors", [1, 2, 4])
-def test_composed_and_staged_factors_turn_alike(factors, key, monkeypatch):
+def test_composed_and_separate_factors_agree(factors, key, monkeypatch):
     method = BOFT(block_size=4, n_butterfly_factors=factors)
-    arrays = turned(method, (64, 5), key)
+    arrays = random_arrays(method, (64, 5), key)
     kernel, x = (jax.random.normal(jax.random.fold_in(key, 9), s) for s in ((64, 5), (3, 64)))
 
     @jax.jit
@@ -70,14 +70,14 @@ def test_composed_and_staged_factors_turn_alike(factors, key, monkeypatch):
     )
     monkeypatch.setattr("peft_jax.adapters.boft.MAX_COMPOSED_BLOCK", 1)
     both.clear_cache()
-    staged, staged_kernel, prepared = both(arrays, kernel, x)
+    separate, separate_kernel, prepared = both(arrays, kernel, x)
     assert prepared["factors"].shape == (factors, 16, 4, 4)
-    np.testing.assert_allclose(staged, composed, atol=2e-5)
-    np.testing.assert_allclose(staged_kernel, composed_kernel, atol=1e-5)
+    np.testing.assert_allclose(separate, composed, atol=2e-5)
+    np.testing.assert_allclose(separate_kernel, composed_kernel, atol=1e-5)
     np.testing.assert_allclose(x @ composed_kernel, composed, atol=5e-5)
 
 
-def test_only_the_free_entries_are_trained():
+def test_only_free_entries_are_trainable():
     method = BOFT(block_size=8, n_butterfly_factors=2)
     shapes = jax.eval_shape(lambda: method.init(jax.random.key(0), (64, 10))[0])
     assert shapes["r"].shape == (2, 8, 28)
@@ -90,28 +90,26 @@ def test_only_the_free_entries_are_trained():
         (
             {"block_size": 8, "n_butterfly_factors": 2},
             100,
-            r"input divisible by 16, but layers\.q_proj has 100 inputs; block sizes that work"
-            r" there: 2, 10",
+            r"divisible by 16.*layers\.q_proj .*100 inputs.*: 2, 10, 50$",
         ),
         (
             {"block_size": 32, "n_butterfly_factors": 1},
             100,
-            r"divisible by 32.* block sizes that work there: 20, 25, 50, 100|"
-            r"divisible by 32.* block sizes that work there: 10, 20, 25, 50",
+            r"divisible by 32.*: (20, 25, 50, 100|10, 20, 25, 50)$",
         ),
         (
             {"block_size": 8, "n_butterfly_factors": 4},
             100,
-            r"divisible by 64.*; no block size works there with this many factors; use fewer",
+            r"divisible by 64.* no block size works.* use fewer",
         ),
         (
             {"block_size": 8, "n_butterfly_factors": 1},
             7,
-            r"divisible by 8.* block sizes that work there: 7",
+            r"divisible by 8.*: 7$",
         ),
     ],
 )
-def test_sizes_that_do_not_divide_name_those_that_do(settings, d_in, message):
+def test_indivisible_inputs_are_rejected_with_block_sizes_that_work(settings, d_in, message):
     params = {"layers": {"q_proj": {"kernel": jnp.ones((2, d_in, 6))}}}
     with pytest.raises(ValueError, match=message) as error:
         AdapterSpec(method=BOFT(**settings)).targets(params)
@@ -126,12 +124,12 @@ def test_sizes_that_do_not_divide_name_those_that_do(settings, d_in, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"block_size": 1}, "a block of 1 has nothing to turn"),
-        ({"block_size": 3, "n_butterfly_factors": 2}, "block_size must be even with 2"),
+        ({"block_size": 1}, "block_size .* 1"),
+        ({"block_size": 3, "n_butterfly_factors": 2}, "block_size .*even.* 2 .* 3"),
         ({"n_butterfly_factors": 0}, "n_butterfly_factors .* 0"),
-        ({"dropout": 1.0}, "dropout must be at least 0 and below 1"),
+        ({"dropout": 1.0}, "dropout .*1.0"),
     ],
 )
-def test_settings_are_checked(settings, message):
+def test_invalid_settings_are_rejected(settings, message):
     with pytest.raises(ValueError, match=message):
         BOFT(**settings)

@@ -1,4 +1,4 @@
-"""Dropout: off in evaluation, nothing in expectation, decided by the key, no change at first."""
+"""Tests that dropout is off without a key, unbiased, and determined by the key."""
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def layers(params):
 
 
 class Adapted:
-    """A method with dropout, its start, and away from it."""
+    """A method with dropout, with an initial and a perturbed state."""
 
     def __init__(self, name, params, x):
         self.plain, self.spec = (AdapterSpec(method=method) for method in METHODS[name])
@@ -68,38 +68,38 @@ def adapted(request, params, x):
     return Adapted(request.param, params, x)
 
 
-def test_it_is_off_without_a_key(adapted):
+def test_dropout_is_off_without_a_key(adapted):
     expected = adapted.outputs(adapted.moved, spec_name="plain")
     np.testing.assert_array_equal(adapted.outputs(adapted.moved), expected)
 
 
-def test_without_a_rate_the_key_is_nothing(adapted, key):
+def test_key_has_no_effect_without_dropout(adapted, key):
     expected = adapted.outputs(adapted.moved, spec_name="plain")
     found = adapted.outputs(adapted.moved, key, spec_name="plain")
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_the_key_decides_what_is_dropped(adapted, key):
+def test_key_determines_the_dropped_values(adapted, key):
     once = adapted.outputs(adapted.moved, key)
     np.testing.assert_array_equal(adapted.outputs(adapted.moved, key), once)
     assert not np.allclose(adapted.outputs(adapted.moved, jax.random.fold_in(key, 1)), once)
 
 
-def test_layers_drop_different_things(adapted, key, params):
+def test_layers_drop_different_values(adapted, key, params):
     same = jax.tree.map(lambda leaf: jnp.stack([leaf[0]] * LAYERS), (params, adapted.moved))
     bound = adapted.spec.bind(*same, dropout_key=key)
     one, other = (linear(adapted.x, kernel) for kernel in layers(bound))
     assert not np.allclose(one, other)
 
 
-def test_the_start_is_the_bases_function_whatever_is_dropped(adapted, key):
+def test_initial_adapter_equals_the_base_with_dropout(adapted, key):
     base = jnp.stack([linear(adapted.x, kernel) for kernel in layers(adapted.params)])
     found = adapted.outputs(adapted.start, key)
     np.testing.assert_allclose(found, base, atol=1e-5 * float(jnp.abs(base).max()))
 
 
 @pytest.mark.parametrize("name", ["lora", "lora_ga"])
-def test_expectations_are_kept(name, params, x, key):
+def test_dropout_preserves_the_expectation(name, params, x, key):
     adapted = Adapted(name, params, x)
     keys = jax.random.split(key, 4000)
     mean = jax.jit(
@@ -107,22 +107,22 @@ def test_expectations_are_kept(name, params, x, key):
     )(keys)
     expected = adapted.outputs(adapted.moved)
     base = jnp.stack([linear(x, kernel) for kernel in layers(params)])
-    # The adapter's own part varies by its size times √(p / (1 - p)) a draw.
+    # The standard deviation of a draw is the size of the adapter's own term times √(p / (1 - p)).
     size = float(jnp.abs(expected - base).max())
     deviation = size * np.sqrt(RATE / (1 - RATE) / len(keys))
     assert float(jnp.abs(mean - expected).max()) < 6 * deviation
     assert size > 20 * deviation
 
 
-def test_the_rate_is_the_share_of_blocks_left_out(key):
+def test_boft_dropout_is_the_share_of_dropped_blocks(key):
     method = BOFT(block_size=2, n_butterfly_factors=1, dropout=RATE)
     r = jnp.ones((1, 4000, 1))
     blocks = method.prepare({"r": r, "scale": jnp.ones(3)}, {}, dropout_key=key)["blocks"]
-    left_out = np.mean(np.all(np.asarray(blocks) == np.eye(2), axis=(-1, -2)))
-    assert abs(left_out - RATE) < 5 * np.sqrt(RATE * (1 - RATE) / 4000)
+    dropped = np.mean(np.all(np.asarray(blocks) == np.eye(2), axis=(-1, -2)))
+    assert abs(dropped - RATE) < 5 * np.sqrt(RATE * (1 - RATE) / 4000)
 
 
-def test_the_rate_is_the_share_of_inputs_dropped(key):
+def test_lora_dropout_is_the_share_of_dropped_inputs(key):
     method = LoRA(rank=8, alpha=8.0, dropout=RATE)
     arrays = {"a": jnp.eye(8), "b": jnp.eye(8)}
     y = np.asarray(method.low_rank(jnp.ones((1000, 8)), arrays, dropout_key=key))

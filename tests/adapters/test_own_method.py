@@ -1,4 +1,4 @@
-"""A method that the library does not have: registered, it does what the others do."""
+"""Tests that a registered method of another package works as the built-in ones."""
 
 import dataclasses
 from typing import ClassVar
@@ -29,7 +29,7 @@ CONFIG = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scaled(AdapterMethod):
-    """y = (x W) ⊙ (1 + strength · s)."""
+    """Scales outputs: y = (x W) ⊙ (1 + strength · s)."""
 
     name: ClassVar[str] = "scaled"
     learning_rate: ClassVar[float] = 3e-3
@@ -59,7 +59,7 @@ def scaled():
     del METHODS[Scaled.name]
 
 
-def test_it_is_a_setting_of_a_run(scaled):
+def test_registered_method_can_be_configured(scaled):
     config = default_config()
     config.method.name, config.method.strength = "scaled", 2.0
     config.model.path, config.data.path, config.data.recipe = "base", "rows.jsonl", "chat"
@@ -70,7 +70,7 @@ def test_it_is_a_setting_of_a_run(scaled):
     assert RunConfig.from_mapping(found.to_mapping()) == found
 
 
-def test_it_trains_is_saved_loaded_and_merged(scaled, tmp_path):
+def test_registered_method_trains_saves_loads_and_merges(scaled, tmp_path):
     model = build_model(CONFIG)
     params = model.init_params(jax.random.key(0))
     spec = AdapterSpec(Scaled(strength=2.0), target_modules=("up_proj", "q_proj"))
@@ -92,23 +92,23 @@ def test_it_trains_is_saved_loaded_and_merged(scaled, tmp_path):
     assert float(jnp.abs(model(bound, tokens) - model(params, tokens)).max()) > 1e-3
 
 
-def test_names_are_taken_once(scaled):
+def test_duplicate_method_name_is_rejected(scaled):
     assert register_method(Scaled) is Scaled
     other = dataclasses.make_dataclass("Other", [], bases=(Scaled,), frozen=True)
-    with pytest.raises(ValueError, match="the method Other is called 'scaled', as is Scaled"):
+    with pytest.raises(ValueError, match=r"Other .*'scaled'.* Scaled"):
         register_method(other)
 
 
 @pytest.mark.parametrize("missing", ["name", "learning_rate"])
-def test_what_a_method_must_say(missing):
+def test_method_without_a_required_class_variable_is_rejected(missing):
     kept = {"name": "bare", "learning_rate": 1.0}
     del kept[missing]
     bare = dataclasses.dataclass(frozen=True)(type("Bare", (AdapterMethod,), kept))
-    with pytest.raises(ValueError, match=f"Bare has no class variable '{missing}'"):
+    with pytest.raises(ValueError, match=f"Bare .*'{missing}'"):
         register_method(bare)
 
 
-def test_an_entry_point_is_loaded(monkeypatch):
+def test_entry_point_is_loaded(monkeypatch):
     class Entry:
         def load(self):
             return Scaled
@@ -121,7 +121,7 @@ def test_an_entry_point_is_loaded(monkeypatch):
     assert METHODS.pop("scaled") is Scaled
 
 
-def test_each_method_says_where_to_begin():
+def test_every_method_declares_its_properties():
     assert all(method.learning_rate > 0 for method in METHODS.values())
     assert {name for name, method in METHODS.items() if method.branches} == {"hybrid"}
     assert {name for name, method in METHODS.items() if method.trains_base} == {"full"}

@@ -1,4 +1,4 @@
-"""Every method over kernels of any size: shapes and dtypes, traced but not computed."""
+"""Tests shapes and dtypes of every method on kernels of random sizes, by tracing alone."""
 
 import jax
 import jax.numpy as jnp
@@ -38,10 +38,10 @@ def struct(*shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
 @settings(max_examples=8, deadline=None)
 @given(data=st.data())
 @pytest.mark.parametrize("name", METHODS)
-def test_one_kernel(name, data):
+def test_shapes_and_dtypes_on_one_kernel(name, data):
     make, choices = METHODS[name]
     method = make(**data.draw(st.fixed_dictionaries(choices)))
-    # Sizes that every method takes: multiples of the largest block, no smaller than two ranks.
+    # Every method accepts multiples of its largest block that are at least twice the rank.
     size = getattr(getattr(method, "rotation_method", method), "composed_block_size", 2)
     d_in = size * data.draw(st.integers(-(-18 // size), -(-18 // size) + 2))
     d_out = data.draw(st.integers(18, 23))
@@ -72,7 +72,7 @@ def test_one_kernel(name, data):
         for path, leaf in leaves.items():
             assert leaf.dtype == jnp.float32
             assert len(flat_names[path]) == leaf.ndim
-            # An axis laid out as the kernel's output has its length.
+            # An axis with the name of the kernel's output axis has its length.
             assert all(
                 length == d_out
                 for length, axis in zip(leaf.shape, flat_names[path], strict=True)
@@ -81,7 +81,7 @@ def test_one_kernel(name, data):
 
 
 @pytest.mark.parametrize("method", [Full(), LoRA(rank=2), BOFT(block_size=2), Hybrid(rank=2)])
-def test_stacked_kernels_have_the_layers_first(method):
+def test_arrays_of_stacked_kernels_have_a_leading_layer_axis(method):
     params = {
         "layers": {"q_proj": {"kernel": struct(5, 16, 8)}},
         "lm_head": {"kernel": struct(16, 8)},

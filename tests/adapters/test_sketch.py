@@ -1,4 +1,4 @@
-"""The sketched gradient against the gradient itself and its singular value decomposition."""
+"""Tests gradient factors against the singular value decomposition of the exact gradient."""
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,12 @@ from peft_jax.models import ExecutionSettings
 
 RANK = 8
 SEPARATED = 1.3
-"""Singular values in a row count as separated where their ratio is above this."""
+"""Minimum ratio of consecutive singular values that count as separated."""
 
 
 @pytest.fixture(scope="module")
 def exact_gradients(loss_fn):
-    """∂L/∂W of kernels, summed over batches, float64; of adapted kernels that of their base."""
+    """Returns a function that sums float64 gradients of (base) kernels over batches."""
     compiled = jax.jit(jax.grad(loss_fn))
 
     def exact(params, batches, paths):
@@ -33,12 +33,12 @@ def exact_gradients(loss_fn):
 
 
 def sine_of_largest_angle(one: np.ndarray, other: np.ndarray) -> float:
-    """Between the spans of two orthonormal sets of columns."""
+    """Returns the sine of the largest angle between the spans of two orthonormal bases."""
     return np.linalg.norm(one - other @ (other.T @ one), 2)
 
 
 def check_against_svd(factors, exact, *, angle, value=1e-2) -> int:
-    """Compares the leading subspaces where they are separated; gives how many there were."""
+    """Asserts that separated leading subspaces agree, and returns their number."""
     compared = 0
     for path, gradient in exact.items():
         found = factors[path]
@@ -64,22 +64,22 @@ def kernel_paths(params):
     return [path for path in flatten(params) if path[-1] == "kernel"]
 
 
-def test_leading_subspaces_are_the_exact_gradients(
+def test_leading_subspaces_agree_with_the_exact_gradient(
     llama_params, loss_fn, batches, exact_gradients, key
 ):
-    """Over several batches, for every kernel of the model, the output head included."""
+    """Covers every kernel of the model, including the output head, over several batches."""
     paths = kernel_paths(llama_params)
     factors = gradient_factors(loss_fn, llama_params, dict.fromkeys(paths, RANK), batches, key)
     exact = exact_gradients(llama_params, batches, paths)
     compared = check_against_svd(factors, exact, angle=1e-2)
     assert compared > 2 * 15
-    # One batch alone would not have done.
+    # The first batch alone has another gradient.
     first = exact_gradients(llama_params, batches[:1], paths)
     with pytest.raises(AssertionError):
         check_against_svd(factors, first, angle=1e-2)
 
 
-def test_a_base_held_in_bfloat16(llama_params, loss_fn, batches, exact_gradients, key):
+def test_factors_over_a_bfloat16_base(llama_params, loss_fn, batches, exact_gradients, key):
     held = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), llama_params)
     paths = [("layers", "self_attn", "q_proj", "kernel"), ("layers", "mlp", "down_proj", "kernel")]
     factors = gradient_factors(loss_fn, held, dict.fromkeys(paths, RANK), batches, key)
@@ -89,8 +89,10 @@ def test_a_base_held_in_bfloat16(llama_params, loss_fn, batches, exact_gradients
     assert check_against_svd(factors, exact, angle=1e-2) > 4
 
 
-def test_activations_in_bfloat16(llama, llama_params, loss_fn, batches, exact_gradients, key):
-    """The gradient itself is then known to 2 or 3 digits, and so are its directions."""
+def test_factors_with_bfloat16_activations(
+    llama, llama_params, loss_fn, batches, exact_gradients, key
+):
+    """The gradient then has 2 or 3 significant digits, and so have its directions."""
     rounded = llama.with_execution(ExecutionSettings(compute_dtype="bfloat16"))
 
     def rounded_loss(params, tokens):
@@ -103,7 +105,7 @@ def test_activations_in_bfloat16(llama, llama_params, loss_fn, batches, exact_gr
     assert check_against_svd(factors, exact, angle=0.15, value=5e-2) > 2
 
 
-def test_a_base_that_is_adapted_already(llama_params, loss_fn, batches, exact_gradients, key):
+def test_factors_over_an_adapted_base(llama_params, loss_fn, batches, exact_gradients, key):
     spec = AdapterSpec(method=LoRA(rank=2), target_modules=("q_proj", "up_proj"))
     state = spec.init(key, llama_params)
     moved = jax.tree.map(lambda leaf: leaf + 0.1, state.trainable)
@@ -116,7 +118,7 @@ def test_a_base_that_is_adapted_already(llama_params, loss_fn, batches, exact_gr
 
 
 def test_products_with_the_gradient_are_exact(llama_params, loss_fn, batches, exact_gradients, key):
-    """G P and Gᵀ Q come out of LoRA's backward passes without approximation."""
+    """LoRA's backward passes give G P and Gᵀ Q without approximation."""
     paths = [("layers", "self_attn", "k_proj", "kernel"), ("lm_head", "kernel")]
     exact = exact_gradients(llama_params, batches, paths)
     passes = sketch_module._Passes(loss_fn, llama_params, batches)
@@ -135,7 +137,7 @@ def test_products_with_the_gradient_are_exact(llama_params, loss_fn, batches, ex
 
 
 def linear_problem(gradient: np.ndarray):
-    """A loss whose gradient with respect to its one kernel is the matrix given."""
+    """Returns a loss whose gradient with respect to its one kernel is `gradient`."""
     target = jnp.asarray(gradient, jnp.float32)
 
     def loss(params, scale):
@@ -145,7 +147,7 @@ def linear_problem(gradient: np.ndarray):
     return loss, {"proj": {"kernel": jnp.zeros(target.shape)}}, ("proj", "kernel")
 
 
-def test_power_iterations_sharpen(key):
+def test_power_iterations_improve_the_directions(key):
     rng = np.random.default_rng(0)
     u, v = (np.linalg.qr(rng.normal(size=(size, 30)))[0] for size in (40, 30))
     loss, params, path = linear_problem(u * 0.8 ** np.arange(30) @ v.T)
@@ -170,8 +172,7 @@ def test_power_iterations_sharpen(key):
 
 
 @pytest.mark.parametrize(("d_in", "d_out", "rank"), [(5, 9, 5), (9, 5, 4), (6, 6, 1), (30, 20, 3)])
-def test_small_and_oblong_kernels(d_in, d_out, rank, key):
-    """Where the sketch is as wide as the kernel it is the decomposition itself."""
+def test_sketch_as_wide_as_the_kernel_is_exact(d_in, d_out, rank, key):
     gradient = np.random.default_rng(0).normal(size=(d_in, d_out))
     loss, params, path = linear_problem(gradient)
     u, s, v = gradient_factors(loss, params, {path: rank}, [0.25, 0.75], key, oversampling=20)[path]
@@ -182,17 +183,17 @@ def test_small_and_oblong_kernels(d_in, d_out, rank, key):
     np.testing.assert_allclose(np.asarray(u * s @ v.T), expected, atol=1e-4)
 
 
-def test_batches_and_gradients_that_are_not_there_are_refused(key):
+def test_empty_batches_and_degenerate_gradients_are_rejected(key):
     loss, params, path = linear_problem(np.ones((4, 3)))
-    with pytest.raises(ValueError, match="at least one batch"):
+    with pytest.raises(ValueError, match="batches "):
         gradient_factors(loss, params, {path: 2}, [], key)
     for scale, size in ((0.0, "0"), (np.nan, "nan")):
-        with pytest.raises(ValueError, match=rf"the gradient of proj\.kernel .* is {size} at"):
+        with pytest.raises(ValueError, match=rf"gradient of proj\.kernel .* {size} "):
             gradient_factors(loss, params, {path: 2}, [scale], key)
 
 
-def test_factorizations_are_done_one_matrix_at_a_time():
-    # Batched ones of several kernels at once can wait for each other forever on a small CPU.
+def test_matrices_are_factorized_one_at_a_time():
+    # Batched factorizations of several kernels can deadlock on a small CPU.
     columns = {("layers", name, "kernel"): jnp.ones((3, 8, 4)) for name in ("up_proj", "down_proj")}
 
     def ranks(jaxpr) -> dict[str, set[int]]:

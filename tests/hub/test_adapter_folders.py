@@ -263,7 +263,7 @@ WRONG_BASES = {
     ),
     "more layers": (LLAMA | {"num_hidden_layers": 4}, r"it lacks \S*layers\.3\.\S*"),
     "family": (BLOOM, r"someone/base \(llama\).*bloom model.*no module"),
-    "tied": (LLAMA | {"tie_word_embeddings": True}, r"names 'lm_head', which matches no module"),
+    "tied": (LLAMA | {"tie_word_embeddings": True}, r"'lm_head', which matches no module"),
 }
 
 
@@ -301,7 +301,7 @@ def test_damaged_and_unrelated_folders_are_rejected(saved, model, params, tmp_pa
     check_rejected("format_version 2", format_version=2)
     check_rejected("'something else'", format="something else")
     check_rejected(r"arrays = 'pickle\.bin'", arrays="pickle.bin")
-    check_rejected("rnk is no setting of the method 'lora'", method={"name": "lora", "rnk": 2})
+    check_rejected(r"rnk .*'lora'", method={"name": "lora", "rnk": 2})
     check_rejected("there is no method 'lroa'", method={"name": "lroa"})
     check_rejected(r"lacks peft_jax_adapter\.safetensors", arrays="peft_jax_adapter.safetensors")
     (folder / "peft_jax_adapter.json").write_text("{")
