@@ -1,4 +1,4 @@
-"""Generating text with a key-value cache.
+"""Generates text with a key-value cache.
 
 - [`from_text`][peft_jax.generation.from_text]: `generate_text`, from texts, conversations or
   examples to texts; `generate_text_from_tokens`.
@@ -6,7 +6,7 @@
 - [`loading`][peft_jax.generation.loading]: `load_for_generation`, from a checkpoint and an
   adapter's folder.
 - [`command`][peft_jax.generation.command]: `python -m peft_jax.generation`.
-- [`ends`][peft_jax.generation.ends]: `end_tokens`, what ends a text.
+- [`ends`][peft_jax.generation.ends]: `end_tokens`, tokens that end a text.
 - [`settings`][peft_jax.generation.settings]: `GenerationSettings`.
 - [`stats`][peft_jax.generation.stats]: `GenerationStats`.
 """

@@ -1,4 +1,4 @@
-"""`python -m peft_jax.generation`; see `peft_jax.generation.command`."""
+"""Runs `peft_jax.generation.command`."""
 
 import sys
 

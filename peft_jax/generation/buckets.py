@@ -1,6 +1,6 @@
-"""Few shapes for many lengths: prompts are padded to buckets, so that little is compiled.
+"""Pads prompts to buckets of lengths and batch sizes, to compile few programs.
 
-B batch, P prompt tokens but the last.
+Axes: B batch, P prompt tokens without the last.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ _SHORTEST = 16
 
 
 def length_bucket(length: int) -> int:
-    """The length that `length` tokens are padded to: a power of two, or one and a half times one.
+    """Returns the padded length of `length` tokens: 2^n or 1.5 · 2^n.
 
     Example:
       >>> [length_bucket(n) for n in (0, 16, 17, 33, 49, 100)]
@@ -25,7 +25,7 @@ def length_bucket(length: int) -> int:
 
 
 def batch_bucket(rows: int, *, multiple: int = 1) -> int:
-    """How many rows a batch of `rows` is padded to: a power of two, or the next `multiple` from it.
+    """Returns the padded size of a batch: a power of two, rounded up to a multiple.
 
     Example:
       >>> [batch_bucket(n) for n in (1, 2, 3, 5)]
@@ -39,13 +39,13 @@ def batch_bucket(rows: int, *, multiple: int = 1) -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PaddedPrompts:
-    """Prompts padded on the left, so that all end at the same place, and empty rows after them.
+    """Left-padded prompts, followed by empty rows.
 
     Attributes:
-      tokens: [B, P], the prompts without their last tokens, 0 where there is none.
-      segment_ids: [B, P], 1 where there is a token.
-      last: [B], the last tokens.
-      empty: [B], the rows that are there as padding only.
+      tokens: Prompts without their last tokens, int32 [B, P]; 0 at padding.
+      segment_ids: 1 at tokens and 0 at padding, int32 [B, P].
+      last: Last tokens, int32 [B].
+      empty: Whether a row is only padding, bool [B].
     """
 
     tokens: Int32[np.ndarray, "batch prompt"]
@@ -55,7 +55,7 @@ class PaddedPrompts:
 
     @classmethod
     def of(cls, prompts: Sequence[np.ndarray], *, multiple: int = 1) -> "PaddedPrompts":
-        """The prompts, each of one token or more, in the smallest bucket of a `multiple` of rows.
+        """Pads non-empty prompts to the smallest bucket whose rows are a multiple of `multiple`.
 
         Example:
           >>> padded = PaddedPrompts.of([np.array([6, 7, 8]), np.array([9])])

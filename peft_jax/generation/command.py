@@ -1,17 +1,16 @@
-r"""Continues prompts with a model, or with what a run made of it.
+r"""Continues prompts with a model, with or without an adapter.
 
     peft-jax generate --adapter=runs/gsm8k/adapter \
         --prompt=$'Question: How many are 3 and 4 apples?\nAnswer:'
 
-The base is the one the run started from, unless --model names another; without --adapter it is
---model alone. A base that an adapter was trained on in fewer bits is held in these again, unless
---quantization says otherwise. --prompt may be given several times; without it, every line of the
-standard input is a prompt. With --chat a prompt is what the user says, and the tokenizer's chat
-template, or that of --chat_template, is put around it. What is asked should look like what was
-trained on: `docs/data.md` says how rows become prompts. Answers go to the standard output, what
-else there is to say to the standard error.
+The base model is the one that the adapter was trained on, unless --model names another. Its
+quantization is that of training, unless --quantization sets another. --prompt may be given several
+times; without it, every line of standard input is a prompt. With --chat a prompt is a user's
+message, in the tokenizer's chat template or that of --chat_template. Prompts should have the format
+of the training data: `docs/data.md` says how rows become prompts. Answers go to standard output,
+messages to standard error.
 
-Exit codes: 0 done; 1 failed; 2 refused; 130 stopped by Ctrl-C. docs/exit_codes.md says more.
+Exit codes: 0 done; 1 failed; 2 invalid request; 130 stopped by Ctrl-C. See docs/exit_codes.md.
 """
 
 import argparse
@@ -30,11 +29,11 @@ from peft_jax.runtime.flags import Arguments
 
 @exits.command("peft_jax.generation")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; `argv` without the program's name. Returns the exit code."""
+    """Runs the command and returns its exit code; `argv` excludes the program's name."""
     given = _parser().parse_args(argv)
     prompts = given.prompt or _lines()
     if not prompts:
-        raise ValueError("there is no prompt: give --prompt, or lines on the standard input")
+        raise ValueError("there is no prompt: give --prompt, or lines on standard input")
     settings = GenerationSettings(
         max_new_tokens=given.max_new_tokens,
         temperature=given.temperature,
@@ -53,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _answer(
     given: argparse.Namespace, prompts: Sequence[str], settings: GenerationSettings
 ) -> tuple[TextCompletion, ...]:
-    """Loads what was asked for and continues the prompts."""
+    """Loads the model and continues the prompts."""
     loaded = load_for_generation(
         given.model,
         given.adapter,
@@ -64,8 +63,8 @@ def _answer(
     )
     if given.quantization is None and loaded.quantization != "none":
         print(
-            f"the base's kernels are held in {loaded.quantization}, as the adapter was trained;"
-            " --quantization=none for as they are",
+            f"loaded the base model in {loaded.quantization}, as in the adapter's training;"
+            " --quantization=none loads it unquantized",
             file=sys.stderr,
         )
     asked: list[Prompt] = list(prompts)
@@ -86,19 +85,19 @@ def _answer(
 
 
 def _lines() -> list[str]:
-    """The prompts on the standard input, unless it is a person."""
+    """Returns the prompts on standard input, unless it is a terminal."""
     if sys.stdin.isatty():
         return []
     return [line.rstrip("\n") for line in sys.stdin if line.strip()]
 
 
 def _as_text(prompt: str, completion: TextCompletion, prompts: Sequence[str]) -> str:
-    """A completion to be read; behind its prompt where there are several."""
+    """Returns a completion as text, after its prompt if there are several."""
     return completion.text if len(prompts) == 1 else f"--- {prompt}\n{completion.text}\n"
 
 
 def _as_json(prompt: str, completion: TextCompletion) -> str:
-    """A completion as a line of JSON."""
+    """Returns a completion as a line of JSON."""
     return json.dumps(
         {
             "prompt": prompt,
@@ -117,28 +116,27 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", help="the checkpoint's folder, or its name on the Hugging Face hub")
     add("--adapter", help="an adapter's folder, such as a run's adapter/")
     add("--merge", action="store_true", help="merge the adapter into the parameters first")
-    add("--dtype", default="float32", help="of parameters and computation: float32, bfloat16")
+    add("--dtype", default="float32", help="dtype of parameters and computation: float32, bfloat16")
     add(
         "--quantization",
         choices=FORMATS,
-        help="the base's kernels as they are (none) or in fewer bits; by default as the adapter was"
-        " trained",
+        help="quantization of the base model's kernels; by default that of the adapter's training",
     )
     add("--prompt", action="append", help="a prompt; may be given several times")
-    add("--chat", action="store_true", help="put the tokenizer's chat template around prompts")
-    add("--chat_template", help="a file with a Jinja template; else the tokenizer's own")
-    add("--system", default="", help="with --chat, what the system says first")
+    add("--chat", action="store_true", help="format prompts with the tokenizer's chat template")
+    add("--chat_template", help="a file with a Jinja template; by default the tokenizer's own")
+    add("--system", default="", help="with --chat, the system message")
     add(
         "--split_special_tokens",
         action="store_true",
-        help="tokenize control tokens in prompts as the characters that they are",
+        help="tokenize control tokens in prompts as plain text",
     )
-    add("--max_new_tokens", type=int, default=default.max_new_tokens, help="the most new tokens")
-    add("--temperature", type=float, default=default.temperature, help="0 takes the likeliest")
-    add("--top_k", type=int, default=default.top_k, help="sample among so many likeliest tokens")
-    add("--top_p", type=float, default=default.top_p, help="sample among so much probability")
-    add("--seed", type=int, default=default.seed, help="of sampling")
-    add("--stop", action="append", default=[], help="a text to stop at; may be given several times")
-    add("--batch_size", type=int, default=default.batch_size, help="prompts at a time")
-    add("--json", action="store_true", help="a line of JSON for each prompt")
+    add("--max_new_tokens", type=int, default=default.max_new_tokens, help="maximum new tokens")
+    add("--temperature", type=float, default=default.temperature, help="0 decodes greedily")
+    add("--top_k", type=int, default=default.top_k, help="sample from the k likeliest tokens")
+    add("--top_p", type=float, default=default.top_p, help="sample from this probability mass")
+    add("--seed", type=int, default=default.seed, help="seed of sampling")
+    add("--stop", action="append", default=[], help="a stop string; may be given several times")
+    add("--batch_size", type=int, default=default.batch_size, help="prompts per batch")
+    add("--json", action="store_true", help="print a line of JSON for each prompt")
     return parser

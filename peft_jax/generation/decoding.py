@@ -1,7 +1,7 @@
-"""Generation on the device: one program reads the prompts, one writes token after token.
+"""Decodes on the device: one program reads prompts, another one writes tokens in a loop.
 
-B batch, P prompt tokens, N new tokens, V vocab. Each program is compiled once for a bucket of
-shapes; everything else that differs between calls is an array.
+Axes: B batch, P prompt tokens, N new tokens, V vocab. Each program compiles once per bucket of
+shapes. Everything else that differs between calls is an array.
 """
 
 import dataclasses
@@ -20,13 +20,13 @@ from peft_jax.models import CausalLM, KVCache
 
 @struct.dataclass
 class Controls:
-    """What may differ between calls of one program; a pytree.
+    """Arrays that may differ between calls of one program; a pytree.
 
     Attributes:
-      sampling: how tokens are drawn; None takes the likeliest, which is another program.
-      row_keys: [B, 2], the data of each row's random key, for JAX's threefry generator.
-      limits: the most tokens each row may get.
-      ends: whether a token ends a continuation.
+      sampling: Sampling parameters; None decodes greedily, with another program.
+      row_keys: Key data of each row for JAX's threefry generator, uint32 [B, 2].
+      limits: Maximum number of new tokens of each row, int32 [B].
+      ends: Whether a token ends a continuation, bool [V].
     """
 
     sampling: Sampling | None
@@ -37,16 +37,16 @@ class Controls:
 
 @struct.dataclass
 class DecodeState:
-    """What is written so far; a pytree.
+    """State of the decoding loop; a pytree.
 
     Attributes:
-      cache: the keys and values of all tokens but each row's last one.
-      last: [B], each row's last token, which the model has still to read.
-      tokens: [B, N], the new tokens; what stands at `counts` and after it means nothing.
-      counts: [B], how many new tokens each row has.
-      done: [B], the rows that get no more.
-      finite: [B], whether all logits that a token was chosen by were numbers.
-      step: the number of columns of `tokens` that are written, a scalar.
+      cache: Keys and values of all tokens but each row's last one.
+      last: Last token of each row, which the model has not read yet, int32 [B].
+      tokens: New tokens, int32 [B, N]; undefined from `counts` on.
+      counts: Number of new tokens of each row, int32 [B].
+      done: Whether a row is finished, bool [B].
+      finite: Whether all logits of a row have been finite, bool [B].
+      step: Number of written columns of `tokens`, int32 [].
     """
 
     cache: KVCache
@@ -68,18 +68,18 @@ def read_prompts(
     model: CausalLM,
     new_tokens: int,
 ) -> DecodeState:
-    """Fills the cache with the prompts, all but the last token of each.
+    """Fills the cache with all but the last token of each prompt.
 
-    The last token is read by the loop that writes, as every later one is: so there is one place
-    where logits are computed and tokens chosen.
+    The decoding loop reads the last token as it reads every later one. So only one place computes
+    logits and selects tokens.
 
     Args:
-      params: the model's parameters, adapters bound or merged.
-      tokens: [B, P], the prompts without their last tokens, padded on the left: they end together.
-      segment_ids: [B, P], 1 where there is a token, 0 at padding.
-      last: [B], the last tokens.
-      model: the model; static.
-      new_tokens: N, for how many there is room; static.
+      params: Model parameters, with adapters bound or merged.
+      tokens: Left-padded prompts without their last tokens, int32 [B, P].
+      segment_ids: 1 at tokens and 0 at padding, int32 [B, P].
+      last: Last tokens, int32 [B].
+      model: Model; static.
+      new_tokens: Capacity N for new tokens; static.
     """
     batch, prompt = tokens.shape
     cache = model.init_cache(batch, prompt + new_tokens, model.execution.dtype)
@@ -108,16 +108,16 @@ def write_tokens(
     """Writes tokens until every row is done.
 
     Args:
-      params: the model's parameters, adapters bound or merged.
-      state: what is written so far.
-      controls: what else there is to know.
-      stopped: rows that are done for reasons known to the host.
-      until: the number of columns to stop at in any case, at most N.
-      model: the model; static.
+      params: Model parameters, with adapters bound or merged.
+      state: State so far; donated.
+      controls: Sampling, limits and end tokens.
+      stopped: Rows that the host has stopped, bool [B].
+      until: Number of columns at which to pause, at most N.
+      model: Model; static.
     """
     state = dataclasses.replace(state, done=state.done | stopped)
 
-    def goes_on(state: DecodeState) -> Bool[Array, ""]:
+    def unfinished(state: DecodeState) -> Bool[Array, ""]:
         return (state.step < until) & ~jnp.all(state.done)
 
     def write_one(state: DecodeState) -> DecodeState:
@@ -126,7 +126,7 @@ def write_tokens(
         logits = model.logits(params, hidden[:, 0])
         return _write(dataclasses.replace(state, cache=cache), logits, controls)
 
-    return jax.lax.while_loop(goes_on, write_one, state)
+    return jax.lax.while_loop(unfinished, write_one, state)
 
 
 def _read(
@@ -136,7 +136,7 @@ def _read(
     segment_ids: Int32[Array, "batch tokens"],
     cache: KVCache,
 ) -> tuple[Float[Array, "batch tokens embed"], KVCache]:
-    """The hidden states of the tokens, and the cache with them."""
+    """Returns the hidden states of the tokens, and the cache with their keys and values."""
     hidden, filled = model.hidden_states(params, tokens, segment_ids=segment_ids, cache=cache)
     return hidden, cast(KVCache, filled)
 
@@ -144,7 +144,7 @@ def _read(
 def _write(
     state: DecodeState, logits: Float32[Array, "batch vocab"], controls: Controls
 ) -> DecodeState:
-    """Chooses each row's next token and writes it, in rows that are not done."""
+    """Selects and writes the next token of each unfinished row."""
     if controls.sampling is None:
         chosen = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     else:
@@ -166,6 +166,6 @@ def _write(
 
 
 def _step_keys(controls: Controls, step: Int32[Array, ""]) -> Key[Array, " batch"]:
-    """A key for each row and step."""
+    """Returns each row's key for a step."""
     keys = jax.random.wrap_key_data(controls.row_keys, impl="threefry2x32")
     return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)

@@ -1,4 +1,4 @@
-"""Where a continuation ends: end tokens by number, stop strings in the text."""
+"""Finds the end of a continuation: end tokens and stop strings."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,26 +13,26 @@ from peft_jax.runtime.files import read_json_object
 _GENERATION_CONFIG = "generation_config.json"
 
 _CONTEXT = 8
-"""How many tokens of the prompt a continuation is decoded behind."""
+"""Number of prompt tokens that are decoded together with a continuation."""
 
 
 def end_tokens(
     model: CausalLM, *, tokenizer: Any = None, folder: Path | None = None
 ) -> tuple[int, ...]:
-    """The tokens that end a text, as everything that is there names them.
+    """Returns all end tokens that a model's files name.
 
     Args:
-      model: its `config.json`.
-      tokenizer: a transformers tokenizer, with its end token.
-      folder: a checkpoint's folder, with its `generation_config.json` if there is one: what a
-        chat model's turns end with often stands there alone.
+      model: Model, whose `config.json` may name end tokens.
+      tokenizer: Transformers tokenizer, whose end token is included.
+      folder: Checkpoint folder. Its `generation_config.json`, if any, often is the only file with
+        the end token of a chat model's turns.
 
     Returns:
-      Those that the model has, rising.
+      End tokens in the model's vocabulary, in ascending order.
 
     Raises:
-      ValueError: an `eos_token_id` is no number of a token and no list of them, or
-        `generation_config.json` is no JSON object.
+      ValueError: An `eos_token_id` is neither an integer nor a list of integers, or
+        `generation_config.json` is not a JSON object.
     """
     found = set(_as_ids(model.hf_config.get("eos_token_id"), "config.json"))
     if tokenizer is not None:
@@ -43,11 +43,11 @@ def end_tokens(
 
 
 class Continuation:
-    """What follows one prompt, as text.
+    """Decodes the continuation of one prompt.
 
     Args:
-      tokenizer: a transformers tokenizer.
-      prompt: the prompt's tokens.
+      tokenizer: Transformers tokenizer.
+      prompt: Tokens of the prompt.
     """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int] | np.ndarray):
@@ -55,26 +55,26 @@ class Continuation:
         self._context = [int(token) for token in prompt[-_CONTEXT:]]
 
     def text(self, tokens: Int32[np.ndarray, " new"], *, special_tokens: bool = False) -> str:
-        """The text of new tokens as they follow the prompt.
+        """Decodes new tokens in the context of the prompt.
 
-        A text begins otherwise than it goes on (SentencePiece drops the space before its first
-        word), so the tokens are decoded behind the prompt's last ones, whose text is then removed.
+        Decoding depends on position: SentencePiece drops the space before the first word. So the
+        tokens are decoded after the prompt's last ones, whose text is removed.
 
         Args:
-          tokens: int32 [n], the new tokens.
-          special_tokens: whether special tokens (`</s>`) are written out or left out.
+          tokens: New tokens, int32 [n].
+          special_tokens: Whether to include special tokens such as `</s>`.
         """
         before = self._decode(self._context, special_tokens)
         whole = self._decode([*self._context, *tokens.tolist()], special_tokens)
         if whole.startswith(before):
             return whole[len(before) :]
-        # The first new token completes a character that the prompt broke off.
+        # The first new token completes a character that the prompt ends within.
         return self._decode(tokens.tolist(), special_tokens)
 
     def find(self, strings: Sequence[str], tokens: Int32[np.ndarray, " new"]) -> int | None:
-        """How many of the tokens there are when the first of the strings is complete, or None.
+        """Returns the number of tokens that complete the first stop string; None without one.
 
-        Special tokens count as their text, so that they can be stopped at by name.
+        Special tokens are included as text, so that they can be stop strings.
         """
 
         def holds(count: int) -> bool:
@@ -95,11 +95,11 @@ class Continuation:
         )
 
 
-def cut_off(text: str, strings: Sequence[str]) -> str:
-    """The text before the first place where one of the strings stands.
+def truncate(text: str, strings: Sequence[str]) -> str:
+    """Returns the text before the first occurrence of one of the strings.
 
     Example:
-      >>> cut_off("4. Question: 5 and", ("Question:", " 5"))
+      >>> truncate("4. Question: 5 and", ("Question:", " 5"))
       '4. '
     """
     places = [place for string in strings if (place := text.find(string)) >= 0]
@@ -107,11 +107,11 @@ def cut_off(text: str, strings: Sequence[str]) -> str:
 
 
 def _as_ids(value: Any, where: str) -> tuple[int, ...]:
-    """Token numbers as configurations give them: one, a list of them, or nothing."""
+    """Returns the token ids of a configuration's value: an id, a list of ids, or None."""
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
         raise ValueError(
-            f"{where} sets eos_token_id = {value!r}; it must be the number of a token, or a list of"
-            " numbers"
+            f"{where} sets eos_token_id = {value!r}, but it must be an integer or a list of"
+            " integers"
         )
     return tuple(ids)

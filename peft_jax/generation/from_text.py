@@ -1,4 +1,4 @@
-"""Generation from text to text, with a transformers tokenizer."""
+"""Continues texts with a transformers tokenizer."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -11,28 +11,30 @@ from jaxtyping import Int32
 from peft_jax.core import Tree
 from peft_jax.data.encode import Encoder
 from peft_jax.data.examples import Conversation, Example, prompt_and_completion
-from peft_jax.generation.ends import Continuation, cut_off, end_tokens
+from peft_jax.generation.ends import Continuation, end_tokens, truncate
 from peft_jax.generation.from_tokens import FinishReason, generate
 from peft_jax.generation.settings import GenerationSettings
 from peft_jax.generation.stats import GenerationStats
 from peft_jax.models import CausalLM
 
 Messages = Sequence[Mapping[str, Any]]
-"""A conversation as `apply_chat_template` takes it: dictionaries with "role" and "content"."""
+"""Conversation in the form of `apply_chat_template`: dictionaries with "role" and "content"."""
 
 Prompt = str | Example | Messages | Conversation
-"""A text to be continued; an example of a data set, whose answer is; a conversation, whose next
-turn is, after the tokenizer's chat template. A `Conversation` may have tools."""
+"""A text to continue, an example to answer, or a conversation whose next turn to generate.
+
+Conversations use the tokenizer's chat template. A `Conversation` may have tools.
+"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextCompletion:
-    """What one prompt was continued by.
+    """Continuation of one prompt.
 
     Attributes:
-      text: the text, without special tokens and without the stop string.
-      tokens: int32 [n], its tokens, up to and with the end token or the end of the stop string.
-      finish_reason: why it ended.
+      text: Text without special tokens and stop string.
+      tokens: Tokens up to and including the end token or stop string, int32 [n].
+      finish_reason: Reason for its end.
     """
 
     text: str
@@ -42,11 +44,11 @@ class TextCompletion:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GeneratedText:
-    """What `generate_text` gives.
+    """Result of `generate_text`.
 
     Attributes:
-      completions: one for each prompt, in their order.
-      stats: how much and how fast.
+      completions: Continuations, in the order of the prompts.
+      stats: Counts and seconds.
     """
 
     completions: tuple[TextCompletion, ...]
@@ -54,7 +56,7 @@ class GeneratedText:
 
     @property
     def texts(self) -> list[str]:
-        """The texts alone."""
+        """Texts of the continuations."""
         return [completion.text for completion in self.completions]
 
 
@@ -68,28 +70,28 @@ def generate_text(
     row_sharding: jax.sharding.NamedSharding | None = None,
     split_special_tokens: bool = False,
 ) -> GeneratedText:
-    """Continues texts.
+    """Continues texts, examples or conversations.
 
-    Prompts are tokenized by the functions that make training's, and so as it shows them to the
-    model: behind what the tokenizer puts before a text, and a conversation by its chat template.
+    Prompts are tokenized as in training: with the tokenizer's initial tokens, and conversations
+    with its chat template.
 
     Args:
-      model: the model.
-      params: its parameters, with adapters bound or merged.
-      tokenizer: a transformers tokenizer.
-      prompts: the prompts.
-      settings: how; by default greedily.
-      row_sharding: as for `generate`.
-      split_special_tokens: tokenize control tokens in texts, and in messages that are not the
-        assistant's, as the characters that they are; as the setting of that name in training's
-        data, and right for text of others.
+      model: Model.
+      params: Parameters of the model, with adapters bound or merged.
+      tokenizer: Transformers tokenizer.
+      prompts: Prompts.
+      settings: Generation settings. Default: greedy decoding.
+      row_sharding: See `generate`.
+      split_special_tokens: Tokenize control tokens as plain text in texts, and in messages that are
+        not the assistant's. Use it for untrusted text. The training data has the same setting.
 
     Raises:
-      ValueError: as `generate`; or a conversation and no chat template, or one that refuses it.
-      FloatingPointError: as `generate`.
+      ValueError: `generate` rejects an argument, there is no chat template for a conversation, or
+        the template rejects it.
+      FloatingPointError: The logits are not finite.
     """
     if isinstance(prompts, str):
-        raise ValueError("prompts must be a list of prompts, but is one text: put it in a list")
+        raise ValueError("prompts must be a list of prompts, but is one text; put it in a list")
     encoder = Encoder(tokenizer, max_length=1, split_special_tokens=split_special_tokens)
     tokens = [encoder.prompt_ids(_as_example(prompt, encoder)) for prompt in prompts]
     return generate_text_from_tokens(
@@ -106,7 +108,7 @@ def generate_text_from_tokens(
     *,
     row_sharding: jax.sharding.NamedSharding | None = None,
 ) -> GeneratedText:
-    """Continues prompts that are tokenized already; arguments and errors as for `generate_text`."""
+    """Continues tokenized prompts; see `generate_text` for arguments and errors."""
     settings = settings or GenerationSettings()
     if settings.eos_ids is None:
         settings = dataclasses.replace(settings, eos_ids=end_tokens(model, tokenizer=tokenizer))
@@ -126,7 +128,7 @@ def generate_text_from_tokens(
     )
     completions = tuple(
         TextCompletion(
-            text=cut_off(continuation.text(completion.tokens), strings),
+            text=truncate(continuation.text(completion.tokens), strings),
             tokens=completion.tokens,
             finish_reason=completion.finish_reason,
         )
@@ -136,7 +138,7 @@ def generate_text_from_tokens(
 
 
 def _as_example(prompt: Prompt, encoder: Encoder) -> Example:
-    """The prompt as an example whose answer is still to be written."""
+    """Returns the prompt as an example without an answer."""
     if isinstance(prompt, Example):
         return prompt
     if isinstance(prompt, str):

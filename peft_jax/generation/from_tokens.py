@@ -1,4 +1,4 @@
-"""Generation from tokens to tokens: prompts in batches, each written by one loop on the device."""
+"""Continues tokenized prompts in batches, each with one loop on the device."""
 
 import collections
 import dataclasses
@@ -21,24 +21,24 @@ from peft_jax.generation.stats import GenerationStats, Stopwatch
 from peft_jax.models import CausalLM
 
 FinishReason = Literal["eos", "stop_string", "max_new_tokens", "context"]
-"""Why a continuation ended: with an end token, with a stop string, because it has all the tokens it
-may have, or because the model's context is full."""
+"""Reason for a continuation's end: an end token, a stop string, the maximum number of new tokens,
+or a full context."""
 
 FindStop = Callable[[int, Int32[np.ndarray, " new"]], int | None]
-"""Given a prompt's index and its new tokens so far: how many of them to keep, or None to go on.
-What is kept of some tokens must be what is kept when there are more."""
+"""Maps a prompt's index and new tokens to the number of tokens to keep; None to continue.
+The result must not change when more tokens are added."""
 
 STOP_INTERVAL = 32
-"""How many tokens are written between two looks for stop strings, which only the host can find."""
+"""Number of tokens between two searches for stop strings, which only the host can find."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Completion:
-    """What one prompt was continued by.
+    """Continuation of one prompt.
 
     Attributes:
-      tokens: int32 [n], the new tokens; the end token, where there is one, is the last.
-      finish_reason: why it ended.
+      tokens: New tokens including the end token, int32 [n].
+      finish_reason: Reason for its end.
     """
 
     tokens: Int32[np.ndarray, " new"]
@@ -47,11 +47,11 @@ class Completion:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generated:
-    """What `generate` gives.
+    """Result of `generate`.
 
     Attributes:
-      completions: one for each prompt, in their order.
-      stats: how much and how fast.
+      completions: Continuations, in the order of the prompts.
+      stats: Counts and seconds.
     """
 
     completions: tuple[Completion, ...]
@@ -67,33 +67,30 @@ def generate(
     find_stop: FindStop | None = None,
     row_sharding: jax.sharding.NamedSharding | None = None,
 ) -> Generated:
-    """Continues prompts, token by token, on the device.
+    """Continues tokenized prompts on the device.
 
-    Prompts are padded to buckets of lengths, and batches to buckets of sizes; for each bucket two
-    programs are compiled, once, and another the first time that tokens are sampled. A batch is
-    written by one loop on the device, which ends when all its rows have; the host does not see
-    single tokens.
+    Prompts and batches are padded to buckets. Each bucket compiles two programs once, and another
+    one when tokens are first sampled. One loop on the device writes a batch and ends when all its
+    rows have ended. The host does not see single tokens.
 
     Args:
-      model: the model. Parameters are best held in its compute dtype: others are cast anew for
-        every token.
-      params: its parameters, with adapters bound (`AdapterSpec.bind`, which prepares them once) or
-        merged.
-      prompts: the tokens of each prompt.
-      settings: how; by default greedily.
-      find_stop: finds where a continuation is to be cut off. With it the loop pauses every
-        `STOP_INTERVAL` tokens; what is kept does not depend on the pauses.
-      row_sharding: how the rows of a batch are shared out over the devices that hold the parameters
-        (`peft_jax.parallel.batch_sharding`); None: every device does all rows. In a program of one
+      model: Model. Parameters should have its compute dtype; others are cast again for every token.
+      params: Parameters of the model, with adapters bound (`AdapterSpec.bind`) or merged.
+      prompts: Tokens of each prompt.
+      settings: Generation settings. Default: greedy decoding.
+      find_stop: Finds where a continuation stops. With it the loop pauses every `STOP_INTERVAL`
+        tokens, which does not change the result.
+      row_sharding: Sharding of batch rows over the parameters' devices, see
+        `peft_jax.parallel.batch_sharding`. None: every device computes all rows. Only for a single
         process.
 
     Returns:
       The continuations, without their prompts.
 
     Raises:
-      ValueError: a prompt is empty, leaves no room in the model's context, or has tokens that the
-        model does not have; or an end token is none of the model's.
-      FloatingPointError: the model's logits are not finite.
+      ValueError: A prompt is empty, fills the model's context, or has tokens outside the
+        vocabulary; or an end token is outside the vocabulary.
+      FloatingPointError: The logits are not finite.
 
     Example:
       >>> from peft_jax.models import build_model
@@ -132,14 +129,14 @@ def generate(
 
 
 def context_length(model: CausalLM) -> int | None:
-    """How many tokens the model was made for; None where its positions have no end (ALiBi)."""
+    """Returns the context length of the model; None if it is unlimited (ALiBi)."""
     return getattr(model.config, "max_positions", None)
 
 
 def _as_tokens(
     index: int, prompt: Sequence[int] | np.ndarray, model: CausalLM
 ) -> Int32[np.ndarray, " prompt"]:
-    """A prompt as an array, if the model can continue it."""
+    """Returns a prompt as an array, or rejects it if the model cannot continue it."""
     tokens = np.asarray(prompt, np.int64)
     if tokens.ndim != 1 or not tokens.size:
         raise ValueError(
@@ -149,20 +146,20 @@ def _as_tokens(
     unknown = tokens[(tokens < 0) | (tokens >= model.config.vocab_size)]
     if unknown.size:
         raise ValueError(
-            f"prompt {index} has the token {unknown[0]}, and the model's are 0 to"
+            f"prompt {index} has the token {unknown[0]}, but the model's tokens are 0 to"
             f" {model.config.vocab_size - 1}"
         )
     context = context_length(model)
     if context is not None and tokens.size >= context:
         raise ValueError(
-            f"prompt {index} has {tokens.size} tokens, which leaves no room in the model's context"
-            f" of {context}; shorten it"
+            f"prompt {index} has {tokens.size} tokens, but the model's context is {context}; give"
+            f" at most {context - 1}"
         )
     return tokens.astype(np.int32)
 
 
 def _row_keys(rows: Sequence[np.ndarray], seed: int) -> UInt32[np.ndarray, "rows 2"]:
-    """The data of each row's random key: a digest of the seed, the prompt, and its repetitions."""
+    """Returns each row's key data: a digest of the seed, the prompt and its repetition count."""
     seen: collections.Counter[bytes] = collections.Counter()
     keys = np.zeros((len(rows), 2), np.uint32)
     for index, row in enumerate(rows):
@@ -182,7 +179,7 @@ def _generate_batch(
     find_stop: FindStop | None,
     row_sharding: jax.sharding.NamedSharding | None,
 ) -> tuple[dict[int, Completion], GenerationStats]:
-    """Continues some prompts, given by index, together."""
+    """Continues a batch of prompts, given by index."""
     put_rows = functools.partial(jax.device_put, device=row_sharding)
     padded = PaddedPrompts.of(list(prompts.values()), multiple=_parts(row_sharding))
     filling = (0, len(padded.empty) - len(prompts))
@@ -218,7 +215,7 @@ def _generate_batch(
                     params, state, controls, stopped, jax.device_put(np.int32(until)), model=model
                 )
             )
-        stops.look(state)
+        stops.update(state)
     completions = _completions(state, list(prompts), stops, settings)
     stats = GenerationStats(
         prompts=len(prompts),
@@ -233,7 +230,7 @@ def _generate_batch(
 
 
 def _parts(sharding: jax.sharding.NamedSharding | None) -> int:
-    """Into how many parts the rows are cut."""
+    """Returns the number of shards of the rows."""
     if sharding is None:
         return 1
     rows = sharding.mesh.size
@@ -243,7 +240,7 @@ def _parts(sharding: jax.sharding.NamedSharding | None) -> int:
 def _limits(
     prompts: Sequence[np.ndarray], model: CausalLM, settings: GenerationSettings
 ) -> Int32[np.ndarray, " rows"]:
-    """The most tokens each prompt may be continued by."""
+    """Returns the maximum number of new tokens of each prompt."""
     limits = np.full(len(prompts), settings.max_new_tokens, np.int32)
     context = context_length(model)
     if context is None:
@@ -252,23 +249,23 @@ def _limits(
 
 
 def _ends(settings: GenerationSettings, model: CausalLM) -> np.ndarray:
-    """Whether each token of the vocabulary ends a continuation."""
+    """Returns a mask of the tokens that end a continuation."""
     ends = np.zeros(model.config.vocab_size, bool)
     for token in settings.eos_ids or ():
         if not 0 <= token < len(ends):
             raise ValueError(
-                f"eos_ids has the token {token}, and the model's are 0 to {len(ends) - 1}"
+                f"eos_ids has the token {token}, but the model's tokens are 0 to {len(ends) - 1}"
             )
         ends[token] = True
     return ends
 
 
 class _Stops:
-    """Which rows are to be cut off, and where, as far as is known.
+    """Tracks rows that have stopped, and how many of their tokens to keep.
 
     Attributes:
-      stopped: [B], rows that need not go on.
-      kept: how many tokens are kept of the prompts that are cut off, by index.
+      stopped: Whether a row has stopped, bool [B].
+      kept: Number of tokens to keep, by index of a prompt with a stop string.
     """
 
     def __init__(self, find_stop: FindStop | None, indices: Sequence[int], empty: np.ndarray):
@@ -279,11 +276,11 @@ class _Stops:
 
     @property
     def all_done(self) -> bool:
-        """Whether no row needs to go on."""
+        """Whether all rows have stopped."""
         return bool(self.stopped.all())
 
-    def look(self, state: DecodeState) -> None:
-        """Looks at what was written since the last time."""
+    def update(self, state: DecodeState) -> None:
+        """Searches the new tokens for stop strings."""
         if self._find_stop is None:
             return
         tokens, counts, done = jax.device_get((state.tokens, state.counts, state.done))
@@ -299,14 +296,14 @@ class _Stops:
 def _completions(
     state: DecodeState, indices: Sequence[int], stops: _Stops, settings: GenerationSettings
 ) -> dict[int, Completion]:
-    """What stands in the state, by the index of the prompt."""
+    """Returns the continuations in the state, by index of the prompt."""
     tokens, counts, finite = jax.device_get((state.tokens, state.counts, state.finite))
     completions = {}
     for row, index in enumerate(indices):
         if not finite[row]:
             raise FloatingPointError(
-                f"the model's logits are not finite while it continues prompt {index}; its"
-                " parameters, or its adapter's, hold NaN or infinity, or its dtype is too narrow"
+                f"the logits of prompt {index} are not finite: check the model's and the adapter's"
+                " parameters for NaN or infinity, or use a dtype with a larger range"
             )
         new = tokens[row, : counts[row]]
         reason: FinishReason

@@ -1,4 +1,4 @@
-"""From the folders that a run reads and leaves to what `generate_text` takes."""
+"""Loads a model, an adapter and a tokenizer for `generate_text`."""
 
 import dataclasses
 import functools
@@ -24,14 +24,14 @@ _TOKENIZER_CONFIG = "tokenizer_config.json"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """What `generate_text` takes.
+    """Arguments of `generate_text`.
 
     Attributes:
-      model: the model.
-      params: its parameters, the adapter bound or merged.
-      tokenizer: its transformers tokenizer.
-      eos_ids: what ends a text, for `GenerationSettings`; with what `generation_config.json` adds.
-      quantization: how the base's kernels are held.
+      model: Model.
+      params: Parameters of the model, with the adapter bound or merged.
+      tokenizer: Transformers tokenizer.
+      eos_ids: End tokens for `GenerationSettings`, including those of `generation_config.json`.
+      quantization: Quantization of the base model's kernels.
     """
 
     model: CausalLM
@@ -51,36 +51,35 @@ def load_for_generation(
     quantization: str | None = None,
     chat_template: str | Path | None = None,
 ) -> Loaded:
-    """A model, with or without an adapter, ready to generate.
+    """Loads a model, with or without an adapter, for generation.
 
     Args:
-      model: the checkpoint's folder, or its name on the Hugging Face hub; None for the one that the
+      model: Checkpoint folder, or name on the Hugging Face Hub. None: the base model that the
         adapter's configuration names.
-      adapter: the adapter's folder (a run's `adapter/`), or its name on the hub.
-      merge: whether the adapter is merged into the parameters, which takes their memory once more
-        while it is done and makes each token cheaper, instead of bound.
-      dtype: of the parameters and of what is computed, "float32" or "bfloat16".
-      mesh: the devices that the parameters are laid out over, by the rules of `peft_jax.parallel`;
-        None: the first device.
-      quantization: the blocks' kernels as "int8" or "nf4", or "none" for as they are; None: as they
-        were while the adapter was trained, where it says so, else "none". Merging makes them arrays
-        of `dtype` again.
-      chat_template: a file with a Jinja chat template, in place of the tokenizer's own.
+      adapter: Adapter folder (a run's `adapter/`), or name on the Hub.
+      merge: Whether to merge the adapter into the parameters instead of binding it. Merging needs
+        the parameters' memory twice for a moment, but makes each token cheaper.
+      dtype: Dtype of parameters and computation, "float32" or "bfloat16".
+      mesh: Mesh to shard the parameters over, by the rules of `peft_jax.parallel`. None: the first
+        device.
+      quantization: Quantization of the blocks' kernels: "int8", "nf4" or "none". None: that of the
+        adapter's training if it is recorded, else "none". Merging dequantizes to `dtype`.
+      chat_template: File with a Jinja chat template, instead of the tokenizer's own.
 
     Raises:
-      ValueError: neither is given, or one of them cannot be loaded.
+      ValueError: Neither model nor adapter is given, or one of them cannot be loaded.
     """
     check_choice("dtype", dtype, ("float32", "bfloat16"))
     adapter_folder = None if adapter is None else find_folder(adapter)
     if model is None:
         if adapter_folder is None:
-            raise ValueError("give a model, an adapter, or both")
+            raise ValueError("neither a model nor an adapter is given; give one of them, or both")
         model = base_of(adapter_folder)
     quantization = choose_quantization(quantization, adapter_folder)
     folder = find_folder(model)
     execution = ExecutionSettings(compute_dtype=dtype)
     causal_lm = dataclasses.replace(build_model(read_config(folder), execution), origin=str(folder))
-    # What is small is read first, so that what is wrong with it is found first.
+    # Small files are read first, so that errors in them are found early.
     with_tokenizer = folder
     if adapter_folder is not None and (adapter_folder / _TOKENIZER_CONFIG).is_file():
         with_tokenizer = adapter_folder
@@ -110,14 +109,14 @@ def load_for_generation(
 
 
 def choose_quantization(asked: str | None, adapter: Path | None) -> str:
-    """How the base's kernels are held: as asked, or as they were while the adapter was trained.
+    """Returns the quantization of the base model: as asked, or that of the adapter's training.
 
     Args:
-      asked: "none", "int8" or "nf4"; None: whatever the adapter says.
-      adapter: the adapter's folder; None without one.
+      asked: "none", "int8" or "nf4"; None for that of the adapter's training.
+      adapter: Adapter folder; None without one.
 
     Raises:
-      ValueError: the format is not known.
+      ValueError: The format is not known.
     """
     if asked is not None:
         check_choice("quantization", asked, FORMATS)
@@ -132,7 +131,7 @@ def _param_shardings(model: CausalLM, *, quantization: str, mesh: jax.sharding.M
 
 
 def _lay_out(state: AdapterState, axes: AdapterState, mesh: jax.sharding.Mesh) -> AdapterState:
-    """An adapter's arrays on the devices; empty branches are left out."""
+    """Shards an adapter's arrays over the mesh, without empty branches."""
     trainable, constant = (
         jax.device_put(arrays, sharding_tree(names, mesh, shapes=arrays))
         for arrays, names in (
@@ -144,15 +143,17 @@ def _lay_out(state: AdapterState, axes: AdapterState, mesh: jax.sharding.Mesh) -
 
 
 def base_of(adapter: Path) -> str:
-    """The base that an adapter's configuration names.
+    """Returns the base model that an adapter's configuration names.
 
     Raises:
-      ValueError: there is no configuration, or it names none.
+      ValueError: There is no configuration, or it names no base model.
     """
     names = [name for name in (CONFIG, PEFT_CONFIG) if (adapter / name).is_file()]
     if not names:
-        raise ValueError(f"{adapter} holds no adapter: it has neither {CONFIG} nor {PEFT_CONFIG}")
+        raise ValueError(f"{adapter} is not an adapter: it has neither {CONFIG} nor {PEFT_CONFIG}")
     base = read_json_object(adapter / names[0]).get("base_model_name_or_path")
     if not base or not isinstance(base, str):
-        raise ValueError(f"{adapter / names[0]} does not say what base it is for: give the model")
+        raise ValueError(
+            f"{adapter / names[0]} has no base_model_name_or_path; give the model as well"
+        )
     return base

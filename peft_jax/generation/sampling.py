@@ -1,6 +1,6 @@
-"""Drawing the next token from logits.
+"""Samples the next token from logits.
 
-B batch, V vocab.
+Axes: B batch, V vocab.
 """
 
 from collections.abc import Callable
@@ -16,12 +16,12 @@ from peft_jax.generation.settings import GenerationSettings
 
 @struct.dataclass
 class Sampling:
-    """How tokens are drawn, as arrays, so that other values run in the same program; a pytree.
+    """Sampling parameters as arrays, so that other values need no compilation; a pytree.
 
     Attributes:
-      temperature: what logits are divided by, above 0.
-      top_k: how many of the likeliest tokens are kept; V keeps all.
-      top_p: the probability that the kept tokens have at least; 1 keeps all.
+      temperature: Divisor of logits, above 0; float32 [].
+      top_k: Number of likeliest tokens to keep; V keeps all; int32 [].
+      top_p: Minimum probability of the kept tokens together; 1 keeps all; float32 [].
     """
 
     temperature: Float32[Array, ""]
@@ -30,7 +30,7 @@ class Sampling:
 
     @classmethod
     def of(cls, settings: GenerationSettings, vocab_size: int) -> "Sampling":
-        """What the settings say, for a vocabulary of `vocab_size`."""
+        """Returns the sampling parameters of `settings`."""
         top_k = vocab_size if settings.top_k is None else min(settings.top_k, vocab_size)
         return cls(
             temperature=jax.device_put(np.float32(settings.temperature)),
@@ -42,12 +42,12 @@ class Sampling:
 def draw(
     logits: Float32[Array, "batch vocab"], sampling: Sampling, keys: Key[Array, " batch"]
 ) -> Int32[Array, " batch"]:
-    """The next token of each row, drawn with the row's own key.
+    """Samples the next token of each row with the row's own key.
 
-    Logits are divided by the temperature, then cut to the `top_k` likeliest, then to the fewest
-    that have the probability `top_p` among those left: the order of transformers' `generate`.
+    Logits are divided by the temperature. Then the `top_k` likeliest are kept, and of these the
+    fewest that reach the probability `top_p`. This is the order of transformers' `generate`.
     """
-    # Taken from the largest first, so that no temperature is too low.
+    # Subtracting the largest first avoids overflow at low temperatures.
     largest = jnp.max(logits, axis=-1, keepdims=True)
     scaled = keep_likeliest((logits - largest) / sampling.temperature, sampling)
     return jax.vmap(jax.random.categorical)(keys, scaled).astype(jnp.int32)
@@ -56,9 +56,9 @@ def draw(
 def keep_likeliest(
     logits: Float32[Array, "batch vocab"], sampling: Sampling
 ) -> Float32[Array, "batch vocab"]:
-    """The logits with those that `top_k` and then `top_p` leave out at minus infinity.
+    """Sets logits that `top_k` and then `top_p` exclude to minus infinity.
 
-    Tokens that are as likely as the last one kept are kept too.
+    Tokens as likely as the last one kept are kept too.
     """
     vocab_size = logits.shape[-1]
     logits = jax.lax.cond(
@@ -76,7 +76,7 @@ def keep_likeliest(
 def top_k_mask(
     logits: Float32[Array, "batch vocab"], top_k: Int32[Array, ""]
 ) -> Bool[Array, "batch vocab"]:
-    """The `top_k` largest logits of each row, and any equal to the last of them."""
+    """Returns a mask of the `top_k` largest logits of each row, and any equal to the last."""
 
     def enough(kept: Bool[Array, "batch vocab"]) -> Bool[Array, " batch"]:
         return jnp.sum(kept, axis=-1, dtype=jnp.int32) >= top_k
@@ -87,7 +87,7 @@ def top_k_mask(
 def top_p_mask(
     logits: Float32[Array, "batch vocab"], top_p: Float32[Array, ""]
 ) -> Bool[Array, "batch vocab"]:
-    """The fewest largest logits whose probability reaches `top_p`, and any equal to the last."""
+    """Returns a mask of the fewest largest logits that reach `top_p`, and any equal to the last."""
     mass = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
     wanted = top_p * jnp.sum(mass, axis=-1)
 
@@ -101,10 +101,10 @@ def _fewest_largest(
     logits: Float32[Array, "batch vocab"],
     enough: Callable[[Bool[Array, "batch vocab"]], Bool[Array, " batch"]],
 ) -> Bool[Array, "batch vocab"]:
-    """The fewest largest logits of each row that are `enough`.
+    """Returns a mask of the fewest largest logits of each row that are `enough`.
 
-    The smallest one kept is found bit by bit, in 32 passes over the logits; sorting them takes
-    many times as long.
+    The smallest kept logit is found bit by bit, in 32 passes over the logits. Sorting takes many
+    times as long.
     """
     ranks = _ranks(logits)
 
@@ -119,8 +119,8 @@ def _fewest_largest(
 
 
 def _ranks(values: Float32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
-    """Whole numbers in the order of the values: the bits, turned where the sign is minus."""
-    values = jnp.where(values == 0.0, 0.0, values)  # both zeros as one
+    """Returns integers in the order of the values: their bits, inverted if negative."""
+    values = jnp.where(values == 0.0, 0.0, values)  # -0.0 and 0.0 must have the same rank
     bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
     sign = jnp.uint32(1 << 31)
     return jnp.where(bits >= sign, ~bits, bits | sign)

@@ -1,4 +1,4 @@
-"""How much was generated, and how fast."""
+"""Measures the amount and speed of generation."""
 
 import collections
 import contextlib
@@ -15,16 +15,16 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationStats:
-    """Counts and seconds of one call, or of several added up.
+    """Counts and seconds of one call, or the sum of several.
 
     Attributes:
-      prompts: how many prompts were continued.
-      prompt_tokens: their tokens.
-      new_tokens: the tokens they were continued by.
-      batches: in how many batches.
-      compile_seconds: making the programs for buckets that had not come before.
-      prompt_seconds: reading the prompts.
-      decode_seconds: writing the new tokens.
+      prompts: Number of prompts.
+      prompt_tokens: Number of tokens of the prompts.
+      new_tokens: Number of new tokens.
+      batches: Number of batches.
+      compile_seconds: Seconds of compilation for new buckets.
+      prompt_seconds: Seconds of reading prompts.
+      decode_seconds: Seconds of writing new tokens.
 
     Example:
       >>> one = GenerationStats(prompts=2, new_tokens=90, prompt_seconds=1.0, decode_seconds=2.0)
@@ -42,7 +42,7 @@ class GenerationStats:
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens a second of running, of all rows together; 0 where nothing ran."""
+        """New tokens of all rows per second, without compilation; 0 if nothing ran."""
         seconds = self.prompt_seconds + self.decode_seconds
         return self.new_tokens / seconds if seconds else 0.0
 
@@ -56,15 +56,15 @@ class GenerationStats:
         seconds = self.prompt_seconds + self.decode_seconds
         return (
             f"{self.new_tokens} tokens for {self.prompts} prompts in {seconds:.2f} s:"
-            f" {self.tokens_per_second:.1f} tokens/s (and {self.compile_seconds:.1f} s compiling)"
+            f" {self.tokens_per_second:.1f} tokens/s (plus {self.compile_seconds:.1f} s compiling)"
         )
 
 
 class Stopwatch:
-    """Seconds by phase, those in which JAX compiles apart, as the phase "compile".
+    """Measures seconds by phase, with JAX's compilation as the separate phase "compile".
 
     Attributes:
-      seconds: what was spent so far.
+      seconds: Seconds by phase so far.
     """
 
     def __init__(self) -> None:
@@ -72,11 +72,11 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Counts the block's seconds to `phase`, less what it compiles: one program at most."""
+        """Adds the block's seconds to `phase`, except compilation of at most one program."""
         spent: dict[str, float] = collections.defaultdict(float)
 
         def listen(event: str, duration_secs: float, **_: str | int) -> None:
-            # The traces of a program's parts are reported before the whole, which includes them.
+            # JAX reports the traces of a program's parts before the whole, which includes them.
             others = 0.0 if event == _TRACED else spent[event]
             spent[event] = others + duration_secs
 

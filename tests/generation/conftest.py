@@ -1,4 +1,4 @@
-"""Tiny random models of transformers on torch, the same models here, and a small tokenizer."""
+"""Provides tiny random transformers models, the same models in JAX, and a small tokenizer."""
 
 import string
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ BLOOM_SIZES = {"vocab_size": 61, "hidden_size": 32, "n_layer": 2, "n_head": 4}
 SPECIALS = ["<unk>", "<s>", "</s>", "<|im_end|>"]
 SPACE = "▁"
 WORDS = [*SPECIALS, SPACE, *string.ascii_lowercase, *"?.:", "th", "the", SPACE + "the"]
-"""What the small tokenizer knows."""
+"""Vocabulary of the small tokenizer."""
 TEMPLATE = (
     "<s>{% for message in messages %}{{ message.role[0] }}:{{ message.content }}<|im_end|>"
     "{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
@@ -32,7 +32,7 @@ PROMPT_LENGTHS = (1, 19, 7, 12)
 
 
 class TorchModel:
-    """A model of transformers with random parameters, in float32 on torch."""
+    """A transformers model with random float32 parameters."""
 
     def __init__(self, module: Any):
         self.module = module.eval()
@@ -55,7 +55,7 @@ class TorchModel:
         return model
 
     def continue_greedily(self, prompt: Sequence[int], count: int) -> list[int]:
-        """The new tokens of transformers' greedy decoding of one prompt, without padding."""
+        """Returns the new tokens of transformers' greedy decoding of one prompt."""
         import torch
 
         tokens = torch.tensor(np.asarray(prompt)[None], dtype=torch.long)
@@ -69,7 +69,7 @@ class TorchModel:
         return out[0, len(prompt) :].tolist()
 
     def probabilities(self, tokens: Sequence[int]) -> np.ndarray:
-        """float64 [V], of the token after these."""
+        """Returns the probabilities of the next token, float64 [V]."""
         import torch
 
         with torch.no_grad():
@@ -79,7 +79,7 @@ class TorchModel:
 
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory) -> Callable:
-    """Makes (a model on torch, the same model here, its parameters), each once."""
+    """Returns a cached function that builds (torch model, JAX model, parameters)."""
     from peft_jax.hub import load_model
 
     made: dict = {}
@@ -98,20 +98,20 @@ def pair(tmp_path_factory) -> Callable:
 
 @pytest.fixture(scope="session")
 def llama(pair):
-    """The pair most tests use: grouped queries, tied head."""
+    """Returns the pair that most tests use, with grouped queries and a tied head."""
     return pair("Llama", num_key_value_heads=2, tie_word_embeddings=True)
 
 
 @pytest.fixture(scope="session")
 def prompts() -> list[list[int]]:
-    """Prompts of different lengths in the tiny models' vocabulary."""
+    """Returns prompts of different lengths in the tiny models' vocabulary."""
     rng = np.random.default_rng(0)
     return [rng.integers(3, 61, length).tolist() for length in PROMPT_LENGTHS]
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    """Letters and a word, with spaces as SentencePiece has them: one goes before a text."""
+    """Returns a tokenizer of letters and a word that, as SentencePiece, prepends a space."""
     merges = [("t", "h"), ("th", "e"), (SPACE, "the")]
     vocab = {word: number for number, word in enumerate(WORDS)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>"))
@@ -132,6 +132,6 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def speaker(pair):
-    """A random model with the tokenizer's vocabulary."""
+    """Returns a random model with the tokenizer's vocabulary."""
     _, model, params = pair("Llama", vocab_size=len(WORDS), num_key_value_heads=2)
     return model, params

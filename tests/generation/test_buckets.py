@@ -1,4 +1,4 @@
-"""Few shapes for many lengths: what is compiled, how often, and when the loop ends."""
+"""Tests buckets, the number of compilations, and the end of the decoding loop."""
 
 import contextlib
 import dataclasses
@@ -17,7 +17,7 @@ COMPILED = "/jax/core/compile/backend_compile_duration"
 
 @contextlib.contextmanager
 def compilations():
-    """Collects what JAX compiles in the block, whatever it is."""
+    """Collects the durations of all compilations in the block."""
     found = []
 
     def listen(event, duration_secs, **_):
@@ -29,7 +29,7 @@ def compilations():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def test_two_programs_are_compiled_for_a_bucket_and_none_for_other_lengths(llama):
+def test_each_bucket_compiles_two_programs_once(llama):
     _, model, params = llama
     rng = np.random.default_rng(0)
 
@@ -56,7 +56,7 @@ def test_two_programs_are_compiled_for_a_bucket_and_none_for_other_lengths(llama
 
 
 @pytest.mark.parametrize("bucket", [length_bucket, batch_bucket])
-def test_buckets_are_few_and_near(bucket):
+def test_buckets_are_few_and_pad_little(bucket):
     sizes = [bucket(n) for n in range(1, 3000)]
     assert all(size >= n for n, size in enumerate(sizes, 1))
     assert all(size < 2 * max(n, 9) for n, size in enumerate(sizes, 1))
@@ -64,7 +64,7 @@ def test_buckets_are_few_and_near(bucket):
     assert len(set(sizes)) <= 16
 
 
-def test_prompts_end_together():
+def test_prompts_are_padded_on_the_left():
     padded = PaddedPrompts.of([np.arange(1, 18), np.array([20]), np.array([30, 31])])
     assert padded.tokens.shape == (4, 16)
     np.testing.assert_array_equal(padded.tokens[0], np.arange(1, 17))
@@ -74,8 +74,8 @@ def test_prompts_end_together():
     np.testing.assert_array_equal(padded.empty, [False, False, False, True])
 
 
-def test_the_loop_ends_when_every_row_has(llama, prompts):
-    """With limits of 3 and 5 tokens and rows that end before, 5 steps are made of 16."""
+def test_loop_ends_when_every_row_has_ended(llama, prompts):
+    """With limits of 3 and 5 tokens and end tokens in the other rows, it takes 5 of 16 steps."""
     _, model, params = llama
     free = generate(model, params, prompts, GenerationSettings(max_new_tokens=20, eos_ids=()))
     firsts = {int(row.tokens[1]) for row in free.completions[2:]}
@@ -105,7 +105,7 @@ def test_the_loop_ends_when_every_row_has(llama, prompts):
     assert int(state.step) == max(lengths) <= 5
 
 
-def test_the_host_starts_one_loop_a_batch(llama, prompts, monkeypatch):
+def test_host_starts_one_loop_per_batch(llama, prompts, monkeypatch):
     _, model, params = llama
     started = []
 

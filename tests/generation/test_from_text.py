@@ -1,4 +1,4 @@
-"""Generation from text to text: how prompts are read, how texts are written, where they stop."""
+"""Tests generation from texts: tokenized prompts, decoded texts and stop strings."""
 
 import dataclasses
 import json
@@ -22,11 +22,11 @@ def as_tokens(tokenizer, *words):
 
 @pytest.fixture(scope="module")
 def free(speaker, tokenizer):
-    """What the model says when nothing stops it."""
+    """Returns continuations without end tokens and stop strings."""
     return generate_text(*speaker, tokenizer, ASKED, SETTINGS)
 
 
-def test_texts_are_those_of_the_tokens(speaker, tokenizer, free):
+def test_texts_agree_with_the_generated_tokens(speaker, tokenizer, free):
     prompts = [tokenizer(text)["input_ids"] for text in ASKED]
     expected = generate(*speaker, prompts, SETTINGS)
     for prompt, theirs, ours in zip(prompts, expected.completions, free.completions, strict=True):
@@ -37,7 +37,7 @@ def test_texts_are_those_of_the_tokens(speaker, tokenizer, free):
     assert free.stats.new_tokens == 80
 
 
-def test_a_stop_string_is_cut_off_with_what_follows(speaker, tokenizer, free):
+def test_text_ends_before_the_stop_string(speaker, tokenizer, free):
     stops = (free.texts[0][4:7], free.texts[2][9:11])
     settings = dataclasses.replace(SETTINGS, stop_strings=stops)
     found = generate_text(*speaker, tokenizer, ASKED, settings)
@@ -55,7 +55,7 @@ def test_a_stop_string_is_cut_off_with_what_follows(speaker, tokenizer, free):
         np.testing.assert_array_equal(after.tokens, before.tokens[:count])
 
 
-def test_special_tokens_can_be_stopped_at_by_name(tokenizer):
+def test_special_tokens_can_be_stop_strings(tokenizer):
     continuation = Continuation(tokenizer, tokenizer("the")["input_ids"])
     tokens = as_tokens(tokenizer, "a", "<|im_end|>", "b")
     assert continuation.find(("<|im_end|>",), tokens) == 2
@@ -73,13 +73,13 @@ def test_special_tokens_can_be_stopped_at_by_name(tokenizer):
         ("a cat is " * 5, [SPACE + "the", "."], " the."),
     ],
 )
-def test_a_continuation_keeps_the_space_that_parts_it(tokenizer, prompt, words, text):
+def test_continuation_keeps_its_leading_space(tokenizer, prompt, words, text):
     continuation = Continuation(tokenizer, tokenizer(prompt)["input_ids"])
     tokens = as_tokens(tokenizer, *words)
     assert continuation.text(tokens) == text
 
 
-def test_a_character_of_several_tokens_is_written_whole(shared_data):
+def test_characters_of_several_tokens_are_decoded(shared_data):
     llama3 = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "llama3")
     for text in (" naïve 雪崩 🎉🎉 done", "\n\n  x = [1, 2]", " 你好"):
         whole = llama3("He said" + text, add_special_tokens=False)["input_ids"]
@@ -92,7 +92,7 @@ def test_a_character_of_several_tokens_is_written_whole(shared_data):
             assert continuation.find((text[-2:],), tokens) in (len(tokens), None)
 
 
-def test_prompts_of_every_kind_are_read_as_in_training(speaker, tokenizer):
+def test_prompts_of_every_kind_are_tokenized_as_in_training(speaker, tokenizer):
     chat = [{"role": "user", "content": "who?"}]
     example = prompt_and_completion("the cat", " is the", answer="is the")
     found = generate_text(*speaker, tokenizer, [chat, example, "the cat"], SETTINGS)
@@ -104,12 +104,12 @@ def test_prompts_of_every_kind_are_read_as_in_training(speaker, tokenizer):
         np.testing.assert_array_equal(ours.tokens, theirs.tokens)
 
 
-def test_one_text_in_the_place_of_a_list_is_refused(speaker, tokenizer):
-    with pytest.raises(ValueError, match="put it in a list"):
+def test_text_instead_of_a_list_is_rejected(speaker, tokenizer):
+    with pytest.raises(ValueError, match="prompts must be a list"):
         generate_text(*speaker, tokenizer, "the cat")
 
 
-def test_the_end_tokens_are_all_that_are_named(speaker, tokenizer, tmp_path):
+def test_end_tokens_are_collected_from_all_files(speaker, tokenizer, tmp_path):
     model, _ = speaker
     assert end_tokens(model) == (2,)
     config = model.hf_config | {"eos_token_id": [5, 99]}
@@ -121,7 +121,7 @@ def test_the_end_tokens_are_all_that_are_named(speaker, tokenizer, tmp_path):
     assert end_tokens(model, tokenizer=tokenizer, folder=tmp_path) == (2, 3, 5, 7)
 
 
-def test_the_tokenizers_end_token_ends_a_text(speaker, tokenizer, free):
+def test_end_token_of_the_tokenizer_ends_a_text(speaker, tokenizer, free):
     eos = int(free.completions[0].tokens[7])
     word = tokenizer.convert_ids_to_tokens(eos)
     ending = PreTrainedTokenizerFast(

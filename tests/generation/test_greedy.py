@@ -1,4 +1,4 @@
-"""Greedy decoding is transformers', token for token; and what a batch may not change."""
+"""Tests that greedy decoding agrees with transformers, whatever the batches."""
 
 import dataclasses
 
@@ -32,11 +32,11 @@ def reasons_of(found):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tokens_are_those_of_transformers(family, pair, prompts):
+def test_tokens_agree_with_transformers(family, pair, prompts):
     kind, settings = FAMILIES[family]
     theirs, model, params = pair(kind, **settings)
     expected = [theirs.continue_greedily(prompt, NEW) for prompt in prompts]
-    assert len({token for row in expected for token in row}) > 4  # they say something
+    assert len({token for row in expected for token in row}) > 4  # the texts are not constant
     found = generate(model, params, prompts, GREEDY)
     assert tokens_of(found) == expected
     assert reasons_of(found) == ["max_new_tokens"] * len(prompts)
@@ -48,7 +48,7 @@ def test_tokens_are_those_of_transformers(family, pair, prompts):
     assert reasons_of(found) == ["eos" if eos in row else "max_new_tokens" for row in ended]
 
 
-def test_a_pretrained_model_continues_as_in_transformers(published_data):
+def test_pretrained_model_agrees_with_transformers(published_data):
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
     from peft_jax.hub import load_model
@@ -67,7 +67,7 @@ def test_a_pretrained_model_continues_as_in_transformers(published_data):
     assert tokens_of(found) == expected
 
 
-def test_batches_are_cut_and_put_together_again_in_order(llama, prompts):
+def test_completions_have_the_order_of_prompts(llama, prompts):
     _, model, params = llama
     longer = [prompt * 20 for prompt in prompts]
     mixed = [longer[0][:24], *prompts, *(prompt[:21] for prompt in longer[1:])]
@@ -81,7 +81,7 @@ def test_batches_are_cut_and_put_together_again_in_order(llama, prompts):
     assert found.stats.tokens_per_second > 0
 
 
-def test_in_bfloat16_tokens_are_the_likeliest_up_to_rounding(llama, prompts):
+def test_bfloat16_tokens_are_the_likeliest_up_to_rounding(llama, prompts):
     _, model, params = llama
     narrow = model.with_execution(ExecutionSettings(compute_dtype="bfloat16"))
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
@@ -89,7 +89,7 @@ def test_in_bfloat16_tokens_are_the_likeliest_up_to_rounding(llama, prompts):
     rows = np.zeros((len(prompts), 40), np.int32)
     for row, prompt, new in zip(rows, prompts, found, strict=True):
         row[: len(prompt) + NEW] = prompt + new
-    # Causal, so that what stands after a row's end changes nothing.
+    # The model is causal, so that padding after a row's end has no effect.
     logits = np.asarray(jax.jit(narrow)(params, jnp.asarray(rows)))
     for seen, prompt, new in zip(logits, prompts, found, strict=True):
         before = seen[len(prompt) - 1 :][:NEW]
@@ -97,7 +97,7 @@ def test_in_bfloat16_tokens_are_the_likeliest_up_to_rounding(llama, prompts):
         assert np.all(lost < 0.02 * np.abs(before).max())
 
 
-def test_adapters_bound_and_merged_say_the_same(llama, prompts, key, monkeypatch):
+def test_bound_and_merged_adapters_agree(llama, prompts, key, monkeypatch):
     _, model, params = llama
     method = Hybrid(rank=2, block_size=4, gradient_init=False, unitary_modules=("down_proj",))
     spec = AdapterSpec(method=method, target_modules=("q_proj", "down_proj"))
@@ -111,7 +111,7 @@ def test_adapters_bound_and_merged_say_the_same(llama, prompts, key, monkeypatch
     bound, merged = spec.bind(params, state), spec.merge(params, state)
 
     def refuse(*args, **kwargs):
-        raise AssertionError("adapters are prepared when they are bound, and never again")
+        raise AssertionError("adapters must be prepared only once, when they are bound")
 
     monkeypatch.setattr(Hybrid, "prepare", refuse)
     found = tokens_of(generate(model, bound, prompts, GREEDY))
@@ -119,7 +119,7 @@ def test_adapters_bound_and_merged_say_the_same(llama, prompts, key, monkeypatch
     assert found != tokens_of(generate(model, params, prompts, GREEDY))
 
 
-def test_sharded_parameters_say_the_same(llama, prompts):
+def test_sharded_and_unsharded_parameters_agree(llama, prompts):
     _, model, params = llama
     mesh = make_mesh(MeshSettings(data=2, fsdp=2, tensor=2))
     shardings = sharding_tree(
@@ -130,7 +130,7 @@ def test_sharded_parameters_say_the_same(llama, prompts):
     assert tokens_of(generate(model, sharded, prompts, GREEDY)) == expected
 
 
-def test_the_end_of_the_context_ends_a_continuation(llama, prompts):
+def test_full_context_ends_a_continuation(llama, prompts):
     _, model, params = llama
     settings = GenerationSettings(max_new_tokens=125, eos_ids=())
     found = generate(model, params, prompts, settings)
@@ -139,7 +139,7 @@ def test_the_end_of_the_context_ends_a_continuation(llama, prompts):
     assert reasons_of(found) == ["max_new_tokens", "context", "context", "context"]
 
 
-def test_the_end_tokens_of_the_configuration_are_the_default(llama, prompts):
+def test_end_tokens_of_the_configuration_are_the_default(llama, prompts):
     _, model, params = llama
     eos = generate(model, params, prompts, GREEDY).completions[1].tokens[3]
     ending = dataclasses.replace(
@@ -154,13 +154,13 @@ def test_the_end_tokens_of_the_configuration_are_the_default(llama, prompts):
     assert found.tokens[-1] == eos
 
 
-def test_stops_are_found_wherever_the_loop_pauses(llama, prompts, monkeypatch):
+def test_stops_do_not_depend_on_the_interval(llama, prompts, monkeypatch):
     _, model, params = llama
     settings = GenerationSettings(max_new_tokens=125, eos_ids=())
     free = tokens_of(generate(model, params, prompts, settings))
 
     def stop_at(index, tokens):
-        """Where the sum of the tokens first reaches a bound, of each prompt its own."""
+        """Stops when the sum of the tokens reaches a bound that depends on the prompt."""
         reached = np.flatnonzero(np.cumsum(tokens) >= 350 * (1 + index))
         return int(reached[0]) + 1 if reached.size else None
 
@@ -173,7 +173,7 @@ def test_stops_are_found_wherever_the_loop_pauses(llama, prompts, monkeypatch):
         assert reasons_of(found) == ["stop_string"] * len(prompts)
 
 
-def test_no_prompts_are_no_completions(llama):
+def test_no_prompts_give_no_completions(llama):
     _, model, params = llama
     found = generate(model, params, [])
     assert found.completions == ()
@@ -183,27 +183,27 @@ def test_no_prompts_are_no_completions(llama):
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ([], "prompt 1 must be a sequence of at least one token"),
-        (np.ones((1, 2), int), r"prompt 1 must be .* has the shape \[1, 2\]"),
-        ([5, 61], "prompt 1 has the token 61, and the model's are 0 to 60"),
-        ([-1], "prompt 1 has the token -1"),
-        ([3] * 128, "prompt 1 has 128 tokens, which leaves no room in the model's context of 128"),
+        ([], "prompt 1 .*at least one token"),
+        (np.ones((1, 2), int), r"prompt 1 .*\[1, 2\]"),
+        ([5, 61], "prompt 1 .*token 61.* 60"),
+        ([-1], "prompt 1 .*token -1"),
+        ([3] * 128, "prompt 1 .*128 tokens.*context is 128"),
     ],
 )
-def test_prompts_that_cannot_be_continued_are_named(llama, prompt, message):
+def test_invalid_prompts_are_rejected_by_index(llama, prompt, message):
     _, model, params = llama
     with pytest.raises(ValueError, match=message):
         generate(model, params, [[1], prompt])
 
 
-def test_an_end_token_that_the_model_does_not_have_is_refused(llama):
+def test_end_token_outside_the_vocabulary_is_rejected(llama):
     _, model, params = llama
-    with pytest.raises(ValueError, match="eos_ids has the token 61"):
+    with pytest.raises(ValueError, match=r"eos_ids .*61"):
         generate(model, params, [[1]], GenerationSettings(eos_ids=(61,)))
 
 
-def test_logits_that_are_not_finite_are_refused(llama, prompts):
+def test_non_finite_logits_are_rejected(llama, prompts):
     _, model, params = llama
     broken = params | {"norm": {"scale": params["norm"]["scale"].at[3].set(jnp.nan)}}
-    with pytest.raises(FloatingPointError, match="logits are not finite"):
+    with pytest.raises(FloatingPointError, match=r"logits .*not finite"):
         generate(model, broken, prompts, GREEDY)

@@ -1,4 +1,4 @@
-"""Sampling: what is kept against NumPy, what is drawn against the distribution it is drawn from."""
+"""Tests kept tokens against NumPy, and samples against their distribution."""
 
 import dataclasses
 from collections import Counter
@@ -30,7 +30,7 @@ def sampling(temperature=1.0, top_k=VOCAB, top_p=1.0):
 
 
 def kept_by_numpy(logits, top_k, top_p):
-    """The mask of one row in float64, and how near to `top_p` its probabilities come."""
+    """Returns one row's mask, and the smallest distance of cumulative probabilities to `top_p`."""
     ordered = np.sort(logits.astype(np.float64))[::-1]
     mask = logits >= ordered[top_k - 1]
     kept = ordered[: mask.sum()]
@@ -49,22 +49,22 @@ def kept_by_numpy(logits, top_k, top_p):
     top_k=st.integers(1, VOCAB),
     top_p=st.floats(2**-10, 1.0, width=32),
 )
-def test_what_is_kept_is_what_numpy_keeps(seed, spread, levels, top_k, top_p):
+def test_kept_tokens_agree_with_numpy(seed, spread, levels, top_k, top_p):
     rng = np.random.default_rng(seed)
-    # Few levels make ties.
+    # Few levels give ties.
     logits = spread * np.round(levels * rng.normal(size=(3, VOCAB))) / levels
     logits = logits.astype(np.float32)
     found = np.asarray(_keep(jnp.asarray(logits), sampling(top_k=top_k, top_p=top_p)))
     for row, kept in zip(logits, found, strict=True):
         expected, margin = kept_by_numpy(row, top_k, top_p)
         if top_p < 1 and margin < 1e-5:
-            continue  # rounding decides
+            continue  # the result depends on rounding
         np.testing.assert_array_equal(np.isfinite(kept), expected)
         np.testing.assert_array_equal(kept[expected], row[expected])
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (VOCAB, 0.8), (12, 0.6), (1, 0.5)])
-def test_what_is_kept_is_what_transformers_keeps(top_k, top_p):
+def test_kept_tokens_agree_with_transformers(top_k, top_p):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     logits = np.random.default_rng(0).normal(scale=2.0, size=(20, VOCAB)).astype(np.float32)
@@ -74,7 +74,7 @@ def test_what_is_kept_is_what_transformers_keeps(top_k, top_p):
     np.testing.assert_array_equal(found, theirs)
 
 
-def test_what_is_drawn_has_the_distribution():
+def test_samples_have_the_distribution():
     count = 20_000
     logits = np.random.default_rng(1).normal(scale=1.5, size=VOCAB).astype(np.float32)
     keys = jax.random.split(jax.random.key(0), count)
@@ -89,7 +89,7 @@ def test_what_is_drawn_has_the_distribution():
         assert scipy.stats.chisquare(found[mask], expected[mask]).pvalue > 0.01
 
 
-def test_the_lowest_temperatures_take_the_likeliest():
+def test_lowest_temperatures_are_greedy():
     logits = jnp.asarray(np.random.default_rng(2).normal(size=(50, VOCAB)), jnp.float32)
     keys = jax.random.split(jax.random.key(0), 50)
     for temperature in (1e-30, 1e-4):
@@ -102,7 +102,7 @@ def sampled(model, params, prompts, **changes):
     return [tuple(completion.tokens.tolist()) for completion in found.completions]
 
 
-def test_a_sample_depends_on_its_seed_and_prompt_alone(llama, prompts):
+def test_sample_depends_only_on_seed_and_prompt(llama, prompts):
     _, model, params = llama
     first, second, third, fourth = sampled(model, params, prompts)
     assert [first, second, third, fourth] == sampled(model, params, prompts)
@@ -121,7 +121,7 @@ def test_a_sample_depends_on_its_seed_and_prompt_alone(llama, prompts):
 
 
 def test_sampled_sequences_have_the_models_distribution(llama, prompts):
-    """Two tokens each, of the three likeliest: each step draws afresh, given the step before."""
+    """Samples two tokens from the three likeliest, the second given the first."""
     theirs, model, params = llama
     prompt, count, top_k, temperature = prompts[2], 1024, 3, 1.5
 
@@ -154,22 +154,22 @@ def test_sampled_sequences_have_the_models_distribution(llama, prompts):
 @pytest.mark.parametrize(
     ("setting", "value", "message"),
     [
-        ("temperature", -0.1, "temperature must be at least 0, but is -0.1"),
-        ("temperature", float("nan"), "temperature must be at least 0, but is nan"),
-        ("temperature", float("inf"), "temperature must be at least 0, but is inf"),
-        ("top_p", 0.0, "top_p must be above 0 and at most 1, but is 0.0"),
-        ("top_p", 1.5, "top_p must be above 0 and at most 1, but is 1.5"),
+        ("temperature", -0.1, "temperature .*-0.1"),
+        ("temperature", float("nan"), "temperature .*nan"),
+        ("temperature", float("inf"), "temperature .*inf"),
+        ("top_p", 0.0, "top_p .*0.0"),
+        ("top_p", 1.5, "top_p .*1.5"),
         ("top_k", 0, "top_k .* 0"),
         ("max_new_tokens", 0, "max_new_tokens .* 0"),
         ("batch_size", 0, "batch_size .* 0"),
         (
             "stop_strings",
             "Question:",
-            "stop_strings must be several texts, but is the text",
+            "stop_strings .*'Question:'",
         ),
-        ("stop_strings", ("",), "stop_strings holds an empty text"),
+        ("stop_strings", ("",), "stop_strings .*empty"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(setting, value, message):
+def test_invalid_settings_are_rejected(setting, value, message):
     with pytest.raises(ValueError, match=message):
         GenerationSettings(**{setting: value})
