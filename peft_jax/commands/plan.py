@@ -78,12 +78,12 @@ def plan_given(given: argparse.Namespace) -> int:
     config = from_config_dict(given.config.values)
     name = given.topology or _platform_here()
     if name not in HERE:
-        # The TPU that this may be started on is not needed, and is not to be taken.
+        # Leaves a TPU of this machine free, because planning does not need it.
         jax.config.update("jax_platforms", "cpu")
     if given.search:
         plan, layout = search(config, name, say=_say)
         if layout is not None:
-            _say(f"laid out by {layout.flags()}")
+            _say(f"best layout: {layout.flags()}")
     else:
         plan = make_plan(config, find_topology(name))
     print(json.dumps(plan.to_mapping(), indent=2) if given.json else describe(plan))

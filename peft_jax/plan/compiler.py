@@ -1,9 +1,8 @@
-"""The TPU compiler, asked for its decisions and not for machine code.
+"""Runs the TPU compiler up to its memory report, without generating machine code.
 
-Nearly all of the time that compiling a step takes goes into machine code, which is of no use here.
-What a plan needs, the program after the compiler's passes and the memory it lays out, is there in
-seconds, and the compiler leaves both in a folder when asked to. So it runs in a process of its own,
-which is ended once they are there.
+Nearly all of a step's compile time goes into machine code, which a plan does not need. A plan needs
+the optimized program and the memory report. The compiler dumps both to a folder within seconds. So
+it runs in a separate process, which is killed once they are written.
 """
 
 import dataclasses
@@ -22,18 +21,18 @@ from peft_jax.training.config import RunConfig
 _PROGRAM = "*after_optimizations.txt"
 _MEMORY = "*after_optimizations-memory-usage-report.txt"
 _AFTERWARDS = "*after_optimizations_after_buffer_assignment.txt"
-"""Written after the two others: when it is there, they are whole."""
+"""File written after the two others, whose presence means that they are complete."""
 _POLL_SECONDS = 0.1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Decisions:
-    """What the compiler made of a step.
+class CompilerReport:
+    """The compiler's report of a step.
 
     Attributes:
-      program: after its passes, as HLO text; empty where it did not fit.
-      total: bytes on one device at the peak; None where it did not fit.
-      out_of_memory: what it would have needed; empty where it fits.
+      program: Optimized HLO text; empty if the step does not fit.
+      total: Peak memory of one device in bytes; None if the step does not fit.
+      out_of_memory: Memory that the step needs, as text; empty if it fits.
     """
 
     program: str
@@ -41,11 +40,11 @@ class Decisions:
     out_of_memory: str
 
 
-def ask_compiler(config: RunConfig, model: Model, topology: str) -> Decisions:
-    """Compiles the step of a run for a topology that is not here, up to machine code.
+def compile_for_topology(config: RunConfig, model: Model, topology: str) -> CompilerReport:
+    """Compiles the step of a run for an absent topology, up to machine code.
 
     Raises:
-      RuntimeError: the compiler failed, and not for want of memory.
+      RuntimeError: The compiler failed for another reason than memory.
     """
     with tempfile.TemporaryDirectory(prefix="peft_jax_plan_") as name:
         folder = Path(name)
@@ -62,33 +61,33 @@ def ask_compiler(config: RunConfig, model: Model, topology: str) -> Decisions:
             while process.poll() is None and not any(folder.glob(_AFTERWARDS)):
                 time.sleep(_POLL_SECONDS)
         finally:
-            # Its work is done, or it is no longer wanted.
+            # Its report is written, or no longer needed.
             process.kill()
             process.wait()
         return _read(folder)
 
 
-def _read(folder: Path) -> Decisions:
-    """What the compiler left in the folder."""
+def _read(folder: Path) -> CompilerReport:
+    """Reads the compiler's report in the folder."""
     if any(folder.glob(_AFTERWARDS)):
         (program,) = folder.glob(_PROGRAM)
         (memory,) = folder.glob(_MEMORY)
-        return Decisions(
+        return CompilerReport(
             program=program.read_text(encoding="utf-8"),
             total=read_total(memory.read_text(encoding="utf-8")),
             out_of_memory="",
         )
     said = (folder / "said.txt").read_text(encoding="utf-8", errors="replace")
     if "RESOURCE_EXHAUSTED" in said:
-        return Decisions(program="", total=None, out_of_memory=read_out_of_memory(said))
+        return CompilerReport(program="", total=None, out_of_memory=read_out_of_memory(said))
     raise RuntimeError(f"the TPU compiler failed:\n{said[-4000:]}")
 
 
 def read_total(report: str) -> int:
-    r"""The bytes of a device's memory that a program takes, from the compiler's report.
+    r"""Returns a program's bytes of device memory from the compiler's memory report.
 
     Raises:
-      RuntimeError: the report is not of the known form.
+      RuntimeError: The report has an unknown form.
 
     Example:
       >>> read_total("Memory Space: default (color=0)\nTotal bytes: 1818775552 (1.69GiB)\n")
@@ -96,23 +95,23 @@ def read_total(report: str) -> int:
     """
     match = re.search(r"Memory Space: default .*\nTotal bytes: (\d+)", report)
     if match is None:
-        raise RuntimeError(f"the compiler's report on memory is not understood: {report[:200]!r}")
+        raise RuntimeError(f"the compiler's memory report has an unknown form: {report[:200]!r}")
     return int(match[1])
 
 
 def read_out_of_memory(message: str) -> str:
-    """What the compiler says of the memory it would need.
+    """Returns the memory that a program needs from the compiler's error message.
 
     Example:
       >>> read_out_of_memory("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on "
       ...     "HBM, the total memory required for HLO temporaries (400.00G) exceeds available HBM "
       ...     "(15.75G). HLO module: jit__lambda.")
-      'it needs 400.00 GiB where 15.75 are available'
+      'it needs 400.00 GiB, but 15.75 GiB are available'
     """
     for pattern in (
         r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)",
         r"Used ([\d.]+)G of ([\d.]+)G hbm",
     ):
         if match := re.search(pattern, message):
-            return f"it needs {match[1]} GiB where {match[2]} are available"
+            return f"it needs {match[1]} GiB, but {match[2]} GiB are available"
     return message[message.index("RESOURCE_EXHAUSTED") :].splitlines()[0]

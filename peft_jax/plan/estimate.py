@@ -1,4 +1,4 @@
-"""How long a step will take: three times, and the assumptions they stand on."""
+"""Estimates the time of a step from operations, memory reads and collectives."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,31 +7,30 @@ from peft_jax.cost import Chip, Collective
 from peft_jax.training.step_flops import StepArithmetic
 
 PRODUCTS = 0.65
-"""The share of a chip's peak that its products reach."""
+"""Assumed share of the peak rate that products reach."""
 TRANSFERS = 0.8
-"""The share of their bandwidth that memory and links reach."""
+"""Assumed share of the peak bandwidth that memory and links reach."""
 
 ASSUMPTIONS = (
-    f"products run at {PRODUCTS:.0%} of the peak that the maker states for bfloat16",
-    f"memory and links at {TRANSFERS:.0%} of what the maker states",
-    "a collective uses one axis of the torus, from both sides",
-    "transfers are hidden behind products, so that the slowest of them decides",
-    "parameters are read from memory once a pass and microbatch; activations are not counted",
+    f"products run at {PRODUCTS:.0%} of the vendor's bfloat16 peak",
+    f"memory and links run at {TRANSFERS:.0%} of the vendor's bandwidth",
+    "a collective uses one torus axis, from both sides",
+    "products and transfers overlap, so that the slowest decides",
+    "parameters are read once per pass and microbatch; activations are not counted",
 )
-"""What an estimate stands on, for whoever reads it."""
+"""Assumptions of an estimate, for its readers."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Seconds of one step.
+    """Estimated seconds of one step.
 
     Attributes:
-      products: for the arithmetic, what is computed again included.
-      memory: for reading the parameters.
-      links: for collectives within a slice.
-      network: for collectives between slices.
-      utilization: the share of the devices' peak that the model's own arithmetic makes of a step of
-        `seconds`.
+      products: Seconds of operations, including rematerialization.
+      memory: Seconds of reading parameters.
+      links: Seconds of collectives within a slice.
+      network: Seconds of collectives between slices.
+      utilization: Share of the devices' peak rate that the model's own operations reach.
     """
 
     products: float
@@ -42,12 +41,12 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """The longest of them: the others happen meanwhile."""
+        """Seconds of a step: the longest part, which the others overlap."""
         return max(self.products, self.memory, self.links, self.network)
 
     @property
     def bound_by(self) -> str:
-        """Which of them is the longest."""
+        """Name of the longest part."""
         parts = {name: getattr(self, name) for name in ("products", "memory", "links", "network")}
         return max(parts, key=lambda name: parts[name])
 
@@ -60,14 +59,14 @@ def estimate_step(
     parameter_bytes: int,
     collectives: Sequence[Collective],
 ) -> Estimate:
-    """The estimate for one kind of chip; see `ASSUMPTIONS`.
+    """Estimates the time of a step on one kind of chip; see `ASSUMPTIONS`.
 
     Args:
-      chip: the devices.
-      devices: how many.
-      arithmetic: of a step.
-      parameter_bytes: what one device reads of the parameters in a step.
-      collectives: of a step.
+      chip: Peak rates of the devices.
+      devices: Number of devices.
+      arithmetic: Operations of a step.
+      parameter_bytes: Bytes of parameters that one device reads in a step.
+      collectives: Collectives of a step.
     """
     products = arithmetic.computed / devices / (chip.flops * PRODUCTS)
     memory = parameter_bytes / (chip.memory_bandwidth * TRANSFERS)

@@ -1,4 +1,4 @@
-"""Compiling the step of a run for devices that need not be there, and what comes of it."""
+"""Compiles the step of a run for devices that need not be present, and reports its cost."""
 
 import collections
 import dataclasses
@@ -14,7 +14,7 @@ from peft_jax.hub import read_config
 from peft_jax.models import CausalLM, build_model
 from peft_jax.models.architectures import check_architecture, find_architecture
 from peft_jax.parallel import make_mesh
-from peft_jax.plan.compiler import Decisions, ask_compiler
+from peft_jax.plan.compiler import CompilerReport, compile_for_topology
 from peft_jax.plan.estimate import Estimate, estimate_step
 from peft_jax.plan.step_memory import Memory, measure_memory
 from peft_jax.runtime.errors import RefusedError
@@ -26,23 +26,23 @@ from peft_jax.training.step_flops import StepArithmetic, count_step
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run's step takes on a topology.
+    """Cost of a run's step on a topology.
 
     Attributes:
-      topology: the devices.
-      mesh: how they are arranged, by axis.
-      config: the run's configuration.
-      parameters: the model's, and of them how many numbers are trained.
-      trainable: how many numbers are trained.
-      fits: whether the step fits into the devices' memory.
-      limit: what a program may use of a device's memory, bytes; None where it is not known.
-      reason: why it does not fit, in the compiler's words; empty where it does.
-      memory: on one device.
-      arithmetic: of one step, over all devices.
-      collectives: of one step; None where it did not compile.
-      estimate: of a step's time; None where nothing is known of the devices' speed, or it did not
-        compile.
-      compile_seconds: how long compiling took here.
+      topology: Devices.
+      mesh: Mesh sizes by axis.
+      config: Configuration of the run.
+      parameters: Number of parameters of model and adapter.
+      trainable: Number of trainable parameters.
+      fits: Whether the step fits in the devices' memory.
+      limit: Usable bytes of a device's memory; None if unknown.
+      reason: Why the step does not fit; empty if it does.
+      memory: Memory of one device.
+      arithmetic: Operations of one step, over all devices.
+      collectives: Collectives of one step; None if it did not compile.
+      estimate: Estimated time of a step; None if the devices' peak rates are unknown or the step
+        did not compile.
+      compile_seconds: Seconds of compilation on this machine.
     """
 
     topology: Topology
@@ -60,7 +60,7 @@ class Plan:
     compile_seconds: float
 
     def to_mapping(self) -> dict[str, Any]:
-        """The plan as nested dictionaries that JSON can hold; bytes, FLOPs and seconds."""
+        """Returns the plan as nested dictionaries of JSON values, in bytes, FLOPs and seconds."""
         train, execution = self.config.train, self.config.execution
         estimate = None
         if self.estimate is not None:
@@ -94,13 +94,13 @@ class Plan:
 
 
 def make_plan(config: RunConfig, topology: Topology) -> Plan:
-    """Compiles the step of a run for a topology, and says what it takes.
+    """Compiles the step of a run for a topology, and returns its cost.
 
-    No weights are read, no data and no tokenizer, and nothing is downloaded: the model's dimensions
-    are those of `model.architecture`, or of the `config.json` in the folder `model.path`.
+    It reads no weights, data or tokenizer, and downloads nothing. The model's dimensions are those
+    of `model.architecture`, or of the `config.json` in the folder `model.path`.
 
     Raises:
-      RefusedError: the run cannot be done as it is configured, wherever.
+      RefusedError: The configuration is invalid on any device.
     """
     try:
         model = find_model(config)
@@ -112,10 +112,10 @@ def make_plan(config: RunConfig, topology: Topology) -> Plan:
 
 
 def find_model(config: RunConfig) -> CausalLM:
-    """The model of a configuration, without its checkpoint.
+    """Builds the model of a configuration, without its checkpoint.
 
     Raises:
-      ValueError: neither an architecture nor a folder with a `config.json` is given, or they
+      ValueError: Neither an architecture nor a folder with a `config.json` is given, or they
         disagree.
     """
     name, folder = config.model.architecture, Path(config.model.path).expanduser()
@@ -126,30 +126,31 @@ def find_model(config: RunConfig) -> CausalLM:
         return model
     if not name:
         raise ValueError(
-            f"model.path {config.model.path!r} is no folder, and planning downloads nothing: set "
-            "model.architecture to a known one, or model.path to a folder with a config.json"
+            f"model.path is {config.model.path!r}, but must be a folder, because planning"
+            " downloads nothing: set model.architecture, or model.path to a folder with a"
+            " config.json"
         )
     return build_model(find_architecture(name), config.execution)
 
 
 def plan_blueprint(blueprint: Blueprint, topology: Topology) -> Plan:
-    """Compiles the step of a blueprint, drawn for the topology's devices."""
+    """Compiles the step of a blueprint for the topology's devices, and returns its cost."""
     limit = _limit(topology)
     started = time.perf_counter()
     if topology.described:
-        decisions = ask_compiler(blueprint.config, blueprint.model, topology.name)
+        report = compile_for_topology(blueprint.config, blueprint.model, topology.name)
     else:
-        decisions = _compile_here(blueprint)
+        report = _compile_here(blueprint)
     seconds = time.perf_counter() - started
-    memory, reason = measure_memory(blueprint, decisions.total), decisions.out_of_memory
+    memory, reason = measure_memory(blueprint, report.total), report.out_of_memory
     if memory.total is not None and limit is not None and memory.total > limit:
-        reason = f"it takes {gib(memory.total)} on a device, which has {gib(limit)}"
+        reason = f"it needs {gib(memory.total)} on a device, but a device has {gib(limit)}"
     arithmetic = count_step(blueprint)
     devices = len(topology.devices)
     collectives = None
-    if decisions.program:
+    if report.program:
         collectives = tuple(
-            read_collectives(decisions.program, devices_a_slice=devices // topology.slices)
+            read_collectives(report.program, devices_a_slice=devices // topology.slices)
         )
     estimate = None
     if topology.chip is not None and collectives is not None:
@@ -184,18 +185,20 @@ def _limit(topology: Topology) -> int | None:
     memory = device_memory()
     if memory is None or topology.devices[0].platform != "cpu":
         return memory
-    # The CPU's devices share the host's memory.
+    # All CPU devices share the host's memory.
     return memory // len(topology.devices)
 
 
-def _compile_here(blueprint: Blueprint) -> Decisions:
-    """The step compiled for the devices of this machine."""
+def _compile_here(blueprint: Blueprint) -> CompilerReport:
+    """Compiles the step for the devices of this machine."""
     compiled = blueprint.trace_step().lower().compile()
-    return Decisions(program=compiled.as_text() or "", total=step_bytes(compiled), out_of_memory="")
+    return CompilerReport(
+        program=compiled.as_text() or "", total=step_bytes(compiled), out_of_memory=""
+    )
 
 
 def _parameter_bytes(blueprint: Blueprint) -> int:
-    """What one device reads of the parameters in a step: gathered along all axes but "tensor"."""
+    """Returns the bytes of parameters that a device reads in a step, gathered along "fsdp"."""
     shape = blueprint.mesh.shape
     gathered = shape["fsdp"]
     own = arrays_on_a_device({"params": blueprint.params}) * gathered
@@ -204,7 +207,7 @@ def _parameter_bytes(blueprint: Blueprint) -> int:
 
 
 def collective_bytes(found: Sequence[Collective]) -> dict[str, float]:
-    """Bytes that a device receives in a step, by kind; those between slices by themselves."""
+    """Returns the bytes that a device receives in a step, by kind; between slices separately."""
     total: dict[str, float] = collections.defaultdict(float)
     for one in found:
         total[f"{one.kind} between slices" if one.between_slices else one.kind] += one.total
@@ -212,7 +215,7 @@ def collective_bytes(found: Sequence[Collective]) -> dict[str, float]:
 
 
 def gib(size: float | int) -> str:
-    """Bytes in GiB.
+    """Returns a size in GiB.
 
     Example:
       >>> gib(3 * 2**29)

@@ -1,8 +1,8 @@
-"""The smallest devices that a run fits on, and how to lay it out there.
+"""Searches the smallest topology that a run fits on, and the best layout on it.
 
-Cheap bounds put the layouts in order, and leave out what cannot fit; the compiler has the last
-word. On the smallest topology on which anything fits, the fastest of the layouts that were compiled
-is taken, by `peft_jax.plan.estimate`.
+Cheap bounds sort the layouts and exclude those that cannot fit. The compiler decides which fit. On
+the smallest topology with a fitting layout, the fastest compiled layout wins, by the estimate of
+`peft_jax.plan.estimate`.
 """
 
 import dataclasses
@@ -25,24 +25,25 @@ from peft_jax.training.config import RunConfig
 from peft_jax.training.state import abstract_state
 
 REMATS = ("none", "dots", "full")
-"""From the least that is computed again to the most."""
+"""Rematerialization settings, in order of recomputation."""
 _LARGEST_TENSOR = 16
-"""Beyond it the parts of a product are too small for the sums between them."""
+"""Maximum size of "tensor", above which products are too small for their all-reduces."""
 _COMPILED_AT_MOST = 8
+"""Maximum number of layouts to compile on one topology."""
 _FITTING_ENOUGH = 2
-"""On one topology: so many are compiled, until so many fit."""
+"""Number of fitting layouts after which no more are compiled on a topology."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
-    """One way of laying a run out.
+    """Mesh, microbatches and rematerialization of a run.
 
     Attributes:
-      mesh: the devices.
-      microbatches: into how many a step's rows are cut.
-      remat: what the backward pass keeps.
-      least_bytes: what it takes on a device at the very least.
-      cost: in no unit, for putting layouts in order; the less the faster.
+      mesh: Mesh sizes.
+      microbatches: Number of microbatches of a step.
+      remat: Rematerialization setting.
+      least_bytes: Lower bound of the memory of a device, in bytes.
+      cost: Relative time without a unit, for sorting; lower is faster.
     """
 
     mesh: MeshSettings
@@ -52,7 +53,7 @@ class Layout:
     cost: float
 
     def apply(self, config: RunConfig) -> RunConfig:
-        """The configuration, laid out like this."""
+        """Returns the configuration with this layout."""
         return dataclasses.replace(
             config,
             parallel=self.mesh,
@@ -61,7 +62,7 @@ class Layout:
         )
 
     def flags(self) -> str:
-        """The flags that lay a run out like this."""
+        """Returns the flags that set this layout."""
         sizes = {**{axis: n for axis, n in self.mesh.sizes.items() if n != 1}}
         sizes.setdefault("data", 1)
         flags = [f"--config.parallel.{axis}={size}" for axis, size in sizes.items()]
@@ -73,19 +74,19 @@ class Layout:
 def search(
     config: RunConfig, name: str, *, say: Callable[[str], None] = lambda message: None
 ) -> tuple[Plan, Layout | None]:
-    """The plan on the smallest topology of a kind, by the best layout there.
+    """Returns the plan of the best layout on the smallest topology that fits.
 
     Args:
-      config: the run; its mesh, microbatches and rematerialization are what is searched for.
-      name: a kind of TPU, "v5p", whose sizes are tried from the smallest; or one topology, or
-        "cpu" or "gpu", to find a layout for.
-      say: told of each layout that is compiled.
+      config: Configuration of the run. Its mesh, microbatches and rematerialization are searched.
+      name: TPU kind, such as "v5p", whose sizes are tried from the smallest; or one topology; or
+        "cpu" or "gpu".
+      say: Prints each layout that is compiled.
 
     Returns:
-      The plan and its layout. If nothing fits, what was compiled last, and None.
+      The plan and its layout. If nothing fits, the last compiled plan and None.
 
     Raises:
-      RefusedError: the name is not known, or no topology can divide the model and the batch.
+      RefusedError: The name is not known, or no topology divides the model and the batch.
     """
     last: Plan | None = None
     try:
@@ -107,8 +108,9 @@ def search(
             return min(fitting, key=lambda pair: _seconds(pair[0]))
     if last is None:
         raise RefusedError(
-            f"no layout of this run on {name} can fit, by its arrays' sizes alone, or divides the "
-            f"model and train.batch_size {config.train.batch_size}"
+            f"no layout on {name} fits this run's arrays and divides the model and"
+            f" train.batch_size ({config.train.batch_size}); plan for another --topology, or change"
+            " the batch size"
         )
     return last, None
 
@@ -117,8 +119,8 @@ def _outcome(plan: Plan) -> str:
     if not plan.fits:
         return f"no: {plan.reason}"
     total = (plan.memory.total or 0) / 2**30
-    time = "" if plan.estimate is None else f", {plan.estimate.seconds:.3g} s a step"
-    return f"fits: {total:.1f} GiB a device{time}"
+    time = "" if plan.estimate is None else f", {plan.estimate.seconds:.3g} s/step"
+    return f"fits: {total:.1f} GiB per device{time}"
 
 
 def _seconds(plan: Plan) -> float:
@@ -126,13 +128,15 @@ def _seconds(plan: Plan) -> float:
 
 
 def _topologies(name: str) -> Iterator[Topology]:
-    """The topologies that a name stands for, from the smallest."""
+    """Yields the topologies of a name, smallest first."""
     try:
         if name in TOPOLOGIES:
             for size in TOPOLOGIES[name]:
                 yield find_topology(f"{name}:{size}")
         elif name.isalnum() and name not in ("cpu", "gpu"):
-            raise ValueError(f"there is no TPU {name!r}{did_you_mean(name, TOPOLOGIES)}")
+            raise ValueError(
+                f"the topology {name!r} is an unknown TPU kind{did_you_mean(name, TOPOLOGIES)}"
+            )
         else:
             yield find_topology(name)
     except ValueError as error:
@@ -141,15 +145,15 @@ def _topologies(name: str) -> Iterator[Topology]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Sizes:
-    """What bounds are made of; bytes over all devices together.
+    """Sizes for lower bounds, in bytes over all devices.
 
     Attributes:
-      held: parameters, adapters, the optimizer's state and the gradients.
-      weights: the parameters in the dtype of the computation, as they are multiplied.
-      gathered: the parameters as they are gathered: those, but quantized kernels as they are held.
-      token: one layer's input for one token.
-      outputs: of all linear maps of one layer, for one token.
-      layers: how many.
+      held: Parameters, adapters, optimizer state and gradients.
+      weights: Parameters in the compute dtype.
+      gathered: Parameters as they are gathered: in the compute dtype, or quantized.
+      token: Input of one layer for one token.
+      outputs: Outputs of all linear maps of one layer for one token.
+      layers: Number of layers.
     """
 
     held: int
@@ -192,7 +196,7 @@ class _Sizes:
 
 
 def _layouts(config: RunConfig, model: Model, sizes: _Sizes, topology: Topology) -> list[Layout]:
-    """The layouts that may fit on a topology, the fastest first by a rough count."""
+    """Returns the layouts that may fit on a topology, fastest first by a rough cost."""
     devices = len(topology.devices)
     limit = topology.chip.memory if topology.chip and topology.chip.memory else math.inf
     found = [
@@ -207,11 +211,11 @@ def _layouts(config: RunConfig, model: Model, sizes: _Sizes, topology: Topology)
 
 
 def _meshes(config: RunConfig, model: Model, topology: Topology) -> Iterator[MeshSettings]:
-    """The meshes that divide the model: every slice alike, parameters cut over all of it."""
-    cut, tokens = model.shardable_sizes(), config.train.max_length
+    """Yields the meshes that divide the model, with parameters sharded over each slice."""
+    sizes, tokens = model.shardable_sizes(), config.train.max_length
     for fsdp, sequence, tensor in factorizations(len(topology.devices) // topology.slices, 3):
-        heads = all(cut[axis] % tensor == 0 for axis in ("heads", "kv_heads", "mlp"))
-        if tensor > _LARGEST_TENSOR or not heads or cut["embed"] % fsdp or tokens % sequence:
+        heads = all(sizes[axis] % tensor == 0 for axis in ("heads", "kv_heads", "mlp"))
+        if tensor > _LARGEST_TENSOR or not heads or sizes["embed"] % fsdp or tokens % sequence:
             continue
         yield MeshSettings(
             slice=topology.slices, data=1, fsdp=fsdp, sequence=sequence, tensor=tensor
@@ -226,10 +230,10 @@ def _bound(
     remat: str,
     devices: int,
 ) -> Layout:
-    """The least a layout takes, and a rough count of what it costs."""
+    """Returns a layout with its lower bound of memory and a rough cost."""
     tokens = config.train.batch_size // microbatches * config.train.max_length / devices
     kept = sizes.token if remat == "full" else sizes.outputs * (1.0 if remat == "dots" else 2.0)
-    # Along "sequence" parameters are repeated.
+    # Parameters are replicated along "sequence".
     held = sizes.held / (mesh.fsdp * mesh.tensor)
     layer = sizes.gathered / sizes.layers / mesh.tensor
     least = held + sizes.layers * tokens * kept + layer
@@ -237,8 +241,8 @@ def _bound(
     gathered = sizes.gathered / mesh.tensor * passes * microbatches * (1 - 1 / mesh.fsdp)
     everything = config.train.batch_size * config.train.max_length / devices
     exchanged = 4 * sizes.layers * everything * sizes.token * passes * (mesh.tensor - 1)
-    # Bytes over links beside products: what a product of a byte of weights and a token takes, in
-    # the time that a link takes for a byte, is about 1 / 2000 on TPUs.
+    # On TPUs, a product of one byte of weights with one token takes about 1 / 2000 of the time that
+    # a link takes for one byte.
     products = sizes.weights * everything * passes / 2000
     cost = products + gathered + exchanged + everything * sizes.token * (mesh.sequence - 1)
     return Layout(mesh=mesh, microbatches=microbatches, remat=remat, least_bytes=least, cost=cost)

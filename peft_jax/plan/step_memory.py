@@ -1,4 +1,4 @@
-"""What a step holds on one device, by kind."""
+"""Measures the memory of a step on one device, by kind."""
 
 import dataclasses
 from typing import Any
@@ -14,17 +14,17 @@ from peft_jax.training.blueprint import Blueprint
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes on one device.
+    """Memory of one device, in bytes.
 
     Attributes:
-      base: the frozen base's parameters.
-      adapters: what is trained, and an adapter's constants.
-      optimizer: the optimizer's state.
-      activations: what the backward pass keeps of the forward pass.
-      temporaries: all else that the step needs while it runs: gradients, gathered weights, and
-        what is computed on the way; None where the compiler does not say.
-      host: waiting in the host's memory.
-      total: the most that is held at a time, as the compiler lays it out; None likewise.
+      base: Frozen parameters of the base model.
+      adapters: Trainable arrays, and constants of an adapter.
+      optimizer: Optimizer state.
+      activations: Activations saved for the backward pass.
+      temporaries: All other memory while the step runs: gradients, gathered weights and
+        intermediate results; None if the compiler does not report a total.
+      host: Activations offloaded to host memory.
+      total: Peak memory that the compiler reports; None if it does not.
     """
 
     base: int
@@ -37,15 +37,14 @@ class Memory:
 
 
 def measure_memory(blueprint: Blueprint, total: int | None) -> Memory:
-    """The memory of a step by kind.
+    """Returns the memory of a step by kind.
 
-    The compiler gives one number for everything. What the backward pass keeps is counted from the
-    step's program and taken as cut evenly over all devices, as the activations' shardings have it;
-    what is then left is temporaries.
+    The compiler only reports a total. Saved activations are counted from the step's program,
+    assuming that they are sharded evenly over all devices. The remainder is temporaries.
 
     Args:
-      blueprint: the run's.
-      total: what the compiler says that the step takes on a device; None where it did not say.
+      blueprint: Blueprint of the run.
+      total: Peak memory of a device that the compiler reports, in bytes; None if it does not.
     """
     kept, offloaded = _kept(blueprint)
     parts = {
@@ -68,7 +67,7 @@ def measure_memory(blueprint: Blueprint, total: int | None) -> Memory:
 
 
 def _kept(blueprint: Blueprint) -> tuple[int, int]:
-    """What one microbatch's forward pass leaves on a device, and on its host, for the backward."""
+    """Returns the bytes that one microbatch saves for the backward pass on device and on host."""
     step = blueprint.train_step()
 
     def left(trainable: Tree, frozen: Tree, constant: Tree, rows: AnyBatch) -> list[Any]:

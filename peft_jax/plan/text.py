@@ -1,14 +1,18 @@
-"""A plan in words and tables."""
+"""Formats a plan as text."""
 
+import textwrap
 from collections.abc import Iterable, Sequence
 
 from peft_jax.parallel.mesh import describe_shape
 from peft_jax.plan.estimate import ASSUMPTIONS
 from peft_jax.plan.planner import Plan, collective_bytes, gib
 
+_WIDTH = 80
+"""Width of a terminal, in characters."""
+
 
 def describe(plan: Plan) -> str:
-    """The plan as it is printed on a terminal."""
+    """Returns the plan as text for a terminal."""
     return "\n".join(_lines(plan))
 
 
@@ -24,10 +28,10 @@ def _lines(plan: Plan) -> Iterable[str]:
         f" on {plan.topology.name} ({chips}{cores}): {describe_shape(plan.mesh)}"
     )
     yield (
-        f"{train.batch_size} rows of {train.max_length} tokens a step, in "
-        f"{train.gradient_accumulation} microbatches; remat {execution.remat}; "
-        f"{plan.trainable:,} of {plan.parameters:,} parameters are trained"
+        f"{train.batch_size} rows of {train.max_length} tokens per step, in "
+        f"{train.gradient_accumulation} microbatches; remat {execution.remat}"
     )
+    yield f"{plan.trainable:,} of {plan.parameters:,} parameters are trainable"
     yield ""
     yield from _memory(plan)
     yield ""
@@ -55,7 +59,7 @@ def _memory(plan: Plan) -> Iterable[str]:
     ]
     if memory.host:
         rows.append(("on the host", memory.host))
-    yield "memory a device"
+    yield "memory per device"
     for name, size in rows:
         share = f"{size / limit:7.1%}" if limit and size is not None else ""
         yield f"  {name:<14}{gib(size) if size is not None else '?':>14}{share}"
@@ -64,9 +68,9 @@ def _memory(plan: Plan) -> Iterable[str]:
 def _arithmetic(plan: Plan) -> Iterable[str]:
     arithmetic = plan.arithmetic
     tokens = plan.config.train.batch_size * plan.config.train.max_length
-    # What is trained itself is among the parameters once; an adapter's are few.
+    # `parameters` counts leaves trained in full once, and an adapter's parameters are few.
     per_token = arithmetic.total / tokens / plan.parameters
-    yield "arithmetic a step"
+    yield "operations per step"
     for name, flops in (
         ("base", arithmetic.base),
         ("attention", arithmetic.attention),
@@ -75,11 +79,11 @@ def _arithmetic(plan: Plan) -> Iterable[str]:
         ("with remat", arithmetic.computed),
     ):
         yield f"  {name:<14}{flops / 1e12:>14,.2f} TFLOP"
-    yield f"  {per_token:.2f} operations a parameter and token"
+    yield f"  {per_token:.2f} operations per parameter and token"
 
 
 def _collectives(plan: Plan) -> Iterable[str]:
-    yield "received by a device in a step"
+    yield "received by a device per step"
     found = collective_bytes(plan.collectives or ())
     for kind, size in found.items():
         yield f"  {kind:<28}{gib(size):>14}"
@@ -91,26 +95,31 @@ def _time(plan: Plan) -> Iterable[str]:
     estimate = plan.estimate
     if estimate is None:
         yield "no estimate of the time: " + (
-            "it did not compile"
+            "the step did not compile"
             if plan.collectives is None
-            else "what these devices can do is not known"
+            else "the peak rates of these devices are unknown"
         )
         return
     tokens = plan.config.train.batch_size * plan.config.train.max_length
     yield (
-        f"about {estimate.seconds:.3g} s a step ({tokens / estimate.seconds:,.0f} tokens/s), "
-        f"decided by {estimate.bound_by}; utilization {estimate.utilization:.0%}"
+        f"about {estimate.seconds:.3g} s/step ({tokens / estimate.seconds:,.0f} tokens/s), "
+        f"bound by {estimate.bound_by}; utilization {estimate.utilization:.0%}"
     )
     parts = ", ".join(
         f"{name} {getattr(estimate, name):.3g} s"
         for name in ("products", "memory", "links", "network")
     )
     yield f"  {parts}"
-    yield "  assumed: " + "; ".join(ASSUMPTIONS)
+    yield textwrap.fill(
+        f"assumed: {'; '.join(ASSUMPTIONS)}",
+        width=_WIDTH,
+        initial_indent="  ",
+        subsequent_indent="  ",
+    )
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as a Markdown table; the first is the head.
+    """Returns rows as a Markdown table; the first row is the header.
 
     Example:
       >>> print(table([["method", "GiB"], ["lora", "9.6"]]))

@@ -1,4 +1,4 @@
-"""The process that the TPU compiler runs in: `python -m peft_jax.plan.worker folder`."""
+"""Runs the TPU compiler in a separate process: `python -m peft_jax.plan.worker folder`."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ from peft_jax.training.config import RunConfig
 
 
 def main(folder: str) -> None:
-    """Compiles the step of the task in the folder, and leaves there what the compiler decides."""
+    """Compiles the step of the folder's task, and dumps the compiler's reports there."""
     task = json.loads((Path(folder) / "task.json").read_text(encoding="utf-8"))
     config = RunConfig.from_mapping(task["config"])
     model = build_model(task["hf_config"], config.execution)

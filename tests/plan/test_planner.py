@@ -1,4 +1,4 @@
-"""Plans beside what is true: of a compiled step, of a formula, of a run."""
+"""Tests plans against compiled steps and formulas."""
 
 import importlib.util
 import json
@@ -48,7 +48,7 @@ SMALL = {
 
 
 def small(tmp_path: Path, method: str = "lora", **changes) -> RunConfig:
-    """A run of a small model, whose folder has a config.json and nothing else."""
+    """Returns a run of a small model, whose folder only has a config.json."""
     (tmp_path / "config.json").write_text(json.dumps(SMALL))
     config = config_files.base(method=method, precision="float32")
     config.model.path = str(tmp_path)
@@ -62,8 +62,7 @@ def small(tmp_path: Path, method: str = "lora", **changes) -> RunConfig:
     return from_config_dict(config)
 
 
-def test_a_plan_needs_the_dimensions_alone_and_agrees_with_the_compiled_step(tmp_path):
-    """Without weights, tokenizer or data."""
+def test_plan_without_weights_and_data_agrees_with_the_compiled_step(tmp_path):
     config = small(tmp_path, "lora_ga", parallel__fsdp=4)
     plan = make_plan(config, find_topology("cpu"))
     assert plan.fits
@@ -82,7 +81,7 @@ def test_a_plan_needs_the_dimensions_alone_and_agrees_with_the_compiled_step(tmp
         )
 
     assert memory.base == share(blueprint.frozen)
-    # What the step is given is what the kinds add up to, but for the step's number and the batch.
+    # The kinds add up to the step's arguments, except the step's number and the batch.
     given = share(blueprint.state) + share(blueprint.constant) + share(blueprint.frozen)
     assert parts == given - 4
     assert compiled.memory_analysis().argument_size_in_bytes >= given
@@ -90,8 +89,8 @@ def test_a_plan_needs_the_dimensions_alone_and_agrees_with_the_compiled_step(tmp
     assert "yes: it fits" in describe(plan)
 
 
-def test_a_frozen_base_takes_part_in_two_products_and_a_trained_one_in_three(tmp_path):
-    """4 N a token and LoRA's 6 r (d_in + d_out) for an adapter, and 6 N in full fine-tuning."""
+def test_frozen_kernels_take_two_products_and_trainable_ones_three(tmp_path):
+    """Per token: 4 N and LoRA's 6 r (d_in + d_out) for an adapter, 6 N for full fine-tuning."""
     counts = {}
     for method in ("lora", "full"):
         config = small(tmp_path, method)
@@ -111,7 +110,7 @@ def test_a_frozen_base_takes_part_in_two_products_and_a_trained_one_in_three(tmp
     assert counts["lora"].computed == counts["lora"].total
 
 
-def test_what_is_computed_again_is_not_the_models(tmp_path):
+def test_rematerialization_is_not_in_the_total(tmp_path):
     def count(remat):
         config = small(tmp_path, execution__remat=remat)
         model = build_model(SMALL, config.execution)
@@ -132,7 +131,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_configurations_are_of_models_of_the_right_size(name):
+def test_configurations_have_models_of_the_right_size(name):
     module, parameters = CONFIGS[name]
     config = from_config_dict(module.get_config(""))
     model = build_model(find_architecture(config.model.architecture), config.execution)
@@ -143,13 +142,13 @@ def test_configurations_are_of_models_of_the_right_size(name):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_their_argument_names_any_method(method):
+def test_configurations_accept_every_method(method):
     for module, _ in CONFIGS.values():
         assert from_config_dict(module.get_config(f"method={method}")).spec.method.name == method
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_config_json_has_to_agree_with_the_architecture(name):
+def test_config_json_must_agree_with_the_architecture(name):
     hf_config = find_architecture(name)
     check_architecture(name, build_model(hf_config).config)
     key = "n_layer" if "n_layer" in hf_config else "num_hidden_layers"
@@ -160,7 +159,7 @@ def test_a_config_json_has_to_agree_with_the_architecture(name):
         find_architecture(name[:-1] + "x")
 
 
-def test_another_checkpoint_than_the_configurations_is_refused(tmp_path):
+def test_checkpoint_of_another_architecture_is_rejected(tmp_path):
     config = small(tmp_path, model__architecture="llama-3.1-405b")
     with pytest.raises(RefusedError, match=r"llama-3\.1-405b.*the checkpoint differs"):
         make_plan(config, find_topology("cpu"))
@@ -168,19 +167,18 @@ def test_another_checkpoint_than_the_configurations_is_refused(tmp_path):
 
 def test_planning_downloads_nothing(tmp_path):
     config = small(tmp_path, model__path="meta-llama/Llama-3.1-405B")
-    with pytest.raises(RefusedError, match=r"planning downloads nothing: set model\.architecture"):
+    with pytest.raises(RefusedError, match=r"model\.path .*model\.architecture"):
         make_plan(config, find_topology("cpu"))
 
 
-def test_both_forms_of_running_out_of_memory_are_understood():
+def test_both_forms_of_out_of_memory_errors_are_read():
     said = "RESOURCE_EXHAUSTED: Ran out of memory. Used 20.10G of 15.75G hbm. Exceeded by 4.35G."
-    assert read_out_of_memory(said) == "it needs 20.10 GiB where 15.75 are available"
+    assert read_out_of_memory(said) == "it needs 20.10 GiB, but 15.75 GiB are available"
     assert read_out_of_memory("x RESOURCE_EXHAUSTED: more\nthan that") == "RESOURCE_EXHAUSTED: more"
 
 
 @needs_libtpu
-def test_on_a_tpu_that_is_not_there(tmp_path):
-    """Two slices: what goes between them is the sum of the adapters' gradients, and no weights."""
+def test_only_adapter_gradients_cross_tpu_slices(tmp_path):
     config = small(
         tmp_path, model__dtype="bfloat16", parallel__slice=2, parallel__fsdp=2, parallel__tensor=2
     )
@@ -207,7 +205,7 @@ def run_plan(*flags: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_the_command_refuses_with_one_message():
+def test_command_rejects_a_topology_with_one_message():
     result = run_plan("--config=configs/hybrid_405b.py", "--topology=v5q:2x2")
     assert result.returncode == 2
     assert result.stderr.startswith("peft_jax.plan: ")
@@ -217,7 +215,7 @@ def test_the_command_refuses_with_one_message():
 
 @needs_libtpu
 @pytest.mark.slow
-def test_405b_at_half_of_full_fine_tunings_memory_and_the_exit_code_says_so():
+def test_405b_hybrid_needs_half_of_full_fine_tunings_memory():
     memory = {}
     for method in ("full", "hybrid"):
         result = run_plan(
@@ -231,7 +229,7 @@ def test_405b_at_half_of_full_fine_tunings_memory_and_the_exit_code_says_so():
 
 @needs_libtpu
 @pytest.mark.slow
-def test_what_does_not_fit_is_no_and_says_what_it_needs():
+def test_step_that_does_not_fit_names_the_memory_it_needs():
     result = run_plan(
         "--config=configs/hybrid_70b.py",
         "--topology=v5e:4x4",
@@ -240,12 +238,12 @@ def test_what_does_not_fit_is_no_and_says_what_it_needs():
     )
     assert result.returncode == 4, result.stderr
     assert "no: it needs" in result.stdout
-    assert "where 15.75 are available" in result.stdout
+    assert "but 15.75 GiB are available" in result.stdout
 
 
 @needs_libtpu
-def test_the_search_knows_that_a_quantized_base_is_smaller():
-    """70B in bfloat16 are 131 GiB, and all eight chips have 126; in NF4 they are 36."""
+def test_search_accounts_for_quantization():
+    """70B parameters take 131 GiB in bfloat16 and 36 GiB in NF4; eight chips have 126 GiB."""
     eight = find_topology("v5e:2x4")
     found = {}
     for quantization in ("none", "nf4"):
@@ -260,9 +258,9 @@ def test_the_search_knows_that_a_quantized_base_is_smaller():
 
 @needs_libtpu
 @pytest.mark.slow
-def test_the_search_finds_the_smallest_that_fits():
-    """The 1.5B model of configs/colab.py fits one chip; 7B of bfloat16 weights are 13 GiB."""
+def test_search_finds_the_smallest_topology_that_fits():
+    """The 1.5B model of configs/colab.py fits on one chip."""
     result = run_plan("--config=configs/colab.py", "--search", "--topology=v5e", "--json")
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["topology"] == "v5e:1x1"
-    assert "laid out by --config.parallel.data=1" in result.stderr
+    assert "best layout: --config.parallel.data=1" in result.stderr
