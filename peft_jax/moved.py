@@ -21,6 +21,7 @@ MOVED = {
     "peft_jax.exits": "peft_jax.runtime.exits",
     "peft_jax.hub.files": "peft_jax.runtime.files",
     "peft_jax.hub.leaves": "peft_jax.hub.leaf_sources",
+    "peft_jax.hub.peft_forms": "peft_jax.adapters.peft_form",
     "peft_jax.hub.place": "peft_jax.hub.leaf_loading",
     "peft_jax.parallel.arithmetic": "peft_jax.cost.flops",
     "peft_jax.parallel.chips": "peft_jax.cost.chips",

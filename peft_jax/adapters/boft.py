@@ -1,10 +1,13 @@
 """Implements BOFT: a product of butterfly-structured rotations of the kernel's input."""
 
 import dataclasses
-from typing import ClassVar
+import functools
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
@@ -16,6 +19,7 @@ from kernels_pallas.block_rotation import (
 from kernels_pallas.butterfly import butterfly_rotation, compose_butterfly
 from kernels_pallas.cayley import cayley
 from peft_jax.adapters.method import AdapterMethod, Arrays, Axes, GradientFactors
+from peft_jax.adapters.peft_form import NoPeftFormError, PeftForm, Shapes
 from peft_jax.core import LINEAR_OUTPUT, Kernel, linear
 from peft_jax.core.validation import check_fraction, check_positive_int
 
@@ -181,3 +185,120 @@ class BOFT(AdapterMethod):
             else (butterfly_rotation, arrays["factors"])
         )
         return rotate(x, rotations, precision=precision, implementation=implementation)
+
+    def peft_form(self) -> PeftForm | None:
+        """Returns PEFT's form; none for a subclass, which may compute something else."""
+        if type(self) is not BOFT:
+            return None
+        return BOFTForm(self) if self.n_butterfly_factors == 1 else ComposedBOFTForm(self)
+
+
+BOFT_NAMES = ("boft_R", "boft_s")
+
+COMPOSED_TOLERANCE = 1e-5
+"""Largest error of an entry after PEFT's Cayley transform of a composed rotation."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BOFTForm(PeftForm):
+    """`boft_R` [m, d_in / b, b, b] holds the full S, and `boft_s` [d_out, 1] the scale.
+
+    PEFT without its CUDA extension supports m = 1 only.
+    """
+
+    method: BOFT
+    peft_type = "BOFT"
+    names = BOFT_NAMES
+    exact = True
+
+    def settings(self) -> dict[str, Any]:
+        """Returns the block size, the number of factors and the dropout."""
+        return _peft_settings(self.method, self.method.block_size, self.method.n_butterfly_factors)
+
+    def shapes(self, d_in: int, d_out: int) -> Shapes:
+        """Returns [m, d_in / b, b, b] and [d_out, 1]."""
+        b, m = self.method.block_size, self.method.n_butterfly_factors
+        return {"boft_R": (m, d_in // b, b, b), "boft_s": (d_out, 1)}
+
+    def export(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Builds the skew-symmetric blocks."""
+        entries, b = arrays["r"], self.method.block_size
+        blocks = np.zeros((*entries.shape[:-1], b, b), entries.dtype)
+        rows, columns = np.triu_indices(b, k=1)
+        blocks[..., rows, columns] = entries
+        blocks[..., columns, rows] = -entries
+        return {"boft_R": blocks, "boft_s": arrays["scale"][:, None]}
+
+    def restore(self, tensors: Mapping[str, np.ndarray]) -> tuple[Arrays, Arrays]:
+        """Extracts the entries above the diagonal of the blocks' skew-symmetric parts."""
+        blocks = tensors["boft_R"]
+        rows, columns = np.triu_indices(self.method.block_size, k=1)
+        entries = (blocks[..., rows, columns] - blocks[..., columns, rows]) / 2
+        return {"r": entries.astype(blocks.dtype), "scale": tensors["boft_s"][:, 0]}, {}
+
+
+@dataclasses.dataclass(frozen=True)
+class ComposedBOFTForm(PeftForm):
+    """Several factors as one factor, their product M, with blocks of size b 2^(m-1).
+
+    Its skew-symmetric blocks are R = (I + M)⁻¹ (I - M), the inverse Cayley transform.
+    """
+
+    method: BOFT
+    peft_type = "BOFT"
+    names = BOFT_NAMES
+    exact = False
+
+    def settings(self) -> dict[str, Any]:
+        """Returns the settings of the one factor."""
+        return _peft_settings(self.method, self.method.composed_block_size, 1)
+
+    def shapes(self, d_in: int, d_out: int) -> Shapes:
+        """Returns [1, d_in / B, B, B] and [d_out, 1]."""
+        size = self.method.composed_block_size
+        return {"boft_R": (1, d_in // size, size, size), "boft_s": (d_out, 1)}
+
+    def export(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Returns the product's skew-symmetric blocks in float32.
+
+        Raises:
+          NoPeftFormError: The product rotates by nearly half a turn, which no Cayley
+              transform does.
+        """
+        entries = jnp.asarray(arrays["r"], jnp.float32)
+        product = np.asarray(_compose(entries, self.method.block_size), np.float64)
+        if not np.isfinite(product).all():
+            raise NoPeftFormError("its factors multiply to NaN or infinity")
+        eye = np.eye(product.shape[-1])
+        try:
+            r = np.linalg.solve(eye + product, eye - product)
+        except np.linalg.LinAlgError as error:
+            raise NoPeftFormError(_HALF_TURN) from error
+        skew = ((r - r.swapaxes(-1, -2)) / 2).astype(np.float32)
+        # PEFT's Cayley transform of it, in PEFT's precision.
+        again = np.linalg.solve((eye + skew).astype(np.float32), (eye - skew).astype(np.float32))
+        if not np.abs(again - product).max() < COMPOSED_TOLERANCE:
+            raise NoPeftFormError(_HALF_TURN)
+        scale = np.asarray(arrays["scale"], np.float32)
+        return {"boft_R": skew[None], "boft_s": scale[:, None]}
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _compose(r: jax.Array, block_size: int) -> jax.Array:
+    """Returns the blocks of the factors' product from their free entries."""
+    return compose_butterfly(cayley(r, block_size))
+
+
+_HALF_TURN = (
+    "its factors together turn something by nearly half a turn, which one factor, all that PEFT has"
+    " without its CUDA extension, cannot"
+)
+
+
+def _peft_settings(method: BOFT, block_size: int, factors: int) -> dict[str, Any]:
+    return {
+        "boft_block_num": 0,
+        "boft_block_size": block_size,
+        "boft_dropout": method.dropout,
+        "boft_n_butterfly_factor": factors,
+    }

@@ -2,14 +2,18 @@
 
 import dataclasses
 import math
-from typing import ClassVar
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from peft_jax.adapters.low_rank import low_rank_product
 from peft_jax.adapters.method import AdapterMethod, Arrays, Axes, GradientFactors
+from peft_jax.adapters.peft_form import PeftForm, Shapes
 from peft_jax.core import Kernel, linear
 from peft_jax.core.validation import check_fraction, check_positive, check_positive_int
 
@@ -112,3 +116,50 @@ class LoRA(AdapterMethod):
         """Returns s A B, the adapter's change of the kernel, in float32."""
         a, b = arrays["a"].astype(jnp.float32), arrays["b"].astype(jnp.float32)
         return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+    def peft_form(self) -> PeftForm | None:
+        """Returns PEFT's form; none for a subclass, which may compute something else."""
+        return LoRAForm(self) if type(self) is LoRA else None
+
+
+LORA_NAMES = ("lora_A.weight", "lora_B.weight")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAForm(PeftForm):
+    """`lora_A.weight` is Aᵀ and `lora_B.weight` is Bᵀ."""
+
+    method: LoRA
+    peft_type = "LORA"
+    names = LORA_NAMES
+    exact = True
+    patterns = MappingProxyType({"r": "rank_pattern", "lora_alpha": "alpha_pattern"})
+
+    def settings(self) -> dict[str, Any]:
+        """Returns the rank, the alpha that gives the method's scale, and what is fixed."""
+        return {
+            "init_lora_weights": True,
+            "lora_alpha": plain_number(self.method.alpha),
+            "lora_dropout": self.method.dropout,
+            "r": self.method.rank,
+            "use_dora": False,
+            "use_rslora": self.method.rank_stabilized,
+        }
+
+    def shapes(self, d_in: int, d_out: int) -> Shapes:
+        """Returns [r, d_in] and [d_out, r]."""
+        rank = self.method.rank
+        return {"lora_A.weight": (rank, d_in), "lora_B.weight": (d_out, rank)}
+
+    def export(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Transposes the factors."""
+        return {"lora_A.weight": arrays["a"].T, "lora_B.weight": arrays["b"].T}
+
+    def restore(self, tensors: Mapping[str, np.ndarray]) -> tuple[Arrays, Arrays]:
+        """Transposes the tensors."""
+        return {"a": tensors["lora_A.weight"].T, "b": tensors["lora_B.weight"].T}, {}
+
+
+def plain_number(value: float) -> float | int:
+    """Returns a whole number as an integer, as PEFT's files have it."""
+    return int(value) if float(value).is_integer() else float(value)

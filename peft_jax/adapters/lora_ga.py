@@ -2,13 +2,16 @@
 
 import dataclasses
 import math
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from peft_jax.adapters.lora import LoRA
+from peft_jax.adapters.lora import LoRA, LoRAForm, plain_number
 from peft_jax.adapters.method import Arrays, Axes, GradientFactors
+from peft_jax.adapters.peft_form import PeftForm, Shapes
 from peft_jax.core.validation import check_choice, check_positive
 
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
@@ -122,3 +125,45 @@ class LoRAGA(LoRA):
             "a": jnp.concatenate([trainable["a"], constant["a0"]], axis=1),
             "b": self.scale * jnp.concatenate([trainable["b"], -constant["b0"]], axis=0),
         }
+
+    def peft_form(self) -> PeftForm | None:
+        """Returns PEFT's form; none for a subclass, which may compute something else."""
+        return LoRAGAForm(self) if type(self) is LoRAGA else None
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAGAForm(LoRAForm):
+    """One LoRA of rank 2 r on the unchanged base: [A, A₀] and [B; -B₀]."""
+
+    method: LoRAGA
+
+    def settings(self) -> dict[str, Any]:
+        """Returns LoRA's settings for twice the rank.
+
+        Alpha is larger by 2, or by √2 where the scale is alpha / √r.
+
+        Example:
+          >>> LoRAGAForm(LoRAGA(rank=4, alpha=8.0, rank_stabilized=False)).settings()["lora_alpha"]
+          16
+        """
+        factor = math.sqrt(2) if self.method.rank_stabilized else 2
+        alpha = plain_number(self.method.alpha * factor)
+        return super().settings() | {"r": 2 * self.method.rank, "lora_alpha": alpha}
+
+    def shapes(self, d_in: int, d_out: int) -> Shapes:
+        """Returns [2 r, d_in] and [d_out, 2 r]."""
+        rank = 2 * self.method.rank
+        return {"lora_A.weight": (rank, d_in), "lora_B.weight": (d_out, rank)}
+
+    def export(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Concatenates the current and the initial factors."""
+        return {
+            "lora_A.weight": np.concatenate([arrays["a"], arrays["a0"]], axis=1).T,
+            "lora_B.weight": np.concatenate([arrays["b"], -arrays["b0"]], axis=0).T,
+        }
+
+    def restore(self, tensors: Mapping[str, np.ndarray]) -> tuple[Arrays, Arrays]:
+        """Splits the tensors into current and initial factors."""
+        a, a0 = np.split(tensors["lora_A.weight"].T, 2, axis=1)
+        b, b0 = np.split(tensors["lora_B.weight"].T, 2, axis=0)
+        return {"a": a, "b": b}, {"a0": a0, "b0": -b0}

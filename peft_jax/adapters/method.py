@@ -18,6 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 from jaxtyping import Array, Float
 
+from peft_jax.adapters.peft_form import PeftForm
 from peft_jax.core import Kernel
 
 Arrays = dict[str, Any]
@@ -63,6 +64,10 @@ class TrainingMethod:
         """Number of singular directions of the gradient that `init` needs; 0 for none."""
         return 0
 
+    def peft_form(self) -> PeftForm | None:
+        """Returns Hugging Face PEFT's form of the arrays; None if PEFT has no such method."""
+        return None
+
     @property
     def has_dropout(self) -> bool:
         """Whether the method uses dropout while training."""
@@ -73,6 +78,10 @@ class TrainingMethod:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterMethod(TrainingMethod, abc.ABC):
     """Base class of methods that adapt a kernel."""
+
+    uses_kernel: ClassVar[bool] = False
+    """Whether `init` is given the kernel itself, as a keyword argument `kernel` [d_in, d_out] in
+    float32, as a start from its singular vectors or its norms needs it."""
 
     def for_module(self, module: str, *, rank: int | None, alpha: float | None) -> "AdapterMethod":
         """Returns the method for one module, with that module's rank and alpha.

@@ -16,6 +16,7 @@ from peft_jax.adapters.sketch import LossFn, gradient_factors, kernel_shape
 from peft_jax.adapters.targets import Targets, TargetSettings, find_targets
 from peft_jax.core import (
     AdaptedKernel,
+    Kernel,
     Path,
     Tree,
     dense,
@@ -147,13 +148,14 @@ class AdapterSpec(TargetSettings):
                 ]
                 factors[path] = GradientFactors(*arrays)
         key = jax.eval_shape(lambda: jax.random.key(0))
-        trained = {path: flatten(params)[path] for path in targets.trained}
+        flat = flatten(params)
+        used = [*targets.trained, *(path for path, m in targets.adapted.items() if m.uses_kernel)]
         return jax.eval_shape(
-            lambda key, trained, factors: self._init(
-                key, unflatten(flatten(params) | trained), targets, factors
+            lambda key, leaves, factors: self._init(
+                key, unflatten(flat | leaves), targets, factors
             ),
             key,
-            trained,
+            {path: flat[path] for path in used},
             factors,
         )
 
@@ -172,11 +174,16 @@ class AdapterSpec(TargetSettings):
             *stack, d_in, d_out = kernel_shape(flat[path])
             module_key = jax.random.fold_in(key, zlib.crc32(join_path(path).encode()))
             make = _init_function(method, (d_in, d_out))
-            if stack:
-                keys = jax.random.split(module_key, stack[0])
-                learned, fixed = jax.vmap(make)(keys, factors.get(path))
+            kernel = flat[path] if method.uses_kernel else None
+            if not stack:
+                learned, fixed = make((module_key, factors.get(path), kernel))
             else:
-                learned, fixed = make(module_key, factors.get(path))
+                keys = jax.random.split(module_key, stack[0])
+                # One layer at a time where whole kernels are held in float32.
+                over_layers = (
+                    jax.vmap(make) if kernel is None else functools.partial(jax.lax.map, make)
+                )
+                learned, fixed = over_layers((keys, factors.get(path), kernel))
             trainable[path] = jax.tree.map(lambda a: a.astype(dtype), learned)
             for name, array in flatten(fixed).items():
                 constant[(*path, *name)] = array.astype(dtype)
@@ -297,8 +304,12 @@ def merge(params: Tree, spec: AdapterSpec, state: AdapterState) -> Tree:
 
 
 def _init_function(method: AdapterMethod, shape: tuple[int, int]):
-    def make(key: jax.Array, gradient: GradientFactors | None):
-        return method.init(key, shape, gradient)
+    def make(given: tuple[jax.Array, GradientFactors | None, Kernel | None]):
+        key, gradient, kernel = given
+        extra: dict[str, Any] = {}
+        if kernel is not None:
+            extra["kernel"] = dense(kernel).astype(jnp.float32)
+        return method.init(key, shape, gradient, **extra)
 
     return make
 

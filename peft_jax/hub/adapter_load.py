@@ -34,7 +34,6 @@ from peft_jax.hub.adapter_save import peft_trained_tensors
 from peft_jax.hub.checkpoint import PICKLED
 from peft_jax.hub.fetch import find_folder
 from peft_jax.hub.peft_config import check_peft_config, check_unchanged, write_peft_config
-from peft_jax.hub.peft_forms import peft_form
 from peft_jax.hub.peft_import import check_tied, drop_base_copies, read_peft_spec
 from peft_jax.hub.peft_names import PEFT_PREFIX
 from peft_jax.hub.tensors import StoredTensor, read_header
@@ -128,7 +127,7 @@ def _arrays_file(
         raise ValueError(
             f"{file} sets arrays = {config['arrays']!r}; it must be {ARRAYS!r} or {PEFT_ARRAYS!r}"
         )
-    form = peft_form(spec.method)
+    form = spec.method.peft_form()
     if form is None or not form.exact:
         raise ValueError(
             f"{file} sets arrays = {PEFT_ARRAYS!r}; for {spec.method.name!r} it must be {ARRAYS!r}"
@@ -190,7 +189,7 @@ def _shapes(
     model: Model, targets: Targets, path: Path, shape: tuple[int, ...]
 ) -> dict[str, tuple[int, ...]]:
     """Returns the shapes, by name, of the tensors of one adapted kernel [..., d_in, d_out]."""
-    form = peft_form(targets.adapted[path])
+    form = targets.adapted[path].peft_form()
     assert form is not None
     return {
         f"{PEFT_PREFIX}{module}.{name}": size
@@ -207,7 +206,7 @@ def _read_adapted(
     dtype: np.dtype,
 ) -> dict[tuple[str, Path], Any]:
     """Reads the arrays of one adapted kernel, by tree and path."""
-    form = peft_form(targets.adapted[path])
+    form = targets.adapted[path].peft_form()
     assert form is not None
     layers = []
     for module in modules_of(model, path):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.adapters import AdapterSpec, AdapterState, Targets
+from peft_jax.adapters.peft_form import NoPeftFormError, PeftForm, nbytes
 from peft_jax.core import Tree, flatten, is_stacked
 from peft_jax.hub.adapter_arrays import (
     ArrayTensors,
@@ -24,7 +25,6 @@ from peft_jax.hub.adapter_base import digest_of_origin
 from peft_jax.hub.adapter_digests import digest_arrays
 from peft_jax.hub.adapter_files import ARRAYS, CONFIG, PEFT_ARRAYS, PEFT_CONFIG, write_config
 from peft_jax.hub.peft_config import HEAD, tied_embedding, write_peft_config
-from peft_jax.hub.peft_forms import NoPeftFormError, PeftForm, nbytes, peft_form
 from peft_jax.hub.peft_names import PEFT_PREFIX
 from peft_jax.hub.save import MAX_SHARD_BYTES, save_model
 from peft_jax.hub.tensors import TensorToWrite, read_header, write_tensors
@@ -187,7 +187,7 @@ def _check_form(spec: AdapterSpec, targets: Targets, params: Tree) -> PeftForm:
             "full fine-tuning changes the base's own tensors and is no adapter to PEFT; export the"
             " merged model instead"
         )
-    form = peft_form(spec.method)
+    form = spec.method.peft_form()
     if form is None:
         raise NoPeftFormError(
             f"PEFT has no method {spec.method.name!r}; export the merged model instead"
@@ -219,7 +219,7 @@ def _peft_tensors(
         for tree in (state.trainable, state.constant)
     ]
     for path, method in targets.adapted.items():
-        own = peft_form(method)
+        own = method.peft_form()
         assert own is not None
         arrays = {
             name: np.asarray(array) for tree in trees for name, array in tree.get(path, {}).items()

@@ -5,14 +5,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft_jax.adapters import BOFT, AdapterSpec, LoRA, Targets
+from peft_jax.adapters import AdapterSpec, Targets
+from peft_jax.adapters.names import matches_name
+from peft_jax.adapters.peft_form import PeftForm
 from peft_jax.core import Path as TreePath
 from peft_jax.core import did_you_mean
 from peft_jax.core.typed_settings import convert
 from peft_jax.hub.adapter_arrays import modules_of
 from peft_jax.hub.adapter_files import CONFIG
-from peft_jax.hub.peft_forms import PeftForm, peft_rank_and_alpha
-from peft_jax.hub.peft_names import all_modules, matches_saved, matches_target, short_names
+from peft_jax.hub.peft_names import all_modules, matches_saved, short_names
 from peft_jax.models import Model, SequenceClassifier
 from peft_jax.models.naming import CLASSIFIER
 
@@ -181,18 +182,17 @@ def write_peft_config(
         "inference_mode": True,
         "modules_to_save": saved or None,
         "peft_type": form.peft_type,
-        "target_modules": short_names(model, list(targets.adapted), modules, matches_target),
+        "target_modules": short_names(model, list(targets.adapted), modules, matches_name),
         "task_type": "SEQ_CLS" if is_classifier else "CAUSAL_LM",
     }
-    method = spec.method
-    if isinstance(method, LoRA):
-        settings |= _lora_settings(model, method, targets)
-    if isinstance(method, BOFT):
-        settings |= {
-            "boft_block_num": 0,
-            "boft_block_size": method.block_size if form.exact else method.composed_block_size,
-            "boft_dropout": method.dropout,
-            "boft_n_butterfly_factor": method.n_butterfly_factors if form.exact else 1,
+    settings |= form.settings()
+    adapted = [module for path in targets.adapted for module in modules_of(model, path)]
+    for setting, pattern in form.patterns.items():
+        settings[pattern] = {
+            name: own.settings()[setting]
+            for path, method in targets.adapted.items()
+            if (own := method.peft_form()) and own.settings()[setting] != settings[setting]
+            for name in short_names(model, [path], adapted, matches_name)
         }
     return settings
 
@@ -206,30 +206,6 @@ def tied_embedding(model: Model, targets: Targets) -> TreePath | None:
     if not model.config.tie_word_embeddings:
         return None
     return next((path for path in targets.trained if path[-1] == "embedding"), None)
-
-
-def _lora_settings(model: Model, method: LoRA, targets: Targets) -> dict[str, Any]:
-    rank, alpha = peft_rank_and_alpha(method)
-    ranks, alphas = {}, {}
-    adapted = [module for path in targets.adapted for module in modules_of(model, path)]
-    for path, own in targets.adapted.items():
-        assert isinstance(own, LoRA)
-        own_rank, own_alpha = peft_rank_and_alpha(own)
-        for name in short_names(model, [path], adapted, matches_target):
-            if own_rank != rank:
-                ranks[name] = own_rank
-            if own_alpha != alpha:
-                alphas[name] = own_alpha
-    return {
-        "alpha_pattern": alphas,
-        "init_lora_weights": True,
-        "lora_alpha": alpha,
-        "lora_dropout": method.dropout,
-        "r": rank,
-        "rank_pattern": ranks,
-        "use_dora": False,
-        "use_rslora": method.rank_stabilized,
-    }
 
 
 def check_peft_config(config: Mapping[str, Any], file: Path) -> None:

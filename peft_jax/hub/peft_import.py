@@ -15,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.adapters import BOFT, AdapterSpec, LoRA
+from peft_jax.adapters.boft import BOFT_NAMES
+from peft_jax.adapters.lora import LORA_NAMES
 from peft_jax.adapters.names import matches_name
 from peft_jax.core import Path, Tree, flatten, is_stacked, join_path
 from peft_jax.core.patterns import compile_pattern
 from peft_jax.hub.adapter_arrays import listing, modules_of, read_tensor
 from peft_jax.hub.load import open_sources
 from peft_jax.hub.peft_config import HEAD
-from peft_jax.hub.peft_forms import BOFT_NAMES, LORA_NAMES
 from peft_jax.hub.peft_names import PEFT_PREFIX
 from peft_jax.hub.tensors import StoredTensor
 from peft_jax.models import Model

@@ -13,11 +13,6 @@ Matches = Callable[[str, str], bool]
 """Returns whether (a name in the configuration, a module's name) match."""
 
 
-def matches_target(name: str, module: str) -> bool:
-    """Matches by PEFT's rule for `target_modules`, and for plain names in `rank_pattern`."""
-    return module == name or module.endswith(f".{name}")
-
-
 def matches_saved(name: str, module: str) -> bool:
     """Matches by PEFT's rule for `modules_to_save`: "norm" also matches "input_layernorm"."""
     return module.endswith(name)

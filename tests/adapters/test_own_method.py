@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from peft_jax.adapters import METHODS, AdapterMethod, AdapterSpec, LoRA, register_method
-from peft_jax.core import flatten, linear
+from peft_jax.core import dense, flatten, linear
 from peft_jax.data import Batch
 from peft_jax.hub import load_adapter, save_adapter
 from peft_jax.models import build_model
@@ -127,3 +127,39 @@ def test_every_method_declares_its_properties():
     assert {name for name, method in METHODS.items() if method.trains_base} == {"full"}
     assert not LoRA().has_dropout
     assert LoRA(dropout=0.1).has_dropout
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FromNorms(Scaled):
+    """Scales a kernel's columns of norm 1 by trainable norms, which start at the kernel's own."""
+
+    name: ClassVar[str] = "from_norms"
+    uses_kernel: ClassVar[bool] = True
+
+    def init(self, key, shape, gradient=None, *, kernel):
+        assert kernel.shape == shape
+        norms = jnp.linalg.norm(kernel, axis=0)
+        return {"s": norms}, {"start": norms}
+
+    def axes(self, d_in, d_out):
+        return {"s": (d_out,)}, {"start": (d_out,)}
+
+    def prepare(self, trainable, constant, *, dropout_key=None):
+        return {"scale": trainable["s"] / constant["start"]}
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_a_start_from_the_kernel(quantization):
+    model = build_model(CONFIG)
+    params = model.init_params(jax.random.key(0), quantization=quantization)
+    spec = AdapterSpec(FromNorms(), target_modules=("up_proj", "q_proj"))
+    state = spec.init(jax.random.key(1), params)
+    for path, norms in flatten(state.constant).items():
+        kernel = dense(flatten(params)[path[:-1]])
+        np.testing.assert_allclose(norms, jnp.linalg.norm(kernel, axis=-2), rtol=1e-5)
+    shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), spec.abstract(params))
+    assert shapes == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
+    tokens = jnp.arange(12)[None]
+    np.testing.assert_allclose(
+        model(spec.bind(params, state), tokens), model(params, tokens), atol=1e-5
+    )
