@@ -44,7 +44,14 @@ def test_help_wraps_at_80_columns_and_gives_each_default(help_of, name):
 def test_the_help_of_train_has_its_own_flags_alone(help_of):
     found = set(re.findall(r"^  (--[\w.]+)", help_of("train"), re.MULTILINE))
     assert found == {
-        *("--traceback", "--config", "--config.SECTION.SETTING", "--workdir", "--allow_changed"),
+        *(
+            "--traceback",
+            "--import",
+            "--config",
+            "--config.SECTION.SETTING",
+            "--workdir",
+            "--allow_changed",
+        ),
         *("--plan", "--search", "--topology", "--json", "--distributed", "--coordinator"),
         *("--num_processes", "--process_id", "--contact_timeout"),
     }
