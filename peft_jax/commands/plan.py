@@ -104,8 +104,8 @@ def _platform_here() -> str:
     platform = jax.default_backend()
     if platform not in HERE:
         raise RefusedError(
-            f"say which devices to plan for: --topology=v5p:4x4x8, for example (those of this "
-            f"machine are of the kind {platform!r}, which goes by the name of its topology)"
+            f"--topology must be given on a machine with {platform!r} devices, for example"
+            " --topology=v5p:4x4x8"
         )
     return platform
 
