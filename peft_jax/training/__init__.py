@@ -1,14 +1,14 @@
-"""From a configuration to a fine-tuned adapter, and everything a run leaves behind.
+"""Fine-tunes adapters, from a configuration or in memory.
 
 - [`config`][peft_jax.training.config]: `RunConfig`, every setting of a run.
 - [`fine_tuning`][peft_jax.training.fine_tuning]: `train`, a run from Python.
-- [`loop`][peft_jax.training.loop]: `run`, which does what a configuration says.
+- [`loop`][peft_jax.training.loop]: `run`, which trains from a configuration.
 - [`prepare`][peft_jax.training.prepare]: everything a run needs, checked before it begins.
 - [`trainer`][peft_jax.training.trainer]: `Trainer`, training in memory from Python.
-- [`program`][peft_jax.training.program]: `StepProgram`, what a step computes with, as shapes.
+- [`program`][peft_jax.training.program]: `StepProgram`, the program of a step, as shapes.
 - [`step`][peft_jax.training.step]: `TrainStep`, one optimizer step.
-- [`checkpoints`][peft_jax.training.checkpoints]: to go on from.
-- [`report`][peft_jax.training.report]: the page and the pictures that a run leaves.
+- [`checkpoints`][peft_jax.training.checkpoints]: checkpoints to resume from.
+- [`report`][peft_jax.training.report]: metrics, summary, plots and report of a run.
 """
 
 from peft_jax.runtime.errors import (

@@ -1,4 +1,4 @@
-"""The program of a run, drawn from its configuration; no weights, no data."""
+"""Builds the program of a run from its configuration, without weights and data."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,15 +15,15 @@ from peft_jax.training.placement import RowPlacement
 from peft_jax.training.program import StepProgram, lay_out, place_rows
 
 _STEPS_UNTIL_COUNTED = 1_000_000
-"""Length of the schedule while epochs have not been counted in steps; no shape depends on it."""
+"""Schedule length while the steps of an epoch are unknown; no shape depends on it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Blueprint(StepProgram):
-    """What a run computes with; nothing in it is large.
+    """Program of a run; it holds no large arrays.
 
     Attributes:
-      config: The configuration.
+      config: Configuration of the run.
       steps: Number of optimizer steps, which the schedule spans.
     """
 
@@ -32,17 +32,17 @@ class Blueprint(StepProgram):
 
     @property
     def rows_on_a_device(self) -> int:
-        """Rows of a microbatch that one device has a part of."""
+        """Number of rows of a microbatch on one device."""
         return self.config.train.microbatch_size // self.placement.parts
 
     @property
     def batch_kind(self) -> type[Batch] | type[LabeledBatch]:
-        """What the batches are."""
+        """Type of the batches."""
         return LabeledBatch if isinstance(self.model, SequenceClassifier) else Batch
 
     @property
     def batch(self) -> AnyBatch:
-        """The rows of a step, cut into microbatches, as shapes with shardings."""
+        """Microbatches of a step, as shapes [microbatches, rows, tokens] with shardings."""
         train = self.config.train
         return abstract_batch(
             self.batch_kind,
@@ -53,14 +53,14 @@ class Blueprint(StepProgram):
 
     @property
     def init_batches(self) -> int:
-        """Number of batches that hold the microbatches a start along the gradient takes."""
+        """Number of batches whose microbatches initialize an adapter from the gradient."""
         return -(-self.config.init_batches // self.config.train.gradient_accumulation)
 
     def init_microbatches(self, batches: Sequence[AnyBatch]) -> list[AnyBatch]:
-        """Divides the first batches into the microbatches that such a start takes.
+        """Divides batches into the microbatches that initialize an adapter from the gradient.
 
         Args:
-          batches: The first `init_batches` of the stream, leaves [rows, ...].
+          batches: First `init_batches` batches of the stream, leaves [rows, ...].
         """
         size = self.config.train.microbatch_size
         return [
@@ -70,10 +70,10 @@ class Blueprint(StepProgram):
         ][: self.config.init_batches]
 
     def lasting(self, steps: int) -> "Blueprint":
-        """The same program with a schedule of `steps` steps.
+        """Returns the same program with a schedule of `steps` steps.
 
         Raises:
-          ValueError: the schedule does not fit into so few steps.
+          ValueError: The schedule does not fit in that many steps.
         """
         return dataclasses.replace(
             self,
@@ -83,7 +83,7 @@ class Blueprint(StepProgram):
         )
 
     def trace_step(self) -> jax.stages.Traced:
-        """Traces the step of the run's batches; lower and compile it where it is to run."""
+        """Traces the step for the run's batches; lower and compile the result."""
         return self.trace(self.batch)
 
 
@@ -95,18 +95,18 @@ def draw_blueprint(
     spec: AdapterSpec | None = None,
     optimizer: optax.GradientTransformationExtraArgs | None = None,
 ) -> Blueprint:
-    """The program of a run of a model on a mesh, whose devices need not be there.
+    """Builds the program of a run on a mesh, whose devices need not be present.
 
     Args:
-      config: the configuration.
-      model: the model.
-      mesh: the devices.
-      spec: what is adapted; by default as the configuration says.
-      optimizer: Turns gradients into updates; by default as the configuration says.
+      config: Configuration of the run.
+      model: Model to train.
+      mesh: Mesh of devices.
+      spec: Specification of the adapter. Default: that of the configuration.
+      optimizer: Optimizer. Default: that of the configuration.
 
     Raises:
-      ValueError: what is to be adapted cannot be, or the mesh does not divide the model or the
-        batch; the message says what would.
+      ValueError: A module cannot be adapted, or the mesh does not divide the model or the batch.
+        The message says what would work.
     """
     spec = config.spec if spec is None else spec
     platform = mesh.devices.flat[0].platform
@@ -144,10 +144,10 @@ def draw_blueprint(
 def optimizer_of(
     config: RunConfig, steps: int = _STEPS_UNTIL_COUNTED
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimizer of a configuration, the hybrid's mixing around it.
+    """Returns the optimizer of a configuration, including the hybrid's mixing.
 
     Args:
-      config: the configuration.
+      config: Configuration of the run.
       steps: Number of steps that the schedule spans; the state's shapes do not depend on it.
     """
     mixing = config.mixing if config.spec.method.branches else None
@@ -155,12 +155,12 @@ def optimizer_of(
 
 
 def _check_rows(config: RunConfig, placement: RowPlacement) -> None:
-    """Refuses batches that cannot be cut evenly."""
+    """Rejects batches whose rows the devices cannot share equally."""
     train = config.train
     parts = placement.parts
     if train.microbatch_size % parts:
         raise ValueError(
-            f"train.batch_size {train.batch_size} in {train.gradient_accumulation} microbatches "
-            f"makes {train.microbatch_size} rows at a time, which {parts} devices cannot share "
-            f"equally; the batch size must be a multiple of {parts * train.gradient_accumulation}"
+            f"train.batch_size is {train.batch_size}, but must be a multiple of"
+            f" {parts * train.gradient_accumulation}, so that {parts} devices share the rows of"
+            f" {train.gradient_accumulation} microbatches equally"
         )

@@ -1,17 +1,16 @@
-"""Checkpoints of a run, written in the background, and trusted only after they are verified.
+"""Writes checkpoints in the background, and verifies them before they are restored.
 
     checkpoints/
-      20/                   one folder a checkpoint, named by its step; it appears by a rename
-        arrays/             what Orbax writes: adapter and optimizer state
-        run/                JSON: the step, the data position, the seconds spent by phase
+      20/                   a checkpoint, named by its step; it appears by a rename
+        arrays/             adapter and optimizer state, written by Orbax
+        run/                JSON: the step, the data position, the seconds by phase
         manifest.json       the size and SHA-256 of every file of the folder
-      damaged-30/           a folder that did not agree with its manifest, set aside
+      damaged-30/           a checkpoint that did not agree with its manifest
 
 The manifest is written after the arrays and before the rename, once every array's metadata has been
-read back. A process that is killed at any moment therefore leaves whole checkpoints and, at most, a
-temporary folder that nobody reads; a file that was cut short or changed later does not agree with
-its manifest, and the checkpoint before is used. A folder that was renamed is found by the step it
-holds.
+read back. So a process that is killed at any moment leaves only complete checkpoints, and at most a
+temporary folder that is never read. A file that was truncated or changed later does not agree with
+its manifest, and the previous checkpoint is used. A renamed folder is found by the step it holds.
 """
 
 import contextlib
@@ -45,25 +44,27 @@ _DELETING = "deleting-"
 _DAMAGED = "damaged-"
 
 _NOT_LISTED = {_MANIFEST, "commit_success.txt", "_CHECKPOINT_METADATA"}
-"""Not in a manifest: itself, and what Orbax writes after it and does not need to read the rest."""
+"""Files that a manifest does not list: itself, and files that Orbax writes later and can lack."""
 
 _OS_ERROR = re.compile(r"\[os_error_code='(\d+)'\]")
-"""How TensorStore's messages name the system's error."""
+"""Pattern of the system's error number in TensorStore's messages."""
 
 
 class Checkpoints:
-    """The checkpoints of one run.
+    """Writes and restores the checkpoints of one run.
 
     Args:
-      folder: where they are; created with the first one.
-      keep: how many of the newest to keep; at least 2, so that one is left if the last is damaged.
-      asynchronous: whether `save` returns once the arrays are copied to the host, and the rest is
-        written while training goes on.
+      folder: Folder of the checkpoints; created with the first one.
+      keep: Number of newest checkpoints to keep; at least 2, in case the last one is damaged.
+      asynchronous: Whether `save` returns once the arrays are copied to the host, and writes them
+        in the background.
     """
 
     def __init__(self, folder: Path, *, keep: int = 3, asynchronous: bool = True):
         if keep < 2:
-            raise ValueError(f"keep is {keep}: at least 2, so that one is left if one is damaged")
+            raise ValueError(
+                f"keep is {keep}, but must be at least 2, in case the last checkpoint is damaged"
+            )
         self._folder = folder.absolute()
         self._keep = keep
         self._asynchronous = asynchronous
@@ -81,32 +82,32 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        # What ended the block is the reason; a checkpoint that failed for it too says nothing new.
+        # The exception that ended the block is the cause of a failing checkpoint too.
         with contextlib.suppress(*(() if kind is None else (StorageError,))):
             self.close()
 
     def steps(self) -> list[int]:
-        """The steps of the checkpoints that were written to their end, oldest first."""
+        """Returns the steps of the complete checkpoints, oldest first."""
         if not self._folder.is_dir():
             return []
         names = [p.name for p in self._folder.iterdir() if (p / _MANIFEST).is_file()]
         return sorted(int(name) for name in names if _STEP.fullmatch(name))
 
     def path(self, step: int) -> Path:
-        """The folder of one checkpoint."""
+        """Returns the folder of a checkpoint."""
         return self._folder / str(step)
 
     def save(self, step: int, arrays: Any, run: dict[str, Any]) -> None:
-        """Starts writing a checkpoint; waits for the one before it, if that is still being written.
+        """Starts writing a checkpoint, after the previous one has been written.
 
         Args:
-          step: how many steps have been taken.
-          arrays: a pytree of arrays. Its values are copied before this returns, so that the
-            buffers may be donated to the next step.
-          run: what else is needed to go on, as JSON.
+          step: Number of steps taken.
+          arrays: Pytree of arrays. They are copied before this returns, so that their buffers may
+            be donated to the next step.
+          run: Other state that is needed to resume, as JSON.
 
         Raises:
-          StorageError: the checkpoint before this one, or this one, could not be written.
+          StorageError: This or the previous checkpoint could not be written.
         """
         self.wait()
         self._prune()
@@ -123,31 +124,31 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Waits until what is being written is on disk.
+        """Waits until the checkpoint that is being written is on disk.
 
         Raises:
-          StorageError: it could not be written.
+          StorageError: The checkpoint could not be written.
         """
         with self._explaining_failures():
             self._checkpointer.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and gives the background thread back.
+        """Waits for the checkpoint that is being written, and stops the background thread.
 
         Raises:
-          StorageError: what was being written could not be.
+          StorageError: The checkpoint could not be written.
         """
         with self._closing, self._explaining_failures():
             self._checkpointer.close()
 
     def newest(self, *, say: Callable[[str], None]) -> int | None:
-        """The newest checkpoint that agrees with its manifest; damaged ones are set aside.
+        """Finds the newest checkpoint that agrees with its manifest, and renames damaged ones.
 
         Args:
-          say: told of each checkpoint that is not used, and why.
+          say: Prints a message for each checkpoint that is not used, and why.
 
         Returns:
-          Its step, or `None` when there is none. The same in every process.
+          The step of the checkpoint, or None without one; the same in every process.
         """
         found = -1
         if jax.process_index() == 0 and self._folder.is_dir():
@@ -164,19 +165,19 @@ class Checkpoints:
         return None if found < 0 else found
 
     def read_run(self, step: int) -> dict[str, Any]:
-        """What was saved beside the arrays."""
+        """Reads the JSON state that was saved with the arrays."""
         args = ocp.args.Composite(run=ocp.args.JsonRestore())
         return self._checkpointer.restore(self._orbax_path(step), args=args).run
 
     def read_arrays(self, step: int, abstract: Any) -> Any:
-        """The saved arrays, bit for bit, on the devices that are asked for.
+        """Restores the saved arrays bit for bit, with the given shardings.
 
         Args:
-          step: which checkpoint.
-          abstract: the tree of `jax.ShapeDtypeStruct`, with shardings, that was saved.
+          step: Step of the checkpoint.
+          abstract: Tree of `jax.ShapeDtypeStruct` with shardings, of the structure that was saved.
 
         Raises:
-          ValueError: the checkpoint holds another tree, or other shapes.
+          ValueError: The checkpoint has another structure, shapes or dtypes.
         """
         item = ocp.args.PyTreeRestore(
             item=abstract,
@@ -188,7 +189,7 @@ class Checkpoints:
             ).arrays
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{self.path(step)} does not hold the arrays this run needs: {error}"
+                f"{self.path(step)} does not have the arrays that this run needs: {error}"
             ) from error
         for (path, wanted), (_, leaf) in zip(
             jax.tree.leaves_with_path(abstract), jax.tree.leaves_with_path(restored), strict=True
@@ -196,22 +197,22 @@ class Checkpoints:
             if wanted.shape != leaf.shape or wanted.dtype != leaf.dtype:
                 raise ValueError(
                     f"{self.path(step)}: {join_path(names_of(path))} is "
-                    f"{leaf.dtype}{list(leaf.shape)}, this run needs "
+                    f"{leaf.dtype}{list(leaf.shape)}, but this run needs "
                     f"{wanted.dtype}{list(wanted.shape)}"
                 )
         return restored
 
     def _orbax_path(self, step: int) -> Path:
-        """The folder of one checkpoint, by a path that Orbax can take."""
+        """Returns the folder of a checkpoint, as a path that Orbax accepts."""
         return self._orbax_folder / str(step)
 
     def _seal(self) -> None:
         """Writes the manifest into the folder that is about to be renamed into place.
 
-        Orbax calls this, in the first process, when every array is on disk.
+        Orbax calls this in the first process when every array is on disk.
 
         Raises:
-          StorageError: the arrays could not be restored from there.
+          StorageError: The arrays cannot be restored from the folder.
         """
         name = str(self._saving)
         for folder in self._folder.iterdir():
@@ -219,13 +220,13 @@ class Checkpoints:
                 self._check_restorable(folder)
                 write_json(folder / _MANIFEST, _describe(folder))
                 return
-        raise FileNotFoundError(f"checkpoint {name} is not being written under {self._folder}")
+        raise FileNotFoundError(f"checkpoint {name} is not being written in {self._folder}")
 
     def _check_restorable(self, folder: Path) -> None:
-        """Reads back where each array is, its shape and its dtype; but not its numbers.
+        """Reads back each array's location, shape and dtype, but not its values.
 
         Raises:
-          StorageError: an array is missing, or another than was saved.
+          StorageError: An array is missing, or differs from the saved one.
         """
         try:
             read = ocp.PyTreeCheckpointHandler().metadata(
@@ -234,19 +235,19 @@ class Checkpoints:
             written = jax.tree.map(_shape_and_dtype, read.tree)
         except (ValueError, KeyError, OSError) as error:
             raise StorageError(
-                f"checkpoint {self._folder / str(self._saving)} cannot be read back, and is not"
+                f"checkpoint {self._folder / str(self._saving)} cannot be read back, so it is not"
                 f" used: {_first_line(error)}"
             ) from error
         leaves, expected = jax.tree.leaves(written), jax.tree.leaves(self._saved_arrays)
         if sorted(map(repr, leaves)) != sorted(map(repr, expected)):
             raise StorageError(
-                f"checkpoint {self._folder / str(self._saving)} holds {len(leaves)} arrays where"
-                f" {len(expected)} were saved, or of other shapes, and is not used"
+                f"checkpoint {self._folder / str(self._saving)} is not used, because its"
+                f" {len(leaves)} arrays differ in number or shape from the {len(expected)} saved"
             )
 
     @contextlib.contextmanager
     def _explaining_failures(self) -> Iterator[None]:
-        """Raises what goes wrong while a checkpoint is written as one line."""
+        """Converts errors while a checkpoint is written to a `StorageError` of one line."""
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
@@ -259,33 +260,33 @@ class Checkpoints:
             ) from error
 
     def _prune(self) -> None:
-        """Deletes the oldest, so that `keep` are left once the next one is written."""
+        """Deletes the oldest checkpoints, so that `keep` are left after the next one."""
         if jax.process_index() != 0:
             return
         for step in self.steps()[: -(self._keep - 1)]:
             doomed = self._folder / f"{_DELETING}{step}"
-            # Renamed first: a folder that is only half deleted must not look like a checkpoint.
+            # Renames first, so that a partly deleted folder does not look like a checkpoint.
             self.path(step).rename(doomed)
             shutil.rmtree(doomed)
 
     def _clean(self, say: Callable[[str], None]) -> None:
-        """Removes what a killed process left half written or half deleted."""
+        """Removes folders that a killed process left partly written or partly deleted."""
         for entry in sorted(self._folder.iterdir()):
             name = entry.name
             if name.startswith(_DELETING):
-                say(f"removed {entry}, which a killed run had begun to delete")
+                say(f"removed {entry}, which a killed run had partly deleted")
                 shutil.rmtree(entry)
             elif _UNFINISHED.fullmatch(name):
-                say(f"checkpoint {entry} was not written to its end; it is removed")
+                say(f"removed the incomplete checkpoint {entry}")
                 shutil.rmtree(entry)
             elif _STEP.fullmatch(name) and not (entry / _MANIFEST).is_file():
                 self._set_aside(int(name), f"it has no {_MANIFEST}", say)
 
     def _restore_names(self, say: Callable[[str], None]) -> None:
-        """Gives folders their names back that hold another step than their names say.
+        """Restores the names of folders that hold another step than their name says.
 
-        A folder of another kind of name is taken for a copy that somebody keeps, unless it holds
-        the newest step of all.
+        A folder whose name is not a step is assumed to be the user's copy, unless it holds the
+        newest step of all.
         """
         newest = max(self.steps(), default=-1)
         for entry in sorted(self._folder.iterdir()):
@@ -300,14 +301,13 @@ class Checkpoints:
             if not self.path(held).exists():
                 entry.rename(self.path(held))
                 say(
-                    f"checkpoint {entry} holds step {held}, and had been renamed; it is now"
-                    f" {self.path(held)}"
+                    f"renamed checkpoint {entry} to {self.path(held)}, because it holds step {held}"
                 )
             elif named is not None:
-                self._set_aside(named, f"it holds step {held}, which {self.path(held)} is", say)
+                self._set_aside(named, f"it holds step {held}, as {self.path(held)} does", say)
 
     def _fault(self, folder: Path) -> str | None:
-        """What disagrees with the manifest, or `None`."""
+        """Returns how a folder disagrees with its manifest; None if it agrees."""
         try:
             manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
             wanted = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
@@ -334,11 +334,11 @@ class Checkpoints:
         if aside.exists():
             shutil.rmtree(aside)
         self.path(step).rename(aside)
-        say(f"checkpoint {self.path(step)} is damaged ({fault}); it is not used, and now {aside}")
+        say(f"checkpoint {self.path(step)} is damaged ({fault}); renamed it to {aside}")
 
 
 def _describe(folder: Path) -> dict[str, dict[str, Any]]:
-    """The size and digest of every file of a folder, by path."""
+    """Returns the size and digest of every file of a folder, by path."""
     return {
         path.relative_to(folder).as_posix(): {
             "bytes": path.stat().st_size,
@@ -355,7 +355,7 @@ def _sha256(path: Path) -> str:
 
 
 def _held_step(folder: Path) -> int | None:
-    """The step that a checkpoint says it holds, whatever its folder's name is."""
+    """Returns the step recorded in a checkpoint, whatever its folder's name."""
     try:
         step = json.loads((folder / "run" / "metadata").read_text(encoding="utf-8"))["step"]
     except (OSError, ValueError, TypeError, KeyError):
@@ -373,25 +373,25 @@ def _first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _plain_path(folder: Path) -> Iterator[Path]:
-    """A path to a folder without characters that Orbax and TensorStore read as patterns.
+    """Yields a path to a folder without characters that Orbax and TensorStore read as patterns.
 
-    They expand "lr[1e-3]", and do not find what they have written there. Such a folder is created,
-    and reached through a link with a plain name while the block lasts.
+    They expand "lr[1e-3]" and then do not find their own files. Such a folder is created, and used
+    through a link with a plain name during the block.
     """
     if not _is_pattern(folder):
         yield folder
         return
     if jax.process_count() > 1:
         raise RefusedError(
-            f"{folder} has characters of a pattern in its name, which several processes cannot"
-            " write to; give a --workdir without * ? [ and \\"
+            f"{folder} has pattern characters, which a multi-process run does not support; give a"
+            " --workdir without * ? [ and \\"
         )
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="peft_jax-") as holder:
         if _is_pattern(holder):
             raise RefusedError(
-                f"{folder} can only be written to through a link in the folder of temporary files,"
-                f" and {holder} has characters of a pattern too: set TMPDIR to a plain path"
+                f"{folder} has pattern characters and needs a link in the temporary folder, but"
+                f" {holder} has them too; set TMPDIR to a path without * ? [ and \\"
             )
         link = Path(holder, "checkpoints")
         link.symlink_to(folder, target_is_directory=True)
@@ -406,7 +406,7 @@ def _is_pattern(path: Path | str) -> bool:
 
 
 class _OrbaxTracebacks(logging.Filter):
-    """Holds back the tracebacks of errors that Orbax's threads both log and raise."""
+    """Suppresses the tracebacks of errors that Orbax's threads both log and raise."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not (record.exc_info and "orbax" in Path(record.pathname).parts)
@@ -414,14 +414,14 @@ class _OrbaxTracebacks(logging.Filter):
 
 @contextlib.contextmanager
 def _without_tracebacks() -> Iterator[None]:
-    """Keeps Orbax, and what it leaves running, from printing tracebacks while the block lasts."""
+    """Keeps Orbax and its background tasks from printing tracebacks during the block."""
     held_back = _OrbaxTracebacks()
     logger = logging.getLogger("absl")
     logger.addFilter(held_back)
     before = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
-        # After the first array that cannot be written, Orbax does not wait for the others.
+        # Orbax does not wait for the other arrays after the first that cannot be written.
         if str(unraisable.exc_value) != "Event loop is closed":
             before(unraisable)
 

@@ -1,6 +1,6 @@
-"""The loss and the measures of an encoder with a head.
+"""Computes the loss and metrics of a sequence classifier.
 
-B rows, T tokens, C labels.
+Axes: B rows, T tokens, C labels.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,17 +21,17 @@ from peft_jax.training.placement import RowPlacement
 def classifier_outputs(
     model: SequenceClassifier, params: Tree, batch: LabeledBatch
 ) -> tuple[Float[Array, "rows labels"], Float[Array, " rows"]]:
-    """The head's outputs, and each row's loss as transformers takes it.
+    """Returns the head's outputs and each row's loss, as transformers defines it.
 
     The loss is the cross-entropy in nats or, with one output, the squared error.
 
     Args:
-      model: the model.
-      params: its parameters, with adapters bound.
-      batch: rows [B, T].
+      model: Sequence classifier.
+      params: Parameters of the model, with adapters bound.
+      batch: Rows [B, T].
 
     Returns:
-      ([B, C], [B]), float32; rows that only fill the batch up have a loss of 0.
+      Outputs [B, C] and losses [B], float32. Padding rows have a loss of 0.
     """
     outputs = model(
         params, batch.tokens, token_types=batch.token_types, segment_ids=batch.segment_ids
@@ -46,14 +46,14 @@ def classifier_outputs(
 
 
 class ClassifierEvaluator:
-    """Measures an adapted classifier on held-out rows; is called as `Evaluator` is.
+    """Evaluates an adapted classifier on held-out rows, with the interface of `Evaluator`.
 
     Args:
-      model: the model.
-      spec: what is adapted.
-      data: the held-out data; it may be empty.
-      placement: where rows go.
-      microbatches: into how many microbatches the data's batches are cut.
+      model: Sequence classifier.
+      spec: Specification of the adapter.
+      data: Held-out data; may be empty.
+      placement: Sharding of rows.
+      microbatches: Number of microbatches of a batch.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class ClassifierEvaluator:
 
     @property
     def empty(self) -> bool:
-        """Whether there is nothing to measure on."""
+        """Whether there are no held-out rows."""
         return len(self._data) == 0
 
     def __call__(
@@ -89,17 +89,16 @@ class ClassifierEvaluator:
         *,
         stop: Callable[[], bool] = lambda: False,
     ) -> dict[str, float] | None:
-        """Measures.
+        """Evaluates all held-out rows.
 
         Args:
-          frozen: the base's parameters, without those that are trained themselves.
-          adapter: the adapter's arrays.
-          stop: asked before each batch; when it says so, the rest is left.
+          frozen: Frozen parameters of the base model.
+          adapter: Arrays of the adapter.
+          stop: Called before each batch; true stops the evaluation.
 
         Returns:
-          "loss", the mean over all held-out rows, "targets", their number, and what the recipe
-          measures: accuracy, Matthews' correlation, F1, Pearson's and Spearman's correlation. None
-          when stopped.
+          "loss", the mean over held-out rows, "targets", their number, and the recipe's metrics:
+          accuracy, Matthews correlation, F1, Pearson and Spearman correlation. None if stopped.
         """
         found: list[Any] = []
         for batch in self._data:
@@ -107,13 +106,13 @@ class ClassifierEvaluator:
                 return None
             placed = self._placement.put_microbatches(batch, self._microbatches)
             found.append(self._measure(frozen, adapter, placed))
-        # A batch is cut into microbatches as it stands, [microbatches, B, ...], in every process.
+        # Microbatches are consecutive rows in every process, [microbatches, B, ...].
         columns = zip(*jax.device_get(found), strict=True)
         outputs, losses = (
             np.concatenate([part.reshape(-1, *part.shape[2:]) for part in parts])
             for parts in columns
         )
-        # The last batch is filled up with rows after those of the examples.
+        # The last batch ends with padding rows.
         examples = self._data.examples
         measured = {
             "loss": float(np.sum(losses, dtype=np.float64) / len(examples)),

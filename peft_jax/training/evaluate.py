@@ -1,4 +1,4 @@
-"""Measuring on held-out data: the loss, and for classifications which label the model prefers."""
+"""Evaluates a language model on held-out data: loss, token accuracy and preferred labels."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -20,19 +20,19 @@ from peft_jax.training.placement import RowPlacement
 from peft_jax.training.prepare import Job
 
 _LENGTH_MULTIPLE = 64
-"""Rows of choices are cut to the longest, rounded up to this."""
+"""Rows of choices are padded to a multiple of this number of tokens."""
 
 
 @struct.dataclass
 class ChoiceRows:
-    """One row for each choice of each example; a pytree. Axes: B rows, T tokens, K of a choice.
+    """One row per choice of each example; a pytree. Axes: B rows, T tokens, K tokens of a choice.
 
     Attributes:
-      tokens: int32 [B, T], the prompt and the choice without its last token.
-      segment_ids: int32 [B, T], 1 where there is a token.
-      before: int32 [B, K], the position that each token of the choice is predicted at.
-      targets: int32 [B, K], the tokens of the choice.
-      mask: float32 [B, K], 1 where there is one.
+      tokens: Prompt and choice without the last token, int32 [B, T].
+      segment_ids: 1 at tokens and 0 at padding, int32 [B, T].
+      before: Position at which each token of the choice is predicted, int32 [B, K].
+      targets: Tokens of the choice, int32 [B, K].
+      mask: 1 at tokens and 0 at padding of a choice, float32 [B, K].
     """
 
     tokens: Any
@@ -43,16 +43,16 @@ class ChoiceRows:
 
 
 class Evaluator:
-    """Measures an adapted model on held-out data.
+    """Evaluates an adapted language model on held-out data.
 
     Args:
-      model: the model.
-      spec: what is adapted.
-      data: the held-out data; it may be empty.
-      placement: where rows go.
-      microbatches: into how many microbatches the data's batches are cut.
-      microbatch_size: rows of one.
-      chunk_size: positions whose logits are held at a time.
+      model: Language model.
+      spec: Specification of the adapter.
+      data: Held-out data; may be empty.
+      placement: Sharding of rows.
+      microbatches: Number of microbatches of a batch.
+      microbatch_size: Number of rows of a microbatch.
+      chunk_size: Number of positions whose logits are held at once.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Evaluator:
         def preference(frozen: Tree, adapter: AdapterState, rows: ChoiceRows):
             return choice_log_likelihood(model, spec.bind(frozen, adapter), rows)
 
-        # Every process reads the results, wherever the rows were.
+        # Results are replicated, because every process reads them.
         everywhere = jax.NamedSharding(placement.rows.mesh, jax.P())
         self._loss = jax.jit(loss, out_shardings=everywhere)
         self._preference = jax.jit(preference, out_shardings=everywhere)
@@ -87,7 +87,7 @@ class Evaluator:
 
     @property
     def empty(self) -> bool:
-        """Whether there is nothing to measure on."""
+        """Whether there are no held-out rows."""
         return len(self._data) == 0
 
     def __call__(
@@ -97,17 +97,17 @@ class Evaluator:
         *,
         stop: Callable[[], bool] = lambda: False,
     ) -> dict[str, float] | None:
-        """Measures.
+        """Evaluates all held-out data.
 
         Args:
-          frozen: the base's parameters, without those that are trained themselves.
-          adapter: the adapter's arrays.
-          stop: asked before each batch; when it says so, the rest is left.
+          frozen: Frozen parameters of the base model.
+          adapter: Arrays of the adapter.
+          stop: Called before each batch; true stops the evaluation.
 
         Returns:
-          "loss", the mean over all held-out targets in nats; "token_accuracy", the share of them
-          that the model holds likeliest; "targets", their number; and for classifications what the
-          recipe measures of the preferred labels. None when stopped.
+          "loss", the mean over held-out targets in nats; "token_accuracy", the share of targets
+          that are the likeliest token; "targets", their number; and for examples with choices the
+          recipe's metrics of the preferred ones. None if stopped.
         """
         sums = []
         for batch in self._data:
@@ -132,7 +132,7 @@ class Evaluator:
     def _scores(
         self, frozen: Tree, adapter: AdapterState, stop: Callable[[], bool]
     ) -> np.ndarray | None:
-        """The log-likelihood of each choice of each example; None when stopped."""
+        """Returns the log-likelihood of each choice of each example; None if stopped."""
         rows = choice_rows(self._choices, self._data.encoder)
         scores = []
         for part in choice_parts(rows, self._microbatch_size):
@@ -146,7 +146,7 @@ AnyEvaluator = Evaluator | ClassifierEvaluator
 
 
 def make_evaluator(job: Job) -> AnyEvaluator:
-    """What measures a run's model on its held-out data."""
+    """Returns the evaluator of a run's model."""
     if isinstance(job.model, SequenceClassifier):
         return ClassifierEvaluator(
             job.model,
@@ -170,13 +170,17 @@ def make_evaluator(job: Job) -> AnyEvaluator:
 def token_sums(
     model: CausalLM, params: Tree, batch: Batch, *, chunk_size: int
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
-    """Sums over a batch's targets: of their losses, of those that are the likeliest, of themselves.
+    """Returns a batch's sum of losses, its correctly predicted targets, and its targets.
 
     Args:
-      model: the model.
-      params: its parameters, with adapters bound.
-      batch: rows [B, T].
-      chunk_size: positions whose logits are held at a time.
+      model: Language model.
+      params: Parameters of the model, with adapters bound.
+      batch: Rows [B, T].
+      chunk_size: Number of positions whose logits are held at once.
+
+    Returns:
+      Sum of losses in nats, number of targets that are the likeliest token, and number of targets;
+      float32 [] each.
     """
     hidden, _ = model.hidden_states(
         params, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids
@@ -192,9 +196,9 @@ def token_sums(
 
 
 def choice_log_likelihood(model: CausalLM, params: Tree, rows: ChoiceRows) -> Float[Array, " rows"]:
-    """The log-likelihood of each row's choice after its prompt, in nats, summed over its tokens.
+    """Returns the log-likelihood of each row's choice given its prompt, in nats.
 
-    Logits are computed where the choice is predicted, and nowhere else.
+    Logits are only computed at the positions that predict the choice.
     """
     hidden, _ = model.hidden_states(params, rows.tokens, segment_ids=rows.segment_ids)
     picked = jnp.take_along_axis(hidden, rows.before[:, :, None], axis=1)
@@ -204,11 +208,11 @@ def choice_log_likelihood(model: CausalLM, params: Tree, rows: ChoiceRows) -> Fl
 
 
 def choice_rows(examples: Sequence[Example], encoder: Any) -> ChoiceRows:
-    """Every choice of every example as a row, in order.
+    """Returns one row per choice of every example, in order.
 
     Args:
-      examples: with choices.
-      encoder: the data's `Encoder`, so that choices meet prompts as answers do in training.
+      examples: Examples with choices.
+      encoder: Encoder of the data, which joins choices to prompts as answers in training.
     """
     pairs = [
         (encoder.prompt_ids(example), choice)
@@ -236,7 +240,7 @@ def choice_rows(examples: Sequence[Example], encoder: Any) -> ChoiceRows:
 
 
 def choice_parts(rows: ChoiceRows, size: int) -> Iterator[ChoiceRows]:
-    """Yields rows a fixed number at a time; the last part is filled up with zeros."""
+    """Yields `size` rows at a time; the last part is padded with zeros."""
     for start in range(0, len(rows.tokens), size):
         yield jax.tree.map(lambda x, at=start: _filled(x[at : at + size], size), rows)
 
@@ -247,8 +251,8 @@ def preferred_answers(
     """Returns the likeliest choice of each example.
 
     Args:
-      scores: Log-likelihood of each row of `choice_rows`; what follows is padding.
-      examples: The examples that the rows were made of.
+      scores: Log-likelihood of each row of `choice_rows`, and of padding rows after them.
+      examples: Examples of the rows.
     """
     answers, at = [], 0
     for example in examples:
@@ -259,6 +263,6 @@ def preferred_answers(
 
 
 def _filled(rows: np.ndarray, count: int) -> np.ndarray:
-    """Rows filled up to `count` with zeros."""
+    """Pads rows to `count` with zeros."""
     missing = count - len(rows)
     return np.pad(rows, [(0, missing)] + [(0, 0)] * (rows.ndim - 1)) if missing else rows

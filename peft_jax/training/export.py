@@ -1,4 +1,4 @@
-"""The result of a run as files for others: the adapter, or the whole model, or both."""
+"""Exports the result of a run: the adapter, the merged model, or both."""
 
 import shutil
 
@@ -13,17 +13,17 @@ from peft_jax.training.prepare import Job
 from peft_jax.training.workdir import WorkDir
 
 _GENERATION_CONFIG = "generation_config.json"
-"""What ends a chat model's turns often stands there alone."""
+"""File that often alone names the end token of a chat model's turns."""
 
 
 def export_results(job: Job, folder: WorkDir, frozen: Tree, adapter: AdapterState) -> None:
-    """Writes `adapter/` and `model/`, whichever the run leaves, each with the tokenizer.
+    """Writes `adapter/` and `model/`, as configured, each with the tokenizer.
 
     Args:
-      job: what the run was made of.
-      folder: where it works.
-      frozen: the base's parameters, without those that are trained themselves.
-      adapter: the adapter's arrays; every process has to call this with its part of them.
+      job: Job of the run.
+      folder: Work directory.
+      frozen: Frozen parameters of the base model.
+      adapter: Arrays of the adapter. Every process must call this with its shards.
     """
     if exports_adapter(job.config):
         everywhere = jax.NamedSharding(job.mesh, jax.P())
@@ -35,7 +35,7 @@ def export_results(job: Job, folder: WorkDir, frozen: Tree, adapter: AdapterStat
 
 
 def exports_model(config: RunConfig) -> bool:
-    """Whether a run leaves the whole model; one process alone can write it."""
+    """Returns whether a run exports the merged model, which only a single process can write."""
     merged = config.export.merged
     if merged is None:
         merged = config.spec.method.trains_base and jax.process_count() == 1
@@ -43,18 +43,18 @@ def exports_model(config: RunConfig) -> bool:
 
 
 def exports_adapter(config: RunConfig) -> bool:
-    """Whether a run leaves an adapter; full weights are in the whole model, and written once."""
+    """Returns whether a run exports an adapter; full weights are only in the exported model."""
     return not (config.spec.method.trains_base and exports_model(config))
 
 
 def exported(config: RunConfig) -> tuple[str, ...]:
-    """The names of the folders that a run leaves, the one to load first."""
+    """Returns the names of the exported folders; the first is the one to load."""
     present = {"model": exports_model(config), "adapter": exports_adapter(config)}
     return tuple(name for name, there in present.items() if there)
 
 
 def _export_adapter(job: Job, folder: WorkDir, adapter: AdapterState) -> None:
-    """The adapter, in a folder that is there when it is whole."""
+    """Writes the adapter atomically."""
     settings = job.config.model
     save_adapter(
         folder.adapter,
@@ -65,11 +65,11 @@ def _export_adapter(job: Job, folder: WorkDir, adapter: AdapterState) -> None:
         quantization=settings.quantization,
     )
     job.tokenizer.save_pretrained(folder.adapter)
-    remove_unfinished(folder.adapter)  # the work directory is this run's alone
+    remove_unfinished(folder.adapter)  # no other run writes in the work directory
 
 
 def _export_model(job: Job, folder: WorkDir, frozen: Tree, adapter: AdapterState) -> None:
-    """The merged model in the base's dtype, in a folder that is there when it is whole."""
+    """Writes the merged model atomically, in the base model's dtype."""
     with atomic_folder(folder.model) as temporary:
         dtype = job.config.model.dtype
         export_merged(temporary, job.model, frozen, job.spec, adapter, dtype=dtype)

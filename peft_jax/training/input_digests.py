@@ -1,14 +1,13 @@
-"""What a run computes with, known by content: its base and its data.
+"""Identifies a run's base model and data by content, and compares them when the run resumes.
 
-A run records both at its first start, in `inputs.json` and in each checkpoint, and compares when it
-is resumed:
+A run records them at its first start, in `inputs.json` and in each checkpoint:
 
-    base  the hub's commit, where the base has a name there; digests of configuration, tokenizer and
+    base  the Hub commit of a base model from the Hub; digests of configuration, tokenizer and
           weights
-    data  the hub's commit, where the data has a name there; else digests of the files that the rows
-          are read from, and of `data.chat_template`
+    data  the Hub commit of data from the Hub; else digests of the files that rows are read from,
+          and of `data.chat_template`
 
-On resuming, what has a name on the hub is asked for at the recorded commit.
+A resumed run loads models and data of the Hub at the recorded commit.
 """
 
 import dataclasses
@@ -26,7 +25,7 @@ from peft_jax.runtime.errors import RefusedError
 from peft_jax.training.config import RunConfig
 
 MAY_BE_ALLOWED = ("base", "data")
-"""What `--allow_changed` takes."""
+"""Values of `--allow_changed`."""
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NAMED_AT_MOST = 8
@@ -34,10 +33,10 @@ _NAMED_AT_MOST = 8
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Content:
-    """What the base, or the data, is made of.
+    """Content of the base model or of the data.
 
     Attributes:
-      commits: Commits on the Hugging Face hub, by repository.
+      commits: Commits on the Hugging Face Hub, by repository.
       files: Digests of files, or of arrays of a converted checkpoint, by name.
     """
 
@@ -46,14 +45,14 @@ class Content:
 
     @property
     def commit(self) -> str | None:
-        """The commit, where everything is of one."""
+        """The commit, if there is exactly one."""
         found = set(self.commits.values())
         return found.pop() if len(found) == 1 else None
 
     def changes(self, now: "Content") -> list[str]:
-        """Returns what differs, in words."""
+        """Returns the differences as text."""
         words = [
-            f"{name} is commit {commit}, and was {self.commits[name]}"
+            f"{name} is at commit {commit}, but was at {self.commits[name]}"
             for name, commit in sorted(now.commits.items())
             if self.commits.get(name, commit) != commit
         ]
@@ -62,26 +61,26 @@ class Content:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What a run computes with.
+    """Inputs of a run.
 
     Attributes:
-      base: The model's checkpoint.
-      data: The rows, for training and held out.
+      base: Checkpoint of the base model.
+      data: Training and held-out rows.
     """
 
     base: Content
     data: Content
 
     def to_mapping(self) -> dict[str, Any]:
-        """Returns the inputs as nested dictionaries that JSON can hold."""
+        """Returns the inputs as nested dictionaries of JSON values."""
         return dataclasses.asdict(self)
 
     @staticmethod
     def from_mapping(given: Any) -> "Inputs":
-        """Returns the inputs that `to_mapping` gave.
+        """Returns the inputs of a mapping from `to_mapping`.
 
         Raises:
-          ValueError: It gave something else.
+          ValueError: The mapping has another form.
         """
         try:
             return Inputs(**{name: _content(given[name]) for name in MAY_BE_ALLOWED})
@@ -90,21 +89,21 @@ class Inputs:
 
     @staticmethod
     def read(file: Path) -> "Inputs":
-        """Returns the inputs recorded in a file.
+        """Reads the inputs recorded in a file.
 
         Raises:
-          OSError: It cannot be read.
-          ValueError: It holds something else.
+          OSError: The file cannot be read.
+          ValueError: The file has another form.
         """
         return Inputs.from_mapping(json.loads(file.read_text(encoding="utf-8")))
 
 
 class InputsReader:
-    """Reads what a run computes with; the base in the background, from when its folder is known.
+    """Computes digests of a run's inputs; those of the base model in the background.
 
     Args:
-      config: The run's configuration.
-      reads: Whether this process reads anything.
+      config: Configuration of the run.
+      reads: Whether this process computes digests.
     """
 
     def __init__(self, config: RunConfig, *, reads: bool):
@@ -117,14 +116,14 @@ class InputsReader:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        # Whatever ended the block is told at once, and not when the last byte is read.
+        # Does not wait, so that an exception is reported before the last byte is read.
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def begin(self, folder: Path) -> None:
-        """Begins to read the base.
+        """Starts reading the base model.
 
         Args:
-          folder: Where it is.
+          folder: Checkpoint folder of the base model.
         """
         if self._reads:
             model = self._config.model
@@ -132,10 +131,10 @@ class InputsReader:
             self._base = self._pool.submit(identify_base, folder, path=model.path, weights=weights)
 
     def finish(self, files: Sequence[Path]) -> Inputs | None:
-        """Returns what the run computes with; None where this process reads nothing.
+        """Returns the inputs of the run; None if this process computes no digests.
 
         Args:
-          files: The files that rows are read from.
+          files: Files that rows are read from.
 
         Raises:
           RefusedError: A file cannot be read.
@@ -150,12 +149,12 @@ class InputsReader:
 
 
 def identify_base(folder: Path, *, path: str, weights: bool) -> Content:
-    """Returns what a base is.
+    """Returns the content of a base model.
 
     Args:
-      folder: Where it is.
-      path: How it is asked for, which is its name where it is the hub's.
-      weights: Whether its weights are used.
+      folder: Checkpoint folder.
+      path: Name on the Hub, or path, as configured.
+      weights: Whether the run uses the checkpoint's weights.
     """
     commit = digests.hub_commit(folder)
     return Content(
@@ -165,15 +164,15 @@ def identify_base(folder: Path, *, path: str, weights: bool) -> Content:
 
 
 def identify_data(files: Sequence[Path], settings: DataSettings) -> Content:
-    """Returns what a run's data is.
+    """Returns the content of a run's data.
 
     Args:
-      files: The files that rows are read from.
-      settings: What names them.
+      files: Files that rows are read from.
+      settings: Data settings that name the files.
     """
     commits, local = {}, []
     for file in dict.fromkeys(files):
-        # `datasets` keeps what it prepared in NAME/SUBSET/VERSION/COMMIT/.
+        # The cache of `datasets` is NAME/SUBSET/VERSION/COMMIT/.
         if file.suffix == ".arrow" and _COMMIT.fullmatch(file.parent.name):
             commits[file.parents[3].name.replace("___", "/")] = file.parent.name
         else:
@@ -184,32 +183,35 @@ def identify_data(files: Sequence[Path], settings: DataSettings) -> Content:
 
 
 def check_allowed(allowed: Collection[str]) -> None:
-    """Rejects names that `--allow_changed` does not know.
+    """Rejects unknown values of `--allow_changed`.
 
     Raises:
-      RefusedError: There is one.
+      RefusedError: A value is not known.
     """
     for name in allowed:
         if name not in MAY_BE_ALLOWED:
-            raise RefusedError(f"--allow_changed has {name!r}{did_you_mean(name, MAY_BE_ALLOWED)}")
+            raise RefusedError(
+                f"--allow_changed has the unknown value {name!r}"
+                f"{did_you_mean(name, MAY_BE_ALLOWED)}"
+            )
 
 
 def check_unchanged(
     before: Inputs, now: Inputs, *, allowed: Collection[str], where: str
 ) -> list[str]:
-    """Checks that a run is resumed with the base and the data that it began with.
+    """Rejects resuming a run with another base model or other data.
 
     Args:
-      before: What it began with.
-      now: What it would be resumed with.
-      allowed: Which of the two may have changed.
-      where: The work directory, for messages.
+      before: Inputs at the run's first start.
+      now: Inputs now.
+      allowed: Names of inputs that may have changed, "base" or "data".
+      where: Work directory, for messages.
 
     Returns:
-      A line for each change that is allowed.
+      A line for each allowed change.
 
     Raises:
-      RefusedError: The base or the data has changed and may not.
+      RefusedError: The base model or the data has changed and may not.
     """
     notes: list[str] = []
     refused: list[str] = []
@@ -223,19 +225,19 @@ def check_unchanged(
         flag = ",".join(line.split()[1] for line in refused)
         raise RefusedError(
             f"{where}: {'; '.join(refused)}\n"
-            "Give the run back what it began with, or, for a new run, give a --workdir of its own;"
-            f" --allow_changed={flag} resumes it all the same"
+            "Restore the run's inputs, or give a new run a --workdir of its own;"
+            f" --allow_changed={flag} resumes this run with the changed inputs"
         )
     return notes
 
 
 def pin(config: RunConfig, before: Inputs | None, allowed: Collection[str]) -> RunConfig:
-    """Returns the configuration with the hub's commits that a run began with.
+    """Returns the configuration with the Hub commits that a run began with.
 
     Args:
-      config: The configuration as given.
-      before: What the run began with; None for a new run.
-      allowed: What may have changed, and is taken as it is now.
+      config: Configuration as given.
+      before: Inputs at the run's first start; None for a new run.
+      allowed: Names of inputs that may have changed; they are used as they are now.
     """
     if before is None:
         return config
@@ -256,7 +258,7 @@ def _content(given: Mapping[str, Any]) -> Content:
 
 
 def _labels(files: Sequence[Path], settings: DataSettings) -> dict[str, Path]:
-    """Returns the files by names that stay the same where the data's folder is moved."""
+    """Returns the files by names that do not change when the data's folder moves."""
     labels: dict[str, Path] = {}
     for file in files:
         name = file.name

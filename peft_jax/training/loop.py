@@ -1,4 +1,4 @@
-"""A run from its configuration to its report: start or go on, train, measure, save."""
+"""Runs training from a configuration: start or resume, train, evaluate, save and report."""
 
 import contextlib
 import dataclasses
@@ -62,27 +62,26 @@ def run(
 ) -> dict[str, Any]:
     """Trains from `config`, resuming from the latest checkpoint if there is one.
 
-    A run that was stopped, or has come to its end, is resumed when the same configuration asks for
-    more steps than it has taken.
+    A stopped or finished run resumes if the configuration asks for more steps than it has taken.
 
     Args:
-      config: the configuration.
-      workdir: the folder everything is written to.
-      reporter: what is told of the progress; the terminal by default.
-      allow_changed: what may have changed since the run began, "base" or "data"; both are compared
-        by content, and a change is an error otherwise.
-      params: The base's parameters, where they are loaded already: those of `config.model`, in its
-        dtype and quantization.
+      config: Configuration of the run.
+      workdir: Folder that everything is written to.
+      reporter: Prints messages and progress. Default: the terminal.
+      allow_changed: Inputs that may have changed since the run began, "base" or "data". Both are
+        compared by content, and any other change is an error.
+      params: Parameters of `config.model`, in its dtype and quantization, if they are loaded
+        already.
 
     Returns:
       The summary, as in `summary.json`.
 
     Raises:
-      RefusedError: something that was asked for cannot be done; nothing was done.
-      InterruptedRunError: a signal asked the run to stop, and it did, with a checkpoint.
-      NonFiniteError: the loss or the gradient is not finite.
-      BadDataError: a row that cannot be used was met after the first step, and is an error.
-      StorageError: the work directory can no longer be written to.
+      RefusedError: The request is invalid, and nothing was done.
+      InterruptedRunError: A signal stopped the run, which saved a checkpoint.
+      NonFiniteError: The loss or the gradient is not finite.
+      BadDataError: The run read an unusable row after the first step, and that is an error.
+      StorageError: The work directory is no longer writable.
     """
     dispatch_inline()
     check_allowed(allow_changed)
@@ -97,7 +96,7 @@ def run(
         if not lost:
             _say_finished(folder, reporter)
             return summary
-        reporter.warn(f"gone, and written again from the last checkpoint: {lost}")
+        reporter.warn(f"missing results are written again from the last checkpoint: {lost}")
     if first:
         folder.check_writable()
         folder.check_results(model=exports_model(config))
@@ -141,24 +140,24 @@ def run(
 
 
 def _list_lost(folder: WorkDir, config: RunConfig) -> str:
-    """The results of a finished run that are gone, for a message; empty where none is."""
+    """Returns the missing results of a finished run as text; empty if none is missing."""
     lost = folder.lost_results(adapter=exports_adapter(config), model=exports_model(config))
     return ", ".join(map(str, lost))
 
 
 def _say_finished(folder: WorkDir, reporter: Reporter) -> None:
     if not folder.metrics.is_file():
-        reporter.warn(f"{folder.metrics} is gone; what it held is in {folder.report} only")
-    reporter.say(f"{folder.path} holds this run, finished; see {folder.report / 'README.md'}")
+        reporter.warn(f"{folder.metrics} is missing; only {folder.report} has its metrics")
+    reporter.say(f"this run is finished; see {folder.report / 'README.md'}")
 
 
 @contextlib.contextmanager
 def _explaining_failures(folder: WorkDir, checkpoints: Checkpoints) -> Iterator[None]:
-    """Raises what the system refuses while the run writes as one line, and what can be done."""
+    """Converts system errors while the run writes to a `StorageError` that says what to do."""
     try:
         yield
     except BrokenPipeError:
-        raise  # whoever reads the terminal's output has left
+        raise  # the reader of the terminal's output has left
     except (StorageError, OSError) as error:
         text = str(error)
         if isinstance(error, OSError) and error.strerror:
@@ -168,12 +167,12 @@ def _explaining_failures(folder: WorkDir, checkpoints: Checkpoints) -> Iterator[
         steps = checkpoints.steps()
         last = f"the last checkpoint is {checkpoints.path(steps[-1])}" if steps else "no checkpoint"
         raise StorageError(
-            f"{text} ({last}). Once the cause is mended, the same command resumes the run"
+            f"{text} ({last}). Remove the cause; the same command then resumes the run"
         ) from error
 
 
 class _Run:
-    """One process's part in one run."""
+    """One process of a run."""
 
     def __init__(
         self,
@@ -202,7 +201,7 @@ class _Run:
         self._first = jax.process_index() == 0
 
     def go(self, start: Start) -> dict[str, Any]:
-        """Everything from the first byte of the weights to the report."""
+        """Loads the weights, trains, and writes results and report."""
         self._reporter.say(self._job.table)
         self._reporter.say(describe_data(self._job))
         saved = start.saved
@@ -210,7 +209,7 @@ class _Run:
             self._phases.add(saved["seconds"])
             self._totals = Totals(**saved["totals"])
             self._saved = start.step
-            self._reporter.say(f"going on from step {start.step} of {self._job.steps}")
+            self._reporter.say(f"resuming from step {start.step} of {self._job.steps}")
         with self._phases("load"):
             arrays = self._load(start.adapter)
         with self._phases("compile"):
@@ -224,10 +223,10 @@ class _Run:
     # Before the first step.
 
     def _load(self, given: AdapterState | None) -> Training:
-        """The arrays of a checkpoint, or those that a run begins with.
+        """Restores the arrays of a checkpoint, or initializes those of a new run.
 
         Args:
-          given: The adapter to start from where there is no checkpoint; None: a new one.
+          given: Adapter to start from without a checkpoint; None for a new one.
         """
         params = self._load_base()
         frozen = self._job.spec.frozen(params)
@@ -241,7 +240,7 @@ class _Run:
         return Training(frozen=frozen, constant=adapter.constant, state=state)
 
     def _load_base(self) -> Tree:
-        """The base's parameters, read or made, laid out over the devices."""
+        """Loads or initializes the base model's parameters, sharded over the devices."""
         job, model = self._job, self._config.model
         if self._params is not None:
             return job.place_base(self._params)
@@ -263,30 +262,30 @@ class _Run:
         return make(jax.random.fold_in(jax.random.key(self._config.seed), 1))
 
     def _initialize(self, params: Tree) -> AdapterState:
-        """The adapter's first arrays, along the gradient where the method wants that."""
+        """Initializes the adapter, from the gradient if the method needs it."""
         batches = None
         if self._config.spec.method.gradient_rank:
             batches = self._first_microbatches()
             self._reporter.say(
-                f"estimating the gradient's directions from {len(batches)} microbatches"
+                f"initializing the adapter from the gradient of {len(batches)} microbatches"
             )
         key = jax.random.fold_in(jax.random.key(self._config.seed), 0)
         return self._job.initialize(key, params, batches)
 
     def _place(self, given: AdapterState) -> AdapterState:
-        """An adapter's arrays, laid out over the devices."""
+        """Shards an adapter's arrays over the devices."""
         self._reporter.say(f"starting from the adapter in {self._config.adapter.path}")
         return self._job.place(given)
 
     def _first_microbatches(self) -> list[AnyBatch]:
-        """The first microbatches of the stream, which is rewound afterwards."""
+        """Returns the first microbatches of the stream, and rewinds it afterwards."""
         before = self._job.train.get_state()
         batches = [self._next_batch() for _ in range(self._job.init_batches)]
         self._job.train.set_state(before)
         return self._job.init_microbatches(batches)
 
     def _compile(self) -> jax.stages.Compiled:
-        """The step, compiled, if it fits."""
+        """Compiles the step, and rejects it if it does not fit in memory."""
         traced = self._job.trace_step()
         compiled = traced.lower().compile()
         self._check_fits(compiled)
@@ -294,7 +293,7 @@ class _Run:
         return compiled
 
     def _check_fits(self, compiled: Any) -> None:
-        """Refuses a step that needs more memory than a device has, before it is run."""
+        """Rejects a step that needs more memory than a device has, before it runs."""
         needed, memory = step_bytes(compiled), device_memory()
         if needed is None or memory is None:
             return
@@ -302,14 +301,14 @@ class _Run:
         local = len(jax.local_devices()) if jax.local_devices()[0].platform == "cpu" else 1
         if needed * local > memory:
             raise RefusedError(
-                f"a step needs {needed / 2**30:.1f} GiB on each device, which has "
+                f"a step needs {needed / 2**30:.1f} GiB on each device, but a device has "
                 f"{memory / local / 2**30:.1f}: raise train.gradient_accumulation, lower "
-                'train.max_length, set execution.remat to "full", or take more devices'
+                'train.max_length, set execution.remat to "full", or use more devices'
             )
 
     def _open_log(self, saved: Mapping[str, Any] | None) -> MetricsLog:
         if not self._first:
-            # Told, and not read: all processes must agree on what is still to be measured.
+            # Received from the first process, so that all agree on the evaluations to make.
             present = [(int(step), str(split)) for step, split in from_first(None)]
             return MetricsLog(self._folder.metrics, writes=False, present=present)
         logging = self._config.logging
@@ -335,13 +334,13 @@ class _Run:
             )
         except ValueError as error:
             raise RefusedError(
-                f"{error}; take the line out, and the same command goes on"
+                f"{error}; remove the line, and the same command resumes the run"
             ) from error
         if saved is not None and (lost := saved.get("records", 1) - log.found) > 0:
-            kept = "; those of held-out data are taken from the checkpoint"
+            kept = "; held-out records are restored from the checkpoint"
             self._reporter.warn(
                 f"{self._folder.metrics} has lost {lost if 'records' in saved else 'all'} of the"
-                f" records up to step {start}, which the curves of the report will lack too"
+                f" records up to step {start}, so the report's curves lack them"
                 + (kept if "held_out" in saved else "")
             )
         from_first(log.present)
@@ -350,11 +349,11 @@ class _Run:
     # Step by step.
 
     def _train(self, arrays: Training, step: Any, evaluator: AnyEvaluator) -> None:
-        """All steps that are left, and what is due before, between and after them."""
+        """Takes the remaining steps, with the evaluations and checkpoints that are due."""
         train, steps = self._config.train, self._job.steps
         done = self._saved or 0
         if evaluator.empty:
-            self._reporter.warn("there are no held-out rows: only the training loss is measured")
+            self._reporter.warn("there are no held-out rows, so only the training loss is measured")
         with self._phases("train"), self._reporter.steps(steps, done=done) as progress:
             self._between_steps(done, arrays, evaluator)
             while done < steps:
@@ -371,10 +370,10 @@ class _Run:
                 self._between_steps(done, arrays, evaluator, progress)
 
     def _next_batch(self) -> AnyBatch:
-        """The next batch of the training stream.
+        """Returns the next batch of the training stream.
 
         Raises:
-          BadDataError: a row cannot be used, and the settings make that an error, or none can.
+          BadDataError: A row is unusable, and the settings make that an error, or all rows are.
         """
         try:
             return next(self._job.train)
@@ -382,9 +381,8 @@ class _Run:
             last, again = self._saved, ""
             if last is not None:
                 again = (
-                    f"\nThe last checkpoint: {self._checkpoints.path(last)}. The same command goes "
-                    "on from there, and may have another data.on_bad_row; any other setting of the "
-                    "data wants another --workdir"
+                    f"\nThe same command resumes from {self._checkpoints.path(last)}, also with"
+                    " another data.on_bad_row; other data settings need another --workdir"
                 )
             raise BadDataError(f"{error}{again}") from error
 
@@ -395,7 +393,7 @@ class _Run:
         evaluator: AnyEvaluator,
         progress: StepProgress | None = None,
     ) -> None:
-        """Measures, saves and stops where that is due after `done` steps."""
+        """Evaluates, saves and stops as due after `done` steps."""
         steps, stop = self._job.steps, self._interruption.requested(done)
         ends = done in (0, steps)
         measure = ends or _is_multiple(done, self._config.evaluate.every)
@@ -420,12 +418,12 @@ class _Run:
         if stop:
             self._checkpoints.wait()
             raise self._interruption.error(
-                f"asked to stop, and stopped after step {done} of {steps}, with a "
-                f"checkpoint in {self._checkpoints.path(done)}; the same command goes on from there"
+                f"stopped by a signal after step {done} of {steps}; the same command resumes from "
+                f"{self._checkpoints.path(done)}"
             )
 
     def _save(self, done: int, arrays: Training) -> None:
-        """Starts writing a checkpoint; every record up to it is on disk before."""
+        """Starts writing a checkpoint, once every record up to it is on disk."""
         self._log.sync()
         self._checkpoints.save(
             done,
@@ -445,10 +443,10 @@ class _Run:
         self._saved = done
 
     def _note(self, steps: Iterator[StepMetrics], progress: StepProgress | None) -> None:
-        """Writes down what was measured in steps that are done.
+        """Logs the metrics of finished steps.
 
         Raises:
-          NonFiniteError: something was not finite; nothing after it is written down.
+          NonFiniteError: A loss or gradient is not finite; later steps are not logged.
         """
         for step, metrics, tokens in steps:
             self._rate.add(tokens)
@@ -477,19 +475,18 @@ class _Run:
 
     def _explain_non_finite(self, step: int, metrics: dict[str, Any]) -> str:
         last = self._saved
-        good = "there is no checkpoint yet" if last is None else str(self._checkpoints.path(last))
+        good = "there is none" if last is None else str(self._checkpoints.path(last))
         return (
-            f"step {step}: the loss is {float(metrics['loss']):.6g} and the gradient's norm "
-            f"{float(metrics['grad_norm']):.6g}; what is not finite cannot be trained on. The "
-            f"last good checkpoint: {good}. The same command would come to the same step again: "
-            "lower train.learning_rate or optimizer.clip_norm, or look at the data of that step, "
-            "with another --workdir"
+            f"step {step} is not finite: the loss is {float(metrics['loss']):.6g} and the gradient"
+            f" norm {float(metrics['grad_norm']):.6g} (last good checkpoint: {good}). The same"
+            " command would fail at the same step: with another --workdir, lower"
+            " train.learning_rate or optimizer.clip_norm, or check the data of that step"
         )
 
     # After the last step.
 
     def _finish(self, arrays: Training) -> dict[str, Any]:
-        """The adapter, the summary and the report."""
+        """Writes results, report and summary."""
         with self._phases("export"):
             self._checkpoints.wait()
             export_results(self._job, self._folder, arrays.frozen, arrays.adapter)
@@ -503,7 +500,7 @@ class _Run:
                 records=records,
                 table=self._job.table,
             )
-            # Last: where it is, the run is finished.
+            # Written last, because its presence marks the run as finished.
             write_json(self._folder.summary, summary)
         self._say_results(summary)
         return summary
@@ -515,7 +512,7 @@ class _Run:
                 was, now = _measure(before.get(name)), _measure(value)
                 self._reporter.say(f"held-out {name}: {was} -> {now}")
         self._reporter.say(
-            f"{summary['steps']} steps, {summary['seconds_per_step']:.3g} s a step, "
+            f"{summary['steps']} steps, {summary['seconds_per_step']:.3g} s/step, "
             f"{summary['tokens_per_second']:.4g} tokens/s, {_speed(summary)}\n"
             f"{_list_results(self._config, self._folder)}\n"
             f"report:  {self._folder.report / 'README.md'}"
@@ -523,22 +520,18 @@ class _Run:
 
 
 def _list_results(config: RunConfig, folder: WorkDir) -> str:
-    """What a run has left, and which of it to load."""
+    """Returns the exported folders as text, and which one to load."""
     names = exported(config)
     lines = [f"{name + ':':<8} {folder.path / name}" for name in names]
     if "model" in names:
         held, trained = config.model.dtype, config.spec.dtype
-        rounded = (
-            f", rounded from the {trained} it was trained in"
-            if (held, trained) == ("bfloat16", "float32")
-            else ""
-        )
-        lines[0] += f" (the whole model in {held}{rounded}: load this)"
+        rounded = f", trained in {trained}" if (held, trained) == ("bfloat16", "float32") else ""
+        lines[0] += f" (full model in {held}{rounded}; load this)"
     return "\n".join(lines)
 
 
 def _speed(summary: dict[str, Any]) -> str:
-    """What the run computed a second, and of what its devices could.
+    """Returns the run's operations per second and utilization as text.
 
     Example:
       >>> _speed({"flops_per_second": 2.5e12, "utilization": 0.4})
@@ -553,7 +546,7 @@ def _speed(summary: dict[str, Any]) -> str:
 
 
 def _measure(value: float | None) -> str:
-    """A measure with four decimals; None stands for one that is not there, or is not finite.
+    """Returns a metric with four decimals; None is missing or not finite.
 
     Example:
       >>> _measure(0.5), _measure(None)

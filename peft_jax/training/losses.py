@@ -1,11 +1,11 @@
-"""Cross-entropy over a large vocabulary without holding the logits of all tokens at once.
+"""Computes the cross-entropy over a large vocabulary in chunks of tokens.
 
 Axes: N tokens, D embed, V vocab, C tokens of a chunk, K chunks.
 
-Llama 3 has a vocabulary of 128,256: the logits of 8 rows of 4,096 tokens take 16 GiB in float32,
-several times what the rest of a block's activations take. Here they are made a chunk of tokens at a
-time, and the gradient of a chunk is taken while its logits are still there: they are neither kept
-for the backward pass nor computed in it again.
+Llama 3 has a vocabulary of 128,256. The logits of 8 rows of 4,096 tokens take 16 GiB in float32,
+several times as much as a block's other activations. Here only one chunk's logits exist at a time.
+A chunk's gradient is computed while its logits exist, so that they are neither saved for the
+backward pass nor recomputed in it.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from peft_jax.core import AdaptedKernel, Kernel, linear
 
 _Gradients = tuple[Any, tuple[Any, ...], Any]
-"""Of hidden states, of the head's leaves and of the weights; None for what needs none."""
+"""Gradients of hidden states, head leaves and weights; None for those that need none."""
 
 
 def chunked_cross_entropy(
@@ -31,31 +31,30 @@ def chunked_cross_entropy(
     *,
     chunk_size: int,
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
-    """The cross-entropy summed over tokens, and the sum of their weights.
+    """Returns the cross-entropy summed over tokens, and the sum of their weights.
 
-    The loss is Σ_i w_i (log Σ_v exp z_iv - z_i,target), z = hidden · head_kernel in float32. Its
-    gradient with respect to a chunk's logits, w (softmax z - onehot), is turned into that of the
-    hidden states, and of what is trained in the head, in the pass that computes the loss. What
-    needs no gradient gets none: a frozen head costs one product forward and one back, and
-    evaluation computes the loss alone.
+    The loss is Σ_i w_i (log Σ_v exp z_iv - z_i,target) with z = hidden · head_kernel in float32.
+    The pass that computes the loss also computes its gradient with respect to a chunk's logits,
+    w (softmax z - onehot), and from it the gradients of the hidden states and of trainable head
+    leaves. Gradients that are not needed are not computed: a frozen head costs one product forward
+    and one backward, and evaluation only computes the loss.
 
-    Chunks are strided, token i belongs to chunk i mod K, so that each holds a part of every
-    device's tokens where those are sharded along N. Their number is the next from N / chunk_size
-    on that divides N, if there is one below twice that, and otherwise N is filled up.
+    Chunks are strided: token i belongs to chunk i mod K, so that each chunk has an equal share of
+    every device's tokens. The number of chunks is the smallest divisor of N from N / chunk_size on,
+    if it is below twice that. Otherwise N is padded.
 
     Args:
-      hidden: states after the final norm, [N, D], in any floating dtype; products are computed in
+      hidden: States after the final norm, [N, D], in any floating dtype. Products are computed in
         it and accumulated in float32.
-      head_kernel: [D, V], or an `AdaptedKernel` over one; for tied embeddings, the transposed
-        table.
-      targets: the token to be predicted at each position, in [0, V); of no matter where the weight
-        is 0.
-      weights: the weight of each position; 0 for what is not to be learned.
-      chunk_size: how many tokens' logits are held at a time, at most, over all devices.
+      head_kernel: Kernel [D, V], or an `AdaptedKernel` over one; for tied embeddings, the
+        transposed table.
+      targets: Token to predict at each position, in [0, V); ignored where the weight is 0.
+      weights: Weight of each position; 0 excludes it.
+      chunk_size: Maximum number of positions whose logits are held at once, over all devices.
 
     Returns:
-      (sum of weighted losses in nats, sum of weights), both float32 []. The mean is their quotient;
-      sums add up over microbatches and devices.
+      Sum of weighted losses in nats and sum of weights, both float32 []. The mean is their
+      quotient. The sums add up over microbatches and devices.
 
     Raises:
       ValueError: `chunk_size` is not positive.
@@ -88,17 +87,17 @@ def chunked_token_scores(
     *,
     chunk_size: int,
 ) -> tuple[Float32[Array, " tokens"], Bool[Array, " tokens"]]:
-    """The log-probability of every target, and whether it is the likeliest token; for evaluation.
+    """Returns the log-probability of every target and whether it is the likeliest token.
 
     Args:
-      hidden: states after the final norm, [N, D].
-      head_kernel: [D, V], or an `AdaptedKernel` over one.
-      targets: the token at each position, in [0, V).
-      chunk_size: how many tokens' logits are held at a time, at most.
+      hidden: States after the final norm, [N, D].
+      head_kernel: Kernel [D, V], or an `AdaptedKernel` over one.
+      targets: Token at each position, in [0, V).
+      chunk_size: Maximum number of positions whose logits are held at once.
 
     Returns:
-      (log-probabilities in nats, float32 [N]; whether the target has the largest logit, bool [N]).
-      Of several largest logits the first counts.
+      Log-probabilities in nats, float32 [N], and whether the target has the largest logit,
+      bool [N]. Of several largest logits the first counts.
 
     Raises:
       ValueError: `chunk_size` is not positive.
@@ -125,7 +124,7 @@ def chunked_token_scores(
 
 
 def _chunk_count(tokens: int, chunk_size: int) -> int:
-    """How many chunks of at most `chunk_size`: the fewest, or some more if they come out even."""
+    """Returns the smallest number of chunks, or a slightly larger one that divides `tokens`."""
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, but is {chunk_size}")
     fewest = max(1, -(-tokens // chunk_size))
@@ -133,7 +132,7 @@ def _chunk_count(tokens: int, chunk_size: int) -> int:
 
 
 def _strided(x: Array, count: int) -> Array:
-    """[N, ...] as `count` chunks [K, C, ...], chunk k of the tokens k, k + K, …; filled with 0."""
+    """Returns [N, ...] as chunks [K, C, ...] of every K-th token, padded with zeros."""
     missing = -x.shape[0] % count
     if missing:
         x = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
@@ -141,7 +140,7 @@ def _strided(x: Array, count: int) -> Array:
 
 
 def _with_chunk_dropout(kernel: Kernel, index: Array) -> Kernel:
-    """The kernel with dropout keys of the chunk's own, so that chunks do not share one mask."""
+    """Returns the kernel with the chunk's own dropout key, so that masks differ."""
     if not isinstance(kernel, AdaptedKernel):
         return kernel
     key = kernel.dropout_key
@@ -153,17 +152,16 @@ def _with_chunk_dropout(kernel: Kernel, index: Array) -> Kernel:
 
 
 def _logits(hidden: Array, kernel: Kernel) -> Array:
-    """[C, V] in float32, accumulated in it where the kernel is one array."""
+    """Returns logits [C, V] in float32, accumulated in float32 if the kernel is one array."""
     if isinstance(kernel, AdaptedKernel):
         return linear(hidden, kernel).astype(jnp.float32)
     return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 def _normalizer_and_target(logits: Array, targets: Array) -> tuple[Array, Array]:
-    """The logarithm of Σ exp z, and the target's z, [C] each.
+    """Returns log Σ exp z and the target's z, [C] each.
 
-    The target's is a masked sum and no gather, since a gather along a sharded vocabulary would
-    bring all of it together.
+    The target's logit is a masked sum, because indexing along a sharded vocabulary would gather it.
     """
     log_normalizer = jax.nn.logsumexp(logits, axis=-1)
     at_target = jnp.sum(jnp.where(_is_target(logits, targets), logits, 0.0), axis=-1)
@@ -171,7 +169,7 @@ def _normalizer_and_target(logits: Array, targets: Array) -> tuple[Array, Array]
 
 
 def _is_target(logits: Array, targets: Array) -> Array:
-    """One-hot targets, bool [C, V]; fused into whatever uses it."""
+    """Returns one-hot targets, bool [C, V], which the compiler fuses into their use."""
     return jax.lax.broadcasted_iota(targets.dtype, logits.shape, 1) == targets[:, None]
 
 
@@ -179,14 +177,14 @@ def _is_target(logits: Array, targets: Array) -> Array:
 def _summed_loss(
     treedef: Any, hidden: Array, leaves: tuple[Any, ...], targets: Array, weights: Array
 ) -> Array:
-    """The weighted sum of losses; nothing is kept for a gradient.
+    """Returns the weighted sum of losses, without saving anything for a gradient.
 
     Args:
-      treedef: the structure of the head's kernel; static.
-      hidden: [K, C, D].
-      leaves: of the head's kernel.
-      targets: [K, C].
-      weights: [K, C], float32.
+      treedef: Structure of the head's kernel; static.
+      hidden: States [K, C, D].
+      leaves: Leaves of the head's kernel.
+      targets: Targets [K, C].
+      weights: Weights [K, C], float32.
     """
     kernel = jax.tree.unflatten(treedef, leaves)
 
@@ -204,9 +202,9 @@ def _summed_loss(
 def _summed_loss_forward(
     treedef: Any, hidden: Any, leaves: tuple[Any, ...], targets: Any, weights: Any
 ) -> tuple[Array, _Gradients]:
-    """The loss, and for the backward pass its gradients rather than what they would be made of.
+    """Returns the loss, and as residuals its gradients.
 
-    Arrays come as pairs (value, perturbed): `perturbed` says whether a gradient is wanted.
+    Arrays come as pairs (value, perturbed); `perturbed` says whether a gradient is needed.
     """
     learned = tuple(leaf.value for leaf in leaves if leaf.perturbed)
 
@@ -245,7 +243,7 @@ def _summed_loss_forward(
 
 
 def _summed_loss_backward(treedef: Any, gradients: _Gradients, cotangent: Array) -> tuple[Any, ...]:
-    """The gradients that the forward pass left, times the cotangent of the loss."""
+    """Returns the gradients of the forward pass times the cotangent of the loss."""
     del treedef
 
     def scale(gradient: Array) -> Array:
@@ -261,10 +259,10 @@ _summed_loss.defvjp(_summed_loss_forward, _summed_loss_backward, symbolic_zeros=
 def _logits_and_pull_back(
     h: Array, learned: tuple[Array, ...], kernel_with: Callable[[tuple[Array, ...]], Kernel]
 ) -> tuple[Array, Callable[[Array], tuple[Array, tuple[Array, ...]]]]:
-    """Logits [C, V], and the map from their gradient to those of `h` and of `learned`.
+    """Returns logits [C, V], and the map from their gradient to those of `h` and `learned`.
 
-    For one array the map is written out, so that both products are accumulated in float32 and take
-    operands in the dtype of `h`, as the forward product does.
+    For a plain array the map is explicit, so that both products accumulate in float32 with operands
+    in the dtype of `h`, as the forward product does.
     """
     kernel = kernel_with(learned)
     if isinstance(kernel, AdaptedKernel):

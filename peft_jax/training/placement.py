@@ -1,4 +1,4 @@
-"""Rows of the host on the devices that hold them, and what processes tell each other."""
+"""Places host rows on devices, and exchanges values between processes."""
 
 import dataclasses
 import json
@@ -19,11 +19,11 @@ from peft_jax.runtime.files import write_text
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RowPlacement:
-    """Where rows of a batch go.
+    """Shardings of batch rows.
 
     Attributes:
-      rows: the sharding of arrays whose leading axis is rows.
-      microbatches: the sharding of arrays whose leading axes are microbatches and rows.
+      rows: Sharding of arrays [rows, ...].
+      microbatches: Sharding of arrays [microbatches, rows, ...].
     """
 
     rows: jax.sharding.NamedSharding
@@ -31,7 +31,7 @@ class RowPlacement:
 
     @property
     def parts(self) -> int:
-        """Number of parts that rows are sharded into.
+        """Number of shards of the rows.
 
         Example:
           >>> from peft_jax.parallel import MeshSettings, make_mesh
@@ -47,14 +47,11 @@ class RowPlacement:
         return math.prod(self.rows.mesh.shape[name] for name in names)
 
     def put(self, arrays: Any) -> Any:
-        """Rows, leaves [rows, ...] that every process has whole, each on the device it belongs to.
-
-        A process hands over what its own devices hold, whatever the mesh.
-        """
+        """Shards leaves [rows, ...], of which every process has all rows."""
         return jax.tree.map(lambda x: _spread(np.asarray(x), self.rows), arrays)
 
     def put_microbatches(self, batch: Any, count: int) -> Any:
-        """The rows of one step, [count * rows, T], as arrays [count, rows, T]; see `put`."""
+        """Shards the rows of a step, [count * rows, ...], as microbatches [count, rows, ...]."""
         return jax.tree.map(
             lambda x: _spread(np.reshape(x, (count, -1, *x.shape[1:])), self.microbatches), batch
         )
@@ -65,12 +62,12 @@ def _spread(whole: np.ndarray, sharding: jax.sharding.NamedSharding) -> jax.Arra
 
 
 def from_first(value: Any) -> Any:
-    """What the first process has, in all of them; for what JSON can hold."""
+    """Broadcasts a JSON value from the first process to all."""
     return gather_json(value)[0]
 
 
 def gather_json(value: Any) -> list[Any]:
-    """What every process has, in the order of the processes; for what JSON can hold."""
+    """Gathers a JSON value from every process, in the order of processes."""
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -85,20 +82,21 @@ def gather_json(value: Any) -> list[Any]:
 
 
 def check_processes(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Whether the processes of a run have met, are asked for the same, and see its work directory.
+    """Rejects processes that are not connected, or differ in settings or work directory.
 
     Args:
-      folder: the work directory.
-      settings: this process's configuration, as `RunConfig.to_mapping` gives it.
+      folder: Work directory.
+      settings: Configuration of this process, from `RunConfig.to_mapping`.
 
     Raises:
-      RefusedError: they have not, are not, or do not.
+      RefusedError: The processes are not connected, have different settings, or do not share the
+        work directory.
     """
     if jax.process_count() == 1:
         return
     if not jax.distributed.is_initialized():
         raise RefusedError(
-            f"these devices belong to {jax.process_count()} processes, which have not met: start"
+            f"these devices belong to {jax.process_count()} processes that are not connected; start"
             " each with --distributed"
         )
     _check_same(gather_json(settings))
@@ -106,7 +104,7 @@ def check_processes(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _check_same(given: Sequence[Mapping[str, Any]]) -> None:
-    """Every process has to compute the same; `given` are their settings, in their order."""
+    """Rejects settings that differ between processes; `given` has one mapping per process."""
     changed = [differences(given[0], other) for other in given]
     lines = []
     for name in dict.fromkeys(name for one in changed for name in one):
@@ -120,13 +118,13 @@ def _check_same(given: Sequence[Mapping[str, Any]]) -> None:
     if lines:
         listing = "\n".join(lines)
         raise RefusedError(
-            f"the processes are given different settings:\n{listing}\n"
+            f"the processes have different settings:\n{listing}\n"
             "Give every process the same --config and the same settings"
         )
 
 
 def _check_shared(folder: Path) -> None:
-    """Every process has to find what the first one writes."""
+    """Rejects a folder in which other processes do not find what the first one writes."""
     token = from_first(uuid.uuid4().hex)
     file = folder / f".processes-{token}"
     if jax.process_index() == 0:
@@ -137,7 +135,8 @@ def _check_shared(folder: Path) -> None:
         file.unlink()
     if blind := [process for process, sees in enumerate(seen) if not sees]:
         raise RefusedError(
-            f"{folder} is not the same folder in every process: what process 0 writes there,"
-            f" {', '.join(f'process {process}' for process in blind)} did not find. Give a"
-            " --workdir on a file system that all hosts share: a mounted bucket, Filestore, NFS"
+            f"{folder} is not shared by all processes:"
+            f" {', '.join(f'process {process}' for process in blind)} did not find what process 0"
+            " wrote. Give a --workdir on a file system that all hosts share: a mounted bucket,"
+            " Filestore, NFS"
         )

@@ -1,4 +1,4 @@
-"""Everything a run needs, built and checked before any weight is loaded."""
+"""Builds and checks everything a run needs, before any weight is loaded."""
 
 import dataclasses
 import importlib.util
@@ -30,16 +30,16 @@ from peft_jax.training.config import RunConfig, check_steps
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job(Blueprint):
-    """What a run is made of, beside the program of its step; nothing in it is large.
+    """Program, tokenizer and data of a run; it holds no large arrays.
 
     Attributes:
-      folder: the checkpoint's folder.
-      tokenizer: its transformers tokenizer.
-      table: what is trained, to print.
-      count: how many numbers are trained, and how many there are.
-      train: the training stream.
-      held_out: the held-out data; it may be empty.
-      new_head: whether a classifier's head begins at random, since the checkpoint has none.
+      folder: Checkpoint folder of the base model.
+      tokenizer: Transformers tokenizer.
+      table: Table of trainable parameters, to print.
+      count: Numbers of trainable and of all parameters.
+      train: Training stream.
+      held_out: Held-out data; may be empty.
+      new_head: Whether a classifier's head is initialized, because the checkpoint has none.
     """
 
     folder: Path
@@ -58,26 +58,26 @@ def prepare(
     pinned: RunConfig | None = None,
     on_folder: Callable[[Path], None] = lambda folder: None,
 ) -> Job:
-    """Builds what a run is made of, and refuses what cannot work.
+    """Builds the job of a run, and rejects invalid configurations.
 
     Args:
-      config: the configuration.
-      say: told what is worth knowing.
-      pinned: the same with the commits of the hub that a resumed run began with.
-      on_folder: told of the checkpoint's folder as soon as it is known.
+      config: Configuration of the run.
+      say: Prints warnings.
+      pinned: Configuration with the Hub commits that a resumed run began with.
+      on_folder: Called with the checkpoint folder as soon as it is known.
 
     Raises:
-      RefusedError: something that was asked for cannot be done; the message says what.
+      RefusedError: The configuration is invalid; the message says why.
     """
     if config.logging.wandb_project and importlib.util.find_spec("wandb") is None:
         raise RefusedError(
-            "logging.wandb_project is given, but the package wandb is not installed: pip install"
-            " wandb, or leave logging.wandb_project empty"
+            f"logging.wandb_project is {config.logging.wandb_project!r}, but the package wandb is"
+            " not installed: pip install wandb, or leave logging.wandb_project empty"
         )
     if config.export.merged and jax.process_count() > 1:
         raise RefusedError(
-            "export.merged cannot be asked for where several processes train together, none of "
-            "which has the whole model; merge adapter/ afterwards with peft_jax.hub.export_merged"
+            "export.merged must be off in a multi-process run, because no process has the full "
+            "model; merge adapter/ afterwards with peft_jax.hub.export_merged"
         )
     try:
         return _prepare(config, say, pinned or config, on_folder)
@@ -103,25 +103,25 @@ def _prepare(
         found = open_sources(folder, model, new_head=is_classifier)
         if absent := sorted(".".join(path) for path in model.hf_names() if path not in found):
             new_head = True
-            say(f"the checkpoint has no head for these labels: {', '.join(absent)} begin at random")
+            say(f"the checkpoint has no head for these labels; initialized {', '.join(absent)}")
     blueprint = draw_blueprint(
         config, model, make_mesh(config.parallel), spec=train_head(config.spec, model)
     )
     _check_memory(blueprint)
 
-    # With the template that is trained with, which goes with the tokenizer into the results.
+    # The chat template of training becomes part of the exported tokenizer.
     tokenizer = load_tokenizer(folder, chat_template=config.data.chat_template)
     _check_vocabulary(tokenizer, model, folder)
     _check_positions(config, model)
     context = model.hf_config.get("max_position_embeddings")
     if context is not None and config.train.max_length > context:
         say(
-            f"train.max_length is {config.train.max_length}, and the model was made for texts of "
-            f"up to {context} tokens"
+            f"train.max_length is {config.train.max_length}, but the model was trained with texts "
+            f"of up to {context} tokens"
         )
     data = pinned.data
     if config.train.epochs is not None:
-        # Counting the steps of an epoch takes every row.
+        # Counting the steps of an epoch needs every row.
         data = dataclasses.replace(data, check_rows=None)
     train, held_out = build_data(
         data,
@@ -154,21 +154,21 @@ def _prepare(
 
 
 def _build_model(folder: Path, config: RunConfig) -> Model:
-    """The model of a checkpoint; an encoder with the head that the recipe wants."""
+    """Builds the model of a checkpoint; an encoder with the head that the recipe needs."""
     hf_config = read_config(folder)
     if not is_encoder(hf_config):
         return build_model(hf_config, config.execution)
     recipe = get_recipe(config.data.recipe).configured(config.data)
     if not recipe.num_labels:
         raise ValueError(
-            f"{folder} is an encoder ({hf_config['model_type']}), which gives labels or numbers,"
-            f" and recipe {recipe.name!r} has neither; use one that has, such as GLUE's"
+            f"data.recipe is {recipe.name!r}, but {folder} is an encoder"
+            f" ({hf_config['model_type']}) and needs a recipe with labels, such as GLUE's"
         )
     return build_classifier(hf_config, config.execution, num_labels=recipe.num_labels)
 
 
 def train_head(spec: AdapterSpec, model: Model) -> AdapterSpec:
-    """The specification, with a classifier's head among what is trained itself."""
+    """Returns the specification with a classifier's head in `modules_to_save`."""
     if not isinstance(model, SequenceClassifier):
         return spec
     saved = (*spec.modules_to_save, *model.head_modules)
@@ -176,20 +176,20 @@ def train_head(spec: AdapterSpec, model: Model) -> AdapterSpec:
 
 
 def _check_positions(config: RunConfig, model: Model) -> None:
-    """Learned positions end somewhere."""
+    """Rejects rows longer than a classifier's learned positions."""
     if isinstance(model, SequenceClassifier) and config.train.max_length > model.max_tokens:
         raise ValueError(
-            f"train.max_length is {config.train.max_length}, and the model has positions for"
+            f"train.max_length is {config.train.max_length}, but the model only has positions for"
             f" {model.max_tokens} tokens"
         )
 
 
 def _check_vocabulary(tokenizer: Any, model: Model, folder: Path) -> None:
-    """Token numbers beyond the embedding's rows would be read as other tokens, silently."""
+    """Rejects a tokenizer with more tokens than the embedding, which would be misread silently."""
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
-            f"the tokenizer of {folder} has {len(tokenizer)} tokens, and the model's embedding "
-            f"{model.config.vocab_size} rows: they do not belong together"
+            f"the tokenizer of {folder} has {len(tokenizer)} tokens, but the model's embedding has "
+            f"{model.config.vocab_size} rows; use the model's own tokenizer"
         )
 
 
@@ -197,22 +197,22 @@ def _check_memory(blueprint: Blueprint) -> None:
     """Rejects a run whose arrays, or whose microbatches, cannot fit in memory."""
     check_fits(
         {
-            "the frozen base": blueprint.frozen,
-            "what is trained": {"trained": blueprint.adapter},
-            "the optimizer's state": {"state": blueprint.state.opt_state},
+            "frozen parameters": blueprint.frozen,
+            "trainable parameters": {"trained": blueprint.adapter},
+            "optimizer state": {"state": blueprint.state.opt_state},
         },
         "choose model.dtype bfloat16, model.quantization int8 or nf4, a smaller method.rank, or"
         " shard over more devices",
     )
     train, width = blueprint.config.train, blueprint.model.execution.dtype.itemsize
-    # The least a microbatch takes: one block's input, and its gradient.
+    # A microbatch needs at least one block's input and its gradient.
     features = blueprint.model.config.hidden_size
     least = 2 * blueprint.rows_on_a_device * train.max_length * features * width
     memory = device_memory()
     if memory is not None and least > memory:
         raise ValueError(
-            f"train.batch_size {train.batch_size} in train.gradient_accumulation "
-            f"{train.gradient_accumulation} microbatches of train.max_length {train.max_length} "
-            f"tokens: one block's activations alone take {gib(least)} on a device, which has "
-            f"{gib(memory)}"
+            f"one block's activations take {gib(least)} on a device, but a device has"
+            f" {gib(memory)}: lower train.batch_size ({train.batch_size}) or train.max_length"
+            f" ({train.max_length}), or raise train.gradient_accumulation"
+            f" ({train.gradient_accumulation})"
         )

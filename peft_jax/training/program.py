@@ -1,7 +1,7 @@
-"""The program of a training step: model, adapter, optimizer and mesh, as shapes with shardings.
+"""Defines the program of a training step as shapes with shardings.
 
-It needs no weights, no data and no devices that are there. A run's `Blueprint`, the in-memory
-`Trainer`, the planner and the study all compile the step that is described here.
+It needs no weights and no data, and its devices need not be present. A run's `Blueprint`, the
+in-memory `Trainer`, the planner and the study all compile this step.
 """
 
 import dataclasses
@@ -35,13 +35,13 @@ _WITHIN_A_SLICE = ("tensor", "fsdp", "sequence", "data")
 
 @dataclasses.dataclass(kw_only=True)
 class Training:
-    """The arrays of a training run on the devices.
+    """Arrays of a training run on the devices.
 
     Attributes:
-      frozen: The base's parameters that are not trained.
-      constant: The adapter's constant arrays.
-      state: What a step changes. Each step replaces it and reuses its buffers, so that arrays taken
-        from it before a step are gone after it.
+      frozen: Frozen parameters of the base model.
+      constant: Constant arrays of the adapter.
+      state: Trainable arrays and optimizer state. Each step replaces it and donates its buffers, so
+        that arrays read from it before a step are deleted by it.
     """
 
     frozen: Tree
@@ -50,28 +50,28 @@ class Training:
 
     @property
     def adapter(self) -> AdapterState:
-        """The adapter's arrays, as `AdapterSpec.bind`, `merge` and `save_adapter` take them."""
+        """Arrays of the adapter, for `AdapterSpec.bind`, `merge` and `save_adapter`."""
         return AdapterState(trainable=self.state.trainable, constant=self.constant)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepProgram:
-    """What a step computes with; nothing in it is large.
+    """Program of a training step; it holds no large arrays.
 
     Attributes:
-      model: The model.
-      spec: What is adapted.
-      params: The model's parameters as shapes with shardings.
-      constant: The adapter's constant arrays as shapes with shardings.
-      state: What a step changes, as shapes with shardings.
-      optimizer: Turns gradients into updates.
-      learning_rate: The schedule, for the metrics; None where it is not known.
-      mesh: The devices.
-      placement: Where rows of a batch go.
+      model: Model to train.
+      spec: Specification of the adapter.
+      params: Model parameters, as shapes with shardings.
+      constant: Constant arrays of the adapter, as shapes with shardings.
+      state: Trainable arrays and optimizer state, as shapes with shardings.
+      optimizer: Optimizer that maps gradients to updates.
+      learning_rate: Learning-rate schedule, for the metrics; None if unknown.
+      mesh: Mesh of devices.
+      placement: Sharding of batch rows.
       chunk_size: Number of positions whose logits are held at once.
       seed: Seed of dropout.
-      packed: Whether rows may hold several segments.
-      loss_fn: The loss; None for the model's own.
+      packed: Whether rows may have several segments.
+      loss_fn: Custom loss; None for the model's own.
     """
 
     model: Model
@@ -90,16 +90,16 @@ class StepProgram:
 
     @property
     def frozen(self) -> Tree:
-        """The base's parameters that are not trained, as shapes."""
+        """Frozen parameters of the base model, as shapes."""
         return self.spec.frozen(self.params)
 
     @property
     def adapter(self) -> AdapterState:
-        """The adapter's arrays, as shapes."""
+        """Arrays of the adapter, as shapes."""
         return AdapterState(trainable=self.state.trainable, constant=self.constant)
 
     def train_step(self) -> TrainStep:
-        """Returns the step, to be compiled once."""
+        """Returns the step, to compile once."""
         return TrainStep(
             model=self.model,
             spec=self.spec,
@@ -113,7 +113,7 @@ class StepProgram:
         )
 
     def jit_step(self, step: TrainStep) -> Any:
-        """Returns the jitted step; call or trace it within `on_mesh(self.mesh)`."""
+        """Returns the jitted step; call or trace it inside `on_mesh(self.mesh)`."""
         everywhere = jax.NamedSharding(self.mesh, jax.P())
         return jax.jit(
             step,
@@ -122,10 +122,10 @@ class StepProgram:
         )
 
     def trace(self, batch: Any) -> jax.stages.Traced:
-        """Traces the step for these shapes; lower and compile it where it is to run.
+        """Traces the step for these shapes; lower and compile the result.
 
         Args:
-          batch: The rows of a step as shapes with shardings, leaves [microbatches, rows, ...].
+          batch: Rows of a step as shapes with shardings, leaves [microbatches, rows, ...].
         """
         with on_mesh(self.mesh):
             return self.jit_step(self.train_step()).trace(
@@ -135,11 +135,11 @@ class StepProgram:
     def gradient_factors(
         self, key: jax.Array, params: Tree, batches: Sequence[Any]
     ) -> dict[Path, GradientFactors]:
-        """Estimates the gradient's directions that adapters start along; empty where none do.
+        """Returns the gradient factors that initialize adapters; empty if no method needs them.
 
         Args:
-          key: A random key.
-          params: The model's parameters.
+          key: Random key.
+          params: Model parameters.
           batches: Microbatches.
         """
         placed = [self.placement.put(rows) for rows in batches]
@@ -155,33 +155,32 @@ class StepProgram:
         *,
         factors: Mapping[Path, GradientFactors] | None = None,
     ) -> AdapterState:
-        """Makes the adapter's first arrays and lays them out over the devices.
+        """Initializes the adapter's arrays, sharded over the devices.
 
         Args:
-          key: A random key.
-          params: The model's parameters.
-          batches: Microbatches, for methods that start along the gradient.
-          factors: What `gradient_factors` returned for them, where it is known already.
+          key: Random key.
+          params: Model parameters.
+          batches: Microbatches for methods that initialize from the gradient.
+          factors: Result of `gradient_factors` for the batches, if it is known already.
 
         Raises:
-          ValueError: The method starts along the gradient, and no batches are given.
+          ValueError: The method needs the gradient, and no batches are given.
         """
         if factors is None and batches is not None:
             factors = self.gradient_factors(key, params, batches)
         adapter = self.spec.init(key, params, factors=factors)
-        # Copied: constants may share buffers with what they are the first values of, and those are
-        # given away to the first step.
+        # Constants may share buffers with trainable arrays, which the first step donates.
         constant = jax.tree.map(jnp.copy, unflatten(flatten(adapter.constant)))
         return self.place(AdapterState(trainable=adapter.trainable, constant=constant))
 
     def place_base(self, params: Tree) -> Tree:
-        """Lays the base's parameters out over the devices.
+        """Shards the base model's parameters over the devices.
 
-        What is trained is copied, because the first step takes its buffers. What stays frozen is
-        not, where it lies as the mesh asks.
+        Leaves trained in full are copied, because the first step donates their buffers. Frozen
+        leaves with the right sharding are not copied.
 
         Args:
-          params: The model's parameters.
+          params: Model parameters.
         """
         flat, frozen = flatten(params), flatten(self.spec.frozen(params))
         return unflatten(
@@ -192,18 +191,18 @@ class StepProgram:
         )
 
     def place(self, adapter: AdapterState) -> AdapterState:
-        """Lays an adapter's arrays out over the devices."""
+        """Shards an adapter's arrays over the devices."""
         return AdapterState(
             trainable=_laid_out(adapter.trainable, self.state.trainable),
             constant=_laid_out(adapter.constant, self.constant),
         )
 
     def make_state(self, trainable: Tree) -> TrainState:
-        """Makes the state before the first step; takes the buffers of `trainable`."""
+        """Returns the state before the first step; donates the buffers of `trainable`."""
         return self.jit_make_state()(trainable)
 
     def jit_make_state(self) -> Callable[[Tree], TrainState]:
-        """Returns `make_state`, jitted, for whoever makes many states of one program."""
+        """Returns `make_state` as a jitted function, for many states of one program."""
         return jax.jit(
             functools.partial(TrainState.create, optimizer=self.optimizer),
             out_shardings=jax.tree.map(lambda leaf: leaf.sharding, self.state),
@@ -211,7 +210,7 @@ class StepProgram:
         )
 
     def _mean_loss(self, batches: Sequence[Any]) -> Callable[[Tree, Any], jax.Array]:
-        """The loss of one microbatch, as its part of the mean over all of them."""
+        """Returns the loss of one microbatch as its share of the mean over all of them."""
         if self.loss_fn is not None:
             loss_fn = self.loss_fn
             return lambda bound, rows: call_loss(loss_fn, self.model, bound, rows)[0]
@@ -227,14 +226,14 @@ class StepProgram:
 
 
 def place_rows(mesh: jax.sharding.Mesh) -> RowPlacement:
-    """Returns where the rows of a batch go on a mesh."""
+    """Returns the shardings of batch rows on a mesh."""
     rows = batch_sharding(mesh, LogicalAxisRules())
     return RowPlacement(rows=rows, microbatches=jax.NamedSharding(mesh, jax.P(None, *rows.spec)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The parameters, the adapter's constants and the state of a step, as shapes with shardings."""
+    """Parameters, adapter constants and state of a step, as shapes with shardings."""
 
     params: Tree
     constant: Tree
@@ -251,19 +250,19 @@ def lay_out(
     quantization: str = "none",
     length: int | None = None,
 ) -> Layout:
-    """Shards what a step holds over a mesh, whose devices need not be there.
+    """Shards the arrays of a step over a mesh, whose devices need not be present.
 
     Args:
-      model: The model.
-      spec: What is adapted.
-      optimizer: Turns gradients into updates.
-      mesh: The devices.
-      params: The model's parameters, arrays or shapes.
-      quantization: What the base's kernels are held as.
-      length: Number of tokens of a row, which the mesh has to divide too; None if it is not known.
+      model: Model to train.
+      spec: Specification of the adapter.
+      optimizer: Optimizer that maps gradients to updates.
+      mesh: Mesh of devices.
+      params: Model parameters, arrays or shapes.
+      quantization: Quantization of the base model's kernels.
+      length: Number of tokens of a row, which the mesh must divide too; None if unknown.
 
     Raises:
-      ValueError: What is to be adapted cannot be, or the mesh does not divide the model.
+      ValueError: A module cannot be adapted, or the mesh does not divide the model.
     """
     rules = LogicalAxisRules()
     tokens = {} if length is None else {"sequence": length}
@@ -280,7 +279,7 @@ def lay_out(
 
 
 def step_bytes(compiled: jax.stages.Compiled) -> int | None:
-    """The bytes that a compiled step needs on each device; None where the compiler does not say."""
+    """Returns the bytes that a compiled step needs on each device; None if unknown."""
     analysis = compiled.memory_analysis()
     if analysis is None:
         return None
@@ -295,7 +294,7 @@ def step_bytes(compiled: jax.stages.Compiled) -> int | None:
 def _with_shardings(
     shapes: Tree, axes: Tree, mesh: jax.sharding.Mesh, rules: LogicalAxisRules
 ) -> Tree:
-    """Shapes with the shardings that the rules make of their axes; empty branches are left out."""
+    """Returns shapes with shardings by the rules, without empty branches."""
     shapes, axes = unflatten(flatten(shapes)), unflatten(flatten(axes))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -309,12 +308,12 @@ def _shard_state(
     trainable: Tree,
     mesh: jax.sharding.Mesh,
 ) -> TrainState:
-    """The state's shapes with shardings: the optimizer's are sharded as their parameters, and on.
+    """Returns the state's shapes with shardings; optimizer state is sharded over all mesh axes.
 
-    What is trained is repeated along the axes of the mesh that it is not sharded along, because
-    each device computes with it. The optimizer's state is used once a step, elementwise: each
-    device updates its part, and what is gathered of the update is little beside a step's other
-    traffic (Rajbhandari et al., 2020, arXiv 1910.02054, stage 1).
+    Trainable arrays are replicated along mesh axes that do not shard them, because each device
+    computes with them. The optimizer state is only used elementwise, once per step. So each device
+    updates a shard, and gathering the updates adds little to a step's other traffic (Rajbhandari et
+    al., 2020, arXiv 1910.02054, stage 1).
     """
     everywhere = jax.NamedSharding(mesh, jax.P())
 
@@ -324,11 +323,11 @@ def _shard_state(
     parameters = dict(jax.tree.leaves_with_path(trainable))
 
     def as_its_own(path: tuple[Any, ...], leaf: Any) -> Any:
-        # A state may hold what belongs to a parameter in a tree shaped like all of them, or like
-        # some of them (`optax.partition`): the end of the path says which parameter it is.
+        # A state may contain trees shaped like all parameters or like some (`optax.partition`). The
+        # end of a path names the parameter.
         ends = (path[start:] for start in range(len(path)))
         of = next((parameters[end] for end in ends if end in parameters), None)
-        # A factored second moment has other axes than what it belongs to.
+        # A factored second moment has other axes than its parameter.
         if of is None or leaf.shape != of.shape:
             return whole(leaf)
         sharding = shard_further(of.sharding, of.shape, _WITHIN_A_SLICE)
@@ -339,11 +338,11 @@ def _shard_state(
 
 
 def _laid_out(tree: Tree, abstract: Tree) -> Tree:
-    """Arrays on the devices that the shapes ask for."""
+    """Puts arrays on devices with the shardings of the shapes."""
     return jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), tree, abstract)
 
 
 def _placed(leaf: Any, of: Any, *, copied: bool) -> Any:
-    """A parameter on the devices that its shape asks for; `QArray`s have arrays of their own."""
+    """Puts a parameter, which may be a `QArray`, on devices with its sharding."""
     there = jax.tree.map(lambda x, one: jax.device_put(x, one.sharding), leaf, of)
     return jax.tree.map(jnp.copy, there) if copied else there

@@ -1,4 +1,4 @@
-"""Where a run starts: at its first step, or at a checkpoint of its own, and whether it may."""
+"""Decides whether a run starts at its first step or resumes from a checkpoint."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
@@ -19,12 +19,12 @@ from peft_jax.training.workdir import WorkDir, compare_configs
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Start:
-    """Where a run starts.
+    """Start of a run.
 
     Attributes:
-      step: Number of steps that have been taken.
-      saved: What a checkpoint holds beside its arrays; None where there is no checkpoint.
-      adapter: The adapter to start from where there is no checkpoint; None for a new one.
+      step: Number of steps taken before.
+      saved: JSON state of the checkpoint; None without one.
+      adapter: Adapter to start from without a checkpoint; None for a new one.
     """
 
     step: int = 0
@@ -42,20 +42,20 @@ def find_start(
     allowed: Collection[str],
     warn: Callable[[str], None],
 ) -> Start:
-    """Finds where a run starts, and takes its data to that position.
+    """Finds the start of a run, and moves its data stream to that position.
 
     Args:
-      job: What the run is made of.
-      folder: Its work directory.
-      checkpoints: The checkpoints there.
-      inputs: The base and the data as they are now.
-      finished: Whether the run in the work directory had come to its end.
-      allowed: What may have changed, as in `check_unchanged`.
-      warn: Told what is worth knowing.
+      job: Job of the run.
+      folder: Work directory.
+      checkpoints: Checkpoints of the work directory.
+      inputs: Base model and data now.
+      finished: Whether the run in the work directory was finished.
+      allowed: Inputs that may have changed, as in `check_unchanged`.
+      warn: Prints warnings.
 
     Raises:
-      RefusedError: The checkpoint cannot be resumed from, or there is none where results are that a
-        run from the first step would overwrite.
+      RefusedError: The run cannot resume from the checkpoint, or there is no checkpoint and a new
+        run would overwrite results.
     """
     step = checkpoints.newest(say=warn)
     if step is None:
@@ -67,8 +67,8 @@ def find_start(
     steps = job.steps
     if step > steps:
         raise RefusedError(
-            f"{folder.path} holds a run that has taken {step} steps already, and this command asks"
-            f" for {steps}; ask for at least {step}, or give a --workdir of its own"
+            f"train.steps gives {steps} steps, but the run in {folder.path} has already taken"
+            f" {step}; ask for at least {step}, or give a new run a --workdir of its own"
         )
     for note in _check_inputs(folder, saved, inputs, allowed=allowed):
         warn(note)
@@ -83,57 +83,53 @@ def find_start(
 
 
 def explain_schedule(optimizer: OptimizerSettings, *, before: int, steps: int, done: int) -> str:
-    """Returns what the learning rate does in a run whose number of steps has changed.
+    """Returns a message about the learning rate of a run whose number of steps has changed.
 
     Args:
-      optimizer: Its schedule.
-      before: Number of steps the run was to take.
-      steps: Number of steps it now takes.
-      done: Number of steps it has taken.
+      optimizer: Optimizer settings with the schedule.
+      before: Number of steps that were configured before.
+      steps: Number of steps that are configured now.
+      done: Number of steps taken.
     """
     name = optimizer.schedule.name
     was, now = learning_rate_schedule(optimizer, before), learning_rate_schedule(optimizer, steps)
     taken = jnp.arange(done)
-    head = f"the run was to take {before} steps, and now takes {steps}"
+    head = f"the number of steps was {before} and is now {steps}"
     if np.array_equal(np.asarray(was(taken)), np.asarray(now(taken))):
         return (
-            f"{head}: the {name} schedule gave the {done} steps that are done the same learning"
-            f" rates, so the result will be that of an uninterrupted run of {steps} steps"
+            f"{head}: the {name} schedule has the same learning rates for the {done} steps taken,"
+            f" so the result equals that of an uninterrupted run of {steps} steps"
         )
     last, following = float(was(done - 1)), float(now(min(done, steps - 1)))
     return (
-        f"{head}: the {name} schedule is drawn over {steps} steps anew, so the learning rate goes"
-        f" from {last:.3g} in step {done} to {following:.3g} in the next, and an uninterrupted run"
-        f" of {steps} steps would have had other rates before; with optimizer.schedule.name"
-        " constant and no warmup_ratio both are the same"
+        f"{head}: the {name} schedule now spans {steps} steps, so the learning rate jumps from"
+        f" {last:.3g} in step {done} to {following:.3g} in the next. An uninterrupted run of"
+        f" {steps} steps would have had other learning rates before; only with"
+        " optimizer.schedule.name=constant and no warmup_ratio would both be equal"
     )
 
 
 def _check_nothing_lost(folder: WorkDir, *, finished: bool, warn: Callable[[str], None]) -> None:
     """Rejects a run from the first step that would overwrite results."""
-    if finished or folder.holds_adapter() or folder.holds_model():
-        held = "an adapter" if folder.holds_adapter() else "a model"
+    if finished or folder.has_adapter() or folder.has_model():
+        found = "an adapter" if folder.has_adapter() else "a model"
         start = (
             f"--config.adapter.path={folder.adapter} starts from its adapter"
-            if folder.holds_adapter()
+            if folder.has_adapter()
             else f"--config.model.path={folder.model} starts from its model"
         )
         raise RefusedError(
-            f"{folder.path} holds {'a finished run' if finished else held}, and no checkpoint that"
-            " it could be resumed from; nothing is overwritten: give another --workdir, where"
-            f" {start}"
+            f"{folder.path} has {'a finished run' if finished else found}, but no checkpoint to"
+            f" resume from, and nothing is overwritten: give another --workdir, where {start}"
         )
     if folder.metrics.is_file() and folder.metrics.stat().st_size:
-        warn(
-            f"{folder.path} holds no checkpoint that can be used: the run begins again at its"
-            " first step"
-        )
+        warn(f"{folder.path} has no usable checkpoint, so the run starts again at its first step")
 
 
 def _check_inputs(
     folder: WorkDir, saved: Mapping[str, Any], now: Inputs, *, allowed: Collection[str]
 ) -> list[str]:
-    """Compares the base and the data with those that the run began with."""
+    """Compares the base model and the data with those that the run began with."""
     notes = []
     before = None
     try:
@@ -147,8 +143,8 @@ def _check_inputs(
     if before is None:
         return [
             *notes,
-            f"{folder.path} does not say with which base and data its run began, as version 0.1"
-            " does not: whether they are the same is not known; from now on it does",
+            f"{folder.path} has no record of the run's base model and data, as version 0.1 writes"
+            " none; they are not compared, but recorded from now on",
         ]
     return notes + check_unchanged(before, now, allowed=allowed, where=str(folder.path))
 
@@ -156,13 +152,13 @@ def _check_inputs(
 def _restore_position(
     job: Job, saved: Mapping[str, Any], *, other_rows: bool, warn: Callable[[str], None]
 ) -> None:
-    """Takes the training stream to where the checkpoint was written.
+    """Moves the training stream to the checkpoint's position.
 
-    In other rows, which have been allowed, there may be no such position.
+    Other rows, which the user has allowed, may have no such position.
     """
     try:
         job.train.set_state(saved["data"])
     except ValueError as error:
         if not other_rows:
             raise RefusedError(str(error)) from error
-        warn(f"{error}; the rows are read from their first on")
+        warn(f"{error}; rows are read from the first one")

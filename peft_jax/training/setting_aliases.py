@@ -1,4 +1,4 @@
-"""Names that other tools and other sections have for a setting, to point to the one here."""
+"""Maps other tools' names of settings to the names here, for error messages."""
 
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
@@ -58,15 +58,15 @@ _SAME = {
 OTHER_NAMES: Mapping[str, str] = MappingProxyType(
     {name: setting for setting, names in _SAME.items() for name in names.split()}
 )
-"""What a name of Hugging Face's libraries, Axolotl, LLaMA-Factory and the like is called here."""
+"""Settings by their names in Hugging Face's libraries, Axolotl, LLaMA-Factory and the like."""
 
 
 def settings_called(name: str, known: Mapping[str, Any]) -> list[str]:
-    """Returns the settings that a name stands for: elsewhere, or in another section.
+    """Returns the settings that a name may mean: in another tool or in another section.
 
     Args:
-      name: the last part of what was given.
-      known: every setting, in nested mappings.
+      name: Last part of the given name.
+      known: Nested mappings of every setting.
 
     Example:
       >>> settings_called("lr", {"train": {"learning_rate": None}})
@@ -79,10 +79,12 @@ def settings_called(name: str, known: Mapping[str, Any]) -> list[str]:
 
 
 def check_names(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    """Refuses a setting that has another name here, or stands in another section.
+    """Rejects settings that have another name here or belong to another section.
+
+    Other unknown settings are left to the conversion.
 
     Raises:
-      ValueError: there is one; others that are not known are left to the conversion.
+      ValueError: There is such a setting.
     """
     for path in _unknown(given, known):
         meant = settings_called(path.rpartition(".")[2], known)

@@ -1,8 +1,8 @@
-"""Every setting of a run, with its type, its default and its meaning, read from the dataclasses.
+"""Lists every setting of a run with type, default and meaning, read from the dataclasses.
 
-`python -m peft_jax.settings` prints what `settings_reference` returns, and the documentation's page
-of settings is made of it. Nothing is written down twice: names, types and defaults are the fields
-of `RunConfig` and of the methods, and meanings are the `Attributes:` of their docstrings.
+`python -m peft_jax.settings` prints this list, and the documentation's page of settings shows it.
+Names, types and defaults are the fields of `RunConfig` and of the methods. Meanings are the
+`Attributes:` of their docstrings.
 """
 
 import collections.abc
@@ -20,10 +20,10 @@ from peft_jax.optim import MIXING_RATES
 from peft_jax.training.config import RunConfig
 
 REQUIRED = "required"
-"""The default of a setting that has none."""
+"""Default of a setting that must be given."""
 
 OF_THE_METHOD = "the method's"
-"""The default of a setting that is left to the method."""
+"""Default of a setting whose default the method decides."""
 
 _LEFT_TO_THE_METHOD = ("train.learning_rate", *(f"mixing.{name}" for name in MIXING_RATES.values()))
 
@@ -34,9 +34,9 @@ class Setting:
 
     Attributes:
       name: Dotted name, as in `--config.train.steps=100`.
-      type: The values it takes, in words.
+      type: Allowed values, in words.
       default: The default as it is written in Python, `REQUIRED`, or `OF_THE_METHOD`.
-      meaning: What it does; Markdown in one paragraph.
+      meaning: Effect of the setting; Markdown in one paragraph.
       methods: Names of the methods that have it; empty for a setting of every run.
     """
 
@@ -48,7 +48,7 @@ class Setting:
 
     @property
     def section(self) -> str:
-        """The name without its last part; empty for a setting outside all sections."""
+        """Name without its last part; empty for a setting outside all sections."""
         return self.name.rpartition(".")[0]
 
 
@@ -57,9 +57,9 @@ class Section:
     """Settings that share a prefix.
 
     Attributes:
-      name: The prefix; empty for the settings outside all sections.
-      summary: First sentence about the section.
-      settings: Its settings, in the order of the dataclass.
+      name: Prefix of the settings; empty for those outside all sections.
+      summary: First paragraph about the section.
+      settings: Settings of the section, in the order of the dataclass.
     """
 
     name: str
@@ -81,10 +81,10 @@ def settings_reference() -> tuple[Section, ...]:
 
 
 def attributes_of(cls: type) -> dict[str, str]:
-    """Returns what the `Attributes:` of a class and of its bases say, each as one paragraph.
+    """Returns the `Attributes:` of a class and of its bases, each as one paragraph.
 
     Args:
-      cls: A class with Google-style docstrings.
+      cls: Class with Google-style docstrings.
 
     Example:
       >>> attributes_of(Setting)["default"]
@@ -109,7 +109,7 @@ def attributes_of(cls: type) -> dict[str, str]:
 
 
 def to_markdown(sections: Sequence[Section]) -> str:
-    """Returns the documentation's page."""
+    """Returns the documentation's page of settings."""
     lines = [
         "# Settings",
         "",
@@ -138,7 +138,7 @@ def to_markdown(sections: Sequence[Section]) -> str:
 
 
 def to_json(sections: Sequence[Section]) -> list[dict[str, Any]]:
-    """Returns the settings as dictionaries that JSON can hold."""
+    """Returns the settings as dictionaries of JSON values."""
     return [
         {**dataclasses.asdict(one), "methods": list(one.methods)}
         for section in sections
@@ -147,7 +147,7 @@ def to_json(sections: Sequence[Section]) -> list[dict[str, Any]]:
 
 
 def _sections(cls: Any, name: str) -> Iterator[Section]:
-    """Yields the section of a dataclass, and after it those of its fields."""
+    """Yields the section of a dataclass, and then those of its fields."""
     if cls is AdapterSpec:
         yield _method_section("method")
         return
@@ -156,9 +156,9 @@ def _sections(cls: Any, name: str) -> Iterator[Section]:
     for field in dataclasses.fields(cls):
         full = f"{name}.{field.name}" if name else field.name
         if full == "optimizer.learning_rate":
-            continue  # It is called train.learning_rate.
+            continue  # The setting is train.learning_rate.
         if full == "init_batches":
-            continue  # It is in the section `method`.
+            continue  # The setting is in the section `method`.
         if dataclasses.is_dataclass(hints[field.name]):
             inner.append((hints[field.name], full))
         else:
@@ -273,12 +273,12 @@ def _choices(values: Any) -> str:
 
 
 def _summary(cls: type) -> str:
-    """The first paragraph of a class's docstring."""
+    """Returns the first paragraph of a class's docstring."""
     return " ".join(inspect.cleandoc(cls.__doc__ or "").partition("\n\n")[0].split())
 
 
 def _sentence(text: str) -> str:
-    """A text with a full stop, and a capital unless it begins with a symbol."""
+    """Returns a text with a full stop and, unless it begins with a symbol, a capital letter."""
     if not text:
         return text
     symbol = re.match(r"(?!a\b)\w\b", text)

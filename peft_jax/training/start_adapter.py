@@ -1,4 +1,4 @@
-"""The adapter that a run starts from, in place of a new one."""
+"""Loads the adapter that a run starts from instead of a new one."""
 
 import dataclasses
 from typing import Any
@@ -23,7 +23,7 @@ _OF_TRAINING = frozenset(
         "gradient_init",
     }
 )
-"""Settings of methods that do not change what an adapter's arrays compute."""
+"""Settings of methods that do not change what an adapter computes."""
 
 _NAMED_AT_MOST = 4
 
@@ -32,13 +32,14 @@ def load_start(job: Job) -> AdapterState:
     """Loads the adapter that a run starts from, ours or Hugging Face PEFT's.
 
     Args:
-      job: What the run is made of; its configuration names the adapter.
+      job: Job of the run, whose configuration names the adapter.
 
     Returns:
-      The adapter's arrays on the host's first device, in the dtypes that the run trains in.
+      Arrays of the adapter on the first local device, in the dtypes of training.
 
     Raises:
-      RefusedError: There is no such adapter, or it is not of the run's method, modules and base.
+      RefusedError: There is no such adapter, or its method, modules or base model are not the
+        run's.
     """
     settings = job.config.adapter
     try:
@@ -54,14 +55,14 @@ def load_start(job: Job) -> AdapterState:
 
 
 def _as_trained(tree: Tree, abstract: Tree) -> Tree:
-    """Returns arrays in the dtypes that a run has them in."""
+    """Returns arrays in the dtypes of training."""
     return jax.tree.map(
         lambda x, leaf: jnp.asarray(x).astype(leaf.dtype), unflatten(flatten(tree)), abstract
     )
 
 
 def _check_same(given: AdapterSpec, wanted: AdapterSpec, params: Tree, *, where: str) -> None:
-    """Rejects an adapter that is not what the run trains."""
+    """Rejects an adapter that differs from the one the run trains."""
     theirs, ours = given.targets(params), wanted.targets(params)
     faults = _other_settings(given.method, wanted.method) or [
         *_other_modules(theirs, ours),
@@ -69,17 +70,17 @@ def _check_same(given: AdapterSpec, wanted: AdapterSpec, params: Tree, *, where:
     ]
     if faults:
         raise RefusedError(
-            f"adapter.path is {where}, which is not what this run trains: {'; '.join(faults)}. Give"
-            " the method and the modules that the adapter has"
+            f"adapter.path is {where}, which differs from what this run trains:"
+            f" {'; '.join(faults)}. Give the adapter's method and modules"
         )
 
 
 def _other_settings(given: Any, wanted: Any) -> list[str]:
-    """Returns the settings of two methods that differ and count, in words."""
+    """Returns the relevant settings in which two methods differ, as text."""
     if given.name != wanted.name:
-        return [f"method.name is {wanted.name!r}, and the adapter's is {given.name!r}"]
+        return [f"method.name is {wanted.name!r}, but the adapter's is {given.name!r}"]
     return [
-        f"method.{field.name} is {getattr(wanted, field.name)!r}, and the adapter's is"
+        f"method.{field.name} is {getattr(wanted, field.name)!r}, but the adapter's is"
         f" {getattr(given, field.name)!r}"
         for field in dataclasses.fields(wanted)
         if field.name not in _OF_TRAINING
@@ -88,21 +89,21 @@ def _other_settings(given: Any, wanted: Any) -> list[str]:
 
 
 def _other_modules(theirs: Targets, ours: Targets) -> list[str]:
-    """Returns the modules that only one of two plans has, in words."""
+    """Returns the modules that only one of two targets has, as text."""
     faults = []
     for what, one, other in (
         ("adapts", set(theirs.adapted), set(ours.adapted)),
-        ("holds trained values of", set(theirs.trained), set(ours.trained)),
+        ("trains in full", set(theirs.trained), set(ours.trained)),
     ):
         if only := one - other:
-            faults.append(f"the adapter {what} {_listing(only)}, and the run does not")
+            faults.append(f"the adapter {what} {_listing(only)}, but the run does not")
         if only := other - one:
-            faults.append(f"the run {what} {_listing(only)}, and the adapter does not")
+            faults.append(f"the run {what} {_listing(only)}, but the adapter does not")
     return faults
 
 
 def _other_kernels(theirs: Targets, ours: Targets) -> list[str]:
-    """Returns how the methods of single kernels differ, in words."""
+    """Returns how the methods of single kernels differ, as text."""
     return [
         f"at {join_path(path[:-1])} {fault}"
         for path in sorted(set(theirs.adapted) & set(ours.adapted))

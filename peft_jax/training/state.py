@@ -1,4 +1,4 @@
-"""What changes from step to step."""
+"""Defines the state that a training step updates."""
 
 from typing import Any
 
@@ -13,14 +13,14 @@ from peft_jax.core import Tree
 
 @struct.dataclass
 class TrainState:
-    """What a training step takes and gives back; a pytree, whose buffers are donated.
+    """State that a training step updates; a pytree, whose buffers are donated.
 
-    Random keys are not among it: they are made of the seed and the step.
+    It has no random keys, because they derive from the seed and the step.
 
     Attributes:
-      step: how many steps have been taken, int32 [].
-      trainable: the adapter's trained arrays.
-      opt_state: the optimizer's state.
+      step: Number of steps taken, int32 [].
+      trainable: Trainable arrays of the adapter.
+      opt_state: State of the optimizer.
     """
 
     step: Int[Array, ""] | Any
@@ -29,17 +29,17 @@ class TrainState:
 
     @staticmethod
     def create(trainable: Tree, optimizer: optax.GradientTransformation) -> "TrainState":
-        """The state before the first step."""
+        """Returns the state before the first step."""
         return TrainState(
             step=jnp.zeros((), jnp.int32), trainable=trainable, opt_state=optimizer.init(trainable)
         )
 
 
 def abstract_state(trainable: Tree, optimizer: optax.GradientTransformation) -> TrainState:
-    """Shapes and dtypes of the state, without making it.
+    """Returns the shapes and dtypes of the state.
 
     Args:
-      trainable: the adapter's arrays, or abstract ones.
-      optimizer: the optimizer.
+      trainable: Trainable arrays, or their shapes.
+      optimizer: Optimizer.
     """
     return jax.eval_shape(lambda arrays: TrainState.create(arrays, optimizer), trainable)

@@ -1,4 +1,4 @@
-"""One training step, and the loss it descends."""
+"""Defines one training step and its loss."""
 
 import dataclasses
 from collections.abc import Callable
@@ -22,14 +22,14 @@ from peft_jax.training.state import TrainState
 Metrics = dict[str, Any]
 
 LossFn = Callable[[Any, Tree, Any], tuple[Float[Array, ""], Float[Array, ""]]]
-"""A custom loss: maps (model, parameters with adapters bound, microbatch) to the summed losses and
-the weight that the sum is divided by. The weight must not depend on the parameters."""
+"""Custom loss: maps (model, parameters with adapters bound, microbatch) to the summed losses and
+the weight that divides the sum. The weight must not depend on the parameters."""
 
 ADAPTER = "adapter"
-"""The name in the metrics of gradients of an adapter that has no branches."""
+"""Metric name of gradients of an adapter without branches."""
 
 WEIGHTS = "weights"
-"""The name in the metrics of gradients of leaves that are trained themselves."""
+"""Metric name of gradients of leaves trained in full."""
 
 
 def call_loss(
@@ -38,14 +38,14 @@ def call_loss(
     """Calls a custom loss and returns its two numbers as float32.
 
     Raises:
-      ValueError: It does not return two numbers.
+      ValueError: The loss does not return two numbers.
     """
     found = loss_fn(model, params, batch)
     shapes = jax.tree.map(jnp.shape, found)
     if shapes != ((), ()):
         raise ValueError(
-            "a loss function must return two numbers, the summed losses and the weight that the"
-            f" sum is divided by, but returned values of the shapes {shapes}"
+            "a loss function must return two numbers, the summed losses and the weight that divides"
+            f" the sum, but returned values of the shapes {shapes}"
         )
     total, weight = found
     return jnp.asarray(total, jnp.float32), jnp.asarray(weight, jnp.float32)
@@ -54,18 +54,18 @@ def call_loss(
 def summed_loss(
     model: Any, params: Tree, batch: AnyBatch, *, chunk_size: int, packed: bool = True
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """The loss of a batch, summed over the targets, and their number.
+    """Returns the loss of a batch summed over its targets, and their number.
 
     Args:
-      model: a `CausalLM`, or a `SequenceClassifier` for rows with labels.
-      params: its parameters, with adapters bound.
-      batch: rows [B, T].
-      chunk_size: positions whose logits are held at a time.
-      packed: whether rows may hold several segments, as `CausalLM.hidden_states` takes it.
+      model: A `CausalLM`, or a `SequenceClassifier` for rows with labels.
+      params: Parameters of the model, with adapters bound.
+      batch: Rows [B, T].
+      chunk_size: Number of positions whose logits are held at once.
+      packed: Whether rows may have several segments; see `CausalLM.hidden_states`.
 
     Returns:
-      (sum of losses, sum of weights), float32. Losses are cross-entropies in nats; of a regression
-      squared errors.
+      Sum of losses and sum of weights, float32 []. Losses are cross-entropies in nats, or squared
+      errors of a regression.
     """
     if isinstance(batch, LabeledBatch):
         _, losses = classifier_outputs(model, params, batch)
@@ -77,7 +77,7 @@ def summed_loss(
         segment_ids=batch.segment_ids,
         packed=packed,
     )
-    # The head's vocabulary is cut along "tensor", so its tokens cannot be as well.
+    # The head's vocabulary is sharded along "tensor", so its tokens cannot be.
     hidden = constrain(hidden, ("batch", "sequence", None))
     return chunked_cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]),
@@ -90,25 +90,25 @@ def summed_loss(
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class TrainStep:
-    """One optimizer step over a global batch; call it under `jax.jit`, with the state donated.
+    """One optimizer step over a global batch; call it under `jax.jit`, and donate the state.
 
-    The loss is the mean over all targets of the batch, however they are spread over microbatches
-    and devices. Gradients are taken with respect to `state.trainable` alone, so that no gradient of
-    a frozen kernel is ever computed.
+    The loss is the mean over all targets of the batch, whatever the microbatches and devices.
+    Gradients are only taken with respect to `state.trainable`, never to a frozen kernel.
 
     Attributes:
-      model: the model.
-      spec: what is adapted.
-      optimizer: turns gradients into updates.
-      learning_rate: the schedule, for the metrics; None leaves it out of them.
-      chunk_size: positions whose logits are held at a time.
-      seed: of dropout.
-      shardings: of what is trained, and so of its gradients; None leaves them to the compiler. It
-        would cut them as the optimizer's state is, and gather activations for that in every layer.
-      packed: whether rows may hold several segments, as `CausalLM.hidden_states` takes it.
-      loss_fn: a custom loss; None for the model's own. With one, batches may be any pytree whose
-        leaves have a leading axis of rows, and the metrics have no "targets" and "tokens".
-      traces: how often the step has been traced; one compilation each.
+      model: Model to train.
+      spec: Specification of the adapter.
+      optimizer: Optimizer that maps gradients to updates.
+      learning_rate: Learning-rate schedule, for the metrics; None leaves it out of them.
+      chunk_size: Number of positions whose logits are held at once.
+      seed: Seed of dropout.
+      shardings: Shardings of trainable arrays and of their gradients; None leaves them to the
+        compiler, which would shard gradients as the optimizer state and gather activations for it
+        in every layer.
+      packed: Whether rows may have several segments; see `CausalLM.hidden_states`.
+      loss_fn: Custom loss; None for the model's own. With one, batches may be any pytree of leaves
+        [rows, ...], and the metrics have no "targets" and "tokens".
+      traces: Number of times the step has been traced.
     """
 
     model: Model
@@ -128,17 +128,17 @@ class TrainStep:
         """Takes one step.
 
         Args:
-          state: before the step.
-          frozen: the base's parameters, without those that are trained themselves.
-          constant: the adapter's constant arrays.
-          batch: the rows of the step, divided into microbatches: a `Batch` or `LabeledBatch` with
-            leaves [microbatches, B, T], or what the custom loss takes.
+          state: State before the step.
+          frozen: Frozen parameters of the base model.
+          constant: Constant arrays of the adapter.
+          batch: Microbatches of the step: a `Batch` or `LabeledBatch` with leaves
+            [microbatches, B, T], or the custom loss's pytree with leaves [microbatches, rows, ...].
 
         Returns:
-          The state after the step, and what was measured in it: "loss" (before the update),
-          "targets" and "tokens" (numbers of them), "grad_norm" (before clipping),
-          "grad_norm_by_layer" (by branch, [layers]), "learning_rate", "lambda" (the hybrid's mixing
-          weights by group) and "finite", whether loss and gradient are.
+          The state after the step, and its metrics: "loss" (before the update), the numbers of
+          "targets" and "tokens", "grad_norm" (before clipping), "grad_norm_by_layer" (by branch,
+          [layers]), "learning_rate", "lambda" (the hybrid's mixing weights by group) and "finite"
+          (whether loss and gradient are).
         """
         self.traces += 1
         counts = {}
@@ -153,7 +153,7 @@ class TrainStep:
             loss, gradients = self._accumulate_weighted(state, frozen, constant, batch)
         if self.shardings is not None:
             gradients = jax.lax.with_sharding_constraint(gradients, self.shardings)
-        # optax's own transformations rely on implicit promotion.
+        # optax's own transformations rely on implicit dtype promotion.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optax.with_extra_args_support(self.optimizer).update(
                 gradients, state.opt_state, state.trainable, value=loss
@@ -182,14 +182,14 @@ class TrainStep:
         *,
         dropout_key: Array | None = None,
     ) -> Float[Array, ""]:
-        """The loss of one microbatch [B, T], summed over its targets; what gradients are taken of.
+        """Returns the differentiable loss of one microbatch [B, T], summed over its targets.
 
         Args:
-          trainable: the adapter's trained arrays.
-          frozen: as for a step.
-          constant: as for a step.
-          rows: the microbatch.
-          dropout_key: of this microbatch's dropout; None without.
+          trainable: Trainable arrays of the adapter.
+          frozen: Frozen parameters of the base model.
+          constant: Constant arrays of the adapter.
+          rows: Microbatch.
+          dropout_key: Random key of the microbatch's dropout; None for no dropout.
         """
         bound = self._bind(trainable, frozen, constant, dropout_key)
         total, _ = summed_loss(
@@ -205,7 +205,7 @@ class TrainStep:
         batch: AnyBatch,
         targets: Float[Array, ""],
     ) -> tuple[Float[Array, ""], Tree]:
-        """The mean loss over the whole batch and its gradient, one microbatch after another."""
+        """Returns the mean loss over the batch and its gradient, accumulated over microbatches."""
         scale = 1.0 / jnp.maximum(targets, 1.0)
 
         def loss_of(trainable: Tree, rows: AnyBatch, index: Array) -> Float[Array, ""]:
@@ -232,7 +232,7 @@ class TrainStep:
     def _accumulate_weighted(
         self, state: TrainState, frozen: Tree, constant: Tree, batch: Any
     ) -> tuple[Float[Array, ""], Tree]:
-        """The mean of a custom loss, and its gradient, divided once all is summed."""
+        """Returns the mean of a custom loss and its gradient, divided after summation."""
         assert self.loss_fn is not None
         loss_fn = self.loss_fn
 
@@ -255,13 +255,13 @@ class TrainStep:
         return total * scale, jax.tree.map(lambda x: x * scale, gradients)
 
     def _bind(self, trainable: Tree, frozen: Tree, constant: Tree, key: Array | None) -> Tree:
-        """The parameters with the adapter bound."""
+        """Returns the parameters with the adapter bound."""
         adapter = AdapterState(trainable=trainable, constant=constant)
         remat = self.model.execution.remat != "none"
         return self.spec.bind(frozen, adapter, dropout_key=key, recompute=remat)
 
     def _dropout_key(self, state: TrainState, index: Array) -> Array | None:
-        """The key of one microbatch of one step, made of the seed; None without dropout."""
+        """Returns the dropout key of one microbatch of a step; None without dropout."""
         if not self.spec.method.has_dropout:
             return None
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)
@@ -269,15 +269,14 @@ class TrainStep:
 
 
 def norms_by_layer(gradients: Tree) -> dict[str, Float[Array, " layers"]]:
-    """Frobenius norms of the gradients of each layer, by branch.
+    """Returns Frobenius norms of the gradients of each layer, by branch.
 
     Args:
-      gradients: a tree such as `AdapterState.trainable`.
+      gradients: Tree such as `AdapterState.trainable`.
 
     Returns:
-      By "low_rank" and "rotation" (a hybrid's branches), "adapter" (of other methods) and "weights"
-      (leaves that are trained themselves): the norm over everything in a layer. What is in no layer
-      is left out.
+      Norms [layers] by branch: "low_rank" and "rotation" of a hybrid, "adapter" of other methods,
+      and "weights" of leaves trained in full. Leaves outside the layers are excluded.
 
     Example:
       >>> kernel = {"a": jnp.array([[3.0, 0.0], [0.0, 1.0]]), "b": jnp.array([[4.0], [0.0]])}

@@ -1,4 +1,4 @@
-"""The arithmetic of a training step, and what share of the devices' peak a run makes of it."""
+"""Counts the operations of a training step, and computes a run's utilization."""
 
 import dataclasses
 import math
@@ -17,18 +17,18 @@ from peft_jax.training.blueprint import Blueprint
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepArithmetic:
-    """Floating-point operations of one step, over all devices together.
+    """Floating-point operations of one step, over all devices.
 
-    What the model and its gradient take, counted once: nothing that is computed again to save
-    memory. Attention counts every pair of tokens, as is usual (Chowdhery et al., 2022, arXiv
-    2204.02311, appendix B), though a causal one needs half of them.
+    `total` counts the operations of the model and its gradient once, without rematerialization.
+    Attention counts every pair of tokens, as is usual (Chowdhery et al., 2022, arXiv 2204.02311,
+    appendix B), though causal attention needs only half of them.
 
     Attributes:
-      base: products with the model's kernels, the head's included. A frozen kernel takes part in
-        two, forwards and for the gradient of its input; a trained one in a third.
-      attention: products of queries, keys, weights and values.
-      adapters: everything else: the adapters' products, decompositions and transforms.
-      computed: what a step computes all in all, with what it computes again for the backward pass.
+      base: Products with the model's kernels, including the head. A frozen kernel takes part in
+        two products, forward and for the gradient of its input, and a trainable one in a third.
+      attention: Products of queries, keys, attention weights and values.
+      adapters: All other operations: the adapters' products, decompositions and transforms.
+      computed: Operations that a step computes, including rematerialization.
     """
 
     base: float
@@ -38,16 +38,15 @@ class StepArithmetic:
 
     @property
     def total(self) -> float:
-        """All that the model and its gradient take."""
+        """Operations of the model and its gradient."""
         return self.base + self.attention + self.adapters
 
 
 def count_step(blueprint: Blueprint) -> StepArithmetic:
-    """The arithmetic of one step, counted from its program; nothing is compiled.
+    """Counts the operations of one step from its traced program, without compiling.
 
     Raises:
-      RuntimeError: the program has loops whose number of rounds it computes, which cannot be
-        counted.
+      RuntimeError: The program has loops with computed trip counts.
     """
     remat = blueprint.model.execution.remat
     total = _count(blueprint, remat="none")
@@ -63,15 +62,15 @@ def count_step(blueprint: Blueprint) -> StepArithmetic:
 def count_step_flops(
     blueprint: Blueprint, traced: jax.stages.Traced, *, say: Callable[[str], None]
 ) -> float | None:
-    """Returns `StepArithmetic.total` alone, for a run that has traced its step anyway.
+    """Returns only `StepArithmetic.total`, for a run that has already traced its step.
 
     Args:
-      blueprint: the run's.
-      traced: the step's program; where it is the plain one, it is what is counted.
-      say: told why nothing could be counted.
+      blueprint: Blueprint of the run.
+      traced: Traced step, which is counted if it is suitable.
+      say: Prints why operations could not be counted.
 
     Returns:
-      The operations, or None where they could not be counted: a run does not depend on them.
+      The operations; None if they could not be counted, because a run does not depend on them.
     """
     try:
         if _is_plain(blueprint):
@@ -80,16 +79,16 @@ def count_step_flops(
     except Exception as error:
         reason = next(iter(str(error).splitlines()), "")
         say(
-            "the operations of a step were not counted, so the summary has neither a rate nor a"
-            f" utilization: {type(error).__name__}: {reason}"
+            "the operations of a step were not counted, so the summary has no utilization:"
+            f" {type(error).__name__}: {reason}"
         )
         return None
 
 
 def _is_plain(blueprint: Blueprint) -> bool:
-    """Whether a step's program computes nothing twice, on one device, and has countable loops."""
+    """Returns whether a step runs on one device, without rematerialization, with known loops."""
     execution, tokens = blueprint.model.execution, blueprint.config.train.max_length
-    # A fused kernel is no product that could be counted.
+    # The operations of a fused attention kernel cannot be counted.
     fused = blueprint.mesh.devices.flat[0].platform == "gpu"
     attention = choose_attention(
         execution.attention,
@@ -102,7 +101,7 @@ def _is_plain(blueprint: Blueprint) -> bool:
 
 
 def _count(blueprint: Blueprint, *, remat: str) -> float:
-    # Dense attention: of the chunked kind's loops nobody knows how often they run.
+    # Counts dense attention, because the trip counts of chunked attention's loops are computed.
     execution = dataclasses.replace(blueprint.model.execution, remat=remat, attention="dense")
     other = dataclasses.replace(blueprint, model=blueprint.model.with_execution(execution))
     return _known(
@@ -123,14 +122,14 @@ def _tokens(blueprint: Blueprint) -> int:
 
 
 def _inputs(blueprint: Blueprint, path: Path) -> int:
-    """How many vectors a kernel is multiplied by in a step; a classifier's head takes one a row."""
+    """Returns a kernel's number of input vectors per step; a classifier's head has one per row."""
     if isinstance(blueprint.model, SequenceClassifier) and not is_stacked(path):
         return blueprint.config.train.batch_size
     return _tokens(blueprint)
 
 
 def _base(blueprint: Blueprint) -> float:
-    """Two or three products for each kernel: its numbers times the tokens times two."""
+    """Counts two or three products of each kernel: 2 x kernel size x tokens each."""
     flat = flatten(blueprint.params)
     trained = set(blueprint.spec.targets(blueprint.params).trained)
     flops = 0.0
@@ -147,7 +146,7 @@ def _is_tied_head(blueprint: Blueprint, path: Path) -> bool:
 
 
 def _attention(blueprint: Blueprint) -> float:
-    """Scores and weighted values, forwards and twice backwards."""
+    """Counts attention scores and weighted values, once forward and twice backward."""
     config: Any = blueprint.model.config
     pairs = _tokens(blueprint) * blueprint.config.train.max_length
     return 12.0 * pairs * config.num_heads * config.head_dim * config.num_layers
@@ -155,11 +154,11 @@ def _attention(blueprint: Blueprint) -> float:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Utilization:
-    """How much a run computes a second.
+    """Operations per second of a run, and their share of the peak.
 
     Attributes:
-      flops_per_second: of `StepArithmetic.total`, over all devices.
-      share_of_peak: of what the devices' makers state for bfloat16; None where that is not known.
+      flops_per_second: `StepArithmetic.total` per second, over all devices.
+      share_of_peak: Share of the vendor's bfloat16 peak rate; None if it is unknown.
     """
 
     flops_per_second: float
@@ -167,7 +166,7 @@ class Utilization:
 
 
 def measure_utilization(flops: float, seconds: float, devices: Sequence[jax.Device]) -> Utilization:
-    """What steps of so many FLOPs and seconds make of the devices they run on."""
+    """Returns the utilization of steps with this number of operations and seconds."""
     rate = flops / seconds
     chip = find_chip(devices[0].device_kind)
     share = None if chip is None else rate / (chip.flops * len(devices))

@@ -1,10 +1,10 @@
-"""Training in memory: a model, an adapter, any optax transformation and any batches.
+"""Trains in memory, with any optax transformation and any batches.
 
     trainer = Trainer(model, AdapterSpec(LoRA(rank=8)), optax.adamw(1e-3))
     training = trainer.fit(params, batches)
     merged = trainer.spec.merge(params, training.adapter)
 
-`fit` is `initialize`, then `step` for each batch; a loop of one's own calls the same two.
+`fit` calls `initialize` and then `step` for each batch. A custom loop calls the same two.
 """
 
 import dataclasses
@@ -34,14 +34,14 @@ class Hooks:
     """Functions that `Trainer.fit` calls; each is optional.
 
     Attributes:
-      on_step: Called after each step with its number, from 1, and its metrics. They are on the
-        device: reading one waits for the step, which costs time when it is done at every step.
-      evaluate_every: Number of steps between two evaluations; 0 evaluates after the last step only.
+      on_step: Called after each step with its number, from 1, and its metrics. Metrics are on the
+        device: reading them waits for the step, which is slow if done at every step.
+      evaluate_every: Number of steps between two evaluations; 0 only evaluates after the last step.
       on_evaluation: Called with the number of steps taken and the held-out loss.
-      checkpoint_every: Number of steps between two calls of `on_checkpoint`; 0 calls it after the
-        last step only.
-      on_checkpoint: Called with the number of steps taken and the `Training`. What it keeps must be
-        copied or written before it returns: the next step reuses the buffers.
+      checkpoint_every: Number of steps between two calls of `on_checkpoint`; 0 only calls it after
+        the last step.
+      on_checkpoint: Called with the number of steps taken and the `Training`. It must copy or write
+        arrays before it returns, because the next step donates their buffers.
     """
 
     on_step: Callable[[int, Metrics], None] | None = None
@@ -59,19 +59,19 @@ class Trainer:
     """Trains an adapter in memory.
 
     Args:
-      model: The model.
-      spec: What is adapted.
-      optimizer: Any optax transformation, its learning rate included.
-      loss_fn: A custom loss; see `peft_jax.training.step.LossFn`. None for cross-entropy over the
-        targets of a `Batch` (or of a `LabeledBatch`, with a classifier).
-      gradient_accumulation: Number of microbatches that a batch is divided into.
+      model: Model to train.
+      spec: Specification of the adapter.
+      optimizer: Any optax transformation, including its learning rate.
+      loss_fn: Custom loss; see `peft_jax.training.step.LossFn`. None for the cross-entropy over the
+        targets of a `Batch`, or of a `LabeledBatch` with a classifier.
+      gradient_accumulation: Number of microbatches of a batch.
       chunk_size: Number of positions whose logits are held at once.
-      packed: Whether rows may hold several segments; see `CausalLM.hidden_states`.
-      mesh: The devices; by default all of them, with the rows of a batch divided among them.
-      seed: Seed of the adapter's first values and of dropout.
+      packed: Whether rows may have several segments; see `CausalLM.hidden_states`.
+      mesh: Mesh of devices. Default: all devices, with batch rows sharded over them.
+      seed: Seed of the adapter's initialization and of dropout.
 
     Raises:
-      ValueError: `gradient_accumulation` is not a positive number.
+      ValueError: `gradient_accumulation` or `chunk_size` is not a positive integer.
 
     Example:
       >>> from peft_jax.adapters import LoRA
@@ -115,18 +115,18 @@ class Trainer:
 
     @property
     def traces(self) -> int:
-        """Number of times the step has been traced; 1 unless batches change their shapes."""
+        """Number of times the step has been traced; 1 unless the shapes of batches change."""
         return 0 if self._train_step is None else self._train_step.traces
 
     def prepare(self, params: Tree) -> StepProgram:
-        """Checks that the model can be trained so, and lays the arrays of a step out.
+        """Checks the arguments, and shards the arrays of a step.
 
         Args:
-          params: The model's parameters, arrays or shapes.
+          params: Model parameters, arrays or shapes.
 
         Raises:
-          ValueError: The parameters are not the model's, what is to be adapted cannot be, or the
-            mesh does not divide the model.
+          ValueError: The parameters are not the model's, a module cannot be adapted, or the mesh
+            does not divide the model.
         """
         quantization = quantization_of(params)
         self.model.check_params(params, quantization)
@@ -165,18 +165,17 @@ class Trainer:
         *,
         adapter: AdapterState | None = None,
     ) -> Training:
-        """Makes the arrays of a run.
+        """Initializes the arrays of a run.
 
         Args:
-          params: The model's parameters. They are never changed, and those that stay frozen are not
-            copied where they lie as the mesh asks.
-          batches: Batches that show the gradient's directions to methods that start along them
-            (`LoRAGA`, `Hybrid`).
-          adapter: The adapter to start from; a new one by default.
+          params: Model parameters. They are never changed. Frozen ones are not copied if they have
+            the right sharding.
+          batches: Batches for methods that initialize from the gradient (`LoRAGA`, `Hybrid`).
+          adapter: Adapter to start from. Default: a new one.
 
         Raises:
-          ValueError: As `prepare`; or the method starts along the gradient and no batch is given;
-            or `adapter` is another's.
+          ValueError: `prepare` rejects the parameters, the method needs the gradient and no batch
+            is given, or `adapter` belongs to another specification.
         """
         program = self.prepare(params)
         placed = program.place_base(params)
@@ -187,18 +186,17 @@ class Trainer:
                 adapter = program.initialize(key, placed, rows or None)
             else:
                 _check_adapter(adapter, program.adapter)
-                # The first step takes the buffers.
+                # Copied, because the first step donates the buffers.
                 adapter = program.place(jax.tree.map(jnp.copy, adapter))
             state = program.make_state(adapter.trainable)
         return Training(frozen=self.spec.frozen(placed), constant=adapter.constant, state=state)
 
     def step(self, training: Training, batch: Any) -> Metrics:
-        """Takes one optimizer step, replacing `training.state`.
+        """Takes one optimizer step and replaces `training.state`.
 
         Args:
-          training: What `initialize` made.
-          batch: Rows: a `Batch`, or with a custom loss any pytree whose leaves have a leading axis
-            of rows.
+          training: Arrays from `initialize`.
+          batch: A `Batch`, or with a custom loss any pytree of leaves [rows, ...].
 
         Returns:
           The metrics of the step, on the device; see `TrainStep`.
@@ -219,7 +217,7 @@ class Trainer:
         """Returns the mean loss over all targets of the batches.
 
         Raises:
-          ValueError: There are no batches, or their rows cannot be divided equally.
+          ValueError: No batch has a target, or the rows cannot be divided equally.
         """
         program = self._prepared()
         total = weight = 0.0
@@ -247,26 +245,26 @@ class Trainer:
         """Trains on batches, one step each.
 
         Args:
-          params: The model's parameters.
-          batches: The batches.
-          steps: Number of steps; by default as many as there are batches.
-          held_out: Batches for `hooks.on_evaluation`; gone through once an evaluation.
-          hooks: What is called in between.
-          init_batches: As `initialize` takes them. All of them are read before the first step.
+          params: Model parameters.
+          batches: Training batches.
+          steps: Number of steps. Default: the number of batches.
+          held_out: Held-out batches for `hooks.on_evaluation`.
+          hooks: Functions to call between steps.
+          init_batches: Batches for `initialize`. All of them are read before the first step.
 
         Returns:
           The trained arrays.
 
         Raises:
-          ValueError: As `initialize`, `step` and `evaluate`, whose batches are checked before the
-            first step; or the batches end before `steps`.
+          ValueError: `initialize`, `step` or `evaluate` rejects an argument, or the batches end
+            before `steps`. Held-out batches are checked before the first step.
         """
         if steps is not None:
             check_count("steps", steps)
         if init_batches is batches and isinstance(batches, Iterator):
             raise ValueError(
-                "init_batches and batches are one iterator, of which nothing would be left to train"
-                " on; give init_batches a list, as list(itertools.islice(batches, 1))"
+                "init_batches and batches are the same iterator, so no batch would be left to train"
+                " on; give init_batches a list, such as list(itertools.islice(batches, 1))"
             )
         hooks, held_out = hooks or Hooks(), list(held_out)
         training = self.initialize(params, init_batches)
@@ -279,7 +277,7 @@ class Trainer:
             if hooks.on_step is not None:
                 hooks.on_step(done, metrics)
         if steps is not None and done < steps:
-            raise ValueError(f"the batches end after {done} of {steps} steps")
+            raise ValueError(f"steps is {steps}, but there are only {done} batches")
         self._between(training, done, held_out, hooks, last=True)
         return training
 
@@ -292,7 +290,7 @@ class Trainer:
         *,
         last: bool = False,
     ) -> None:
-        """Calls what is due after `done` steps."""
+        """Calls the hooks that are due after `done` steps."""
         measure = last or _is_due(done, hooks.evaluate_every)
         save = last or _is_due(done, hooks.checkpoint_every)
         if measure and held_out and hooks.on_evaluation is not None:
@@ -317,12 +315,12 @@ class Trainer:
         return jax.tree.transpose(outer, inner, split)
 
     def _check_rows(self, batch: Any, *, microbatches: int | None = None) -> None:
-        """Rejects what is no batch, or whose rows microbatches and devices cannot share equally."""
+        """Rejects invalid batches, and rows that microbatches and devices cannot share equally."""
         if self._loss_fn is None:
             self._check_kind(batch)
         leaves = jax.tree.leaves(batch)
         if not leaves:
-            raise ValueError(f"a batch must hold arrays, but is {batch!r}")
+            raise ValueError(f"a batch must have arrays, but is {batch!r}")
         odd = next((leaf for leaf in leaves if not np.shape(leaf)), None)
         if odd is not None:
             raise ValueError(
@@ -340,12 +338,12 @@ class Trainer:
         parts = microbatches * devices
         if not count or count % parts:
             raise ValueError(
-                f"a batch has {count} rows, which {microbatches} microbatches on {devices} devices"
-                f" cannot share equally; the number must be a multiple of {parts}"
+                f"a batch has {count} rows, but the number must be a multiple of {parts}, so that"
+                f" {microbatches} microbatches on {devices} devices share them equally"
             )
 
     def _check_held_out(self, held_out: list[Any]) -> None:
-        """Rejects what `evaluate` would, before the first step."""
+        """Rejects batches that `evaluate` would reject, before the first step."""
         for batch in held_out:
             self._check_rows(batch, microbatches=1)
         targets = self._loss_fn is not None or any(np.any(one.loss_mask) for one in held_out)
@@ -353,11 +351,14 @@ class Trainer:
             raise ValueError(_NO_TARGET)
 
     def _check_kind(self, batch: Any) -> None:
-        """Rejects what the model's own loss does not take; numbers of arrays on the host only."""
+        """Rejects batches that the model's own loss does not accept.
+
+        Values are only checked in host arrays.
+        """
         wanted = LabeledBatch if isinstance(self.model, SequenceClassifier) else Batch
         if not isinstance(batch, wanted):
             raise ValueError(
-                f"a batch must be a {wanted.__name__} without a loss_fn of your own, but is a"
+                f"a batch must be a {wanted.__name__} without a custom loss_fn, but is a"
                 f" {type(batch).__name__}"
             )
         size = self.model.config.vocab_size
@@ -370,7 +371,7 @@ class Trainer:
 
     def _prepared(self) -> StepProgram:
         if self._program is None:
-            raise ValueError("call initialize before a step is taken")
+            raise ValueError("there are no arrays yet; call initialize before step")
         return self._program
 
 
@@ -385,13 +386,13 @@ def _check_adapter(given: AdapterState, expected: AdapterState) -> None:
     path = min(path for path, _ in shapes[0].items() ^ shapes[1].items())
     found, wanted = (one.get(path, "not there") for one in shapes)
     raise ValueError(
-        f"the adapter is not one of this AdapterSpec: {'.'.join(path)} is {found} in it, and would"
-        f" be {wanted}"
+        f"the adapter does not fit this AdapterSpec: {'.'.join(path)} is {found}, but must be"
+        f" {wanted}"
     )
 
 
 def _check_range(name: str, values: Any, size: int, limit: str) -> None:
-    """Rejects numbers that are none of 0 to `size` - 1; reading a device's array would wait."""
+    """Rejects host values outside 0 to `size` - 1; reading a device's array would block."""
     if not isinstance(values, np.ndarray) or not values.size:
         return
     for found in (values.min(), values.max()):

@@ -1,4 +1,4 @@
-"""A tiny checkpoint with a tokenizer, tiny data, and configurations that finish in seconds."""
+"""Provides a tiny checkpoint, tokenizer, data, and configurations that finish in seconds."""
 
 import json
 import random
@@ -30,7 +30,7 @@ ENCODER_WORDS = [*WORDS, "good", "bad"]
 
 
 def _save_tokenizer(folder: Path) -> int:
-    """A tokenizer that knows the words of `WORDS` and of the data; how many tokens it has."""
+    """Saves a tokenizer for `WORDS` and the data, and returns its number of tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -49,7 +49,7 @@ def _save_tokenizer(folder: Path) -> int:
 
 @pytest.fixture(scope="session", autouse=True)
 def compile_quickly(tmp_path_factory: pytest.TempPathFactory):
-    """Most of these tests' time is compilation: each program once, and not optimized much."""
+    """Caches compilations and lowers their optimization, because they dominate the tests' time."""
     settings = {
         "jax_disable_most_optimizations": True,
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
@@ -66,7 +66,7 @@ def compile_quickly(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of 20,000 random weights in Hugging Face's format."""
+    """Returns the folder of a Llama with 20,000 random weights in Hugging Face format."""
     from peft_jax.hub import save_model
     from peft_jax.models import build_model
 
@@ -78,7 +78,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def bert() -> dict[str, Any]:
-    """The configuration of a tiny BERT, without its number of tokens."""
+    """Returns the configuration of a tiny BERT, without its vocabulary size."""
     return {
         "model_type": "bert",
         "architectures": ["BertModel"],
@@ -92,7 +92,7 @@ def bert() -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def encoder(bert: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BERT of random weights without a head, with a WordPiece tokenizer."""
+    """Returns the folder of a random BERT without a head, with a WordPiece tokenizer."""
     from safetensors.numpy import load_file, save_file
     from transformers import BertTokenizerFast
 
@@ -114,7 +114,7 @@ def encoder(bert: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="session")
 def similar(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pairs of sentences, and how many of their words they share as a number from 0 to 5."""
+    """Returns pairs of sentences with the share of common words as a number from 0 to 5."""
     folder = tmp_path_factory.mktemp("similar")
     rng = np.random.default_rng(0)
     for name, count in (("train", 48), ("validation", 11)):
@@ -131,7 +131,7 @@ def similar(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Instructions whose answer is the next word; and sentences that are good or bad."""
+    """Returns instructions whose answer is the next word, and sentences that are good or bad."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "words").mkdir()
     random_words = random.Random(0)
@@ -159,7 +159,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(checkpoint: Path, data: Path):
-    """A function that makes a configuration: dotted names to values, on top of tiny ones."""
+    """Returns a function that builds a tiny configuration with changes by dotted name."""
 
     def make(**changes: Any) -> RunConfig:
         config = default_config()
@@ -191,7 +191,7 @@ def tiny(checkpoint: Path, data: Path):
 
 
 class Listener(Reporter):
-    """Keeps what is said, for a test to look at."""
+    """Records messages for a test."""
 
     def __init__(self) -> None:
         super().__init__(console=Console(quiet=True))

@@ -1,4 +1,4 @@
-"""Checkpoints: what is read is what was written, and what is damaged is not read."""
+"""Tests that checkpoints are restored bit for bit, and damaged ones are not."""
 
 import contextlib
 import errno
@@ -59,7 +59,7 @@ def said():
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
-def test_reads_what_was_written(tmp_path, said, asynchronous):
+def test_checkpoint_is_restored_bit_for_bit(tmp_path, said, asynchronous):
     _write(tmp_path / "checkpoints", asynchronous=asynchronous)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert checkpoints.newest(say=said.append) == 30
@@ -68,7 +68,7 @@ def test_reads_what_was_written(tmp_path, said, asynchronous):
     assert not said
 
 
-def test_donated_buffers_may_be_overwritten_once_save_returns(tmp_path, said):
+def test_buffers_may_be_donated_once_save_returns(tmp_path, said):
     add = jax.jit(lambda x: x + 1.0, donate_argnums=0)
     x = jnp.arange(1024.0)
     with Checkpoints(tmp_path) as checkpoints:
@@ -80,19 +80,19 @@ def test_donated_buffers_may_be_overwritten_once_save_returns(tmp_path, said):
     np.testing.assert_array_equal(np.asarray(restored), np.arange(1024.0, dtype=np.float32))
 
 
-def test_keeps_the_newest(tmp_path):
+def test_newest_checkpoints_are_kept(tmp_path):
     _write(tmp_path, steps=(1, 2, 3, 4, 5), keep=2)
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps() == [4, 5]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["4", "5"]
 
 
-def test_fewer_than_two_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="at least 2"):
+def test_keep_below_two_is_rejected(tmp_path):
+    with pytest.raises(ValueError, match="keep is 1"):
         Checkpoints(tmp_path, keep=1)
 
 
-def test_nothing_to_read(tmp_path, said):
+def test_no_checkpoint_is_found_in_an_empty_folder(tmp_path, said):
     with Checkpoints(tmp_path / "none") as checkpoints:
         assert checkpoints.newest(say=said.append) is None
     assert not said
@@ -159,14 +159,14 @@ def _damage_the_run(folder):
         _damage_the_run,
     ],
 )
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(tmp_path, said, damage):
+def test_damaged_checkpoint_is_renamed_and_the_previous_one_used(tmp_path, said, damage):
     _write(tmp_path)
     damage(tmp_path / "30")
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.newest(say=said.append) == 20
         _same(checkpoints.read_arrays(20, _abstract(_arrays(0))), _arrays(20))
         assert (tmp_path / "damaged-30").is_dir()
-        # The step can be written again.
+        # A checkpoint of the same step can be written again.
         checkpoints.save(30, _arrays(31), {})
         checkpoints.wait()
         assert checkpoints.newest(say=said.append) == 30
@@ -176,7 +176,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(tmp_path, sai
     assert "damaged" in said[0]
 
 
-def test_all_damaged(tmp_path, said):
+def test_no_checkpoint_is_found_if_all_are_damaged(tmp_path, said):
     _write(tmp_path)
     for step in (10, 20, 30):
         _truncate(tmp_path / str(step))
@@ -185,9 +185,9 @@ def test_all_damaged(tmp_path, said):
     assert len(said) == 3
 
 
-def test_half_written_folders_are_not_used(tmp_path, said):
+def test_incomplete_checkpoints_are_not_used(tmp_path, said):
     _write(tmp_path)
-    # As a process killed before the rename leaves it, and one killed while it deletes.
+    # Simulates processes killed before the rename and while deleting.
     shutil.copytree(tmp_path / "30", tmp_path / "40.orbax-checkpoint-tmp")
     shutil.copytree(tmp_path / "30", tmp_path / "50")
     (tmp_path / "50" / "manifest.json").unlink()
@@ -198,13 +198,13 @@ def test_half_written_folders_are_not_used(tmp_path, said):
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.newest(say=said.append) == 40
     assert len(said) == 3
-    # What has lost its manifest may have been whole: it is not deleted.
+    # A checkpoint without a manifest may be complete, so it is not deleted.
     assert sorted(p.name for p in tmp_path.iterdir()) == ["20", "30", "40", "damaged-50"]
 
 
-# Orbax leaves its files open when it refuses; that is not what is tested here.
+# Orbax leaves files open on errors, which this test does not concern.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_another_tree_is_refused(tmp_path):
+def test_other_structure_or_shapes_are_rejected(tmp_path):
     _write(tmp_path)
     wider = _arrays(0)
     wider["trainable"]["head"] = jnp.zeros((6,), jnp.bfloat16)
@@ -212,11 +212,11 @@ def test_another_tree_is_refused(tmp_path):
     more["trainable"]["tail"] = jnp.zeros((6,))
     with Checkpoints(tmp_path) as checkpoints:
         for other in (wider, more):
-            with pytest.raises(ValueError, match="30 does not hold the arrays this run needs"):
+            with pytest.raises(ValueError, match="30 "):
                 checkpoints.read_arrays(30, _abstract(other))
 
 
-def test_restores_onto_another_sharding(tmp_path):
+def test_checkpoint_is_restored_with_another_sharding(tmp_path):
     _write(tmp_path)
     mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
     rows = jax.NamedSharding(mesh, jax.P("data"))
@@ -231,7 +231,7 @@ def test_restores_onto_another_sharding(tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, "", "{"])
-def test_what_the_manifest_does_not_list_is_not_needed(tmp_path, said, content):
+def test_files_outside_the_manifest_are_not_needed(tmp_path, said, content):
     _write(tmp_path)
     path = tmp_path / "30" / "_CHECKPOINT_METADATA"
     path.unlink() if content is None else path.write_text(content)
@@ -260,7 +260,7 @@ def test_what_the_manifest_does_not_list_is_not_needed(tmp_path, said, content):
         "~x",
     ],
 )
-def test_a_folder_of_any_name_is_written_and_read(tmp_path, said, name):
+def test_folder_name_may_have_pattern_characters(tmp_path, said, name):
     folder = tmp_path / name / "checkpoints"
     _write(folder, steps=(10,))
     assert [path.name for path in folder.iterdir()] == ["10"]
@@ -271,27 +271,28 @@ def test_a_folder_of_any_name_is_written_and_read(tmp_path, said, name):
     assert not said
 
 
-def test_what_could_not_be_restored_is_not_sealed(tmp_path, said, monkeypatch):
-    """Orbax writes into a folder whose name is a pattern, and does not find its arrays again."""
+def test_unreadable_checkpoint_gets_no_manifest(tmp_path, said, monkeypatch):
+    """Orbax does not find the arrays it wrote into a folder whose name is a pattern."""
     monkeypatch.setattr(checkpoints_module, "_plain_path", contextlib.nullcontext)
     folder = tmp_path / "lr[1e-3]"
-    with pytest.raises(StorageError, match="10 cannot be read back, and is not used"):
+    with pytest.raises(StorageError, match="10 cannot be read back"):
         _write(folder, steps=(10,))
     with Checkpoints(folder) as checkpoints:
         assert checkpoints.newest(say=said.append) is None
 
 
-def test_a_renamed_checkpoint_gets_its_name_back(tmp_path, said):
+def test_name_of_a_renamed_checkpoint_is_restored(tmp_path, said):
     _write(tmp_path)
     (tmp_path / "30").rename(tmp_path / "best")
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.newest(say=said.append) == 30
         _same(checkpoints.read_arrays(30, _abstract(_arrays(0))), _arrays(30))
     assert len(said) == 1
-    assert "best holds step 30, and had been renamed" in said[0]
+    assert "best " in said[0]
+    assert "step 30" in said[0]
 
 
-def test_a_step_in_a_name_is_not_believed(tmp_path, said):
+def test_step_is_read_from_the_checkpoint_and_not_its_name(tmp_path, said):
     _write(tmp_path)
     (tmp_path / "10").rename(tmp_path / "400")
     shutil.copytree(tmp_path / "20", tmp_path / "50")
@@ -302,7 +303,7 @@ def test_a_step_in_a_name_is_not_believed(tmp_path, said):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["10", "20", "30", "damaged-50"]
 
 
-def test_a_copy_that_somebody_keeps_is_left_alone(tmp_path, said):
+def test_copy_of_a_checkpoint_is_not_changed(tmp_path, said):
     _write(tmp_path)
     for name in ("30.bak", "keep"):
         shutil.copytree(tmp_path / "30", tmp_path / name)
@@ -314,7 +315,7 @@ def test_a_copy_that_somebody_keeps_is_left_alone(tmp_path, said):
 
 @pytest.fixture
 def small_files():
-    """Files of this process may not grow over 200,000 bytes, as under `ulimit -f`."""
+    """Limits files of this process to 200,000 bytes, as `ulimit -f` does."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limit[1]))
     yield
@@ -323,7 +324,7 @@ def small_files():
 
 @pytest.mark.usefixtures("small_files")
 @pytest.mark.parametrize("asynchronous", [True, False])
-def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path, said, capfd, asynchronous):
+def test_failing_write_is_reported_in_one_line(tmp_path, said, capfd, asynchronous):
     large = {"x": jax.random.normal(jax.random.key(0), (300_000,))}
     _write(tmp_path, steps=(1,))
     reason = f"checkpoint {tmp_path / '2'} could not be written: {os.strerror(errno.EFBIG)}"

@@ -1,4 +1,4 @@
-"""`train.py` as a user meets it: one message and exit code 2 for whatever is refused."""
+"""Tests the command line of training: one message and exit code 2 for invalid requests."""
 
 import json
 import os
@@ -19,7 +19,7 @@ def command(*flags: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """One device, as on a user's machine; and no more threads than a test may take."""
+    """Returns the environment of a user's machine with one device and few threads."""
     return {**os.environ, "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
@@ -31,7 +31,7 @@ def train(*flags: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def flags(checkpoint, data):
-    """The flags of a run that is too long to finish before it is stopped."""
+    """Returns the flags of a run that is too long to finish before it is stopped."""
     return [
         "--config=configs/finetune.py:hybrid,precision=float32",
         f"--config.model.path={checkpoint}",
@@ -70,7 +70,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("wrong", "message"), REFUSED, ids=[" ".join(w) for w, _ in REFUSED])
-def test_refused_with_one_message(flags, tmp_path, wrong, message):
+def test_invalid_flags_are_rejected_with_one_message(flags, tmp_path, wrong, message):
     given = flags[1:] if wrong[0].startswith("--config=") else flags
     begin, end = (wrong, []) if wrong[0].startswith("--config=") else ([], wrong)
     result = train(*begin, *given, *end, f"--workdir={tmp_path / 'run'}")
@@ -80,7 +80,7 @@ def test_refused_with_one_message(flags, tmp_path, wrong, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_an_object_store_is_no_work_directory(flags):
+def test_url_of_an_object_store_is_rejected(flags):
     result = train(*flags, "--workdir=gs://bucket/runs/first")
     assert result.returncode == 2
     assert "--workdir is gs://bucket/runs/first" in result.stderr
@@ -89,7 +89,7 @@ def test_an_object_store_is_no_work_directory(flags):
 
 
 def wait_for(path: Path, step: int, process: subprocess.Popen) -> None:
-    """Returns once the metrics have a step, or fails with what the process said."""
+    """Waits until the metrics have a step, or fails with the process's output."""
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         if process.poll() is not None:
@@ -106,7 +106,7 @@ def untimed(workdir: Path) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_stopped_twice_and_killed_ends_bit_for_bit_as_uninterrupted(flags, tmp_path):
+def test_stopped_and_killed_run_equals_an_uninterrupted_one(flags, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     result = train(*flags, f"--workdir={whole}")
     assert result.returncode == 0, result.stderr
@@ -129,7 +129,7 @@ def test_stopped_twice_and_killed_ends_bit_for_bit_as_uninterrupted(flags, tmp_p
 
     result = train(*flags, f"--workdir={broken}")
     assert result.returncode == 0, result.stderr
-    assert f"going on from step {steps[-2]} of 60" in result.stderr
+    assert f"resuming from step {steps[-2]} of 60" in result.stderr
     assert "damaged" in result.stderr
     for name in ("peft_jax_adapter.safetensors", "peft_jax_adapter.json"):
         assert (broken / "adapter" / name).read_bytes() == (whole / "adapter" / name).read_bytes()
@@ -156,7 +156,7 @@ with ending_together(Peers()):
 """
 
 
-def test_the_other_processes_are_told_where_nobody_reads_what_is_said():
+def test_error_reaches_other_processes_without_a_reader_of_stderr():
     ended = subprocess.run(
         [sys.executable, "-c", _ENDS_TOGETHER],
         capture_output=True,

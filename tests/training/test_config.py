@@ -1,4 +1,4 @@
-"""Configurations: every key known, every value of its type, and the way back."""
+"""Tests configurations: known keys, types of values, and conversion to mappings."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from peft_jax.training.config import let_flags_win
 
 
 def config(**changes) -> ConfigDict:
-    """A complete configuration with changes by dotted name."""
+    """Returns a complete configuration with changes by dotted name."""
     made = default_config()
     given = {
         "model.path": "somewhere",
@@ -32,7 +32,7 @@ def config(**changes) -> ConfigDict:
     return made
 
 
-def test_the_common_settings():
+def test_common_settings_are_converted():
     run = from_config_dict(config(**{"method.rank": 16, "seed": 7, "data.path": "here"}))
     assert (run.model.path, run.data.path, run.data.recipe) == ("somewhere", "here", "gsm8k")
     assert (run.spec.method.name, run.spec.method.rank) == ("lora", 16)
@@ -42,7 +42,7 @@ def test_the_common_settings():
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_json_gives_the_same_configuration_back(name):
+def test_configuration_survives_json(name):
     run = from_config_dict(
         config(
             **{
@@ -60,7 +60,7 @@ def test_json_gives_the_same_configuration_back(name):
     assert mapping["data"]["columns"] == {"question": "the.question"}
 
 
-def test_every_section_is_at_its_default():
+def test_placeholders_are_the_dataclasses_defaults():
     """The placeholders of `default_config` stand for what the dataclasses have."""
     run = from_config_dict(config())
     assert run == RunConfig.from_mapping(
@@ -111,7 +111,7 @@ def test_method_settings_reach_the_method():
             {"train.steps": None, "train.epochs": 1e300},
             "epochs is 1e+300; it must be at most 2,147",
         ),
-        ({"train.steps": 0}, "steps .* 0"),
+        ({"train.steps": 0}, "steps must"),
         ({"train.steps": True}, "train.steps must be an integer; it is True"),
         ({"train.learning_rate": -1.0}, "learning_rate must be a number above 0"),
         ({"train.gradient_accumulation": 3}, "cannot be cut into gradient_accumulation 3 equal"),
@@ -124,13 +124,13 @@ def test_method_settings_reach_the_method():
         ({"seed": -1}, "seed is -1"),
     ],
 )
-def test_what_is_wrong_is_named(changes, message):
+def test_invalid_setting_is_named(changes, message):
     made = config(**changes)
     with pytest.raises(ValueError, match=re.escape(message)):
         from_config_dict(made)
 
 
-def test_epochs_in_place_of_steps():
+def test_epochs_replace_steps():
     run = from_config_dict(config(**{"train.steps": None, "train.epochs": 2}))
     assert (run.train.steps, run.train.epochs) == (None, 2.0)
     assert RunConfig.from_mapping(json.loads(json.dumps(run.to_mapping()))) == run
@@ -164,7 +164,7 @@ def test_epochs_in_place_of_steps():
         ({"train.steps": 9}, {"train.epochs": None}, {"train.steps": 9, "train.epochs": None}),
     ],
 )
-def test_a_flag_wins_over_its_alternative_in_the_file(file, flags, expected):
+def test_flag_overrides_its_alternative_in_the_file(file, flags, expected):
     made = config(**file, **flags) if not set(file) & set(flags) else config(**(file | flags))
     let_flags_win(made, list(flags))
     for name, value in expected.items():
@@ -174,7 +174,7 @@ def test_a_flag_wins_over_its_alternative_in_the_file(file, flags, expected):
         assert holder == value, name
 
 
-def test_targets_may_be_names_between_commas_or_one_expression():
+def test_targets_may_be_comma_separated_or_one_expression():
     names = from_config_dict(config(**{"method.target_modules": "q_proj, mlp.up_proj"}))
     assert names.spec.target_modules == ("q_proj", "mlp.up_proj")
     expression = from_config_dict(config(**{"method.target_modules": r".*\.(q|v)_proj"}))

@@ -1,4 +1,4 @@
-"""Encoders learn GLUE's tasks, are measured as GLUE does, and give back what was trained."""
+"""Tests training, evaluation and export of encoders on GLUE's tasks."""
 
 import json
 
@@ -22,7 +22,7 @@ SMALL = {"rank": 2, "block_size": 4}
 
 @pytest.fixture(scope="module")
 def encoded(tiny, encoder, data):
-    """A function that makes a configuration for the encoder."""
+    """Returns a function that builds a configuration for the encoder."""
 
     def make(method: str = "lora", **changes):
         own = {f"method.{k}": v for k, v in SMALL.items() if k in method_settings(method)}
@@ -64,7 +64,7 @@ def test_every_method_learns_a_classification(method, encoded, tmp_path, listene
 
 @pytest.fixture(scope="module")
 def finished(encoded, tmp_path_factory):
-    """A run that was accumulated over microbatches, on two devices."""
+    """Returns a finished run with gradient accumulation on two devices."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
     settings = {"train.steps": 6, "train.gradient_accumulation": 2, "parallel.devices": 2}
     return workdir, run(encoded("hybrid", **settings), workdir)
@@ -78,7 +78,7 @@ def held_out(config, encoder):
     return data
 
 
-def test_the_adapter_with_its_head_comes_back(finished, encoded, encoder):
+def test_adapter_and_head_are_restored(finished, encoded, encoder):
     workdir, summary = finished
     model, params = load_classifier(encoder, num_labels=2, head_key=jax.random.key(9))
     spec, state = load_adapter(workdir / "adapter", model, params)
@@ -93,7 +93,7 @@ def test_the_adapter_with_its_head_comes_back(finished, encoded, encoder):
     assert measured["loss"] == pytest.approx(summary["after"]["loss"], rel=1e-5)
     assert measured["accuracy"] == summary["after"]["accuracy"]
 
-    # And the same by hand, from logits row by row.
+    # Computes the same from logits row by row.
     bound = spec.bind(params, state)
     losses, right = [], []
     for batch in data:
@@ -116,7 +116,7 @@ def test_the_adapter_with_its_head_comes_back(finished, encoded, encoder):
     assert np.mean(right) == pytest.approx(measured["accuracy"])
 
 
-def test_the_merged_model_is_one_of_transformers(finished, encoder, tmp_path):
+def test_transformers_loads_the_merged_model(finished, encoder, tmp_path):
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
     from peft_jax.hub import export_merged
@@ -133,7 +133,7 @@ def test_the_merged_model_is_one_of_transformers(finished, encoder, tmp_path):
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
 
-def test_a_regression_is_measured_by_correlations(encoded, similar, tmp_path, listener):
+def test_regression_reports_correlations(encoded, similar, tmp_path, listener):
     from scipy import stats
 
     config = encoded(
@@ -170,8 +170,8 @@ def test_a_regression_is_measured_by_correlations(encoded, similar, tmp_path, li
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
-def test_answers_go_with_their_rows(encoded, encoder, similar, monkeypatch, processes):
-    """However many processes share the devices: batches are cut into microbatches as they stand."""
+def test_answers_have_the_order_of_rows(encoded, encoder, similar, monkeypatch, processes):
+    """Microbatches are consecutive rows, whatever the number of processes."""
     from scipy import stats
 
     config = encoded(**{"data.recipe": "stsb", "data.path": str(similar), "train.max_length": 12})
@@ -208,7 +208,7 @@ def test_answers_go_with_their_rows(encoded, encoder, similar, monkeypatch, proc
     assert measured["spearman"] == pytest.approx(stats.spearmanr(said, labels)[0], abs=1e-5)
 
 
-def test_pairs_are_cut_padded_and_told_apart(encoder):
+def test_pairs_are_truncated_padded_and_given_token_types(encoder):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(encoder)
@@ -244,7 +244,7 @@ GLUE_ROWS = {
 
 
 @pytest.mark.parametrize("task", GLUE_ROWS)
-def test_glues_recipes_give_an_encoder_texts_and_a_label(task):
+def test_glue_recipes_give_texts_and_a_label(task):
     row, sentences, labels = GLUE_ROWS[task]
     recipe = get_recipe(task)
     example = recipe.example(row)
@@ -264,14 +264,14 @@ def test_glues_recipes_give_an_encoder_texts_and_a_label(task):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"data.recipe": "gsm8k"}, "neither"),
+        ({"data.recipe": "gsm8k"}, r"data\.recipe is 'gsm8k'"),
         ({"data.prompt_template": "{sentence}!"}, "prompt_template"),
         ({"data.too_long": "split"}, "cannot be split"),
         ({"train.max_length": 64}, "positions for 32"),
     ],
     ids=str,
 )
-def test_what_an_encoder_cannot_do_is_refused(changes, named, encoded, tmp_path, listener):
+def test_invalid_settings_of_an_encoder_are_rejected(changes, named, encoded, tmp_path, listener):
     with pytest.raises(RefusedError, match=named):
         run(encoded(**changes), tmp_path / "run", reporter=listener)
 
@@ -308,14 +308,14 @@ def test_peft_loads_the_adapter_with_its_head(kind, bert, tmp_path):
     assert again == spec
     assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, loaded, state)))
 
-    # And as PEFT alone writes it.
+    # PEFT writes the same files.
     theirs.save_pretrained(tmp_path / "from_peft")
     other, read = load_adapter(tmp_path / "from_peft", model, params)
     again = np.asarray(model(other.bind(params, read), jnp.asarray(tokens, jnp.int32)))
     np.testing.assert_allclose(again, expected, atol=1e-4 * np.abs(expected).max())
 
 
-def test_rows_that_fill_up_have_no_loss(bert):
+def test_padding_rows_have_no_loss(bert):
     model = build_classifier({**bert, "vocab_size": 40}, num_labels=2)
     params = model.init_params(jax.random.key(0))
     batch = LabeledBatch(

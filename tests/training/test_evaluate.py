@@ -1,4 +1,4 @@
-"""Held-out measures against whole logits, one row at a time."""
+"""Tests held-out metrics against full logits, one row at a time."""
 
 import functools
 
@@ -32,7 +32,7 @@ def parts(tiny, data, checkpoint):
     )
     spec = config.spec
     adapter = spec.init(jax.random.key(0), params)
-    # Away from the start, so that the adapter counts.
+    # Perturbs the adapter, so that it has an effect.
     adapter = jax.tree.map(
         lambda x: x + 0.2 * jax.random.normal(jax.random.key(1), x.shape), adapter
     )
@@ -54,7 +54,7 @@ def _logits(model, params, tokens):
 
 
 def _log_probabilities(model, params, ids):
-    """[T, V] of one sequence, in float64; filled up behind, so that one program does for all."""
+    """Returns logits [T, V] of one sequence in float64, padded so that one program serves all."""
     tokens = np.zeros((1, 16), np.int32)
     tokens[0, : len(ids)] = ids
     logits = np.asarray(_logits(model, params, tokens), np.float64)[0, : len(ids)]
@@ -62,7 +62,7 @@ def _log_probabilities(model, params, ids):
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
-def test_measures_are_those_of_each_sequence_by_itself(parts):
+def test_metrics_agree_with_single_sequences(parts):
     model, params, spec, adapter, held_out, evaluator = parts
     merged = spec.merge(params, adapter)
     losses, right, correct = [], [], []
@@ -88,7 +88,7 @@ def test_measures_are_those_of_each_sequence_by_itself(parts):
     np.testing.assert_allclose(measured["accuracy"], np.mean(correct), rtol=1e-9)
 
 
-def test_stopping_leaves_the_rest(parts):
+def test_stop_ends_the_evaluation(parts):
     _, params, _, adapter, _, evaluator = parts
     asked = []
 

@@ -1,4 +1,4 @@
-"""What a run leaves is written once, and the run says what to load."""
+"""Tests the exported folders of a run."""
 
 import json
 
@@ -19,7 +19,7 @@ TEMPLATE = (
 )
 
 
-def test_full_weights_are_written_once_and_pointed_at(tiny, checkpoint, tmp_path, listener):
+def test_full_fine_tuning_only_writes_the_model(tiny, checkpoint, tmp_path, listener):
     settings = {"method.name": "full", "method.target_modules": "all-linear", "train.steps": 2}
     workdir = tmp_path / "run"
     summary = run(tiny(**settings), workdir, reporter=listener)
@@ -29,17 +29,17 @@ def test_full_weights_are_written_once_and_pointed_at(tiny, checkpoint, tmp_path
     assert any(np.any(leaf != base[path]) for path, leaf in flatten(params).items())
     assert summary["exported"] == ["model"]
     assert json.loads((workdir / "summary.json").read_text())["exported"] == ["model"]
-    assert f"model:   {workdir / 'model'} (the whole model in float32: load this)" in listener.text
+    assert f"model:   {workdir / 'model'} (full model in float32; load this)" in listener.text
     assert "adapter:" not in listener.text
     page = (workdir / "report" / "README.md").read_text()
     assert 'load_model("model")' in page
     assert "load_adapter" not in page
-    # A finished run is not taken for one that has lost its adapter.
+    # A finished run without an adapter folder is complete.
     assert run(tiny(**settings), workdir, reporter=listener) == json.loads(json.dumps(summary))
-    assert "gone" not in listener.text
+    assert "missing" not in listener.text
 
 
-def test_merged_models_are_pointed_at_beside_the_adapter(tiny, tmp_path, listener):
+def test_merged_model_is_written_with_the_adapter(tiny, tmp_path, listener):
     workdir = tmp_path / "run"
     summary = run(
         tiny(**{"export.merged": True, "model.quantization": "int8", "train.steps": 2}),
@@ -51,13 +51,13 @@ def test_merged_models_are_pointed_at_beside_the_adapter(tiny, tmp_path, listene
     page = (workdir / "report" / "README.md").read_text()
     assert 'load_model("model")' in page
     assert 'quantization="int8")' in page
-    # Both compute what was trained, and the adapter knows on what.
+    # Both compute the trained function, and the adapter names its base model.
     assert recorded_quantization(workdir / "adapter") == "int8"
     merged = load_for_generation(adapter=workdir / "adapter", merge=True).params
     jax.tree.map(np.testing.assert_array_equal, merged, load_model(workdir / "model")[1])
 
 
-def test_a_chat_template_goes_with_the_tokenizer(tiny, checkpoint, data, tmp_path, caplog):
+def test_chat_template_is_exported_with_the_tokenizer(tiny, checkpoint, data, tmp_path, caplog):
     template = tmp_path / "mine.jinja"
     template.write_text(TEMPLATE)
     rows = tmp_path / "rows.jsonl"
@@ -88,7 +88,7 @@ def test_a_chat_template_goes_with_the_tokenizer(tiny, checkpoint, data, tmp_pat
     assert not [r for r in caplog.records if r.name.startswith("peft_jax.hub")]
 
 
-def test_a_chat_template_that_is_not_there_is_named(tiny, tmp_path):
+def test_missing_chat_template_is_named(tiny, tmp_path):
     from peft_jax.runtime.errors import RefusedError
 
     with pytest.raises(RefusedError, match=r"none\.jinja"):

@@ -1,4 +1,4 @@
-"""Runs that are killed at random, or whose disk fills up, end bit for bit as one that is not."""
+"""Tests that killed runs and runs with a full disk equal an uninterrupted run bit for bit."""
 
 import json
 import os
@@ -19,7 +19,7 @@ RECORDS = [
 
 
 def write_run(folder, *, weights=b"weights", tokens=7, records=RECORDS):
-    """What the program compares of a finished run."""
+    """Returns a folder with the files that are compared of a finished run."""
     (folder / "adapter").mkdir(parents=True)
     (folder / "adapter" / "adapter_model.safetensors").write_bytes(weights)
     summary = dict.fromkeys(reliability.COMPARED, 1.0) | {"tokens": tokens, "seconds": {"train": 1}}
@@ -45,7 +45,7 @@ def test_clock_times_may_differ(tmp_path):
     ],
     ids=["a bit", "a total", "a lost record", "a record twice"],
 )
-def test_whatever_else_differs_is_named(tmp_path, changed, named):
+def test_every_other_difference_is_named(tmp_path, changed, named):
     one, other = write_run(tmp_path / "one"), write_run(tmp_path / "other", **changed)
     assert reliability.differences(one, other) == [named]
 
@@ -64,14 +64,14 @@ LINE = "train.py: a: No space left on device. Once mended, the same command resu
     ],
     ids=["as it should", "finished", "traceback", "twice", "no way on"],
 )
-def test_a_full_disk_ends_in_one_line(code, said, fault):
+def test_full_disk_ends_in_one_line(code, said, fault):
     found = reliability.fault_of_ending(code, said)
     assert fault in found
     assert bool(found) == bool(fault)
 
 
 @pytest.mark.slow
-def test_killed_runs_and_full_disks_end_as_the_run_that_nothing_stops(tmp_path):
+def test_killed_runs_and_full_disks_equal_an_uninterrupted_run(tmp_path):
     done = subprocess.run(
         [
             *(sys.executable, "-m", "benchmarks.reliability"),

@@ -1,4 +1,4 @@
-"""What cannot work is refused before anything is loaded, by a message that says what would."""
+"""Tests that invalid configurations are rejected before anything is loaded."""
 
 import json
 import shutil
@@ -13,60 +13,60 @@ from peft_jax.training.prepare import prepare
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model.path": "/nowhere/at/all"}, "there is no folder /nowhere/at/all"),
+        ({"model.path": "/nowhere/at/all"}, "/nowhere/at/all"),
         ({"data.path": "/nowhere/at/all"}, "/nowhere/at/all"),
         ({"data.recipe": "gsm9k"}, "did you mean 'gsm8k'"),
         ({"method.target_modules": "qproj"}, "did you mean 'q_proj'"),
-        ({"method.name": "lora_ga", "method.rank": 20}, "use a rank of at most"),
+        ({"method.name": "lora_ga", "method.rank": 20}, "a rank of at most"),
         ({"method.name": "boft", "method.block_size": 7, "method.n_butterfly_factors": 1}, "7"),
-        ({"train.batch_size": 10**9}, "activations alone take"),
+        ({"train.batch_size": 10**9}, "activations take"),
         ({"train.batch_size": 3, "parallel.devices": 2}, "must be a multiple of 2"),
-        ({"parallel.tensor": 3, "parallel.devices": 8}, "does not fit 8 devices"),
+        ({"parallel.tensor": 3, "parallel.devices": 8}, "8 devices"),
         ({"train.steps": None, "train.epochs": 1e9}, "train.epochs 1e+09 makes too many steps"),
         ({"parallel.devices": 1000}, "devices is 1000"),
     ],
     ids=str,
 )
-def test_refused(tiny, tmp_path, changes, message):
+def test_invalid_configuration_is_rejected(tiny, tmp_path, changes, message):
     with pytest.raises(RefusedError) as refused:
         run(tiny(**changes), tmp_path / "run")
     assert message in str(refused.value)
     assert not (tmp_path / "run").exists()
 
 
-def test_wandb_is_asked_for_where_it_is_not_installed(tiny, tmp_path, monkeypatch):
+def test_missing_wandb_package_is_named(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(RefusedError, match="pip install wandb"):
         run(tiny(**{"logging.wandb_project": "mine"}), tmp_path / "run")
 
 
-def test_a_tokenizer_of_another_model_is_refused(tiny, tmp_path, checkpoint):
-    """Its numbers beyond the embedding would silently be read as other tokens."""
+def test_tokenizer_of_another_model_is_rejected(tiny, tmp_path, checkpoint):
+    """Tokens beyond the embedding would silently be read as other tokens."""
     folder = tmp_path / "checkpoint"
     shutil.copytree(checkpoint, folder)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary |= {f"more{n}": len(vocabulary) + n for n in range(5)}
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(RefusedError, match="do not belong together"):
+    with pytest.raises(RefusedError, match=r"the tokenizer .* rows"):
         run(tiny(**{"model.path": str(folder)}), tmp_path / "run")
 
 
-def test_a_checkpoint_without_tokenizer_is_refused(tiny, tmp_path, checkpoint):
+def test_checkpoint_without_a_tokenizer_is_rejected(tiny, tmp_path, checkpoint):
     folder = tmp_path / "checkpoint"
     shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("tokenizer*"))
-    with pytest.raises(RefusedError, match="no tokenizer that can be loaded"):
+    with pytest.raises(RefusedError, match="no tokenizer"):
         run(tiny(**{"model.path": str(folder)}), tmp_path / "run")
 
 
-def test_a_workdir_that_is_a_file_is_refused(tiny, tmp_path):
+def test_workdir_that_is_a_file_is_rejected(tiny, tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(RefusedError, match="is a file"):
         run(tiny(), tmp_path / "run")
 
 
-def test_what_is_built_has_the_shapes_that_are_made(tiny):
-    """The abstract state and constants, from which a checkpoint is restored, are the real ones."""
+def test_abstract_arrays_have_the_real_shapes(tiny):
+    """A checkpoint is restored with the abstract state and constants."""
     changes = {"method.name": "hybrid", "method.rank": 2, "method.block_size": 4}
     job = prepare(tiny(**changes, **{"parallel.devices": 4, "parallel.fsdp": 2}), say=print)
     params = job.model.init_params(jax.random.key(0))
@@ -90,7 +90,7 @@ def test_what_is_built_has_the_shapes_that_are_made(tiny):
     assert set(moments) == {jax.P(None, ("fsdp", "data"), None)}
 
 
-def test_a_longer_row_than_the_model_was_made_for_is_said(tiny):
+def test_rows_longer_than_the_context_give_a_warning(tiny):
     said = []
     prepare(tiny(**{"train.max_length": 128}), say=said.append)
     assert "up to 64 tokens" in said[0]

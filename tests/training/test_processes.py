@@ -1,4 +1,4 @@
-"""Several processes on one machine, over gloo: as one process, and never one without the others."""
+"""Tests multi-process runs over gloo: they agree with one process, and end together."""
 
 import itertools
 import json
@@ -26,7 +26,7 @@ SECONDS = 300
 
 
 class Processes:
-    """`train.py` several times over, as on the hosts of a pod."""
+    """Runs `train.py` in several processes, as on the hosts of a pod."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class Processes:
 
 @pytest.fixture(scope="module")
 def flags(checkpoint, data):
-    """The flags of a run of few steps, the gradient's directions and accumulation included."""
+    """Returns the flags of a short run with gradient initialization and accumulation."""
 
     def make(workdir: Path, steps: int = 4, **changes: object) -> list[str]:
         settings = {
@@ -133,7 +133,7 @@ def assert_same_losses(one: Path, other: Path) -> None:
 
 @pytest.fixture(scope="module")
 def alone(flags, tmp_path_factory):
-    """The same run in one process with four devices."""
+    """Returns the same run in one process with four devices."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
     with Processes(flags(workdir), 1, devices=4) as one:
         ((code, _, said),) = one.finish()
@@ -141,7 +141,7 @@ def alone(flags, tmp_path_factory):
     return workdir
 
 
-def test_two_processes_do_what_one_does(flags, alone, tmp_path):
+def test_two_processes_agree_with_one(flags, alone, tmp_path):
     with Processes(flags(tmp_path / "run"), 2, devices=2) as both:
         ended = both.finish()
     assert [code for code, _, _ in ended] == [0, 0], ended
@@ -161,7 +161,7 @@ def test_two_processes_do_what_one_does(flags, alone, tmp_path):
     [{"parallel.fsdp": 4}, {"parallel.fsdp": 1, "parallel.tensor": 2}],
     ids=lambda mesh: ",".join(mesh),
 )
-def test_four_processes_do_what_one_does(flags, alone, tmp_path, mesh):
+def test_four_processes_agree_with_one(flags, alone, tmp_path, mesh):
     """A tensor axis over two processes gives them the same rows."""
     with Processes(flags(tmp_path / "run", **mesh), 4, devices=1) as all_four:
         ended = all_four.finish()
@@ -170,7 +170,7 @@ def test_four_processes_do_what_one_does(flags, alone, tmp_path, mesh):
 
 
 @pytest.mark.slow
-def test_classification_is_measured_as_in_one_process(flags, data, tmp_path):
+def test_classification_metrics_agree_with_one_process(flags, data, tmp_path):
     changes = {
         "data.recipe": "sst2",
         "data.path": data / "sentiment",
@@ -191,8 +191,8 @@ def test_classification_is_measured_as_in_one_process(flags, data, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_encoder_is_measured_as_in_one_process(flags, encoder, similar, tmp_path):
-    """Several microbatches a batch: each answer goes with its row in any number of processes."""
+def test_encoder_metrics_agree_with_one_process(flags, encoder, similar, tmp_path):
+    """Answers keep the order of rows with several microbatches in any number of processes."""
     changes = {
         "model.path": encoder,
         "data.recipe": "stsb",
@@ -217,8 +217,8 @@ def test_an_encoder_is_measured_as_in_one_process(flags, encoder, similar, tmp_p
 
 
 @pytest.mark.slow
-def test_a_preempted_run_goes_on_with_any_number_of_processes(flags, tmp_path):
-    """A notice to one host stops all at one step; 2 processes, then 1, then 4, another mesh."""
+def test_preempted_run_resumes_with_any_number_of_processes(flags, tmp_path):
+    """A notice to one host stops all at one step; the run uses 2, 1 and then 4 processes."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     steps = 40
     with Processes(flags(straight, steps), 1, devices=4) as one:
@@ -230,19 +230,19 @@ def test_a_preempted_run_goes_on_with_any_number_of_processes(flags, tmp_path):
             some.processes[-1].send_signal(signal.SIGTERM)
             ended = some.finish()
         assert [code for code, _, _ in ended] == [143] * count, ended
-        assert "asked to stop, and stopped after step" in ended[0][2]
+        assert "stopped by a signal after step" in ended[0][2]
     with Processes(flags(broken, steps, **{"parallel.tensor": 2}), 4, devices=1) as four:
         ended = four.finish()
     assert [code for code, _, _ in ended] == [0] * 4, ended
-    assert "going on from step" in ended[0][2]
+    assert "resuming from step" in ended[0][2]
     assert_same_losses(straight, broken)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda n: n.name)
 @pytest.mark.parametrize("lost", [0, 1])
-def test_who_is_lost_ends_the_others_and_the_run_goes_on(flags, tmp_path, number, lost):
-    """A host that dies, and one that hangs; the coordinator, and another."""
+def test_lost_process_ends_the_others_and_the_run_resumes(flags, tmp_path, number, lost):
+    """Covers a host that dies and one that hangs, the coordinator and another."""
     workdir = tmp_path / "run"
     given = flags(workdir, 5000)
     with Processes([*given, "--contact_timeout=20"], 2, devices=1) as both:
@@ -265,11 +265,11 @@ def test_who_is_lost_ends_the_others_and_the_run_goes_on(flags, tmp_path, number
         again.processes[0].send_signal(signal.SIGTERM)
         ended = again.finish()
     assert [code for code, _, _ in ended] == [143, 143], ended
-    assert "going on from step" in ended[0][2]
+    assert "resuming from step" in ended[0][2]
 
 
 @pytest.mark.slow
-def test_one_that_is_refused_ends_the_others(flags, tmp_path):
+def test_rejected_process_ends_the_others(flags, tmp_path):
     wrong = ["--config.train.stesp=3"]
     with Processes(flags(tmp_path / "run"), 2, devices=1, of_the_last=wrong) as both:
         ended = both.finish()
@@ -280,7 +280,7 @@ def test_one_that_is_refused_ends_the_others(flags, tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_with_different_settings_are_refused(flags, tmp_path):
+def test_processes_with_different_settings_are_rejected(flags, tmp_path):
     other = ["--config.train.learning_rate=0.02"]
     with Processes(flags(tmp_path / "run"), 2, devices=1, of_the_last=other) as both:
         ended = both.finish()
@@ -290,7 +290,7 @@ def test_processes_with_different_settings_are_refused(flags, tmp_path):
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-def test_settings_that_differ_are_named_with_who_has_them():
+def test_different_settings_are_named_with_their_processes():
     one = {"train": {"steps": 4, "seed": 0}, "model": {"path": "m"}}
     other = {"train": {"steps": 5, "seed": 0}, "model": {"path": "m"}}
     placement._check_same([one, one])
@@ -304,7 +304,7 @@ def test_settings_that_differ_are_named_with_who_has_them():
 
 
 class Store:
-    """What the coordinator keeps, shared by the processes of a test."""
+    """Mock of the coordinator's store, shared by the processes of a test."""
 
     def __init__(self) -> None:
         self.kept: dict[str, str] = {}
@@ -326,12 +326,12 @@ class Store:
 
 @pytest.fixture
 def in_a_hurry(monkeypatch):
-    """Nobody waits long until another has seen why one ends."""
+    """Shortens the wait for other processes to read why one ends."""
     monkeypatch.setattr(processes, "_FAREWELL_SECONDS", 0.2)
 
 
 class Watched(PeerMonitor):
-    """A watch whose process does not end, but remembers how it would have."""
+    """Monitor whose process records its exit code instead of ending."""
 
     def __init__(self, store: Store, index: int, timeout: float = 2.0):
         self.said: list[str] = []
@@ -351,7 +351,7 @@ class Watched(PeerMonitor):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_who_is_silent_is_named():
+def test_silent_process_is_named():
     store = Store()
     one, other = Watched(store, 0), Watched(store, 1)
     time.sleep(3.0)
@@ -363,7 +363,7 @@ def test_who_is_silent_is_named():
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_coordinator_that_does_not_answer_is_named():
+def test_silent_coordinator_is_named():
     store = Store()
     other = Watched(store, 1)
     store.broken = True
@@ -374,7 +374,7 @@ def test_a_coordinator_that_does_not_answer_is_named():
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_the_others_are_told_why_one_ends():
+def test_reason_of_an_ending_process_reaches_the_others():
     store = Store()
     one, other = Watched(store, 0), Watched(store, 1)
     with pytest.raises(SystemExit):
@@ -394,7 +394,7 @@ def test_the_others_are_told_why_one_ends():
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_a_computation_that_breaks_off_is_laid_to_who_is_gone(in_a_hurry, broken_off, capsys):
+def test_aborted_computation_names_the_lost_process(in_a_hurry, broken_off, capsys):
     store = Store()
     one, other = Watched(store, 0), Watched(store, 1)
     other.closing()
@@ -405,7 +405,7 @@ def test_a_computation_that_breaks_off_is_laid_to_who_is_gone(in_a_hurry, broken
     assert "Gloo" not in capsys.readouterr().err
 
 
-def test_an_error_of_the_program_ends_at_once(in_a_hurry, capsys):
+def test_bug_ends_the_process_at_once(in_a_hurry, capsys):
     one = Watched(Store(), 0, timeout=60.0)
     with pytest.raises(SystemExit):
         one.fail(ValueError("there are 3 rows for 2 devices"))
@@ -413,7 +413,7 @@ def test_an_error_of_the_program_ends_at_once(in_a_hurry, capsys):
     assert "ValueError: there are 3 rows for 2 devices" in capsys.readouterr().err
 
 
-def test_who_has_finished_misses_nobody():
+def test_finished_process_does_not_report_others_as_lost():
     store = Store()
     one = Watched(store, 0)
     one.closing()
@@ -434,13 +434,13 @@ def test_who_has_finished_misses_nobody():
         ({"contact_timeout": 1}, "contact_timeout .*1"),
     ],
 )
-def test_settings_that_do_not_fit(given, message):
+def test_invalid_settings_are_rejected(given, message):
     with pytest.raises(ValueError, match=message):
         ProcessSettings.from_environment({}, **given)
 
 
-def test_a_process_says_for_whom_it_waits_and_what_is_missing(monkeypatch):
-    """Nobody else comes, and then: nobody says where the coordinator is."""
+def test_waiting_process_says_so_and_names_missing_flags(monkeypatch):
+    """No other process connects, and no coordinator is given."""
     monkeypatch.setattr(processes, "_PATIENCE_SECONDS", 0.1)
     said: list[str] = []
     heard = threading.Event()
@@ -457,11 +457,11 @@ def test_a_process_says_for_whom_it_waits_and_what_is_missing(monkeypatch):
     with pytest.raises(RefusedError, match=": --coordinator must be given"):
         processes.join_processes(ProcessSettings(count=2, index=0), say=say)
     assert len(said) == 1
-    assert said[0].startswith("process 0 of 2 is waiting for the other processes")
+    assert said[0].startswith("process 0 of 2 is waiting")
 
 
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "a" * 70, "..", "[::1"])
-def test_a_coordinator_whose_name_has_no_address_is_refused(monkeypatch, host):
+def test_unresolvable_coordinator_is_rejected(monkeypatch, host):
     monkeypatch.setattr(processes, "_RESOLVE_SECONDS", 0.0)
     monkeypatch.setattr(jax.distributed, "initialize", lambda **_: pytest.fail("too late"))
     settings = ProcessSettings(coordinator=f"{host}:1234", count=2, index=1)
@@ -469,7 +469,7 @@ def test_a_coordinator_whose_name_has_no_address_is_refused(monkeypatch, host):
         processes.join_processes(settings, say=pytest.fail)
 
 
-def test_settings_from_the_environment():
+def test_settings_are_read_from_the_environment():
     variables = {
         "JAX_COORDINATOR_ADDRESS": "first:1234",
         "JAX_NUM_PROCESSES": "4",
@@ -481,7 +481,7 @@ def test_settings_from_the_environment():
         ProcessSettings.from_environment(variables | {"JAX_PROCESS_ID": "one"})
 
 
-def test_rows_of_a_batch_go_to_one_device_each():
+def test_each_row_of_a_batch_is_on_one_device():
     from peft_jax.data import Batch
     from peft_jax.parallel import MeshSettings, batch_sharding, make_mesh
     from peft_jax.training.placement import RowPlacement
@@ -498,5 +498,5 @@ def test_rows_of_a_batch_go_to_one_device_each():
     for one, other in itertools.combinations(parts, 2):
         assert not set(one.ravel()) & set(other.ravel())
     assert set(np.concatenate([part.ravel() for part in parts])) == set(range(32))
-    # Each microbatch is a part of the batch as it stands, whatever the number of processes.
+    # Microbatches are consecutive rows, whatever the number of processes.
     np.testing.assert_array_equal(placed.tokens.reshape(32, 3), tokens)

@@ -1,4 +1,4 @@
-"""The pictures and the page of a run."""
+"""Tests the plots and the report of a run."""
 
 import json
 
@@ -10,7 +10,7 @@ from peft_jax.training.report.plots import _lambda_rows, draw_all, smooth
 
 
 def records(layers: int = 3, steps: int = 12, groups=("layers",)) -> list[dict]:
-    """A run's records; λ of group g, layer l at step s is (g + l + s) / 100."""
+    """Returns records in which λ of group g, layer l at step s is (g + l + s) / 100."""
     made = [{"step": 0, "split": "held_out", "loss": 3.0, "targets": 10}]
     for step in range(1, steps + 1):
         weights = {
@@ -47,8 +47,8 @@ def test_lambda_has_a_row_for_every_layer_of_every_group():
     assert sizes == [("mlp.up_proj", 3), ("mlp.down_proj", 3)]
 
 
-def test_the_map_is_red_where_the_low_rank_branch_leads_and_blue_where_it_does_not(tmp_path):
-    """The picture is read back: upper layers above a half, lower ones below."""
+def test_map_is_red_for_low_rank_and_blue_for_rotation(tmp_path):
+    """Reads the image back, with upper layers above one half and lower ones below."""
     made = records(layers=4)
     for record in made:
         if "lambda" in record:
@@ -72,18 +72,18 @@ def test_few_steps_and_many_layers_can_be_drawn(tmp_path, layers, steps):
         assert picture(path).std() > 0.01  # not an empty sheet
 
 
-def test_what_is_not_finite_is_left_out_and_does_not_stop_the_drawing(tmp_path):
+def test_non_finite_values_are_not_drawn(tmp_path):
     made = records()
     made[5]["loss"] = made[5]["grad_norm"] = None
     made[5]["grad_norm_by_layer"]["low_rank"] = [None, 0.5, 0.5]
     assert len(draw_all(made, tmp_path)) == 4
 
 
-def test_nothing_measured_draws_nothing(tmp_path):
+def test_no_records_give_no_plots(tmp_path):
     assert draw_all([], tmp_path) == {}
 
 
-def test_a_moving_average_keeps_a_line_and_ignores_what_is_missing():
+def test_moving_average_keeps_a_line_and_ignores_missing_values():
     line = np.arange(20.0)
     np.testing.assert_allclose(smooth(line, 5)[2:-2], line[2:-2])
     line[7] = np.nan
@@ -105,7 +105,7 @@ def side(source, split, rows, left_out) -> dict:
     }
 
 
-def test_the_page_names_its_pictures_and_its_numbers(tmp_path):
+def test_report_has_its_plots_and_numbers(tmp_path):
     summary = {
         "loss_before": 3.0,
         "loss_after": 1.9,
@@ -147,8 +147,8 @@ def test_the_page_names_its_pictures_and_its_numbers(tmp_path):
         "| accuracy | 0.25 | 0.75 |",
         "1,234",
         "1.00 GiB",
-        "| operations a second | 3.2 T |",
-        "| from | data/a\\|b.jsonl | data/dev.jsonl |",
+        "| operations per second | 3.2 T |",
+        "| source | data/a\\|b.jsonl | data/dev.jsonl |",
         "| split |  | validation |",
         "| used | 950 | 28 |",
         "| left out: too long | 40 | 0 |",
@@ -158,7 +158,7 @@ def test_the_page_names_its_pictures_and_its_numbers(tmp_path):
     ):
         assert expected in text
     assert "peak memory of a device" not in text
-    assert "devices' peak" not in text
+    assert "utilization" not in text
     assert json.loads(text.split("```json\n")[1].split("```")[0]) == {"seed": 3}
     for line in text.splitlines():
         if line.startswith("!["):

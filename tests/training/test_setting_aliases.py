@@ -1,4 +1,4 @@
-"""Names of other tools lead to the settings of this one."""
+"""Tests that other tools' names lead to the settings here."""
 
 import re
 
@@ -16,7 +16,7 @@ def leaves(section, where=""):
             yield f"{where}{key}"
 
 
-def test_every_name_leads_to_a_setting_that_exists():
+def test_every_alias_leads_to_an_existing_setting():
     known = set(leaves(default_config().to_dict()))
     assert {name for name in OTHER_NAMES.values() if not name.startswith("--")} <= known
 
@@ -38,7 +38,7 @@ def test_every_name_leads_to_a_setting_that_exists():
         ("optimizer.warmup_steps", "optimizer.schedule.warmup_steps"),
     ],
 )
-def test_what_is_meant_is_named(given, meant):
+def test_intended_setting_is_named(given, meant):
     config = default_config()
     section, _, key = given.rpartition(".")
     holder = config[section] if section else config
@@ -54,6 +54,6 @@ def test_columns_may_have_any_name(tiny):
 
 
 @pytest.mark.parametrize("name", [[], {}, 3, None])
-def test_a_method_s_name_is_a_text(name):
+def test_method_name_must_be_a_string(name):
     with pytest.raises(ValueError, match=r"^method\.name "):
         RunConfig.from_mapping({"method": {"name": name}})

@@ -1,4 +1,4 @@
-"""Every setting is listed once, with its default and a meaning."""
+"""Tests that every setting is listed once, with its default and meaning."""
 
 import json
 
@@ -18,7 +18,7 @@ ROWS = {one.name: one for section in settings_reference() for one in section.set
 
 
 def names_in(config, prefix=""):
-    """The dotted names of the settings that configuration files are given."""
+    """Yields the dotted names of the settings in configuration files."""
     for key, value in config.items():
         if hasattr(value, "keys") and value:
             yield from names_in(value, f"{prefix}{key}.")
@@ -26,13 +26,13 @@ def names_in(config, prefix=""):
             yield f"{prefix}{key}"
 
 
-def test_it_lists_what_a_configuration_holds():
+def test_reference_lists_the_settings_of_a_configuration():
     assert set(names_in(default_config())) == set(ROWS)
     assert sum(len(section.settings) for section in settings_reference()) == len(ROWS)
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_a_setting_has_a_meaning_and_its_default(name):
+def test_setting_has_a_meaning_and_its_default(name):
     row = ROWS[name]
     assert row.type
     assert row.meaning
@@ -48,12 +48,12 @@ def test_a_setting_has_a_meaning_and_its_default(name):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_method_s_settings_name_it(method):
+def test_settings_of_a_method_name_it(method):
     for key in method_settings(method):
         assert method in ROWS[f"method.{key}"].methods
 
 
-def test_the_page_has_a_row_for_each_setting():
+def test_page_has_a_row_for_each_setting():
     rows = [line for line in to_markdown(settings_reference()).splitlines() if line[:3] == "| `"]
     assert [row.split("`")[1] for row in rows] == list(ROWS)
     assert {row.count("|") for row in rows} == {5}
@@ -65,7 +65,7 @@ def run_command(monkeypatch, capsys, *arguments):
     return code, *capsys.readouterr()
 
 
-def test_the_command_prints_what_is_asked_for(monkeypatch, capsys):
+def test_command_prints_the_named_settings(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     code, out, _ = run_command(monkeypatch, capsys, "train.epochs", "optimizer")
     assert code == 0
@@ -75,20 +75,20 @@ def test_the_command_prints_what_is_asked_for(monkeypatch, capsys):
     assert max(map(len, out.splitlines())) <= 80
 
 
-def test_the_command_prints_json(monkeypatch, capsys):
+def test_command_prints_json(monkeypatch, capsys):
     code, out, _ = run_command(monkeypatch, capsys, "--json")
     assert code == 0
     assert [row["name"] for row in json.loads(out)] == list(ROWS)
 
 
-def test_the_command_prints_the_page(monkeypatch, capsys):
+def test_command_prints_the_page(monkeypatch, capsys):
     code, out, _ = run_command(monkeypatch, capsys, "--markdown", "train")
     assert code == 0
     assert out.startswith("# Settings\n")
     assert "| `train.steps` |" in out
 
 
-def test_the_command_refuses_a_name_that_is_no_setting(monkeypatch, capsys):
+def test_command_rejects_an_unknown_setting(monkeypatch, capsys):
     code, _, error = run_command(monkeypatch, capsys, "train.epoch")
     assert code == 2
     assert "'train.epochs'" in error

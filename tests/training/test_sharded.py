@@ -1,4 +1,4 @@
-"""A step on a mesh is the step on one device: every method, every axis of the mesh."""
+"""Tests that a step on a mesh agrees with one device, for every method and mesh axis."""
 
 import dataclasses
 import functools
@@ -45,7 +45,7 @@ SETTINGS = {
 
 
 def batch(microbatches: int) -> Batch:
-    """Rows with two texts packed into each, and padding, of which some tokens are to be learned."""
+    """Returns rows with two packed texts, padding and partial loss masks."""
     random = np.random.default_rng(0)
     tokens = random.integers(0, 40, (ROWS, TOKENS + 1)).astype(np.int32)
     ends = np.sort(random.integers(2, TOKENS + 1, (ROWS, 2)), axis=1)
@@ -64,7 +64,7 @@ def batch(microbatches: int) -> Batch:
 
 @pytest.fixture(scope="module")
 def take_steps(tiny):
-    """A function that takes steps from the same start on any mesh, and gives state and metrics."""
+    """Returns a function that takes steps from one start on any mesh."""
 
     @functools.cache
     def run(method: str, mesh: MeshSettings, family: str = "llama", **changes):
@@ -133,8 +133,8 @@ ONE = MeshSettings(devices=1)
     "method",
     [m if m in ("full", "hybrid") else pytest.param(m, marks=pytest.mark.slow) for m in METHODS],
 )
-def test_every_method_is_the_same_on_a_mesh(take_steps, method):
-    """Losses, gradients' norms, λ and everything trained, after two steps of two microbatches."""
+def test_every_method_agrees_on_a_mesh(take_steps, method):
+    """Compares losses, gradient norms, λ and trainable arrays after two steps."""
     sharded = take_steps(method, INNER)
     assert_same(sharded, take_steps(method, ONE))
     _, _, metrics = sharded
@@ -142,21 +142,21 @@ def test_every_method_is_the_same_on_a_mesh(take_steps, method):
     assert bool(metrics["lambda"]) == (method == "hybrid")
 
 
-def test_the_outer_axes_too(take_steps):
+def test_outer_mesh_axes_agree(take_steps):
     assert_same(take_steps("full", OUTER), take_steps("full", ONE))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("axis", MESH_AXES)
-def test_every_axis_by_itself(take_steps, axis, method):
+def test_every_single_mesh_axis_agrees(take_steps, axis, method):
     sizes = {"data": 1, axis: 2}
     assert_same(take_steps(method, MeshSettings(devices=2, **sizes)), take_steps(method, ONE))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "unitary"])
-def test_with_distance_biases_too(take_steps, method):
+def test_alibi_model_agrees_on_a_mesh(take_steps, method):
     assert_same(take_steps(method, INNER, "bloom"), take_steps(method, ONE, "bloom"))
 
 
@@ -170,12 +170,12 @@ def test_with_distance_biases_too(take_steps, method):
     ],
     ids=str,
 )
-def test_however_it_is_computed(take_steps, changes):
+def test_execution_settings_agree_on_a_mesh(take_steps, changes):
     assert_same(take_steps("hybrid", INNER, **changes), take_steps("hybrid", ONE))
 
 
 def losses_over_quantized(tiny, workdir, method: str, quantization: str, mesh: dict) -> list[float]:
-    """The losses of a whole run over a quantized base, from its loading on."""
+    """Returns the losses of a complete run over a quantized base model."""
     config = tiny(
         **{f"method.{name}": value for name, value in SETTINGS[method].items()},
         **{f"parallel.{axis}": size for axis, size in mesh.items()},
@@ -202,14 +202,14 @@ def losses_over_quantized(tiny, workdir, method: str, quantization: str, mesh: d
     ],
     ids=str,
 )
-def test_a_quantized_base_too(tiny, tmp_path, method, quantization, mesh):
+def test_quantized_base_agrees_on_a_mesh(tiny, tmp_path, method, quantization, mesh):
     cut = losses_over_quantized(tiny, tmp_path / "cut", method, quantization, {"devices": 0} | mesh)
     alone = losses_over_quantized(tiny, tmp_path / "alone", method, quantization, {"devices": 1})
     np.testing.assert_allclose(cut, alone, rtol=1e-3)
 
 
-def test_adapters_and_optimizer_are_cut_like_what_they_belong_to(take_steps):
-    """Nothing of any size is whole on a device: a device's share is near an even one."""
+def test_adapters_and_optimizer_are_sharded_as_their_kernels(take_steps):
+    """No large array is replicated: each device's share is nearly even."""
     blueprint, state, _ = take_steps("hybrid", INNER)
 
     def share(tree):
@@ -217,7 +217,7 @@ def test_adapters_and_optimizer_are_cut_like_what_they_belong_to(take_steps):
         whole = sum(x.nbytes for x in leaves)
         return sum(x.addressable_shards[0].data.nbytes for x in leaves) / whole
 
-    # Along "sequence" parameters are repeated, and a low-rank factor is cut along one axis alone.
+    # Parameters are replicated along "sequence", and low-rank factors sharded along one axis.
     assert share(state.trainable) < 0.6
     kernel = state.trainable["layers"]["mlp"]["up_proj"]["kernel"]
     cut = {name: leaf.sharding.spec for name, leaf in flatten(kernel).items()}
@@ -229,7 +229,7 @@ def test_adapters_and_optimizer_are_cut_like_what_they_belong_to(take_steps):
 
 
 @pytest.mark.parametrize("mesh", [INNER, OUTER], ids=["inner", "outer"])
-def test_the_optimizers_state_is_repeated_along_no_axis_of_a_slice(tiny, mesh):
+def test_optimizer_state_is_sharded_along_every_axis_of_a_slice(tiny, mesh):
     config = tiny(
         **{"train.batch_size": ROWS, "train.max_length": TOKENS, "method.rank": 8},
         **{"optimizer.name": "adamw"},
@@ -249,11 +249,11 @@ def test_the_optimizers_state_is_repeated_along_no_axis_of_a_slice(tiny, mesh):
     ("mesh", "message"),
     [
         (MeshSettings(data=1, tensor=8), r"tensor=8 .*heads \(4\) and kv_heads \(2\)"),
-        (MeshSettings(data=1, fsdp=-1, devices=3), "the batch size must be a multiple of 6"),
+        (MeshSettings(data=1, fsdp=-1, devices=3), r"train\.batch_size .*a multiple of 6"),
         (MeshSettings(data=1, sequence=-1, devices=5), r"sequence=5 .*sequence \(16\)"),
     ],
 )
-def test_meshes_that_do_not_divide_are_refused(tiny, mesh, message):
+def test_meshes_that_do_not_divide_are_rejected(tiny, mesh, message):
     config = tiny(**{"train.batch_size": 16, "train.gradient_accumulation": 2})
     model = build_model(LLAMA, config.execution)
     with pytest.raises(ValueError, match=message) as refusal:

@@ -1,4 +1,4 @@
-"""A run starts from an adapter that another run, or Hugging Face PEFT, has written."""
+"""Tests starting a run from an adapter of another run or of Hugging Face PEFT."""
 
 import shutil
 
@@ -15,14 +15,14 @@ from peft_jax.training import RefusedError, loop, run
 
 @pytest.fixture(scope="module")
 def ended(tiny, tmp_path_factory):
-    """A run that has come to its end, and its summary."""
+    """Returns a finished run and its summary."""
     workdir = tmp_path_factory.mktemp("ended") / "run"
     return workdir, run(tiny(**{"train.steps": 3}), workdir)
 
 
 @pytest.fixture(scope="module")
 def of_peft(checkpoint, tmp_path_factory):
-    """An adapter of PEFT's own, with the rank of the tiny run and arrays that are not zero."""
+    """Returns an adapter of PEFT with the rank of the tiny run and arrays that are not zero."""
     folder = tmp_path_factory.mktemp("peft")
     torch.manual_seed(0)
     settings = LoraConfig(
@@ -36,7 +36,7 @@ def of_peft(checkpoint, tmp_path_factory):
 
 @pytest.fixture
 def started(monkeypatch):
-    """Where runs start, which then do nothing."""
+    """Records the starts of runs, which then do nothing."""
     starts = []
 
     def go(self, start):
@@ -47,7 +47,7 @@ def started(monkeypatch):
     return starts
 
 
-def test_a_new_run_begins_where_another_ended(tiny, ended, tmp_path, listener):
+def test_new_run_starts_from_another_runs_adapter(tiny, ended, tmp_path, listener):
     before, summary = ended
     adapter = tmp_path / "adapter"
     shutil.copytree(before / "adapter", adapter)
@@ -55,14 +55,14 @@ def test_a_new_run_begins_where_another_ended(tiny, ended, tmp_path, listener):
     after = run(config, tmp_path / "run", reporter=listener)
     assert "starting from the adapter in" in listener.text
     np.testing.assert_allclose(after["loss_before"], summary["loss_after"], rtol=1e-6)
-    # Once there is a checkpoint, the adapter is not needed any more.
+    # A run with a checkpoint does not need the adapter.
     shutil.rmtree(adapter)
     (tmp_path / "run" / "summary.json").unlink()
     again = run(config, tmp_path / "run", reporter=listener)
     assert again["loss_after"] == after["loss_after"]
 
 
-def test_peft_s_adapter_is_started_from(tiny, of_peft, started, tmp_path):
+def test_run_starts_from_a_peft_adapter(tiny, of_peft, started, tmp_path):
     run(tiny(**{"adapter.path": str(of_peft), "method.dropout": 0.1}), tmp_path / "run")
     (start,) = started
     found = start.adapter.trainable["layers"]["self_attn"]["q_proj"]["kernel"]
@@ -76,17 +76,17 @@ def test_peft_s_adapter_is_started_from(tiny, of_peft, started, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"method.rank": 4}, "method.rank is 4, and the adapter's is 8"),
-        ({"method.name": "boft", "method.block_size": 4}, "method.name is 'boft', and"),
+        ({"method.rank": 4}, r"method\.rank is 4, .* is 8"),
+        ({"method.name": "boft", "method.block_size": 4}, "method.name is 'boft'"),
         (
             {"method.target_modules": "q_proj"},
-            r"the adapter adapts layers\.mlp\.down_proj\.kernel, and the run does not",
+            r"the adapter adapts layers\.mlp\.down_proj\.kernel",
         ),
         ({"method.rank_pattern": {"q_proj": 4}}, r"at layers\.self_attn\.q_proj method\.rank is 4"),
         ({"adapter.path": "/no/such/folder"}, "adapter.path: there is no folder /no/such/folder"),
     ],
 )
-def test_another_adapter_is_refused_before_anything_is_done(
+def test_different_adapter_is_rejected_before_training(
     tiny, of_peft, started, tmp_path, changes, said
 ):
     config = tiny(**{"adapter.path": str(of_peft), **changes})
@@ -96,12 +96,12 @@ def test_another_adapter_is_refused_before_anything_is_done(
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-def test_several_devices_start_from_it_too(tiny, of_peft, started, tmp_path):
+def test_several_devices_start_from_an_adapter(tiny, of_peft, started, tmp_path):
     changes = {"parallel.devices": 4, "parallel.fsdp": 2, "adapter.path": str(of_peft)}
     run(tiny(**changes), tmp_path / "run")
     assert jax.tree.leaves(started[0].adapter.trainable)
 
 
-def test_a_revision_without_a_path_is_refused(tiny):
-    with pytest.raises(ValueError, match=r"adapter\.revision is 'v1', and adapter\.path is empty"):
+def test_revision_without_a_path_is_rejected(tiny):
+    with pytest.raises(ValueError, match=r"adapter\.revision .*'v1'"):
         tiny(**{"adapter.revision": "v1"})

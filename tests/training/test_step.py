@@ -1,4 +1,4 @@
-"""The training step: its gradient, its accumulation, its metrics."""
+"""Tests the training step: gradient, accumulation and metrics."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ def model():
 
 
 def rows(count: int, length: int = 8, seed: int = 0) -> Batch:
-    """Random rows, some of them padded, with some tokens not to be learned."""
+    """Returns random rows with padding and partial loss masks."""
     random = np.random.default_rng(seed)
     tokens = random.integers(0, VOCABULARY, (count, length + 1)).astype(np.int32)
     lengths = random.integers(3, length + 1, count)
@@ -50,7 +50,7 @@ def microbatches(batch: Batch, count: int) -> Batch:
 
 @dataclasses.dataclass
 class Setup:
-    """A step with plain gradient descent at rate 1, so that a step is minus the gradient."""
+    """Returns a step of gradient descent at rate 1, whose update is the negative gradient."""
 
     step: TrainStep
     state: TrainState
@@ -67,7 +67,7 @@ def setup(model, method, *, seed: int = 0, **settings) -> Setup:
     params = model.init_params(jax.random.key(1))
     spec = AdapterSpec(method=method, **settings)
     adapter = spec.init(jax.random.key(2), params)
-    # Away from the start, where LoRA's A has no gradient.
+    # Perturbs the adapter, because LoRA's A has no gradient initially.
     trainable = jax.tree.map(
         lambda x: x + 0.1 * jax.random.normal(jax.random.key(3), x.shape), adapter.trainable
     )
@@ -91,7 +91,7 @@ def setup(model, method, *, seed: int = 0, **settings) -> Setup:
 
 
 def reference(model, setup: Setup, batch: Batch):
-    """The mean over all targets from whole logits, and its gradient; none of the step's code."""
+    """Returns the mean loss from full logits and its gradient, without the step's code."""
 
     @jax.jit
     def loss(trainable, frozen, constant, batch):
@@ -108,10 +108,10 @@ def reference(model, setup: Setup, batch: Batch):
 
 @pytest.mark.parametrize("method", [LoRA(rank=2), Full()], ids=["lora", "full"])
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_a_step_descends_the_gradient_of_the_mean_over_all_tokens(model, method, count):
+def test_step_descends_the_gradient_of_the_mean_over_targets(model, method, count):
     made = setup(model, method)
     batch = rows(6)
-    # Microbatches have different numbers of targets, or equal weights would do as well.
+    # Microbatches must differ in their number of targets, to detect equal weighting.
     parts = batch.loss_mask.reshape(count, -1).sum(axis=1)
     assert count == 1 or len(set(parts.tolist())) > 1
     loss, gradients = reference(model, made, batch)
@@ -132,7 +132,7 @@ def test_a_step_descends_the_gradient_of_the_mean_over_all_tokens(model, method,
     np.testing.assert_allclose(metrics["learning_rate"], 0.5)
 
 
-def test_norms_by_layer_are_those_of_the_layers(model):
+def test_norms_by_layer_agree_with_each_layer(model):
     made = setup(model, LoRA(rank=2))
     batch = rows(4)
     _, gradients = reference(model, made, batch)
@@ -145,7 +145,7 @@ def test_norms_by_layer_are_those_of_the_layers(model):
 
 
 def test_no_gradient_of_a_frozen_kernel_is_computed(model):
-    """With a frozen base no product gives an array of a base kernel's shape."""
+    """With a frozen base model no product has the shape of a base kernel."""
     made = setup(model, LoRA(rank=2), target_modules=("up_proj",))
     jaxpr = jax.make_jaxpr(made.step)(
         made.state, made.frozen, made.constant, microbatches(rows(4), 1)
@@ -162,7 +162,7 @@ def _arguments(made: Setup):
 
 
 def _product_shapes(jaxpr) -> set[tuple[int, ...]]:
-    """The shapes of all matrix products, in whatever inner function."""
+    """Yields the shapes of all matrix products, also in inner functions."""
     shapes = set()
     pending = [jaxpr.jaxpr]
     while pending:
@@ -180,7 +180,7 @@ def _product_shapes(jaxpr) -> set[tuple[int, ...]]:
     return shapes
 
 
-def test_nothing_to_learn_is_no_division_by_zero(model):
+def test_batch_without_targets_does_not_divide_by_zero(model):
     made = setup(model, LoRA(rank=2))
     batch = rows(2)
     batch = batch.replace(loss_mask=np.zeros_like(batch.loss_mask))
@@ -190,7 +190,7 @@ def test_nothing_to_learn_is_no_division_by_zero(model):
     jax.tree.map(np.testing.assert_array_equal, made.state.trainable, state.trainable)
 
 
-def test_dropout_depends_on_seed_and_step_alone(model):
+def test_dropout_depends_only_on_seed_and_step(model):
     batch = microbatches(rows(4), 2)
 
     def losses(seed, steps):

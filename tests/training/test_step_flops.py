@@ -1,9 +1,9 @@
-"""A run does not end because its operations cannot be counted."""
+"""Tests that a run continues if its operations cannot be counted."""
 
 from peft_jax.training import run, step_flops
 
 
-def test_a_run_that_cannot_be_counted_says_so_once(tiny, tmp_path, monkeypatch, listener):
+def test_uncountable_operations_are_reported_once(tiny, tmp_path, monkeypatch, listener):
     def fail(*_):
         raise NotImplementedError("no rule for the product 'fancy_dot'")
 
@@ -21,7 +21,7 @@ def test_a_run_that_cannot_be_counted_says_so_once(tiny, tmp_path, monkeypatch, 
     assert "operations a second" not in page
 
 
-def test_what_is_counted_is_not_said(tiny, tmp_path, listener):
+def test_counted_operations_give_no_message(tiny, tmp_path, listener):
     summary = run(tiny(train__steps=2), tmp_path / "run", reporter=listener)
     assert summary["flops_per_step"] > 0
     assert "not counted" not in listener.text

@@ -1,4 +1,4 @@
-"""Training in memory: the numbers of a plain loop, any loss, any optimizer, any devices."""
+"""Tests training in memory with any loss, optimizer and devices."""
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ def one_device():
 
 
 def mean_loss(model, bound, batch):
-    """The mean cross-entropy over targets, from whole logits."""
+    """Returns the mean cross-entropy over targets, from full logits."""
     batch = jax.tree.map(jnp.asarray, batch)
     logits = model(bound, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
@@ -55,7 +55,7 @@ def mean_loss(model, bound, batch):
 
 
 def plain_loop(model, params, spec, optimizer, batches, seed=0):
-    """The same training, written without the trainer."""
+    """Implements the same training without the trainer."""
     adapter = spec.init(jax.random.key(seed), params)
     trainable, state = adapter.trainable, None
 
@@ -88,7 +88,7 @@ def close(found, expected, atol=2e-5):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("devices", [1, 4])
-def test_it_takes_the_steps_of_a_plain_loop(model, params, batches, accumulation, devices):
+def test_trainer_agrees_with_a_plain_loop(model, params, batches, accumulation, devices):
     spec, optimizer = AdapterSpec(LoRA(rank=2)), optax.adam(1e-2)
     losses, expected = plain_loop(model, params, spec, optimizer, batches)
     trainer = Trainer(
@@ -108,7 +108,7 @@ def test_it_takes_the_steps_of_a_plain_loop(model, params, batches, accumulation
     assert int(training.state.step) == 3
 
 
-def test_a_loss_of_ones_own_with_batches_of_ones_own(model, params, batches):
+def test_custom_loss_accepts_custom_batches(model, params, batches):
     spec, optimizer = AdapterSpec(LoRA(rank=2)), optax.sgd(0.1)
     losses, expected = plain_loop(model, params, spec, optimizer, batches)
 
@@ -128,7 +128,7 @@ def test_a_loss_of_ones_own_with_batches_of_ones_own(model, params, batches):
     close(training.adapter.trainable, expected)
 
 
-def test_hooks_are_called_when_they_are_due(model, params, batches):
+def test_hooks_are_called_when_due(model, params, batches):
     trainer = Trainer(model, AdapterSpec(LoRA(rank=2)), optax.sgd(0.1), mesh=one_device())
     calls: list[tuple] = []
     hooks = Hooks(
@@ -156,7 +156,7 @@ def test_hooks_are_called_when_they_are_due(model, params, batches):
     assert calls[-1][2] == 3
 
 
-def test_the_base_and_the_adapter_it_starts_from_stay_as_they_are(model, params, batches):
+def test_given_parameters_and_adapter_are_not_changed(model, params, batches):
     spec = AdapterSpec(LoRA(rank=2))
     before = jax.tree.map(np.array, params)
     start = spec.init(jax.random.key(5), params)
@@ -168,7 +168,7 @@ def test_the_base_and_the_adapter_it_starts_from_stay_as_they_are(model, params,
     close(start.trainable, kept, atol=0)
 
 
-def test_a_method_that_starts_along_the_gradient_wants_batches(model, params, batches):
+def test_gradient_initialization_needs_batches(model, params, batches):
     trainer = Trainer(model, AdapterSpec(LoRAGA(rank=2)), optax.sgd(0.1), mesh=one_device())
     with pytest.raises(ValueError, match="batches"):
         trainer.fit(params, batches)
@@ -176,24 +176,24 @@ def test_a_method_that_starts_along_the_gradient_wants_batches(model, params, ba
     assert all(float(jnp.max(jnp.abs(leaf))) > 0 for leaf in flatten(found).values())
 
 
-def test_a_step_comes_after_initialize(model, params, batches):
+def test_step_before_initialize_is_rejected(model, params, batches):
     def trainer():
         return Trainer(model, AdapterSpec(LoRA(rank=2)), optax.sgd(0.1), mesh=one_device())
 
     training = trainer().initialize(params)
-    with pytest.raises(ValueError, match="call initialize before a step"):
+    with pytest.raises(ValueError, match="call initialize"):
         trainer().step(training, batches[0])
 
 
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (lambda t, p, b: t.fit(p, b, steps=4), "the batches end after 3 of 4 steps"),
+        (lambda t, p, b: t.fit(p, b, steps=4), r"steps is 4\b.* 3 batches"),
         (lambda t, p, b: t.fit(p, [jax.tree.map(lambda x: x[:7], b[0])]), "a batch has 7 rows"),
         (lambda t, p, b: t.fit(p, [b[0].replace(tokens=b[0].tokens[:4])]), r"\[4, 8\]"),
     ],
 )
-def test_what_cannot_work_is_refused(model, params, batches, act, message):
+def test_invalid_training_is_rejected(model, params, batches, act, message):
     trainer = Trainer(
         model,
         AdapterSpec(LoRA(rank=2)),
@@ -217,12 +217,12 @@ def test_what_cannot_work_is_refused(model, params, batches, act, message):
         ((np.zeros((4, 0), int),), "at least one of each"),
     ],
 )
-def test_tokens_that_make_no_batch_are_refused(arguments, message):
+def test_invalid_tokens_are_rejected(arguments, message):
     with pytest.raises(ValueError, match=message):
         Batch.from_tokens(*arguments)
 
 
-def test_padding_may_hold_any_number():
+def test_padding_may_have_any_value():
     batch = Batch.from_tokens([[5, 6, -100]], lengths=[2])
     assert batch.tokens.tolist() == [[5, 6, 0]]
     assert batch.targets.tolist() == [[6, 0, 0]]
@@ -241,7 +241,7 @@ def test_trained_parameters_are_copied_from_the_given_ones(model, params, batche
 
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
-def test_a_quantized_base_is_sharded_and_trained_on(batches, quantization):
+def test_quantized_base_is_sharded_and_trained_on(batches, quantization):
     sizes = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 128}
     model, batches = build_model(CONFIG | sizes), batches[:1]
     params = model.init_params(jax.random.key(0), quantization=quantization)
@@ -258,7 +258,7 @@ def test_a_quantized_base_is_sharded_and_trained_on(batches, quantization):
 
 
 def of_some(params):
-    """A label for each parameter: the low-rank `a`s, and the others."""
+    """Returns a label for each parameter: the low-rank `a`s and the others."""
     return jax.tree.map_with_path(lambda path, _: "a" if path[-1].key == "a" else "b", params)
 
 
@@ -270,7 +270,7 @@ def of_some(params):
     ],
     ids=["partition", "sm3"],
 )
-def test_optimizers_whose_state_has_a_form_of_its_own(model, params, batches, optimizer):
+def test_optimizers_with_other_state_structures_work(model, params, batches, optimizer):
     spec = AdapterSpec(LoRA(rank=2))
     losses, expected = plain_loop(model, params, spec, optimizer, batches)
     mesh, seen = make_mesh(MeshSettings(devices=2)), []
@@ -281,12 +281,12 @@ def test_optimizers_whose_state_has_a_form_of_its_own(model, params, batches, op
     close(training.adapter.trainable, expected, atol=1e-4)
 
 
-def test_an_optimizer_that_asks_for_the_loss_is_given_it(model, params, batches):
+def test_optimizer_can_use_the_loss(model, params, batches):
     trainer = Trainer(model, AdapterSpec(LoRA(rank=2)), optax.polyak_sgd(), mesh=one_device())
     training = trainer.initialize(params)
     before = flatten(jax.tree.map(np.array, training.adapter.trainable))
     metrics = trainer.step(training, batches[0])
-    # Polyak's step is (loss - 0) / ‖gradient‖², along the gradient.
+    # Polyak's step size is (loss - 0) / ‖gradient‖².
     moved = sum(
         float(np.sum(np.square(leaf - before[path])))
         for path, leaf in flatten(training.adapter.trainable).items()
@@ -295,7 +295,7 @@ def test_an_optimizer_that_asks_for_the_loss_is_given_it(model, params, batches)
     assert moved**0.5 == pytest.approx(expected * float(metrics["grad_norm"]), rel=1e-3)
 
 
-def test_held_out_rows_need_not_fill_microbatches(model, params, batches):
+def test_held_out_rows_need_not_divide_into_microbatches(model, params, batches):
     trainer = Trainer(
         model,
         AdapterSpec(LoRA(rank=2)),
@@ -328,10 +328,10 @@ def test_held_out_batches_are_checked_before_the_first_step(
     assert not taken
 
 
-def test_initial_batches_may_not_use_the_training_batches_up(model, params, batches):
+def test_iterator_shared_by_both_batches_is_rejected(model, params, batches):
     trainer = Trainer(model, AdapterSpec(LoRAGA(rank=2)), optax.sgd(0.1), mesh=one_device())
     stream = iter(batches)
-    with pytest.raises(ValueError, match="init_batches and batches are one iterator"):
+    with pytest.raises(ValueError, match="init_batches and batches"):
         trainer.fit(params, stream, init_batches=stream)
     assert len(list(stream)) == 3
 
@@ -339,19 +339,19 @@ def test_initial_batches_may_not_use_the_training_batches_up(model, params, batc
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        ({"tokens": np.zeros((8, 10), np.int32)}, "a batch must be a Batch .* but is a dict"),
-        (Batch.from_tokens(np.full((8, 10), 32)), "must be from 0 to 31 .* one is 32"),
+        ({"tokens": np.zeros((8, 10), np.int32)}, "must be a Batch .*dict"),
+        (Batch.from_tokens(np.full((8, 10), 32)), "tokens .* 31 .* 32"),
         (jax.tree.map(lambda x: x[:0], Batch.from_tokens(np.ones((8, 4), int))), "has 0 rows"),
     ],
 )
-def test_what_is_no_batch_of_the_models_is_refused(model, params, batch, message):
+def test_invalid_batch_is_rejected(model, params, batch, message):
     trainer = Trainer(model, AdapterSpec(LoRA(rank=2)), optax.sgd(0.1), mesh=one_device())
     with pytest.raises(ValueError, match=message):
         trainer.step(trainer.initialize(params), batch)
 
 
 @pytest.mark.parametrize("batch", [{}, {"x": 3.0, "y": np.zeros((8, 2))}, {"x": [[1, 2]] * 8}])
-def test_a_custom_loss_wants_arrays_of_rows(model, params, batch):
+def test_custom_loss_needs_arrays_of_rows(model, params, batch):
     trainer = Trainer(
         model, AdapterSpec(LoRA(rank=2)), optax.sgd(0.1), mesh=one_device(), loss_fn=mean_loss
     )
@@ -359,7 +359,7 @@ def test_a_custom_loss_wants_arrays_of_rows(model, params, batch):
         trainer.step(trainer.initialize(params), batch)
 
 
-def test_a_custom_loss_returns_two_numbers(model, params, batches):
+def test_custom_loss_must_return_two_numbers(model, params, batches):
     def trained(loss_fn):
         trainer = Trainer(
             model, AdapterSpec(LoRA(rank=2)), optax.sgd(0.1), mesh=one_device(), loss_fn=loss_fn
@@ -375,15 +375,15 @@ def test_a_custom_loss_returns_two_numbers(model, params, batches):
         trained(total)
 
 
-def test_an_adapter_of_another_spec_is_refused(model, params):
+def test_adapter_of_another_spec_is_rejected(model, params):
     trainer = Trainer(model, AdapterSpec(LoRA(rank=2)), optax.sgd(0.1), mesh=one_device())
     for other in (AdapterSpec(LoRA(rank=4)), AdapterSpec(LoRA(rank=2), target_modules=("q_proj",))):
         adapter = other.init(jax.random.key(0), params)
-        with pytest.raises(ValueError, match="the adapter is not one of this AdapterSpec"):
+        with pytest.raises(ValueError, match="AdapterSpec"):
             trainer.initialize(params, adapter=adapter)
 
 
-def test_parameters_of_another_model_are_refused(model, params):
+def test_parameters_of_another_model_are_rejected(model, params):
     trainer = Trainer(model, AdapterSpec(LoRA(rank=2)), optax.sgd(0.1), mesh=one_device())
     wider = build_model(CONFIG | {"hidden_size": 32}).init_params(jax.random.key(0))
     with pytest.raises(ValueError, match=r"fit the model: .*\[.*32"):
@@ -392,7 +392,7 @@ def test_parameters_of_another_model_are_refused(model, params):
         trainer.prepare({"layers": params["layers"]})
 
 
-def test_numbers_of_steps_are_not_negative(model, params, batches):
+def test_negative_numbers_of_steps_are_rejected(model, params, batches):
     trainer = Trainer(model, AdapterSpec(LoRA(rank=2)), optax.sgd(0.1), mesh=one_device())
     with pytest.raises(ValueError, match="steps "):
         trainer.fit(params, batches, steps=-1)

@@ -1,7 +1,7 @@
-"""What a run leaves behind for its reader: metrics, a summary, plots and a page.
+"""Reports a run: metrics, a summary, plots and a page.
 
-- [`metrics`][peft_jax.training.report.metrics]: lines of JSON, TensorBoard, Weights & Biases.
-- [`summary`][peft_jax.training.report.summary]: the result in numbers, `summary.json`.
-- [`plots`][peft_jax.training.report.plots]: pictures, drawn from the metrics.
-- [`page`][peft_jax.training.report.page]: `report.md`.
+- [`metrics`][peft_jax.training.report.metrics]: JSON lines, TensorBoard, Weights & Biases.
+- [`summary`][peft_jax.training.report.summary]: results, `summary.json`.
+- [`plots`][peft_jax.training.report.plots]: plots of the metrics.
+- [`page`][peft_jax.training.report.page]: the report, `report/README.md`.
 """

@@ -1,8 +1,8 @@
-"""What a run measures, as lines of JSON, and from there to TensorBoard and Weights & Biases.
+"""Logs metrics as JSON lines, to TensorBoard and to Weights & Biases.
 
 A record is a dictionary with "step", "split" ("train" or "held_out") and numbers, lists of numbers
-by layer, or dictionaries of those. What depends on the clock stands under "timing", so that
-everything else is the same each time the same run is made.
+by layer, or dictionaries of those. Values that depend on the clock are under "timing", so that all
+others are reproducible.
 """
 
 import json
@@ -25,41 +25,39 @@ TRAIN = "train"
 HELD_OUT = "held_out"
 
 _FLUSH_SECONDS = 30.0
-"""The most that TensorBoard lags behind, unless steps take longer."""
+"""Maximum delay of TensorBoard events, unless steps take longer."""
 
 _POSITIVE_BINS = 1e-12 * 1.1 ** np.arange(774)
 _HISTOGRAM_BINS = np.concatenate([-_POSITIVE_BINS[::-1], [0.0], _POSITIVE_BINS])
-"""TensorBoard's own bins: from 1e-12 to 1e20 in steps of a tenth, and as many below zero."""
+"""TensorBoard's own bins: from 1e-12 to 1e20, each 10% wider, and their negatives."""
 
 
 @runtime_checkable
 class Sink(Protocol):
-    """Somewhere else that records go."""
+    """Additional destination of records."""
 
     def write(self, record: Record) -> None:
-        """Takes one record."""
+        """Writes one record."""
 
     def close(self) -> None:
-        """Writes out what is left."""
+        """Flushes and closes the destination."""
 
 
 class MetricsLog:
-    """`metrics.jsonl`, a line a record, with each step and split once.
+    """Writes `metrics.jsonl`, one record per line and at most one per step and split.
 
     Args:
-      path: the file.
-      from_step: the step a run goes on from; later records are of work that is done again, and are
-        taken out. None: the run begins, and the file with it.
-      sinks: where else records go.
-      writes: whether this process writes the file; otherwise it only knows what is in it.
-      present: the (step, split) of the records there are, where they are known; by default they are
-        read from the file.
-      held_out: records of held-out data that belong there, as a checkpoint keeps them; those that
-        the file has lost are written again.
+      path: File of metrics.
+      from_step: Step that a run resumes from; later records are removed, because their steps are
+        taken again. None: a new run with a new file.
+      sinks: Additional destinations of records.
+      writes: Whether this process writes the file.
+      present: The (step, split) of existing records. Default: those in the file.
+      held_out: Held-out records of a checkpoint; those missing in the file are written again.
 
     Attributes:
-      found: Number of records that were in the file, up to `from_step`.
-      held_out: The records of held-out data so far, where this process writes the file.
+      found: Number of records in the file up to `from_step`.
+      held_out: Held-out records so far, if this process writes the file.
     """
 
     def __init__(
@@ -93,15 +91,15 @@ class MetricsLog:
 
     @property
     def present(self) -> list[tuple[int, str]]:
-        """The step and split of every record there is, in order."""
+        """Step and split of every record, in order."""
         return sorted(self._present)
 
     def has(self, step: int, split: str) -> bool:
-        """Whether there is such a record already."""
+        """Returns whether there is a record of this step and split."""
         return (step, split) in self._present
 
     def write(self, record: Record) -> None:
-        """Appends a record, and hands it to the sinks; it is in the file when this returns."""
+        """Appends a record to the file, and writes it to the sinks."""
         self._present.add((record["step"], record["split"]))
         if self._stream is None:
             return
@@ -113,7 +111,7 @@ class MetricsLog:
             sink.write(record)
 
     def sync(self) -> None:
-        """Returns once every record is on disk."""
+        """Waits until every record is on disk."""
         if self._stream is not None:
             os.fsync(self._stream.fileno())
 
@@ -126,10 +124,10 @@ class MetricsLog:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a metrics file, without a last line that was cut short; none without a file.
+    """Returns the records of a metrics file, without a truncated last line; empty without a file.
 
     Raises:
-      ValueError: a line before the last is not a record.
+      ValueError: A line before the last is not a record.
     """
     if not path.is_file():
         return []
@@ -141,19 +139,19 @@ def read_records(path: Path) -> list[Record]:
         try:
             record = json.loads(line.decode("utf-8"))
             if type(record["step"]) is not int or not isinstance(record["split"], str):
-                raise ValueError("a step is a number, and a split a name")
+                raise ValueError("step must be an integer and split a string")
         except (ValueError, TypeError, KeyError) as error:
             if number == len(lines):
                 break
             raise ValueError(
-                f"{path}:{number} is not a record of a run: {line[:80].decode(errors='replace')!r}"
+                f"{path}:{number} is not a record: {line[:80].decode(errors='replace')!r}"
             ) from error
         records.append(record)
     return records
 
 
 def plain(tree: Any) -> Any:
-    """Arrays as numbers and nested lists; what is not finite as None, which JSON can hold.
+    """Converts arrays to numbers and nested lists for JSON; non-finite values become None.
 
     Example:
       >>> plain({"loss": np.float32(0.5), "by_layer": np.array([1.0, np.nan])})
@@ -171,7 +169,7 @@ def plain(tree: Any) -> Any:
 
 
 def _with_lost(kept: list[Record], held_out: Iterable[Record]) -> list[Record]:
-    """Returns records in their order with those of `held_out` that are not among them."""
+    """Returns records with the missing ones of `held_out`, in order."""
     present = {(record["step"], record["split"]) for record in kept}
     lost = [record for record in held_out if (record["step"], record["split"]) not in present]
     if not lost:
@@ -184,7 +182,7 @@ def _line(record: Record) -> str:
 
 
 def scalars(record: Record) -> Iterator[tuple[str, float]]:
-    """The numbers of a record by path, and the mean of each list.
+    """Yields the numbers of a record by path, and the mean of each list.
 
     Example:
       >>> record = {"step": 1, "split": "train", "loss": 2.0, "lambda": {"layers": [0.25, 0.75]}}
@@ -206,23 +204,23 @@ def _leaves(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 class TensorBoard:
-    """Records as TensorBoard events: numbers, and lists by layer as their mean and a histogram.
+    """Writes records as TensorBoard events; lists by layer as their mean and a histogram.
 
-    Events are written as they come. tensorboardX's own writer hands them to a thread, which dies
-    on a full disk, and the run then waits for it forever.
+    Events are written synchronously, because the thread of tensorboardX's own writer dies on a full
+    disk, and the run would wait for it forever.
 
     Args:
-      folder: where the event files go.
-      from_step: the step a run goes on from; TensorBoard hides what was written later.
+      folder: Folder of the event files.
+      from_step: Step that a run resumes from; TensorBoard hides later events.
     """
 
     def __init__(self, folder: Path, *, from_step: int | None = None):
-        # Imported here: only runs that write events pay for it.
+        # Imported late, because the import is slow and few runs need it.
         from tensorboardX.proto import event_pb2
         from tensorboardX.record_writer import RecordWriter
 
         self._event: Any = event_pb2.Event
-        self._flushed = -math.inf  # so that the first record can be seen at once
+        self._flushed = -math.inf  # flushes the first record at once
         folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
         self._file = RecordWriter(str(folder / name))
@@ -257,14 +255,13 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """Records as a Weights & Biases run, which goes on where the same run was stopped.
+    """Logs records to a Weights & Biases run, which a resumed run continues.
 
     Args:
-      project: the project's name there.
-      name: what the run is called.
-      config: the run's configuration, shown beside it.
-      folder: the work directory, where the client keeps its files; who goes on with it goes on
-        with the same run.
+      project: Name of the project.
+      name: Name of the run.
+      config: Configuration of the run.
+      folder: Work directory, which holds the client's files and the id of the run.
     """
 
     def __init__(self, *, project: str, name: str, config: Mapping[str, Any], folder: Path):

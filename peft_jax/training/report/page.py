@@ -1,4 +1,4 @@
-"""The page that a run leaves: what was done, what came of it, and pictures."""
+"""Writes the report of a run: results, plots, data, cost and settings."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,14 +11,12 @@ from peft_jax.training.report.metrics import Record
 from peft_jax.training.report.plots import draw_all
 
 _CAPTIONS = {
-    "loss": "The loss of each training step (thin), its moving average, and the loss on held-out "
-    "data.",
-    "lambda": "λ of each layer over the steps. Red: the layer's update comes from the low-rank "
-    "branch; blue: from the rotation. Above, the mean over the layers and their range; to the "
-    "right, the mean over the steps.",
-    "gradients": "The norm of the gradient, before clipping; of each branch the median layer, and "
-    "all layers as a band.",
-    "learning_rate": "The learning rate.",
+    "loss": "Loss of each training step (thin), its moving average, and the loss on held-out data.",
+    "lambda": "λ of each layer over steps. Red: the layer's update comes from the low-rank branch; "
+    "blue: from the rotation. Above: mean and range over layers. Right: mean over steps.",
+    "gradients": "Gradient norm before clipping. For each branch: the median layer, and all layers "
+    "as a band.",
+    "learning_rate": "Learning rate.",
 }
 _MEASURES = {
     "loss": "loss, mean over the targets",
@@ -40,17 +38,17 @@ def write_report(
     records: Sequence[Record],
     table: str,
 ) -> Path:
-    """Writes the page and its pictures.
+    """Writes the report and its plots.
 
     Args:
-      folder: where they go.
-      summary: the result in numbers.
-      config: every setting.
-      records: what was measured.
-      table: what was trained.
+      folder: Folder of the report.
+      summary: Summary of the run.
+      config: Every setting of the run.
+      records: Metrics of the run.
+      table: Table of trainable parameters.
 
     Returns:
-      The page.
+      File of the report.
     """
     pictures = draw_all(records, folder)
     page = folder / "README.md"
@@ -70,23 +68,23 @@ def _sections(
     for name, caption in _CAPTIONS.items():
         if name in pictures:
             yield f"![{caption}]({pictures[name].name})\n\n{caption}"
-    yield "## The data"
+    yield "## Data"
     yield _data(summary["data"])
-    yield "## What it took"
+    yield "## Cost"
     yield _costs(summary)
-    yield "## What was trained"
+    yield "## Trainable parameters"
     yield f"```\n{table}\n```"
-    yield "## How to use it"
+    yield "## Usage"
     yield _usage(summary)
-    yield "## Every setting"
+    yield "## Settings"
     yield f"```json\n{json.dumps(config, indent=2, ensure_ascii=False)}\n```"
 
 
 def _results(summary: Mapping[str, Any]) -> str:
-    """The measures before and after, as a table."""
+    """Returns a table of held-out metrics before and after training."""
     before, after = summary["before"], summary["after"]
     if not after:
-        return "There were no held-out rows, so nothing was measured but the training loss."
+        return "There were no held-out rows, so only the training loss was measured."
     rows = [("held-out data", "before", "after")]
     for name, value in after.items():
         if name != "targets":
@@ -95,17 +93,17 @@ def _results(summary: Mapping[str, Any]) -> str:
 
 
 def _data(data: Mapping[str, Any]) -> str:
-    """How many rows there were, how many were used, and why the others were not."""
+    """Returns a table of rows used, and of rows left out by reason."""
     rows: list[tuple[str, ...]] = [("", "training", "held out")]
     sides = (data["train"], data["held_out"])
     names = {
-        "source": "from",
+        "source": "source",
         "split": "split",
-        "rows_in_source": "rows there",
-        "held_out": "held out of them",
-        "set_aside": "set aside by data.train_rows or data.eval_rows",
+        "rows_in_source": "rows in the source",
+        "held_out": "held out",
+        "set_aside": "excluded by data.train_rows or data.eval_rows",
         "rows": "rows of this run",
-        "checked": "of these encoded so far",
+        "checked": "encoded so far",
         "used": "used",
     }
     rows += [(name, *(_cell(side[key]) for side in sides)) for key, name in names.items()]
@@ -123,7 +121,7 @@ def _data(data: Mapping[str, Any]) -> str:
 def _cell(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
-    # A file's name may hold what divides cells.
+    # A file name may contain the separator of cells.
     return "" if value is None else one_line(str(value)).replace("|", "\\|")
 
 
@@ -131,17 +129,17 @@ def _costs(summary: Mapping[str, Any]) -> str:
     peak = summary["peak_memory_bytes"]
     rows = [
         ("", ""),
-        ("trained parameters", f"{summary['trainable_parameters']:,}"),
+        ("trainable parameters", f"{summary['trainable_parameters']:,}"),
         (
             "of all parameters",
             f"{summary['total_parameters']:,} ({summary['trainable_percent']:.3g}%)",
         ),
         ("steps", f"{summary['steps']:,} of {summary['rows_per_step']:,} rows"),
         ("tokens", f"{summary['tokens']:,}"),
-        ("tokens a second", _number(summary["tokens_per_second"])),
-        ("seconds a step", _number(summary["seconds_per_step"])),
-        ("operations a second", _tera(summary["flops_per_second"])),
-        ("of the devices' peak", _percent(summary["utilization"])),
+        ("tokens per second", _number(summary["tokens_per_second"])),
+        ("seconds per step", _number(summary["seconds_per_step"])),
+        ("operations per second", _tera(summary["flops_per_second"])),
+        ("utilization", _percent(summary["utilization"])),
         ("peak memory of the host", _gib(peak["host"])),
         ("peak memory of a device", _gib(peak["device"])),
         ("memory of the compiled step", _gib(summary["step_memory_bytes"])),
@@ -160,7 +158,7 @@ def _percent(share: float | None) -> str | None:
 
 
 def _usage(summary: Mapping[str, Any]) -> str:
-    """How the result is loaded: the whole model where there is one, and the adapter."""
+    """Returns how to load the exported model and adapter."""
     names = summary.get("exported") or ["adapter"]
     parts = []
     if "model" in names:
@@ -171,8 +169,9 @@ def _usage(summary: Mapping[str, Any]) -> str:
             else "AutoModelForSequenceClassification"
         )
         parts.append(
-            "`model/` holds the whole model, in Hugging Face's format, in"
-            f" {summary.get('model_dtype', 'the dtype of the base')}. Load it as any other:\n\n"
+            "`model/` has the full model in Hugging Face format, in"
+            f" {summary.get('model_dtype', 'the dtype of the base')}. Load it as any other model:"
+            "\n\n"
             "```python\n"
             f"from peft_jax.hub import {loader}\n\n"
             f'model, params = {loader}("model")   # or transformers\' {auto}.from_pretrained\n'
@@ -180,7 +179,7 @@ def _usage(summary: Mapping[str, Any]) -> str:
         )
     if "adapter" in names:
         parts.append(
-            "`adapter/` holds the trained arrays as safetensors and their settings as JSON:\n\n"
+            "`adapter/` has the trained arrays as safetensors and their settings as JSON:\n\n"
             "```python\n"
             f"{_loading(summary)}"
             'spec, adapter = load_adapter("adapter", model, params)\n'
@@ -191,7 +190,7 @@ def _usage(summary: Mapping[str, Any]) -> str:
 
 
 def _loading(summary: Mapping[str, Any]) -> str:
-    """The lines that load the base, as it was held while the adapter was trained."""
+    """Returns the code that loads the base model, quantized as in training."""
     labels = summary.get("labels")
     if labels is None:
         quantization = summary.get("quantization", "none")
@@ -203,20 +202,20 @@ def _loading(summary: Mapping[str, Any]) -> str:
     return (
         "import jax\n\n"
         "from peft_jax.hub import load_adapter, load_classifier\n\n"
-        "# The key is of a new head, which the adapter's own then replaces.\n"
+        "# The adapter's head replaces the one that the key initializes.\n"
         f'model, params = load_classifier("{summary["model"]}", num_labels={labels},\n'
         "                                head_key=jax.random.key(0))\n"
     )
 
 
 def _table(rows: Sequence[Sequence[str | None]]) -> str:
-    """Rows as a Markdown table; the first is the head."""
+    """Returns rows as a Markdown table; the first row is the header."""
     lines = [f"| {' | '.join(str(cell) for cell in row)} |" for row in rows]
     return "\n".join([lines[0], "| --- " + "| ---: " * (len(rows[0]) - 1) + "|", *lines[1:]])
 
 
 def _number(value: Any) -> str:
-    """A number with five digits.
+    """Returns a number with five digits.
 
     Example:
       >>> _number(3.0712345), _number(12345.678), _number(None)

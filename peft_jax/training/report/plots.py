@@ -1,4 +1,4 @@
-"""Pictures of a run, drawn from its records."""
+"""Plots the metrics of a run."""
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -38,19 +38,19 @@ _BRANCHES = {
     "adapter": ("adapter", _BLUE),
     "weights": ("fully trained weights", _GREEN),
 }
-_BRANCH_COLOURS = "RdBu_r"
-"""λ near 1, the low-rank branch, is red; near 0, the rotation branch, blue: as in other plots."""
+_BRANCH_COLORS = "RdBu_r"
+"""Color map of λ: red near 1 (low-rank branch) and blue near 0 (rotation), as in other plots."""
 
 
 def draw_all(records: Sequence[Record], folder: Path) -> dict[str, Path]:
-    """Draws every picture that the records have something for.
+    """Draws every plot that the records have data for.
 
     Args:
-      records: a run's records, in the order of steps.
-      folder: where the PNG files go.
+      records: Records of a run, in the order of steps.
+      folder: Folder of the PNG files.
 
     Returns:
-      The files by the name of the picture: "loss", "learning_rate", "gradients", "lambda".
+      Files by plot: "loss", "learning_rate", "gradients", "lambda".
     """
     train = [record for record in records if record["split"] == TRAIN]
     held_out = [record for record in records if record["split"] == HELD_OUT]
@@ -77,7 +77,7 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def _column(records: Sequence[Record], *names: str) -> NDArray[np.float64]:
-    """One number of each record as floats; NaN where there is none."""
+    """Returns one number of each record, [records]; NaN if it is missing."""
     values = []
     for record in records:
         value: Any = record
@@ -92,7 +92,7 @@ def _steps(records: Sequence[Record]) -> NDArray[np.float64]:
 
 
 def smooth(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
-    """A centered moving average; near the ends over what there is.
+    """Returns a centered moving average, over fewer values near the ends.
 
     Example:
       >>> smooth(np.array([0.0, 3.0, 6.0, 9.0]), 3).tolist()
@@ -156,7 +156,7 @@ def _draw_learning_rate(train: Sequence[Record]) -> Figure:
 
 
 def _draw_gradients(train: Sequence[Record]) -> Figure:
-    """The norm of the whole gradient, and of each branch; the layers of a branch as a band."""
+    """Draws the norm of the full gradient and of each branch, with its layers as a band."""
     figure, axes = _new_figure()
     steps = _steps(train)
     axes.plot(steps, _column(train, "grad_norm"), color="black", linewidth=1.2, label="all")
@@ -176,7 +176,7 @@ def _draw_gradients(train: Sequence[Record]) -> Figure:
             label=f"{label}, all layers",
         )
     axes.set_yscale("log")
-    # Plain numbers, and between the powers of ten too where the axis is short.
+    # Labels ticks between the powers of ten too if the axis is short.
     axes.yaxis.set_major_formatter(LogFormatter())
     axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.6)))
     axes.set_title("Gradient norms")
@@ -187,7 +187,7 @@ def _draw_gradients(train: Sequence[Record]) -> Figure:
 
 
 def _by_layer(records: Sequence[Record], *names: str) -> NDArray[np.float64] | None:
-    """A list by layer of each record, [records, layers]; None where they have no such list."""
+    """Returns a list by layer of each record, [records, layers]; None without such a list."""
     rows = []
     for record in records:
         value: Any = record
@@ -202,7 +202,7 @@ def _by_layer(records: Sequence[Record], *names: str) -> NDArray[np.float64] | N
 def _lambda_rows(
     train: Sequence[Record],
 ) -> tuple[NDArray[np.float64], list[str], list[tuple[str, int]]]:
-    """λ [rows, steps], the rows' labels, and the groups with their numbers of rows."""
+    """Returns λ [rows, steps], the labels of rows, and the groups with their numbers of rows."""
     rows, labels, groups = [], [], []
     for name, first in train[0]["lambda"].items():
         short = "" if name == "layers" else name.removeprefix("layers.").removesuffix(".kernel")
@@ -221,7 +221,7 @@ def _lambda_rows(
 
 
 def _draw_lambda(train: Sequence[Record]) -> Figure:
-    """λ by layer and step as a map; its mean over the layers above, and over the steps beside."""
+    """Draws λ by layer and step, with its mean over layers above and over steps on the right."""
     train = [record for record in train if record.get("lambda")]
     rows, labels, groups = _lambda_rows(train)
     steps = _steps(train)
@@ -232,7 +232,7 @@ def _draw_lambda(train: Sequence[Record]) -> Figure:
     )
     above, map_, beside = (figure.add_subplot(grid[at]) for at in ((0, 0), (1, 0), (1, 1)))
 
-    # The scale reaches as far as λ does, the same to both sides of ½, where neither branch leads.
+    # The scale is symmetric about ½, where both branches have the same weight.
     reach = float(np.clip(1.1 * np.nanmax(np.abs(rows - 0.5)), 0.05, 0.5))
     norm = TwoSlopeNorm(vcenter=0.5, vmin=0.5 - reach, vmax=0.5 + reach)
     edges = _edges(steps)
@@ -240,7 +240,7 @@ def _draw_lambda(train: Sequence[Record]) -> Figure:
         edges,
         np.arange(len(rows) + 1) - 0.5,
         rows,
-        cmap=_BRANCH_COLOURS,
+        cmap=_BRANCH_COLORS,
         norm=norm,
         rasterized=True,
     )
@@ -286,7 +286,7 @@ def _draw_lambda(train: Sequence[Record]) -> Figure:
 
 
 def _edges(steps: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The borders of cells around the steps."""
+    """Returns the borders of cells around the steps."""
     if len(steps) == 1:
         return np.asarray([steps[0] - 0.5, steps[0] + 0.5])
     middles = (steps[1:] + steps[:-1]) / 2
@@ -295,7 +295,7 @@ def _edges(steps: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _label_rows(axes: Axes, labels: list[str], groups: list[tuple[str, int]]) -> None:
-    """Layer numbers, or, where each kernel has its own λ, the kernels' names."""
+    """Labels rows by layer number, or by kernel if each kernel has its own λ."""
     if len(groups) == 1:
         every = max(len(labels) // 16, 1)
         axes.set_yticks(range(0, len(labels), every), labels[::every])

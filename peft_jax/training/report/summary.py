@@ -1,4 +1,4 @@
-"""A run's result in numbers."""
+"""Summarizes a run."""
 
 import dataclasses
 import platform
@@ -22,14 +22,13 @@ _NOT_MEASURES = ("step", "split", "timing")
 
 @dataclasses.dataclass
 class Totals:
-    """What is counted over all parts of a run that was stopped and gone on with.
+    """Counts over all parts of a resumed run.
 
     Attributes:
-      tokens: tokens read in training steps, padding not counted.
-      step_bytes: what the compiled step needs on each device, as the compiler counts it; 0 where it
-        does not say.
-      step_flops: what the model and its gradient take in a step, see `StepArithmetic.total`; None
-        where it could not be counted.
+      tokens: Number of tokens of training steps, without padding.
+      step_bytes: Bytes that the compiled step needs on each device; 0 if unknown.
+      step_flops: Operations of the model and its gradient per step, see `StepArithmetic.total`;
+        None if they could not be counted.
     """
 
     tokens: int = 0
@@ -40,24 +39,23 @@ class Totals:
 def summarize(
     job: Job, records: Sequence[Record], seconds: Mapping[str, float], totals: Totals
 ) -> dict[str, Any]:
-    """The numbers of a finished run, as in `summary.json`.
+    """Returns the summary of a finished run, as in `summary.json`.
 
     Args:
-      job: what the run was made of.
-      records: what it measured.
-      seconds: what it spent by phase.
-      totals: what it counted.
+      job: Job of the run.
+      records: Metrics of the run.
+      seconds: Seconds by phase.
+      totals: Counts of the run.
 
     Returns:
-      "loss_before" and "loss_after" are on held-out data, in nats a token, and None without any;
-      so are the measures of the recipe under "before" and "after". "tokens_per_second" and
-      "seconds_per_step" are over the training steps, with the waiting for data, without
-      evaluation, checkpoints and compilation. "flops_per_second" is over the same, of what the
-      model and its gradient take (padding included), and "utilization" its share of what the
-      devices' makers state for bfloat16; None where that is not known. "data" has the totals of
-      the rows, of those met so far where not all were checked before the first step, and the number
-      of passes over the training rows. "exported" names the folders with the result, the one to
-      load first.
+      "loss_before" and "loss_after" are on held-out data in nats per token, or None without such
+      data. So are the recipe's metrics in "before" and "after". "tokens_per_second" and
+      "seconds_per_step" include waiting for data, but exclude evaluation, checkpoints and
+      compilation. "flops_per_second" covers the same time and counts the model and its gradient,
+      including padding. "utilization" is its share of the vendor's bfloat16 peak rate, or None if
+      that is unknown. "data" has the totals of the rows (of those read so far, if not all were
+      checked before the first step) and the number of passes over the training rows. "exported"
+      names the folders with the result; the first is the one to load.
     """
     steps = job.steps
     before, after = _measures(records, 0), _measures(records, steps)
@@ -96,7 +94,7 @@ def summarize(
 
 
 def describe_data(job: Job) -> str:
-    """The rows of a run in words: how many there are and are used, and how often each is seen."""
+    """Returns the numbers of rows and of passes over them as text."""
     train = job.config.train
     lines = [job.train.totals.describe(), job.held_out.totals.describe()]
     passes = job.train.passes(job.steps)
@@ -104,7 +102,7 @@ def describe_data(job: Job) -> str:
     steps = "1 step" if job.steps == 1 else f"{job.steps:,} steps"
     length = f"{steps} of {train.batch_size:,} {kind}"
     if passes is None:
-        lines.append(f"{length}; the number of passes is not known, since no row was checked")
+        lines.append(f"{length}; the number of passes is unknown, because no row was checked")
     else:
         about = "" if job.train.all_checked else "about "
         lines.append(f"{length}: {about}{passes:.3g} passes over the training rows")
@@ -139,17 +137,17 @@ def _measures(records: Sequence[Record], step: int) -> dict[str, Any]:
 
 
 def peak_memory() -> dict[str, int | None]:
-    """The most bytes held: by this process on the host, and by one device where it says so."""
+    """Returns the peak memory of this process on the host, and of one device if known, in bytes."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [int(s["peak_bytes_in_use"]) for s in stats if "peak_bytes_in_use" in s]
-    # Linux counts in KiB, macOS in bytes.
+    # ru_maxrss is in KiB on Linux and in bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {"host": host, "device": max(peaks) if peaks else None}
 
 
 def versions() -> dict[str, str]:
-    """The versions that the numbers were made with."""
+    """Returns the versions of Python and of the main packages."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
