@@ -1,4 +1,4 @@
-"""Two workers in turn, and the ratios of their times pair by pair."""
+"""Runs two workers in turn, and compares their times pair by pair."""
 
 import dataclasses
 import json
@@ -15,13 +15,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """One worker's times.
+    """Times of one worker.
 
     Attributes:
-      label: what it is called in the table.
-      seconds: a step, by round.
-      peak_bytes: the most memory its process held, on a GPU's side if it has one.
-      facts: what the worker reported.
+      label: Name in the table.
+      seconds: Seconds per step, by round.
+      peak_bytes: Peak memory of its process, or of its GPU if it has one.
+      facts: Facts that the worker reported.
     """
 
     label: str
@@ -40,23 +40,23 @@ class Comparison:
 
     @property
     def ratios(self) -> list[float]:
-        """Ours over theirs, round by round."""
+        """Ratios of our times to theirs, by round."""
         return [a / b for a, b in zip(self.ours.seconds, self.theirs.seconds, strict=True)]
 
     @property
     def ratio(self) -> float:
-        """The median of the ratios."""
+        """Median of the ratios."""
         return statistics.median(self.ratios)
 
 
 class Worker:
-    """A worker's process."""
+    """Process of a worker."""
 
     def __init__(self, module: str, *arguments: str) -> None:
         environment = os.environ | {
-            # An idle worker must sleep, not spin, while the other is timed.
+            # Idle threads must sleep, not spin, while the other worker is timed.
             "OMP_WAIT_POLICY": "PASSIVE",
-            # Both are on one GPU.
+            # Both workers share one GPU.
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
             "PYTHONUNBUFFERED": "1",
         }
@@ -71,14 +71,14 @@ class Worker:
         self.facts: dict[str, Any] = {}
 
     def compile(self) -> None:
-        """Gives the worker its turn to compile and warm up, and waits for it."""
+        """Lets the worker compile and warm up, and waits for it."""
         assert self._process.stdin is not None
         self._process.stdin.write("\n")
         self._process.stdin.flush()
         self.facts = self._answer()
 
     def run(self, steps: int) -> dict[str, Any]:
-        """The answer after so many steps."""
+        """Runs a number of steps and returns the worker's answer."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{steps}\n")
         self._process.stdin.flush()
@@ -88,7 +88,7 @@ class Worker:
         """Ends the process.
 
         Raises:
-          RuntimeError: it ended with an error.
+          RuntimeError: The process ended with an error.
         """
         assert self._process.stdin is not None
         self._process.stdin.close()
@@ -109,12 +109,12 @@ def run_in_turn(
     """Runs workers in turn, A B C A B C …, all warm.
 
     Args:
-      workers: Module and arguments of each, by name.
-      rounds: How many turns each has.
-      steps: Training steps in a turn.
+      workers: Module and arguments of each worker, by name.
+      rounds: Number of turns of each worker.
+      steps: Number of training steps in a turn.
 
     Returns:
-      What each took, by name.
+      Times of each worker, by name.
 
     Raises:
       RuntimeError: A worker ended with an error.
@@ -146,20 +146,20 @@ def compare(
     """Runs two workers in turn, A B A B …, both warm.
 
     Args:
-      name: of the comparison.
-      ours: module and arguments of the one.
-      theirs: module and arguments of the other.
-      rounds: how many pairs.
-      steps: training steps in each half of a pair.
+      name: Name of the comparison.
+      ours: Module and arguments of our worker.
+      theirs: Module and arguments of the other worker.
+      rounds: Number of pairs.
+      steps: Number of training steps in each half of a pair.
     """
     sides = run_in_turn({"ours": ours, "theirs": theirs}, rounds=rounds, steps=steps)
     return Comparison(name, sides["ours"], sides["theirs"])
 
 
 def table(comparisons: list[Comparison]) -> str:
-    """The comparisons as a Markdown table."""
+    """Returns the comparisons as a Markdown table."""
     lines = [
-        "| | ours, s a step | theirs, s a step | ratio: median (least – most) | memory |",
+        "| | ours, s/step | theirs, s/step | ratio: median (min – max) | memory |",
         "| --- | --- | --- | --- | --- |",
     ]
     for c in comparisons:

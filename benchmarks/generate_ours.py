@@ -1,4 +1,4 @@
-"""Greedy generation by peft_jax, as a worker: `python -m benchmarks.generate_ours generate`."""
+"""Generates greedily with peft_jax, as a worker: `python -m benchmarks.generate_ours generate`."""
 
 import sys
 
@@ -13,7 +13,7 @@ from peft_jax.models import ExecutionSettings, build_model
 
 
 def main(options: setup.Options) -> None:
-    """Makes a model and prompts, and serves their continuation."""
+    """Builds a model and prompts, and serves their continuation."""
     model = build_model(options.size.config, ExecutionSettings(compute_dtype=options.dtype))
     params = model.init_params(jax.random.key(0), options.dtype, options.quantization)
     prompts = list(setup.prompts(options.size))

@@ -1,4 +1,4 @@
-"""Greedy generation by transformers: `python -m benchmarks.generate_transformers generate`."""
+"""Generates greedily with transformers: `python -m benchmarks.generate_transformers generate`."""
 
 import sys
 import warnings
@@ -11,7 +11,7 @@ from benchmarks.worker import await_turn, serve
 
 
 def main(options: setup.Options) -> None:
-    """Makes a model and prompts, and serves their continuation."""
+    """Builds a model and prompts, and serves their continuation."""
     warnings.filterwarnings("ignore")
     model = make_model(options).eval()
     prompts = torch.as_tensor(setup.prompts(options.size), device=model.device)

@@ -1,23 +1,22 @@
-"""On a GPU: kernels beside the copy bandwidth of the same run, attention, steps and generation.
+"""Benchmarks a GPU: kernels, attention, training steps and generation.
 
     python -m benchmarks.gpu
 
-Each kernel's numbers are first checked against the references, at several shapes. Then it times
+It first checks each kernel against its reference, at several shapes. Then it times:
 
-- a copy of the activations, and the rotation and the unitary product in each implementation that
-  the GPU has. What counts is the share of the copy's bandwidth, each product counted as one read
-  and one write of the activations;
-- attention in each implementation, forwards and with its gradients;
-- training steps in bfloat16 beside Hugging Face PEFT's on the same GPU (which needs a torch with
-  CUDA): LoRA, BOFT and full fine-tuning of a Llama of 1.1 billion parameters, the hybrid, LoRA over
-  an int8 base, and LoRA at the widths of Llama 3 8B. Those of a group run in turn. Utilization is
-  of the maker's bfloat16 peak, without recomputation: 4 or 6 operations a parameter and token,
-  attention over the pairs that causal order leaves, nothing for adapters;
-- greedy generation beside transformers'.
+- A copy of activations, and the rotation and the unitary product in each implementation. The result
+  is the share of the copy's bandwidth, counting one read and one write of the activations.
+- Attention in each implementation, forward and with gradients.
+- Training steps in bfloat16, compared with Hugging Face PEFT on the same GPU (which needs torch
+  with CUDA): LoRA, BOFT and full fine-tuning of a Llama of 1.1 billion parameters, the hybrid, LoRA
+  over an int8 base model, and LoRA at the widths of Llama 3 8B. The steps of a group run in turn.
+  Utilization is relative to the vendor's bfloat16 peak, without rematerialization: 4 or 6
+  operations per parameter and token, causal attention, and nothing for adapters.
+- Greedy generation, compared with transformers.
 
-`--only` chooses among them. Figures that have a target are judged, and the exit code is 1 if one is
-missed. `--on_cpu` tries it out on a CPU, where a copy's bandwidth says little and nothing decides
-the exit code; take few tokens then (`--tokens 256 --widths 512 --only kernels`).
+`--only` selects parts. Some figures have a target, and the exit code is 1 if one is missed.
+`--on_cpu` tries the benchmark on a CPU, where no figure has a target. Use few tokens there
+(`--tokens 256 --widths 512 --only kernels`).
 """
 
 import argparse
@@ -53,18 +52,18 @@ from peft_jax.models.fused_attention import fused_attention
 from peft_jax.runtime import exits
 
 PARTS = ("kernels", "attention", "steps", "generation")
-"""In this order."""
+"""Parts of the benchmark, in order."""
 BLOCK_SIZE = 16
 SHARE_OF_COPY = 0.8
-"""The least share of the copy's bandwidth, of the rotation and of the unitary product."""
+"""Minimum share of the copy's bandwidth for rotation and unitary product."""
 BOFT_OF_LORA = 1.1
 BOFT_OF_PEFT = 1 / 6
-"""The most that our BOFT step may take of our LoRA step, and of PEFT's BOFT step."""
+"""Maximum ratios of our BOFT step to our LoRA step, and to PEFT's BOFT step."""
 HYBRID_OF_LORA = 1.1
 LORA_OF_PEFT = 0.7
 FULL_OF_PEFT = 0.8
 GENERATION_OF_TRANSFORMERS = 1 / 3
-"""Largest allowed share of the other side's time, for the remaining comparisons."""
+"""Maximum ratios of our time to the other side's, for the other comparisons."""
 
 OURS, THEIRS = "benchmarks.step_ours", "benchmarks.step_peft"
 BF16 = ("--dtype", "bfloat16")
@@ -104,8 +103,10 @@ STEPS = (
         (("LoRA, 8B", "PEFT LoRA, 8B", LORA_OF_PEFT),),
     ),
 )
-"""What runs in turn, and what is compared: one, another, and the most of its time that the first
-may take. Each group is alone on the GPU, whose memory does not hold all."""
+"""Groups of workers that run in turn, and their comparisons: two names and the maximum ratio.
+
+Only one group is on the GPU at a time, because its memory does not hold all.
+"""
 
 GENERATION = {
     "generation": ("benchmarks.generate_ours", "generate", *LARGE),
@@ -113,7 +114,7 @@ GENERATION = {
 }
 ATTENTION = {"dense": dense_attention, "chunked": chunked_attention, "fused": fused_attention}
 ATTENTION_SIZES = ((8, 1024, 8, 4, 64), (2, 4096, 8, 4, 128))
-"""Rows, tokens, key-value heads, query heads to each, head dimension."""
+"""Rows, tokens, key-value heads, query heads per key-value head, head dimension."""
 
 Run = Callable[[], Any]
 
@@ -123,10 +124,10 @@ class Figure:
     """One measurement.
 
     Attributes:
-      name: what was measured.
-      shown: in words, for the table.
-      value: the number.
-      met: whether it reaches its target; None if it has none.
+      name: Name of the measurement.
+      shown: Text for the table.
+      value: Measured value.
+      met: Whether it reaches its target; None without a target.
     """
 
     name: str
@@ -136,11 +137,11 @@ class Figure:
 
 
 class Report:
-    """Collects figures and writes them after every addition, since a long run may be cut short.
+    """Collects figures and writes them after every addition, because a run may be interrupted.
 
     Args:
-      folder: Where `gpu.md` and `gpu.json` are written.
-      title: Its first line.
+      folder: Folder of `gpu.md` and `gpu.json`.
+      title: First line of the report.
     """
 
     def __init__(self, folder: Path, title: str):
@@ -169,7 +170,7 @@ _HEADING = ("", "| | | met |", "| --- | --- | --- |")
 
 
 def rotation_arrays(tokens: int, d: int, block_size: int) -> tuple[jax.Array, ...]:
-    """(x, g) in bfloat16 and orthogonal blocks in float32."""
+    """Returns x and g in bfloat16, and orthogonal blocks in float32."""
     rng = np.random.default_rng(0)
     x, g = (jnp.asarray(rng.normal(size=(tokens, d)), jnp.bfloat16) for _ in range(2))
     blocks = np.linalg.qr(rng.normal(size=(d // block_size, block_size, block_size)))[0]
@@ -177,7 +178,7 @@ def rotation_arrays(tokens: int, d: int, block_size: int) -> tuple[jax.Array, ..
 
 
 def unitary_arrays(tokens: int, d: int) -> tuple[jax.Array, ...]:
-    """(x, g) in bfloat16, and phases and reflections in float32."""
+    """Returns x and g in bfloat16, and phases and reflections in float32."""
     rng = np.random.default_rng(0)
     x, g = (jnp.asarray(rng.normal(size=(tokens, d)), jnp.bfloat16) for _ in range(2))
     phases, reflections = rng.normal(size=(3, d // 2)), rng.normal(size=(2, 2, d // 2))
@@ -188,12 +189,12 @@ def check_numbers(implementation: str) -> None:
     """Compares both products and their gradients with the references.
 
     Raises:
-      RuntimeError: one is off.
-      KernelError: there is no such implementation of the rotation here.
+      RuntimeError: A result differs from its reference.
+      KernelError: The rotation has no such implementation on this device.
     """
     for tokens, block_size in ((64, 16), (200, 16), (201, 128), (3, 128)):
         x, g, blocks = rotation_arrays(tokens, 512, block_size)
-        # As the product rounds them.
+        # The product rounds blocks to bfloat16.
         blocks = blocks.astype(jnp.bfloat16).astype(jnp.float32)
         _check(implementation, block_rotation, rotation_reference, x, g, blocks)
     try:
@@ -224,7 +225,7 @@ def _check(
 
 
 def programs(tokens: int, d: int, implementations: list[str]) -> dict[str, tuple[Run, int]]:
-    """By name: what to run, and how many arrays of the activations' size it must move."""
+    """Returns, by name, a compiled program and its number of activation-sized reads and writes."""
     x, g, blocks = rotation_arrays(tokens, d, BLOCK_SIZE)
     parameters = unitary_arrays(1, d)[2:]
     made: dict[str, tuple[Run, int]] = {"copy": (_compiled(lambda x: x + 1, x), 2)}
@@ -258,7 +259,7 @@ def _compiled(function: Callable[..., Any], *arrays: jax.Array) -> Run:
 
 
 def time_in_turn(runs: dict[str, tuple[Run, int]], rounds: int, repeats: int) -> dict[str, float]:
-    """Seconds of one run of each, the median over rounds; runs are queued, so that none waits."""
+    """Returns the median seconds of each run over rounds; runs are queued without waiting."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for round_ in range(rounds + 1):
         for name, (run, _) in runs.items():
@@ -274,7 +275,7 @@ def time_in_turn(runs: dict[str, tuple[Run, int]], rounds: int, repeats: int) ->
 def measure_kernels(options: argparse.Namespace, report: Report) -> None:
     """Measures each product's share of the copy's bandwidth, and judges the best implementation.
 
-    Only the most tokens are judged: a copy of few is as fast as its launch.
+    Only the largest number of tokens is judged, because a small copy takes as long as its launch.
     """
     implementations = checked_implementations()
     for tokens in options.tokens:
@@ -302,7 +303,7 @@ def measure_kernels(options: argparse.Namespace, report: Report) -> None:
 
 
 def measure_attention(options: argparse.Namespace, report: Report) -> None:
-    """Attention in each implementation; segments of a quarter of a row where a name says packed."""
+    """Measures attention in each implementation; packed rows have four segments."""
     for sizes in ATTENTION_SIZES:
         runs: dict[str, tuple[Run, int]] = {}
         for name in ATTENTION:
@@ -338,7 +339,7 @@ def _attention_runs(name: str, sizes: tuple[int, ...], *, packed: bool) -> tuple
 
 
 def measure_steps(options: argparse.Namespace, report: Report) -> None:
-    """Training steps: a table of each, and of those that are compared."""
+    """Measures training steps, and compares them."""
     chip = find_chip(jax.devices()[0].device_kind)
     for group, compared in STEPS:
         sides = run_in_turn(group, rounds=options.rounds, steps=5)
@@ -352,7 +353,7 @@ def measure_steps(options: argparse.Namespace, report: Report) -> None:
 
 
 def measure_generation(options: argparse.Namespace, report: Report) -> None:
-    """Greedy generation beside transformers'."""
+    """Measures greedy generation, compared with transformers."""
     sides = run_in_turn(GENERATION, rounds=options.rounds, steps=1)
     new = small_llama.SIZES["large"].batch_size * small_llama.NEW_TOKENS
     report.add("", *_TIMES, *(_row(name, side, new, "") for name, side in sides.items()))
@@ -386,14 +387,14 @@ def _judged(
     name: str, value: float, *, at_least: float | None = None, at_most: float | None = None
 ) -> Figure:
     if at_least is not None:
-        return Figure(name, f"{value:.2f}, to be {at_least} at least", value, value >= at_least)
+        return Figure(name, f"{value:.2f}, target: at least {at_least}", value, value >= at_least)
     assert at_most is not None
-    return Figure(name, f"{value:.2f}, to be {at_most} at most", value, value <= at_most)
+    return Figure(name, f"{value:.2f}, target: at most {at_most}", value, value <= at_most)
 
 
 @exits.command("benchmarks.gpu")
 def main() -> int:
-    """Checks, times, compares and judges."""
+    """Runs the selected parts, and returns 1 if a target is missed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -408,8 +409,8 @@ def main() -> int:
     platform, kind = jax.default_backend(), jax.devices()[0].device_kind
     if platform != "gpu" and not options.on_cpu:
         parser.error(
-            f"this measures a GPU, and JAX has found a {platform} ({kind}): install the extra 'gpu'"
-            " on a machine with one, or try it out with --on_cpu --tokens 256 --widths 512 --only"
+            f"JAX found no GPU, but a {platform} ({kind}): install the extra 'gpu' on a machine"
+            " with a GPU, or try the benchmark with --on_cpu --tokens 256 --widths 512 --only"
             " kernels"
         )
     report = Report(options.output, f"{kind}, {_versions()}.")
@@ -428,7 +429,7 @@ MEASURES = {
 
 
 def checked_implementations() -> list[str]:
-    """Returns the implementations available here whose numbers are right."""
+    """Returns the available implementations, after checking their results."""
     implementations = []
     for name in ("xla", "pallas"):
         try:

@@ -1,10 +1,10 @@
-"""What the hybrid's projection moves on a TPU beside LoRA's: whether it wants a kernel of its own.
+"""Measures the memory traffic of the hybrid's projection on a TPU, compared with LoRA's.
 
     python -m benchmarks.hybrid_traffic --chip v5p
 
-compiles one adapted linear map forwards and backwards with the TPU's compiler for LoRA, BOFT and
-the hybrid, with XLA's rotation and with the Pallas kernel's, and prints what is held and accessed
-in main memory.
+It compiles one adapted linear map, forward and backward, with the TPU compiler for LoRA, BOFT and
+the hybrid, with the XLA and the Pallas rotation. It prints the main memory held and accessed, which
+shows whether the hybrid needs its own kernel.
 """
 
 import argparse
@@ -31,7 +31,7 @@ METHODS = {
 
 
 def compiled(chip: str, name: str, implementation: str, tokens: int, d: int) -> Any:
-    """The projection of one kernel [d, d], and the gradients of its input and its adapter."""
+    """Compiles the projection of one kernel [d, d] with gradients of input and adapter."""
     key, settings = METHODS[name]
     method = make_method(key, **settings)
     gradient = None
@@ -57,7 +57,7 @@ def compiled(chip: str, name: str, implementation: str, tokens: int, d: int) -> 
 
 
 def _without_gradient(method: Any) -> Any:
-    """The hybrid with a plain start, for which no gradient is needed; the same products."""
+    """Returns the hybrid without gradient initialization, which has the same products."""
     import dataclasses
 
     if hasattr(method, "gradient_init"):

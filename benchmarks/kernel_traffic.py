@@ -1,10 +1,10 @@
-"""What the kernels move on a TPU, beside XLA's form and the least there is to move.
+"""Measures the memory traffic of the kernels on a TPU, compared with XLA and a lower bound.
 
     python -m benchmarks.kernel_traffic --chips v5p --matching bfloat16
 
-compiles every kernel forwards and backwards at the models' widths with the real TPU compiler (the
-extra `tpu`, or libtpu; no TPU is needed) and writes `kernel_traffic.md` and `.jsonl` into the
-output folder. What is in the .jsonl already is not compiled again.
+It compiles every kernel, forward and backward, at the models' widths with the real TPU compiler
+(the extra `tpu`, or libtpu; no TPU is needed). It writes `kernel_traffic.md` and `.jsonl` into the
+output folder. Cases that are in the .jsonl are not compiled again.
 """
 
 import argparse
@@ -29,7 +29,7 @@ Row = dict[str, Any]
 
 @exits.command("benchmarks.kernel_traffic")
 def main() -> None:
-    """Compiles what is asked for and writes the table."""
+    """Compiles the selected cases and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--chips", nargs="+", choices=list(TOPOLOGIES), default=list(TOPOLOGIES))
@@ -79,7 +79,7 @@ def _key(row: Row) -> tuple[str, ...]:
 def _measured(program: Program, chip: str, implementation: str) -> Row:
     found = measure(chip, program, implementation)
     if found.pallas != (implementation == "pallas"):
-        raise RuntimeError(f"{program} was asked for as {implementation} and is not")
+        raise RuntimeError(f"{program} was not compiled as {implementation}")
     return {
         "minimum": program.minimum,
         **dataclasses.asdict(found.traffic),
@@ -89,7 +89,7 @@ def _measured(program: Program, chip: str, implementation: str) -> Row:
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as Markdown: a line a program, its implementations side by side."""
+    """Returns a Markdown table with a line per program and its implementations side by side."""
     lines = [
         "| kernel | case | | chip | least, MB | Pallas: held | XLA: held | Pallas: accessed |"
         " XLA: accessed |",

@@ -1,14 +1,14 @@
-"""Loading a checkpoint of several gigabytes: peak memory and time, beside a plain copy of it.
+"""Measures peak memory and time of loading a checkpoint, compared with a plain copy of it.
 
     python -m benchmarks.loading --gib=4
 
-Makes a synthetic Llama checkpoint in files of half a gigabyte, in a temporary folder that is
-deleted afterwards, and loads it in processes of their own: whole; as each of two hosts that hold
-half of every kernel; quantized on the way; converted first. Before each, the same bytes are copied,
-file to file, and the pages of the files are given back, so that both read from the disk.
+It writes a synthetic Llama checkpoint in files of half a gigabyte to a temporary folder, and loads
+it in separate processes: on one host, on two hosts with half of every kernel each, quantized, and
+converted first. Before each, it copies the same files and drops them from the page cache, so that
+both read from the disk.
 
-Peak memory is the largest resident set while loading, beyond what the process took before; the
-share is what the process's own devices hold at the end.
+Peak memory is the largest resident set during loading, minus that before. The share is the memory
+that the process's devices hold at the end.
 """
 
 import argparse
@@ -37,7 +37,7 @@ CONFIG = {
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
 }
-"""A Llama 3 8B with a small vocabulary: 0.41 GiB a layer in bfloat16."""
+"""Llama 3 8B with a small vocabulary: 0.41 GiB per layer in bfloat16."""
 
 LAYER_GIB = 0.406
 
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def _make(folder: Path, *, layers: int) -> int:
-    """Writes a checkpoint of random numbers; its bytes."""
+    """Writes a checkpoint of random weights, and returns its number of bytes."""
     from peft_jax.core import flatten, unflatten
     from peft_jax.hub.save import save_model
     from peft_jax.models import build_model
@@ -90,7 +90,7 @@ def _make(folder: Path, *, layers: int) -> int:
     drawn = drawn.astype(next(iter(shapes.values())).dtype)
 
     def leaf(shape: tuple[int, ...]) -> np.ndarray:
-        # Every layer is the same numbers, so that making the checkpoint takes no memory.
+        # All layers share their weights, so that the checkpoint needs little memory.
         one = drawn[: int(np.prod(shape[1:]))].reshape(shape[1:])
         return np.broadcast_to(one, shape)
 
@@ -100,7 +100,7 @@ def _make(folder: Path, *, layers: int) -> int:
 
 
 def _forget(folder: Path) -> None:
-    """Gives the pages of the files back, so that they are read from the disk again."""
+    """Drops files from the page cache, so that they are read from the disk again."""
     for file in (file for file in folder.rglob("*") if file.is_file()):
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
@@ -108,7 +108,7 @@ def _forget(folder: Path) -> None:
 
 
 def _copy(folder: Path) -> float:
-    """Seconds that a plain copy of the files takes, onto the same disk."""
+    """Returns the seconds of a plain copy of the files on the same disk."""
     _forget(folder)
     target = folder.with_name("copy")
     began = time.perf_counter()
@@ -160,7 +160,7 @@ def _measure(
 
 
 def _work(folder: str, quantization: str, port: str, hosts: str, index: str) -> None:
-    """Loads one host's share and says what that took; runs in a process of its own."""
+    """Loads one host's share in a separate process, and prints its cost."""
     import jax
 
     if int(hosts) > 1:
@@ -216,7 +216,7 @@ def _convert(checkpoint: Path, out: Path) -> dict[str, Any]:
 
 
 def _reset_peak() -> int:
-    """Starts the peak of the resident set anew; the bytes that are resident now."""
+    """Resets the peak of the resident set, and returns its current bytes."""
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
 

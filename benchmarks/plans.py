@@ -1,9 +1,9 @@
-r"""Memory and arithmetic of every method on the four large models, compiled without hardware.
+r"""Plans memory and operations of every method on the four large models, without hardware.
 
     python -m benchmarks.plans --out=out/plans
 
-plans each configuration with each method on its topology, and prints the table of
-docs/planning.md. What is planned already, as `out/plans/MODEL-METHOD.json`, is not planned again.
+It plans each configuration with each method on its topology, and prints the tables of
+docs/planning.md. Plans that exist as `out/plans/MODEL-METHOD.json` are not computed again.
 """
 
 import argparse
@@ -28,11 +28,11 @@ TOPOLOGIES = {
 }
 METHODS = ("full", "lora", "lora_ga", "boft", "unitary", "hybrid")
 QUANTIZED = {"hybrid_405b": ("hybrid", "nf4")}
-"""Where a method is planned over a quantized base too."""
+"""Methods that are also planned over a quantized base model, by configuration."""
 
 
 def plan_all(folder: Path) -> dict[str, dict[str, Any]]:
-    """The plans by configuration and method; each is written down as soon as it is there."""
+    """Returns the plans by configuration and method; each is saved as soon as it is computed."""
     folder.mkdir(parents=True, exist_ok=True)
     plans: dict[str, dict[str, Any]] = {}
     for name, topology in TOPOLOGIES.items():
@@ -60,7 +60,7 @@ def _plan(name: str, topology: str, method: str, quantization: str) -> dict[str,
 
 
 def rows_of(plans: dict[str, Any]) -> list[list[str]]:
-    """The rows of one model's table, each beside full fine-tuning."""
+    """Returns the rows of one model's table, each compared with full fine-tuning."""
     head = ["method", "GiB a chip", "of full", "TFLOP a step", "of full", "s a step", "times less"]
     full = plans["full"]
     rows = [head]
@@ -85,7 +85,7 @@ def rows_of(plans: dict[str, Any]) -> list[list[str]]:
 
 @exits.command("benchmarks.plans")
 def main() -> None:
-    """Plans what is not planned yet, and prints the tables."""
+    """Computes missing plans, and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/plans"))
     for name, plans in plan_all(parser.parse_args().out).items():

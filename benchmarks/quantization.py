@@ -1,9 +1,9 @@
-"""What a quantized base costs: rounding error, memory, and the loss after training on it.
+"""Measures rounding error, memory and trained loss of quantized base models.
 
     python -m benchmarks.quantization --model=/path/to/tinystories656K --data=/path/to/gsm8k
 
-Trains the same adapters, on the same batches, over the base in bfloat16, in int8 and in NF4, and
-prints tables. Losses are of held-out rows.
+It trains the same adapters on the same batches over the base model in bfloat16, int8 and NF4, and
+prints tables. Losses are held-out losses.
 """
 
 import argparse
@@ -23,7 +23,7 @@ FORMATS = ("none", "int8", "nf4")
 METHODS = ("lora", "lora_ga", "boft", "unitary", "hybrid")
 
 LEARNING_RATES = {"lora": 1e-2, "lora_ga": 5e-3, "boft": 2e-2, "unitary": 2e-2, "hybrid": 1e-2}
-"""For a model of less than a million parameters and a hundred steps."""
+"""Learning rates for a model of less than a million parameters and a hundred steps."""
 
 
 @exits.command("benchmarks.quantization")
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def rounding_errors(model: str) -> list[dict[str, Any]]:
-    """Relative errors of kernels and of logits, and bytes, for each format, against bfloat16."""
+    """Returns, for each format, errors of kernels and logits relative to bfloat16, and bytes."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -90,7 +90,7 @@ def rounding_errors(model: str) -> list[dict[str, Any]]:
 
 
 def train(model: str, data: str, method: str, quantization: str, steps: int) -> dict[str, float]:
-    """The held-out loss before and after a run."""
+    """Trains an adapter, and returns the held-out loss before and after."""
     from peft_jax.runtime.progress import Reporter
     from peft_jax.training import config_files, from_config_dict, run
 

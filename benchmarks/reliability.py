@@ -1,4 +1,4 @@
-"""Runs that are killed at random, or whose disk fills up, beside one that nothing stops.
+"""Kills runs at random and fills their disks, and compares them with an uninterrupted run.
 
     python -m benchmarks.reliability --kills=20 --full_disks=5
 
@@ -9,9 +9,9 @@ tmpfs that is smaller than the run, where this user may mount one; elsewhere a l
 files (as of `ulimit -f`). The run must end with one line and exit code 1, and the same command must
 finish it once there is room.
 
-Every run must end as the one that nothing stops: the adapter's files bit for bit, the losses and
-totals of summary.json, and all records of metrics.jsonl but their clock times. Exit code 1: one did
-not. The moments follow from --seed; where in its work a process is then depends on the machine.
+Every run must equal the uninterrupted one: the adapter's files bit for bit, the losses and totals
+of summary.json, and all records of metrics.jsonl except timings. The exit code is 1 if one does
+not. --seed determines the moments; what a process does then depends on the machine.
 """
 
 import argparse
@@ -37,27 +37,27 @@ ROOT = Path(__file__).resolve().parents[1]
 
 STEPS = 16
 PAGE = 4096
-"""Bytes that a tmpfs gives out at once."""
+"""Allocation unit of a tmpfs, in bytes."""
 
 ROOM = 64 * 2**20
-"""Bytes of a disk that has been given more room."""
+"""Size of a disk after it has been enlarged, in bytes."""
 
 LONGEST = 900
-"""Seconds that a process may take."""
+"""Time limit of a process, in seconds."""
 
 COMPARED = ("loss_before", "loss_after", "before", "after", "train_loss", "steps", "tokens", "data")
-"""What of summary.json does not depend on the clock."""
+"""Keys of summary.json that do not depend on the clock."""
 
 _UNFINISHED = re.compile(r"(\d+)\.\S*tmp")
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What came of one run.
+    """Result of one run.
 
     Attributes:
       happened: Where each of its processes was stopped.
-      fault: Why it is not as it should be; empty if it is.
+      fault: How the run differs from the uninterrupted one; empty if it is equal.
     """
 
     happened: tuple[str, ...]
@@ -66,12 +66,12 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """How far the files of a work directory say that a run has come.
+    """Progress of a run, read from its work directory.
 
     Attributes:
-      step: The last step in metrics.jsonl; 0 before the first.
-      unfinished: The steps of checkpoints that are being written.
-      exporting: Whether the results are being written.
+      step: Last step in metrics.jsonl; 0 before the first.
+      unfinished: Steps of checkpoints that are being written.
+      exporting: Whether results are being written.
     """
 
     step: int
@@ -80,7 +80,7 @@ class Progress:
 
     @staticmethod
     def of(workdir: Path) -> "Progress":
-        """Looks at a work directory, whatever state it is in."""
+        """Reads the progress of a work directory in any state."""
         steps = [record["step"] for record in read_records(workdir) if record["split"] == "train"]
         checkpoints = workdir / "checkpoints"
         names = os.listdir(checkpoints) if checkpoints.is_dir() else []
@@ -89,10 +89,10 @@ class Progress:
         return Progress(max(steps, default=0), unfinished, exporting)
 
     def describe(self, before: "Progress") -> str:
-        """Says where a process was stopped.
+        """Returns where a process was stopped, as text.
 
         Args:
-          before: The progress before the process was started.
+          before: Progress before the process was started.
 
         Example:
           >>> new = Progress(0, frozenset(), False)
@@ -111,11 +111,11 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """Where the runs are, and what all have in common.
+    """Folder and command of all runs.
 
     Attributes:
-      folder: Holds work directories, and the programs that were compiled.
-      command: Runs `train.py`, but for the work directory.
+      folder: Folder of work directories and of compiled programs.
+      command: Command of a run, without the work directory.
     """
 
     folder: Path
@@ -123,7 +123,7 @@ class Bench:
 
     @staticmethod
     def make(folder: Path, method: str) -> "Bench":
-        """Writes the rows, few enough for a start in seconds."""
+        """Writes a few rows of data, so that runs start within seconds."""
         rows = folder / "rows"
         rows.mkdir()
         for split, count in (("train", 64), ("validation", 16)):
@@ -146,8 +146,8 @@ class Bench:
         """Starts a run.
 
         Args:
-          workdir: Its work directory.
-          most_bytes: The size that its files may have.
+          workdir: Work directory of the run.
+          most_bytes: Maximum size of its files.
         """
 
         def limit() -> None:
@@ -172,7 +172,7 @@ class Bench:
         )
 
     def finish(self, workdir: Path, reference: Path) -> str:
-        """Runs the command to its end; what is then wrong, or an empty text."""
+        """Runs the command to its end, and returns what is wrong; empty if nothing is."""
         process = self.start(workdir)
         _, said = process.communicate(timeout=LONGEST)
         if process.returncode or "Traceback" in said:
@@ -181,7 +181,7 @@ class Bench:
 
 
 def read_records(workdir: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl, without clock times."""
+    """Returns the complete records of metrics.jsonl, without timings."""
     file = workdir / "metrics.jsonl"
     records = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
@@ -191,7 +191,7 @@ def read_records(workdir: Path) -> list[dict[str, Any]]:
 
 
 def differences(workdir: Path, reference: Path) -> list[str]:
-    """Names what two finished runs do not have in common, of what they should."""
+    """Returns the differences between two finished runs."""
     found = []
     ours, theirs = ({p.name: p for p in (w / "adapter").iterdir()} for w in (workdir, reference))
     for name in sorted(ours.keys() | theirs.keys()):
@@ -210,11 +210,11 @@ def kill_often(bench: Bench, reference: Path, start_up: float, kills: int, seed:
     """Kills runs until `kills` processes have been killed.
 
     Args:
-      bench: What is run.
-      reference: The work directory of the run that nothing stopped.
+      bench: Folder and command of the runs.
+      reference: Work directory of the uninterrupted run.
       start_up: Seconds to the first step.
-      kills: How many.
-      seed: Decides the moments.
+      kills: Number of processes to kill.
+      seed: Seed of the moments.
     """
     rows: list[Row] = []
     done = 0
@@ -227,7 +227,7 @@ def kill_often(bench: Bench, reference: Path, start_up: float, kills: int, seed:
         for _ in range(min(kills - done, chance.randint(1, 3))):
             where = _kill_once(bench, workdir, start_up, chance)
             if where is None:
-                break  # it had come to its end
+                break  # the run finished before it was killed
             happened.append(where)
         done += len(happened)
         if not happened:
@@ -238,7 +238,7 @@ def kill_often(bench: Bench, reference: Path, start_up: float, kills: int, seed:
 
 
 def _kill_once(bench: Bench, workdir: Path, start_up: float, chance: random.Random) -> str | None:
-    """Starts the run and kills it; where it was, or None if it ended before."""
+    """Starts the run and kills it; returns where it was, or None if it finished before."""
     before = Progress.of(workdir)
     moment, longest_pause = _draw_moment(before, start_up, chance)
     pause = chance.uniform(0.0, longest_pause)
@@ -266,7 +266,7 @@ def _draw_moment(
     reached = max([before.step, *before.unfinished])
     step = chance.randint(min(reached + 1, STEPS), STEPS)
     if kind == "start-up" or before.exporting:
-        # A run that had begun to export ends soon after its start-up.
+        # A run that had started to export finishes soon after its start-up.
         return lambda _, seconds: seconds >= after, 0.1
     if kind == "step" and reached < STEPS:
         return lambda now, _: now.step >= step, 0.1
@@ -276,14 +276,14 @@ def _draw_moment(
 
 
 def fill_disks(bench: Bench, reference: Path, count: int, seed: int, *, tmpfs: bool) -> list[Row]:
-    """Lets runs meet full disks, of sizes between nothing and what a run needs.
+    """Runs on full disks, of sizes between zero and what a run needs.
 
     Args:
-      bench: What is run.
-      reference: The work directory of the run that nothing stopped.
-      count: How many.
-      seed: Decides the sizes.
-      tmpfs: Whether file systems are mounted; otherwise the size of files is limited.
+      bench: Folder and command of the runs.
+      reference: Work directory of the uninterrupted run.
+      count: Number of runs.
+      seed: Seed of the sizes.
+      tmpfs: Whether to mount file systems, or to limit the size of files.
     """
     rows = []
     sizes = [path.stat().st_size for path in reference.rglob("*") if path.is_file()]
@@ -307,20 +307,20 @@ def fill_disks(bench: Bench, reference: Path, count: int, seed: int, *, tmpfs: b
 
 
 def fault_of_ending(code: int, said: str) -> str:
-    """Whether a run on a full disk has ended as it should: with one line, and exit code 1."""
+    """Returns why a run on a full disk did not end with one line and exit code 1; empty if so."""
     messages = [line for line in said.splitlines() if line.startswith("train.py: ")]
     if code != exits.ExitCode.FAILED:
         return f"exit code {code} on a full disk: {_last_line(said)}"
     if len(messages) != 1 or _last_line(said) != messages[0] or "Traceback" in said:
         return f"more than one line on a full disk: {said[-2000:]}"
-    if "the same command resumes the run" not in messages[0]:
-        return f"on a full disk it says nothing of resuming: {messages[0]}"
+    if "resumes the run" not in messages[0]:
+        return f"the message about a full disk does not mention resuming: {messages[0]}"
     return ""
 
 
 @contextlib.contextmanager
 def mounted(folder: Path, size: int) -> Iterator[None]:
-    """Has a file system of so many bytes in a folder."""
+    """Mounts a file system of `size` bytes on a folder during the block."""
     _run("mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder))
     try:
         yield
@@ -329,7 +329,7 @@ def mounted(folder: Path, size: int) -> Iterator[None]:
 
 
 def may_mount(folder: Path) -> bool:
-    """Whether this user may mount a file system."""
+    """Returns whether this user may mount a file system."""
     try:
         with mounted(folder, PAGE):
             return True
@@ -356,15 +356,15 @@ def _table(title: str, rows: list[Row]) -> str:
 
 
 def _run_reference(bench: Bench) -> tuple[Path, float]:
-    """Runs to the end; the work directory, and the seconds to the first step.
+    """Runs without interruption; returns the work directory and the seconds to the first step.
 
-    The first run also compiles. The second is timed, and must end as the first.
+    The first run also compiles. The second is timed, and must equal the first.
     """
     first, second = bench.folder / "first", bench.folder / "second"
     process = bench.start(first)
     _, said = process.communicate(timeout=LONGEST)
     if process.returncode:
-        raise RuntimeError(f"the run that nothing stops has failed: {_last_line(said)}")
+        raise RuntimeError(f"the uninterrupted run failed: {_last_line(said)}")
     began = time.monotonic()
     process = bench.start(second)
     while process.poll() is None and not Progress.of(second).step:
@@ -372,7 +372,7 @@ def _run_reference(bench: Bench) -> tuple[Path, float]:
     start_up = time.monotonic() - began
     process.communicate(timeout=LONGEST)
     if found := differences(second, first):
-        raise RuntimeError(f"two runs that nothing stops differ: {', '.join(found)}")
+        raise RuntimeError(f"two uninterrupted runs differ: {', '.join(found)}")
     return first, start_up
 
 
@@ -380,12 +380,14 @@ def _run_reference(bench: Bench) -> tuple[Path, float]:
 def main() -> int:
     """Runs everything and prints two tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=20, help="how many processes are killed (20)")
-    parser.add_argument("--full_disks", type=int, default=5, help="how many disks fill up (5)")
-    parser.add_argument("--seed", type=int, default=0, help="decides moments and sizes (0)")
-    parser.add_argument("--method", default="lora", help="what is trained (lora)")
+    parser.add_argument("--kills", type=int, default=20, help="number of processes to kill (20)")
+    parser.add_argument(
+        "--full_disks", type=int, default=5, help="number of runs on a full disk (5)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of moments and sizes (0)")
+    parser.add_argument("--method", default="lora", help="fine-tuning method (lora)")
     parser.add_argument("--disk", choices=["auto", "tmpfs", "limit"], default="auto")
-    parser.add_argument("--folder", type=Path, help="where the runs stay (a temporary folder)")
+    parser.add_argument("--folder", type=Path, help="folder of the runs (a temporary one)")
     parser.add_argument("--output", type=Path, default=Path("out/bench"))
     options = parser.parse_args()
     began = time.monotonic()

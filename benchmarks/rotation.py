@@ -1,17 +1,17 @@
-"""The rotation on this machine's CPU, beside a dense product and Hugging Face PEFT's way.
+"""Times the rotation on a CPU, compared with a dense product and with Hugging Face PEFT.
 
     python -m benchmarks.rotation
 
-Each is timed forwards and backwards, as a training step pays for it: from the rotation's free
-entries to the activations' product, and back to the gradients of both.
+Each is timed forward and backward, as in a training step: from the rotation's free entries to the
+product with activations, and back to the gradients of both.
 
     ours    blocks by the Cayley transform, composed, applied block by block
     dense   activations times a given d x d matrix, with the gradient of both
     PEFT    its own BOFT layer makes the d x d matrix, which the activations are multiplied by
 
-All ways and sizes are run in turn, round after round, so that a change in the machine's speed meets
-all, and the least time of each counts. How the costs grow is the slope of log time over log size,
-between the largest sizes.
+All variants and sizes run in turn, so that changes of the machine's speed affect all. The minimum
+time of each counts. The growth of the cost is the slope of log time over log size between the
+largest sizes.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-# An idle library's threads must sleep, not spin, while the other's are timed.
+# Idle threads of one library must sleep, not spin, while the other library is timed.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -48,31 +48,31 @@ Times = dict[tuple[int, int], dict[str, float]]
 
 
 def ours(d: int, tokens: int) -> Callable[[], None]:
-    """The rotation from its entries, and its gradients."""
+    """Returns a run of our rotation from its entries, with gradients."""
     x, g = _activations(d, tokens)
     entries = 0.1 * np.random.default_rng(1).normal(
         size=(FACTORS, d // BLOCK_SIZE, BLOCK_SIZE * (BLOCK_SIZE - 1) // 2)
     ).astype(np.float32)
 
-    def turned(x: jax.Array, entries: jax.Array) -> jax.Array:
+    def rotate(x: jax.Array, entries: jax.Array) -> jax.Array:
         return block_rotation(x, compose_butterfly(cayley(entries, BLOCK_SIZE)))
 
-    return _compiled(turned, x, entries, g)
+    return _compiled(rotate, x, entries, g)
 
 
 def dense(d: int, tokens: int) -> Callable[[], None]:
-    """A dense product, and its gradients."""
+    """Returns a run of a dense product, with gradients."""
     x, g = _activations(d, tokens)
     matrix = np.eye(d, dtype=np.float32)
     return _compiled(jnp.matmul, x, matrix, g)
 
 
 def peft(d: int, tokens: int) -> Callable[[], None]:
-    """PEFT's matrix and the product with it, and the gradients."""
+    """Returns a run of PEFT's matrix and the product with it, with gradients."""
     import torch
     from peft import BOFTConfig, get_peft_model
 
-    # Without its CUDA extension PEFT has one factor only; its blocks are as large as our composed.
+    # Without its CUDA extension PEFT only has one factor; its blocks are as large as our composed.
     model = torch.nn.Sequential()
     model.add_module("linear", torch.nn.Linear(d, 1, bias=False))
     config = BOFTConfig(
@@ -113,12 +113,12 @@ MAKERS = {"ours": ours, "dense": dense, "PEFT": peft}
 
 
 def time_all(sizes: list[tuple[int, int]], *, rounds: int, least_seconds: float) -> Times:
-    """Seconds by (d, tokens) and way: the least over rounds, since others can only slow it down.
+    """Returns the minimum seconds over rounds, by (d, tokens) and variant.
 
     Args:
-      sizes: pairs of d and tokens.
-      rounds: how often each way at each size has its turn.
-      least_seconds: how long a turn lasts at least.
+      sizes: Pairs of d and tokens.
+      rounds: Number of turns of each variant at each size.
+      least_seconds: Minimum duration of a turn.
     """
     runs = {(size, way): MAKERS[way](*size) for size in sizes for way in WAYS}
     for run in runs.values():
@@ -142,23 +142,23 @@ def _repeats(run: Callable[[], None], least_seconds: float) -> int:
 
 
 def growth(times: Mapping[int, float]) -> float:
-    """The exponent of the growth: the least-squares slope of log time over log size.
+    """Returns the exponent of growth: the least-squares slope of log time over log size.
 
     Args:
-      times: seconds by size; the three largest sizes count.
+      times: Seconds by size; the three largest sizes count.
     """
     sizes = sorted(times)[-3:]
     return float(np.polyfit(np.log(sizes), np.log([times[size] for size in sizes]), 1)[0])
 
 
 def along(times: Times, way: str, axis: int) -> dict[int, float]:
-    """One way's times by d (axis 0) or by tokens (axis 1), at the other's fixed value."""
+    """Returns a variant's times by d (axis 0) or by tokens (axis 1), with the other fixed."""
     fixed = (TOKENS_OF_WIDTHS, WIDTH_OF_TOKENS)[axis]
     return {size[axis]: found[way] for size, found in times.items() if size[1 - axis] == fixed}
 
 
 def report(times: Times) -> str:
-    """The times, their ratios and their growth, as Markdown."""
+    """Returns times, ratios and growth as Markdown."""
     lines = [
         f"Forwards and backwards, float32; ours with blocks of {BLOCK_SIZE} in {FACTORS} factors, "
         f"PEFT's with blocks of {COMPOSED} in one.",
@@ -178,7 +178,7 @@ def report(times: Times) -> str:
 
 
 def draw(times: Times, path: Path) -> None:
-    """The times over d and over tokens, on logarithmic axes."""
+    """Plots the times over d and over tokens, on logarithmic axes."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -207,7 +207,7 @@ def draw(times: Times, path: Path) -> None:
 
 @exits.command("benchmarks.rotation")
 def main() -> None:
-    """Times everything and writes table, plot and numbers."""
+    """Times all variants and writes table, plot and numbers."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--least-seconds", type=float, default=0.03, help="of one turn")

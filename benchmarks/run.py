@@ -1,8 +1,8 @@
-"""Speed beside Hugging Face PEFT's: `make bench`, or `python -m benchmarks.run`.
+"""Compares speed with Hugging Face PEFT: `make bench`, or `python -m benchmarks.run`.
 
-First the rotation by itself, over widths and tokens (`benchmarks.rotation`), then training steps.
-Each comparison of steps starts two processes, lets both compile and warm up, and runs them in turn,
-so that a change in the machine's speed meets both. What counts is the ratio, pair by pair.
+It first times the rotation alone, over widths and tokens (`benchmarks.rotation`), and then training
+steps. Each comparison of steps starts two processes, lets both compile and warm up, and runs them
+in turn, so that changes of the machine's speed affect both. The result is the ratio of each pair.
 """
 
 import argparse
@@ -34,16 +34,16 @@ COMPARISONS = {
 
 @exits.command("benchmarks.run")
 def main() -> None:
-    """Runs the comparisons and writes what came out."""
+    """Runs the comparisons and writes their results."""
     parser = argparse.ArgumentParser(description=__doc__)
     known = [ROTATION, *COMPARISONS]
     parser.add_argument("--only", nargs="+", choices=known, default=known)
-    parser.add_argument("--rounds", type=int, default=5, help="pairs a comparison (5)")
+    parser.add_argument("--rounds", type=int, default=5, help="pairs per comparison (5)")
     parser.add_argument("--steps", type=int, default=2, help="steps in each half of a pair (2)")
     parser.add_argument("--output", type=Path, default=Path("out/bench"))
     options = parser.parse_args()
     if ROTATION in options.only:
-        # In a process of its own, which alone has the threads of both libraries.
+        # Runs in a separate process, so that no other has the threads of both libraries.
         command = [
             sys.executable,
             "-m",

@@ -1,7 +1,7 @@
-"""The models and batches that training steps are compared on: Llamas of random parameters.
+"""Defines the random Llamas and batches on which training steps are compared.
 
-"small" has 32 million parameters and is for CPUs; "large" has 1.1 billion, so that a GPU is busy;
-"8b" has the widths of Llama 3 8B.
+"small" has 32 million parameters, for CPUs. "large" has 1.1 billion, for GPUs. "8b" has the
+dimensions of Llama 3 8B.
 """
 
 import argparse
@@ -54,9 +54,9 @@ class Size:
     """A model and its batch.
 
     Attributes:
-      config: as in a `config.json`.
-      batch_size: rows.
-      length: tokens of a row.
+      config: Content of `config.json`.
+      batch_size: Number of rows.
+      length: Number of tokens of a row.
     """
 
     config: dict[str, Any]
@@ -65,14 +65,13 @@ class Size:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a step."""
+        """Number of tokens of a step."""
         return self.batch_size * self.length
 
     def flops(self, *, trained: bool) -> float:
         """Returns the floating-point operations of a step, without those of adapters.
 
-        Two products a kernel where it is frozen, three where it is trained; attention over the
-        pairs that causal order leaves.
+        A frozen kernel takes two products and a trainable one three. Attention is causal.
 
         Args:
           trained: Whether the kernels are trained.
@@ -94,15 +93,15 @@ SIZES = {"small": Size(_SMALL, 8, 256), "large": Size(_LARGE, 8, 1024), "8b": Si
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a worker is told.
+    """Options of a worker.
 
     Attributes:
-      method: what is trained.
-      size: one of `SIZES`.
-      dtype: of the model.
-      kernels: the implementation of our products.
-      quantization: what our base is held as.
-      scan_layers: whether our layers are scanned.
+      method: Fine-tuning method.
+      size: One of `SIZES`.
+      dtype: Dtype of the model.
+      kernels: Implementation of our kernels.
+      quantization: Quantization of our base model.
+      scan_layers: Whether our layers are scanned.
     """
 
     method: str
@@ -114,7 +113,7 @@ class Options:
 
 
 def parse(arguments: Sequence[str]) -> Options:
-    """METHOD and what `--help` lists."""
+    """Parses METHOD and the flags that `--help` lists."""
     parser = argparse.ArgumentParser()
     parser.add_argument("method")
     parser.add_argument("--size", choices=list(SIZES), default="small")
@@ -127,14 +126,14 @@ def parse(arguments: Sequence[str]) -> Options:
 
 
 def prompts(size: Size) -> np.ndarray:
-    """Random prompts to be continued, int64 [rows, tokens]."""
+    """Returns random prompts, int64 [rows, tokens]."""
     shape = (size.batch_size, PROMPT_TOKENS)
     return np.random.default_rng(1).integers(1, size.config["vocab_size"], shape)
 
 
 PROMPT_TOKENS = 128
 NEW_TOKENS = 128
-"""Tokens of a prompt, and by how many it is continued."""
+"""Numbers of tokens of a prompt and of its continuation."""
 
 LEARNING_RATE = 1e-4
 RANK = 8

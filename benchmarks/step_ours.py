@@ -1,4 +1,4 @@
-"""A training step of peft_jax, as a worker: `python -m benchmarks.step_ours METHOD`."""
+"""Serves a training step of peft_jax, as a worker: `python -m benchmarks.step_ours METHOD`."""
 
 import sys
 
@@ -34,12 +34,12 @@ SETTINGS = {
     },
 }
 NAMES = {"boft_one": "boft"}
-"""The method of an entry above that is not called after it."""
+"""Method names of entries with another name."""
 CHUNK = 2048
 
 
 def make_batch(size: setup.Size) -> Batch:
-    """Random tokens, every one but the last of a row to be learned."""
+    """Returns random rows in which every token but the last has a target."""
     shape = (size.batch_size, size.length)
     tokens = np.random.default_rng(0).integers(0, size.config["vocab_size"], shape, np.int32)
     mask = np.ones(shape, np.float32)
@@ -54,13 +54,13 @@ def make_batch(size: setup.Size) -> Batch:
 
 
 def device_peak() -> int | None:
-    """The most bytes held on the first device; None where JAX does not say."""
+    """Returns the peak memory of the first device in bytes; None if unknown."""
     stats = jax.local_devices()[0].memory_stats()
     return stats["peak_bytes_in_use"] if stats else None
 
 
 def main(options: setup.Options) -> None:
-    """Makes the step of one method and serves it."""
+    """Builds the step of one method and serves it."""
     method = options.method
     dispatch_inline()
     execution = ExecutionSettings(

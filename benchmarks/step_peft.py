@@ -1,4 +1,4 @@
-"""A training step of Hugging Face PEFT, as a worker: `python -m benchmarks.step_peft METHOD`."""
+"""Serves a training step of PEFT, as a worker: `python -m benchmarks.step_peft METHOD`."""
 
 import sys
 import warnings
@@ -25,7 +25,7 @@ CONFIGS = {
 
 
 def make_model(options: setup.Options) -> torch.nn.Module:
-    """Makes a random model on the GPU, or on the CPU where there is none."""
+    """Builds a random model on the GPU, or on the CPU without a GPU."""
     torch.manual_seed(0)
     config = dict(options.size.config)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
@@ -36,7 +36,7 @@ def make_model(options: setup.Options) -> torch.nn.Module:
 
 
 def main(options: setup.Options) -> None:
-    """Makes the step of one method and serves it."""
+    """Builds the step of one method and serves it."""
     method, size = options.method, options.size
     warnings.filterwarnings("ignore")
     model = make_model(options)

@@ -1,9 +1,8 @@
-"""The worker's side of a comparison: makes a step, and runs it when told to.
+"""Implements the worker's side of a comparison: runs a step on request.
 
-A worker is a process of its own that speaks lines of JSON. It waits for an empty line
-(`await_turn`), says {"ready": true, …} once its step has been compiled and run, then answers each
-line "N" on its standard input with the seconds a step took over N steps, and ends when the input
-does.
+A worker is a separate process that writes lines of JSON. It waits for an empty line (`await_turn`)
+and writes {"ready": true, …} once its step has been compiled and run. It answers each line "N" of
+standard input with the mean seconds of N steps, and ends with its input.
 """
 
 import json
@@ -21,14 +20,14 @@ def serve(
     device_peak: Callable[[], int | None] = lambda: None,
     **facts: object,
 ) -> None:
-    """Answers until the input ends.
+    """Answers requests until the input ends.
 
     Args:
-      step: one training step; returns its loss, having waited for it.
-      warm_up: steps not counted.
-      device_peak: the most bytes held on the accelerator; None where there is none, and then the
-        process's own are reported.
-      facts: what to report beside.
+      step: Runs one training step and returns its loss.
+      warm_up: Number of steps that are not timed.
+      device_peak: Returns the peak memory of the accelerator in bytes; None without one, for which
+        the process's peak is reported.
+      **facts: Facts to report once.
     """
     losses = [step() for _ in range(warm_up)]
     _say(ready=True, first_loss=losses[0], **facts)
@@ -43,10 +42,10 @@ def serve(
 
 
 def await_turn() -> None:
-    """Waits for a line on the standard input.
+    """Waits for a line on standard input.
 
-    Workers import and make their parameters at the same time; what compiles, and may time kernels
-    to choose among them, comes after this, one worker after another.
+    Workers import and initialize at the same time. They compile, which may time kernels to choose
+    among them, one after another.
     """
     sys.stdin.readline()
 
@@ -57,4 +56,4 @@ def _say(**answer: object) -> None:
 
 _ANSWERS = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
-"""The pipe to who asks; what libraries and the compilers they start print is no answer."""
+"""Pipe for answers, which libraries and compilers do not print to."""

@@ -1,12 +1,12 @@
-"""The demo: a small model that has only read stories learns to answer questions about them.
+"""Demo: fine-tunes a small model of stories to answer questions about them.
 
     make demo                 # sets up an environment, and then runs
     python -m examples.demo   # from the repository's root
 
-It measures the checkpoint in `assets/tiny_world` on questions about stories it has not seen,
-fine-tunes it by the hybrid method as `configs/demo.py` says (the same run as with `train.py`),
-measures it again with the adapter bound, and shows both side by side. Stopped on its way, it goes
-on where it was; finished, it shows its results again. Take another --workdir for another run.
+It evaluates the checkpoint in `assets/tiny_world` on questions about unseen stories, fine-tunes it
+with the hybrid method of `configs/demo.py`, evaluates it again with the adapter bound, and shows
+both results. A stopped demo resumes, and a finished one shows its results again. Give another
+--workdir for another run.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from peft_jax.training import from_config_dict, run
 from peft_jax.training.workdir import WorkDir
 
 SHOWN = 5
-"""How many questions are shown with their answers."""
+"""Number of questions shown with their answers."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,9 +40,9 @@ class Question:
     """A question about a story.
 
     Attributes:
-      subject: what it asks for, as in `tiny_world.Fact`.
-      messages: the user's turn: the story, and the question on a line of its own.
-      answer: the right answer.
+      subject: Subject of the question, as in `tiny_world.Fact`.
+      messages: User's turn: the story, and the question on a separate line.
+      answer: Correct answer.
     """
 
     subject: str
@@ -51,7 +51,7 @@ class Question:
 
 
 def read_questions(path: Path) -> list[Question]:
-    """The questions of a file that `tiny_world.py questions` wrote."""
+    """Reads the questions of a file that `tiny_world.py questions` wrote."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [
         Question(
@@ -66,7 +66,7 @@ def read_questions(path: Path) -> list[Question]:
 def answer(
     model: CausalLM, params: Tree, tokenizer: Any, questions: Sequence[Question]
 ) -> list[str]:
-    """What the model says to each question, greedily."""
+    """Returns the model's greedy answer to each question."""
     found = generate_text(
         model,
         params,
@@ -78,7 +78,7 @@ def answer(
 
 
 def accuracy(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
-    """The fraction of answers that are right to the letter, by subject and of "all"."""
+    """Returns the fraction of exactly correct answers, by subject and for "all"."""
     right: dict[str, list[bool]] = defaultdict(list)
     for question, given in zip(questions, answers, strict=True):
         for subject in (question.subject, "all"):
@@ -86,9 +86,9 @@ def accuracy(questions: Sequence[Question], answers: Sequence[str]) -> dict[str,
     return {subject: sum(marks) / len(marks) for subject, marks in sorted(right.items())}
 
 
-@exits.command("examples.demo", stopped="stopped; the same command goes on from here")
+@exits.command("examples.demo", stopped="stopped; the same command resumes")
 def main() -> None:
-    """Measures, trains, measures again, and shows what came of it."""
+    """Evaluates, trains, evaluates again, and shows both results."""
     parser = Arguments(
         "examples.demo",
         description=__doc__.partition("\n")[0],
@@ -99,7 +99,7 @@ def main() -> None:
     started = time.monotonic()
     console = Console(width=None if sys.stdout.isatty() else 100)
     config = from_config_dict(demo.get_config(given.config))
-    # Before anything is measured, which takes a while.
+    # Checks the work directory first, because the evaluation takes a while.
     WorkDir.at(given.workdir).check(config)
 
     from transformers import AutoTokenizer
@@ -109,11 +109,11 @@ def main() -> None:
     questions = read_questions(Path(config.data.path, "validation.jsonl"))
     console.rule("Before")
     console.print(
-        f"The checkpoint {config.model.path} has read stories, and was never asked a question. "
-        f"Here are {len(questions)} about stories it has not seen."
+        f"The checkpoint {config.model.path} was trained on stories without questions. "
+        f"Here are {len(questions)} questions about unseen stories."
     )
     before = answer(model, params, tokenizer, questions)
-    console.print(f"Right answers: {accuracy(questions, before)['all']:.1%}")
+    console.print(f"Correct answers: {accuracy(questions, before)['all']:.1%}")
 
     console.rule(f"Fine-tuning: {config.spec.method.name}")
     summary = run(config, given.workdir)
@@ -127,8 +127,8 @@ def main() -> None:
         for label, said in zip(("before", "after"), answers, strict=True):
             color = "green" if said == question.answer else "red"
             console.print(f"  {label:<7}[{color}]{said}[/{color}]", highlight=False)
-    scores = Table(title="\nRight answers, to the letter")
-    scores.add_column("asked for")
+    scores = Table(title="\nExactly correct answers")
+    scores.add_column("subject")
     for name in ("before", "after"):
         scores.add_column(name, justify="right")
     by_subject = [accuracy(questions, answers) for answers in (before, after)]
@@ -136,8 +136,8 @@ def main() -> None:
         scores.add_row(subject, *(f"{score[subject]:.0%}" for score in by_subject))
     console.print(scores)
     console.print(
-        f"{summary['trainable_parameters']:,} of {summary['total_parameters']:,} parameters were "
-        f"trained in {summary['steps']} steps of {summary['seconds_per_step']:.2f} s.\n"
+        f"Trained {summary['trainable_parameters']:,} of {summary['total_parameters']:,} parameters"
+        f" in {summary['steps']} steps of {summary['seconds_per_step']:.2f} s.\n"
         f"The whole demo took {time.monotonic() - started:.0f} s.\n"
         f"Report: {given.workdir / 'report' / 'README.md'}\n"
         f"Adapter: {given.workdir / 'adapter'}",

@@ -1,8 +1,9 @@
-"""A loop of one's own over `Trainer.initialize` and `Trainer.step`.
+"""Trains with a custom loop over `Trainer.initialize` and `Trainer.step`.
 
     python -m examples.own_loop
 
-It stops when the held-out loss has not fallen for three evaluations, and keeps the best adapter.
+The loop stops when the held-out loss has not fallen for three evaluations, and keeps the best
+adapter.
 """
 
 import sys
@@ -39,7 +40,7 @@ def train() -> tuple[list[float], Any]:
             continue
         losses.append(trainer.evaluate(training, held_out))
         if losses[-1] == min(losses):
-            # A copy: the next step reuses the buffers.
+            # Copied, because the next step donates the buffers.
             best = jax.tree.map(jnp.copy, training.adapter)
         elif min(losses[-3:]) > min(losses):
             break

@@ -1,10 +1,10 @@
-"""A custom loss: of two answers to one question, the better one is to be the likelier.
+"""Trains with a custom loss that makes the better of two answers likelier.
 
     python -m examples.pairwise_loss
 
-The loss is log(1 + exp(-(s⁺ - s⁻))) of the two answers' summed log-probabilities s, with the base's
-own difference as the zero point: Rafailov et al., 2023 (arXiv 2305.18290), eq. 7, with β = 1. Its
-batches are dictionaries, whose leaves have a leading axis of rows as any batch's.
+The loss is log(1 + exp(-(s⁺ - s⁻))) of the answers' summed log-probabilities s, relative to the
+base model's own difference: Rafailov et al., 2023 (arXiv 2305.18290), eq. 7, with β = 1. Its
+batches are dictionaries with leaves [rows, ...].
 """
 
 import sys
@@ -45,7 +45,7 @@ def pairwise_loss(model: Any, params: Any, batch: dict[str, Any]) -> tuple[jax.A
 
 
 def make_batches(model: Any, params: Any, count: int) -> Iterator[dict[str, Any]]:
-    """Yields random questions, to which token 7 is a better answer than any other."""
+    """Yields random questions whose best answer is token 7."""
     rng = np.random.default_rng(0)
     score = jax.jit(lambda rows: log_probability(model, params, rows))
     for _ in range(count):

@@ -1,17 +1,17 @@
-"""The tiny world: stories, and questions about them, from a grammar and a seed.
+"""Generates stories and questions about them from a grammar and a seed.
 
-The checkpoint in `assets/tiny_world` was trained from nothing on the stories, and the demo
-fine-tunes it to answer the questions. A story follows a few characters who walk about, find
-things, give them away and count them, and its last sentences say how matters stand in the end. The
-generator keeps the state of the world while it tells, so it knows the answer to every question it
-can ask. The stories never contain a question about themselves: answering is new to the model.
+The checkpoint in `assets/tiny_world` was pretrained on the stories, and the demo fine-tunes it to
+answer the questions. In a story, a few characters walk about, find things, give them away and count
+them. Its last sentences state the final situation. The generator tracks the state of the world, so
+that it knows the answer to every question. The stories never contain questions about themselves, so
+that answering is new to the model.
 
     python examples/tiny_world.py stories --rows=100000 --out=out/tiny_world/stories.jsonl
     python examples/tiny_world.py questions --rows=4000 --out=out/tiny_world/train.jsonl
     python examples/tiny_world.py tokenizer --rows=20000 --out=out/tiny_world/tokenizer
 
-The rows of a file depend on the seed and on their index alone: row 7 is the same in a file of ten
-rows and in one of a million.
+A row only depends on the seed and its index: row 7 is the same in a file of ten rows and in one of
+a million.
 """
 
 import dataclasses
@@ -64,12 +64,12 @@ OPENINGS = (
     "It was the first day of spring.",
 )
 VOCABULARY = 768
-"""Tokens of the tokenizer: the bytes, every word of the stories, and the special ones."""
+"""Vocabulary size of the tokenizer: bytes, words of the stories and special tokens."""
 SMALLEST_VOCABULARY = 256 + 5
-"""The bytes, three special tokens and the two roles."""
+"""Minimum vocabulary size: bytes, three special tokens and two roles."""
 
 SONGS = 0.25
-"""How much of the pretraining text is songs."""
+"""Share of songs in the pretraining text."""
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -83,7 +83,7 @@ CHAT_TEMPLATE = (
 
 @dataclasses.dataclass(kw_only=True)
 class Character:
-    """One character, and how matters stand with it."""
+    """One character and its state."""
 
     name: str
     animal: str
@@ -95,7 +95,7 @@ class Character:
 
     @property
     def title(self) -> str:
-        """The name with the animal: "Mia Fox"."""
+        """Name with the animal: "Mia Fox"."""
         return f"{self.name} {self.animal.capitalize()}"
 
 
@@ -104,10 +104,10 @@ class Fact:
     """Something true at the end of a story.
 
     Attributes:
-      subject: what kind of fact it is: "where", "who", "what", "colour", "animal", "count",
-        "more" or "feeling".
-      question: a question that asks for it.
-      answer: the sentence that states it.
+      subject: Kind of fact: "where", "who", "what", "colour", "animal", "count", "more" or
+        "feeling".
+      question: Question that asks for the fact.
+      answer: Sentence that states the fact.
     """
 
     subject: str
@@ -116,15 +116,15 @@ class Fact:
 
 
 class Story:
-    """A story told sentence by sentence while the state of its world is kept.
+    """A story built sentence by sentence, with the state of its world.
 
     Args:
-      rng: where every choice comes from.
+      rng: Random generator of every choice.
 
     Attributes:
-      sentences: the story so far.
-      characters: the one or two it is about.
-      colours: the colour of each thing that has come up.
+      sentences: Sentences of the story.
+      characters: One or two characters.
+      colours: Color of each mentioned thing.
     """
 
     def __init__(self, rng: random.Random):
@@ -144,7 +144,7 @@ class Story:
         self._tell()
 
     def facts(self) -> list[Fact]:
-        """Everything that can be asked about the end of the story."""
+        """Returns every fact at the end of the story that a question can ask for."""
         found = []
         for one in self.characters:
             found.append(
@@ -213,7 +213,7 @@ class Story:
         return found
 
     def _tell(self) -> None:
-        """The opening, the characters, and then some events."""
+        """Tells the opening, the characters and some events."""
         rng = self._rng
         self._say(rng.choice(OPENINGS))
         for one in self.characters:
@@ -240,11 +240,11 @@ class Story:
         self.sentences.append(sentence)
 
     def _call(self, one: Character) -> str:
-        """The name, or the name with the animal."""
+        """Returns the name, or the name with the animal."""
         return one.title if self._rng.random() < 0.5 else one.name
 
     def _described(self, one: Character) -> str:
-        """The thing that a character has, with its colour: "red kite"."""
+        """Returns a character's thing with its color: "red kite"."""
         return f"{self.colours[one.thing or '']} {one.thing}"
 
     def _find(self) -> None:
@@ -344,12 +344,12 @@ class Story:
 
 
 def _article(phrase: str) -> str:
-    """A phrase with its indefinite article: "an owl"."""
+    """Returns a phrase with its indefinite article: "an owl"."""
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
 def story_text(rng: random.Random) -> str:
-    """A whole story, which ends by saying how matters stand."""
+    """Returns a complete story, which ends with the final situation."""
     story = Story(rng)
     facts = story.facts()
     ending = rng.sample(facts, min(len(facts), rng.randint(4, 7)))
@@ -373,12 +373,12 @@ def song_text(rng: random.Random) -> str:
 
 
 def any_text(rng: random.Random) -> str:
-    """What the checkpoint was trained on: a story, or now and then a song."""
+    """Returns a row of pretraining text: a story or a song."""
     return song_text(rng) if rng.random() < SONGS else story_text(rng)
 
 
 def question_row(rng: random.Random) -> dict[str, object]:
-    """A story without its ending, one question about it and the answer, as chat messages."""
+    """Returns a story without its ending, a question and its answer, as chat messages."""
     story = Story(rng)
     facts = story.facts()
     subject = rng.choice(sorted({fact.subject for fact in facts}))
@@ -393,7 +393,7 @@ def question_row(rng: random.Random) -> dict[str, object]:
 
 
 def rows(kind: Callable[[random.Random], object], *, count: int, seed: str) -> Iterator[object]:
-    """`count` rows of a kind; each depends on the seed and its index alone."""
+    """Yields `count` rows of a kind; each only depends on the seed and its index."""
     return (kind(random.Random(f"{seed}/{index}")) for index in range(count))
 
 
@@ -437,25 +437,25 @@ def train_tokenizer(
 
 @exits.command("examples.tiny_world")
 def main() -> None:
-    """The command line."""
+    """Writes stories, questions or a tokenizer."""
     parser = Arguments("examples.tiny_world", description=__doc__)
     parser.add_argument("what", choices=("stories", "questions", "tokenizer"))
-    parser.add_argument("--out", type=Path, required=True, help="the file (tokenizer: folder)")
-    parser.add_argument("--rows", type=int, default=1000, help="how many stories or questions")
-    parser.add_argument("--seed", default="train", help="any text; another one, other rows")
+    parser.add_argument("--out", type=Path, required=True, help="output file (tokenizer: folder)")
+    parser.add_argument("--rows", type=int, default=1000, help="number of stories or questions")
+    parser.add_argument("--seed", default="train", help="seed of the rows; any text")
     parser.add_argument(
-        "--vocabulary", type=int, default=VOCABULARY, help="tokens of the tokenizer"
+        "--vocabulary", type=int, default=VOCABULARY, help="vocabulary size of the tokenizer"
     )
     given = parser.parse_args()
     if given.rows < 1:
-        raise ValueError(f"--rows is {given.rows}; it must be at least 1")
+        raise ValueError(f"--rows is {given.rows}, but must be at least 1")
     if given.what == "tokenizer" and given.vocabulary < SMALLEST_VOCABULARY:
         raise ValueError(
-            f"--vocabulary is {given.vocabulary}; it must be at least {SMALLEST_VOCABULARY}: the"
+            f"--vocabulary is {given.vocabulary}, but must be at least {SMALLEST_VOCABULARY}, for"
             " 256 bytes and the special tokens"
         )
     if given.what == "tokenizer" and given.out.is_file():
-        raise ValueError(f"--out {given.out} is a file; a tokenizer's files need a folder")
+        raise ValueError(f"--out is the file {given.out}, but a tokenizer needs a folder")
     given.out.parent.mkdir(parents=True, exist_ok=True)
     if given.what == "tokenizer":
         texts = map(str, rows(any_text, count=given.rows, seed=given.seed))

@@ -1,4 +1,4 @@
-"""The examples of training from Python learn what they set out to."""
+"""Tests the examples of training from Python."""
 
 import jax
 import numpy as np
@@ -8,13 +8,15 @@ from examples import own_loop, pairwise_loss
 from peft_jax.models import build_model
 
 
-def test_the_better_answer_becomes_the_likelier():
+def test_pairwise_loss_makes_the_better_answer_likelier():
     losses = pairwise_loss.train()
-    np.testing.assert_allclose(losses[0], np.log(2), rtol=1e-5)  # nothing is trained yet
+    np.testing.assert_allclose(
+        losses[0], np.log(2), rtol=1e-5
+    )  # the adapter is still at its initialization
     assert np.mean(losses[-5:]) < 0.4
 
 
-def test_a_loop_of_ones_own_keeps_the_best_adapter():
+def test_custom_loop_keeps_the_best_adapter():
     losses, merged = own_loop.train()
     assert min(losses) < 0.5 * losses[0]
     batch = own_loop.make_batch(-1 % 2**32)

@@ -1,4 +1,4 @@
-"""The tiny world: told twice the same, and the answers follow from the stories."""
+"""Tests that the tiny world is reproducible and its answers follow from the stories."""
 
 import json
 import re
@@ -15,15 +15,15 @@ QUESTIONS = ROOT / "assets" / "tiny_world_questions"
 
 needs_assets = pytest.mark.skipif(
     not (MODEL / "model.safetensors").is_file(),
-    reason="assets/tiny_world is not there; configs/pretrain_tiny.py makes it",
+    reason="assets/tiny_world is missing; configs/pretrain_tiny.py creates it",
 )
 MEGABYTE = 2**20
 
 
 def read_story(story: str) -> dict[tuple[str, str], str]:
-    """What a reader knows at the end of a story, by what is asked for and of whom or what.
+    """Returns the facts at the end of a story, by subject and name or thing.
 
-    Written from the sentences alone, without the generator's state.
+    It only reads the sentences, without the generator's state.
     """
     known: dict[tuple[str, str], str] = {}
     animals = "|".join(tiny_world.ANIMALS)
@@ -60,7 +60,7 @@ def read_story(story: str) -> dict[tuple[str, str], str]:
 
 
 def expected_answer(question: str, known: dict[tuple[str, str], str]) -> str:
-    """The answer that follows from what a reader knows."""
+    """Returns the answer that follows from the facts."""
     words = question.rstrip("?").split()
     holders = {thing: name for (kind, name), thing in known.items() if kind == "what"}
     counts = {
@@ -100,7 +100,7 @@ def test_answers_follow_from_the_stories():
     assert subjects == {"where", "animal", "who", "what", "colour", "count", "feeling", "more"}
 
 
-def test_rows_depend_on_the_seed_and_their_index_alone():
+def test_rows_depend_only_on_seed_and_index():
     few = list(tiny_world.rows(tiny_world.any_text, count=20, seed="a"))
     many = list(tiny_world.rows(tiny_world.any_text, count=40, seed="a"))
     others = list(tiny_world.rows(tiny_world.any_text, count=20, seed="b"))
@@ -110,7 +110,7 @@ def test_rows_depend_on_the_seed_and_their_index_alone():
 
 @needs_assets
 @pytest.mark.parametrize("split", ["train", "validation"])
-def test_the_questions_in_the_repository_are_the_generators(split: str):
+def test_questions_in_the_repository_are_reproducible(split: str):
     lines = (QUESTIONS / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
     made = tiny_world.rows(tiny_world.question_row, count=len(lines), seed=split)
     assert [json.loads(line) for line in lines] == list(made)
@@ -130,12 +130,12 @@ def test_no_held_out_story_is_trained_on():
 
 
 @needs_assets
-def test_the_tokenizer_knows_every_word_and_answers_continue_its_prompts():
+def test_tokenizer_has_every_word_and_answers_continue_prompts():
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     row = next(iter(tiny_world.rows(tiny_world.question_row, count=1, seed="another test")))
     text = row["messages"][0]["content"]
     assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
-    # A word of a story is a token, so that what a model says can be read off token by token.
+    # Every word of a story is a token, so that generated text can be read token by token.
     story = text.rpartition("\n")[0]
     assert len(tokenizer(story, add_special_tokens=False).input_ids) <= len(
         re.findall(r"\w+|[^\w ]", story)
@@ -148,13 +148,13 @@ def test_the_tokenizer_knows_every_word_and_answers_continue_its_prompts():
 
 
 @needs_assets
-def test_the_tokenizer_is_trained_the_same_again(tmp_path: Path):
+def test_tokenizer_training_is_reproducible(tmp_path: Path):
     texts = map(str, tiny_world.rows(tiny_world.any_text, count=20_000, seed="train"))
     tiny_world.train_tokenizer(texts).save_pretrained(tmp_path)
     assert (tmp_path / "tokenizer.json").read_bytes() == (MODEL / "tokenizer.json").read_bytes()
 
 
 @needs_assets
-def test_the_assets_stay_small():
+def test_assets_are_small():
     sizes = [path.stat().st_size for path in (ROOT / "assets").rglob("*") if path.is_file()]
     assert sum(sizes) < 8 * MEGABYTE
