@@ -1,4 +1,4 @@
-"""Which kernels of a model get which adapter; the tree with adapters bound, or merged."""
+"""Applies a method to a model: initializes, binds and merges its adapters."""
 
 import dataclasses
 import functools
@@ -30,12 +30,12 @@ from peft_jax.core.validation import check_choice
 
 @struct.dataclass
 class AdapterState:
-    """An adapter's arrays over a whole model, as trees along the paths of the adapted leaves.
+    """Arrays of an adapter for a whole model, as trees with the model's paths.
 
     Attributes:
-      trainable: at a kernel's path the method's trained arrays; at a fully trained leaf's path the
-        leaf itself.
-      constant: at a kernel's path the method's constant arrays, where it has any.
+      trainable: At a kernel's path, the method's trainable arrays; at the path of a fully trainable
+        leaf, that leaf.
+      constant: At a kernel's path, the method's constant arrays, if any.
     """
 
     trainable: Tree
@@ -44,7 +44,7 @@ class AdapterState:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterSpec(TargetSettings):
-    """A method and where it applies; pure functions over a model's parameters.
+    """Specifies a method and where it applies; pure functions over a model's parameters.
 
     Beside the attributes here it has those of `TargetSettings`, which say where it applies.
 
@@ -74,14 +74,14 @@ class AdapterSpec(TargetSettings):
         check_choice("dtype", self.dtype, ("float32", "bfloat16"))
 
     def targets(self, params: Tree) -> Targets:
-        """Returns what is adapted and what is trained itself, in a model with these parameters.
+        """Returns the adapted kernels and the fully trainable leaves of a model.
 
         Args:
           params: The model's parameters, arrays or shapes.
 
         Raises:
           ValueError: A target matches nothing, a kernel cannot be adapted, or a leaf would be both
-            adapted and trained itself.
+            adapted and fully trainable.
         """
         return find_targets(params, self.method, self)
 
@@ -94,14 +94,14 @@ class AdapterSpec(TargetSettings):
         batches: Sequence[Any] | None = None,
         factors: Mapping[Path, GradientFactors] | None = None,
     ) -> AdapterState:
-        """The adapter's first arrays; the adapted model computes what the base model does.
+        """Returns the initial arrays, with which the model computes what the base model does.
 
         Args:
-          key: a random key. What a module gets depends on the key and its name, not on the others.
-          params: the model's parameters.
-          loss_fn: the loss of (parameters, one batch), for methods that start from gradients.
-          batches: the first batches, likewise.
-          factors: what `gradient_factors` gives for them, where it is known already.
+          key: Random key. A module's arrays depend on the key and the module's name only.
+          params: The model's parameters.
+          loss_fn: Loss of (parameters, batch), for methods that start from gradients.
+          batches: First batches, for methods that start from gradients.
+          factors: Result of `gradient_factors`, if known already.
 
         Raises:
           ValueError: As `targets`; or a method needs gradients, and no loss or batches are given.
@@ -118,10 +118,10 @@ class AdapterSpec(TargetSettings):
         loss_fn: LossFn | None = None,
         batches: Sequence[Any] | None = None,
     ) -> dict[Path, GradientFactors]:
-        """The directions of the gradients that adapters start along; none where none are needed.
+        """Estimates the gradients that adapters start along; empty if the method needs none.
 
-        They depend on the settings only by the ranks: specifications with the same ranks on the
-        same kernels may share them. Arguments and errors as for `init`.
+        They depend on the method through its ranks only, so specifications with the same ranks on
+        the same kernels may share them. Arguments and errors are those of `init`.
         """
         targets = self.targets(params)
         ranks = {path: m.gradient_rank for path, m in targets.adapted.items() if m.gradient_rank}
@@ -136,7 +136,7 @@ class AdapterSpec(TargetSettings):
         return gradient_factors(loss_fn, params, ranks, batches, sketch_key)
 
     def abstract(self, params: Tree) -> AdapterState:
-        """The shapes and dtypes of what `init` makes, without making it or needing a gradient."""
+        """Returns the shapes and dtypes of the arrays of `init`, without a gradient."""
         targets = self.targets(params)
         factors = {}
         for path, method in targets.adapted.items():
@@ -190,7 +190,7 @@ class AdapterSpec(TargetSettings):
         return AdapterState(trainable=unflatten(trainable), constant=unflatten(constant))
 
     def frozen(self, params: Tree) -> Tree:
-        """The parameters without the leaves that are trained themselves: nothing is held twice."""
+        """Returns the parameters without the fully trainable leaves, so that none is held twice."""
         trained = set(self.targets(params).trained)
         return unflatten({path: v for path, v in flatten(params).items() if path not in trained})
 
@@ -202,17 +202,17 @@ class AdapterSpec(TargetSettings):
         dropout_key: jax.Array | None = None,
         recompute: bool = False,
     ) -> Tree:
-        """The parameters' tree with an `AdaptedKernel` at each adapted kernel.
+        """Returns the parameters with an `AdaptedKernel` at each adapted kernel.
 
         Args:
-          params: the model's parameters; those of `frozen` do as well.
-          state: the adapter's arrays.
-          dropout_key: a random key while training with dropout; None otherwise.
-          recompute: keep for the backward pass only what the methods multiply by, and compute again
-            what they made it of. For a rotation's blocks that is several times as much.
+          params: The model's parameters, or the result of `frozen`.
+          state: The adapter's arrays.
+          dropout_key: Random key while training with dropout; None otherwise.
+          recompute: Keep only the arrays of `prepare` for the backward pass and recompute their
+            inputs, which for a rotation's blocks are several times as large.
 
         Returns:
-          A tree for `model(...)`; base arrays are the same objects.
+          A tree for `model(...)`. Its base arrays are the same objects.
         """
         flat = flatten(params)
         learned = _by_leaf(state.trainable, self._leaf_paths(state))
@@ -236,20 +236,19 @@ class AdapterSpec(TargetSettings):
         return unflatten(flat)
 
     def merge(self, params: Tree, state: AdapterState) -> Tree:
-        """The parameters as plain arrays that compute what the adapted model does.
+        """Returns plain parameters that compute what the adapted model does.
 
         Args:
-          params: the model's parameters; a kernel adapted before is merged too.
-          state: the adapter's arrays.
+          params: The model's parameters. Kernels that were adapted before are merged too.
+          state: The adapter's arrays.
 
         Returns:
-          A new tree of arrays; merged kernels have the dtype of the base's. Of a quantized base it
-          is what its values stand for, in the dtype of its scales: what the adapter was trained
-          on.
+          A new tree of arrays. Merged kernels have the dtype of the base. A quantized base is
+          dequantized to the dtype of its scales, on which the adapter was trained.
 
         Raises:
-          ValueError: when a merged kernel, or a leaf that was trained itself, is not finite; it
-            names the module.
+          ValueError: A merged kernel or a fully trainable leaf is not finite; the message names the
+            module.
         """
         merged = flatten(self.bind(params, state))
         trained = set(self.targets(unflatten(merged)).trained)
@@ -268,11 +267,11 @@ class AdapterSpec(TargetSettings):
         return unflatten(merged)
 
     def axes(self, params: Tree, kernel_axes: Tree) -> AdapterState:
-        """The logical axes of the adapter's arrays, leaf by leaf.
+        """Returns the logical axes of the adapter's arrays.
 
         Args:
-          params: the model's parameters, arrays or abstract ones.
-          kernel_axes: the model's own, a tuple of names at each leaf.
+          params: The model's parameters, arrays or shapes.
+          kernel_axes: Logical axes of the parameters, a tuple of names at each leaf.
         """
         targets = self.targets(params)
         flat_axes = flatten(kernel_axes)
@@ -287,7 +286,7 @@ class AdapterSpec(TargetSettings):
         return AdapterState(trainable=unflatten(trainable), constant=unflatten(constant))
 
     def _leaf_paths(self, state: AdapterState) -> set[Path]:
-        """The paths of the model's leaves among the paths of the adapter's arrays."""
+        """Returns the paths of the model's leaves that the adapter's arrays belong to."""
         paths = set()
         for path in flatten(state.trainable):
             end = path.index("kernel") + 1 if "kernel" in path else len(path)
@@ -347,7 +346,7 @@ _dense = jax.jit(dense)
 
 
 def _by_leaf(tree: Tree, paths: Any) -> dict[Path, Any]:
-    """The subtrees of `tree` at the given paths, where there are any."""
+    """Returns the subtrees of `tree` at the given paths, if any."""
     paths = set(paths)
     return flatten(tree, is_leaf=lambda path, _: path in paths)
 

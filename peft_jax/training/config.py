@@ -1,4 +1,4 @@
-"""A run's configuration: every setting there is, with its type, its default and what it means.
+"""Declares the settings of a run, with their types, defaults and meanings.
 
 A configuration file builds an `ml_collections.ConfigDict` on top of `default_config()`, flags
 change single values of it, and `from_config_dict` makes a `RunConfig` of the result: the one
@@ -35,23 +35,22 @@ from peft_jax.training.setting_aliases import check_names
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """The checkpoint that is fine-tuned.
+    """The checkpoint to fine-tune.
 
     Attributes:
-      path: a folder in Hugging Face's format (config.json, safetensors, a tokenizer), a name on the
-        Hugging Face hub, or the place of a converted checkpoint ("gs://bucket/model"; see
+      path: Folder in Hugging Face's format (config.json, safetensors, a tokenizer), name on the
+        Hugging Face hub, or location of a converted checkpoint ("gs://bucket/model"; see
         `peft_jax/convert.py`).
-      revision: a branch, tag or commit on the hub; empty: the newest.
-      dtype: how the base's weights are held. What is trained is float32 unless `method.dtype` says
-        otherwise.
-      architecture: the name of the architecture that the checkpoint has to have, of those in
-        `peft_jax.models.architectures`; another checkpoint is refused. With it a run can be planned
-        without the checkpoint. Empty: any.
-      quantization: the frozen kernels of the transformer blocks in fewer bits, quantized while they
-        are loaded: "int8", or "nf4" (4 bits); "none": as `dtype` says. Embeddings, head and norms
-        stay in `dtype`, which is the scales' too.
-      weights: "checkpoint", or "random": new weights for the architecture that config.json
-        describes, for training from scratch; then no safetensors are needed.
+      revision: Branch, tag or commit on the hub; empty: the newest.
+      dtype: Dtype of the base's parameters. Trainable arrays have that of `method.dtype`.
+      architecture: Name of the architecture that the checkpoint must have, one of
+        `peft_jax.models.architectures`. With it, a run can be planned without the checkpoint.
+        Empty: any.
+      quantization: Format of the frozen kernels of the transformer blocks, which are quantized
+        while they are loaded: "int8", "nf4" (4 bits), or "none" for `dtype`. Embeddings, head,
+        norms and scales have `dtype`.
+      weights: "checkpoint", or "random" for training the architecture of config.json from scratch,
+        which needs no safetensors.
     """
 
     path: str
@@ -70,7 +69,7 @@ class ModelSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StartSettings:
-    """The adapter that a run starts from.
+    """The adapter to start from.
 
     Attributes:
       path: Folder of an adapter, ours or Hugging Face PEFT's, or its name on the hub; its method
@@ -90,15 +89,15 @@ class StartSettings:
 
 
 MOST_STEPS = 2**31 - 1
-"""The most steps of a run: the optimizer counts them in int32."""
+"""Largest number of steps: the optimizer counts them in int32."""
 
 
 def check_steps(steps: int, of: str = "train.steps") -> None:
-    """Raises ValueError where a run has more steps than can be counted.
+    """Raises ValueError if a run has more steps than can be counted.
 
     Args:
       steps: Number of steps.
-      of: what asks for them.
+      of: Name of the setting, for the message.
     """
     if steps > MOST_STEPS:
         raise ValueError(f"{of} makes too many steps; a run has at most {MOST_STEPS:,}")
@@ -106,21 +105,21 @@ def check_steps(steps: int, of: str = "train.steps") -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """How long, how fast, and on how much at a time.
+    """Length, learning rate and batch of a run.
 
     Exactly one of `steps` and `epochs` is given.
 
     Attributes:
       steps: Optimizer steps.
-      epochs: Passes over the training rows, in place of `steps`; 0.5 is half a pass. All rows are
+      epochs: Passes over the training rows, instead of `steps`; 0.5 is half a pass. All rows are
         encoded before the first step to find the number of steps.
-      learning_rate: the peak of the schedule, which the section `optimizer` describes; by default
-        where one begins with the method.
-      batch_size: rows in one optimizer step, over all devices and microbatches.
-      gradient_accumulation: microbatches that one step's rows are cut into, one after another: the
-        same result (to rounding) in less memory.
-      max_length: tokens in a row.
-      loss_chunk: positions whose logits are held at a time.
+      learning_rate: Peak of the schedule, which `optimizer.schedule` describes; by default the
+        method's.
+      batch_size: Number of rows in one optimizer step, over all devices and microbatches.
+      gradient_accumulation: Number of microbatches that a step's rows are divided into. The result
+        is the same up to rounding, in less memory.
+      max_length: Number of tokens in a row.
+      loss_chunk: Number of positions whose logits are held at once.
     """
 
     steps: int | None = None
@@ -140,13 +139,13 @@ class TrainSettings:
             raise ValueError(f"max_length is {self.max_length}; a row needs at least 2 tokens")
         if self.batch_size % self.gradient_accumulation:
             raise ValueError(
-                f"batch_size {self.batch_size} cannot be cut into gradient_accumulation "
-                f"{self.gradient_accumulation} equal microbatches; choose a divisor of the batch "
-                f"size: {_divisors(self.batch_size)}"
+                f"batch_size is {self.batch_size} and cannot be divided into gradient_accumulation ="
+                f" {self.gradient_accumulation} equal microbatches; choose a divisor of the batch"
+                f" size: {_divisors(self.batch_size)}"
             )
 
     def _check_length(self) -> None:
-        """Rejects a run that has no length, or two."""
+        """Raises ValueError unless exactly one of `steps` and `epochs` is given."""
         if self.steps is not None and self.epochs is not None:
             raise ValueError(
                 f"train.steps is {self.steps} and train.epochs is {self.epochs:g}; give one of the"
@@ -164,16 +163,16 @@ class TrainSettings:
 
     @property
     def microbatch_size(self) -> int:
-        """Rows in one microbatch, over all devices."""
+        """Returns the number of rows in one microbatch, over all devices."""
         return self.batch_size // self.gradient_accumulation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateSettings:
-    """Measuring on held-out data, which always happens before the first and after the last step.
+    """Evaluation on held-out data, always before the first and after the last step.
 
     Attributes:
-      every: also after every so many steps; 0: only before and after.
+      every: Number of steps between evaluations; 0: only before and after.
     """
 
     every: int = 0
@@ -184,12 +183,12 @@ class EvaluateSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointSettings:
-    """Checkpoints to go on from. One is also written before the first step and when asked to stop.
+    """Checkpoints to resume from, also before the first step and on a request to stop.
 
     Attributes:
-      every: steps from one to the next; 0: none but those.
-      keep: how many of the newest are kept.
-      asynchronous: write them while training goes on.
+      every: Number of steps between checkpoints; 0: only those.
+      keep: Number of checkpoints to keep.
+      asynchronous: Whether they are written while training continues.
     """
 
     every: int = 100
@@ -206,14 +205,14 @@ class CheckpointSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoggingSettings:
-    """What is written down of the training.
+    """Logging of metrics.
 
     Attributes:
-      every: steps from one line of metrics.jsonl to the next; the first and the last step always
-        have one.
-      tensorboard: also as TensorBoard events, in the work directory's `tensorboard/`.
-      wandb_project: also to this project on Weights & Biases; empty: not.
-      wandb_name: what the run is called there; empty: as the work directory.
+      every: Number of steps between lines of metrics.jsonl; the first and the last step always have
+        one.
+      tensorboard: Whether to write TensorBoard events too, to the work directory's `tensorboard/`.
+      wandb_project: Project on Weights & Biases to log to; empty: none.
+      wandb_name: Name of the run there; empty: that of the work directory.
     """
 
     every: int = 1
@@ -227,12 +226,12 @@ class LoggingSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportSettings:
-    """What the result is written as.
+    """Format of the result.
 
     Attributes:
-      merged: beside `adapter/` also as a whole model in Hugging Face's format and in `model.dtype`,
-        in `model/`. None: only where the whole model is what was trained, by the method "full",
-        whose weights are then in `model/` alone.
+      merged: Whether to write the whole model to `model/`, in Hugging Face's format and in
+        `model.dtype`, beside `adapter/`. None: for the method "full" only, whose result is the
+        whole model and no adapter.
     """
 
     merged: bool | None = None
@@ -243,28 +242,28 @@ _INIT_BATCHES = 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that decides what a run does.
+    """All settings of a run.
 
     In a configuration the section `method` gives `spec` and `init_batches`: there the method's own
     settings stand beside the common ones, and None stands for the method's default.
 
     Attributes:
-      seed: of the adapter's start, of dropout and of the order of the data.
-      model: the checkpoint.
-      execution: how the model is computed.
+      seed: Seed of the adapter's initial arrays, of dropout and of the order of the rows.
+      model: The checkpoint.
+      execution: How the model is computed.
       spec: The method, and the modules it applies to.
       init_batches: Number of microbatches from which LoRA-GA, and the hybrid's low-rank branch,
         estimate the gradient that they start along. Training then begins at the first batch again.
-      adapter: the adapter to start from, in place of a new one.
-      mixing: how the hybrid's branches are weighed; of no use with another method.
-      data: where the rows come from.
-      train: steps, batches, learning rate.
-      optimizer: the optimizer and its schedule; its learning rate is that of `train`.
-      evaluate: measuring on held-out data.
-      checkpoint: checkpoints to go on from.
-      parallel: how many devices, and what is cut over them.
-      logging: what is written down.
-      export: what the result is written as.
+      adapter: The adapter to start from, instead of a new one.
+      mixing: Weights of the hybrid's branches; for other methods it must be left alone.
+      data: Source of the rows.
+      train: Length, learning rate and batch.
+      optimizer: The optimizer and its schedule; its learning rate is that of `train`.
+      evaluate: Evaluation on held-out data.
+      checkpoint: Checkpoints to resume from.
+      parallel: The mesh of devices.
+      logging: Logging of metrics.
+      export: Format of the result.
     """
 
     seed: int = 0
@@ -292,7 +291,7 @@ class RunConfig:
         if self.model.quantization != "none" and self.spec.method.trains_base:
             raise ValueError(
                 f"model.quantization is {self.model.quantization!r}, and method.name 'full', which"
-                " trains every parameter: what is quantized cannot be trained; use an adapter's"
+                " trains every parameter, but quantized weights cannot be trained: use an adapter's"
                 " method, or model.quantization none"
             )
         if not self.spec.method.branches:
@@ -305,7 +304,7 @@ class RunConfig:
                 )
 
     def to_mapping(self) -> dict[str, Any]:
-        """The configuration as nested dictionaries that JSON can hold, every setting in place."""
+        """Returns all settings as nested dictionaries that JSON can hold."""
         mapping = to_mapping(self)
         del mapping["optimizer"]["learning_rate"]
         common = mapping.pop("spec")
@@ -320,10 +319,10 @@ class RunConfig:
 
     @staticmethod
     def from_mapping(given: Mapping[str, Any]) -> "RunConfig":
-        """The configuration that nested dictionaries give; the inverse of `to_mapping`.
+        """Reads the settings from nested dictionaries; inverse of `to_mapping`.
 
         Raises:
-          ValueError: an unknown key at any level, a missing or a wrong value.
+          ValueError: A key is unknown, a value is wrong, or a required one is missing.
         """
         given = dict(given)
         if isinstance(given.get("optimizer"), Mapping) and "learning_rate" in given["optimizer"]:
@@ -340,7 +339,7 @@ class RunConfig:
 
 
 LENGTH = ("train.steps", "train.epochs")
-"""How long a run is, which may be changed while it goes on and after its end."""
+"""Settings of a run's length, which may change before it is resumed, even after its end."""
 
 MAY_CHANGE = (
     *LENGTH,
@@ -354,24 +353,25 @@ MAY_CHANGE = (
     "data.check_rows",
     "data.on_bad_row",
 )
-"""What may differ when a run is resumed: it changes how things are computed, what is written down,
-and where a run stops, but not what is computed; except that some schedules depend on the length."""
+"""Settings that may change when a run is resumed.
+
+They change how things are computed, what is logged and where a run stops, but not what is computed;
+except that some schedules depend on the length."""
 
 ROUNDING = ("execution", "parallel")
-"""What changes how sums are rounded: with it changed, a run does not end bit for bit the same."""
+"""Settings that change how sums are rounded, so that a result is not the same bit for bit."""
 
 
 def under(name: str, prefixes: tuple[str, ...]) -> bool:
-    """Whether a dotted name is one of the prefixes, or below one."""
+    """Returns whether a dotted name is one of the prefixes, or below one."""
     return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
 def default_config() -> ConfigDict:
-    """Every setting at its default, for configuration files to build on.
+    """Returns all settings at their defaults, for configuration files to build on.
 
-    The section `method` holds the settings of all methods, at None: each method's own default. So
-    are the learning rate and the rates of branches. What has no default is None too, and must be
-    given.
+    The section `method` holds the settings of all methods. There, and for the learning rate and the
+    rates of branches, None stands for the method's default. Required settings are None too.
 
     Example:
       >>> config = default_config()
@@ -400,7 +400,7 @@ ALTERNATIVES = (
     ("data.hold_out", "data.eval_path"),
     ("data.hold_out", "data.eval_split"),
 )
-"""Pairs of settings that say one thing in two ways."""
+"""Pairs of settings of which one may be given."""
 
 
 def let_flags_win(config: ConfigDict, flags: Collection[str]) -> None:
@@ -411,8 +411,8 @@ def let_flags_win(config: ConfigDict, flags: Collection[str]) -> None:
     of a file, give both alternatives, both stay, and the conversion rejects them.
 
     Args:
-      config: what the file and the flags have put together; it is changed.
-      flags: dotted names of the settings that flags have set.
+      config: Settings of the file and the flags; modified in place.
+      flags: Dotted names of the settings that flags have set.
 
     Example:
       >>> config = default_config()
@@ -431,7 +431,7 @@ def let_flags_win(config: ConfigDict, flags: Collection[str]) -> None:
 
 
 def _value(config: ConfigDict, name: str) -> Any:
-    """The value at a dotted name; None where a section is missing."""
+    """Returns the value at a dotted name; None if a section is missing."""
     for part in name.split("."):
         if not isinstance(config, ConfigDict) or part not in config:
             return None
@@ -440,19 +440,19 @@ def _value(config: ConfigDict, name: str) -> Any:
 
 
 def from_config_dict(config: ConfigDict) -> RunConfig:
-    """The checked configuration of what a configuration file and flags have put together.
+    """Returns the validated settings of a configuration file and flags.
 
     Raises:
-      ValueError: as `RunConfig.from_mapping`.
+      ValueError: As `RunConfig.from_mapping`.
     """
     return RunConfig.from_mapping(config.to_dict())
 
 
 def _section(cls: Any) -> ConfigDict:
-    """A dataclass's fields at their defaults.
+    """Returns a dataclass's fields at their defaults.
 
-    Strings stay strings on the command line, so that a path of digits is no number; everything else
-    is read as Python writes it, and its type is checked by the conversion.
+    On the command line, strings stay strings, so that a path of digits is no number. Other values
+    are read as Python literals, and the conversion checks their types.
     """
     hints = typing.get_type_hints(cls)
     section = ConfigDict()
@@ -477,7 +477,7 @@ def _flag_type(annotation: Any) -> type:
 
 
 def _read_method(given: Mapping[str, Any]) -> tuple[AdapterSpec, int]:
-    """Returns what the section `method` says: the specification, and `init_batches`."""
+    """Reads the section `method`; returns the specification and `init_batches`."""
     name = given.get("name")
     if name is None:
         raise ValueError(f"method.name must be given; known: {', '.join(METHODS)}")
@@ -526,7 +526,7 @@ def _read_method(given: Mapping[str, Any]) -> tuple[AdapterSpec, int]:
 
 
 def _fill_in(given: dict[str, Any], method: TrainingMethod) -> None:
-    """Puts in the rates that are left to the method."""
+    """Sets the rates that are left to the method."""
     if isinstance(given.get("train"), Mapping) and given["train"].get("learning_rate") is None:
         given["train"] = {**given["train"], "learning_rate": method.learning_rate}
     if not isinstance(given.get("mixing", {}), Mapping):
@@ -544,7 +544,7 @@ def mixing_rates(method: TrainingMethod) -> dict[str, Any]:
 
 
 def _names(targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
-    """Names separated by commas, as they are given on a command line, as a tuple.
+    """Splits names separated by commas, as on a command line; returns other text unchanged.
 
     Example:
       >>> _names("q_proj,v_proj"), _names("all-linear"), _names(r".*_proj")
@@ -556,7 +556,7 @@ def _names(targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
 
 
 def _divisors(number: int) -> str:
-    """The divisors of a number that are worth naming.
+    """Lists the first divisors of a number.
 
     Example:
       >>> _divisors(12)

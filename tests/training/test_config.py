@@ -114,7 +114,7 @@ def test_method_settings_reach_the_method():
         ({"train.steps": 0}, "steps must"),
         ({"train.steps": True}, "train.steps must be an integer; it is True"),
         ({"train.learning_rate": -1.0}, "learning_rate must be a number above 0"),
-        ({"train.gradient_accumulation": 3}, "cannot be cut into gradient_accumulation 3 equal"),
+        ({"train.gradient_accumulation": 3}, "gradient_accumulation = 3"),
         ({"train.max_length": 1}, "max_length is 1"),
         ({"optimizer.learning_rate": 1.0}, "it is called train.learning_rate"),
         ({"optimizer.name": "adamv"}, "did you mean 'adam' or 'adamw'"),
