@@ -139,8 +139,8 @@ class TrainSettings:
             raise ValueError(f"max_length is {self.max_length}; a row needs at least 2 tokens")
         if self.batch_size % self.gradient_accumulation:
             raise ValueError(
-                f"batch_size is {self.batch_size} and cannot be divided into gradient_accumulation ="
-                f" {self.gradient_accumulation} equal microbatches; choose a divisor of the batch"
+                f"batch_size is {self.batch_size}, and gradient_accumulation ="
+                f" {self.gradient_accumulation} does not divide it; choose a divisor of the batch"
                 f" size: {_divisors(self.batch_size)}"
             )
 
