@@ -106,10 +106,14 @@ class Elsewhere:
             (self._folder / "peft_jax" / "setup.cfg").touch()
         return subprocess.CompletedProcess(command, 0)
 
-    def set_up(self, notebook: str = "quickstart") -> dict:
-        """Runs the set-up, and returns its names."""
+    def set_up(
+        self, notebook: str = "quickstart", repository: str = "https://example.org/a.git"
+    ) -> dict:
+        """Runs the set-up with an address to clone from, and returns its names."""
         names: dict = {}
-        exec(set_up_of(ROOT / "examples" / f"{notebook}.ipynb"), names)
+        source = set_up_of(ROOT / "examples" / f"{notebook}.ipynb")
+        assert source.count('REPOSITORY = ""') == 1
+        exec(source.replace('REPOSITORY = ""', f"REPOSITORY = {repository!r}"), names)
         return names
 
 
@@ -141,8 +145,8 @@ def test_after_the_restart_nothing_is_installed_again(tmp_path, monkeypatch):
     assert Path.cwd() == tmp_path / "peft_jax"
 
 
-def test_the_address_is_the_project_s():
-    setup = (ROOT / "setup.cfg").read_text(encoding="utf-8")
-    (url,) = re.findall(r"^url = (\S+)$", setup, re.MULTILINE)
-    for path in NOTEBOOKS:
-        assert f'REPOSITORY = "{url}"' in set_up_of(path)
+def test_a_missing_address_is_named(tmp_path, monkeypatch):
+    runtime = Elsewhere(monkeypatch, tmp_path)
+    with pytest.raises(ValueError, match="REPOSITORY is empty"):
+        runtime.set_up(repository="")
+    assert not [one for one in runtime.commands if one[0] == "git"]
