@@ -1,4 +1,4 @@
-"""Pieces that configurations share: every setting at its default, and typed arguments.
+"""Helpers for configuration files: all settings at their defaults, and typed arguments.
 
 A configuration is a file with `get_config(arg)`, where `arg` is what follows the colon in
 `--config=configs/finetune.py:lora`. It takes `base()`, which holds every setting there is, and
@@ -17,15 +17,14 @@ PRECISIONS = ("bfloat16", "float32")
 
 
 def base(*, method: str = "hybrid", precision: str = "bfloat16") -> ConfigDict:
-    """Every setting at its default, for one method and one precision.
+    """Returns all settings at their defaults, for a method and a precision.
 
     Args:
-      method: a method's name; learning rates are left to it.
-      precision: how the base's weights are held and activations are computed. What is trained is
-        float32 either way.
+      method: Name of a method, which sets the learning rates.
+      precision: Dtype of the base's parameters and of activations. Trainable arrays are float32.
 
     Raises:
-      ValueError: the method or the precision is not known.
+      ValueError: The method or the precision is unknown.
     """
     if method not in METHODS:
         raise ValueError(f"there is no method {method!r}{did_you_mean(method, METHODS)}")
@@ -41,13 +40,15 @@ def base(*, method: str = "hybrid", precision: str = "bfloat16") -> ConfigDict:
 
 
 def large_model(method: str) -> ConfigDict:
-    """What configurations of large models share: instructions as data, and little held at a time.
+    """Returns the settings that configurations of large models share.
+
+    They train on instructions, recompute activations and hold few logits at once.
 
     Args:
-      method: a method's name.
+      method: Name of a method.
 
     Raises:
-      ValueError: the method is not known.
+      ValueError: The method is unknown.
     """
     config = base(method=method)
     config.data.recipe = "alpaca"
@@ -68,15 +69,15 @@ def large_model(method: str) -> ConfigDict:
 
 
 def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
-    """The options in a configuration's argument: "lora,precision=float32".
+    """Parses the options in a configuration's argument: "lora,precision=float32".
 
     Args:
-      arg: options separated by commas, each `name=value`; the first may be the value alone of the
+      arg: Options separated by commas, each `name=value`. The first may be the bare value of the
         first option.
-      **defaults: the options there are; a value is read as the type of its default.
+      **defaults: All options with their defaults, whose types the values are read as.
 
     Raises:
-      ValueError: an option that is not known, is given twice, or cannot be read as its type.
+      ValueError: An option is unknown, given twice, or not of its type.
 
     Example:
       >>> options = parse_arg("lora,rank=4", method="hybrid", rank=8, quick=False)
@@ -109,7 +110,7 @@ def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
 
 
 def _read(text: str, kind: type, where: str) -> Any:
-    """A text as the type of the default it replaces."""
+    """Reads a text as the type of the default that it replaces."""
     if kind is bool:
         if text.lower() not in ("true", "false"):
             raise ValueError(f"{where} must be true or false; it is {text!r}")
