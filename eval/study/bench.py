@@ -238,7 +238,7 @@ class Bench:
         return self._programs[arm.name]
 
     def _compile(self, config: RunConfig) -> Program:
-        settings = dataclasses.replace(config.optimizer, learning_rate=1.0)
+        settings = dataclasses.replace(config.applied_optimizer, learning_rate=1.0)
         mixing = config.mixing if config.spec.method.branches else None
         inner = make_optimizer(settings, self._steps, mixing=mixing)
         blueprint = draw_blueprint(

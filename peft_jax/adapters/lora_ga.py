@@ -43,6 +43,7 @@ class LoRAGA(LoRA):
     """
 
     name: ClassVar[str] = "lora_ga"
+    no_decay: ClassVar[tuple[str, ...]] = ("a", "b")
     learning_rate: ClassVar[float] = 5e-5
 
     rank_stabilized: bool = True

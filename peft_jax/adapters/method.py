@@ -56,6 +56,8 @@ class TrainingMethod:
     branches: ClassVar[Mapping[str, float]] = MappingProxyType({})
     """Factors on the learning rates of branches whose updates are mixed, by key in the adapter's
     trees; empty without mixing."""
+    no_decay: ClassVar[tuple[str, ...]] = ()
+    """Names of arrays without weight decay, because zero is not their neutral value."""
     trains_base: ClassVar[bool] = False
     """Whether the base model's own leaves are trained, so that the result is a full model."""
 

@@ -151,7 +151,7 @@ def optimizer_of(
       steps: Number of steps that the schedule spans; the state's shapes do not depend on it.
     """
     mixing = config.mixing if config.spec.method.branches else None
-    return make_optimizer(config.optimizer, steps, mixing=mixing)
+    return make_optimizer(config.applied_optimizer, steps, mixing=mixing)
 
 
 def _check_rows(config: RunConfig, placement: RowPlacement) -> None:

@@ -303,6 +303,12 @@ class RunConfig:
                     " it, choose the method by the file's argument, as in configs/finetune.py:lora"
                 )
 
+    @property
+    def applied_optimizer(self) -> OptimizerSettings:
+        """Returns the optimizer's settings with the arrays that the method keeps from decay."""
+        no_decay = dict.fromkeys((*self.optimizer.no_decay, *self.spec.method.no_decay))
+        return dataclasses.replace(self.optimizer, no_decay=tuple(no_decay))
+
     def to_mapping(self) -> dict[str, Any]:
         """Returns all settings as nested dictionaries that JSON can hold."""
         mapping = to_mapping(self)

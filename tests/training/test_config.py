@@ -181,3 +181,10 @@ def test_targets_may_be_comma_separated_or_one_expression():
     assert expression.spec.target_modules == r".*\.(q|v)_proj"
     everything = from_config_dict(config())
     assert everything.spec.target_modules == "all-linear"
+
+
+def test_a_method_keeps_its_arrays_from_decay():
+    settings = from_config_dict(config(**{"method.name": "lora_ga"}))
+    assert {"a", "b"} <= set(settings.applied_optimizer.no_decay)
+    plain = from_config_dict(config(**{"method.name": "lora"}))
+    assert plain.applied_optimizer == plain.optimizer
