@@ -87,10 +87,10 @@ class OptimizerSettings:
       clip_norm: Maximum gradient norm over all leaves; None for no clipping.
       no_decay: Path components without weight decay, beside the method's own. Decay pulls towards
         zero, so it suits arrays for which zero is harmless: a weight matrix of full fine-tuning, or
-        the A and B of plain LoRA. By default it excludes biases and norm scales, as is usual. It excludes a rotation's
-        parameters, which are bounded by construction. It excludes BOFT's scale, whose neutral value
-        is one. It excludes a hybrid's low-rank branch, because LoRA-GA computes AB − A₀B₀: at
-        A = B = 0 it would subtract A₀B₀ from the pretrained kernel.
+        the A and B of plain LoRA. By default it excludes biases and norm scales, as is usual. It
+        excludes a rotation's parameters, which are bounded by construction. It excludes BOFT's
+        scale, whose neutral value is one. It excludes a hybrid's low-rank branch, because LoRA-GA
+        computes AB − A₀B₀: at A = B = 0 it would subtract A₀B₀ from the pretrained kernel.
       schedule: Schedule of the learning rate over the run.
 
     Raises:
