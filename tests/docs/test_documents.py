@@ -93,7 +93,7 @@ def configuration_of(command: str) -> RunConfig:
     """The configuration that the flags of a command put together."""
     flags = dict(re.findall(r"--config((?:\.[\w.]+)?)=([^\s\"',\]]+)", command))
     file, _, arg = flags.pop("").partition(":")
-    config = importlib.import_module(file.removesuffix(".py").replace("/", ".")).get_config(arg)
+    config = importlib.import_module(f"configs.{Path(file).stem}").get_config(arg)
     for name, text in flags.items():
         *sections, key = name.strip(".").split(".")
         section = config
@@ -109,7 +109,7 @@ def configuration_of(command: str) -> RunConfig:
 def test_the_commands_for_pods_divide_the_model_and_the_batch():
     """The pod that is asked for, `v5p-256` and 4x4x8, has 128 chips."""
     text = (ROOT / "docs" / "pods.md").read_text(encoding="utf-8")
-    commands = re.findall(r"train\.py[ ,]+--distributed(?:.|\n)*?['\]]\n", text)
+    commands = re.findall(r"\btrain(?:\.py)?[ ,]+--distributed(?:.|\n)*?['\]]\n", text)
     assert len(commands) == 2
     one, other = map(configuration_of, commands)
     assert one == other
