@@ -2,7 +2,9 @@
 
 import logging
 import os
+import shutil
 import sys
+import textwrap
 
 from peft_jax.runtime.printable import printable
 
@@ -24,9 +26,26 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            print(_as_line(record), file=sys.stderr, flush=True)
+            line = _as_line(record)
+            if sys.stderr.isatty():
+                line = _wrap(line, shutil.get_terminal_size().columns)
+            print(line, file=sys.stderr, flush=True)
         except Exception:  # as logging's own handlers do
             self.handleError(record)
+
+
+def _wrap(text: str, width: int) -> str:
+    """Wraps the lines of a text between words.
+
+    Example:
+      >>> print(_wrap("warning: a long line of words", 16))
+      warning: a long
+      line of words
+    """
+    return "\n".join(
+        textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
+        for line in text.splitlines()
+    )
 
 
 def _as_line(record: logging.LogRecord) -> str:
