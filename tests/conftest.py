@@ -1,7 +1,10 @@
 """Settings every test runs under: eight virtual devices, strict dtypes, checked array types."""
 
+import atexit
 import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +21,20 @@ _FLAGS = (
 )
 _given = os.environ.get("XLA_FLAGS", "").split()
 os.environ["XLA_FLAGS"] = " ".join([*_given, *(flag for flag in _FLAGS if flag not in _given)])
+
+
+def _share_compiled_programs() -> None:
+    """Keeps compiled programs for the run: for its workers, and for commands that tests start."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return  # The user's, or that of the process that started this worker.
+    folder = tempfile.mkdtemp(prefix="peft_jax_compiled_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+_share_compiled_programs()
 
 from jaxtyping import install_import_hook
 

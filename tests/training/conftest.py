@@ -48,13 +48,11 @@ def _save_tokenizer(folder: Path) -> int:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compile_quickly(tmp_path_factory: pytest.TempPathFactory):
-    """Caches compilations and lowers their optimization, because they dominate the tests' time."""
+def compile_quickly():
+    """Lowers compilation's optimization and caches all of it: it dominates the tests' time."""
     settings = {
         "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
     }
     before = {name: jax.config.values[name] for name in settings}
     for name, value in settings.items():

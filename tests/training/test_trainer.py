@@ -208,8 +208,8 @@ def test_invalid_training_is_rejected(model, params, batches, act, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (([1, 2],), "whole numbers"),
-        (([[1.5]],), "whole numbers"),
+        (([1, 2],), "integers"),
+        (([[1.5]],), "integers"),
         (([[1, 2]], [[1]]), "mask must have the shape of tokens"),
         (([[1, 2]], None, [3]), "lengths must be 1 numbers from 1 to 2"),
         (([[1, 2]], None, [0]), "lengths must be"),
