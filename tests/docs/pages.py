@@ -1,11 +1,11 @@
-"""The code blocks of the documents, and a folder in which they run.
+"""Reads the code blocks of the documents, and runs them in a folder.
 
-A block runs unless the line before it is a comment that says why it does not:
+A block runs unless the line before it is a comment with the reason:
 
     <!-- not run: it needs a TPU pod -->
 
 The commands of a block that does not run are still checked: their files, modules, flags, settings,
-extras and targets exist.
+extras and targets must exist.
 """
 
 import dataclasses
@@ -33,18 +33,18 @@ SHOWN = ("text", "yaml", "json", "toml")
 NOT_RUN = re.compile(r"<!-- not run: (.+) -->")
 
 STAND_INS = {"HuggingFaceTB/SmolLM2-135M-Instruct": ROOT / "assets" / "tiny_world"}
-"""Checkpoints that play the part of those that the pages name on the Hugging Face hub."""
+"""Local checkpoints that replace those of the Hugging Face hub, by name."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Block:
-    """A fenced block of a document.
+    """Fenced block of a document.
 
     Attributes:
-      language: The word behind the fence.
-      text: What it holds, without the indentation of its fence.
-      line: Number of the line of its fence.
-      reason: Why it is not run; empty if it is.
+      language: Language after the fence.
+      text: Content, without the indentation of its fence.
+      line: Line number of the fence.
+      reason: Reason not to run it; empty if it runs.
     """
 
     language: str
@@ -54,7 +54,7 @@ class Block:
 
 
 def read_blocks(path: Path) -> list[Block]:
-    """Returns the fenced blocks of a document in their order."""
+    """Returns the fenced blocks of a document in order."""
     lines = path.read_text(encoding="utf-8").splitlines()
     blocks, index = [], 0
     while index < len(lines):
@@ -79,7 +79,7 @@ def read_blocks(path: Path) -> list[Block]:
 
 
 def indented_blocks(path: Path) -> list[int]:
-    """Returns the numbers of the lines at which a block begins that has no fence."""
+    """Returns the line numbers at which indented blocks, without a fence, begin."""
     found, fenced, item = [], False, False
     lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, 1):
@@ -93,10 +93,10 @@ def indented_blocks(path: Path) -> list[int]:
 
 
 def make_folder(folder: Path) -> dict[str, str]:
-    """Fills a folder with what a copy of the repository has, and returns the environment for it.
+    """Fills a folder like a copy of the repository, and returns its environment variables.
 
     Args:
-      folder: An empty folder.
+      folder: Empty folder.
     """
     for name in ("assets", "benchmarks", "configs", "examples", "eval", "tests", "train.py"):
         (folder / name).symlink_to(ROOT / name)
@@ -111,7 +111,7 @@ def make_folder(folder: Path) -> dict[str, str]:
     hub = folder / ".hub"
     for name, checkpoint in STAND_INS.items():
         _put_in_cache(hub / "hub" / f"models--{name.replace('/', '--')}", checkpoint)
-    # One device: eight, which the tests have otherwise, would make every page wait.
+    # One device, because the eight of other tests would slow down every page.
     inherited = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     return inherited | {
         "PATH": f"{commands}:{os.environ['PATH']}",
@@ -123,7 +123,7 @@ def make_folder(folder: Path) -> dict[str, str]:
 
 
 def _put_in_cache(place: Path, checkpoint: Path) -> None:
-    """Puts a checkpoint where huggingface_hub looks for one that it has fetched."""
+    """Copies a checkpoint to the cache of huggingface_hub."""
     commit = "0" * 40
     shutil.copytree(checkpoint, place / "snapshots" / commit)
     (place / "refs").mkdir()
@@ -143,13 +143,13 @@ for language, text, where in json.loads(sys.stdin.read()):
 
 
 def run_blocks(path: Path, folder: Path, env: dict[str, str]) -> str:
-    """Runs the blocks of a document one after another, and returns what they print.
+    """Runs the blocks of a document in order, and returns their output.
 
     Python blocks share their names, as in a notebook.
 
     Args:
-      path: The document.
-      folder: Where they run.
+      path: Document.
+      folder: Working directory of the blocks.
       env: Environment variables.
 
     Raises:
@@ -175,7 +175,7 @@ def run_blocks(path: Path, folder: Path, env: dict[str, str]) -> str:
 def commands_in(text: str) -> Iterator[list[str]]:
     """Yields the words of each simple command of a shell script, without environment variables.
 
-    A script given as `--command=` to another command is part of it.
+    The script of another command's `--command=` is included.
     """
     without_comments = re.sub(r"(?m)(^|\s)# .*$", "", re.sub(r"\\\n\s*", " ", text))
     lexer = shlex.shlex(without_comments, posix=True, punctuation_chars=";&|\n")
@@ -194,11 +194,11 @@ def commands_in(text: str) -> Iterator[list[str]]:
             yield from commands_in(word.partition("=")[2])
 
 
-def what_is_wrong(words: list[str]) -> str:
-    """Returns what a command names that does not exist; empty if all of it does.
+def find_unknown(words: list[str]) -> str:
+    """Returns what a command names that does not exist; empty if everything exists.
 
     Args:
-      words: The command.
+      words: Words of the command.
     """
     program, *rest = words
     if program == "peft-jax":
@@ -239,10 +239,10 @@ def _unknown_extras(words: list[str]) -> str:
 
 @functools.cache
 def known_flags(*start: str) -> set[str]:
-    """Returns the flags that a program names in its help.
+    """Returns the flags in a program's help.
 
     Args:
-      *start: How Python starts it: a file, or "-m" and a module, and a command of `peft-jax`.
+      *start: Arguments of Python: a file, or "-m" and a module, with a command of `peft-jax`.
     """
     done = subprocess.run(
         [sys.executable, *start, "--help"],

@@ -1,4 +1,4 @@
-"""The code of the README and of every page runs as it stands, block after block."""
+"""Tests that the code blocks of the README and of every page run in order."""
 
 import re
 import shutil
@@ -15,11 +15,11 @@ from tests.docs.pages import (
     RUN,
     SHOWN,
     commands_in,
+    find_unknown,
     indented_blocks,
     make_folder,
     read_blocks,
     run_blocks,
-    what_is_wrong,
 )
 
 each_document = pytest.mark.parametrize(
@@ -37,21 +37,21 @@ each_that_runs = pytest.mark.parametrize(
 
 
 @each_document
-def test_code_is_in_blocks_of_a_known_language(path: Path):
+def test_code_blocks_have_a_known_language(path: Path):
     assert indented_blocks(path) == []
     unknown = [block for block in read_blocks(path) if block.language not in (*RUN, *SHOWN)]
     assert unknown == []
 
 
 @each_document
-def test_every_exemption_stands_before_a_block(path: Path):
+def test_every_exemption_precedes_a_block(path: Path):
     exempt = [block for block in read_blocks(path) if block.reason]
     assert len(NOT_RUN.findall(path.read_text(encoding="utf-8"))) == len(exempt)
     assert all(block.language in RUN for block in exempt)
 
 
 @each_document
-def test_python_can_be_read(path: Path):
+def test_python_blocks_compile(path: Path):
     for block in read_blocks(path):
         if block.language == "python":
             compile(block.text, f"{path.name}:{block.line}", "exec")
@@ -65,12 +65,12 @@ def test_commands_name_what_exists(path: Path):
         for block in read_blocks(path)
         if block.language == "bash"
         for words in commands_in(block.text)
-        if (found := what_is_wrong(words))
+        if (found := find_unknown(words))
     }
     assert wrong == {}
 
 
-def test_what_does_not_exist_is_found():
+def test_unknown_names_are_found():
     commands = {
         "python trian.py": "no file trian.py",
         "python train.py --topologie=v5e": "no flag --topologie",
@@ -80,12 +80,12 @@ def test_what_does_not_exist_is_found():
         "python train.py --workdir=x --config=y | head": "",
     }
     for command, expected in commands.items():
-        assert what_is_wrong(next(commands_in(command))) == expected, command
+        assert find_unknown(next(commands_in(command))) == expected, command
 
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
-    """The work directory of a short run of the demo, which pages call `runs/mine`."""
+    """Returns the work directory of a short run, which pages call `runs/mine`."""
     folder = tmp_path_factory.mktemp("run")
     env = make_folder(folder)
     subprocess.run(

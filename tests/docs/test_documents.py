@@ -1,4 +1,4 @@
-"""What the documents name exists."""
+"""Tests that everything that the documents name exists."""
 
 import importlib
 import importlib.util
@@ -18,14 +18,14 @@ from peft_jax.training.blueprint import draw_blueprint
 from tests.docs.pages import DOCUMENTS, ROOT
 
 GENERATED = re.compile(r"settings\.md|changelog\.md|api/.*")
-"""Pages that the site makes of the code; its strict build checks links to them."""
+"""Pages that the site generates from code; its strict build checks links to them."""
 each_document = pytest.mark.parametrize(
     "path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT))
 )
 
 
 @each_document
-def test_links_lead_somewhere(path: Path):
+def test_link_targets_exist(path: Path):
     targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", path.read_text(encoding="utf-8"))
     written = [target for target in targets if not GENERATED.fullmatch(target)]
     missing = [target for target in written if not (path.parent / target).exists()]
@@ -53,7 +53,7 @@ def test_settings_exist(path: Path):
         section = known
         for part in name.split("."):
             if hasattr(section, "keys") and not section:
-                break  # a mapping whose names are the user's, as of optimizer.learning_rates
+                break  # A mapping with names of the user, such as optimizer.learning_rates.
             assert part in section, f"{name} is not a setting"
             section = section[part]
 
@@ -67,7 +67,7 @@ def test_every_method_and_recipe_is_described():
     assert [name for name in RECIPES if f"`{name}`" not in data] == []
 
 
-def test_the_methods_learning_rates_are_theirs():
+def test_documented_learning_rates_match_the_methods():
     text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     rows = dict(
         re.findall(r"^\| `(\w+)` \| `pj\.\w+` \| .* \| (\S+) \|$", text, flags=re.MULTILINE)
@@ -78,11 +78,11 @@ def test_the_methods_learning_rates_are_theirs():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_demos_configuration_takes_every_method(method: str):
+def test_the_configuration_of_the_demo_accepts_every_method(method: str):
     assert from_config_dict(demo.get_config(method)).spec.method.name == method
 
 
-def test_configurations_are_whole():
+def test_configurations_are_valid():
     assert from_config_dict(pretrain_tiny.get_config()).model.weights == "random"
     config = finetune.get_config("lora")
     config.model.path, config.data.recipe = "somewhere", "gsm8k"
@@ -90,7 +90,7 @@ def test_configurations_are_whole():
 
 
 def configuration_of(command: str) -> RunConfig:
-    """The configuration that the flags of a command put together."""
+    """Returns the configuration of a command with its flags."""
     flags = dict(re.findall(r"--config((?:\.[\w.]+)?)=([^\s\"',\]]+)", command))
     file, _, arg = flags.pop("").partition(":")
     config = importlib.import_module(f"configs.{Path(file).stem}").get_config(arg)
@@ -106,8 +106,8 @@ def configuration_of(command: str) -> RunConfig:
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu describes the topology"
 )
-def test_the_commands_for_pods_divide_the_model_and_the_batch():
-    """The pod that is asked for, `v5p-256` and 4x4x8, has 128 chips."""
+def test_commands_for_pods_match_the_topology():
+    """The pod of the commands, `v5p-256` or 4x4x8, has 128 chips."""
     text = (ROOT / "docs" / "pods.md").read_text(encoding="utf-8")
     commands = re.findall(r"\btrain(?:\.py)?[ ,]+--distributed(?:.|\n)*?['\]]\n", text)
     assert len(commands) == 2
