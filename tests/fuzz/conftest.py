@@ -1,4 +1,4 @@
-"""A tiny model and a tokenizer to break things with."""
+"""Provides a tiny model and a tokenizer for fuzz tests."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from fuzzing import LLAMA
 
 @pytest.fixture(scope="session")
 def base() -> tuple[Any, Any]:
-    """A tiny model and its parameters."""
+    """Returns a tiny model and its parameters."""
     from peft_jax.models import build_model
 
     model = build_model(LLAMA)
@@ -18,7 +18,7 @@ def base() -> tuple[Any, Any]:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
-    """Every byte is a token."""
+    """Returns a tokenizer whose tokens are bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,7 +1,7 @@
-"""What the fuzz of every entry point shares: the harness, its oracle, and tiny things to break.
+"""Shares the harness, oracle and inputs of the fuzz tests.
 
-An input may do what it says, or be refused: by an error of the project that a command shows as one
-line, and that names the thing. A traceback, a hang or a wrong thing taken without a word fails.
+An input must either take effect or be rejected, by an error of the project that a command shows as
+one line and that names the cause. A traceback, a hang, or silently accepted bad input fails.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from peft_jax.runtime import exits
 
 SECONDS = 10
-"""How long one input may compute; on a busy machine that may take ten times as long."""
+"""Limit on the CPU time of one input; its wall time may be ten times as long."""
 
 COUNTS = [100, pytest.param(1000, marks=pytest.mark.slow)]
 
@@ -34,25 +34,25 @@ JUNK = st.one_of(
     st.text(max_size=8),
     st.sampled_from([[], {}, [None], [[]], {"a": None}, [0], ["q_proj"], {"": 0}, {"q_proj": -1}]),
 )
-"""Values that no setting or nearly none wants."""
+"""Values that are invalid for nearly every setting."""
 
 
 class TooSlowError(Exception):
-    """An input took longer than it may."""
+    """Raised when an input exceeds its time limit."""
 
 
 @contextlib.contextmanager
 def within(seconds: int) -> Iterator[None]:
-    """Raises `TooSlowError` where the block computes longer, or takes ten times as long.
+    """Raises `TooSlowError` if the block exceeds the CPU time, or ten times as much wall time.
 
-    Only this thread's computing counts: what other threads do belongs to other tests. What never
-    ends is interrupted by a signal, and only within the block.
+    Only the CPU time of this thread counts, because other threads may belong to other tests. A
+    signal interrupts a block that does not end.
     """
     inside = True
 
     def stop(*_: object) -> None:
         if inside:
-            raise TooSlowError(f"it had not ended after {10 * seconds} seconds")
+            raise TooSlowError(f"the input took more than {10 * seconds} seconds")
 
     assert threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGALRM, stop)
@@ -65,15 +65,15 @@ def within(seconds: int) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     if time.thread_time() - start > seconds:
-        raise TooSlowError(f"it computed for more than {seconds} seconds")
+        raise TooSlowError(f"the input took more than {seconds} seconds of CPU time")
 
 
 def outcome(action: Callable[[], Any], *, names: tuple[str, ...] = ()) -> tuple[Any, str]:
-    """Returns what an action gives, or the message that it is refused with.
+    """Returns the result of an action, or the message of its rejection.
 
     Args:
-      action: done within `SECONDS`.
-      names: texts of which the message must hold one.
+      action: Action, which must end within `SECONDS`.
+      names: Texts, one of which the message must contain.
     """
     try:
         with within(SECONDS):
@@ -83,14 +83,14 @@ def outcome(action: Callable[[], Any], *, names: tuple[str, ...] = ()) -> tuple[
         if ending is None:
             raise
         first = ending.message.split("\n")[0]
-        assert first.strip(), "a message without a first line"
+        assert first.strip(), "the first line of the message is empty"
         assert "Traceback" not in ending.message
         assert not names or any(name in ending.message for name in names), ending.message
         return None, ending.message
 
 
 def fuzz(check: Callable[..., None], *drawn: st.SearchStrategy[Any], count: int) -> None:
-    """Checks so many drawn inputs, the same ones at every start."""
+    """Checks `count` random inputs, which are the same in every run."""
     settings = hypothesis.settings(
         max_examples=count,
         derandomize=True,
@@ -119,7 +119,7 @@ LLAMA = {
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two trees of arrays are equal bit for bit."""
+    """Returns whether two trees of arrays are bitwise equal."""
     if jax.tree.structure(one) != jax.tree.structure(other):
         return False
     pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
@@ -131,7 +131,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def copied(folder: Path, to: Path) -> Path:
-    """A folder's files, copied."""
+    """Copies the files of a folder."""
     to.mkdir(parents=True, exist_ok=True)
     for file in folder.iterdir():
         (to / file.name).write_bytes(file.read_bytes())

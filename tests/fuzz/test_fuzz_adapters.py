@@ -1,4 +1,4 @@
-"""Adapters' folders, ours and PEFT's, with anything in them changed."""
+"""Fuzzes the files of adapters, of this library and of PEFT."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from peft_jax.hub.adapter_files import CONFIG
 
 @pytest.fixture(scope="module")
 def saved(base, tmp_path_factory):
-    """Two adapters' folders, with what is in them: a hybrid, and a LoRA."""
+    """Saves a hybrid and a LoRA adapter, and returns their folders and contents."""
     model, params = base
     made = {}
     for name, method in (
@@ -46,7 +46,7 @@ def changed(value, path, new):
 
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("kind", ["hybrid", "lora"])
-def test_a_changed_setting_is_refused_or_changes_nothing(base, saved, tmp_path, kind, count):
+def test_a_changed_setting_is_rejected_or_has_no_effect(base, saved, tmp_path, kind, count):
     model, params = base
     folder, spec, state = saved[kind]
     settings = json.loads((folder / CONFIG).read_text())
@@ -57,7 +57,7 @@ def test_a_changed_setting_is_refused_or_changes_nothing(base, saved, tmp_path, 
         (place / CONFIG).write_text(json.dumps(changed(settings, path, value)))
         found, message = outcome(lambda: load_adapter(place, model, params))
         if not message:
-            assert found[0] == spec, f"{path} = {value!r} is taken"
+            assert found[0] == spec, f"{path} = {value!r} is accepted"
             assert same(found[1], state), f"{path} = {value!r} changes the arrays"
 
     fuzz(check, st.sampled_from(every), JUNK, count=count)
@@ -65,7 +65,7 @@ def test_a_changed_setting_is_refused_or_changes_nothing(base, saved, tmp_path, 
 
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("kind", ["hybrid", "lora"])
-def test_changed_bytes_are_refused(base, saved, tmp_path, kind, count):
+def test_changed_bytes_are_rejected(base, saved, tmp_path, kind, count):
     model, params = base
     folder, _, state = saved[kind]
     arrays = next(folder.glob("*.safetensors")).name
@@ -76,15 +76,15 @@ def test_changed_bytes_are_refused(base, saved, tmp_path, kind, count):
         whole = content[:at] + bytes([content[at] ^ value]) + content[at + 1 :]
         (place / arrays).write_bytes(whole[:at] if cut else whole)
         found, message = outcome(lambda: load_adapter(place, model, params))
-        assert message or same(found[1], state), f"byte {at} ^ {value} is taken"
+        assert message or same(found[1], state), f"byte {at} ^ {value} is accepted"
 
     at = st.integers(0, len(content) - 1)
     fuzz(check, at, st.integers(1, 255), st.booleans(), count=count)
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_a_changed_setting_of_pefts_is_refused_or_taken_as_it_is(base, saved, tmp_path, count):
-    """PEFT's own files have no digest: what is taken must be what the file says."""
+def test_a_changed_setting_of_peft_is_rejected_or_takes_effect(base, saved, tmp_path, count):
+    """PEFT's files have no digest, so that an accepted setting must take effect."""
     model, params = base
     folder, _, _ = saved["lora"]
     place = tmp_path / "adapter"
@@ -107,7 +107,7 @@ def test_a_changed_setting_of_pefts_is_refused_or_taken_as_it_is(base, saved, tm
             rank_stabilized=bool(given["use_rslora"]),
             dropout=float(given["lora_dropout"] or 0),
         )
-        assert found[0] == dataclasses.replace(spec, method=said), f"{key} = {value!r} is taken"
+        assert found[0] == dataclasses.replace(spec, method=said), f"{key} = {value!r} is accepted"
         assert same(found[1], state), f"{key} = {value!r} changes the arrays"
 
     fuzz(check, st.sampled_from(sorted(settings)), JUNK, count=count)

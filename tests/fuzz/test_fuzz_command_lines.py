@@ -1,4 +1,4 @@
-"""Command lines with something wrong, as processes: one message, code 2, and no traceback."""
+"""Tests that wrong command lines give one message, exit code 2, and no traceback."""
 
 import os
 import subprocess
@@ -59,7 +59,7 @@ LINES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("line", "named"), LINES, ids=[" ".join(line)[-60:] for line, _ in LINES])
-def test_a_wrong_command_line_is_refused_by_name(line, named, tmp_path):
+def test_a_wrong_command_line_is_rejected_by_name(line, named, tmp_path):
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),

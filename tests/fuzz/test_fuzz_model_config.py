@@ -1,4 +1,4 @@
-"""`config.json` with wrong values, and files that are none."""
+"""Fuzzes `config.json`: wrong values, and malformed files."""
 
 import json
 
@@ -55,7 +55,7 @@ changes = st.one_of(
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_wrong_values_are_refused_or_build_a_model_of_the_given_sizes(tmp_path, count):
+def test_wrong_values_are_rejected_or_build_a_model_of_the_given_sizes(tmp_path, count):
     file = tmp_path / "config.json"
 
     def check(change):
@@ -77,7 +77,7 @@ def test_wrong_values_are_refused_or_build_a_model_of_the_given_sizes(tmp_path, 
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_a_file_that_is_no_configuration_is_named(tmp_path, count):
+def test_a_malformed_configuration_is_rejected(tmp_path, count):
     file = tmp_path / "config.json"
     whole = json.dumps(LLAMA).encode()
 

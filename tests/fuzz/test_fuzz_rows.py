@@ -1,4 +1,4 @@
-"""Rows of data: each recipe in each format, with anything in the place of a field."""
+"""Fuzzes rows of data, for each recipe in each format."""
 
 import csv
 import io
@@ -36,7 +36,7 @@ FIELDS = st.one_of(JUNK, SURROGATE, st.lists(MESSAGE, max_size=4))
 
 
 def encoded(rows, kind):
-    """A file's bytes; what a format cannot hold is text in it."""
+    """Encodes rows as a file; values that the format lacks become text."""
     if kind == "jsonl":
         return "".join(json.dumps(row) + "\n" for row in rows).encode()
     if kind == "json":
@@ -92,11 +92,11 @@ READ = {
     "sst2": ("sentence",),
     "rte": ("sentence1", "sentence2"),
 }
-"""The columns of each recipe whose text a row's text has as it stands."""
+"""Columns of each recipe whose text appears unchanged in an example."""
 
 
 def read_directly(path):
-    """A file's rows as Python's own modules read them; those of lines that are none are None."""
+    """Reads rows with Python's own modules; lines that are not rows give None."""
     text = path.read_bytes().decode("utf-8", "surrogatepass")
     if path.suffix == ".json":
         return json.loads(text)
@@ -114,15 +114,15 @@ def read_directly(path):
     ]
 
 
-def check_taken(path, recipe, tokenizer, rows):
-    """Every row of a file that is taken whole says what stands in the file."""
+def check_accepted(path, recipe, tokenizer, rows):
+    """Checks that the examples of an accepted file contain the text of its rows."""
     good = path.parent / "good.jsonl"
     good.write_text(json.dumps(ROWS[recipe]))
     settings = DataSettings(recipe=recipe, path=str(good), eval_path=str(path), packing=False)
     train, held_out = build_data(settings, tokenizer, batch_size=2, max_length=64, seed=0)
     train.close()
     if len(held_out.examples) < len(rows):
-        # Rows that are too long are left out, with a count.
+        # Rows that are too long are skipped and counted.
         assert set(held_out.totals.left_out) == {"too long"}
         return
     for row, example in zip(rows, held_out.examples, strict=True):
@@ -132,10 +132,10 @@ def check_taken(path, recipe, tokenizer, rows):
         else:
             values = [row.get(name) for name in READ[recipe]]
         for value in values:
-            assert value is None or isinstance(value, str), f"{value!r} of {row} is taken"
+            assert value is None or isinstance(value, str), f"{value!r} of {row} is accepted"
             assert value is None or value.strip() in text, f"{value!r} of {row} is lost"
         if recipe == "sst2":
-            assert str(row["label"]) == str(example.label), f"{row} is taken as {example.label}"
+            assert str(row["label"]) == str(example.label), f"{row} is read as {example.label}"
 
 
 @pytest.mark.parametrize("count", COUNTS)
@@ -157,15 +157,15 @@ def test_a_bad_row_is_named_and_can_be_skipped(tokenizer, tmp_path, count):
         lost = sum(totals.left_out.values())
         assert totals.rows == totals.checked == totals.used + lost == len(found), case
         if strict:
-            assert lost, f"{strict!r} is left out without a count"
+            assert lost, f"{strict!r} is skipped but not counted"
         else:
-            check_taken(path, recipe, tokenizer, found)
+            check_accepted(path, recipe, tokenizer, found)
 
     fuzz(check, cases(), count=count)
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_a_file_that_is_no_data_is_named(tokenizer, tmp_path, count):
+def test_a_malformed_file_is_rejected_by_name(tokenizer, tmp_path, count):
     good = {kind: encoded([ROWS["alpaca"]] * 3, kind) for kind in ("jsonl", "json", "csv", "tsv")}
 
     def check(case):

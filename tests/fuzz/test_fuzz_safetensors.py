@@ -1,4 +1,4 @@
-"""Headers of safetensors are taken exactly where the safetensors library takes them."""
+"""Fuzzes headers of safetensors, compared with the safetensors library."""
 
 import json
 
@@ -67,7 +67,7 @@ def files(draw):
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_what_the_library_refuses_is_refused_and_what_it_takes_is_the_same(tmp_path, count):
+def test_headers_are_rejected_or_read_as_by_the_library(tmp_path, count):
     file = tmp_path / "model.safetensors"
 
     def check(content):
@@ -86,7 +86,7 @@ def test_what_the_library_refuses_is_refused_and_what_it_takes_is_the_same(tmp_p
         elif not message:
             assert {name: one.shape for name, one in found.items()} == known
         else:
-            # Refused beyond the library: a type that no parameter has.
+            # The library also accepts dtypes that no parameter has.
             assert "F8" in message or "dtype" in message or "type" in message, message
 
     fuzz(check, files(), count=count)

@@ -1,4 +1,4 @@
-"""Settings with one wrong value, of any type, in any place."""
+"""Fuzzes settings with one wrong value, of any type."""
 
 import copy
 import math
@@ -60,7 +60,7 @@ def finite(value):
 
 
 def means(given, taken):
-    """Whether a value was taken as it was given; None stands for the default."""
+    """Returns whether a value was accepted unchanged; None stands for the default."""
     if given is None or given == taken:
         return True
     if isinstance(given, str) and isinstance(taken, list):
@@ -72,7 +72,7 @@ NAMES = sorted(leaves(default_config().to_dict()))
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_a_wrong_setting_is_refused_by_name_or_taken_as_it_is(count):
+def test_a_wrong_setting_is_rejected_by_name_or_kept_unchanged(count):
     def check(name, value):
         config = valid()
         put(config, name, copy.deepcopy(value))
@@ -82,14 +82,14 @@ def test_a_wrong_setting_is_refused_by_name_or_taken_as_it_is(count):
             return
         mapping = made.to_mapping()
         assert RunConfig.from_mapping(mapping) == made
-        assert finite(mapping), f"{name}={value!r} is taken, and is not finite"
+        assert finite(mapping), f"{name}={value!r} is accepted but not finite"
         assert means(value, get(mapping, name)), f"{name}={value!r} is {get(mapping, name)!r}"
 
     fuzz(check, st.sampled_from(NAMES), JUNK, count=count)
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_a_setting_that_is_not_known_is_refused_by_name(count):
+def test_an_unknown_setting_is_rejected_by_name(count):
     def check(section, key):
         config = valid()
         put(config, f"{section}.{key}" if section else key, 1)
