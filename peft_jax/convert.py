@@ -2,14 +2,15 @@
 
     peft-jax convert /path/to/checkpoint gs://bucket/llama-405b
 
-What it makes is given as `model.path` in place of the checkpoint. Every host then reads the parts
-of each kernel that its devices hold, and nothing else. The command takes a few hundred MiB of
-memory, whatever the model's size; the same command again goes on where it was stopped.
+Give the output as `model.path` instead of the checkpoint. Every host then
+reads only the shards of its own devices. The command needs a few hundred MiB of
+memory for any model. The same command again resumes an interrupted conversion.
 
-The weights keep their dtype, so that no number is changed. --dtype=bfloat16 rounds those of a
-float32 checkpoint, and says so.
+The weights keep their dtype and their exact values. --dtype=bfloat16 rounds a
+float32 checkpoint, with a message.
 
-Exit codes: 0 done; 1 failed; 2 refused; 130 stopped by Ctrl-C. docs/exit_codes.md says more.
+Exit codes: 0 done; 1 failed; 2 rejected; 130 stopped by Ctrl-C.
+docs/exit_codes.md has those of all commands.
 """
 
 import argparse
@@ -36,12 +37,16 @@ _DTYPES: Mapping[str, frozenset[str]] = {
     "float16": frozenset({"F16"}),
     "float32": frozenset({"BF16", "F16", "F32"}),
 }
-"""What can be written, and which of safetensors' dtypes it holds without rounding."""
+"""Output dtypes, each with the safetensors dtypes that it represents exactly."""
 
 
-@exits.command("peft_jax.convert", stopped="stopped; the same command goes on from here")
+@exits.command("peft_jax.convert", stopped="stopped; the same command resumes from here")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; `argv` without the program's name. Returns the exit code."""
+    """Runs the command, and returns its exit code.
+
+    Args:
+      argv: The command line without the program's name; None: that of this process.
+    """
     given = _parser().parse_args(argv)
     convert_checkpoint(given.model, given.out, dtype=given.dtype, revision=given.revision)
     return exits.ExitCode.DONE
@@ -50,26 +55,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 def convert_checkpoint(
     model: str, out: str, *, dtype: str | None = None, revision: str | None = None
 ) -> None:
-    """Converts a checkpoint; see the module.
+    """Converts a checkpoint for many hosts.
 
     Args:
-      model: a folder with safetensors, or a name on the Hugging Face hub.
+      model: Folder with safetensors, or a name on the Hugging Face hub.
       out: "gs://…", "s3://…", "file://…" or a folder.
-      dtype: of what is written, "bfloat16", "float16" or "float32"; None: the narrowest of them
-        that holds the checkpoint's numbers as they are, or float32.
-      revision: a branch, tag or commit on the hub.
+      dtype: Output dtype, "bfloat16", "float16" or "float32"; None: the narrowest that represents
+        the checkpoint exactly, or float32.
+      revision: Branch, tag or commit on the hub.
 
     Raises:
-      ValueError: the checkpoint cannot be read, or the place holds something else.
+      ValueError: The checkpoint cannot be read, or `out` holds something else.
     """
     given, place = FilePath(model).expanduser(), local_folder(out)
     if place is not None and given.is_dir() and given.resolve() == place.resolve():
-        raise ValueError(f"{out} is the checkpoint itself: give another place")
-    # Before the checkpoint is fetched, which may take hours.
+        raise ValueError(f"{out} is the checkpoint itself; give another output folder")
+    # Checked before the download of the checkpoint, which may take hours.
     check_output(out)
     folder = find_folder(model, revision=revision)
     if is_converted(folder):
-        raise ValueError(f"{model} is a converted checkpoint already")
+        raise ValueError(f"{model} is already converted; give the original checkpoint")
     lm = build_model(read_config(folder))
     leaves = open_sources(folder, lm)
     stored = _stored_dtypes(leaves)
@@ -77,7 +82,7 @@ def convert_checkpoint(
     exact = stored <= _DTYPES[dtype]
     if not exact:
         print(
-            f"the weights are {', '.join(sorted(stored))} and are rounded to {dtype}"
+            f"rounding weights from {', '.join(sorted(stored))} to {dtype}"
             + ("" if dtype == "float32" else "; --dtype=float32 rounds less")
         )
     convert(
@@ -93,7 +98,7 @@ def convert_checkpoint(
 
 
 def _stored_dtypes(leaves: Mapping[Path, LeafSource]) -> set[str]:
-    """The dtypes of what the leaves are read from, by safetensors' names."""
+    """Returns the stored dtypes of the leaves, by safetensors' names."""
     return {
         tensor.dtype
         for leaf in leaves.values()
@@ -103,14 +108,14 @@ def _stored_dtypes(leaves: Mapping[Path, LeafSource]) -> set[str]:
 
 
 def _small_files(folder: FilePath) -> dict[str, bytes]:
-    """The configuration and the tokenizer, as the hub's checkpoints keep them."""
+    """Reads the configuration and tokenizer files."""
     patterns = [pattern for pattern in FETCHED if not pattern.endswith(".safetensors")]
     files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
     return {file.name: file.read_bytes() for file in files if file.name != INDEX}
 
 
 def _identity(folder: FilePath) -> str:
-    """What a conversion has read: every tensor's name, dtype, shape and place."""
+    """Returns a digest of every tensor's name, dtype, shape and location in the checkpoint."""
     tensors = [
         (name, tensor.dtype, tensor.shape, tensor.file.name, tensor.start)
         for name, tensor in sorted(open_checkpoint(folder).tensors.items())
@@ -120,13 +125,13 @@ def _identity(folder: FilePath) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Arguments("peft_jax.convert", description=__doc__)
-    parser.add_argument("model", help="a folder with safetensors, or a name on the hub")
+    parser.add_argument("model", help="folder with safetensors, or a name on the hub")
     parser.add_argument("out", help="gs://bucket/folder, s3://bucket/folder, or a folder")
     parser.add_argument(
-        "--dtype", choices=_DTYPES, help="of what is written; by default as the checkpoint has it"
+        "--dtype", choices=_DTYPES, help="dtype of the output; by default that of the checkpoint"
     )
     parser.add_argument(
-        "--revision", help="a branch, tag or commit on the hub; by default the newest commit"
+        "--revision", help="branch, tag or commit on the hub; by default the newest commit"
     )
     return parser
 

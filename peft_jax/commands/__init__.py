@@ -1,10 +1,10 @@
-"""The commands of the console script `peft-jax`, the topmost room.
+"""Defines commands of the console script `peft-jax`, in the topmost package.
 
-- [`main`][peft_jax.commands.main]: `peft-jax`, which runs one of them.
-- [`train`][peft_jax.commands.train]: fine-tunes a model; `train.py` is the same.
-- [`plan`][peft_jax.commands.plan]: plans a run on devices that need not be there.
-- [`export`][peft_jax.commands.export]: writes an adapter as a whole model, or for PEFT.
-- [`config_flags`][peft_jax.commands.config_flags]: --config, and settings as flags.
+- [`main`][peft_jax.commands.main]: Runs a command.
+- [`train`][peft_jax.commands.train]: Fine-tunes a model; `train.py` is the same.
+- [`plan`][peft_jax.commands.plan]: Plans a run for devices that need not be present.
+- [`export`][peft_jax.commands.export]: Writes an adapter as a merged model, or for PEFT.
+- [`config_flags`][peft_jax.commands.config_flags]: Parses --config, and settings as flags.
 
-The other commands are in the rooms whose work they do.
+The other commands are in the packages of their subjects.
 """

@@ -1,4 +1,4 @@
-"""A command line with a configuration: --config, and any setting in it as a flag."""
+"""Parses command lines with a configuration: --config, and any setting in it as a flag."""
 
 import argparse
 import dataclasses
@@ -22,11 +22,11 @@ _OF_CONFIG = re.compile(r"--(no)?config(\.|=|$)")
 
 @dataclasses.dataclass(frozen=True)
 class GivenConfig:
-    """The configuration that a command line puts together.
+    """Configuration of a command line.
 
     Attributes:
-      name: The configuration's file and argument, as given.
-      values: What the file returns, changed by the flags.
+      name: File and argument of the configuration, as given.
+      values: Configuration that the file returns, with the flags applied.
     """
 
     name: str
@@ -34,10 +34,10 @@ class GivenConfig:
 
 
 class ConfigArguments(Arguments):
-    """A command line whose namespace has a `GivenConfig` as `config`.
+    """Parser of a command line whose namespace has a `GivenConfig` as `config`.
 
-    Whatever begins with --config is read by ml_collections, and everything else by argparse. Flags
-    are checked before the configuration, which imports JAX, is loaded.
+    ml_collections parses words that begin with --config, and argparse all others. Flags are checked
+    before the configuration, which imports JAX, is loaded.
 
     Args:
       name: Name of the command.
@@ -50,8 +50,8 @@ class ConfigArguments(Arguments):
         add(
             "--config",
             metavar="FILE[:ARGUMENT]",
-            help="a configuration file, and after a colon its argument: finetune.py:lora; files"
-            " that are not there are looked for among those that come with peft_jax",
+            help="configuration file, with its argument after a colon: finetune.py:lora; a file"
+            " that does not exist is looked up among those of peft_jax",
         )
         add(
             "--config.SECTION.SETTING",
@@ -65,10 +65,10 @@ class ConfigArguments(Arguments):
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> argparse.Namespace:
-        """Returns the values of the flags and the configuration.
+        """Parses the flags and loads the configuration.
 
         Raises:
-          RefusedError: The configuration cannot be loaded, or a setting's value not be read.
+          RefusedError: The configuration cannot be loaded, or the value of a setting is invalid.
         """
         words = sys.argv[1:] if args is None else list(args)
         of_config, others = split(words)
@@ -86,15 +86,15 @@ class ConfigArguments(Arguments):
         return given
 
     def near(self, flag: str) -> Iterable[str]:
-        """Returns the flags, or the settings, that a user may have meant."""
+        """Returns the flags or settings that a user may have meant."""
         return settings_near(flag.lstrip("-")) or super().near(flag)
 
 
 def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Returns what of a command line is about the configuration, and the rest.
+    """Splits a command line into the words about the configuration and the others.
 
     Args:
-      words: The command line without the program's name.
+      words: Command line without the program's name.
 
     Example:
       >>> split(["--config", "mine.py", "--workdir=runs/a", "--config.train.steps=3"])
@@ -117,16 +117,16 @@ def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def load_config(words: Sequence[str]) -> GivenConfig:
-    """Loads the configuration that --config names, and sets what --config.… flags give.
+    """Loads the configuration that --config names, and applies the --config.… flags.
 
-    Unknown keys are let through: the conversion to a `RunConfig` rejects them, and names the
+    Unknown keys are accepted here. The conversion to a `RunConfig` rejects them, and suggests the
     nearest known one.
 
     Args:
-      words: What a command line says about the configuration, as `split` returns it.
+      words: Words about the configuration, from `split`.
 
     Raises:
-      RefusedError: There is no configuration, or it is none of a run.
+      RefusedError: There is no configuration, or it is not one of a run.
     """
     name, words = _take_name(words)
     path, colon, argument = name.partition(":")
@@ -148,8 +148,10 @@ def load_config(words: Sequence[str]) -> GivenConfig:
         error = getattr(config, "_error", None)
         if isinstance(error, OSError):
             raise error
-        raise RefusedError(f"{name}: get_config must return a ConfigDict")
-    # Imported here, so that a mistyped flag is refused before JAX is imported.
+        raise RefusedError(
+            f"{name}: get_config returns {type(config).__name__} but must return a ConfigDict"
+        )
+    # Imported here, so that a mistyped flag is rejected before JAX is imported.
     from peft_jax.training.config import let_flags_win
 
     let_flags_win(config, config_flags.get_override_values(values["config"]))
@@ -157,7 +159,7 @@ def load_config(words: Sequence[str]) -> GivenConfig:
 
 
 def _take_name(words: Sequence[str]) -> tuple[str, list[str]]:
-    """Takes --config out of what is said about the configuration; the last one counts."""
+    """Returns the value of the last --config, and the other words."""
     names = [word for word in words if re.match(r"--config(=|$)", word)]
     left = [word for word in words if word not in names]
     name = names[-1].partition("=")[2] if names else ""
@@ -169,10 +171,10 @@ def _take_name(words: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def settings_near(name: str) -> list[str]:
-    """Returns the flags of the settings that a name may stand for, as --lr for the learning rate.
+    """Returns the flags of settings that a name may stand for, such as --lr.
 
     Args:
-      name: A flag's name without its dashes.
+      name: Name of a flag without its dashes.
     """
     from peft_jax.training.config import default_config
     from peft_jax.training.setting_aliases import settings_called
@@ -182,11 +184,10 @@ def settings_near(name: str) -> list[str]:
 
 
 def find_config_file(path: str) -> Path:
-    """Returns a configuration file: the one that is given, or else one that comes with peft_jax.
+    """Finds a configuration file, first at the path and then among those of peft_jax.
 
     Args:
-      path: The file's path; of one that comes with peft_jax its name does, with or without the
-        folder `configs/`.
+      path: Path of the file, or the name of one of peft_jax, with or without `configs/`.
 
     Raises:
       RefusedError: There is no such file.
@@ -202,12 +203,12 @@ def find_config_file(path: str) -> Path:
     near = difflib.get_close_matches(given.name, names, n=1, cutoff=0.6)
     hint = f"; did you mean {near[0]}" if near else ""
     raise RefusedError(
-        f"there is no configuration file {path}{hint}; those of peft_jax are {', '.join(names)}"
+        f"there is no configuration file {path}{hint}; peft_jax has {', '.join(names)}"
     )
 
 
 def shipped_configs() -> Path:
-    """Returns the folder of the configurations that come with peft_jax."""
+    """Returns the folder of peft_jax's configurations."""
     package = Path(peft_jax.__file__).parent
     installed = package / "configs"
     # In a checkout the folder is beside the package.
@@ -215,11 +216,11 @@ def shipped_configs() -> Path:
 
 
 def explain_config_error(error: Exception, name: str) -> str:
-    """Returns what is wrong with a configuration, without ml_collections' own tracebacks.
+    """Returns the message for a configuration that cannot be loaded, without tracebacks.
 
     Args:
-      error: What was raised while it was loaded.
-      name: What the configuration is called in the message.
+      error: Error that was raised while it was loaded.
+      name: Name of the configuration in the message.
     """
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     _, found, trace = text.partition("Error whilst parsing config file:")
@@ -228,7 +229,7 @@ def explain_config_error(error: Exception, name: str) -> str:
         said = re.sub(r"^(builtins[.])?ValueError: ", "", lines[-1].strip())
         text = f"{name}: {said}"
     elif "has no attribute 'get_config'" in text:
-        text = f"{name} has no get_config(); configs/finetune.py is one to copy"
+        text = f"{name} has no get_config(); configs/finetune.py is an example"
     elif isinstance(error, SyntaxError):
         text = f"{error.filename}:{error.lineno}: {error.msg}"
     elif not isinstance(error, (flags.Error, KeyError, OSError)):

@@ -1,18 +1,19 @@
-r"""Writes an adapter as a whole model in Hugging Face's format, or as a PEFT adapter.
+r"""Writes an adapter as a merged model in Hugging Face format, or as a PEFT adapter.
 
     peft-jax export --workdir=runs/mine --output=out/model
     peft-jax export --adapter=someone/adapter --format=peft --output=out/adapter
 
---workdir is a finished run's folder, and --adapter an adapter's: one of
-peft_jax, or of Hugging Face PEFT. The base is the one that the adapter was made
-for, unless --model names another.
+--workdir names the folder of a finished run. --adapter names the folder of an
+adapter, of peft_jax or of Hugging Face PEFT. The base model is the adapter's
+own, unless --model names another.
 
---format=merged merges the adapter into the base, for every method: transformers
-and vLLM load the result. --format=peft writes `adapter_config.json` and
-`adapter_model.safetensors`, which PEFT loads, and is rejected for a method that
-PEFT does not have. The tokenizer goes with either.
+--format=merged merges the adapter into the base model, which works for every
+method; transformers and vLLM load the result. --format=peft writes
+`adapter_config.json` and `adapter_model.safetensors`, which PEFT loads, and is
+rejected for a method that PEFT does not have. Both write the tokenizer.
 
-Exit codes: 0 done; 1 failed; 2 rejected. docs/exit_codes.md says more.
+Exit codes: 0 done; 1 failed; 2 rejected. docs/exit_codes.md has those of all
+commands.
 """
 
 import dataclasses
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     given = make_parser().parse_args(argv)
     if given.workdir is None and given.adapter is None:
-        raise ValueError("give --workdir, a run's folder, or --adapter, an adapter's")
+        raise ValueError("no adapter is given; give --workdir or --adapter")
     # Imported here, so that a mistyped flag is rejected at once and not after JAX has started.
     from peft_jax.hub import find_folder
 
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         export_peft(adapter, given.output, model=given.model)
     else:
         export_whole(adapter, given.output, model=given.model, dtype=given.dtype)
-    print(f"{given.output} holds the {'adapter' if given.format == 'peft' else 'model'}")
+    print(f"wrote the {'adapter' if given.format == 'peft' else 'model'} to {given.output}")
     return exits.ExitCode.DONE
 
 
@@ -63,18 +64,21 @@ def make_parser() -> Arguments:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--workdir", type=Path, help="folder of a finished run")
     source.add_argument("--adapter", help="folder of an adapter, or its name on the hub")
-    add("--model", help="the base's folder or name on the hub; by default as the adapter says")
-    add("--output", type=Path, required=True, help="folder to write to; it must not hold files")
+    add(
+        "--model",
+        help="folder of the base model, or its name on the hub; by default the adapter's own",
+    )
+    add("--output", type=Path, required=True, help="folder to write to, which must be empty")
     add(
         "--format",
         choices=("merged", "peft"),
         default="merged",
-        help="merged: a whole model; peft: an adapter of Hugging Face PEFT",
+        help="merged: a merged model; peft: an adapter for Hugging Face PEFT",
     )
     add(
         "--dtype",
         choices=_DTYPES,
-        help="of the whole model's tensors; by default as the base's config.json says",
+        help="dtype of the merged model; by default that of the base model's config.json",
     )
     return parser
 
@@ -82,16 +86,16 @@ def make_parser() -> Arguments:
 def export_whole(
     adapter: Path, output: Path, *, model: str | None = None, dtype: str | None = None
 ) -> None:
-    """Writes the adapted model as a Hugging Face checkpoint, with its tokenizer.
+    """Writes the merged model as a Hugging Face checkpoint, with its tokenizer.
 
     Args:
       adapter: Folder of the adapter.
       output: Folder to write to.
-      model: Folder of the base, or its name on the hub; None: the one that the adapter names.
-      dtype: Dtype of the checkpoint's tensors; None: as the base's `config.json` says.
+      model: Folder of the base model, or its name on the hub; None: the adapter's own.
+      dtype: Dtype of the checkpoint; None: that of the base model's `config.json`.
 
     Raises:
-      ValueError: The adapter or its base cannot be loaded.
+      ValueError: The adapter or its base model cannot be loaded.
     """
     from peft_jax.hub import export_merged, load_adapter, load_params
     from peft_jax.runtime.files import atomic_folder
@@ -113,10 +117,10 @@ def export_peft(adapter: Path, output: Path, *, model: str | None = None) -> Non
     Args:
       adapter: Folder of the adapter.
       output: Folder to write to.
-      model: Folder of the base, or its name on the hub; None: the one that the adapter names.
+      model: Folder of the base model, or its name on the hub; None: the adapter's own.
 
     Raises:
-      ValueError: PEFT has no such method, or the adapter or its base cannot be loaded.
+      ValueError: PEFT has no such method, or the adapter or its base model cannot be loaded.
     """
     from peft_jax.generation.loading import base_of
     from peft_jax.hub import load_adapter, save_adapter
@@ -130,7 +134,7 @@ def export_peft(adapter: Path, output: Path, *, model: str | None = None) -> Non
         form = read_json_object(temporary / CONFIG)["peft"]
         if not form["loads"]:
             raise ValueError(f"{adapter} cannot be written for PEFT: {form['why']}")
-        # PEFT reads the other two.
+        # PEFT reads only the other two files.
         for name in (CONFIG, ARRAYS):
             (temporary / name).unlink(missing_ok=True)
         _save_tokenizer(adapter, base, temporary)
@@ -140,21 +144,24 @@ def _adapter_of(workdir: Path) -> Path:
     """Returns the folder of a run's adapter.
 
     Raises:
-      ValueError: The run has left none.
+      ValueError: The run has no adapter.
     """
     adapter = workdir / "adapter"
     if adapter.is_dir():
         return adapter
     if (workdir / "model").is_dir():
-        raise ValueError(f"{workdir} holds a whole model already: {workdir / 'model'}")
+        raise ValueError(
+            f"{workdir} has no adapter, because its run trained the whole model; use"
+            f" {workdir / 'model'}"
+        )
     raise ValueError(
-        f"{workdir} holds no adapter/, which a run writes when it is finished; train.py with the"
-        " same --workdir resumes one that is not"
+        f"{workdir} has no adapter/, which a run writes when it finishes; resume the run with its"
+        " training command"
     )
 
 
 def _check_output(output: Path, adapter: Path) -> None:
-    """Rejects a folder whose files would be mixed with what is written."""
+    """Rejects an output folder that is not empty."""
     if output.is_file():
         raise ValueError(f"--output is {output}, which is a file; give a folder")
     if output.is_dir() and any(output.iterdir()):

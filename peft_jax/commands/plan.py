@@ -1,11 +1,10 @@
-r"""Plans a run on devices that need not be there.
+r"""Plans a run for devices that need not be present.
 
     peft-jax plan --config=hybrid_405b.py --topology=v5p:4x4x8
 
-compiles the training step of the configuration, and says how much memory it
-takes, how long a step takes, and whether it fits. --search looks for the
-smallest devices on which it does. Neither a TPU nor the checkpoint is needed:
-docs/planning.md.
+This compiles the training step of the configuration, and reports its memory,
+its time, and whether it fits. --search finds the smallest topology on which it
+fits. Neither a TPU nor the checkpoint is needed: docs/planning.md.
 
 Exit codes: 0 it fits; 1 failed; 2 rejected, the message says what would work;
 4 it does not fit. docs/exit_codes.md has those of all commands.
@@ -41,7 +40,7 @@ def make_parser() -> ConfigArguments:
 
 
 def add_plan_flags(group: argparse._ArgumentGroup) -> None:
-    """Adds the flags that say what to plan for."""
+    """Adds the flags of planning."""
     group.add_argument(
         "--search",
         action="store_true",
@@ -51,8 +50,8 @@ def add_plan_flags(group: argparse._ArgumentGroup) -> None:
         "--topology",
         default="",
         metavar="DEVICES",
-        help="the devices to plan for: v5p:4x4x8, v5e:16x16*2 (two slices), or cpu or gpu for those"
-        " of this machine, which is the default; with --search a kind of TPU alone, v5p",
+        help="devices to plan for: v5p:4x4x8, v5e:16x16*2 (two slices), or cpu or gpu for those"
+        " of this machine, which is the default; with --search only a kind of TPU, v5p",
     )
     group.add_argument("--json", action="store_true", help="print the plan as JSON")
 
@@ -78,7 +77,7 @@ def plan_given(given: argparse.Namespace) -> int:
     config = from_config_dict(given.config.values)
     name = given.topology or _platform_here()
     if name not in HERE:
-        # Leaves a TPU of this machine free, because planning does not need it.
+        # Planning does not need a TPU of this machine, which another process may use.
         jax.config.update("jax_platforms", "cpu")
     if given.search:
         plan, layout = search(config, name, say=_say)

@@ -14,9 +14,9 @@ more steps, also after its end. A run whose base or data has changed since it
 began is rejected, unless --allow_changed=base,data permits it:
 docs/resuming.md.
 
---plan compiles the training step for devices that need not be there, and says
-what it takes and whether it fits; --search looks for the smallest devices on
-which it does: docs/planning.md.
+--plan compiles the training step for devices that need not be present, and
+reports its memory, its time, and whether it fits. --search finds the smallest
+topology on which it fits: docs/planning.md.
 
 On a pod the same command runs on every host, with --distributed:
 docs/pods.md.
@@ -91,7 +91,7 @@ def ending_together(peers: "PeerMonitor", *, show_traceback: bool = False) -> It
         ending = exits.explain(error)
         if ending is None:
             peers.fail(error)
-        # Where nobody reads what this process says, the others still have to be told.
+        # The other processes must be told even if this one's standard error is closed.
         with contextlib.suppress(BrokenPipeError):
             exits.say(ending.message, name=NAME)
         peers.leave(ending.message, ending.code)
@@ -108,45 +108,43 @@ def make_parser() -> ConfigArguments:
         type=_words,
         default=[],
         metavar="WHAT",
-        help="what may have changed since the run in the work directory began: base, data, or"
-        " both with a comma between",
+        help="sources that may have changed since the run in the work directory began: base, data,"
+        " or both, separated by a comma",
     )
     plan = parser.add_argument_group("planning")
     plan.add_argument(
         "--plan",
         action="store_true",
-        help="compile the training step and say what it takes; nothing is run",
+        help="compile the training step and report its memory and time; nothing is run",
     )
     add_plan_flags(plan)
     add = parser.add_argument_group("several processes").add_argument
     add(
         "--distributed",
         action="store_true",
-        help="one of several processes that train together, as on a pod: the same command on every"
-        " host; on TPU pods, SLURM and Open MPI they find each other, elsewhere give the next"
-        " three",
+        help="train with several processes, as on a pod: run the same command on every host; on"
+        " TPU pods, SLURM and Open MPI they find each other, elsewhere give the next three flags",
     )
     add(
         "--coordinator",
         metavar="HOST:PORT",
-        help="address of the first process, which all can reach; by default"
-        " JAX_COORDINATOR_ADDRESS",
+        help="address of the first process, reachable from all; by default JAX_COORDINATOR_ADDRESS",
     )
     add(
         "--num_processes",
         type=int,
-        help="how many processes train together; by default JAX_NUM_PROCESSES",
+        help="number of processes; by default JAX_NUM_PROCESSES",
     )
     add(
         "--process_id",
         type=int,
-        help="which of them this is, from 0; by default JAX_PROCESS_ID",
+        help="index of this process, from 0; by default JAX_PROCESS_ID",
     )
     add(
         "--contact_timeout",
         type=int,
         metavar="SECONDS",
-        help="after how long a process that is not heard of ends the others (default: 40)",
+        help="time after which an unresponsive process ends the others (default: 40)",
     )
     return parser
 
@@ -156,25 +154,25 @@ def _words(text: str) -> list[str]:
 
 
 def _plans(given: argparse.Namespace) -> bool:
-    """Whether something is to be planned, and nothing run.
+    """Returns whether the command line asks for a plan instead of a run.
 
     Raises:
-      RefusedError: The line says what to plan for, or how to print it, but not to plan: it does not
-        ask for the run that would begin.
+      RefusedError: Flags of planning are given without --plan or --search, so that a run would
+        start unintentionally.
     """
     if given.plan or given.search:
         return True
     alone = [f"--{name}" for name in ("topology", "json") if getattr(given, name)]
     if alone:
         raise RefusedError(
-            f"{' and '.join(alone)} only plan, and neither --plan nor --search is given; add one of"
-            " them, or, to train, leave these out"
+            f"{' and '.join(alone)} need --plan or --search, neither of which is given; add one of"
+            " them, or omit these flags to train"
         )
     return False
 
 
 def _join_processes(given: argparse.Namespace) -> "PeerMonitor | None":
-    """Connects this process with the others, where there are any."""
+    """Connects this process with the others, if there are any."""
     flags = {
         "coordinator": given.coordinator,
         "count": given.num_processes,

@@ -191,7 +191,7 @@ def test_the_adapter_is_exported_as_a_model_and_for_peft(installed, trained):
 
 def test_an_export_is_rejected_by_name(installed, trained):
     done = installed.run("peft-jax", "export", "--workdir=nowhere", "--output=out", code=2)
-    assert done.stderr.startswith("peft-jax export: nowhere holds no adapter/")
+    assert done.stderr.startswith("peft-jax export: nowhere has no adapter/")
     done = installed.run("peft-jax", "export", f"--workdir={trained}", "--output=base", code=2)
     assert "give a new folder" in done.stderr
 

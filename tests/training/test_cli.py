@@ -65,7 +65,7 @@ REFUSED = [
     (["--config.train.epochs=2"], "train.steps is 60 and train.epochs is 2; give one of the two"),
     (["--confg=x"], "there is no flag --confg; did you mean --config?"),
     (["--config.method.target_modules=qproj"], "did you mean 'q_proj'"),
-    (["--json", "--topology=v5p:4x4x8"], "--topology and --json only plan, and neither --plan"),
+    (["--json", "--topology=v5p:4x4x8"], "--topology and --json need --plan"),
 ]
 
 
