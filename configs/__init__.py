@@ -1,1 +1,1 @@
-"""One file a run."""
+"""Defines configurations, one file per kind of run."""

@@ -1,12 +1,12 @@
-r"""Qwen2.5 1.5B on the one chip of a free Colab: a TPU v5e, or a GPU.
+r"""Fine-tunes Qwen2.5 1.5B on the one chip of a free Colab runtime: a TPU v5e, or a GPU.
 
     peft-jax train --config=colab.py --workdir=runs/colab --config.data.path=rows.jsonl
 
-and before, on any machine, without the checkpoint:
+Plan the run first, on any machine and without the checkpoint:
 
     peft-jax train --config=colab.py --plan --topology=v5e:1x1
 
-The argument names another method: `configs/colab.py:method=lora`.
+The argument selects another method: `configs/colab.py:method=lora`.
 """
 
 from ml_collections import ConfigDict

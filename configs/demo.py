@@ -1,10 +1,10 @@
-r"""The demo: the small checkpoint in assets/tiny_world learns to answer questions.
+r"""Teaches the small checkpoint in assets/tiny_world to answer questions, as a demo.
 
     peft-jax train --config=demo.py --workdir=runs/demo
 
-Its base has read stories and songs and was never asked anything. A few hundred steps of the hybrid
-teach it to answer; `make demo` runs this and shows its answers before and after. The argument
-names another method: `configs/demo.py:lora`.
+The base model was pretrained on stories and songs, without any questions. A few hundred steps of
+the hybrid teach it to answer them. `make demo` runs this, and shows answers before and after. The
+argument selects another method: `configs/demo.py:lora`.
 """
 
 from ml_collections import ConfigDict

@@ -1,11 +1,11 @@
-r"""Any supported checkpoint, any data, any method.
+r"""Fine-tunes any supported checkpoint, on any data, with any method.
 
     peft-jax train --config=finetune.py:hybrid --workdir=runs/gsm8k \
         --config.model.path=/path/to/checkpoint --config.data.recipe=gsm8k
 
-The argument names the method: hybrid, lora, lora_ga, boft, unitary or full; and, after a comma, the
-precision of the base: `configs/finetune.py:lora,precision=float32` for a CPU. Every setting can be
-changed with a flag: `--config.method.rank=16`, `--config.train.learning_rate=1e-4`.
+The argument selects the method: hybrid, lora, lora_ga, boft, unitary or full. After a comma, it
+selects the precision of the base model: `configs/finetune.py:lora,precision=float32` for a CPU.
+Flags change any setting: `--config.method.rank=16`, `--config.train.learning_rate=1e-4`.
 """
 
 from ml_collections import ConfigDict

@@ -1,15 +1,15 @@
-r"""Wizard-Vicuna 30B on 32 chips of TPU v5p.
+r"""Fine-tunes Wizard-Vicuna 30B on 32 chips of TPU v5p.
 
     peft-jax train --config=hybrid_30b.py --distributed --workdir=/mnt/bucket/runs/30b \
         --config.model.path=/path/to/Wizard-Vicuna-30B --config.data.path=rows.jsonl
 
-on every host, with a bucket mounted there on each (docs/pods.md); and before, on any machine,
-without the checkpoint:
+Run this on every host, with a bucket mounted at the same path (docs/pods.md). Plan the run first,
+on any machine and without the checkpoint:
 
     peft-jax train --config=hybrid_30b.py --plan --topology=v5p:2x4x4
 
-The argument names another method: `configs/hybrid_30b.py:method=lora`. The model's 52 heads can be
-cut along "tensor" by 4 at most: the next divisors are 13 and 26.
+The argument selects another method: `configs/hybrid_30b.py:method=lora`. The model's 52 heads can
+be sharded over at most 4 devices of "tensor", because the next divisors are 13 and 26.
 """
 
 from ml_collections import ConfigDict

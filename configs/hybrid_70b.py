@@ -1,14 +1,14 @@
-r"""Llama 3.3 70B on 64 chips of TPU v5p.
+r"""Fine-tunes Llama 3.3 70B on 64 chips of TPU v5p.
 
     peft-jax train --config=hybrid_70b.py --distributed --workdir=/mnt/bucket/runs/70b \
         --config.model.path=/path/to/Llama-3.3-70B-Instruct --config.data.path=rows.jsonl
 
-on every host, with a bucket mounted there on each (docs/pods.md); and before, on any machine,
-without the checkpoint:
+Run this on every host, with a bucket mounted at the same path (docs/pods.md). Plan the run first,
+on any machine and without the checkpoint:
 
     peft-jax train --config=hybrid_70b.py --plan --topology=v5p:4x4x4
 
-The argument names another method: `configs/hybrid_70b.py:method=lora`.
+The argument selects another method: `configs/hybrid_70b.py:method=lora`.
 """
 
 from ml_collections import ConfigDict

@@ -1,14 +1,14 @@
-r"""BLOOMZ 7B1 on sixteen chips of TPU v5e.
+r"""Fine-tunes BLOOMZ 7B1 on 16 chips of TPU v5e.
 
     peft-jax train --config=hybrid_7b.py --distributed --workdir=/mnt/bucket/runs/7b \
         --config.model.path=/path/to/bloomz-7b1 --config.data.path=rows.jsonl
 
-on every host, with a bucket mounted there on each (docs/pods.md); and before, on any machine,
-without the checkpoint:
+Run this on every host, with a bucket mounted at the same path (docs/pods.md). Plan the run first,
+on any machine and without the checkpoint:
 
     peft-jax train --config=hybrid_7b.py --plan --topology=v5e:4x4
 
-The argument names another method: `configs/hybrid_7b.py:method=lora`.
+The argument selects another method: `configs/hybrid_7b.py:method=lora`.
 """
 
 from ml_collections import ConfigDict

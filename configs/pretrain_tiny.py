@@ -1,12 +1,11 @@
-r"""The checkpoint in assets/tiny_world, made again from nothing.
+r"""Pretrains the checkpoint in assets/tiny_world from random weights.
 
     python examples/tiny_world.py stories --rows=120000 --out=out/tiny_world/stories.jsonl
     peft-jax train --config=pretrain_tiny.py --workdir=runs/pretrain_tiny
 
-Full training of a small Llama from random weights on text that the project makes itself; what comes
-of it is a checkpoint in Hugging Face's format in `runs/pretrain_tiny/model`. About twenty minutes
-on two cores. The architecture is that of `assets/tiny_world/config.json`, whose weights are not
-read.
+This trains a small Llama on text that the project generates. The result is a checkpoint in Hugging
+Face format in `runs/pretrain_tiny/model`. It takes about twenty minutes on two cores. The
+architecture is that of `assets/tiny_world/config.json`, whose weights are not read.
 """
 
 from ml_collections import ConfigDict
