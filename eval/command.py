@@ -1,17 +1,19 @@
-r"""Evaluates a run, or a checkpoint, on benchmarks.
+r"""Evaluates a run, an adapter or a checkpoint on benchmarks.
 
     peft-jax eval --workdir=runs/gsm8k --tasks=gsm8k,glue
     peft-jax eval --model=/path/to/checkpoint --tasks=xnli --data=folder
 
---workdir is a run's folder; its adapter is evaluated on the base it was made for. --model alone is
-a plain checkpoint, --adapter an adapter's folder. --tasks=list says what there is. Data come from
-the Hugging Face hub, or with --data from a folder of local files.
+--workdir names the folder of a finished run; its adapter is evaluated on its
+base model. --model alone evaluates a checkpoint. --adapter evaluates an
+adapter's folder. --tasks=list lists the tasks. Data come from the Hugging Face
+hub, or with --data from a folder of local files.
 
-Results go to --output, as results.json and results.md; by default to eval/ in the run's folder. The
-same command again goes on where it was stopped, and does no task twice.
+Results are written to --output, as results.json and results.md; by default to
+eval/ in the run's folder. The same command again resumes an interrupted
+evaluation, and repeats no finished task.
 
-Exit codes: 0 done; 1 failed, as when the judge of mt_bench does; 2 refused; 130 stopped by Ctrl-C.
-docs/exit_codes.md says more.
+Exit codes: 0 done; 1 failed, for example because the judge of mt_bench did; 2
+rejected; 130 stopped by Ctrl-C. docs/exit_codes.md has those of all commands.
 """
 
 import argparse
@@ -28,15 +30,19 @@ from peft_jax.runtime import exits
 from peft_jax.runtime.flags import Arguments
 
 
-@exits.command("eval", stopped="stopped; the same command goes on from here")
+@exits.command("eval", stopped="stopped; the same command resumes from here")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; `argv` without the program's name. Returns the exit code."""
+    """Runs the command, and returns its exit code.
+
+    Args:
+      argv: The command line without the program's name; None: that of this process.
+    """
     given = _parser().parse_args(argv)
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError('lm-evaluation-harness is not installed: pip install "peft_jax[eval]"')
-    # The harness draws a bar for every small step; those that matter are drawn here.
+    # The harness shows a progress bar for every small step; this command shows its own.
     os.environ.setdefault("TQDM_DISABLE", "1")
-    # Imported here, so that a mistyped flag is refused at once and not after JAX has started.
+    # Imported here, so that a mistyped flag is rejected at once and not after JAX has started.
     from peft_jax.parallel import MeshSettings
     from peft_jax.runtime.progress import Reporter
 
@@ -104,117 +110,142 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     allow_unsafe = given.allow_unisolated_code
     print(run(settings, makers=makers, reporter=reporter, allow_unsafe=allow_unsafe), end="")
-    print(f"results are in {settings.output_folder}", file=sys.stderr)
+    print(f"results: {settings.output_folder}", file=sys.stderr)
     return 0
 
 
 def _numbers(flag: str, text: str) -> tuple[float, ...] | None:
-    """Numbers parted by commas; None where there is nothing.
+    """Parses numbers separated by commas; returns None for an empty text.
 
     Raises:
-      ValueError: something else.
+      ValueError: `text` is something else.
     """
     if not text:
         return None
     try:
         return tuple(map(float, text.split(",")))
     except ValueError as error:
-        raise ValueError(f"{flag} should be numbers parted by commas, but is {text!r}") from error
+        raise ValueError(
+            f"{flag} is {text!r} but must be numbers separated by commas, for example 2.5,10"
+        ) from error
 
 
 def _whole_numbers(flag: str, text: str) -> tuple[int, ...]:
-    """Whole numbers parted by commas.
+    """Parses whole numbers separated by commas.
 
     Raises:
-      ValueError: something else.
+      ValueError: `text` is something else.
     """
     try:
         return tuple(map(int, text.split(",")))
     except ValueError as error:
         raise ValueError(
-            f"{flag} should be whole numbers parted by commas, but is {text!r}"
+            f"{flag} is {text!r} but must be whole numbers separated by commas, for example 1,10"
         ) from error
 
 
 def _json_object(flag: str, text: str) -> dict[str, Any]:
-    """An object in JSON.
+    """Parses a JSON object.
 
     Raises:
-      ValueError: something else.
+      ValueError: `text` is something else.
     """
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = json.loads(text, parse_constant=_reject_constant)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{flag} is no JSON: {error}") from error
+        raise ValueError(f"{flag} is {text!r}, which is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{flag} should be a JSON object, but is {text!r}")
+        raise ValueError(f'{flag} is {text!r} but must be a JSON object, for example {{"seed": 1}}')
     return value
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number that JSON has")
+def _reject_constant(name: str) -> None:
+    raise ValueError(f"JSON has no number {name}")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Arguments("eval", description=__doc__)
-    add = parser.add_argument_group("what is evaluated").add_argument
-    add("--workdir", type=Path, help="a finished run's folder")
-    add("--model", help="a checkpoint's folder or name on the hub; else the adapter's base")
-    add("--adapter", help="an adapter's folder or name on the hub")
+    add = parser.add_argument_group("model").add_argument
+    add("--workdir", type=Path, help="folder of a finished run")
+    add(
+        "--model",
+        help="folder of a checkpoint, or its name on the hub; by default the adapter's base model",
+    )
+    add("--adapter", help="folder of an adapter, or its name on the hub")
     add("--merge", action="store_true", help="merge the adapter into the parameters first")
-    add("--dtype", default="float32", help="of parameters and computation: float32, bfloat16")
+    add("--dtype", default="float32", help="parameter and compute dtype: float32 or bfloat16")
     add(
         "--quantization",
         choices=("none", "int8", "nf4"),
-        help="how the base's kernels are held; by default as the adapter was trained",
+        help="quantization of the base model; by default as in training",
     )
-    add = parser.add_argument_group("on what").add_argument
-    add("--tasks", default="", help="names, parted by commas; `list` shows what there is")
-    add("--data", type=Path, help="a folder of local files; else the Hugging Face hub")
-    add("--limit", type=float, help="so many rows of each task, or a share of them below 1")
+    add = parser.add_argument_group("tasks").add_argument
+    add("--tasks", default="", help="task names, separated by commas; `list` lists them")
+    add("--data", type=Path, help="folder of local data; by default the Hugging Face hub")
+    add("--limit", type=float, help="number of rows per task, or a fraction of them below 1")
     add(
         "--prompts",
         default="harness",
-        help="harness: comparable with published numbers; trained: those that training uses",
+        help="harness: comparable with published numbers; trained: the prompts of training",
     )
-    add("--num_fewshot", type=int, help="examples put before each question; else as the task says")
-    add("--max_new_tokens", type=int, help="the most new tokens; else as the task says")
-    add("--chat", action="store_true", help="put the tokenizer's chat template around prompts")
-    add("--chat_template", type=Path, help="a file with a Jinja template; else the tokenizer's own")
-    add("--system", default="", help="in a chat, what the system says first")
+    add("--num_fewshot", type=int, help="examples before each question; by default the task's")
+    add("--max_new_tokens", type=int, help="maximum new tokens; by default the task's")
+    add("--chat", action="store_true", help="apply the tokenizer's chat template to prompts")
+    add(
+        "--chat_template",
+        type=Path,
+        help="file with a Jinja chat template; by default the tokenizer's own",
+    )
+    add("--system", default="", help="system message of a chat")
     add(
         "--split_special_tokens",
         action=argparse.BooleanOptionalAction,
-        help="tokenize control tokens in prompts as characters; by default as the run did",
+        help="tokenize control tokens in prompts as characters; by default as in training",
     )
-    add = parser.add_argument_group("how").add_argument
-    add("--output", type=Path, help="where results go")
-    add("--batch_size", type=int, default=16, help="rows of a batch")
-    add("--max_length", type=int, help="the longest text in tokens; else what the model allows")
-    add("--seed", type=int, default=0, help="of sampling")
-    add("--fsdp", type=int, default=1, help="devices that parameters are cut over")
-    add("--tensor", type=int, default=1, help="devices that single layers are cut over")
-    add("--devices", type=int, default=0, help="use only so many devices; 0 for all")
+    add = parser.add_argument_group("execution").add_argument
+    add("--output", type=Path, help="folder of the results")
+    add("--batch_size", type=int, default=16, help="rows per batch")
+    add("--max_length", type=int, help="maximum tokens of a text; by default the model's maximum")
+    add("--seed", type=int, default=0, help="sampling seed")
+    add("--fsdp", type=int, default=1, help="devices that parameters are sharded over")
+    add("--tensor", type=int, default=1, help="devices that each layer is sharded over")
+    add("--devices", type=int, default=0, help="number of devices to use; 0: all")
     add = parser.add_argument_group("generated code (humaneval)").add_argument
-    add("--allow_code_execution", action="store_true", help="run it, in a sandbox")
+    add("--allow_code_execution", action="store_true", help="run generated code in a sandbox")
     add(
         "--allow_unisolated_code",
         action="store_true",
-        help="run it without the sandbox's isolation, with the rights of your user",
+        help="run generated code without isolation, with your user's permissions",
     )
-    add("--samples_per_problem", type=int, default=1, help="completions of each problem")
-    add("--pass_at", default="1", help="the k of pass@k, parted by commas")
-    add("--temperature", type=float, help="of completions; else 0 for one sample, 0.8 for several")
-    add("--code_seconds", type=float, default=10.0, help="how long a program may run")
-    add("--code_memory_mib", type=int, default=1024, help="how much memory it may take")
-    add("--code_workers", type=int, default=0, help="programs at a time; 0: up to four")
-    add = parser.add_argument_group("the judge (mt_bench)").add_argument
-    add("--judge", default="", help="https://…/v1, an endpoint of OpenAI's protocol; local:FOLDER")
-    add("--judge_model", default="", help="the model that the endpoint is asked for")
-    add("--judge_key_variable", default="OPENAI_API_KEY", help="the environment's name of its key")
-    add("--judge_options", default="{}", help="fields of each request in JSON; null takes one away")
-    add("--judge_prices", default="", help="of a million tokens of prompts, and of answers: 2.5,10")
-    add("--judge_budget", type=float, help="what it may cost at most, by those prices")
-    add("--judge_retries", type=int, default=5, help="how often a failed request is made again")
-    add("--judge_workers", type=int, default=4, help="requests at a time")
+    add("--samples_per_problem", type=int, default=1, help="completions per problem")
+    add("--pass_at", default="1", help="values of k in pass@k, separated by commas")
+    add(
+        "--temperature",
+        type=float,
+        help="sampling temperature; by default 0 for one sample and 0.8 for several",
+    )
+    add("--code_seconds", type=float, default=10.0, help="time limit of a program")
+    add("--code_memory_mib", type=int, default=1024, help="memory limit of a program")
+    add("--code_workers", type=int, default=0, help="programs run at once; 0: up to four")
+    add = parser.add_argument_group("judge (mt_bench)").add_argument
+    add(
+        "--judge",
+        default="",
+        help="OpenAI-compatible endpoint, https://…/v1, or local:FOLDER for a local model",
+    )
+    add("--judge_model", default="", help="model name that is sent to the endpoint")
+    add(
+        "--judge_key_variable",
+        default="OPENAI_API_KEY",
+        help="environment variable that holds the endpoint's key",
+    )
+    add("--judge_options", default="{}", help="request fields as JSON; null removes a field")
+    add(
+        "--judge_prices",
+        default="",
+        help="prices per million prompt tokens and per million completion tokens: 2.5,10",
+    )
+    add("--judge_budget", type=float, help="maximum cost of the judge, by those prices")
+    add("--judge_retries", type=int, default=5, help="retries of a failed request")
+    add("--judge_workers", type=int, default=4, help="concurrent requests")
     return parser

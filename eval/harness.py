@@ -1,4 +1,4 @@
-"""One task of lm-evaluation-harness, from requests to numbers with standard errors."""
+"""Evaluates one task of lm-evaluation-harness, with standard errors."""
 
 import contextlib
 import io
@@ -18,7 +18,7 @@ from .json_lines import json_line
 from .results import Metric
 
 _RESAMPLES = 1000
-"""Of the harness's own bootstrap, where a metric has no standard error in closed form."""
+"""Resamples of the harness's bootstrap, for metrics without a closed-form standard error."""
 
 
 def evaluate_task(
@@ -30,20 +30,20 @@ def evaluate_task(
     system: str = "",
     allow_unsafe: bool = False,
 ) -> dict[str, Any]:
-    """The harness's results of a task or group that `build_task` made.
+    """Evaluates a task or group from `build_task`, and returns the harness's results.
 
     Args:
-      model: what answers.
-      task: the task or group.
-      limit: so many rows, or a share of them below 1; None: all.
-      chat: put the model's chat template around prompts.
-      system: what the system says first.
-      allow_unsafe: whether tasks that run generated code in this process are run.
+      model: Model to evaluate.
+      task: Task or group.
+      limit: Number of rows, or a fraction of them below 1; None: all.
+      chat: Whether to apply the model's chat template to prompts.
+      system: System message of a chat.
+      allow_unsafe: Whether to allow tasks that run generated code in this process.
 
     Raises:
-      ValueError: the task runs generated code, and that is not allowed.
+      ValueError: The task runs generated code, and that is not allowed.
     """
-    # Its bootstrap forks, which a process with JAX in it must not.
+    # The harness's bootstrap forks, which is unsafe in a process that runs JAX.
     os.environ["DISABLE_MULTIPROC"] = "1"
     with contextlib.redirect_stdout(io.StringIO()), quiet_harness():
         found = evaluate(
@@ -61,12 +61,12 @@ def evaluate_task(
 
 
 def metrics_of(name: str, task: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[Metric, ...]:
-    """The numbers of a task or group, from the harness's results.
+    """Returns the metrics of a task or group.
 
     Args:
-      name: of the task or group.
-      task: as `build_task` made it.
-      found: as `evaluate_task` gave it.
+      name: Name of the task or group.
+      task: Result of `build_task`.
+      found: Result of `evaluate_task`.
     """
     metrics = []
     better = found["higher_is_better"].get(name, {})
@@ -90,7 +90,7 @@ def metrics_of(name: str, task: Mapping[str, Any], found: Mapping[str, Any]) -> 
 
 
 def write_samples(file: Path, samples: list[Mapping[str, Any]]) -> None:
-    """Writes each row's prompt, answers and scores, a line of JSON each."""
+    """Writes the prompt, completions and scores of each row, one JSON line per row."""
     lines = [json_line(sample, default=handle_non_serializable) for sample in samples]
     write_text(file, "".join(lines))
 
@@ -98,7 +98,7 @@ def write_samples(file: Path, samples: list[Mapping[str, Any]]) -> None:
 def _own_standard_error(
     name: str, task: Mapping[str, Any], found: Mapping[str, Any], metric: str, variant: str
 ) -> float | None:
-    """The standard error of a measure of ours, which the harness knows none for."""
+    """Returns the standard error of one of this project's metrics, unknown to the harness."""
     if name not in task["tasks"]:
         return None
     aggregation = task["tasks"][name].aggregation().get(metric)
@@ -114,7 +114,7 @@ def _own_standard_error(
 
 @contextlib.contextmanager
 def quiet_harness() -> Iterator[None]:
-    """Keeps the harness's remarks on its own configurations off the terminal, errors aside."""
+    """Silences the harness's warnings about its own configurations; errors are still shown."""
     logger = logging.getLogger("lm_eval")
     before = logger.level
     logger.setLevel(logging.ERROR)

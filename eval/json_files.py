@@ -1,4 +1,4 @@
-"""JSON that an earlier command has left behind, and that others may have changed."""
+"""Reads JSON files of an earlier command, which may have been changed since."""
 
 import json
 from pathlib import Path
@@ -8,26 +8,26 @@ from peft_jax.runtime.errors import RefusedError
 
 
 def read_object(file: Path, what: str, remedy: str) -> dict[str, Any]:
-    """Returns the object that a file holds.
+    """Reads a file that holds one JSON object.
 
     Args:
-      file: The file.
-      what: What it should be, in a word or two.
-      remedy: What would help where it is none.
+      file: File to read.
+      what: Description of the expected content, for messages.
+      remedy: Advice for messages.
 
     Raises:
-      RefusedError: It is cut off, no JSON, or no object.
+      RefusedError: The file is truncated, not JSON, or not an object.
     """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
-            raise ValueError(f"a JSON object is expected, and it is {type(value).__name__}")
+            raise ValueError(f"expected a JSON object but found {type(value).__name__}")
     except (ValueError, RecursionError) as error:
-        raise not_one(file, what, error, remedy) from error
+        raise invalid_file(file, what, error, remedy) from error
     return value
 
 
-def not_one(file: Path, what: str, error: Exception, remedy: str) -> RefusedError:
-    """Returns the refusal of a file that is not what it should be."""
+def invalid_file(file: Path, what: str, error: Exception, remedy: str) -> RefusedError:
+    """Returns the error that rejects a file with unexpected content."""
     why = f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else str(error)
     return RefusedError(f"{file} is not {what}: {why}. {remedy}")

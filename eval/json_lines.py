@@ -1,4 +1,4 @@
-"""Records as lines of JSON that any text can be in."""
+"""Writes records as JSON lines, whatever text they hold."""
 
 import json
 from collections.abc import Callable
@@ -6,14 +6,14 @@ from typing import Any
 
 
 def json_line(record: Any, default: Callable[[Any], Any] | None = None) -> str:
-    r"""One record as a line, its end included.
+    r"""Returns a record as one line, with the newline.
 
-    Half of a surrogate pair, which programs and judges may write and UTF-8 has no bytes for, is
-    escaped; it is read back as it was.
+    Programs and judges may write lone surrogates, which UTF-8 cannot encode. They are escaped, so
+    that reading the line restores them.
 
     Args:
-      record: what JSON can hold.
-      default: makes such of what it cannot.
+      record: JSON-serializable record.
+      default: Converts other values, as in `json.dumps`.
 
     Example:
       >>> json_line({"said": "ä\ud83d"})

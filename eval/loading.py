@@ -1,4 +1,4 @@
-"""The model to be evaluated: its files, before they are read, and its arrays on the devices."""
+"""Finds and loads the model to evaluate."""
 
 import dataclasses
 import hashlib
@@ -27,15 +27,15 @@ _FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
 
 @dataclasses.dataclass(frozen=True)
 class ModelFiles:
-    """Where a model and its adapter are.
+    """Files and settings of a model and its adapter.
 
     Attributes:
-      model: the checkpoint's folder.
-      adapter: the adapter's folder; None without one.
-      tokenizer: its transformers tokenizer.
-      context: how many tokens it was made for; None where its positions have no end.
-      quantization: how the base's kernels are held.
-      split_special_tokens: whether control tokens in prompts are tokenized as characters.
+      model: Folder of the checkpoint.
+      adapter: Folder of the adapter; None without one.
+      tokenizer: Hugging Face tokenizer.
+      context: Context length in tokens; None if positions are unbounded.
+      quantization: Quantization of the base model.
+      split_special_tokens: Whether control tokens in prompts are tokenized as characters.
     """
 
     model: Path
@@ -46,7 +46,7 @@ class ModelFiles:
     split_special_tokens: bool
 
     def identity(self) -> dict[str, Any]:
-        """The folders, and a digest of what is in them, by which a changed model is noticed."""
+        """Returns the folders with digests of their files, to detect a changed model."""
         found: dict[str, Any] = {
             "model": str(self.model.resolve()),
             "model_digest": _digest(self.model),
@@ -64,15 +64,15 @@ class ModelFiles:
 
 
 def find_model(settings: EvalSettings) -> ModelFiles:
-    """Finds the model, and refuses what cannot be loaded before anything large is read.
+    """Finds the model, and rejects an unsuitable one before large files are read.
 
     Raises:
-      ValueError: a folder is missing, or does not hold what it should.
+      ValueError: A folder is missing, or the model cannot be evaluated.
     """
     if jax.process_count() > 1:
         raise ValueError(
-            "evaluation runs in one process, with all the devices of its host; this program has"
-            f" {jax.process_count()}"
+            f"evaluation runs in one process but there are {jax.process_count()}; start one on"
+            " one host, with all of its devices"
         )
     name, adapter_name = settings.source
     adapter = None if adapter_name is None else find_folder(adapter_name)
@@ -80,8 +80,8 @@ def find_model(settings: EvalSettings) -> ModelFiles:
     config = read_config(folder)
     if is_encoder(config):
         raise ValueError(
-            f"{folder} is an encoder, which writes no text to be evaluated here: train.py measures"
-            " one on held-out rows while it is fine-tuned (docs/encoders.md)"
+            f"{folder} is an encoder, but this command evaluates models that generate text;"
+            " train.py evaluates an encoder on held-out rows (docs/encoders.md)"
         )
     model = build_model(config, None)
     open_sources(folder, model)
@@ -91,14 +91,14 @@ def find_model(settings: EvalSettings) -> ModelFiles:
     )
     if settings.chat and not tokenizer.chat_template:
         raise ValueError(
-            f"--chat: the tokenizer of {folder} has no chat template: name a file with one in"
-            " --chat_template"
+            f"--chat is given, but the tokenizer of {folder} has no chat template; give a file with"
+            " one as --chat_template"
         )
     split = _split_special_tokens(settings)
     if split and not getattr(tokenizer, "is_fast", False):
         raise ValueError(
-            f"--split_special_tokens needs a fast tokenizer, and the one of {folder} is"
-            f" {type(tokenizer).__name__}: --no-split_special_tokens reads control tokens as such"
+            f"--split_special_tokens needs a fast tokenizer, but that of {folder} is"
+            f" {type(tokenizer).__name__}; give --no-split_special_tokens"
         )
     return ModelFiles(
         model=folder,
@@ -111,9 +111,9 @@ def find_model(settings: EvalSettings) -> ModelFiles:
 
 
 def _quantization(settings: EvalSettings, adapter: Path | None) -> str:
-    """How the base's kernels are held: as asked, or as they were while the adapter was trained.
+    """Returns the quantization that was given, or that of training.
 
-    A run of peft_jax 0.1 has not written it down with its adapter, but in its configuration.
+    A run of peft_jax 0.1 recorded it in its configuration, not with its adapter.
     """
     asked = settings.quantization
     if asked is None and adapter is not None and recorded_quantization(adapter) is None:
@@ -122,7 +122,7 @@ def _quantization(settings: EvalSettings, adapter: Path | None) -> str:
 
 
 def _split_special_tokens(settings: EvalSettings) -> bool:
-    """Whether control tokens in prompts are characters: as asked, or as the run was trained."""
+    """Returns the setting of that name as given, or as in training."""
     asked = settings.split_special_tokens
     if asked is None:
         asked = _of_the_run(settings, "data").get("split_special_tokens", False)
@@ -130,7 +130,7 @@ def _split_special_tokens(settings: EvalSettings) -> bool:
 
 
 def _of_the_run(settings: EvalSettings, part: str) -> dict[str, Any]:
-    """A part of the configuration that a run has written down; empty where there is none."""
+    """Returns a section of the run's recorded configuration; empty if there is none."""
     config = None if settings.workdir is None else settings.workdir / "config.json"
     if config is None or not config.is_file():
         return {}
@@ -142,21 +142,21 @@ def load(settings: EvalSettings, files: ModelFiles) -> tuple[Loaded, jax.shardin
     """Loads the model onto the devices.
 
     Returns:
-      The model, and how rows of batches are shared out.
+      The model, and the sharding of batches.
 
     Raises:
-      ValueError: the devices cannot be shared out as asked, or the model cannot be loaded.
+      ValueError: The mesh does not fit the devices, or the model cannot be loaded.
     """
     if settings.quantization is None and files.quantization != "none":
         print(
-            f"the base's kernels are held in {files.quantization}, as the adapter was trained;"
-            " --quantization=none for as they are",
+            f"the base model is quantized to {files.quantization}, as in training;"
+            " --quantization=none disables this",
             file=sys.stderr,
         )
     if settings.split_special_tokens is None and files.split_special_tokens:
         print(
-            "control tokens in prompts are tokenized as characters, as the run was trained;"
-            " --no-split_special_tokens for as control tokens",
+            "control tokens in prompts are tokenized as characters, as in training;"
+            " --no-split_special_tokens disables this",
             file=sys.stderr,
         )
     mesh = make_mesh(settings.mesh)
@@ -169,12 +169,12 @@ def load(settings: EvalSettings, files: ModelFiles) -> tuple[Loaded, jax.shardin
         quantization=files.quantization,
         chat_template=settings.chat_template,
     )
-    # The one that was looked at, with the chat template it was given.
+    # `files.tokenizer` is the one that was checked.
     return dataclasses.replace(loaded, tokenizer=files.tokenizer), batch_sharding(mesh)
 
 
 def _digest(folder: Path) -> str:
-    """A digest of the names, sizes and times of a folder's files."""
+    """Returns a digest of the names, sizes and modification times of a folder's files."""
     files = sorted({file for pattern in _FILES for file in folder.glob(pattern)})
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]

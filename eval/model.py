@@ -1,8 +1,7 @@
-"""Our models as EleutherAI's lm-evaluation-harness wants them.
+"""Adapts this library's models to EleutherAI's lm-evaluation-harness.
 
-What the harness's own backend for transformers does (`lm_eval.models.huggingface.HFLM`) is done
-here too, so that numbers are comparable: where a context and its continuation are cut, what is put
-before a text, and which tokens are left out of one that is too long.
+Tokenization and truncation follow the harness's backend for transformers
+(`lm_eval.models.huggingface.HFLM`), so that results are comparable.
 """
 
 import collections
@@ -26,79 +25,79 @@ from .chat_text import ChatText
 from .responses import ResponseStore
 from .scoring import ScoringRow, TokenScorer
 
-_NO_END = 2048
-"""The longest text for a model whose positions have no end; the harness's own choice."""
+_UNBOUNDED_LENGTH = 2048
+"""Maximum length for a model with unbounded positions, as in the harness."""
 
 _NEW_TOKENS = 256
-"""The most new tokens where a task names none; the harness's own choice."""
+"""Maximum new tokens of a task that sets no limit, as in the harness."""
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
     "repetition_penalty": (1, 1.0),
     "num_return_sequences": (1,),
 }
-"""Settings of generation that are not implemented, with the values that change nothing."""
+"""Unsupported generation settings, with the values that have no effect."""
 
 _SEED_STRIDE = 1_000_003
-"""How far apart the seeds of a prompt's repetitions are."""
+"""Difference between the seeds of repeated samples of a prompt."""
 
 Score = tuple[float, bool]
-"""The log-likelihood of a continuation in nats, and whether it is what greedy decoding writes."""
+"""Log-likelihood of a continuation in nats, and whether greedy decoding generates it."""
 
 
 def longest_text(context: int | None, max_length: int | None) -> int:
-    """How many tokens a text may have, its continuation included.
+    """Returns the maximum number of tokens of a text with its continuation.
 
     Args:
-      context: what the model was made for; None where its positions have no end.
-      max_length: what was asked for; None: what the model was made for, or 2,048.
+      context: Context length of the model; None if positions are unbounded.
+      max_length: Requested maximum; None: the context length, or 2,048 if unbounded.
 
     Raises:
-      ValueError: it is not positive or more than the model was made for.
+      ValueError: `max_length` is below 2 or exceeds the context length.
     """
     if max_length is not None and not 1 < max_length <= (context or max_length):
         raise ValueError(
-            f"max_length is {max_length}; it must be from 2 to {context or 'any number'}, what"
-            " the model was made for"
+            f"max_length is {max_length} but must be from 2"
+            + (f" to {context}, the model's context length" if context else " up")
         )
-    return max_length or context or _NO_END
+    return max_length or context or _UNBOUNDED_LENGTH
 
 
 def new_tokens_of(gen_kwargs: Mapping[str, Any] | None) -> int:
-    """The most new tokens that the harness's settings of generation ask for."""
+    """Returns the maximum new tokens of the harness's generation settings."""
     return normalize_gen_kwargs(dict(gen_kwargs or {}), _NEW_TOKENS)["max_gen_toks"]
 
 
 def check_room(new_tokens: int, max_length: int) -> None:
-    """Raises ValueError unless a prompt has room beside so many new tokens."""
+    """Rejects a number of new tokens that leaves no room for a prompt, with ValueError."""
     if new_tokens >= max_length:
         raise ValueError(
-            f"up to {new_tokens} new tokens are asked for, which leaves no room for a prompt in the"
-            f" {max_length} tokens that fit; ask for fewer with --max_new_tokens"
+            f"max_new_tokens is {new_tokens}, which leaves no room for a prompt in the maximum"
+            f" length of {max_length} tokens; give a smaller --max_new_tokens"
         )
 
 
 class HarnessModel(TemplateLM):
-    """A causal language model of this library, for `lm_eval.evaluator.evaluate`.
+    """Causal language model for `lm_eval.evaluator.evaluate`.
 
-    Requests are sorted by length and cut into batches, which are shared out over the devices.
-    Continuations of one context that differ in their last token only are read once. What has been
-    answered before is taken from the store.
+    Requests are sorted by length and batched, and the rows of a batch are sharded over devices.
+    Continuations of one context that differ only in their last token share one forward pass.
+    Earlier responses are taken from the store.
 
     Args:
-      loaded: the model, its parameters and its tokenizer.
-      row_sharding: how the rows of a batch are shared out over devices.
-      batch_size: rows of a batch.
-      max_length: the longest text in tokens; None: what the model was made for, or 2,048 where its
-        positions have no end.
-      seed: of sampling.
-      split_special_tokens: tokenize control tokens in prompts, the assistant's turns aside, as the
-        characters that they are; as the setting of that name in training's data.
-      store: what was answered before, and where answers go.
-      reporter: shows progress.
+      loaded: Model, parameters and tokenizer.
+      row_sharding: Sharding of the rows of a batch.
+      batch_size: Rows per batch.
+      max_length: Maximum tokens of a text; None: the model's context length, or 2,048 if its
+        positions are unbounded.
+      seed: Sampling seed.
+      split_special_tokens: Whether control tokens in prompts are tokenized as characters, except
+        in the assistant's turns. The data setting of that name does the same in training.
+      store: Store of responses.
+      reporter: Shows progress.
 
     Raises:
-      ValueError: `max_length` is not positive or more than the model was made for.
+      ValueError: `max_length` is below 2 or exceeds the context length.
     """
 
     backend = "causal"
@@ -129,34 +128,37 @@ class HarnessModel(TemplateLM):
             loaded.model, loaded.params, row_sharding=row_sharding, batch_size=batch_size
         )
         self.truncated = 0
-        """How many requests were too long and lost their beginnings, since it was last set; those
-        that were answered before are among them."""
+        """Number of truncated requests since this was last set; stored responses count too."""
 
     # Tokens.
 
     @property
     def eot_token_id(self) -> int:
-        """The tokenizer's end token, which stands for a text that has not begun."""
+        """Returns the tokenizer's end token, which the harness uses for an empty context."""
         return self.tokenizer.eos_token_id
 
     @property
     def prefix_token_id(self) -> int:
-        """What an empty context is replaced by."""
+        """Returns the token that replaces an empty context.
+
+        Raises:
+          ValueError: The tokenizer has neither a begin nor an end token.
+        """
         begin = self.tokenizer.bos_token_id
         token = self.eot_token_id if begin is None else begin
         if token is None:
             raise ValueError(
-                "the tokenizer has neither a begin nor an end token, one of which a text without a"
-                " context is put behind"
+                "the tokenizer has neither a begin nor an end token; one of them is needed to score"
+                " text without a context"
             )
         return token
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """The tokens of a text, behind what the tokenizer puts before one, unless it is there.
+        """Tokenizes a text, with a begin token unless it already has one.
 
-        What a chat template wrote has the tokens that training has, and nothing before them.
+        The output of a chat template is tokenized as in training, without a begin token.
         """
         if isinstance(string, ChatText) and string.ids is not None:
             return list(string.ids)
@@ -169,14 +171,14 @@ class HarnessModel(TemplateLM):
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
     def _split_ids(self, string: str, *, begin: bool) -> list[int]:
-        """The tokens of a text in which only a chat template's control tokens are such.
+        """Tokenizes a text in which only a chat template may write control tokens.
 
         Args:
-          string: the text.
-          begin: put what the tokenizer has before a text, unless a template wrote it.
+          string: Text to tokenize.
+          begin: Whether to add the begin token, unless a template wrote the text.
 
         Raises:
-          ValueError: the tokenizer has no other token for a control token's character.
+          ValueError: The tokenizer cannot split one of the control tokens.
         """
         encoder = self._encoder
         chat = string if isinstance(string, ChatText) else ChatText(string, templated=0)
@@ -191,20 +193,20 @@ class HarnessModel(TemplateLM):
         try:
             return encoder.prompt_ids(example).tolist()
         except BadRowError as error:
-            raise ValueError(f"a prompt cannot be tokenized: {error.detail}") from error
+            raise ValueError(f"cannot tokenize a prompt: {error.detail}") from error
 
     @property
     def tokenizer_name(self) -> str:
-        """Names the tokenizer in the harness's records."""
+        """Returns the tokenizer's name for the harness's records."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """A conversation as text; without a generation prompt its last turn is left open.
+        """Renders a conversation; without a generation prompt, its last turn stays open.
 
         Raises:
-          ValueError: the template refuses the conversation.
+          ValueError: The template rejects the conversation.
         """
         encoder = self._encoder
         try:
@@ -215,7 +217,7 @@ class HarnessModel(TemplateLM):
             rendered = encoder.renderer.continued(chat_history)
             return ChatText(rendered.text, plain=rendered.plain)
         except BadRowError as error:
-            message = f"the tokenizer's chat template refuses a prompt: {error.detail}"
+            message = f"the tokenizer's chat template rejects a prompt: {error.detail}"
             raise ValueError(message) from error
 
     @functools.cached_property
@@ -225,11 +227,11 @@ class HarnessModel(TemplateLM):
     # Log-likelihoods.
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Score]:
-        """The log-likelihood of each continuation after its context."""
+        """Returns the log-likelihood of each continuation given its context."""
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
-        """The log-likelihood of whole texts; long ones in windows, each token scored once."""
+        """Returns the log-likelihood of whole texts; windows of a long one score a token once."""
         texts = [request.args[0] for request in requests]
         totals = {
             text: known
@@ -278,11 +280,13 @@ class HarnessModel(TemplateLM):
         for index in waiting:
             texts, context, continuation = requests[index]
             if not continuation:
-                raise ValueError(f"there is no token to score in {texts[1]!r} after {texts[0]!r}")
+                raise ValueError(
+                    f"the continuation {texts[1]!r} of {texts[0]!r} has no tokens to score"
+                )
             if len(continuation) > self.max_length:
                 raise ValueError(
-                    f"a continuation has {len(continuation)} tokens, and {self.max_length} fit:"
-                    f" {texts[1][:60]!r}…"
+                    f"a continuation has {len(continuation)} tokens, but max_length is"
+                    f" {self.max_length}: {texts[1][:60]!r}…"
                 )
             pairs.append((context, continuation))
         for scored in self._score(pairs, "choices"):
@@ -295,14 +299,14 @@ class HarnessModel(TemplateLM):
     def _score(
         self, pairs: Sequence[tuple[list[int], list[int]]], what: str
     ) -> Iterator[dict[int, Score]]:
-        """Scores continuations after their contexts.
+        """Scores continuations given their contexts.
 
         Args:
-          pairs: the tokens of each context and continuation, at least one each.
-          what: what they are called in the progress.
+          pairs: Tokens of each context and continuation, neither of them empty.
+          what: Name of the continuations in the progress.
 
         Yields:
-          After each batch, scores by index.
+          Scores by index, after each batch.
         """
         groups: dict[tuple[tuple[int, ...], int], list[int]] = collections.defaultdict(list)
         for index, (context, continuation) in enumerate(pairs):
@@ -331,14 +335,14 @@ class HarnessModel(TemplateLM):
     # Generation.
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        """Continues each context until one of its stop strings."""
+        """Generates after each context until one of its stop strings."""
         return self.complete([(r.args[0], self.settings_of(r.args[1])) for r in requests])
 
     def settings_of(self, gen_kwargs: dict[str, Any]) -> GenerationSettings:
-        """The harness's settings of generation as ours.
+        """Converts the harness's generation settings.
 
         Raises:
-          ValueError: one is not implemented and would change what is generated.
+          ValueError: A setting is unsupported and would change the output.
         """
         given = dict(normalize_gen_kwargs(gen_kwargs, _NEW_TOKENS))
         until = handle_stop_sequences(given.pop("until", None), eos=self.tokenizer.eos_token)
@@ -359,22 +363,21 @@ class HarnessModel(TemplateLM):
         if unknown:
             raise ValueError(
                 f"generation with {', '.join(f'{k}={v!r}' for k, v in unknown.items())} is not"
-                " implemented; known: until, max_gen_toks, do_sample, temperature, top_k, top_p"
+                " supported; known: until, max_gen_toks, do_sample, temperature, top_k, top_p"
             )
         return settings
 
     def complete(self, requests: Sequence[tuple[str, GenerationSettings]]) -> list[str]:
-        """What each text is continued by, without its stop string.
+        """Returns the completion of each prompt, without its stop string.
 
-        The same request several times is answered differently each time where tokens are sampled,
-        and alike in every run with the same seed.
+        With sampling, repeated requests get different completions, which the seed reproduces.
 
         Args:
-          requests: texts, and how each is continued.
+          requests: Prompts, each with its generation settings.
 
         Raises:
-          ValueError: a request leaves no room for a prompt in the model's context.
-          FloatingPointError: the model's logits are not finite.
+          ValueError: A request leaves no room for a prompt in the model's context.
+          FloatingPointError: The model's logits are not finite.
         """
         seen: collections.Counter[tuple[str, GenerationSettings]] = collections.Counter()
         found: dict[int, str] = {}
@@ -401,7 +404,7 @@ class HarnessModel(TemplateLM):
         return [found[index] for index in range(len(requests))]
 
     def _too_long(self, requests: Sequence[tuple[str, GenerationSettings]]) -> int:
-        """How many prompts leave no room for what they are to be continued by."""
+        """Counts the prompts that are too long for their completions to fit."""
         lengths = {text: len(self.tok_encode(text)) for text in {text for text, _ in requests}}
         return sum(
             lengths[text] + settings.max_new_tokens > self.max_length for text, settings in requests
@@ -414,13 +417,13 @@ class HarnessModel(TemplateLM):
         settings: GenerationSettings,
         repetition: int,
     ) -> Iterator[tuple[Sequence[int], list[str]]]:
-        """Continues requests of the same settings, the longest first, batch by batch."""
+        """Completes requests with the same settings in batches, the longest first."""
         check_room(settings.max_new_tokens, self.max_length)
         room = self.max_length - settings.max_new_tokens
         prompts = {index: self.tok_encode(requests[index][0]) for index in indices}
-        # An empty prompt is put behind what begins a text.
+        # The model cannot continue an empty prompt.
         prompts = {i: prompt[-room:] or [self.prefix_token_id] for i, prompt in prompts.items()}
-        # Each time that the same prompt is continued it is with another seed.
+        # Repeated samples of a prompt need different seeds.
         settings = dataclasses.replace(settings, seed=settings.seed + _SEED_STRIDE * repetition)
         longest_first = sorted(indices, key=lambda index: len(prompts[index]), reverse=True)
         for start in range(0, len(longest_first), settings.batch_size):
@@ -437,11 +440,11 @@ class HarnessModel(TemplateLM):
 
 
 def _row(read: Sequence[int], continuations: Sequence[Sequence[int]]) -> ScoringRow:
-    """Continuations of one context that differ in their last token only, as one row.
+    """Packs continuations of one context that differ only in their last token into one row.
 
     Args:
-      read: the context, and what the continuations have in common.
-      continuations: their tokens.
+      read: Tokens of the context and of the continuations' common prefix.
+      continuations: Tokens of each continuation.
 
     Example:
       >>> row = _row([5, 6, 7], [[7, 8], [7, 9]])
@@ -456,7 +459,7 @@ def _row(read: Sequence[int], continuations: Sequence[Sequence[int]]) -> Scoring
 
 
 def _record(settings: GenerationSettings) -> dict[str, Any]:
-    """What of the settings decides what is generated."""
+    """Returns the settings that determine the output."""
     record = dataclasses.asdict(settings)
     del record["batch_size"]
     return record

@@ -1,4 +1,4 @@
-"""Work done side by side, that can be stopped at any time."""
+"""Runs work in threads, which can be stopped at any time."""
 
 import collections
 import concurrent.futures
@@ -19,21 +19,21 @@ def as_done(
     may_begin: Callable[[Item], bool] = lambda item: True,
     stop: Callable[[], None] | None = None,
 ) -> Generator[tuple[Item, "concurrent.futures.Future[Result]"], None, None]:
-    """Does the work of each item in a thread of its own, in their order.
+    """Runs `work` on each item in its own thread, starting in order.
 
-    Once this is closed, or interrupted, nothing more is begun. Threads do not keep the program from
-    ending.
+    Closing or interrupting the generator starts no further items. The threads are daemons and do
+    not keep the program alive.
 
     Args:
-      work: what is done.
-      items: what it is done with.
-      workers: how many are worked on at a time.
-      may_begin: asked before an item is begun; after a no it is asked again when another is done,
-        and what is left is not done if there is none.
-      stop: makes the work that goes on end soon, which is then waited for; None: it is left alone.
+      work: Function to run.
+      items: Arguments of `work`.
+      workers: Number of items that run at once.
+      may_begin: Whether an item may start. If not, it is asked again after another item has
+        finished. If none is running, the remaining items are skipped.
+      stop: Makes running work end soon, so that it can be joined; None: work is left running.
 
     Yields:
-      Each item that is done, and what came of it.
+      Each finished item with its future.
     """
     done: queue.SimpleQueue = queue.SimpleQueue()
 

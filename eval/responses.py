@@ -1,4 +1,4 @@
-"""What the model has answered so far, on disk, so that a stopped evaluation goes on."""
+"""Stores the model's responses on disk, so that an interrupted evaluation can resume."""
 
 import hashlib
 import json
@@ -12,15 +12,15 @@ from .json_lines import json_line
 
 
 class ResponseStore:
-    """Responses by request, a line of JSON each, added as they come.
+    """Responses by request, appended to a file as JSON lines.
 
-    A line that a killed process left half written is dropped.
+    A last line that a killed process left incomplete is dropped.
 
     Args:
-      file: where they are kept; None: in memory only.
+      file: File of the responses; None: they are kept only in memory.
 
     Raises:
-      RefusedError: the file has a line that is no response.
+      RefusedError: A line of the file is not a response.
     """
 
     def __init__(self, file: Path | None = None):
@@ -30,25 +30,25 @@ class ResponseStore:
             self._read(file)
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Returns the number of responses."""
         return len(self._known)
 
     def get(self, *request: Any) -> Any:
-        """The response to a request, or None.
+        """Returns the response to a request, or None.
 
         Raises:
-          RefusedError: it is not of the form that responses to such requests have.
+          RefusedError: The response has the wrong form for its kind of request.
         """
         response = self._known.get(_key(request))
         if response is not None and not _FORMS.get(request[0], _is_anything)(response):
             raise RefusedError(
-                f"{self._file} holds {str(response)[:100]!r} as the response to a request of the"
-                f" kind {request[0]!r}, which has another form. {_REMEDY}"
+                f"{self._file} has a response of the wrong form to a {request[0]!r} request:"
+                f" {str(response)[:100]!r}. {_REMEDY}"
             )
         return response
 
     def add(self, response: Any, *request: Any) -> None:
-        """Keeps a response, which JSON can hold and is not None."""
+        """Stores a response, which must be JSON-serializable and not None."""
         key = _key(request)
         self._known[key] = response
         if self._file is None:
@@ -66,10 +66,10 @@ class ResponseStore:
                 try:
                     key, response = json.loads(line)
                     if not isinstance(key, str):
-                        raise ValueError(f"its request is {str(key)[:100]}")
+                        raise ValueError(f"its key is {str(key)[:100]}, not text")
                 except (ValueError, TypeError, RecursionError) as error:
                     raise RefusedError(
-                        f"{file}:{number} is no response: {error}. {_REMEDY}"
+                        f"{file}:{number} is not a response: {error}. {_REMEDY}"
                     ) from error
                 self._known[key] = response
                 whole += len(line)
@@ -78,7 +78,7 @@ class ResponseStore:
                 stream.truncate(whole)
 
 
-_REMEDY = "Take the line out, or remove the file to ask for all of them again"
+_REMEDY = "Delete the line, or delete the file to compute all responses again"
 
 
 def _is_anything(response: Any) -> bool:
@@ -114,7 +114,7 @@ _FORMS: dict[str, Callable[[Any], bool]] = {
     "rolling": _is_number,
     "run tested": _is_outcome,
 }
-"""Tells whether a response is of the form that a kind of request has."""
+"""Checks of a response's form, by kind of request."""
 
 
 def _key(request: tuple[Any, ...]) -> str:

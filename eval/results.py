@@ -1,4 +1,4 @@
-"""Results: one record a metric, kept as JSON and shown as a table."""
+"""Holds results, with one record per metric, and formats them as JSON or a table."""
 
 import dataclasses
 import math
@@ -12,15 +12,14 @@ _SCALES = {"bleu": 100.0, "chrf": 100.0, "mt_bench": 10.0}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Metric:
-    """One number.
+    """Value of one metric.
 
     Attributes:
-      name: the metric's name.
-      variant: how the answer was extracted ("strict-match"), or the direction; "" if there is one
-        way only.
-      value: the number.
-      standard_error: of the number; None where there is none.
-      higher_is_better: whether it is.
+      name: Name of the metric.
+      variant: Extraction of the answer ("strict-match"), or the judge; "" for a single variant.
+      value: Value.
+      standard_error: Standard error of the value; None if unknown.
+      higher_is_better: Whether higher values are better.
     """
 
     name: str
@@ -32,16 +31,16 @@ class Metric:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """What came of one task.
+    """Result of one task.
 
     Attributes:
-      task: its name.
-      suite: the suite it was named by; "" if by its own name.
-      metrics: its numbers.
-      rows: how many rows were evaluated.
-      rows_in_all: how many there are.
-      seconds: how long it took, with what had been answered before left out.
-      details: what else there is to know: shots, version, prompts that were too long, signatures.
+      task: Name of the task.
+      suite: Suite that included the task; "" if it was named itself.
+      metrics: Metrics of the task.
+      rows: Number of evaluated rows.
+      rows_in_all: Number of rows of the task.
+      seconds: Duration, without responses that were already stored.
+      details: Further facts: shots, version, truncated prompts, signatures.
     """
 
     task: str
@@ -53,15 +52,15 @@ class TaskResult:
     details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_mapping(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """Returns the result as a JSON-serializable mapping."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> "TaskResult":
-        """From what `to_mapping` gave.
+        """Reads a result of `to_mapping`.
 
         Raises:
-          ValueError: it is of another form; what is wrong with it is named.
+          ValueError: A field is missing, unknown, or of the wrong type.
         """
         try:
             metrics = tuple(Metric(**metric) for metric in mapping["metrics"])
@@ -73,7 +72,7 @@ class TaskResult:
             for field in dataclasses.fields(record):
                 value = getattr(record, field.name)
                 if not _FORMS[field.name](value):
-                    raise ValueError(f"{field.name} is {str(value)[:100]!r}, of a wrong type")
+                    raise ValueError(f"{field.name} is {str(value)[:100]!r}, of the wrong type")
         return found
 
 
@@ -98,14 +97,14 @@ _FORMS: dict[str, Callable[[Any], bool]] = {
     "metrics": lambda value: isinstance(value, tuple),
     "details": lambda value: isinstance(value, Mapping),
 }
-"""Tells of the value of each field whether it is of the field's type."""
+"""Checks of a value's type, by field."""
 
 
 def averages(results: Sequence[TaskResult], wanted: Sequence[Wanted]) -> list[dict[str, Any]]:
-    """The mean over each suite, with how many of its tasks it is of.
+    """Returns the averages of each suite, with the number of tasks behind them.
 
-    GLUE's is the mean over tasks of each task's mean over its metrics, with MNLI's two sets as one
-    task; XNLI's the mean accuracy; FLORES's the mean of each score from English, and to it.
+    GLUE averages each task's metrics and then the tasks, with MNLI's two sets as one task. XNLI
+    averages accuracies. FLORES averages each score separately from English and into English.
     """
     found = []
     for suite in dict.fromkeys(item.suite for item in wanted if item.suite):
@@ -132,7 +131,7 @@ _Number = tuple[float, float | None]
 
 
 def _groups(suite: str, members: Mapping[str, TaskResult]) -> dict[str, list[list[_Number]]]:
-    """By average, the numbers of each of what it is a mean over."""
+    """Returns the values of each group of tasks, by name of the average."""
     if suite == "glue":
         groups = [("mnli", "mnli_mismatch") if task == "mnli" else (task,) for task in GLUE]
         groups = [group for group in groups if group != ("mnli_mismatch",)]
@@ -164,7 +163,7 @@ def _numbers(result: TaskResult, *, only: str = "", exclude: Sequence[str] = ())
 
 
 def _mean(numbers: Sequence[_Number]) -> _Number:
-    """The mean, and its standard error where all have one, as of independent numbers.
+    """Returns the mean, and its standard error if all have one, assuming independence.
 
     Example:
       >>> _mean([(0.5, 0.03), (0.7, 0.04)])
@@ -178,7 +177,7 @@ def _mean(numbers: Sequence[_Number]) -> _Number:
 
 
 def table(results: Sequence[TaskResult], means: Sequence[Mapping[str, Any]]) -> str:
-    """The results as a table in Markdown, which is also readable as it is."""
+    """Formats the results as an aligned Markdown table."""
     lines = [("task", "rows", "shots", "metric", "value", "±")]
     for result in results:
         rows = f"{result.rows:,}"
@@ -204,7 +203,7 @@ def _shown(value: float, error: float | None) -> tuple[str, str]:
 
 
 def _markdown(lines: Sequence[tuple[str, ...]]) -> str:
-    """Lines of cells as a table whose columns are aligned."""
+    """Formats rows as a Markdown table with aligned columns."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     right = [name in ("value", "±", "shots") for name in lines[0]]
 

@@ -1,4 +1,4 @@
-"""One evaluation: tasks are built and checked, the model is loaded, and task after task done."""
+"""Runs an evaluation: builds and checks the tasks, loads the model, and evaluates each task."""
 
 import dataclasses
 import time
@@ -14,7 +14,7 @@ from peft_jax.runtime.files import locked, write_json, write_text
 from peft_jax.runtime.progress import Reporter
 
 from .harness import evaluate_task, metrics_of, quiet_harness, write_samples
-from .json_files import not_one, read_object
+from .json_files import invalid_file, read_object
 from .loading import find_model, load
 from .model import HarnessModel, check_room, longest_text, new_tokens_of
 from .responses import ResponseStore
@@ -36,19 +36,19 @@ from .tasks.names import (
 from .tasks.trained_prompts import has_trained_prompts
 
 Evaluate = Callable[[HarnessModel], TaskResult]
-"""Evaluates one task that has been built."""
+"""Evaluates one task."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One task, built and checked.
+    """Task that was built and checked.
 
     Attributes:
-      wanted: the task.
-      asked: what its result depends on besides the model, as JSON can hold it.
-      evaluate: does it.
-      needs_chat: whether it is a conversation, which takes a chat template.
-      new_tokens: the most new tokens of an answer; 0 where none is written.
+      wanted: Name and suite of the task.
+      asked: JSON-serializable settings that determine the result, besides the model.
+      evaluate: Evaluates the task.
+      needs_chat: Whether the task needs a chat template.
+      new_tokens: Maximum new tokens of a completion; 0 if the task generates none.
     """
 
     wanted: Wanted
@@ -59,65 +59,63 @@ class Job:
 
 
 Maker = Callable[[Wanted, Path], Job]
-"""Builds a task that is not the harness's, given where its files go."""
+"""Builds a task that the harness does not have, given the folder of its output."""
 
 
-_MOVE = "Move the folder away, or give another one with --output"
+_MOVE = "Move the folder away, or give another --output"
 _REMOVE = (
-    "Remove it and give the same command again: it is written anew from the answers in"
-    " responses.jsonl, or give another --output"
+    "Delete it and run the same command again, which rebuilds it from responses.jsonl, or give"
+    " another --output"
 )
 
 
 class OutputFolder:
-    """The folder that an evaluation writes to.
+    """Output folder of an evaluation.
 
-    identity.json     the model, and how it is computed
-    results.json      every number
-    results.md        the same as a table
-    responses.jsonl   what the model has answered, to go on from
-    samples/          by task, each row's prompt, answers and scores
+    identity.json     the model and its settings
+    results.json      all metrics
+    results.md        the metrics as a table
+    responses.jsonl   the model's responses, from which an evaluation resumes
+    samples/          the prompt, completions and scores of each row, by task
 
     Args:
-      path: the folder.
+      path: Path of the folder.
     """
 
     def __init__(self, path: Path):
         self.path = path
 
     def claim(self, identity: Mapping[str, Any]) -> None:
-        """Notes whose results these are.
+        """Records the model that the results belong to.
 
         Raises:
-          RefusedError: the folder holds another model's.
+          RefusedError: The folder holds results of another model.
         """
         file = self.path / "identity.json"
         if file.is_file():
-            before = read_object(file, "what an evaluation notes of its model", _MOVE)
+            before = read_object(file, "an evaluation's record of its model", _MOVE)
             differing = [
-                f"  {key}: {before.get(key)!r} there, {identity.get(key)!r} now"
+                f"  {key}: {before.get(key)!r} before, {identity.get(key)!r} now"
                 for key in sorted({*before, *identity})
                 if before.get(key) != identity.get(key)
             ]
             if differing:
                 raise RefusedError(
-                    f"{self.path} holds the evaluation of another model, or of this one before it"
-                    " changed:\n"
-                    + "\n".join(differing)
-                    + "\nGive a folder of its own with --output"
+                    f"{self.path} holds results of another model, or of this one before it changed;"
+                    " give another --output:\n" + "\n".join(differing)
                 )
             return
         if self.path.is_dir() and any(self.path.glob("results.*")):
             raise RefusedError(
-                f"{self.path} holds results of something else: give another --output"
+                f"{self.path} holds results that are not of this command; give another --output"
             )
         write_json(file, dict(identity))
 
     def read(self) -> dict[str, TaskResult]:
-        """The results so far, by task.
+        """Reads the results so far, by task.
 
         Raises:
-          RefusedError: the file is cut off, or none of this command's.
+          RefusedError: The file is truncated, or not written by this command.
         """
         file = self.path / "results.json"
         if not file.is_file():
@@ -130,11 +128,11 @@ class OutputFolder:
                 raise ValueError("it has no list of tasks")
             results = [TaskResult.from_mapping(task) for task in tasks]
         except ValueError as error:
-            raise not_one(file, what, error, _REMOVE) from error
+            raise invalid_file(file, what, error, _REMOVE) from error
         return {result.task: result for result in results}
 
     def write(self, results: Sequence[TaskResult], means: Sequence[Mapping[str, Any]]) -> None:
-        """Writes the results, whole or not at all."""
+        """Writes the results, atomically."""
         write_json(
             self.path / "results.json",
             {"tasks": [result.to_mapping() for result in results], "averages": list(means)},
@@ -149,31 +147,31 @@ def run(
     reporter: Reporter | None = None,
     allow_unsafe: bool = False,
 ) -> str:
-    """Evaluates, and writes the results.
+    """Evaluates a model, and writes the results.
 
     Args:
-      settings: what is evaluated.
-      makers: builds HumanEval and MT-Bench, by name.
-      reporter: says what goes on.
-      allow_unsafe: whether tasks of the harness that run generated code in this process are run.
+      settings: Settings of the evaluation.
+      makers: Builders of HumanEval and MT-Bench, by name.
+      reporter: Shows progress.
+      allow_unsafe: Whether to allow tasks of the harness that run generated code in this process.
 
     Returns:
       The results as a table.
 
     Raises:
-      RefusedError: something that was asked for cannot be done; nothing has been evaluated.
+      RefusedError: The settings cannot be used; nothing was evaluated.
     """
     reporter = reporter or Reporter()
     folder = OutputFolder(settings.output_folder)
     with locked(folder.path / ".lock", "--output"):
         try:
-            _ = settings.source  # A run that is not finished is refused before data are fetched.
+            _ = settings.source  # Rejects an unfinished run before data are downloaded.
             jobs = _build(settings, makers or {}, folder, reporter, allow_unsafe)
             files = find_model(settings)
             if any(job.needs_chat for job in jobs) and not files.tokenizer.chat_template:
                 raise ValueError(
-                    f"{MT_BENCH} is a conversation, and the tokenizer of {files.model} has no chat"
-                    " template: name a file with one in --chat_template"
+                    f"{MT_BENCH} needs a chat template, but the tokenizer of {files.model} has"
+                    " none; give a file with one as --chat_template"
                 )
             _check_lengths(jobs, longest_text(files.context, settings.max_length))
             folder.claim({**files.identity(), **settings.identity()})
@@ -212,7 +210,7 @@ def _build(
     reporter: Reporter,
     allow_unsafe: bool,
 ) -> list[Job]:
-    """Every task, with its data; those of a suite that a local folder lacks are left out, aloud."""
+    """Builds every task with its data, and warns of a suite's tasks without local data."""
     manager = _manager(settings.tasks)
     jobs: list[Job] = []
     missing: dict[str, list[str]] = {}
@@ -231,19 +229,22 @@ def _build(
             why.setdefault(wanted.suite, error)
     for suite, names in missing.items():
         if not any(job.wanted.suite == suite for job in jobs):
-            raise ValueError(f"{settings.data} has none of {suite}'s data: {why[suite]}")
-        reporter.warn(f"{settings.data} lacks data of {suite}, left out: {', '.join(names)}")
+            raise ValueError(f"{settings.data} has no data for {suite}: {why[suite]}")
+        reporter.warn(
+            f"{settings.data} has no data for some tasks of {suite}, which are skipped:"
+            f" {', '.join(names)}"
+        )
     return jobs
 
 
 def _manager(names: Sequence[str]) -> TaskManager:
-    """Returns the harness's tasks; those known here alone, where no others are named.
+    """Returns the harness's tasks, or only this project's if no others are named.
 
-    Reading all of the harness's thousands of configurations takes many seconds, which a slip in a
-    name is not made to wait for.
+    Names are checked first, because the harness takes many seconds to read its thousands of
+    configurations.
 
     Raises:
-      ValueError: A name is not known.
+      ValueError: A name is unknown.
     """
     tasks = Path(lm_eval.tasks.__file__).parent
     if all(name in OURS or is_flores(name) or name in SUITES for name in names):
@@ -266,9 +267,8 @@ def _harness_job(
     unsafe = [name for name, one in task["tasks"].items() if getattr(one, "UNSAFE_CODE", False)]
     if unsafe and not allow_unsafe:
         raise ValueError(
-            f"{', '.join(unsafe)} runs generated code in this very process, without a sandbox;"
-            " humaneval of this project runs it in one. To run it all the same, give"
-            " --allow_unisolated_code"
+            f"{', '.join(unsafe)} runs generated code in this process, without a sandbox; use"
+            " this project's humaneval, which has one, or give --allow_unisolated_code"
         )
 
     shots = {one.get_config("num_fewshot") for one in task["tasks"].values()}
@@ -317,24 +317,24 @@ def _harness_job(
 def _warn_of_ignored(
     name: str, settings: EvalSettings, shots: Set[int] | None, reporter: Reporter
 ) -> None:
-    """Says which settings a task has no use for.
+    """Warns of settings that a task ignores.
 
     Args:
-      name: the task.
-      settings: what was asked for.
-      shots: how many examples its parts put before a question; None where it has none.
-      reporter: is told.
+      name: Name of the task.
+      settings: Settings of the evaluation.
+      shots: Numbers of examples of its subtasks; None if it has none.
+      reporter: Shows the warnings.
     """
     if settings.num_fewshot is not None and shots != {settings.num_fewshot}:
-        reporter.warn(f"{name}: --num_fewshot is left aside, its number of examples is fixed")
+        reporter.warn(f"{name} ignores --num_fewshot: its number of examples is fixed")
     if settings.prompts == "trained" and not has_trained_prompts(name):
-        reporter.warn(f"{name}: --prompts=trained is left aside, it has its own prompts only")
+        reporter.warn(f"{name} ignores --prompts=trained: it has only its own prompts")
     if settings.data is not None and not reads_local_data(name):
-        reporter.warn(f"{name}: only this project's tasks read --data; its data are the harness's")
+        reporter.warn(f"{name} ignores --data: only this project's tasks read local data")
 
 
 def _check_lengths(jobs: Sequence[Job], longest: int) -> None:
-    """Raises ValueError, naming the task, unless every task's answers leave room for prompts."""
+    """Rejects tasks whose completions leave no room for prompts, with ValueError."""
     for job in jobs:
         try:
             check_room(job.new_tokens, longest)
@@ -346,27 +346,27 @@ def _evaluate(job: Job, model: HarnessModel, reporter: Reporter) -> TaskResult:
     result = job.evaluate(model)
     if truncated := result.details.get("truncated"):
         reporter.warn(
-            f"{job.wanted.name}: {truncated:,} requests were longer than the {model.max_length:,}"
-            " tokens that fit, and lost their beginnings"
+            f"{job.wanted.name}: {truncated:,} requests exceeded the maximum length of"
+            f" {model.max_length:,} tokens and were truncated on the left"
         )
     return dataclasses.replace(result, details={**result.details, "asked": dict(job.asked)})
 
 
 def _done(job: Job, results: Mapping[str, TaskResult], reporter: Reporter) -> bool:
-    """Whether a task's result is there, of the same settings."""
+    """Returns whether a task's result, with the same settings, already exists."""
     before = results.get(job.wanted.name)
     if before is None or before.details.get("asked") != job.asked:
         return False
     if before.details.get("incomplete"):
         return False
-    reporter.say(f"{job.wanted.name}: done before")
+    reporter.say(f"{job.wanted.name}: already done")
     return True
 
 
 def _ordered(
     results: Mapping[str, TaskResult], wanted: Sequence[Wanted]
 ) -> tuple[list[TaskResult], list[dict[str, Any]]]:
-    """The results, those asked for first and in their order; and the suites' means."""
+    """Returns the results, the requested ones first and in order, and the suites' averages."""
     names = dict.fromkeys([item.name for item in wanted if item.name in results])
     ordered = [results[name] for name in [*names, *(n for n in results if n not in names)]]
     return ordered, averages(ordered, [*wanted, *(Wanted(r.task, r.suite) for r in ordered)])

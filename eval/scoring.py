@@ -1,6 +1,6 @@
-"""Log-probabilities of tokens after their prefixes, in batches of few shapes.
+"""Scores tokens given their prefixes, in batches of few shapes.
 
-B rows, T tokens, K targets of a row, D embed.
+Axes: B rows, T tokens, K targets of a row, D embed.
 """
 
 import collections
@@ -20,20 +20,20 @@ from peft_jax.models import CausalLM
 from peft_jax.training.losses import chunked_token_scores
 
 _CHUNK_SIZE = 512
-"""Positions whose logits are held at a time: 256 MiB for a vocabulary of 128,256."""
+"""Number of positions whose logits are held at once: 256 MiB for a vocabulary of 128,256."""
 
 _FEW, _MANY = 8, 64
-"""How many targets rows are padded to; those with more have as many as tokens."""
+"""Numbers of targets that rows are padded to; rows with more are padded to their tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoringRow:
-    """A sequence, and the tokens to be scored.
+    """Sequence with the tokens to score.
 
     Attributes:
-      tokens: int32 [t], what the model reads.
-      before: int32 [k], the positions in `tokens` that the targets are predicted at.
-      targets: int32 [k].
+      tokens: int32 [t], tokens that the model reads.
+      before: int32 [k], positions in `tokens` at which the targets are predicted.
+      targets: int32 [k], tokens to score.
     """
 
     tokens: Int32[np.ndarray, " t"]
@@ -43,11 +43,11 @@ class ScoringRow:
 
 @dataclasses.dataclass(frozen=True)
 class ScoredRow:
-    """What a row's targets got.
+    """Scores of a row's targets.
 
     Attributes:
       scores: float32 [k], log-probabilities in nats.
-      likeliest: bool [k], whether no token is likelier than the target.
+      likeliest: bool [k], whether no token is more likely than the target.
     """
 
     scores: Float32[np.ndarray, " k"]
@@ -55,13 +55,13 @@ class ScoredRow:
 
 
 class TokenScorer:
-    """Scores tokens; one program is compiled for each bucket of shapes.
+    """Scores tokens, compiling one program per bucket of shapes.
 
     Args:
-      model: the model.
-      params: its parameters, with adapters bound or merged.
-      row_sharding: how the rows of a batch are shared out over devices.
-      batch_size: rows of a batch; rounded up to what the devices share equally.
+      model: Model to evaluate.
+      params: Parameters, with adapters bound or merged.
+      row_sharding: Sharding of the rows of a batch.
+      batch_size: Rows per batch; rounded up so that they divide among the devices.
     """
 
     def __init__(
@@ -83,13 +83,13 @@ class TokenScorer:
         """Scores rows, the longest first.
 
         Args:
-          rows: in any order.
+          rows: Rows in any order.
 
         Yields:
-          After each batch, what its rows got, by their indices in `rows`.
+          Scored rows by index in `rows`, after each batch.
 
         Raises:
-          FloatingPointError: a log-probability is not a number.
+          FloatingPointError: A log-probability is not finite.
         """
         buckets: dict[tuple[int, int], list[int]] = collections.defaultdict(list)
         for index, row in enumerate(rows):
@@ -101,7 +101,7 @@ class TokenScorer:
                 yield self._score(batch, length, width)
 
     def _score(self, rows: dict[int, ScoringRow], length: int, width: int) -> dict[int, ScoredRow]:
-        """One batch, padded to [B, `length`] tokens and [B, `width`] targets."""
+        """Scores one batch, padded to [B, `length`] tokens and [B, `width`] targets."""
         tokens, segment_ids = np.zeros((2, self._batch_size, length), np.int32)
         before, targets = np.zeros((2, self._batch_size, width), np.int32)
         for place, row in enumerate(rows.values()):
@@ -116,8 +116,8 @@ class TokenScorer:
             count = len(row.targets)
             if not np.isfinite(scores[place, :count]).all():
                 raise FloatingPointError(
-                    "the model gives log-probabilities that are not finite; its parameters, or its"
-                    " adapter's, hold NaN or infinity, or its dtype is too narrow"
+                    "the model's log-probabilities are not finite; its parameters or its adapter's"
+                    " contain NaN or infinity, or its dtype is too narrow"
                 )
             scored[index] = ScoredRow(scores[place, :count], likeliest[place, :count])
         return scored
@@ -133,7 +133,7 @@ def _token_scores(
     *,
     model: CausalLM,
 ) -> tuple[Any, Any]:
-    """Log-probabilities, and whether each is the largest; logits only where targets are."""
+    """Returns log-probabilities, and whether each is the largest; computes no other logits."""
     hidden, _ = model.hidden_states(params, tokens, segment_ids=segment_ids)
     picked = jnp.take_along_axis(hidden, before[:, :, None], axis=1)
     scores, likeliest = chunked_token_scores(
@@ -146,7 +146,7 @@ def _token_scores(
 
 
 def _target_bucket(count: int, length: int) -> int:
-    """How many targets a row with `count` of them is padded to.
+    """Returns the number of targets that a row with `count` of them is padded to.
 
     Example:
       >>> [_target_bucket(n, 256) for n in (1, 8, 9, 65)]

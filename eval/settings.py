@@ -1,4 +1,4 @@
-"""What one evaluation is, checked before anything is loaded."""
+"""Defines the settings of an evaluation, which are checked before anything is loaded."""
 
 import dataclasses
 from pathlib import Path
@@ -11,41 +11,41 @@ from peft_jax.parallel import MeshSettings
 from .tasks.build import TaskSettings
 
 _ADAPTER, _MODEL = "adapter", "model"
-"""What of a run's folder is evaluated, in this order."""
+"""Subfolders of a run that can be evaluated, in order of preference."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalSettings:
-    """What is evaluated, on what, and how.
+    """Settings of an evaluation.
 
     Attributes:
-      tasks: names of suites and tasks (`eval.tasks.names`).
-      workdir: a finished run's folder; its adapter is evaluated on the base it was made for, or its
-        whole model where it left that alone.
-      model: a checkpoint's folder, or its name on the hub; with `workdir` or `adapter`, the base.
-      adapter: an adapter's folder, or its name on the hub.
-      merge: whether the adapter is merged into the parameters or bound to them.
-      dtype: of parameters and computation, "float32" or "bfloat16".
-      quantization: how the base's kernels are held, "none", "int8" or "nf4"; None: as they were
-        while the adapter was trained, else "none".
-      output: where results go; None: eval/ in the run's folder, or runs/eval-NAME.
-      data: a folder of local data; None: the hub.
-      limit: so many rows of each task, or a share of them below 1; None: all.
+      tasks: Names of suites and tasks (`eval.tasks.names`).
+      workdir: Folder of a finished run, whose adapter or, if it has none, whole model is evaluated.
+      model: Folder of a checkpoint, or its name on the hub; with `workdir` or `adapter`, the base
+        model.
+      adapter: Folder of an adapter, or its name on the hub.
+      merge: Whether the adapter is merged into the parameters or bound to them.
+      dtype: Parameter and compute dtype, "float32" or "bfloat16".
+      quantization: Quantization of the base model, "none", "int8" or "nf4"; None: as in training,
+        or "none" if unknown.
+      output: Folder of the results; None: eval/ in the run's folder, or runs/eval-NAME.
+      data: Folder of local data; None: the hub.
+      limit: Number of rows per task, or a fraction of them below 1; None: all.
       prompts: "harness" or "trained" (`eval.tasks.build.TaskSettings`).
-      num_fewshot: how many examples are put before each question; None: as the task says.
-      max_new_tokens: the most new tokens of an answer; None: as the task says.
-      chat: put the tokenizer's chat template around prompts.
-      chat_template: a file with a Jinja chat template, used in place of the tokenizer's own.
-      system: in a chat, what the system says first.
-      split_special_tokens: tokenize control tokens in prompts as the characters that they are;
-        None: as the run in `workdir` was trained, else False.
-      batch_size: rows of a batch.
-      max_length: the longest text in tokens; None: what the model was made for.
-      seed: of sampling.
-      mesh: how the devices share the work.
+      num_fewshot: Number of examples before each question; None: the task's.
+      max_new_tokens: Maximum new tokens of a completion; None: the task's.
+      chat: Whether to apply the tokenizer's chat template to prompts.
+      chat_template: File with a Jinja chat template; None: the tokenizer's own.
+      system: System message of a chat.
+      split_special_tokens: Whether control tokens in prompts are tokenized as characters; None: as
+        in the run of `workdir`, or False.
+      batch_size: Rows per batch.
+      max_length: Maximum tokens of a text; None: the model's maximum.
+      seed: Sampling seed.
+      mesh: Device mesh.
 
     Raises:
-      ValueError: a value that cannot be, or too little or too much is given.
+      ValueError: A value is invalid, or settings are missing or contradict each other.
     """
 
     tasks: tuple[str, ...]
@@ -72,15 +72,17 @@ class EvalSettings:
 
     def __post_init__(self) -> None:
         if not self.tasks:
-            raise ValueError("no task is named: give --tasks, or --tasks=list for what there is")
+            raise ValueError("no task is given; give --tasks, or --tasks=list to list them")
         if self.workdir is None and self.model is None and self.adapter is None:
-            raise ValueError("give what is to be evaluated: --workdir, --model or --adapter")
+            raise ValueError("no model is given; give --workdir, --model or --adapter")
         if self.workdir is not None and self.adapter is not None:
-            raise ValueError("--workdir names the adapter already: leave --adapter out")
+            raise ValueError(
+                f"--adapter is {self.adapter!r}, but --workdir already names an adapter; omit one"
+            )
         if self.workdir is not None and not self.workdir.is_dir():
-            raise ValueError(f"--workdir: there is no folder {self.workdir}")
+            raise ValueError(f"--workdir is {self.workdir}, which is not a folder")
         if self.data is not None and not self.data.is_dir():
-            raise ValueError(f"--data: there is no folder {self.data}")
+            raise ValueError(f"--data is {self.data}, which is not a folder")
         check_choice("dtype", self.dtype, ("float32", "bfloat16"))
         if self.quantization is not None:
             check_choice("quantization", self.quantization, FORMATS)
@@ -90,24 +92,24 @@ class EvalSettings:
             if getattr(self, name) is not None:
                 check_positive_int(name, getattr(self, name))
         if self.num_fewshot is not None and self.num_fewshot < 0:
-            raise ValueError(f"num_fewshot must be at least 0, but is {self.num_fewshot}")
+            raise ValueError(f"num_fewshot is {self.num_fewshot} but must be at least 0")
         if self.limit is not None and not (
             0 < self.limit < 1 or (self.limit >= 1 and float(self.limit).is_integer())
         ):
             raise ValueError(
-                f"limit must be a number of rows, or a share of them below 1, but is {self.limit}"
+                f"limit is {self.limit} but must be a number of rows, or a fraction of them below 1"
             )
         if self.system and not self.chat and "mt_bench" not in self.tasks:
-            raise ValueError("--system is what the system says in a chat: give --chat as well")
+            raise ValueError("--system is given without a chat; add --chat, or omit it")
         if self.chat_template is not None and not self.chat_template.is_file():
-            raise ValueError(f"--chat_template: there is no file {self.chat_template}")
+            raise ValueError(f"--chat_template is {self.chat_template}, which is not a file")
 
     @property
     def source(self) -> tuple[str | None, str | None]:
-        """The model and the adapter, either of which may be None.
+        """Returns the model and the adapter, either of which may be None.
 
         Raises:
-          ValueError: the run's folder has neither, as it is not finished.
+          ValueError: The run's folder has neither, because the run is not finished.
         """
         if self.workdir is None:
             return self.model, self.adapter
@@ -116,13 +118,13 @@ class EvalSettings:
         if (self.workdir / _MODEL).is_dir() and self.model is None:
             return str(self.workdir / _MODEL), None
         raise ValueError(
-            f"{self.workdir} has no {_ADAPTER}/, nor a {_MODEL}/ to evaluate in its place: a run"
-            " leaves them when it is finished (train.py with the same --workdir goes on with it)"
+            f"{self.workdir} has neither {_ADAPTER}/ nor {_MODEL}/, which a run writes when it"
+            " finishes; resume the run with its training command"
         )
 
     @property
     def output_folder(self) -> Path:
-        """Where results go."""
+        """Returns the folder of the results."""
         if self.output is not None:
             return self.output
         if self.workdir is not None:
@@ -132,7 +134,7 @@ class EvalSettings:
 
     @property
     def task_settings(self) -> TaskSettings:
-        """What decides how tasks are built."""
+        """Returns the settings that tasks are built with."""
         return TaskSettings(
             data=self.data,
             prompts=self.prompts,  # type: ignore[arg-type]
@@ -141,11 +143,11 @@ class EvalSettings:
         )
 
     def identity(self) -> dict[str, Any]:
-        """What answers depend on besides the model and the prompts, as JSON can hold it."""
+        """Returns the settings, besides model and prompts, that determine responses."""
         return {name: getattr(self, name) for name in ("merge", "dtype", "max_length", "seed")}
 
     def asked(self) -> dict[str, Any]:
-        """What a task's result depends on besides, as JSON can hold it."""
+        """Returns the further settings that determine a task's result."""
         names = ("limit", "prompts", "num_fewshot", "max_new_tokens", "chat", "system")
         asked = {name: getattr(self, name) for name in names}
         template = str(self.chat_template.resolve()) if self.chat_template else ""

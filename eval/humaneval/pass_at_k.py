@@ -1,22 +1,21 @@
-"""pass@k from n samples of a problem, c of which pass."""
+"""Estimates pass@k from n samples of a problem, c of which pass."""
 
 import math
 from collections.abc import Sequence
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
-    """The probability that one of k samples drawn from n passes: 1 − C(n−c, k) / C(n, k).
+    """Returns the unbiased estimate of pass@k, 1 − C(n−c, k) / C(n, k).
 
-    It is an unbiased estimate of that of k fresh samples, and 1 − (1 − c/n)^k is not (Chen et al.,
-    2021, arXiv 2107.03374, section 2.1).
+    The simpler 1 − (1 − c/n)^k is biased (Chen et al., 2021, arXiv 2107.03374, section 2.1).
 
     Args:
-      samples: n, at least k.
-      passed: c.
-      k: how many may be tried.
+      samples: Number of samples n, at least k.
+      passed: Number of samples c that pass.
+      k: Number of attempts.
 
     Raises:
-      ValueError: there are fewer samples than k.
+      ValueError: There are fewer samples than k, or more passes than samples.
 
     Example:
       >>> round(pass_at_k(10, 3, 1), 6)
@@ -25,12 +24,14 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
       0.5
     """
     if not 1 <= k <= samples or not 0 <= passed <= samples:
-        raise ValueError(f"pass@{k} cannot be told from {samples} samples, {passed} of them passed")
+        raise ValueError(
+            f"pass@{k} cannot be estimated from {samples} samples, {passed} of which passed"
+        )
     return 1.0 - math.comb(samples - passed, k) / math.comb(samples, k)
 
 
 def mean_and_standard_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """The mean over problems, and its standard error; None for one problem.
+    """Returns the mean over problems and its standard error, which is None for one problem.
 
     Example:
       >>> mean_and_standard_error([0.0, 1.0])

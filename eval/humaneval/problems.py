@@ -1,4 +1,4 @@
-"""HumanEval's problems, from the hub or a local file."""
+"""Loads HumanEval's problems, from the hub or a local file."""
 
 import contextlib
 import dataclasses
@@ -20,13 +20,13 @@ _FIELDS = ("task_id", "prompt", "test", "entry_point")
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One problem.
+    """Problem of HumanEval.
 
     Attributes:
-      task_id: its name, "HumanEval/0".
-      prompt: imports, the function's signature and its docstring.
-      test: source that defines `check(candidate)`.
-      entry_point: the function's name.
+      task_id: Name, for example "HumanEval/0".
+      prompt: Imports, and the function's signature and docstring.
+      test: Source that defines `check(candidate)`.
+      entry_point: Name of the function.
     """
 
     task_id: str
@@ -35,7 +35,7 @@ class Problem:
     entry_point: str
 
     def program(self, completion: str) -> TestedProgram:
-        """Returns what is run: it passes if the completion does."""
+        """Returns the program that tests a completion."""
         return TestedProgram(
             source=f"{self.prompt}{completion}\n",
             function=self.entry_point,
@@ -44,9 +44,9 @@ class Problem:
         )
 
     def _given(self) -> str:
-        """Returns the prompt as a program: its imports and functions are there for the test.
+        """Returns the prompt as a program, whose imports and functions the test may use.
 
-        A function that ends with its signature, where others end with a docstring, gets a body.
+        A function without a docstring gets a body.
         """
         for text in (self.prompt, f"{self.prompt}\n    pass\n"):
             with contextlib.suppress(SyntaxError, ValueError), warnings.catch_warnings():
@@ -57,14 +57,14 @@ class Problem:
 
 
 def open_problems(data: Path | None) -> list[Problem]:
-    """The problems in their order.
+    """Loads the problems in order.
 
     Args:
-      data: a folder of local data, which has `humaneval/HumanEval.jsonl.gz` or the hub's file;
-        None: the hub.
+      data: Folder of local data, with `humaneval/HumanEval.jsonl.gz` or the hub's file; None: the
+        hub.
 
     Raises:
-      ValueError: there are none, or one lacks a field.
+      ValueError: There are no problems, or one lacks a field.
     """
     table = _from_hub() if data is None else _from_folder(local_folder(data, "humaneval"))
     return [_problem(table[index], table.where(index)) for index in range(len(table))]
@@ -76,16 +76,16 @@ def _from_hub() -> Table:
     try:
         return MemoryTable(list(datasets.load_dataset(HUB, split="test")), HUB)
     except Exception as error:
-        # The library raises many types for one thing.
+        # The library raises errors of many types.
         raise ValueError(
-            f"{HUB} cannot be had from the hub: {error}; without it, give local files with --data"
+            f"{HUB} cannot be loaded from the hub: {error}; give a folder of local data as --data"
         ) from error
 
 
 def _from_folder(folder: Path) -> Table:
     splits = find_splits(folder)
     if not splits:
-        raise ValueError(f"{folder} has no file of HumanEval's problems")
+        raise ValueError(f"{folder} has no problems of HumanEval; put HumanEval.jsonl.gz there")
     files = splits.get("test") or next(iter(splits.values()))
     return open_files(files, DataSettings(recipe="text"), Layout(known=_FIELDS))
 
@@ -94,5 +94,5 @@ def _problem(row: Mapping[str, Any], where: str) -> Problem:
     values = {field: row.get(field) for field in _FIELDS}
     for field, value in values.items():
         if not isinstance(value, str):
-            raise ValueError(f"{where}: {field!r} is {value!r}, and should be text")
+            raise ValueError(f"{where}: {field!r} is {value!r} but must be text")
     return Problem(**values)  # type: ignore[arg-type]

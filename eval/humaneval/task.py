@@ -1,4 +1,4 @@
-"""The evaluation: completions are generated, run in the sandbox, and counted."""
+"""Evaluates HumanEval: generates completions, tests them in the sandbox, and computes pass@k."""
 
 import contextlib
 import dataclasses
@@ -38,20 +38,20 @@ _FENCE = "```"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HumanEvalSettings:
-    """How HumanEval is evaluated.
+    """Settings of HumanEval.
 
     Attributes:
-      allowed: whether generated code may be run at all.
-      unisolated: whether it may be run where it cannot be kept apart.
-      samples: completions of each problem.
-      pass_at: the k of pass@k.
-      temperature: of sampling; None: 0 for one sample, 0.8 for several, as the paper has it for
-        many samples (0.2 is its choice for pass@1).
-      limits: what each completion may take.
-      workers: how many run at a time.
+      allowed: Whether generated code may run.
+      unisolated: Whether it may run without isolation.
+      samples: Number of completions per problem.
+      pass_at: Values of k in pass@k.
+      temperature: Sampling temperature; None: 0 for one sample and 0.8 for several. The paper uses
+        0.8 for many samples and 0.2 for pass@1.
+      limits: Resource limits of each completion.
+      workers: Number of programs that run at once; 0: up to four.
 
     Raises:
-      ValueError: a value that cannot be, or one temperature 0 for several samples.
+      ValueError: A value is invalid, or the temperature is 0 for several samples.
     """
 
     allowed: bool = False
@@ -68,40 +68,43 @@ class HumanEvalSettings:
             check_positive_int("pass_at", k)
             if k > self.samples:
                 raise ValueError(
-                    f"pass@{k} takes at least {k} samples of each problem, and there are"
-                    f" {self.samples}: give --samples_per_problem"
+                    f"pass@{k} needs at least {k} samples per problem, but --samples_per_problem is"
+                    f" {self.samples}"
                 )
         if not self.pass_at:
-            raise ValueError("pass_at names no k of pass@k: give --pass_at=1")
+            raise ValueError("pass_at is empty; give --pass_at=1")
         if self.temperature is not None:
             check_finite("temperature", self.temperature)
         if self.samples > 1 and self.temperature == 0:
-            raise ValueError("several samples at temperature 0 are all the same: give it above 0")
+            raise ValueError(
+                f"temperature is 0, at which all {self.samples} samples are the same; give a"
+                " --temperature above 0"
+            )
 
     @property
     def sampling_temperature(self) -> float:
-        """The temperature, given or not."""
+        """Returns the temperature, or its default."""
         if self.temperature is not None:
             return self.temperature
         return 0.8 if self.samples > 1 else 0.0
 
 
 def make_job(wanted: Wanted, folder: Path, settings: EvalSettings, code: HumanEvalSettings) -> Job:
-    """HumanEval, checked and ready.
+    """Builds and checks the HumanEval task.
 
     Args:
-      wanted: the task.
-      folder: where its samples go.
-      settings: of the evaluation.
-      code: how completions are made and run.
+      wanted: Name and suite of the task.
+      folder: Output folder of the evaluation.
+      settings: Settings of the evaluation.
+      code: Settings of HumanEval.
 
     Raises:
-      ValueError: running code is not allowed, or it cannot be kept apart.
+      ValueError: Running code is not allowed, or cannot be isolated.
     """
     if not code.allowed:
         raise ValueError(
-            "humaneval runs code that the model has written; to allow that, give"
-            " --allow_code_execution (it runs in a sandbox: docs/evaluation.md)"
+            "humaneval runs code that the model generates; give --allow_code_execution to allow it"
+            " (it runs in a sandbox: docs/evaluation.md)"
         )
     problems = open_problems(settings.data)
     count = len(problems)
@@ -113,12 +116,12 @@ def make_job(wanted: Wanted, folder: Path, settings: EvalSettings, code: HumanEv
         sandbox.check()
     except IsolationError as error:
         raise ValueError(
-            f"humaneval: {error}. To run it all the same, with the rights of your user, give"
-            " --allow_unisolated_code"
+            f"humaneval: {error}. Give --allow_unisolated_code to run it without isolation, with"
+            " your user's permissions"
         ) from error
     asked = {**settings.asked(), "samples": code.samples, "pass_at": list(code.pass_at)}
     asked |= {"temperature": code.sampling_temperature, "isolated": not code.unisolated}
-    # Results from before tests ran in a process of their own are taken anew.
+    # Results from when a completion ran in the process of its test are computed again.
     asked |= {"code_limits": dataclasses.asdict(code.limits), "tests": "in a process of their own"}
 
     def evaluate(model: HarnessModel) -> TaskResult:
@@ -146,7 +149,7 @@ def make_job(wanted: Wanted, folder: Path, settings: EvalSettings, code: HumanEv
 
 
 def extract(completion: str, *, chat: bool) -> str:
-    r"""The code of a completion; in a chat it ends with the fence that was opened for it.
+    r"""Returns the code of a completion, which a chat ends with the fence of the prompt.
 
     Example:
       >>> extract("    return 1\n```\nThis returns 1.", chat=True)
@@ -161,7 +164,7 @@ def _complete(
     settings: EvalSettings,
     code: HumanEvalSettings,
 ) -> list[list[str]]:
-    """By problem, its completions."""
+    """Returns the completions of each problem."""
     temperature = code.sampling_temperature
     generation = model.settings_of(
         {
@@ -197,7 +200,7 @@ def _run(
     sandbox: Sandbox,
     code: HumanEvalSettings,
 ) -> list[list[Outcome]]:
-    """By problem, what came of its completions; the same program is run once."""
+    """Returns the outcomes of each problem's completions; equal programs run once."""
     programs = [
         [problem.program(completion) for completion in some]
         for problem, some in zip(problems, completions, strict=True)
@@ -225,7 +228,7 @@ def _run(
 
 
 def _run_key(program: TestedProgram, code: HumanEvalSettings) -> tuple[Any, ...]:
-    """Returns what an outcome depends on, for `ResponseStore`."""
+    """Returns the key of an outcome in `ResponseStore`."""
     limits = dataclasses.asdict(code.limits)
     return ("run tested", dataclasses.asdict(program), limits, code.unisolated)
 

@@ -1,52 +1,52 @@
-"""What the judge has cost, kept below what it may."""
+"""Limits the cost of the judge."""
 
 from .judges import Judgment
 from .requests import JudgeRequest, estimate, price
 
 
 class Budget:
-    """Counts what requests cost, and lets none begin that might go over the budget.
+    """Adds up the cost of requests, and rejects one that might exceed the limit.
 
-    A request that is under way counts as if its answer were as long as it may be; one that is
-    answered with what the endpoint says it took, or the same where it does not say.
+    A running request counts with its maximum cost. A finished one counts with the tokens that the
+    endpoint reports, or with its maximum cost if there is no report.
 
     Args:
-      most: what may be spent; None: no limit, and nothing is counted.
-      prices: of a million tokens of prompts, and of answers.
-      most_tokens: how many an answer may have.
+      limit: Maximum cost; None: no limit, and costs are not added up.
+      prices: Prices per million prompt tokens and per million completion tokens.
+      max_tokens: Maximum tokens of a judgment.
     """
 
     def __init__(
         self,
-        most: float | None,
+        limit: float | None,
         prices: tuple[float, float] | None,
-        most_tokens: int | None,
+        max_tokens: int | None,
     ):
-        self._most = most
+        self._limit = limit
         self._prices = prices
-        self._most_tokens = most_tokens
+        self._max_tokens = max_tokens
         self.spent = 0.0
-        """What has been answered, and what is under way at its longest."""
+        """Cost of finished requests, plus the maximum cost of running ones."""
 
     def may_begin(self, request: JudgeRequest) -> bool:
-        """Whether there is enough left for a request, which counts from now on if so."""
-        if self._most is None:
+        """Returns whether the budget allows a request; if so, its maximum cost is reserved."""
+        if self._limit is None:
             return True
-        cost = self._most_of(request)
-        if self.spent + cost > self._most:
+        cost = self._max_cost_of(request)
+        if self.spent + cost > self._limit:
             return False
         self.spent += cost
         return True
 
     def answered(self, request: JudgeRequest, judgment: Judgment) -> None:
-        """The request has been answered."""
-        if self._most is not None and self._prices is not None and judgment.tokens is not None:
-            self.spent += price(judgment.tokens, self._prices) - self._most_of(request)
+        """Replaces a request's maximum cost by the reported one."""
+        if self._limit is not None and self._prices is not None and judgment.tokens is not None:
+            self.spent += price(judgment.tokens, self._prices) - self._max_cost_of(request)
 
     def not_answered(self, request: JudgeRequest) -> None:
-        """The request has failed, which costs nothing."""
-        if self._most is not None:
-            self.spent -= self._most_of(request)
+        """Releases the cost of a failed request, which costs nothing."""
+        if self._limit is not None:
+            self.spent -= self._max_cost_of(request)
 
-    def _most_of(self, request: JudgeRequest) -> float:
-        return estimate([request], self._prices, self._most_tokens).most_cost or 0.0
+    def _max_cost_of(self, request: JudgeRequest) -> float:
+        return estimate([request], self._prices, self._max_tokens).max_cost or 0.0

@@ -1,4 +1,4 @@
-"""One HTTP exchange with a server that may answer anything."""
+"""Sends an HTTP request to an untrusted server, with limits on time and size."""
 
 import dataclasses
 import functools
@@ -13,27 +13,27 @@ from collections.abc import Mapping
 from typing import Any
 
 SECONDS = 120.0
-"""How long an exchange may take from the request to the last byte of the answer."""
+"""Time limit from the request to the last byte of the answer."""
 
-MOST_BYTES = 8 << 20
-"""The largest body that is read."""
+MAX_BYTES = 8 << 20
+"""Maximum size of a body."""
 
 _CONNECT_SECONDS = 30.0
 
 
 class TooLongError(OSError):
-    """A body is larger than `MOST_BYTES`."""
+    """Raised when a body exceeds the limit."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What a server answered, with whatever status.
+    """Answer of a server, with any status.
 
     Attributes:
-      status: HTTP's number for it.
-      reason: HTTP's words for it.
-      headers: fields by name, in any case.
-      body: the whole body.
+      status: HTTP status code.
+      reason: HTTP reason phrase.
+      headers: Header fields by case-insensitive name.
+      body: Complete body.
     """
 
     status: int
@@ -48,31 +48,30 @@ def exchange(
     key: str = "",
     body: Mapping[str, Any] | None = None,
     seconds: float = SECONDS,
-    most_bytes: int = MOST_BYTES,
+    max_bytes: int = MAX_BYTES,
 ) -> Answer:
-    """Sends one request and reads the whole answer.
+    """Sends one request and reads the complete answer.
 
-    Redirects are returned and not followed: the key is for `url` alone. The time limit covers the
-    status line, the headers and the body together, so that a server that sends a byte now and then
-    cannot hold a request for longer.
+    Redirects are returned and not followed, because the key is only for `url`. The time limit
+    covers the whole answer, so that a server cannot prolong a request by sending it byte by byte.
 
     Args:
-      url: Address, http or https; proxies of the environment are used.
-      key: Secret sent as a bearer token; empty sends none.
-      body: Fields to POST as JSON; None makes it a GET.
+      url: http or https URL; proxies of the environment are used.
+      key: Secret to send as a bearer token; empty: none.
+      body: Fields to POST as JSON; None: a GET request.
       seconds: Time limit from the request to the last byte.
-      most_bytes: Largest body.
+      max_bytes: Maximum size of the body.
 
     Raises:
-      OSError: No connection, no answer in time, or a body that is too large.
-      http.client.HTTPException: The answer is not HTTP, or ends early.
+      OSError: There is no connection, no answer in time, or the body is too large.
+      http.client.HTTPException: The answer is not HTTP, or is truncated.
     """
     headers = {"Content-Type": "application/json"}
     if key:
         headers["Authorization"] = f"Bearer {key}"
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, headers)
-    opener = urllib.request.OpenerDirector()  # Unlike the default one it follows no redirects.
+    opener = urllib.request.OpenerDirector()  # Unlike the default opener, follows no redirects.
     for handler in (
         urllib.request.ProxyHandler(),
         _HTTPHandler(seconds),
@@ -80,9 +79,9 @@ def exchange(
     ):
         opener.add_handler(handler)
     with opener.open(request, timeout=min(_CONNECT_SECONDS, seconds)) as response:
-        content = response.read(most_bytes + 1)
-        if len(content) > most_bytes:
-            raise TooLongError(f"the answer is longer than {most_bytes:,} bytes")
+        content = response.read(max_bytes + 1)
+        if len(content) > max_bytes:
+            raise TooLongError(f"the answer exceeds {max_bytes:,} bytes")
         if response.length:
             raise http.client.IncompleteRead(content, response.length)
         return Answer(response.status, response.reason, response.headers, content)
@@ -112,7 +111,7 @@ class _HTTPSHandler(urllib.request.HTTPSHandler):
 
 
 def _connection(kind: type[http.client.HTTPConnection], seconds: float) -> Any:
-    """Returns a maker of connections whose answers have to be there in so many seconds."""
+    """Returns a function that makes connections whose answers must arrive within a deadline."""
 
     def make(*args: Any, **kwargs: Any) -> http.client.HTTPConnection:
         connection = kind(*args, **kwargs)
@@ -137,7 +136,7 @@ class _TimedReader(io.RawIOBase):
 
     def __init__(self, sock: socket.socket, deadline: float):
         self._sock = sock
-        self._raw = sock.makefile("rb", buffering=0)  # Keeps the socket open until it is closed.
+        self._raw = sock.makefile("rb", buffering=0)  # Keeps the socket open.
         self._deadline = deadline
 
     def readable(self) -> bool:
@@ -146,7 +145,7 @@ class _TimedReader(io.RawIOBase):
     def readinto(self, buffer: Any) -> int | None:
         left = self._deadline - time.monotonic()
         if left <= 0:
-            raise TimeoutError("the answer took too long")
+            raise TimeoutError("no complete answer within the time limit")
         self._sock.settimeout(left)
         return self._raw.readinto(buffer)
 

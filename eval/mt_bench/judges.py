@@ -1,4 +1,4 @@
-"""Judges: an endpoint that speaks OpenAI's protocol, or a model of this library."""
+"""Asks judges: OpenAI-compatible endpoints, or models of this library."""
 
 import dataclasses
 import email.utils
@@ -18,43 +18,43 @@ from .exchange import SECONDS, Answer, exchange
 from .requests import JudgeRequest
 
 JUDGMENT_TOKENS = 2048
-"""The most tokens of a judgment; FastChat's own choice."""
+"""Maximum tokens of a judgment, as in FastChat."""
 
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0
-_NO_USE_WAITING = 3600.0
-"""An endpoint that asks for a longer wait than this has refused the request."""
+_MAX_RETRY_AFTER = 3600.0
+"""A longer requested wait counts as a rejection of the request."""
 
-_MOST_TOKENS = 1 << 40
-"""A larger number of tokens is no count of any text."""
+_MAX_TOKENS = 1 << 40
+"""Larger reported token counts are invalid."""
 
-_LEAST_SECRET = 8
-"""A shorter key ("x", "EMPTY") is a placeholder, and may be a part of any text."""
+_MIN_SECRET_LENGTH = 8
+"""A shorter key ("x", "EMPTY") is a placeholder, which may occur in any text."""
 
-_QUOTED = 500
-"""How many characters of an answer a message quotes."""
+_MAX_QUOTE = 500
+"""Maximum characters of an answer that a message quotes."""
 
-_WORTH_ANOTHER_TRY = (408, 409, 425, 429, 500, 502, 503, 504)
+_RETRYABLE = (408, 409, 425, 429, 500, 502, 503, 504)
 
 
 class JudgeError(EndingError):
-    """The judge did not answer; the message says why."""
+    """Raised when the judge does not answer a request."""
 
 
 class UnreadableAnswerError(JudgeError):
-    """The judge did answer, and may ask to be paid, but in a form that is not known."""
+    """Raised when the judge's answer, which may cost money, has an unknown format."""
 
 
-class HopelessJudgeError(JudgeError):
-    """The judge will not answer any request: a wrong key, address or model."""
+class FatalJudgeError(JudgeError):
+    """Raised when the judge cannot answer any request, for example because the key is wrong."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Judgment:
-    """What a judge said.
+    """Judgment of one answer.
 
     Attributes:
-      text: in its own words.
-      tokens: of the prompt and of the answer, as the endpoint counts them; None if it does not.
+      text: Text of the judgment.
+      tokens: Prompt and completion tokens that the endpoint reports; None if it does not.
     """
 
     text: str
@@ -62,40 +62,40 @@ class Judgment:
 
 
 class Judge(Protocol):
-    """Who rates answers."""
+    """Interface of a judge."""
 
     @property
     def name(self) -> str:
-        """The name that a score is quoted with."""
+        """Returns the name that is reported with a score."""
 
     @property
     def workers(self) -> int:
-        """How many requests it is asked at a time."""
+        """Returns the number of concurrent requests."""
 
     def check(self) -> None:
-        """Raises `JudgeError` if it cannot be reached."""
+        """Raises `JudgeError` if the judge cannot be reached."""
 
     def __call__(self, request: JudgeRequest) -> Judgment:
-        """Its judgment; raises `JudgeError` if there is none."""
+        """Rates an answer, or raises `JudgeError`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EndpointJudge:
-    """A judge behind an endpoint that speaks OpenAI's chat protocol.
+    """Judge behind an endpoint with OpenAI's chat protocol.
 
     Attributes:
-      url: its address up to and with the version, "https://api.openai.com/v1".
-      name: the model that is asked.
-      key: the secret that it is asked with; empty: none.
-      options: further fields of each request; None takes one away.
-      retries: how often a request is made again that failed for a passing reason.
-      workers: how many requests are made at a time.
-      seconds: how long one request may take, from its first byte to the last of its answer.
-      sleep: waits so many seconds.
+      url: URL up to the version, for example "https://api.openai.com/v1".
+      name: Name of the model.
+      key: Secret to send; empty: none.
+      options: Further fields of each request; None removes a field.
+      retries: Retries of a request after a transient failure.
+      workers: Number of concurrent requests.
+      seconds: Time limit from the request to the last byte of the answer.
+      sleep: Waits a number of seconds.
 
     Raises:
-      ValueError: the address is none of http or https, no model is named, or the key cannot be sent
-        in a header.
+      ValueError: The URL is not http or https, no model is named, or the key cannot be sent in a
+        header.
     """
 
     url: str
@@ -111,52 +111,52 @@ class EndpointJudge:
         address = urllib.parse.urlsplit(self.url)
         if "@" in address.netloc:
             raise ValueError(
-                "--judge has a user's name or password in it; it should be an address without one,"
-                " and the key in the variable that --judge_key_variable names"
+                "--judge contains a user name or password; give a URL without one, and put the key"
+                " in the variable that --judge_key_variable names"
             )
         if address.scheme not in ("http", "https") or not address.netloc:
             raise ValueError(
-                f"--judge is {self.url!r}; it should be an address, https://api.openai.com/v1, or"
-                " local:FOLDER for a model of your own"
+                f"--judge is {self.url!r} but must be a URL, for example https://api.openai.com/v1,"
+                " or local:FOLDER for a local model"
             )
         if address.query or address.fragment or not _is_plain(self.url):
             raise ValueError(
-                f"--judge is {self.url!r}; it should be an address that paths can be put behind,"
-                " without white space, ? or #"
+                f"--judge is {self.url!r} but must be a URL without white space, ? or #"
             )
         if not self.name:
-            raise ValueError("--judge_model: name the model that the endpoint is asked for")
-        # A variable that was read from a file has a newline at its end.
+            raise ValueError("--judge_model is missing; give the endpoint's name of the model")
+        # A variable that was read from a file may end with a newline.
         object.__setattr__(self, "key", self.key.strip())
         if not _is_plain(self.key):
             raise ValueError(
-                "the judge's key has white space or a character in it that is not ASCII; it should"
-                " be the one word that the endpoint gave out"
+                "the judge's key contains white space or non-ASCII characters; give the key as the"
+                " endpoint issued it"
             )
 
     def check(self) -> None:
-        """Asks for the models that there are, which costs nothing.
+        """Requests the list of models, which is free of charge.
+
+        An endpoint without such a list passes the check.
 
         Raises:
-          JudgeError: nothing is there, it redirects, or the key is not taken. An endpoint that has
-            no list of models is let pass.
+          JudgeError: The endpoint cannot be reached, redirects, or rejects the key.
         """
         try:
             answer = self._send("models")
         except (OSError, http.client.HTTPException, ValueError) as error:
             why = self._clean(f"the judge at {self.url} cannot be reached: {error}")
-            raise HopelessJudgeError(why) from error
+            raise FatalJudgeError(why) from error
         if answer.status in (401, 403) or _is_redirect(answer):
-            raise HopelessJudgeError(self._refused(answer))
+            raise FatalJudgeError(self._rejection(answer))
 
     def __call__(self, request: JudgeRequest) -> Judgment:
-        """Asks, and asks again after a while where that may help.
+        """Rates an answer, with retries after transient failures.
 
         Raises:
-          HopelessJudgeError: the endpoint refuses the key, knows neither path nor model, or
+          FatalJudgeError: The endpoint rejects the key, does not know the path or model, or
             redirects.
-          UnreadableAnswerError: it answered in a form that is not known.
-          JudgeError: it did not answer in spite of all retries.
+          UnreadableAnswerError: The answer has an unknown format.
+          JudgeError: There was no answer after all retries.
         """
         body: dict[str, Any] = {
             "model": self.name,
@@ -179,14 +179,14 @@ class EndpointJudge:
             else:
                 if 200 <= answer.status < 300:
                     return self._read(answer)
-                failure = self._refused(answer)
+                failure = self._rejection(answer)
                 if answer.status in (401, 403, 404) or _is_redirect(answer):
-                    raise HopelessJudgeError(failure)
-                if answer.status not in _WORTH_ANOTHER_TRY:
+                    raise FatalJudgeError(failure)
+                if answer.status not in _RETRYABLE:
                     raise JudgeError(failure)
                 asked_for = _retry_after(answer.headers.get("Retry-After"))
-                if asked_for is not None and asked_for > _NO_USE_WAITING:
-                    raise JudgeError(f"{failure} (it asks to wait {asked_for:g} s)")
+                if asked_for is not None and asked_for > _MAX_RETRY_AFTER:
+                    raise JudgeError(f"{failure} (it requests a wait of {asked_for:g} s)")
             if attempt < self.retries:
                 self.sleep(min(asked_for or wait, _LONGEST_WAIT))
                 wait *= 2
@@ -200,57 +200,57 @@ class EndpointJudge:
         """Returns the judgment of an answer.
 
         Raises:
-          UnreadableAnswerError: it is of another form, or nested deeper than can be read.
+          UnreadableAnswerError: The answer has an unknown format, or is nested too deeply.
         """
         try:
             response = json.loads(answer.body)
             content = _content(response)
-            if len(self.key) >= _LEAST_SECRET:  # It goes into files.
+            if len(self.key) >= _MIN_SECRET_LENGTH:  # The judgment is written to files.
                 content = self._without_key(content)
             return Judgment(content, _tokens(response))
         except (ValueError, RecursionError) as error:
-            why = self._clean(f"an answer that cannot be read: {error}")
+            why = self._clean(f"the judge's answer cannot be read: {error}")
             raise UnreadableAnswerError(why) from error
 
-    def _refused(self, answer: Answer) -> str:
-        """Says with which status the endpoint refuses a request, and why."""
+    def _rejection(self, answer: Answer) -> str:
+        """Returns the message for an endpoint that rejects a request."""
         status = f"the judge at {self.url} answers {answer.status} {answer.reason}"
         if _is_redirect(answer):
             where = answer.headers.get("Location", "nowhere")
             return self._clean(
-                f"{status}, a redirect to {where}: it is not followed, since the key is for the"
-                " first address alone; give the one that is meant with --judge"
+                f"{status}, a redirect to {where}; it is not followed, because the key is only for"
+                " the first URL; give the right URL as --judge"
             )
         return self._clean(f"{status}: {answer.body.decode('utf-8', 'replace').strip()}")
 
     def _clean(self, message: str) -> str:
-        """Returns a message that is safe to print: cut off, without the key or control characters.
+        """Returns a message without the key and control characters, shortened.
 
-        The key is taken out first: its beginning could otherwise be left by the cut.
+        The key is removed first, because shortening could leave its beginning.
         """
         message = self._without_key(message)
-        most = len(self.url) + _QUOTED
-        return printable(message if len(message) <= most else message[:most] + " …", keep="")
+        limit = len(self.url) + _MAX_QUOTE
+        return printable(message if len(message) <= limit else message[:limit] + " …", keep="")
 
     def _without_key(self, text: str) -> str:
-        """Returns a text of the endpoint's without the key, in whatever way it is written there."""
+        """Returns a text without the key, in plain, escaped or URL-encoded form."""
         for form in (self.key, repr(self.key)[1:-1], urllib.parse.quote(self.key, safe="")):
             text = text.replace(form, "…") if form else text
         return text
 
 
 class LocalJudge:
-    """A judge that is a model of this library, asked through its chat template.
+    """Judge that is a model of this library, prompted through its chat template.
 
-    What it is asked about is the text of others: a control token in it is tokenized as the
-    characters that it is, so that no answer can end the judge's turn or begin one.
+    Control tokens in the rated answers are tokenized as characters, so that an answer cannot end
+    or begin a turn of the judge's prompt.
 
     Args:
-      loaded: the model.
-      name: the name that a score is quoted with.
+      loaded: Model, parameters and tokenizer.
+      name: Name that is reported with a score.
 
     Raises:
-      ValueError: its tokenizer has no chat template, or cannot split control tokens.
+      ValueError: The tokenizer has no chat template, or cannot split control tokens.
     """
 
     workers = 1
@@ -261,10 +261,10 @@ class LocalJudge:
         self._loaded = loaded
 
     def check(self) -> None:
-        """It is here."""
+        """Does nothing, because a loaded model needs no connection."""
 
     def __call__(self, request: JudgeRequest) -> Judgment:
-        """Its judgment, the likeliest."""
+        """Rates an answer by greedy decoding."""
         loaded = self._loaded
         chat = [
             {"role": "system", "content": request.system},
@@ -272,7 +272,6 @@ class LocalJudge:
         ]
         settings = GenerationSettings(max_new_tokens=JUDGMENT_TOKENS, eos_ids=loaded.eos_ids)
         try:
-            # The answer that is judged is text, and ends no turn of the judge's own prompt.
             found = generate_text(
                 loaded.model,
                 loaded.params,
@@ -287,22 +286,22 @@ class LocalJudge:
 
 
 def check_judge_tokenizer(tokenizer: Any, name: str) -> None:
-    """Raises ValueError unless a tokenizer can ask a local judge."""
+    """Rejects a tokenizer that a local judge cannot use, with ValueError."""
     if not tokenizer.chat_template:
-        raise ValueError(f"the judge {name} has no chat template to be asked through")
+        raise ValueError(f"the judge {name} has no chat template; give a chat model as --judge")
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
-            f"the judge {name} has the tokenizer {type(tokenizer).__name__}, which cannot keep"
-            " control tokens out of the text it judges: give a judge with a fast tokenizer"
+            f"the judge {name} has the tokenizer {type(tokenizer).__name__}, which cannot split"
+            " control tokens in the answers it rates; give a judge with a fast tokenizer"
             " (tokenizer.json)"
         )
 
 
 def _content(response: Any) -> str:
-    """What an endpoint answered.
+    """Returns the text of an endpoint's response.
 
     Raises:
-      ValueError: it has not the protocol's form.
+      ValueError: The response does not follow the protocol.
     """
     try:
         content = response["choices"][0]["message"]["content"]
@@ -314,7 +313,7 @@ def _content(response: Any) -> str:
 
 
 def _tokens(response: Mapping[str, Any]) -> tuple[int, int] | None:
-    """How many tokens an endpoint says that it has read and written; None if it does not.
+    """Returns the prompt and completion tokens that an endpoint reports, or None.
 
     Example:
       >>> _tokens({"usage": {"prompt_tokens": 700, "completion_tokens": 90}}), _tokens({})
@@ -324,7 +323,7 @@ def _tokens(response: Mapping[str, Any]) -> tuple[int, int] | None:
     if not isinstance(usage, Mapping):
         return None
     read, written = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    if all(type(count) is int and 0 <= count <= _MOST_TOKENS for count in (read, written)):
+    if all(type(count) is int and 0 <= count <= _MAX_TOKENS for count in (read, written)):
         return read, written  # type: ignore[return-value]
     return None
 
@@ -334,14 +333,14 @@ def _is_redirect(answer: Answer) -> bool:
 
 
 def _is_plain(text: str) -> bool:
-    """Whether a text can stand in a request's head: printable ASCII without white space."""
+    """Returns whether a text may be part of a header: printable ASCII without white space."""
     return all("!" <= character <= "~" for character in text)
 
 
 def _retry_after(header: str | None) -> float | None:
-    """Returns how many seconds an endpoint asks to wait, in seconds or as a date.
+    """Returns the wait in seconds of a Retry-After header, which may be a date.
 
-    What is neither, or lies in the past, is None: the usual wait is then taken.
+    An invalid header, or one in the past, gives None, which means the usual wait.
 
     Example:
       >>> _retry_after("7"), _retry_after("1e9")

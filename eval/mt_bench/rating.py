@@ -1,4 +1,4 @@
-"""The rating in a judge's words."""
+"""Extracts the rating from a judgment."""
 
 import re
 
@@ -8,10 +8,11 @@ _RATING = re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]", re.ASCII)
 
 
 def find_rating(judgment: str) -> float | None:
-    """The rating that a judgment gives in the form it was asked for, "[[5]]".
+    """Returns the rating of a judgment, written as "[[5]]", or None.
 
-    One rating may be given several times. Two different ones, one out of bounds, or one in another
-    form are none: what the judge meant is not guessed. (FastChat takes the first of several.)
+    Repetitions of one rating are accepted. Different ratings, a rating out of bounds, or another
+    notation give None, because the judge's intent would be a guess. FastChat takes the first of
+    several ratings.
 
     Example:
       >>> find_rating("Clear and right. Rating: [[9]]"), find_rating("Rating: [[7.5]]")

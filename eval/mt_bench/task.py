@@ -1,4 +1,4 @@
-"""The evaluation: both turns are answered, both answers rated, ratings averaged."""
+"""Evaluates MT-Bench: generates both answers, has a judge rate them, and averages the ratings."""
 
 import contextlib
 import dataclasses
@@ -29,7 +29,7 @@ from .files import Benchmark, Question, read_benchmark
 from .judges import (
     JUDGMENT_TOKENS,
     EndpointJudge,
-    HopelessJudgeError,
+    FatalJudgeError,
     Judge,
     JudgeError,
     LocalJudge,
@@ -40,32 +40,32 @@ from .rating import find_rating
 from .requests import JudgeRequest, estimate, judge_requests
 
 QUESTIONS = 80
-"""How many questions MT-Bench has; a rating of fewer is not called by its name."""
+"""Number of questions; an average over fewer is not reported as MT-Bench."""
 
 _LOCAL = "local:"
 _NEW_TOKENS = 1024
 _CHARACTERS_A_TOKEN = 4
 _GIVE_UP_AFTER = 8
-"""So many requests in a row without an answer, each with all its retries, and the rest is left."""
+"""Number of consecutive failed requests, after all retries, that end the evaluation."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MTBenchSettings:
-    """Who judges, and at what cost.
+    """Settings of the judge and its cost.
 
     Attributes:
-      judge: the address of an endpoint that speaks OpenAI's protocol, up to and with its version;
-        or "local:" and the folder of a checkpoint.
-      model: the model that the endpoint is asked for.
-      key: the secret it is asked with; empty: none.
-      options: further fields of each request to the endpoint; None takes one away.
-      prices: of a million tokens of prompts, and of answers.
-      budget: what the judge may cost at most in one evaluation, by those prices.
-      retries: how often a request is made again that failed for a passing reason.
-      workers: how many requests are made at a time.
+      judge: URL of an endpoint with OpenAI's protocol, up to the version; or "local:" and the
+        folder of a checkpoint.
+      model: Endpoint's name of the model.
+      key: Secret to send to the endpoint; empty: none.
+      options: Further fields of each request to the endpoint; None removes a field.
+      prices: Prices per million prompt tokens and per million completion tokens.
+      budget: Maximum cost of the judge in one evaluation, at those prices.
+      retries: Retries of a request after a transient failure.
+      workers: Number of concurrent requests.
 
     Raises:
-      ValueError: no judge, or a value that cannot be.
+      ValueError: A value is invalid.
     """
 
     judge: str = ""
@@ -80,11 +80,12 @@ class MTBenchSettings:
     def __post_init__(self) -> None:
         check_positive_int("judge_workers", self.workers)
         if self.retries < 0:
-            raise ValueError(f"judge_retries must be at least 0, but is {self.retries}")
+            raise ValueError(f"judge_retries is {self.retries} but must be at least 0")
         if self.prices is not None:
             if len(self.prices) != 2:
                 raise ValueError(
-                    "judge_prices: give two, of a million tokens of prompts and of answers, 2.5,10"
+                    f"judge_prices has {len(self.prices)} values but must have two, per million"
+                    " prompt tokens and per million completion tokens, for example 2.5,10"
                 )
             for price in self.prices:
                 check_finite("judge_prices", price)
@@ -92,30 +93,32 @@ class MTBenchSettings:
             check_positive("judge_budget", self.budget)
             check_finite("judge_budget", self.budget)
             if self.prices is None:
-                raise ValueError("judge_budget cannot be kept without judge_prices")
-            if self.most_tokens is None:
                 raise ValueError(
-                    "judge_budget cannot be kept where answers have no limit: give one in"
-                    " --judge_options, as max_tokens or max_completion_tokens"
+                    f"judge_budget is {self.budget:g}, which needs prices; give --judge_prices"
+                )
+            if self.max_tokens is None:
+                raise ValueError(
+                    f"judge_budget is {self.budget:g}, which needs a limit on judgments; give"
+                    " max_tokens or max_completion_tokens in --judge_options"
                 )
 
     @property
-    def most_tokens(self) -> int | None:
-        """How many tokens a judgment may have; None where the options take the limit away."""
+    def max_tokens(self) -> int | None:
+        """Returns the maximum tokens of a judgment; None if the options remove the limit."""
         given = {"max_tokens": JUDGMENT_TOKENS, **self.options}
         limits = [given.get(name) for name in ("max_tokens", "max_completion_tokens")]
         return max((limit for limit in limits if isinstance(limit, int)), default=None)
 
     def make_judge(self) -> Callable[[], Judge]:
-        """What makes the judge; that it can be had is checked now, and a model is loaded later.
+        """Checks the judge, and returns a function that loads it.
 
         Raises:
-          ValueError: there is no judge, or it cannot be had.
+          ValueError: No judge is named, or it cannot be used.
         """
         if not self.judge:
             raise ValueError(
-                "mt_bench has its answers rated by a judge: give --judge, the address of an"
-                " endpoint (with --judge_model) or local:FOLDER"
+                "mt_bench needs a judge; give --judge, the URL of an endpoint (with --judge_model)"
+                " or local:FOLDER"
             )
         if self.judge.startswith(_LOCAL):
             folder = find_folder(self.judge.removeprefix(_LOCAL))
@@ -143,30 +146,30 @@ def make_job(
     judging: MTBenchSettings,
     reporter: Reporter,
 ) -> Job:
-    """MT-Bench, checked and ready.
+    """Builds and checks the MT-Bench task.
 
     Args:
-      wanted: the task.
-      folder: where its samples go.
-      settings: of the evaluation.
-      judging: who judges.
-      reporter: is told what it will cost.
+      wanted: Name and suite of the task.
+      folder: Output folder of the evaluation.
+      settings: Settings of the evaluation.
+      judging: Settings of the judge.
+      reporter: Shows the estimated cost.
 
     Raises:
-      ValueError: the judge or FastChat's files cannot be had, or the budget does not suffice.
+      ValueError: The judge or FastChat's files cannot be used.
     """
     if settings.data is None:
         raise ValueError(
-            "mt_bench reads FastChat's files (question.jsonl, judge_prompts.jsonl, the reference"
-            " answers), which are not part of this project: give --data with a folder mt_bench"
+            "mt_bench needs FastChat's files (question.jsonl, judge_prompts.jsonl, the reference"
+            " answers), which this project does not include; give a --data folder with mt_bench/"
         )
     benchmark = read_benchmark(local_folder(settings.data, "mt_bench"))
     questions = _limited(benchmark.questions, settings.limit)
     make_judge = judging.make_judge()
     most = settings.max_new_tokens or _NEW_TOKENS
     longest = _longest_requests(benchmark, questions, most)
-    will_cost = estimate(longest, judging.prices, judging.most_tokens)
-    reporter.say(f"mt_bench: with answers as long as they may be, {will_cost}")
+    will_cost = estimate(longest, judging.prices, judging.max_tokens)
+    reporter.say(f"mt_bench: with answers of maximum length, {will_cost}")
 
     def evaluate(model: HarnessModel) -> TaskResult:
         started = time.monotonic()
@@ -186,14 +189,14 @@ def make_job(
         }
         _write_samples(folder / "samples" / f"{wanted.name}.jsonl", requests, answers, judgments)
         if not ratings:
-            why = next(iter(failures.values()), "no judgment has one in the form asked for")
-            raise HopelessJudgeError(f"none of {len(requests)} answers has a rating: {why}")
+            why = next(iter(failures.values()), "no judgment contains a rating such as [[5]]")
+            raise FatalJudgeError(f"none of {len(requests)} answers has a rating: {why}")
         unread = len(judgments) - len(ratings)
         if failures or unread:
             reporter.warn(
-                f"mt_bench: of {len(requests)} ratings, {len(failures)} were not given"
+                f"mt_bench: of {len(requests)} ratings, {len(failures)} are missing"
                 f" ({next(iter(failures.values()), '')}) and {unread} could not be read;"
-                " the rest are averaged"
+                " the others are averaged"
             )
         return TaskResult(
             task=wanted.name,
@@ -218,7 +221,7 @@ def make_job(
 
 
 def _limited(questions: Sequence[Question], limit: float | None) -> list[Question]:
-    """The first so many questions, or a share of them."""
+    """Returns the first `limit` questions, or a fraction of them."""
     if limit is None:
         return list(questions)
     return list(questions[: max(1, round(len(questions) * limit)) if limit < 1 else int(limit)])
@@ -227,7 +230,7 @@ def _limited(questions: Sequence[Question], limit: float | None) -> list[Questio
 def _longest_requests(
     benchmark: Benchmark, questions: Sequence[Question], new_tokens: int
 ) -> list[JudgeRequest]:
-    """The requests as they are if all answers are as long as they may be."""
+    """Returns requests with answers of maximum length, to estimate the cost."""
     answer = "x" * (new_tokens * _CHARACTERS_A_TOKEN)
     return [
         request
@@ -239,7 +242,7 @@ def _longest_requests(
 def _answer(
     model: HarnessModel, questions: Sequence[Question], settings: EvalSettings
 ) -> dict[int, list[str]]:
-    """By question, the model's answers to both turns, at the category's temperature."""
+    """Returns the model's answers to both turns of each question."""
     begin = [{"role": "system", "content": settings.system}] if settings.system else []
     chats = {question.id: list(begin) for question in questions}
     answers: dict[int, list[str]] = {question.id: [] for question in questions}
@@ -263,7 +266,7 @@ def _answer(
 
 
 _Key = tuple[int, int]
-"""A question and a turn."""
+"""Number of the question, and turn."""
 
 
 def _judge(
@@ -273,21 +276,21 @@ def _judge(
     judging: MTBenchSettings,
     reporter: Reporter,
 ) -> tuple[dict[_Key, str], dict[_Key, str]]:
-    """The judgments, and why there is none where there is none."""
+    """Returns the judgments, and the messages of failed requests."""
     judgments: dict[_Key, str] = {}
     for request in requests:
         known = model.store.get(*_judgment_key(judge, judging, request))
         if known is not None:
             judgments[request.question, request.turn] = known
     waiting = [one for one in requests if (one.question, one.turn) not in judgments]
-    cost = estimate(waiting, judging.prices, judging.most_tokens)
+    cost = estimate(waiting, judging.prices, judging.max_tokens)
     reporter.say(f"mt_bench: {cost}")
     if judging.budget is not None and (cost.cost or 0.0) > judging.budget:
-        raise HopelessJudgeError(
-            f"the judge would cost about {cost.cost:.2f}, and judge_budget is {judging.budget:g};"
-            " the answers are kept, and nothing has been asked of the judge"
+        raise FatalJudgeError(
+            f"the judge would cost about {cost.cost:.2f}, but judge_budget is {judging.budget:g};"
+            " no request was sent, and the answers are kept for a run with a larger budget"
         )
-    budget = Budget(judging.budget, judging.prices, judging.most_tokens)
+    budget = Budget(judging.budget, judging.prices, judging.max_tokens)
     failures: dict[_Key, str] = {}
     in_a_row = 0
     with (
@@ -300,7 +303,7 @@ def _judge(
             key = (request.question, request.turn)
             try:
                 judgment = done.result()
-            except HopelessJudgeError:
+            except FatalJudgeError:
                 raise
             except JudgeError as error:
                 if not isinstance(error, UnreadableAnswerError):
@@ -308,9 +311,9 @@ def _judge(
                 failures[key] = str(error)
                 in_a_row += 1
                 if in_a_row >= _GIVE_UP_AFTER:
-                    raise HopelessJudgeError(
-                        f"{in_a_row} requests in a row have failed, the last: {error}. What has"
-                        " been rated is kept; the same command goes on from there"
+                    raise FatalJudgeError(
+                        f"{in_a_row} consecutive requests failed, the last with: {error}. Ratings"
+                        " so far are kept; the same command resumes from there"
                     ) from error
             else:
                 in_a_row = 0
@@ -319,17 +322,16 @@ def _judge(
                 model.store.add(judgment.text, *_judgment_key(judge, judging, request))
             counter.advance()
     if left := len(requests) - len(judgments) - len(failures):
-        raise HopelessJudgeError(
-            f"judge_budget is {judging.budget:g}, {budget.spent:.2f} of it is spent, and one more"
-            f" answer might go over it: {left} of {len(requests)} ratings are left. What has been"
-            " rated is kept; the same command goes on from there with the same budget again, and"
-            " a larger one gets further"
+        raise FatalJudgeError(
+            f"judge_budget is {judging.budget:g}, of which {budget.spent:.2f} is spent, and one"
+            f" more request might exceed it; {left} of {len(requests)} ratings are missing. Ratings"
+            " so far are kept; the same command resumes from there, with a new budget of this size"
         )
     return judgments, failures
 
 
 def _judgment_key(judge: Judge, judging: MTBenchSettings, request: JudgeRequest) -> tuple[str, ...]:
-    """What a judgment depends on, for `ResponseStore`."""
+    """Returns the key of a judgment in `ResponseStore`."""
     options = json.dumps(dict(judging.options), sort_keys=True)
     return ("judge", judge.name, judging.judge, options, request.system, request.prompt)
 
@@ -337,10 +339,10 @@ def _judgment_key(judge: Judge, judging: MTBenchSettings, request: JudgeRequest)
 def _metrics(
     requests: Sequence[JudgeRequest], ratings: Mapping[_Key, float], judge: str, questions: int
 ) -> tuple[Metric, ...]:
-    """The mean rating: of all, of each turn, of each category.
+    """Returns the mean rating: overall, by turn, and by category.
 
-    A question's two ratings go together: the value is the mean of questions' means, and the
-    standard error is that of this mean. Where all ratings are there it is the mean of them too.
+    The two ratings of a question are not independent. The value is therefore the mean of the
+    questions' means, with its standard error.
     """
     whole = questions == QUESTIONS and len(ratings) == len(requests)
 

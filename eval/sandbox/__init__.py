@@ -1,13 +1,13 @@
-"""Where generated code is run: a process that can reach nothing and lasts no longer than it may.
+"""Runs generated code in isolated processes with resource limits.
 
 - [`limits`][eval.sandbox.limits]: `SandboxLimits`.
 - [`api`][eval.sandbox.api]: `Sandbox`, `Outcome`, `IsolationError`.
-- [`programs`][eval.sandbox.programs]: `TestedProgram`, whose test is out of its reach.
-- [`jail`][eval.sandbox.jail]: what runs in the process, before the code and around it.
-- [`system_calls`][eval.sandbox.system_calls]: the system calls that the code may not make.
-- [`values`][eval.sandbox.values]: what goes between a program and its test.
-- [`standard_library`][eval.sandbox.standard_library]: the files that the code has.
-- [`usage`][eval.sandbox.usage]: what a tree of processes takes.
+- [`programs`][eval.sandbox.programs]: `TestedProgram`, which cannot access its test.
+- [`jail`][eval.sandbox.jail]: The script that isolates and runs a program.
+- [`system_calls`][eval.sandbox.system_calls]: The filter of system calls.
+- [`values`][eval.sandbox.values]: The encoding of values between a program and its test.
+- [`standard_library`][eval.sandbox.standard_library]: The files that a program can read.
+- [`usage`][eval.sandbox.usage]: The memory of a process tree.
 """
 
 from .api import IsolationError, Outcome, Sandbox

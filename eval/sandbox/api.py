@@ -1,4 +1,4 @@
-"""Runs programs in the sandbox, and says what came of them."""
+"""Runs programs in the sandbox, and reports their outcomes."""
 
 import contextlib
 import dataclasses
@@ -24,17 +24,17 @@ from .standard_library import files_of
 from .usage import memory_of_tree
 
 Verdict = Literal["passed", "failed", "timeout", "memory", "output", "crashed"]
-"""What came of a program: it came to its end; it raised, or left before; it took too long, too
-much memory, or wrote too much; it was ended by a signal."""
+"""How a program ended: "passed" if it completed, "failed" if it raised or exited early, the limit
+that it exceeded, or "crashed" if a signal killed it."""
 
 _JAIL = Path(__file__).with_name("jail.py")
-_LOOK_EVERY = 0.02
-"""Seconds between two looks at the memory that a program takes."""
+_POLL_SECONDS = 0.02
+"""Interval at which the memory of a program is measured."""
 
 _START_SECONDS = 60.0
-"""How long Python and the jail may take to start, which does not count."""
+"""Time limit for Python and the jail to start, which is not part of the program's time."""
 
-_STARTED_WORD = b'{"started": true}\n'
+_STARTED_REPORT = b'{"started": true}\n'
 
 _Over = Literal["timeout", "memory", "output"]
 
@@ -66,22 +66,22 @@ assert resource.getrlimit(resource.RLIMIT_NPROC)[0] > 0, "its processes are not 
 
 
 class IsolationError(RefusedError):
-    """Generated code cannot be kept apart on this machine; the message says why."""
+    """Raised when generated code cannot be isolated on this machine."""
 
 
 class StoppedError(Exception):
-    """A program was ended because its outcome is no longer wanted."""
+    """Raised when a program was stopped because its outcome is no longer needed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What came of a program.
+    """Outcome of a program.
 
     Attributes:
-      verdict: in a word.
-      detail: what was raised, which signal ended it, or which limit it went over.
-      output: the beginning of what it wrote to the standard output and error.
-      seconds: how long it ran.
+      verdict: How the program ended.
+      detail: Error that it raised, signal that killed it, or limit that it exceeded.
+      output: Beginning of its standard output and error.
+      seconds: Run time.
     """
 
     verdict: Verdict
@@ -91,28 +91,28 @@ class Outcome:
 
     @property
     def passed(self) -> bool:
-        """Whether it came to its end."""
+        """Returns whether the program completed."""
         return self.verdict == "passed"
 
 
 class Sandbox:
-    """Runs programs, each in processes of its own that reach nothing and end with it.
+    """Runs each program in its own isolated processes, which end with it.
 
-    A program has no network and no socket; a file system of Python's standard library alone,
-    read-only, and an empty /tmp; processes of its own only; no privileges, whoever runs this; and
-    what `limits` give it. There is no other package that it could import.
+    A program has no network and no sockets. Its file system holds only Python's standard library,
+    read-only, and an empty /tmp. It sees only its own processes, has no privileges, and is subject
+    to `limits`. It can import no other package.
 
-    A program by itself passes if it comes to its end, which it reports itself: one that is written
-    to cheat can. A `TestedProgram` cannot: its test runs, compares and reports in another process.
+    A plain program reports its own completion, so that a malicious one can fake it. A
+    `TestedProgram` cannot, because its test runs, compares and reports in another process.
 
-    It is kept apart by Linux namespaces (user, mount, process, network, IPC, host name), a filter
-    of system calls, and limits of resources. Where those cannot be had, `check` says so, and
-    nothing is run unless `isolated` is False: then limits of resources and of time are all there
-    is, and a program can read, write and send whatever its user can.
+    Isolation uses Linux namespaces (user, mount, process, network, IPC, host name), a filter of
+    system calls, and resource limits. If they are unavailable, `check` raises an error and no
+    program runs. With `isolated=False` there are only resource and time limits, and a program can
+    read, write and send whatever its user can.
 
     Args:
-      limits: what a program may take.
-      isolated: whether programs are kept apart.
+      limits: Resource limits of a program.
+      isolated: Whether programs are isolated.
 
     Example:
       >>> sandbox = Sandbox(SandboxLimits(seconds=2.0), isolated=False)
@@ -128,34 +128,34 @@ class Sandbox:
         self._isolated = isolated
 
     def check(self) -> None:
-        """Runs a program that tries to get out.
+        """Checks the isolation with a program that tries to escape.
 
         Raises:
-          IsolationError: programs cannot be kept apart here, or it got out.
+          IsolationError: Programs cannot be isolated here, or the program escaped.
         """
         if not self._isolated:
             return
         outcome = self.run(_ESCAPES)
         if not outcome.passed:
             raise IsolationError(
-                f"generated code cannot be kept apart here: {outcome.detail or outcome.verdict}"
+                f"generated code cannot be isolated here: {outcome.detail or outcome.verdict}"
             )
 
     def run(self, program: str | TestedProgram, *, stop: threading.Event | None = None) -> Outcome:
-        """Runs one program to its end or to the end of its limits.
+        """Runs one program until it ends or exceeds a limit.
 
         Args:
           program: Python source, or a program with a test.
-          stop: ends it when set.
+          stop: Ends the program when set.
 
         Raises:
-          IsolationError: it cannot be kept apart; it has not been run.
-          StoppedError: it was ended by `stop`.
+          IsolationError: The program cannot be isolated, and was not run.
+          StoppedError: The program was ended by `stop`.
         """
         if self._isolated and not sys.platform.startswith("linux"):
-            raise IsolationError(f"programs can be kept apart on Linux only, not on {sys.platform}")
+            raise IsolationError(f"programs can be isolated only on Linux, not on {sys.platform}")
         with tempfile.TemporaryDirectory(prefix="sandbox-") as folder:
-            # An unprivileged user of the jail has to pass through.
+            # The jail's unprivileged user must be able to enter the folder.
             os.chmod(folder, 0o755)
             return self._run(program, folder, stop or threading.Event())
 
@@ -189,18 +189,18 @@ class Sandbox:
                 os.close(writable)
             try:
                 _feed(process, json.dumps(settings), program)
-                watch = _Watch(process, result, self._limits)
-                watch.until_end(stop)
+                monitor = _ProcessMonitor(process, result, self._limits)
+                monitor.wait(stop)
             finally:
                 _end(process)
-        return self._judge(watch, token, process.returncode)
+        return self._outcome(monitor, token, process.returncode)
 
     def _settings(self, folder: str) -> dict[str, Any]:
         limits = self._limits
         try:
             needed = files_of(_interpreter()) if self._isolated else {"folders": [], "files": []}
         except OSError as error:
-            raise IsolationError(f"generated code cannot be kept apart here: {error}") from error
+            raise IsolationError(f"generated code cannot be isolated here: {error}") from error
         return {
             "isolated": self._isolated,
             "folder": folder,
@@ -213,20 +213,21 @@ class Sandbox:
             "processes": limits.processes,
         }
 
-    def _judge(self, watch: "_Watch", token: str, returncode: int) -> Outcome:
-        """The outcome, from what was seen and what the jail has said."""
-        said = watch.said
-        if not watch.started:
+    def _outcome(self, monitor: "_ProcessMonitor", token: str, returncode: int) -> Outcome:
+        """Derives the outcome from the jail's last report and the exit code."""
+        said = monitor.report
+        if not monitor.started:
             why = said.get("not_isolated") or (
-                "the jail was not built: " + watch.output.decode("utf-8", "replace")[-300:].strip()
+                "the jail failed to start: "
+                + monitor.output.decode("utf-8", "replace")[-300:].strip()
             )
-            raise IsolationError(f"generated code cannot be kept apart here: {why}")
-        # Whatever the program has said in the jail's name may be of any kind.
+            raise IsolationError(f"generated code cannot be isolated here: {why}")
+        # The program may have forged the report, so its values may have any type.
         name = _signal_name(-returncode if returncode < 0 else said.get("signal"))
-        over = "timeout" if name == "SIGXCPU" else watch.over
+        over = "timeout" if name == "SIGXCPU" else monitor.over
         verdict: Verdict
         if over is not None:
-            verdict, detail = over, self._limit_in_words(over)
+            verdict, detail = over, self._describe_limit(over)
         elif said.get("token") == token and returncode == 0:
             verdict, detail = "passed", ""
         elif "error" in said:
@@ -234,12 +235,12 @@ class Sandbox:
         elif name:
             verdict, detail = "crashed", name
         else:
-            verdict, detail = "failed", "it left before its end"
-        most = self._limits.output_kib << 10
-        output = bytes(watch.output[:most]).decode("utf-8", "replace")
-        return Outcome(verdict=verdict, detail=detail, output=output, seconds=watch.seconds)
+            verdict, detail = "failed", "it exited before its end"
+        limit = self._limits.output_kib << 10
+        output = bytes(monitor.output[:limit]).decode("utf-8", "replace")
+        return Outcome(verdict=verdict, detail=detail, output=output, seconds=monitor.seconds)
 
-    def _limit_in_words(self, verdict: "_Over") -> str:
+    def _describe_limit(self, verdict: "_Over") -> str:
         limits = self._limits
         return {
             "timeout": f"over {limits.seconds:g} s",
@@ -248,16 +249,15 @@ class Sandbox:
         }[verdict]
 
 
-class _Watch:
-    """Looks after a process until it ends or goes over a limit.
+class _ProcessMonitor:
+    """Monitors a process until it ends or exceeds a limit.
 
     Attributes:
-      over: the limit it went over; None if none.
-      output: what it wrote.
-      said: the last thing that the jail said.
-      started: whether the program was begun: what the jail says after that, the program may have
-        said in its name.
-      seconds: how long the program ran.
+      over: Limit that it exceeded; None if none.
+      output: Output of the process.
+      report: Last report of the jail.
+      started: Whether the program has started. The program may forge later reports.
+      seconds: Run time of the program.
     """
 
     def __init__(self, process: subprocess.Popen, result: io.RawIOBase, limits: SandboxLimits):
@@ -266,21 +266,21 @@ class _Watch:
         self.output = bytearray()
         self._process = process
         self._limits = limits
-        self._words = bytearray()
-        self._sinks = {process.stdout.fileno(): self.output, result.fileno(): self._words}
+        self._reports = bytearray()
+        self._sinks = {process.stdout.fileno(): self.output, result.fileno(): self._reports}
         self._since = time.monotonic()
         self.started = False
 
     @property
-    def said(self) -> dict[str, Any]:
-        return _last_word(bytes(self._words))
+    def report(self) -> dict[str, Any]:
+        return _last_report(bytes(self._reports))
 
     @property
     def seconds(self) -> float:
         return time.monotonic() - self._since
 
-    def until_end(self, stop: threading.Event) -> None:
-        """Waits; raises `StoppedError` when `stop` is set before the end."""
+    def wait(self, stop: threading.Event) -> None:
+        """Waits for the process; raises `StoppedError` if `stop` is set before its end."""
         with selectors.DefaultSelector() as selector:
             for descriptor in self._sinks:
                 os.set_blocking(descriptor, False)
@@ -289,27 +289,27 @@ class _Watch:
             while self.over is None and not ended:
                 if stop.is_set():
                     raise StoppedError
-                # What was written before the end is read after it.
+                # Output from just before the end is read after it.
                 ended = self._process.poll() is not None
                 self._read(selector, wait=not ended)
                 self.over = self._find_over()
 
     def _read(self, selector: selectors.BaseSelector, *, wait: bool) -> None:
         if not selector.get_map():
-            time.sleep(_LOOK_EVERY if wait else 0)
+            time.sleep(_POLL_SECONDS if wait else 0)
             return
-        for key, _ in selector.select(_LOOK_EVERY if wait else 0):
+        for key, _ in selector.select(_POLL_SECONDS if wait else 0):
             piece = os.read(key.fd, 1 << 16)
             self._sinks[key.fd] += piece
             if not piece:
                 selector.unregister(key.fd)
-        if not self.started and self._words.startswith(_STARTED_WORD):
-            # The time that Python and the jail take to start does not count.
+        if not self.started and self._reports.startswith(_STARTED_REPORT):
+            # The start of Python and the jail is not part of the program's time.
             self.started, self._since = True, time.monotonic()
 
     def _find_over(self) -> "_Over | None":
         limits = self._limits
-        if len(self.output) + len(self._words) > limits.output_kib << 10:
+        if len(self.output) + len(self._reports) > limits.output_kib << 10:
             return "output"
         if self.seconds > (limits.seconds if self.started else _START_SECONDS):
             return "timeout"
@@ -319,19 +319,19 @@ class _Watch:
 
 
 def _interpreter() -> str:
-    """The interpreter outside of any virtual environment, which the jail knows nothing of."""
+    """Returns the interpreter outside virtual environments, which the jail does not contain."""
     return os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 
 
 def _write_test(file: IO[bytes], program: TestedProgram, token: str) -> None:
-    """Writes what the test's process reads, and leaves the file at its beginning."""
+    """Writes the input of the test's process, and rewinds the file."""
     text = json.dumps({"token": token, "given": program.given, "test": program.test})
     file.write(text.encode())
     file.seek(0)
 
 
 def _feed(process: subprocess.Popen, settings: str, program: str) -> None:
-    """Hands over settings and program; the jail reads all of it before it runs any."""
+    """Sends the settings and the program; the jail reads all of it before it runs the program."""
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError):
         process.stdin.write(settings.encode() + b"\n")
@@ -340,7 +340,7 @@ def _feed(process: subprocess.Popen, settings: str, program: str) -> None:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Ends the process and all that came of it: with the first one the kernel ends the rest."""
+    """Kills the process; the kernel then kills its descendants."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -350,9 +350,9 @@ def _end(process: subprocess.Popen) -> None:
                 stream.close()
 
 
-def _last_word(words: bytes) -> dict[str, Any]:
-    """The last line of JSON; nothing if there is none."""
-    for line in reversed(words.splitlines()):
+def _last_report(reports: bytes) -> dict[str, Any]:
+    """Returns the last line that is a JSON object; an empty one if there is none."""
+    for line in reversed(reports.splitlines()):
         with contextlib.suppress(ValueError, RecursionError):
             said = json.loads(line)
             if isinstance(said, dict):
@@ -361,7 +361,7 @@ def _last_word(words: bytes) -> dict[str, Any]:
 
 
 def _signal_name(number: Any) -> str:
-    """The name of a signal; empty for what is none."""
+    """Returns the name of a signal; empty for other values."""
     if type(number) is not int or not 0 < number < signal.NSIG:
         return ""
     try:
@@ -371,7 +371,7 @@ def _signal_name(number: Any) -> str:
 
 
 def _writable(detail: Any) -> str:
-    r"""What was raised, with halves of characters, which no file can hold, in escapes.
+    r"""Returns the raised error with lone surrogates escaped, because UTF-8 cannot encode them.
 
     Example:
       >>> _writable("ValueError: \ud83d")

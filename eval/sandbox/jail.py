@@ -1,25 +1,25 @@
-"""Runs one program where it can reach nothing; a script, and the first thing in its process.
+"""Isolates and runs one program; a script, started in a new interpreter.
 
     python -I -S -B jail.py < input
 
-The input is a line of JSON, the settings, and after it the program.
+The input is one line of JSON with the settings, followed by the program.
 
-Three processes share the work. The first leaves the machine's namespaces and waits. The second is
-the first process of the new ones (their "init"): it builds a file system of the standard library
-alone, read-only, and an empty /tmp; gives up every privilege; and starts the third, which runs the
-program. When the init ends, the kernel ends everything that the program has started.
+There are three processes. The first enters new namespaces and waits. The second is the init process
+of these namespaces. It builds a file system with only the standard library, read-only, and an empty
+/tmp. It drops all privileges and starts the third process, which runs the program. When the init
+process ends, the kernel ends everything that the program has started.
 
-Only the standard library is used: nothing else is there. The result is one line of JSON on the
-descriptor that the settings name, and carries the settings' token if what was run came to its end.
+The script uses only the standard library. The result is one JSON line on the descriptor that the
+settings name. It contains the settings' token if the program completed.
 
-A program by itself reports its own end. No argument, variable or environment hands the token to it,
-so that none gives it by accident or by leaving early.
+A plain program reports its own completion. The token is in none of its arguments, variables or
+environment variables, so that it cannot send the token by accident or by exiting early.
 
-A program with a test has neither the token nor that descriptor. The test runs in the init, which
-reads both it and the token, after the program's process has begun, from a file that is closed to
-the program. The two talk through pipes, in plain data: the init sends the arguments of each call,
-and compares the values that come back. The program can neither trace nor read nor kill the init, so
-that it decides nothing but its answers.
+A program with a test has neither the token nor the descriptor. The test runs in the init process,
+which reads the test and the token, after the program's process has started, from a file that is
+closed to the program. They communicate through pipes, in plain data: the init process sends the
+arguments of each call, and compares the returned values. The program cannot trace, read or kill
+the init process, so that it controls only its answers.
 """
 
 import builtins
@@ -50,30 +50,30 @@ _PR_SET_PDEATHSIG, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 1, 24, 38
 _CAPABILITY_VERSION = 0x20080522
 
 _LIBRARY_FOLDERS = ("/lib", "/lib32", "/lib64", "/libx32")
-"""Links on many systems, by which the loader finds what lies below /usr."""
+"""Symbolic links into /usr on many systems, which the loader needs."""
 
 _HIDDEN = ("site-packages", "dist-packages")
 _TIME_ZONES = "/usr/share/zoneinfo"
 _DEVICES = ("null", "urandom", "random")
-"""Not "zero": mapped shared, it is memory that no limit counts."""
+"""Without "zero", because a shared mapping of it is memory that no limit counts."""
 
 _FAILED, _NOT_ISOLATED = 1, 3
-_MOST_ANSWER = 16 << 20
-"""Bytes of one answer of a program to its test."""
+_MAX_ANSWER = 16 << 20
+"""Maximum bytes of a program's answer to its test."""
 
-_PATIENCE = 1.0
-"""Seconds for a program to end that has closed its pipes."""
+_EXIT_SECONDS = 1.0
+"""Time limit for a program to end after it has closed its pipes."""
 
 
 class JailError(Exception):
-    """The program cannot be kept apart here; it has not been run."""
+    """Raised when the program cannot be isolated; it was not run."""
 
 
 def main() -> None:
     """Reads the settings and the program, and runs it."""
     settings = json.loads(sys.stdin.buffer.readline())
     program = sys.stdin.buffer.read().decode("utf-8", "surrogatepass")
-    _be_first_to_go()
+    _prefer_for_oom_kill()
     if not settings["isolated"]:
         os.chdir(settings["folder"])
         _limit(settings, processes=None)
@@ -86,7 +86,7 @@ def main() -> None:
         os._exit(_NOT_ISOLATED)
     _die_with_parent(libc)
     if os.getppid() != settings["parent"]:
-        os._exit(_NOT_ISOLATED)  # The parent was gone before it could be watched.
+        os._exit(_NOT_ISOLATED)  # The parent ended before it could be tracked.
     init = os.fork()
     if init == 0:
         _be_init(libc, program, settings, as_root=as_root)
@@ -95,21 +95,21 @@ def main() -> None:
 
 
 def _leave_namespaces(libc: ctypes.CDLL) -> bool:
-    """Enters new namespaces; whether as root, so that another user can be taken on."""
+    """Enters new namespaces, and returns whether as root, which can switch to another user."""
     flags = _NEW_NS | _NEW_UTS | _NEW_IPC | _NEW_PID | _NEW_NET
     user, group = os.geteuid(), os.getegid()
     if user == 0:
         if libc.unshare(flags):
             raise JailError(
-                "root lacks CAP_SYS_ADMIN here, without which it cannot be confined: run as another"
-                " user, or give the container that capability"
+                "root needs CAP_SYS_ADMIN to isolate programs; run as another user, or give the"
+                " container that capability"
             )
         return True
     if libc.unshare(flags | _NEW_USER):
         raise JailError(
-            f"new namespaces are refused ({os.strerror(ctypes.get_errno())}): the system does not"
-            " let users make them (kernel.unprivileged_userns_clone, user.max_user_namespaces,"
-            " AppArmor, or the container's seccomp profile)"
+            f"the system rejects new namespaces ({os.strerror(ctypes.get_errno())}); allow users to"
+            " create them (kernel.unprivileged_userns_clone, user.max_user_namespaces, AppArmor, or"
+            " the container's seccomp profile)"
         )
     _write("/proc/self/setgroups", "deny")
     _write("/proc/self/uid_map", f"0 {user} 1")
@@ -118,18 +118,18 @@ def _leave_namespaces(libc: ctypes.CDLL) -> bool:
 
 
 def _be_init(libc: ctypes.CDLL, program: str, settings: dict, *, as_root: bool) -> None:
-    """The first process of the new namespaces: builds the jail, runs the program, and ends all."""
+    """Runs the init process: builds the jail, runs the program, and ends everything."""
     try:
         os.setsid()
         user = _unused_user()
         _build_root(libc, settings)
         if as_root:
-            _become(user)
+            _switch_user(user)
         _limit(settings, processes=settings["processes"] + 1)
         _drop_privileges(libc)
         _die_with_parent(libc)
         if os.getpid() != 1:
-            raise JailError("there is no new process namespace")
+            raise JailError("the system created no process namespace")
     except (JailError, OSError, ValueError, AttributeError) as error:
         _report(settings, {"not_isolated": str(error)})
         os._exit(_NOT_ISOLATED)
@@ -137,7 +137,7 @@ def _be_init(libc: ctypes.CDLL, program: str, settings: dict, *, as_root: bool) 
 
 
 def _build_root(libc: ctypes.CDLL, settings: dict) -> None:
-    """Makes a file system of the interpreter alone the root."""
+    """Replaces the root by a file system that holds only the interpreter."""
     root = settings["folder"]
     _mount(libc, None, "/", None, _MS_REC | _MS_PRIVATE)
     _mount(libc, "tmpfs", root, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=4m,mode=755")
@@ -174,7 +174,7 @@ def _build_root(libc: ctypes.CDLL, settings: dict) -> None:
 
 
 def _hide_packages(libc: ctypes.CDLL, folder: str, root: str) -> None:
-    """Puts empty folders over those of packages that lie within the standard library's."""
+    """Mounts empty folders over package folders inside the standard library."""
     for name in _HIDDEN:
         if os.path.isdir(os.path.join(folder, name)):
             inner = os.path.join(root + folder, name)
@@ -182,21 +182,21 @@ def _hide_packages(libc: ctypes.CDLL, folder: str, root: str) -> None:
 
 
 def _unused_user() -> int:
-    """A user that nobody else is, among those that there are here."""
+    """Returns a random user id from the end of the namespace's range, which is likely unused."""
     with open("/proc/self/uid_map") as lines:
         first, _, count = map(int, lines.readline().split())
     return first + count - 2 - random.SystemRandom().randrange(max(1, min(count // 4, 1 << 20)))
 
 
-def _become(user: int) -> None:
-    """Takes on a user of its own, so that the number of its processes can be limited."""
+def _switch_user(user: int) -> None:
+    """Switches to an unused user, so that its number of processes can be limited."""
     os.setgroups([])
     os.setresgid(user, user, user)
     os.setresuid(user, user, user)
 
 
 def _limit(settings: dict, *, processes: int | None) -> None:
-    """Sets the limits of resources, for good."""
+    """Sets the resource limits permanently."""
     limits = {
         resource.RLIMIT_AS: settings["memory_bytes"],
         resource.RLIMIT_FSIZE: settings["file_bytes"],
@@ -204,7 +204,7 @@ def _limit(settings: dict, *, processes: int | None) -> None:
         resource.RLIMIT_NOFILE: 64,
         resource.RLIMIT_CORE: 0,
     }
-    # Kernel memory that no process is charged with; not every system knows these limits.
+    # These limit kernel memory that is charged to no process. Some systems lack them.
     for name, most in (("RLIMIT_SIGPENDING", 256), ("RLIMIT_MSGQUEUE", 0)):
         if hasattr(resource, name):
             limits[getattr(resource, name)] = most
@@ -215,11 +215,11 @@ def _limit(settings: dict, *, processes: int | None) -> None:
 
 
 def _drop_privileges(libc: ctypes.CDLL) -> None:
-    """Gives up all capabilities, the means to regain them, and many system calls."""
+    """Drops all capabilities permanently, and many system calls."""
     for capability in range(64):
         if libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) and ctypes.get_errno() != errno.EINVAL:
             if ctypes.get_errno() == errno.EPERM:
-                break  # Another user than root has nothing to drop.
+                break  # Only root has capabilities to drop.
             raise JailError("capabilities cannot be dropped")
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0)
     none = (ctypes.c_uint32 * 6)()
@@ -227,11 +227,11 @@ def _drop_privileges(libc: ctypes.CDLL) -> None:
         raise JailError(f"capset: {os.strerror(ctypes.get_errno())}")
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
         raise JailError(f"no_new_privs: {os.strerror(ctypes.get_errno())}")
-    _refuse_system_calls(libc)
+    _filter_system_calls(libc)
 
 
 def _supervise(program: str, settings: dict) -> None:
-    """Runs what there is to run, and ends this process as it ends."""
+    """Runs the program and its test, and exits with their result."""
     _report(settings, {"started": True})
     if settings["test"] is None:
         child = _start(_run_program, program, settings)
@@ -248,11 +248,11 @@ def _supervise(program: str, settings: dict) -> None:
     child = _start(_serve, program, settings["function"], *theirs, closed=closed)
     for descriptor in theirs:
         os.close(descriptor)
-    _run_test(settings, _Ended(child), *ours)
+    _run_test(settings, _ChildReaper(child), *ours)
 
 
 def _start(run, *args, closed: tuple[int, ...] = ()) -> int:
-    """Runs something in a process of its own, which has some descriptors closed."""
+    """Runs a function in a child process, which closes some descriptors first."""
     pid = os.fork()
     if pid == 0:
         for descriptor in closed:
@@ -265,30 +265,30 @@ def _start(run, *args, closed: tuple[int, ...] = ()) -> int:
     return pid
 
 
-class _Ended:
-    """Takes note of how a process ends, and of all others that nobody waits for.
+class _ChildReaper:
+    """Records how a process ends, and reaps all other orphans.
 
     Args:
-      pid: The process.
+      pid: Process whose exit code is recorded.
     """
 
     def __init__(self, pid: int):
         self._pid = pid
         self._code: int | None = None
-        # What the program sends to this process, which is not to be disturbed, has no effect.
+        # The program must not disturb this process with signals.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGCHLD, self._look)
-        self._look()
+        signal.signal(signal.SIGCHLD, self._reap)
+        self._reap()
 
     def code(self) -> int:
-        """Returns the exit code, waiting a while for it; 0 if it does not come."""
-        deadline = time.monotonic() + _PATIENCE
+        """Waits briefly for the exit code; returns 0 if the process does not end."""
+        deadline = time.monotonic() + _EXIT_SECONDS
         while self._code is None and time.monotonic() < deadline:
             time.sleep(0.01)
-            self._look()
+            self._reap()
         return self._code or 0
 
-    def _look(self, *_) -> None:
+    def _reap(self, *_) -> None:
         with contextlib.suppress(ChildProcessError):
             while True:
                 ended, status = os.waitpid(-1, os.WNOHANG)
@@ -299,17 +299,17 @@ class _Ended:
 
 
 def _run_program(program: str, settings: dict) -> None:
-    """Runs the program in this process, and ends it."""
-    result, token = settings["result"], _put_away(settings.pop("token"))
+    """Runs the program in this process, and exits."""
+    result, token = settings["result"], _hide_token(settings.pop("token"))
     try:
         exec(compile(program, "program.py", "exec"), {"__name__": "__main__"})
     except BaseException as error:
-        _leave({"error": f"{type(error).__name__}: {error}"[:500]}, result, _FAILED)
-    _leave({"token": os.read(token, 64).decode()}, result, 0)
+        _exit_with({"error": f"{type(error).__name__}: {error}"[:500]}, result, _FAILED)
+    _exit_with({"token": os.read(token, 64).decode()}, result, 0)
 
 
 def _serve(program: str, function: str, calls: int, answers: int) -> None:
-    """Runs the program, and then its function for each call that comes; ends with the calls."""
+    """Runs the program, and its function for each call until the calls end."""
     requests = os.fdopen(calls, "rb")
     number = None
     try:
@@ -319,7 +319,7 @@ def _serve(program: str, function: str, calls: int, answers: int) -> None:
             raise NameError(f"name {function!r} is not defined")
         answer: dict = {}
     except BaseException as error:
-        answer = {"raised": _as_words(error)}
+        answer = {"raised": _describe_error(error)}
     while True:
         _send(answers, {**answer, "number": number})
         line = requests.readline()
@@ -332,48 +332,48 @@ def _serve(program: str, function: str, calls: int, answers: int) -> None:
             named = _VALUES["decode"](call["named"])
             value = namespace[function](*arguments, **named)
             answer = {"value": _VALUES["encode"](value)}
-            # Copied too late if the function keeps its argument and changes it afterwards.
+            # Misses changes that the function makes to an argument after it has returned.
             after = _VALUES["encode"](arguments)
             if after != call["arguments"]:
                 answer["arguments"] = after
         except BaseException as error:
-            answer = {"raised": _as_words(error)}
+            answer = {"raised": _describe_error(error)}
         _flush()
 
 
-def _run_test(settings: dict, ended: _Ended, calls: int, answers: int) -> None:
-    """Runs the test in this process, and ends it.
+def _run_test(settings: dict, program: _ChildReaper, calls: int, answers: int) -> None:
+    """Runs the test in this process, and exits.
 
-    This is the first process of its namespace, which no other one of them can kill or stop.
+    This is the init process of its namespace, which no other process there can kill or stop.
     """
     with os.fdopen(settings["test"], "rb") as file:
         given = json.load(file)
     result, function = settings["result"], settings["function"]
 
     def leave(why: str = "") -> None:
-        code = 0 if why else ended.code()
-        what = {"signal": -code} if code < 0 else {"error": why or "it left before its end"}
-        _leave(what, result, _FAILED)
+        code = 0 if why else program.code()
+        what = {"signal": -code} if code < 0 else {"error": why or "it exited before its end"}
+        _exit_with(what, result, _FAILED)
 
-    stand_in = _StandIn(calls, answers, leave)
+    proxy = _FunctionProxy(calls, answers, leave)
     try:
-        stand_in.wait()
+        proxy.wait()
         namespace: dict = {"__name__": "__main__"}
         exec(compile(given["given"], "given.py", "exec"), namespace)
-        namespace[function] = stand_in.as_function(function)
+        namespace[function] = proxy.as_function(function)
         exec(compile(given["test"], "test.py", "exec"), namespace)
     except BaseException as error:
-        _leave({"error": ": ".join(_as_words(error))}, result, _FAILED)
-    _leave({"token": given["token"]}, result, 0)
+        _exit_with({"error": ": ".join(_describe_error(error))}, result, _FAILED)
+    _exit_with({"token": given["token"]}, result, 0)
 
 
-class _StandIn:
-    """The program's function, in the process of its test.
+class _FunctionProxy:
+    """Proxy of the program's function in the process of its test.
 
     Args:
-      calls: Where calls are written.
-      answers: Where answers are read.
-      leave: Ends this process, saying why; without a word the program has ended.
+      calls: Descriptor that calls are written to.
+      answers: Descriptor that answers are read from.
+      leave: Exits with a reason; without one, the program has ended.
     """
 
     def __init__(self, calls: int, answers: int, leave):
@@ -383,7 +383,7 @@ class _StandIn:
         self._leave = leave
 
     def as_function(self, name: str):
-        """Returns a function of a name that calls the program's."""
+        """Returns a function with the given name that calls the program's."""
 
         def call(*args, **kwargs):
             return self._call(args, kwargs)
@@ -392,7 +392,7 @@ class _StandIn:
         return call
 
     def wait(self) -> None:
-        """Waits until the program has been run; raises what it raised."""
+        """Waits until the program has run, and raises its error."""
         self._receive(None)
 
     def _call(self, args: tuple, kwargs: dict):
@@ -409,32 +409,32 @@ class _StandIn:
         return value
 
     def _receive(self, number: int | None) -> tuple:
-        """Returns the value that a call gives, and what it has made of its arguments.
+        """Returns the value of a call, and its arguments after the call.
 
-        What is no answer ends this process: a test that expects a call to raise must not take it
-        for one that does.
+        An invalid answer ends this process, because a test that expects an error must not pass by
+        it.
         """
-        line = self._answers.readline(_MOST_ANSWER)
+        line = self._answers.readline(_MAX_ANSWER)
         if not line:
             self._leave()
         try:
             answer = json.loads(line)
             if answer["number"] != number:
-                raise ValueError("an answer to another call")
+                raise ValueError("this is the answer to another call")
             raised = [str(part) for part in answer.get("raised", ())]
             value = _VALUES["decode"](answer.get("value"))
             arguments = _VALUES["decode"](answer.get("arguments", ["list"]))
             if type(arguments) is not list:
-                raise ValueError("no arguments")
+                raise ValueError("the arguments are not a list")
         except BaseException:
-            self._leave("its answer is none, or over 16 MiB")
+            self._leave("its answer is malformed, or over 16 MiB")
         if raised:
             raise _as_error(*raised)
         return value, arguments
 
 
-def _as_words(error: BaseException) -> list[str]:
-    """Returns an error's type and message; neither can be trusted to be had."""
+def _describe_error(error: BaseException) -> list[str]:
+    """Returns an error's type and message, which is empty if it cannot be formatted."""
     try:
         message = str(error)[:500]
     except BaseException:
@@ -443,9 +443,10 @@ def _as_words(error: BaseException) -> list[str]:
 
 
 def _as_error(name: str, message: str = "", *_) -> Exception:
-    """Returns an error of a built-in type; of a type of that name where it is of none.
+    """Returns an error of a built-in type, or else of a new type with that name.
 
-    One that ends an iteration is of none: in a test's `all(map(...))` it would end the test's own.
+    StopIteration becomes a new type too, because it would end an iteration of the test, such as
+    `all(map(...))`.
 
     Example:
       >>> _as_error("KeyError", "a"), _as_error("SystemExit", "0")
@@ -456,7 +457,7 @@ def _as_error(name: str, message: str = "", *_) -> Exception:
     kind = getattr(builtins, name, None)
     ends_iteration = name in ("StopIteration", "StopAsyncIteration")
     if isinstance(kind, type) and issubclass(kind, Exception) and not ends_iteration:
-        with contextlib.suppress(TypeError):  # Some take other arguments.
+        with contextlib.suppress(TypeError):  # Some types need other arguments.
             return kind(message)
     return type(name[:100] or "Exception", (Exception,), {})(message)
 
@@ -467,16 +468,16 @@ def _send(descriptor: int, what: dict) -> None:
         left = left[os.write(descriptor, left) :]
 
 
-def _put_away(token: str) -> int:
-    """Puts the token where no variable holds it: in a pipe, to be read from the descriptor."""
+def _hide_token(token: str) -> int:
+    """Hides the token in a pipe, where no variable holds it, and returns the descriptor."""
     readable, writable = os.pipe()
     os.write(writable, token.encode())
     os.close(writable)
     return readable
 
 
-def _leave(what: dict, result: int, code: int) -> None:
-    """Ends this process with a last word, whatever the program has done to its modules."""
+def _exit_with(what: dict, result: int, code: int) -> None:
+    """Reports and exits, whatever the program has done to its modules."""
     try:
         os.write(result, (json.dumps(what) + "\n").encode())
     except BaseException:
@@ -487,7 +488,7 @@ def _leave(what: dict, result: int, code: int) -> None:
 
 def _flush() -> None:
     for stream in ("stdout", "stderr"):
-        # The program may have closed them, or put something else in their places.
+        # The program may have closed or replaced them.
         with contextlib.suppress(BaseException):
             getattr(sys, stream).flush()
 
@@ -496,15 +497,15 @@ def _report(settings: dict, what: dict) -> None:
     os.write(settings["result"], (json.dumps(what) + "\n").encode())
 
 
-def _be_first_to_go() -> None:
-    """Where memory runs out in spite of all limits, this is what the kernel ends."""
+def _prefer_for_oom_kill() -> None:
+    """Makes the kernel kill this process first if memory runs out in spite of all limits."""
     with contextlib.suppress(OSError):
         _write("/proc/self/oom_score_adj", "1000")
 
 
 def _die_with_parent(libc: ctypes.CDLL) -> None:
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):
-        raise JailError("the process cannot be tied to its parent")
+        raise JailError("the kernel rejects PR_SET_PDEATHSIG, which ends the jail with its parent")
 
 
 def _mount(libc, source, target, kind, flags, options=None) -> None:
@@ -515,7 +516,7 @@ def _mount(libc, source, target, kind, flags, options=None) -> None:
 
 
 def _make_read_only(libc: ctypes.CDLL, path: str) -> None:
-    """Makes a mount and all below it read-only."""
+    """Makes a mount and all mounts below it read-only."""
     attributes = (ctypes.c_uint64 * 4)(_ATTR_RDONLY | _ATTR_NOSUID | _ATTR_NODEV, 0, 0, 0)
     place, given, size = os.fsencode(path), ctypes.byref(attributes), ctypes.sizeof(attributes)
     if libc.syscall(_MOUNT_SETATTR, _AT_FDCWD, place, _AT_RECURSIVE, given, size):
@@ -527,9 +528,9 @@ def _write(file: str, text: str) -> None:
         stream.write(text)
 
 
-def _refuse_system_calls(libc: ctypes.CDLL) -> None:
-    """Sets the filter of the file beside this one, which was read before the root was changed."""
-    _FILTER["refuse_system_calls"](libc)
+def _filter_system_calls(libc: ctypes.CDLL) -> None:
+    """Installs the filter of `system_calls.py`, which was read before the root was replaced."""
+    _FILTER["filter_system_calls"](libc)
 
 
 _FILTER: dict = {}

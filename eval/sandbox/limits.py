@@ -1,28 +1,28 @@
-"""What a program may take."""
+"""Defines the resource limits of a program."""
 
 import dataclasses
 
 from peft_jax.core.validation import check_positive, check_positive_int
 
-_LEAST_MEMORY, _MOST_MEMORY = 64, 1 << 24
-"""In MiB; the most is 16 TiB, which kernels can still be asked for."""
+_MIN_MEMORY, _MAX_MEMORY = 64, 1 << 24
+"""In MiB; the maximum is 16 TiB, which kernels accept as a limit."""
 
-_MOST_SECONDS = 86_400.0
+_MAX_SECONDS = 86_400.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SandboxLimits:
-    """What a program may take, with all processes that it starts.
+    """Resource limits of a program with all processes that it starts.
 
     Attributes:
-      seconds: of time, from start to end.
-      memory_mib: of memory, of a process and of all together.
-      processes: how many processes and threads there may be at a time, the program's own included.
-      file_mib: the size of a file, and of all files together.
-      output_kib: what is written to the standard output and error.
+      seconds: Run time.
+      memory_mib: Memory of each process and of all together.
+      processes: Number of processes and threads, including the program's own.
+      file_mib: Size of each file and of all together.
+      output_kib: Size of the standard output and error.
 
     Raises:
-      ValueError: a limit that cannot be.
+      ValueError: A limit is invalid.
     """
 
     seconds: float = 10.0
@@ -33,16 +33,17 @@ class SandboxLimits:
 
     def __post_init__(self) -> None:
         check_positive("seconds", self.seconds)
-        if self.seconds > _MOST_SECONDS:
-            raise ValueError(f"seconds is {self.seconds:g}; a program gets a day at most, 86400")
+        if self.seconds > _MAX_SECONDS:
+            raise ValueError(f"seconds is {self.seconds:g} but must be at most 86400, a day")
         for name in ("memory_mib", "processes", "file_mib", "output_kib"):
             check_positive_int(name, getattr(self, name))
-        if self.memory_mib < _LEAST_MEMORY:
+        if self.memory_mib < _MIN_MEMORY:
             raise ValueError(
-                f"memory_mib is {self.memory_mib}; Python itself wants {_LEAST_MEMORY} to start"
+                f"memory_mib is {self.memory_mib} but must be at least {_MIN_MEMORY}, which Python"
+                " needs to start"
             )
         for name in ("memory_mib", "file_mib"):
-            if getattr(self, name) > _MOST_MEMORY:
+            if getattr(self, name) > _MAX_MEMORY:
                 raise ValueError(
-                    f"{name} is {getattr(self, name)}; it must be at most {_MOST_MEMORY}, 16 TiB"
+                    f"{name} is {getattr(self, name)} but must be at most {_MAX_MEMORY}, 16 TiB"
                 )

@@ -1,25 +1,25 @@
-"""Programs whose end is not theirs to report."""
+"""Defines programs that are tested in another process."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TestedProgram:
-    """A program that defines a function, and a test of it that the program cannot reach.
+    """Program that defines a function, and a test that the program cannot access.
 
-    The two run in processes of their own. The test's function is a stand-in: it sends its arguments
-    to the program's process, and gives back the values that come from there. So the program sees
-    neither the test nor the names it uses, and what it does to its own interpreter changes nothing
-    in the process that compares values and reports the end.
+    Program and test run in separate processes. In the test, the function is a proxy: it sends its
+    arguments to the program's process and returns the values from there. The program therefore
+    cannot see the test or its names, and tampering with its own interpreter does not affect the
+    process that compares values and reports the result.
 
     Attributes:
       source: Python source that defines the function.
-      function: The function's name.
-      given: Python source that the test's process runs first: names that the test needs besides.
-      test: Python source that passes if it comes to its end. It may use `function`.
+      function: Name of the function.
+      given: Python source that the test's process runs first, to define further names.
+      test: Python source that passes if it completes. It may use `function`.
     """
 
-    __test__ = False  # Not a class of tests, whatever its name.
+    __test__ = False  # Keeps pytest from collecting the class.
 
     source: str
     function: str

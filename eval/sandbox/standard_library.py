@@ -1,4 +1,4 @@
-"""What of a machine's files an interpreter needs for its standard library."""
+"""Finds the files that an interpreter needs for its standard library."""
 
 import functools
 import json
@@ -25,7 +25,7 @@ for folder in sys.path:
         try:
             ctypes.CDLL(module)
         except OSError:
-            pass  # Built against a library that is not here: it cannot be imported either.
+            pass  # A library that it needs is missing, so that it cannot be imported either.
 look = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(Info), ctypes.c_size_t, ctypes.c_void_p)
 ctypes.CDLL(None).dl_iterate_phdr(look(note), None)
 print(json.dumps({"folders": [p for p in sys.path if os.path.isdir(p)], "files": files}))
@@ -34,13 +34,13 @@ print(json.dumps({"folders": [p for p in sys.path if os.path.isdir(p)], "files":
 
 @functools.cache
 def files_of(interpreter: str) -> dict[str, list[str]]:
-    """Returns the folders of the standard library, and the files of the libraries it loads.
+    """Returns the folders of the standard library, and the shared libraries that it loads.
 
     Args:
       interpreter: Path of the interpreter.
 
     Raises:
-      OSError: It cannot be run, or says nothing.
+      OSError: The interpreter cannot run, or does not report its files.
     """
     try:
         found = subprocess.run(
@@ -51,7 +51,7 @@ def files_of(interpreter: str) -> dict[str, list[str]]:
         )
         said = json.loads(found.stdout)
     except (subprocess.SubprocessError, ValueError) as error:
-        raise OSError(f"{interpreter} does not say what its standard library is: {error}") from None
+        raise OSError(f"{interpreter} does not report its standard library: {error}") from None
     folders = sorted(said["folders"])
     inside = tuple(folder + "/" for folder in folders)
     return {

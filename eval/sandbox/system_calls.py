@@ -1,8 +1,8 @@
-"""The system calls that sandboxed code may not make, as a filter for the kernel (seccomp).
+"""Filters the system calls of sandboxed code, with the kernel's seccomp.
 
-The namespaces of the jail are what keeps the code apart; the filter closes what they leave open:
-memory that no limit counts, and parts of the kernel that such code has no business with. Only the
-standard library is used here: the jail runs this before anything else is there.
+The jail's namespaces isolate the code. The filter closes the remaining gaps: memory that no limit
+counts, and parts of the kernel that such code does not need. This module uses only the standard
+library, because the jail runs it without other packages.
 """
 
 import ctypes
@@ -14,8 +14,8 @@ _X86_64, _AARCH64 = 0xC000003E, 0xC00000B7
 _ARCHITECTURES = {"x86_64": _X86_64, "aarch64": _AARCH64}
 _X32_BIT = 0x40000000
 
-# Name: (number on x86_64, number on aarch64); None where there is none.
-_REFUSED: dict[str, tuple[int | None, int | None]] = {
+# Name: (number on x86_64, number on aarch64); None if the architecture lacks the call.
+_DENIED: dict[str, tuple[int | None, int | None]] = {
     "socket": (41, 198),
     "socketpair": (53, 199),
     "ptrace": (101, 117),
@@ -34,15 +34,14 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "fsmount": (432, 432),
     "mount_setattr": (442, 442),
     "open_by_handle_at": (304, 265),
-    # Memory that belongs to no process, and so is under no limit of one.
+    # Memory that belongs to no process, so that no process limit counts it.
     "shmget": (29, 194),
     "msgget": (68, 186),
     "semget": (64, 190),
     "mq_open": (240, 180),
     "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
-    # Memory of the kernel's that grows with what a program asks for: pages that a pipe keeps from
-    # being freed, queues of events, rules.
+    # Kernel memory that a program can grow: pages that a pipe keeps alive, event queues, rules.
     "splice": (275, 76),
     "tee": (276, 77),
     "vmsplice": (278, 75),
@@ -51,7 +50,7 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "fanotify_init": (300, 262),
     "io_setup": (206, 0),
     "landlock_create_ruleset": (444, 444),
-    # Parts of the kernel with a long record of faults.
+    # Parts of the kernel with a history of vulnerabilities.
     "bpf": (321, 280),
     "perf_event_open": (298, 241),
     "userfaultfd": (323, 282),
@@ -71,15 +70,14 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
 _CLONE, _CLONE3, _MMAP = (56, 220), 435, (9, 222)
 _FCNTL, _PRLIMIT = (72, 25), (302, 261)
 _NEW_NAMESPACES = 0x7E020080
-"""The flags of clone that make namespaces: CLONE_NEWTIME, NEWNS, NEWCGROUP, NEWUTS, … NEWNET."""
+"""Flags of clone that create namespaces: CLONE_NEWTIME, NEWNS, NEWCGROUP, NEWUTS, … NEWNET."""
 
 _SHARED, _ANONYMOUS, _HUGE_PAGES = 0x01, 0x20, 0x40000
-"""Flags of mmap. Shared memory without a file stays taken when its pages have left every process,
-and huge pages are counted in none: what a process takes is no measure of either."""
+"""Flags of mmap. Anonymous shared memory stays allocated after its pages have left every process,
+and huge pages are not counted for any. A process's memory usage therefore misses both."""
 
 _LOCKS_AND_SIZES = (6, 7, 37, 38, 1031)
-"""Commands of fcntl: locks of parts of a file, each of which takes memory, and how much a pipe
-holds."""
+"""Commands of fcntl that allocate kernel memory: file-range locks, and a pipe's size."""
 
 # Instructions of the filter: load a word, jump on equality, on a set bit, on at least; return.
 _LOAD, _IF_EQUAL, _IF_ANY_BIT, _IF_AT_LEAST, _RETURN = 0x20, 0x15, 0x45, 0x35, 0x06
@@ -91,38 +89,44 @@ _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
 
 
 class _Program(ctypes.Structure):
-    """`struct sock_fprog`."""
+    """Mirrors `struct sock_fprog`."""
 
     _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
 
 
-def refuse_system_calls(libc: ctypes.CDLL) -> None:
-    """Puts the filter on this process and all that come of it; for good.
+def filter_system_calls(libc: ctypes.CDLL) -> None:
+    """Installs the filter permanently for this process and its descendants.
 
     Args:
-      libc: the C library. `PR_SET_NO_NEW_PRIVS` has to be set.
+      libc: C library. `PR_SET_NO_NEW_PRIVS` must be set.
 
     Raises:
-      OSError: the kernel does not take the filter, or the machine's architecture is not known here.
+      OSError: The kernel rejects the filter, or the architecture is unsupported.
     """
     code = filter_program(platform.machine())
     program = _Program(len(code) // 8, code)
     if libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0):
         number = ctypes.get_errno()
-        raise OSError(number, f"no filter of system calls: {errno.errorcode.get(number, number)}")
+        raise OSError(
+            number,
+            f"the kernel rejects the system call filter: {errno.errorcode.get(number, number)}",
+        )
 
 
 def filter_program(machine: str) -> bytes:
-    """The filter's instructions, 8 bytes each.
+    """Returns the filter's instructions, of 8 bytes each.
 
     Args:
-      machine: the architecture, as `platform.machine` names it.
+      machine: Architecture, as named by `platform.machine`.
 
     Raises:
-      OSError: it is not known here.
+      OSError: The architecture is unsupported.
     """
     if machine not in _ARCHITECTURES:
-        raise OSError(errno.ENOSYS, f"system calls are not known for {machine}")
+        raise OSError(
+            errno.ENOSYS,
+            f"system calls cannot be filtered on {machine}, only on {', '.join(_ARCHITECTURES)}",
+        )
     column = list(_ARCHITECTURES).index(machine)
     code = [
         _instruction(_LOAD, _ARCHITECTURE_AT),
@@ -131,11 +135,11 @@ def filter_program(machine: str) -> bytes:
         _instruction(_LOAD, _NUMBER_AT),
         _instruction(_IF_AT_LEAST, _X32_BIT, 0, 1),
         _instruction(_RETURN, _KILL),
-        # The C library does without clone3, whose flags a filter cannot see.
+        # A filter cannot see the flags of clone3; without it, the C library falls back to clone.
         _instruction(_IF_EQUAL, _CLONE3, 0, 1),
         _instruction(_RETURN, _FAIL | errno.ENOSYS),
     ]
-    for numbers in _REFUSED.values():
+    for numbers in _DENIED.values():
         if (number := numbers[column]) is not None:
             code.append(_instruction(_IF_EQUAL, number, 0, 1))
             code.append(_instruction(_RETURN, _FAIL | errno.EPERM))
@@ -155,7 +159,7 @@ def filter_program(machine: str) -> bytes:
         code.append(_instruction(_RETURN, _FAIL | errno.EPERM))
     code += [
         _instruction(_RETURN, _ALLOW),
-        # A process changes its own limits, and not those of the one that its test runs in.
+        # A process may change its own limits, but not those of the test's process.
         _instruction(_IF_EQUAL, _PRLIMIT[column], 0, 4),
         _instruction(_LOAD, _FIRST_ARGUMENT_AT),
         _instruction(_IF_EQUAL, 0, 1, 0),
@@ -171,5 +175,5 @@ def filter_program(machine: str) -> bytes:
 
 
 def _instruction(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
-    """`struct sock_filter`: what to do, and how many instructions to skip."""
+    """Packs a `struct sock_filter`: the operation, and the numbers of instructions to skip."""
     return struct.pack("HBBI", code, if_true, if_false, value)

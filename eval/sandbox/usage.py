@@ -1,4 +1,4 @@
-"""What a tree of processes takes, as the kernel counts it."""
+"""Measures the memory of a process tree, as the kernel counts it."""
 
 from pathlib import Path
 
@@ -6,9 +6,9 @@ _COUNTED = ("VmRSS", "VmSwap", "VmPTE")
 
 
 def memory_of_tree(pid: int) -> int:
-    """Returns the memory of a process and all that come of it, in bytes; 0 when they are gone.
+    """Returns the memory of a process and its descendants in bytes; 0 after they have ended.
 
-    It is what is resident, what was swapped out, and the tables of its pages.
+    It is the sum of resident memory, swapped memory and page tables.
     """
     total, waiting = 0, [pid]
     while waiting:
@@ -21,5 +21,5 @@ def memory_of_tree(pid: int) -> int:
             for thread in (process / "task").iterdir():
                 waiting += map(int, (thread / "children").read_text().split())
         except (OSError, IndexError, ValueError):
-            continue  # It ended while it was looked at.
+            continue  # The process ended meanwhile.
     return total

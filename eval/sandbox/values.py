@@ -1,8 +1,8 @@
-"""Values as they go from one process to another: plain data, rebuilt and never trusted.
+"""Encodes values for transfer between processes: plain data, rebuilt and never trusted.
 
-A value is written by what it holds, not by how it behaves: an instance of a subclass of `int` is
-its number, so that no method of the program's own compares anything in the test's process. Only the
-standard library is used: the jail reads this before anything else is there.
+Only the data of a value are encoded, not its class. An instance of a subclass of `int` becomes a
+number, so that none of the program's own methods runs in the test's process. This module uses only
+the standard library, because the jail runs it without other packages.
 """
 
 import collections.abc
@@ -11,8 +11,8 @@ import fractions
 import itertools
 from collections.abc import Callable
 
-_MOST_ITEMS = 1_000_000
-"""So many items of an iterator are taken; it may have no end."""
+_MAX_ITEMS = 1_000_000
+"""Maximum number of items taken from an iterator, which may be infinite."""
 
 _ITEMS: dict[str, Callable] = {
     "list": list,
@@ -30,10 +30,10 @@ _WORDS: dict[str, Callable] = {
 
 
 def encode(value):
-    """Returns a value in what JSON can hold.
+    """Encodes a value as JSON-serializable data.
 
     Raises:
-      TypeError: it is no plain data.
+      TypeError: The value is not plain data.
     """
     if value is None or value is True or value is False:
         return value
@@ -66,20 +66,20 @@ def encode(value):
     if isinstance(value, decimal.Decimal):
         return ["decimal", str(value)]
     if isinstance(value, collections.abc.Iterator):
-        return ["iterator", *map(encode, itertools.islice(value, _MOST_ITEMS))]
-    raise TypeError(f"{type(value).__name__} is no plain data, so that a test cannot compare it")
+        return ["iterator", *map(encode, itertools.islice(value, _MAX_ITEMS))]
+    raise TypeError(f"{type(value).__name__} is not plain data, so that a test cannot compare it")
 
 
 def decode(data):
-    """Returns the value that was encoded, of built-in types alone.
+    """Decodes a value, which consists only of built-in types.
 
     Raises:
-      Exception: It is of another form, in any of the ways that others' data can be.
+      Exception: The untrusted data are malformed; the type of error depends on how.
     """
     if data is None or type(data) in (bool, str):
         return data
     if type(data) is not list or not data or type(data[0]) is not str:
-        raise ValueError("no encoded value")
+        raise ValueError("not an encoded value")
     name, *parts = data
     if name == "int":
         return int(_word(parts), 16)
@@ -100,11 +100,11 @@ def decode(data):
 
 
 def change(value, changed):
-    """Makes an argument what the function has made of its copy, where one can be changed.
+    """Applies a function's changes of its copy of an argument to the argument, if it is mutable.
 
     Args:
-      value: The argument.
-      changed: What became of the copy.
+      value: Argument.
+      changed: Copy after the call.
     """
     if type(value) is not type(changed):
         return
@@ -118,5 +118,5 @@ def change(value, changed):
 def _word(parts):
     (word,) = parts
     if type(word) is not str:
-        raise ValueError("no encoded value")
+        raise ValueError("not an encoded value")
     return word

@@ -1,10 +1,13 @@
-"""The study: methods × tasks × seeds under one protocol, and the page that shows what came of it.
+"""Compares methods on tasks under one protocol, and writes a page of the results.
 
-- [`settings`][eval.study.settings]: `StudySettings`, what is compared on what.
-- [`bench`][eval.study.bench]: `Bench`, a task's model and data, shared by all cells.
-- [`cell`][eval.study.cell]: `train_cell`, one method on one task with one rate and one seed.
-- [`run`][eval.study.run]: `run_study`, all cells that are missing, in any order.
-- [`source`][eval.study.source]: what a task's model and data are, wherever they lie.
-- [`statistics`][eval.study.statistics]: significance of differences.
-- [`page`][eval.study.page]: the result, readable in two minutes.
+An arm is a method with its settings. A cell is one run: an arm on a task, with a learning rate and
+a seed.
+
+- [`settings`][eval.study.settings]: `StudySettings`, the arms, tasks and seeds.
+- [`bench`][eval.study.bench]: `Bench`, a task's model, data and programs, which all cells share.
+- [`cell`][eval.study.cell]: `train_cell`, which trains and measures one cell.
+- [`run`][eval.study.run]: `run_study`, which runs the missing cells, in any order.
+- [`source`][eval.study.source]: Fingerprints of a task's model and data.
+- [`statistics`][eval.study.statistics]: Significance of differences.
+- [`page`][eval.study.page]: The page of the results.
 """

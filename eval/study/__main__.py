@@ -1,4 +1,4 @@
-"""`python -m eval.study`; see `eval.study.command`."""
+"""Runs `python -m eval.study`; see `eval.study.command`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""A task's model, data and compiled programs, which all of its cells share."""
+"""Loads a task's model and data and compiles its programs, which all of its cells share."""
 
 import dataclasses
 import functools
@@ -40,18 +40,18 @@ from peft_jax.training.program import step_bytes
 from .settings import ArmSettings, TaskSettings
 
 _OWN_TOKENS = 128
-"""Tokens of a text of the base's own."""
+"""Number of tokens of each text that the base model generates."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What one model does on a fixed set of rows, row by row in the data's order.
+    """Measurements of a model on a fixed set of rows, in the data's order.
 
     Attributes:
-      losses: float64 [n], each row's summed loss.
-      targets: float64 [n], over how many targets it is summed.
-      measures: the recipe's own measures of all rows together, of an encoder's answers or of a
-        language model's likeliest choices; empty where the task names none.
+      losses: float64 [n], summed loss of each row.
+      targets: float64 [n], number of targets of each row.
+      measures: Metrics of the recipe over all rows, of an encoder's answers or a language model's
+        most likely choices; empty if the task names none.
     """
 
     losses: np.ndarray
@@ -60,19 +60,19 @@ class Measured:
 
     @property
     def loss(self) -> float:
-        """The mean over all targets."""
+        """Returns the mean loss over all targets."""
         return float(self.losses.sum() / self.targets.sum())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """An arm's training step, compiled once for all rates and seeds.
+    """Training step of an arm, compiled once for all learning rates and seeds.
 
     Attributes:
-      blueprint: The program of a run, with a learning rate that is data; see `with_rate`.
-      step: The compiled step.
-      make_state: Makes the state before the first step; takes the buffers of what is trained.
-      step_bytes: Bytes that a step needs on each device, as the compiler counts them.
+      blueprint: Program of a run, whose learning rate is part of the state; see `with_rate`.
+      step: Compiled step.
+      make_state: Makes the initial state; donates the trainable arrays.
+      step_bytes: Memory of a step per device in bytes, as the compiler counts it.
     """
 
     blueprint: Blueprint
@@ -84,11 +84,11 @@ class Program:
 def with_rate(
     inner: optax.GradientTransformationExtraArgs, rate: float, settled: Collection[str] = ()
 ) -> optax.GradientTransformationExtraArgs:
-    """`inner` with its updates times a rate that is kept in the state, [].
+    """Multiplies the updates of `inner` by a learning rate in the state, a scalar.
 
-    A learning rate that is a constant of the program would be compiled anew for each; this one is
-    data. `inner` is built for a learning rate of 1, which is the last factor of its updates. What
-    stands under the components `settled` has rates of its own in `inner`, and keeps them.
+    A constant learning rate would need a new compilation for each value. `inner` must be built for
+    a learning rate of 1, which is the last factor of its updates. The components in `settled` have
+    their own rates in `inner`, and keep them.
     """
 
     def init(params: Any) -> Any:
@@ -104,17 +104,18 @@ def with_rate(
 
 
 class Bench:
-    """A task made ready: loaded once, used by every cell.
+    """Model, data and programs of a task, loaded once for all cells.
 
     Args:
-      task: the task.
-      arm: any of the arms; what is loaded does not depend on it.
+      task: Settings of the task.
+      arm: Any of the arms; what is loaded does not depend on it.
 
     Attributes:
-      task: the task.
-      model: its model, of the size of head that the task wants.
-      tokenizer: the model's.
-      held_out: the rows rates are chosen on, "tuning", and those of the final measurement, "test".
+      task: Settings of the task.
+      model: Model, with the head that the task needs.
+      tokenizer: Tokenizer of the model.
+      held_out: Rows that learning rates are chosen on, "tuning", and rows of the final
+        measurement, "test".
     """
 
     def __init__(self, task: TaskSettings, arm: ArmSettings):
@@ -140,27 +141,27 @@ class Bench:
         self._check_metric()
 
     def _check_metric(self) -> None:
-        """Raises ValueError unless the task's measure is one that its test rows have."""
+        """Rejects a metric that the task's test rows do not have, with ValueError."""
         metric, data = self.task.metric, self.held_out["test"]
         examples = self._scored(data)
         known = data.recipe.metrics([example.answer for example in examples], examples)
         if metric and metric not in known:
-            names = ", ".join(known) or "none, since its answers are not of a few choices"
+            names = ", ".join(known) or "none, because its answers have no choices"
             raise ValueError(
-                f"task {self.task.name!r}: metric is {metric!r}, but the measures of recipe"
+                f"task {self.task.name!r}: metric is {metric!r}, but the metrics of recipe"
                 f" {data.recipe.name!r} are {names}"
             )
 
     # Data.
 
     def _scored(self, data: EvalData) -> Sequence[Example]:
-        """The examples whose answers are measured: of a language model those with choices."""
+        """Returns the examples whose answers are measured: for a language model, with choices."""
         if isinstance(self.model, SequenceClassifier):
             return data.examples
         return [example for example in data.examples if example.choices]
 
     def batches(self, seed: int) -> list[AnyBatch]:
-        """The batches of all steps, the same for every arm."""
+        """Returns the batches of all steps, which are the same for every arm."""
         if seed not in self._batches:
             train, _ = self._build(dataclasses.replace(self._config.data, eval_rows=1), seed)
             self._batches[seed] = list(itertools.islice(train, self._steps))
@@ -178,7 +179,7 @@ class Bench:
         )
 
     def _test_data(self, config: RunConfig) -> EvalData:
-        # Not packed: a row is one example, and examples are what the test of significance is over.
+        # Without packing, a row is one example, as the significance test over examples needs.
         changes = {"hold_out": None, "packing": False, **self.task.test}
         train, test = self._build(dataclasses.replace(config.data, **changes), 0)
         train.close()
@@ -188,7 +189,7 @@ class Bench:
 
     @functools.lru_cache(maxsize=2)  # noqa: B019
     def params(self, seed: int) -> Tree:
-        """Loads the base's parameters; a new head depends on the seed alone."""
+        """Loads the base model's parameters; a new head depends only on the seed."""
         key = jax.random.fold_in(jax.random.key(seed), 2) if self._new_head else None
         return load_params(
             self._folder,
@@ -200,11 +201,11 @@ class Bench:
         )
 
     def spec(self, config: RunConfig) -> AdapterSpec:
-        """Returns what is adapted, a new head included."""
+        """Returns the adapter's specification, which includes a new head."""
         return train_head(config.spec, self.model)
 
     def initialize(self, arm: ArmSettings, config: RunConfig) -> AdapterState:
-        """Makes the adapter's first arrays, as a run of `config` does."""
+        """Initializes the adapter as a run of `config` does."""
         blueprint = self.program(arm, config).blueprint
         key = jax.random.fold_in(jax.random.key(config.seed), 0)
         with on_mesh(blueprint.mesh):
@@ -214,7 +215,7 @@ class Bench:
     def _gradient_factors(
         self, blueprint: Blueprint, config: RunConfig, key: jax.Array
     ) -> dict[TreePath, GradientFactors]:
-        """Estimates the gradient on the first batches; arms with the same ranks share it."""
+        """Estimates gradients on the first batches; arms with the same rank share them."""
         rank = config.spec.method.gradient_rank
         if not rank:
             return {}
@@ -229,9 +230,9 @@ class Bench:
     # Programs.
 
     def program(self, arm: ArmSettings, config: RunConfig) -> Program:
-        """Returns the arm's step, compiled once for all rates and seeds.
+        """Returns the arm's step, compiled once for all learning rates and seeds.
 
-        Its dropout is that of seed 0 in every cell, because the seed is part of the program.
+        Every cell has the dropout of seed 0, because the seed is part of the program.
         """
         if arm.name not in self._programs:
             self._programs[arm.name] = self._compile(dataclasses.replace(config, seed=0))
@@ -261,7 +262,7 @@ class Bench:
     def measure(
         self, arm: ArmSettings, config: RunConfig, adapter: AdapterState, which: str
     ) -> Measured:
-        """The losses of held-out rows: of "tuning" or of "test"."""
+        """Measures the held-out rows "tuning" or "test"."""
         spec = self.spec(config)
         frozen = spec.frozen(self.params(config.seed))
         if arm.name not in self._evaluations:
@@ -295,7 +296,7 @@ class Bench:
         adapter: AdapterState,
         which: str,
     ) -> list[str]:
-        """The choices that a language model holds likeliest."""
+        """Returns the choices that are most likely under a language model."""
         assert isinstance(self.model, CausalLM)
         model, spec, data = self.model, self.spec(config), self.held_out[which]
         if arm.name not in self._preferences:
@@ -314,11 +315,11 @@ class Bench:
         return preferred_answers(np.concatenate(jax.device_get(scores)), examples)
 
     def forgetting(self, config: RunConfig, adapter: AdapterState) -> float | None:
-        """How far the adapted model has gone from the base on text that the base is at home with.
+        """Measures forgetting on text that the base model knows.
 
-        For a causal model the loss on text the base wrote itself, less the base's own, in nats a
-        token. For an encoder one less the cosine of a text's mean hidden states before and after;
-        None where the task names no texts.
+        For a causal model, it is the increase of the loss on the base model's own text, in nats per
+        token. For an encoder, it is 1 minus the cosine between the mean hidden states of a text
+        before and after training, or None if the task names no texts.
         """
         if not isinstance(self.model, CausalLM) and not self.task.own_text:
             return None
@@ -336,7 +337,7 @@ def row_losses(
     adapter: AdapterState,
     batch: AnyBatch,
 ) -> tuple[Float[Array, " rows"], ...]:
-    """Each row's summed loss and number of targets; a classifier's answers as well."""
+    """Returns each row's summed loss, number of targets and, for a classifier, answer."""
     bound = spec.bind(frozen, adapter)
     if isinstance(batch, LabeledBatch):
         outputs, losses = classifier_outputs(model, bound, batch)
@@ -356,14 +357,14 @@ def row_losses(
 
 
 def _own_text(bench: Bench, params: Tree) -> Any:
-    """A function from parameters to how badly they know the base's own text."""
+    """Returns a function from parameters to a loss on text that the base model knows."""
     if isinstance(bench.model, CausalLM):
         return _story_loss(bench, bench.model, params)
     return _embedding_drift(bench, params)
 
 
 def _story_loss(bench: Bench, model: CausalLM, params: Tree) -> Any:
-    """The loss on texts that the base writes at temperature 1 from its begin token."""
+    """Returns the loss on the base model's own text, sampled at temperature 1."""
     start = np.asarray(bench.tokenizer("")["input_ids"] or [bench.tokenizer.bos_token_id], np.int32)
     settings = GenerationSettings(
         max_new_tokens=_OWN_TOKENS, temperature=1.0, seed=0, batch_size=bench.task.own_texts
@@ -384,7 +385,7 @@ def _story_loss(bench: Bench, model: CausalLM, params: Tree) -> Any:
 
 
 def _embedding_drift(bench: Bench, params: Tree) -> Any:
-    """One less the cosine between a text's mean hidden states and the base's, mean over texts."""
+    """Returns 1 minus the cosine of mean hidden states to the base model's, averaged over texts."""
     lines = Path(bench.task.own_text).read_text(encoding="utf-8").splitlines()
     model: Any = bench.model
     length = model.max_tokens
@@ -406,7 +407,7 @@ def _embedding_drift(bench: Bench, params: Tree) -> Any:
 
 
 def _padded(texts: Sequence[np.ndarray]) -> tuple[jax.Array, jax.Array]:
-    """Token rows [B, T] and their segments, 0 for padding."""
+    """Returns token rows [B, T] and their segment ids, 0 for padding."""
     longest = max(map(len, texts))
     tokens, segments = np.zeros((2, len(texts), longest), np.int32)
     for row, ids in enumerate(texts):

@@ -1,4 +1,4 @@
-"""One cell of the study: one arm on one task, with one learning rate and one seed."""
+"""Trains and measures one cell: an arm on a task, with a learning rate and a seed."""
 
 import dataclasses
 import math
@@ -17,21 +17,21 @@ from .settings import ArmSettings, digest
 from .source import source_of
 
 Cell = dict[str, Any]
-"""What a cell measured; JSON can hold it."""
+"""JSON-serializable measurements of a cell."""
 
 _DIGITS = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Start:
-    """An arm before its first step.
+    """Arm before its first step.
 
     Attributes:
-      config: of the run.
-      program: its compiled step.
-      constant: its constant arrays.
-      frozen: the parameters it leaves alone.
-      state: what a step changes.
+      config: Configuration of the run.
+      program: Compiled training step.
+      constant: Constant arrays of the adapter.
+      frozen: Frozen parameters.
+      state: Initial training state.
     """
 
     config: RunConfig
@@ -41,7 +41,7 @@ class Start:
     state: TrainState
 
     def step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
-        """Takes one step from `state`, whose buffers it takes, on a batch [rows, ...]."""
+        """Takes one training step on a batch [rows, ...], donating `state`."""
         blueprint = self.program.blueprint
         placed = blueprint.placement.put_microbatches(
             batch, blueprint.config.train.gradient_accumulation
@@ -50,7 +50,7 @@ class Start:
 
 
 def make_start(bench: Bench, arm: ArmSettings, *, learning_rate: float, seed: int) -> Start:
-    """An arm ready to be trained, with its rate set."""
+    """Prepares an arm for training with a learning rate and seed."""
     config = bench.task.run_config(arm, learning_rate=learning_rate, seed=seed)
     program = bench.program(arm, config)
     adapter = bench.initialize(arm, config)
@@ -66,19 +66,19 @@ def make_start(bench: Bench, arm: ArmSettings, *, learning_rate: float, seed: in
 def train_cell(
     bench: Bench, arm: ArmSettings, *, learning_rate: float, seed: int, final: bool
 ) -> Cell:
-    """Trains and measures.
+    """Trains and measures one cell.
 
     Args:
-      bench: the task.
-      arm: what is trained.
-      learning_rate: the peak of the schedule.
-      seed: of the data's order, of a new head and of the adapter.
-      final: measure on the test rows, with forgetting, and keep what went on step by step;
-        otherwise on the rows that rates are chosen on.
+      bench: Model, data and programs of the task.
+      arm: Arm to train.
+      learning_rate: Peak of the schedule.
+      seed: Seed of the data's order, of a new head and of the adapter.
+      final: Whether to measure test rows and forgetting, and to record every step; otherwise,
+        measures only the rows that learning rates are chosen on.
 
     Returns:
-      The measurements. A run whose loss became infinite or NaN has "diverged" true, and the loss of
-      its rows is infinite, which JSON holds as None.
+      The measurements. "diverged" is true if the loss became infinite or NaN. Infinite losses are
+      recorded as None.
     """
     start = make_start(bench, arm, learning_rate=learning_rate, seed=seed)
     config, state = start.config, start.state
@@ -116,13 +116,13 @@ def train_cell(
 
 
 def _set_rate(state: TrainState, rate: float) -> TrainState:
-    """The state with the rate of `with_rate` in it."""
+    """Sets the learning rate of `with_rate` in a state."""
     opt_state = {**state.opt_state, "rate": jnp.asarray(rate, jnp.float32)}
     return TrainState(step=state.step, trainable=state.trainable, opt_state=opt_state)
 
 
 def _by_step(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """What went on: norms of gradients as a whole and by branch and layer, and λ by layer."""
+    """Returns, for every step, gradient norms in total and by branch and layer, and λ by layer."""
     branches = records[0]["grad_norm_by_layer"]
     groups = records[0]["lambda"]
     return {
@@ -141,7 +141,7 @@ def _by_step(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _rounded(value: Any) -> float | None:
-    """A number with five significant digits, or None where it is not finite."""
+    """Rounds a number to five significant digits; returns None if it is not finite."""
     if value is None:
         return None
     value = float(value)

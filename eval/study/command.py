@@ -3,12 +3,12 @@ r"""Runs a study, or resumes it, and writes its page.
     peft-jax study --config=study_cpu.py --workdir=runs/study_cpu
 
 --config names a file with `get_config(data)`, which returns the settings of a
-study. A cell is one run: a method on a task, with a learning rate and a seed.
-The same command again runs the cells that are missing. Several commands may run
-at once in one work directory.
+study. An arm is a method with its settings. A cell is one run: an arm on a
+task, with a learning rate and a seed. The same command again runs the missing
+cells. Several commands may run at once in one work directory.
 
-Exit codes: 0 everything asked for is done, or the minutes are over; 1 failed;
-2 rejected; 130 stopped by Ctrl-C. docs/exit_codes.md says more.
+Exit codes: 0 done, or the minutes are over; 1 failed; 2 rejected; 130 stopped
+by Ctrl-C. docs/exit_codes.md has those of all commands.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     given = make_parser().parse_args(argv)
     file = _check(given)
-    # What a cell's rows lose is on the page; the warnings of hundreds of runs are not shown.
+    # Hundreds of runs would repeat the same warnings.
     logging.getLogger().setLevel(logging.ERROR)
     # Imported here, so that a mistyped flag is rejected at once and not after JAX has started.
     import jax
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .store import Store
 
     workdir = given.workdir or Path("runs") / file.stem
-    # Cells of one arm are one program: it is compiled once, in whichever process comes first.
+    # The cells of an arm share one program, which the first process compiles.
     jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     store = Store(workdir)
@@ -66,19 +66,19 @@ def make_parser() -> Arguments:
     """Returns the parser of the command's flags."""
     parser = Arguments("eval.study", description=__doc__)
     add = parser.add_argument
-    add("--config", default="", metavar="FILE", help="a study's file: study_cpu.py")
+    add("--config", default="", metavar="FILE", help="file of the study, for example study_cpu.py")
     add("--workdir", type=Path, help="folder of the cells; by default runs/ and the file's name")
     add("--page", type=Path, help="folder of the page; by default page/ in the work directory")
     add(
         "--data",
         default="",
         metavar="PATH",
-        help="a folder with the data sets and models that the file names; by default they come from"
-        " the Hugging Face hub",
+        help="folder of the data sets and models that the file names; by default they come from the"
+        " Hugging Face hub",
     )
     add("--only", default="", metavar="REGEX", help="run the cells whose TASK/ARM matches")
-    add("--minutes", type=float, default=math.inf, help="begin no cell after so many minutes")
-    add("--page_only", action="store_true", help="run nothing, write the page of what is there")
+    add("--minutes", type=float, default=math.inf, help="start no cell after this many minutes")
+    add("--page_only", action="store_true", help="write the page of the finished cells; run none")
     return parser
 
 
@@ -94,9 +94,11 @@ def _check(given: argparse.Namespace) -> Path:
     try:
         re.compile(given.only)
     except re.error as error:
-        raise ValueError(f"--only is {given.only!r}, no regular expression: {error}") from error
+        raise ValueError(
+            f"--only is {given.only!r}, which is not a regular expression: {error}"
+        ) from error
     if not given.minutes >= 0:
-        raise ValueError(f"--minutes is {given.minutes}; it must be 0 or more")
+        raise ValueError(f"--minutes is {given.minutes} but must be at least 0")
     return find_config_file(given.config)
 
 
@@ -104,12 +106,12 @@ def load_study(file: Path, data: str = "") -> "StudySettings":
     """Loads a study from its file.
 
     Args:
-      file: A Python file with `get_config(data)`, which returns a mapping with the fields of
+      file: Python file with `get_config(data)`, which returns a mapping with the fields of
         `StudySettings`.
-      data: A folder with data sets and models; empty: from the hub.
+      data: Folder of data sets and models; empty: from the hub.
 
     Raises:
-      ValueError: The file is not that of a study.
+      ValueError: The file does not define a study.
     """
     from peft_jax.core.typed_settings import from_mapping
 
@@ -117,7 +119,7 @@ def load_study(file: Path, data: str = "") -> "StudySettings":
 
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None:
-        raise ValueError(f"{file} is no Python file")
+        raise ValueError(f"{file} is not a Python file; give one such as study_cpu.py")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -136,7 +138,10 @@ def load_study(file: Path, data: str = "") -> "StudySettings":
     except Exception as error:
         raise ValueError(f"{file}: {explain_config_error(error, str(file))}") from error
     if not isinstance(study, StudySettings):
-        raise ValueError(f"{file}: get_config must return the settings of a study")
+        raise ValueError(
+            f"{file}: get_config returns {type(study).__name__} but must return the settings of a"
+            " study"
+        )
     return study
 
 

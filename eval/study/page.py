@@ -1,4 +1,4 @@
-"""The page that a study leaves: tables and pictures of the cells that are finished."""
+"""Writes the page of a study, with tables and plots of the finished cells."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ from .cell import Cell
 from .pictures import draw_gradients, draw_losses, draw_mixing
 from .run import Choice, count_cells, measured, tuned
 from .settings import ArmSettings, StudySettings, TaskSettings
-from .statistics import LEAST_P, Comparison, compare, holm, mean_and_deviation
+from .statistics import MIN_P, Comparison, compare, holm, mean_and_deviation
 from .store import Store
 
 SIGNIFICANT = 0.05
@@ -24,12 +24,12 @@ SIGNIFICANT = 0.05
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One arm on one task, all of its seeds finished.
+    """Results of an arm on a task, for all seeds.
 
     Attributes:
-      arm: the arm.
-      choice: its learning rate.
-      cells: its measured runs.
+      arm: Settings of the arm.
+      choice: Chosen learning rate.
+      cells: Measured cells.
     """
 
     arm: ArmSettings
@@ -38,17 +38,17 @@ class Entry:
 
     @property
     def loss(self) -> float:
-        """The mean test loss over seeds; infinite where one diverged."""
+        """Returns the mean test loss over seeds; infinite if one diverged."""
         losses = [math.inf if cell["loss"] is None else cell["loss"] for cell in self.cells]
         return statistics.fmean(losses)
 
 
 Finished = dict[str, dict[str, Entry]]
-"""By task's and arm's name."""
+"""Finished entries by names of task and arm."""
 
 
 def collect(study: StudySettings, store: Store) -> Finished:
-    """What is finished."""
+    """Returns the entries whose cells are all finished."""
     found: Finished = {}
     for task in study.tasks:
         found[task.name] = {}
@@ -61,7 +61,7 @@ def collect(study: StudySettings, store: Store) -> Finished:
 
 
 def count_finished(study: StudySettings, store: Store) -> int:
-    """How many cells are finished."""
+    """Counts the finished cells."""
     total = 0
     for task in study.tasks:
         for arm in study.arms_of(task):
@@ -75,17 +75,20 @@ def count_finished(study: StudySettings, store: Store) -> int:
 
 
 def write_page(study: StudySettings, store: Store, folder: Path) -> Path:
-    """Writes `README.md` and its pictures.
+    """Writes `README.md` and its plots.
 
     Returns:
-      The page.
+      The path of the page.
 
     Raises:
-      ValueError: no cell is finished, and there is a page already.
+      ValueError: No cell is finished, and there is already a page.
     """
     page = folder / "README.md"
     if page.is_file() and not count_finished(study, store):
-        raise ValueError(f"no cell of the study is finished here, so {page} is left as it is")
+        raise ValueError(
+            f"no cell of the study is finished here, so that {page} is not replaced; run the study"
+            " first, or give another --page"
+        )
     finished = collect(study, store)
     pictures = _draw(study, store, finished, folder)
     parts = _sections(study, store, finished, pictures)
@@ -94,7 +97,7 @@ def write_page(study: StudySettings, store: Store, folder: Path) -> Path:
 
 
 def _draw(study: StudySettings, store: Store, finished: Finished, folder: Path) -> dict[str, str]:
-    """The pictures there is something for; file names by picture."""
+    """Draws the plots that have data, and returns their file names."""
     methods = {
         task.title: {
             entry.arm.title: entry.cells
@@ -122,18 +125,18 @@ def _draw(study: StudySettings, store: Store, finished: Finished, folder: Path) 
 
 
 def _has_layers(cell: Cell) -> bool:
-    """Whether a run has a λ for each layer at every step."""
+    """Returns whether a cell has a λ for each layer at every step."""
     return not cell["diverged"] and "layers" in cell["steps"]["lambda"]
 
 
 def _seconds(study: StudySettings, store: Store, task: TaskSettings) -> dict[str, float]:
-    """The median over rounds of each arm's seconds a step; empty while the task is not timed."""
+    """Returns each arm's median seconds per step; empty if the task is not timed."""
     timing = store.read_timing(task, study.arms_of(task)) or {}
     return {name: statistics.median(rounds) for name, rounds in timing.items()}
 
 
 def _seconds_by_title(study: StudySettings, store: Store) -> dict[str, dict[str, float]]:
-    """By task's and arm's title."""
+    """Returns the seconds per step by titles of task and arm."""
     return {
         task.title: {
             study.arm(name).title: seconds for name, seconds in _seconds(study, store, task).items()
@@ -161,15 +164,15 @@ def _sections(
     yield _LEGEND
     if "losses" in pictures:
         yield f"![Training loss]({pictures['losses']})"
-        yield "The training loss against steps and against seconds, mean over seeds, smoothed."
+        yield "Training loss by step and by second, averaged over seeds and smoothed."
     if study.hybrid:
-        yield "## The hybrid's parts"
+        yield "## Variants of the hybrid"
         yield _ablations(study, finished)
     if "lambda" in pictures:
         yield f"![λ by layer]({pictures['lambda']})"
-        yield "λ of each layer over the steps, for the hybrid as it is by default."
+        yield "λ of each layer by step, for the default hybrid."
     if "gradients" in pictures:
-        yield f"![Norms of gradients]({pictures['gradients']})"
+        yield f"![Gradient norms]({pictures['gradients']})"
     yield "## Protocol"
     yield _protocol(study)
 
@@ -180,11 +183,11 @@ def _missing(study: StudySettings, finished: Finished) -> str:
         for task in study.tasks
         if (left := [a.name for a in study.arms_of(task) if a.name not in finished[task.name]])
     ]
-    return f" Missing, in whole or in part: {'; '.join(names)}." if names else ""
+    return f" Unfinished: {'; '.join(names)}." if names else ""
 
 
 def comparisons(study: StudySettings, finished: Finished) -> dict[str, tuple[str, Comparison]]:
-    """By task's name the better branch's name, and the hybrid against it."""
+    """Compares the hybrid with its better branch, whose name comes first, on each task."""
     found = {}
     for task in study.tasks:
         entries = finished[task.name]
@@ -199,10 +202,10 @@ def comparisons(study: StudySettings, finished: Finished) -> dict[str, tuple[str
 def _verdict(study: StudySettings, finished: Finished) -> str:
     found = comparisons(study, finished)
     if not found:
-        return "Not known yet: no task has the hybrid and both of its branches finished."
+        return "Not known yet: on no task are the hybrid and both of its branches finished."
     corrected = dict(zip(found, holm([c.p for _, c in found.values()]), strict=True))
     lines = [
-        "| task | better branch | hybrid's loss less its | p (Holm) | seeds ahead | |",
+        "| task | better branch | hybrid − branch, loss | p (Holm) | seeds won | |",
         "| --- | --- | ---: | ---: | ---: | --- |",
     ]
     wins = losses = 0
@@ -222,21 +225,22 @@ def _verdict(study: StudySettings, finished: Finished) -> str:
             f" {verdict} |"
         )
     head = (
-        f"Better with significance on {wins} of {len(found)} tasks, worse on {losses}. Losses are"
-        " on test rows; p of a paired permutation test over rows, with the losses of a row averaged"
-        " over seeds, corrected for the number of tasks by Holm's method."
+        f"The hybrid is significantly better on {wins} of {len(found)} tasks and significantly"
+        f" worse on {losses}. Losses are on test rows. p is from a paired permutation test over"
+        " rows, with each row's losses averaged over seeds. It is corrected for the number of tasks"
+        " by Holm's method."
     )
     return "\n".join([head, "", *lines])
 
 
 def _p(p: float, corrected: float) -> str:
-    """A corrected p-value; one at the test's floor is an upper bound.
+    """Formats a corrected p-value, which is an upper bound at the test's minimum.
 
     Example:
-      >>> _p(0.01, 0.03), _p(LEAST_P, 5 * LEAST_P)
+      >>> _p(0.01, 0.03), _p(MIN_P, 5 * MIN_P)
       ('0.03', '≤ 0.00025')
     """
-    bound = "≤ " if p <= LEAST_P * (1 + 1e-9) else ""
+    bound = "≤ " if p <= MIN_P * (1 + 1e-9) else ""
     return f"{bound}{corrected:.2g}"
 
 
@@ -244,7 +248,7 @@ def _methods(task: TaskSettings, entries: Sequence[Entry], seconds: dict[str, fl
     metric = task.metric.replace("_", " ")
     head = ["method", "test loss"]
     head += [metric] if metric else []
-    head += ["rate", "trained", "step, MiB", "s a step", "forgetting"]
+    head += ["rate", "trainable", "step, MiB", "s/step", "forgetting"]
     lines = [f"| {' | '.join(head)} |", f"| --- {'| ---: ' * (len(head) - 1)}|"]
     best = min(entry.loss for entry in entries)
     for entry in entries:
@@ -265,20 +269,20 @@ def _methods(task: TaskSettings, entries: Sequence[Entry], seconds: dict[str, fl
 
 
 _LEGEND = (
-    "Mean ± standard deviation over seeds; the lowest loss in bold. *rate*: the learning rate that"
-    " the tuning rows chose; * it is at the end of its grid. *step*: memory of the compiled step,"
-    " as the compiler counts it. *s a step*: median of rounds in which all arms took turns."
-    " *forgetting*: for the language model, how much the loss rose on text the base"
-    " wrote itself; for the encoder, one less the cosine between a text's mean hidden states before"
-    " and after."
+    "Mean ± standard deviation over seeds; the lowest loss in bold. *rate*: learning rate chosen on"
+    " the tuning rows; * marks the end of its grid. *trainable*: number of trainable parameters."
+    " *step*: memory of the compiled step, as the compiler counts it. *s/step*: median over rounds"
+    " in which all arms took turns. *forgetting*: for the language model, the increase of the loss"
+    " on the base model's own text; for the encoder, 1 minus the cosine between a text's mean"
+    " hidden states before and after training."
 )
 
 
 def _ablations(study: StudySettings, finished: Finished) -> str:
-    """Each variant's loss less the default hybrid's, by task."""
+    """Formats each variant's loss minus the default hybrid's, by task."""
     tasks = [task for task in study.tasks if study.hybrid in finished[task.name]]
     if not tasks:
-        return "Not known yet: the hybrid itself is not finished on any task."
+        return "Not known yet: the hybrid is not finished on any task."
     names = [arm.name for arm in study.arms if arm.ablation or arm.name in study.branches]
     without = {task.name for task in tasks if _diverged(finished[task.name][study.hybrid])}
     lines = [
@@ -307,10 +311,10 @@ def _ablations(study: StudySettings, finished: Finished) -> str:
                 row.append(f"{sign}{result.difference:+.4f}{sign}{_share(entries[name])}")
         lines.append(f"| {study.arm(name).title} | {' | '.join(row)} |")
     head = (
-        "Each variant's test loss less the default hybrid's: above 0 the variant is worse. Bold: p"
-        " < 0.05 of the same test, here not corrected for the number of variants or tasks; it is"
-        f" over rows and says nothing about seeds, of which there are {len(study.seeds)}: beside"
-        " the losses above stand their deviations. In brackets λ, the mean over layers, steps and"
+        "Each variant's test loss minus the default hybrid's: above 0, the variant is worse. Bold:"
+        " p < 0.05 in the same test, not corrected for the number of variants or tasks. The test is"
+        f" over rows and does not cover the variation between the {len(study.seeds)} seeds, whose"
+        " deviations are in the tables above. In parentheses: λ, averaged over layers, steps and"
         " seeds."
     )
     return "\n".join([head, "", *lines])
@@ -321,7 +325,7 @@ def _diverged(entry: Entry) -> bool:
 
 
 def _share(entry: Entry) -> str:
-    """The mean λ of a hybrid, in brackets; nothing of another method."""
+    """Formats the mean λ of a hybrid in parentheses; empty for other methods."""
     weights = [
         weight
         for cell in entry.cells
@@ -341,34 +345,35 @@ def _protocol(study: StudySettings) -> str:
             f"- {task.title}: {length} of {train.batch_size} rows of at most"
             f" {train.max_length} tokens{_which_rows(task, study.arms[0])}."
             + "".join(
-                f" What is trained under `{component}` has the learning rate {rate:g} in all arms."
+                f" Parameters under `{component}` have the learning rate {rate:g} in all arms."
                 for component, rate in task.config.optimizer.learning_rates.items()
             )
         )
     grid = len(study.tasks[0].rates(study.arms[0]))
     text = (
-        f"Every arm has a grid of {grid} learning rates, tried with seed {study.tune_seed}; the"
-        " lowest loss on rows held out of the training rows decides. With it,"
-        f" {len(study.seeds)} further seeds are trained and measured on test rows that nothing was"
-        " chosen by. For one seed all arms see the same batches in the same order and, on"
-        " encoders, begin with the same head. AdamW, gradients clipped to norm 1."
+        f"Every arm has a grid of {grid} learning rates, which are tried with seed"
+        f" {study.tune_seed}. The rate with the lowest loss on tuning rows, which are held out of"
+        f" the training rows, is chosen. With it, {len(study.seeds)} other seeds are trained and"
+        " measured on test rows, which no choice depends on. For one seed, all arms see the same"
+        " batches in the same order and, on encoders, start from the same head. The optimizer is"
+        " AdamW, with gradients clipped to norm 1."
     )
     used = ", ".join(f"{name} {version}" for name, version in versions().items())
     device = jax.devices()[0].device_kind
-    return "\n".join([text, "", *rows, "", f"Drawn up with {used}, on {device}."])
+    return "\n".join([text, "", *rows, "", f"Written with {used}, on {device}."])
 
 
 def _which_rows(task: TaskSettings, arm: ArmSettings) -> str:
-    """Says which training rows a task's seeds have, where it uses some of them."""
+    """Describes the training rows of a task's seeds, if it uses only some rows."""
     data = task.run_config(arm, learning_rate=1.0, seed=0).data
     if data.train_rows is None:
         return ""
-    whose = "others for each seed" if data.train_rows_by_seed else "the same for all seeds"
+    whose = "different for each seed" if data.train_rows_by_seed else "the same for all seeds"
     return f", from {data.train_rows:,} training rows, {whose}"
 
 
 def _pm(cells: Sequence[Cell], values: Sequence[float | None], digits: int) -> str:
-    """Returns mean ± deviation over cells, or why values are not there.
+    """Formats mean ± deviation over cells, or why values are missing.
 
     Example:
       >>> fine, gone = {"diverged": False}, {"diverged": True}

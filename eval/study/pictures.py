@@ -1,4 +1,4 @@
-"""The study's pictures."""
+"""Draws the plots of a study."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -16,22 +16,22 @@ from peft_jax.training.report.plots import STYLE, smooth
 
 from .cell import Cell
 
-_COLOURS = ("#d6604d", "#2166ac", "#1b7837", "#8c8c8c", "#e08214", "#762a83", "#35978f", "#bf812d")
+_COLORS = ("#d6604d", "#2166ac", "#1b7837", "#8c8c8c", "#e08214", "#762a83", "#35978f", "#bf812d")
 _SMOOTHED = 16
-"""A curve is smoothed over this part of its steps: of 150 over 9."""
+"""Inverse of the fraction of its steps that a curve is smoothed over: 9 steps of 150."""
 _DPI = 90
 
 Cells = Mapping[str, Mapping[str, Sequence[Cell]]]
-"""The measured cells by task's and arm's title."""
+"""Measured cells by titles of task and arm."""
 
 
 def draw_losses(cells: Cells, path: Path, *, seconds: Mapping[str, Mapping[str, float]]) -> None:
-    """The training loss of each method against steps, and against seconds; mean over seeds.
+    """Plots the training loss of each method by step and by second, averaged over seeds.
 
     Args:
-      cells: the measured cells.
-      path: of the picture.
-      seconds: of a step, by task's and arm's title; a task that was not timed has none.
+      cells: Measured cells.
+      path: File of the plot.
+      seconds: Seconds per step by titles of task and arm; empty for a task that was not timed.
     """
     colors = _colors(cells)
 
@@ -61,7 +61,7 @@ def draw_losses(cells: Cells, path: Path, *, seconds: Mapping[str, Mapping[str, 
 
 
 def draw_mixing(cells: Mapping[str, Sequence[Cell]], path: Path) -> None:
-    """λ of each layer over the steps, one panel a task; mean over seeds."""
+    """Plots λ of each layer by step, averaged over seeds, with one panel per task."""
 
     def draw() -> Figure:
         figure, panels = _panels(len(cells))
@@ -87,7 +87,7 @@ def draw_mixing(cells: Mapping[str, Sequence[Cell]], path: Path) -> None:
 
 
 def draw_gradients(cells: Cells, path: Path) -> None:
-    """The gradient's norm of each method over the steps, one panel a task; mean over seeds."""
+    """Plots the gradient norm of each method by step, averaged over seeds, one panel per task."""
     colors = _colors(cells)
 
     def draw() -> Figure:
@@ -112,13 +112,13 @@ def _smoothed(values: np.ndarray) -> np.ndarray:
 
 
 def _colors(cells: Cells) -> dict[str, str]:
-    """A color for each arm's title, the same for all tasks."""
+    """Returns the color of each arm's title, which is the same for all tasks."""
     arms = dict.fromkeys(arm for task in cells.values() for arm in task)
-    return dict(zip(arms, itertools.cycle(_COLOURS), strict=False))
+    return dict(zip(arms, itertools.cycle(_COLORS), strict=False))
 
 
 def _panels(count: int) -> tuple[Figure, list[Axes]]:
-    """A figure with one panel a task, at most three in a row."""
+    """Returns a figure with one panel per task, at most three in a row."""
     columns = min(count, 3)
     rows = -(-count // columns)
     figure = Figure(figsize=(3.3 * columns, 2.6 * rows), layout="constrained")
@@ -129,7 +129,7 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
 
 
 def _legend(figure: Figure) -> None:
-    """One legend for all panels, below them."""
+    """Adds one legend below all panels."""
     found: dict[str, Artist] = {}
     for panel in figure.axes:
         handles, labels = panel.get_legend_handles_labels()
@@ -140,7 +140,7 @@ def _legend(figure: Figure) -> None:
 
 
 def _mean(runs: Sequence[Cell], name: str) -> np.ndarray:
-    """The mean over runs, as long as the shortest."""
+    """Returns the mean over runs, up to the length of the shortest."""
     shortest = min(len(run[name]) for run in runs)
     values = [[np.nan if x is None else x for x in run[name][:shortest]] for run in runs]
     return np.mean(np.asarray(values, float), axis=0)

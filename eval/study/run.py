@@ -1,4 +1,4 @@
-"""All cells of a study that are missing."""
+"""Runs the missing cells of a study."""
 
 import dataclasses
 import functools
@@ -16,11 +16,11 @@ from .timing import time_arms
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Choice:
-    """The learning rate of an arm on a task.
+    """Chosen learning rate of an arm on a task.
 
     Attributes:
-      rate: the one with the lowest loss on the rows that rates are chosen on.
-      at_edge: whether it is the grid's first or last, so that a better one may lie beyond.
+      rate: Learning rate with the lowest loss on the tuning rows.
+      at_edge: Whether it is at an end of the grid, beyond which there may be a better one.
     """
 
     rate: float
@@ -28,14 +28,14 @@ class Choice:
 
 
 def choose_rate(rates: Sequence[float], cells: Sequence[Cell]) -> Choice | None:
-    """The rate that a finished grid speaks for.
+    """Chooses the learning rate of a finished grid.
 
     Args:
-      rates: the grid.
-      cells: its runs, in the order of the rates.
+      rates: Learning rates of the grid.
+      cells: Cells of the grid, in the order of the rates.
 
     Returns:
-      None where no rate led anywhere.
+      The choice; None if all cells diverged.
     """
     losses = [math.inf if cell["loss"] is None else cell["loss"] for cell in cells]
     best = min(range(len(losses)), key=losses.__getitem__)
@@ -48,7 +48,7 @@ def choose_rate(rates: Sequence[float], cells: Sequence[Cell]) -> Choice | None:
 def tuned(
     study: StudySettings, store: Store, task: TaskSettings, arm: ArmSettings
 ) -> Choice | None:
-    """The `Choice` of an arm on a task, or None while its grid is not finished."""
+    """Returns the `Choice` of an arm on a task, or None until its grid is finished."""
     rates = task.rates(arm)
     cells = [
         store.read(task, arm, learning_rate=rate, seed=study.tune_seed, final=False)
@@ -61,7 +61,7 @@ def tuned(
 def measured(
     study: StudySettings, store: Store, task: TaskSettings, arm: ArmSettings
 ) -> list[Cell]:
-    """The finished measured runs of an arm on a task, by seed."""
+    """Returns the finished measured cells of an arm on a task, in the order of the seeds."""
     choice = tuned(study, store, task, arm)
     if choice is None:
         return []
@@ -73,7 +73,7 @@ def measured(
 
 
 def count_cells(study: StudySettings) -> int:
-    """How many cells a study has."""
+    """Counts the cells of a study."""
     per_pair = len(study.tasks[0].rates(study.arms[0])) + len(study.seeds)
     return per_pair * sum(len(study.arms_of(task)) for task in study.tasks)
 
@@ -86,21 +86,21 @@ def run_study(
     until: float = math.inf,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Runs what is missing; several processes may, each takes cells that no other has.
+    """Runs the missing cells of a study.
 
-    Methods come before the hybrid's ablations, each arm's grid before its measured runs, and the
-    timing of each task last.
+    Several processes may run at once; each takes cells that no other has claimed. Methods come
+    before the hybrid's ablations, an arm's grid before its measured cells, and timing last.
 
     Args:
-      study: what is compared.
-      store: where cells are.
-      only: a regular expression; cells whose "task/arm" it does not match are left. The timing of
-        a task counts as "task/timing".
-      until: the time (as `time.time`) after which no cell is begun.
-      say: told of each cell.
+      study: Settings of the study.
+      store: Store of the cells.
+      only: Regular expression; cells whose "task/arm" it does not match are skipped. The timing of
+        a task has the name "task/timing".
+      until: Time, as of `time.time`, after which no cell starts.
+      say: Called with a message about each cell.
 
     Raises:
-      ValueError: `only` is no regular expression, or matches nothing.
+      ValueError: `only` is not a regular expression, or matches nothing.
     """
     _check_only(study, only)
     runner = _Runner(study=study, store=store, until=until, say=say)
@@ -118,11 +118,13 @@ def _check_only(study: StudySettings, only: str) -> None:
     try:
         matched = [name for name in names if re.search(only, name)]
     except re.error as error:
-        raise ValueError(f"--only={only!r} is no regular expression: {error}") from error
+        raise ValueError(
+            f"--only is {only!r}, which is not a regular expression: {error}"
+        ) from error
     if not matched:
         raise ValueError(
-            f"--only={only!r} matches nothing; a name is TASK/ARM or TASK/timing, and there are the"
-            f" tasks {', '.join(task.name for task in study.tasks)} and the arms"
+            f"--only is {only!r}, which matches nothing; names are TASK/ARM or TASK/timing, with"
+            f" the tasks {', '.join(task.name for task in study.tasks)} and the arms"
             f" {', '.join(arm.name for arm in study.arms)}"
         )
 
@@ -137,7 +139,7 @@ def _pairs(study: StudySettings) -> Iterator[tuple[TaskSettings, ArmSettings]]:
 
 @dataclasses.dataclass
 class _Runner:
-    """Runs cells, with what they share kept between them; see `run_study` for the attributes."""
+    """Runs cells, and keeps what they share; see `run_study` for the attributes."""
 
     study: StudySettings
     store: Store
@@ -146,7 +148,7 @@ class _Runner:
     _benches: dict[str, Bench] = dataclasses.field(default_factory=dict)
 
     def run(self, task: TaskSettings, arm: ArmSettings) -> None:
-        """The cells of an arm on a task that are missing."""
+        """Runs the missing cells of an arm on a task."""
         for rate in task.rates(arm):
             self._fill(task, arm, learning_rate=rate, seed=self.study.tune_seed, final=False)
         choice = tuned(self.study, self.store, task, arm)
@@ -156,7 +158,7 @@ class _Runner:
             self._fill(task, arm, learning_rate=choice.rate, seed=seed, final=True)
 
     def time(self, task: TaskSettings) -> None:
-        """The seconds a step of all arms on a task, where they are missing."""
+        """Times the steps of all arms on a task, unless this is done."""
         arms = self.study.arms_of(task)
         read = functools.partial(self.store.read_timing, task, arms)
         if read() is not None or time.time() > self.until:
@@ -166,7 +168,7 @@ class _Runner:
                 return
             seconds = time_arms(self._bench(task), arms, seed=self.study.tune_seed)
             self.store.write_timing(task, arms, seconds)
-        self.say(f"{task.name}: the steps of {len(arms)} arms are timed")
+        self.say(f"{task.name}: timed the steps of {len(arms)} arms")
 
     def _bench(self, task: TaskSettings) -> Bench:
         if task.name not in self._benches:
@@ -182,7 +184,7 @@ class _Runner:
         seed: int,
         final: bool,
     ) -> None:
-        """Runs one cell, unless it is there, another process has it, or time is over."""
+        """Runs one cell, unless it is finished, another process has it, or the time is over."""
         read = functools.partial(
             self.store.read, task, arm, learning_rate=learning_rate, seed=seed, final=final
         )

@@ -1,4 +1,4 @@
-"""What a study compares, on what, and by which protocol."""
+"""Defines the settings of a study."""
 
 import dataclasses
 import hashlib
@@ -16,22 +16,21 @@ from peft_jax.training import RunConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskSettings:
-    """One task: a model, data to train on, data to choose learning rates on, data to measure on.
+    """Task of a study: a model, and data for training, tuning and testing.
 
     Attributes:
-      name: in cells' names.
-      title: on the page.
-      config: a run's configuration with model, data, batch and steps, without a method. Its
-        held-out rows are taken from the training rows (`data.hold_out`): learning rates are chosen
-        on them, and nothing else.
-      test: settings of `data` that give the rows for the final measurement in place of `hold_out`.
-      metric: the task's own measure, as the recipe calls it; empty for none.
-      own_text: a file, a line a text, that the base is at home with, for forgetting; empty for
-        text that a causal base writes itself.
-      own_texts: how many texts of it.
-      arms: the names of the arms that are run on it; empty for all.
-      grids: by name, the learning rates that arms choose from: rising, and all of one size. What
-        is a good step for one method or model is too long for another, so arms name theirs.
+      name: Name in the names of cells.
+      title: Title on the page.
+      config: Configuration of a run, without a method. Its held-out rows are taken from the
+        training rows (`data.hold_out`), and serve only to choose learning rates.
+      test: Settings of `data` that give the test rows, in place of `hold_out`.
+      metric: Name of the recipe's metric for the page; empty: none.
+      own_text: File with one text per line that the base model knows, to measure forgetting;
+        empty: text that a causal base model generates.
+      own_texts: Number of these texts.
+      arms: Names of the arms that run on the task; empty: all.
+      grids: Increasing learning rates to choose from, by name. All grids have the same size. Arms
+        name their grid, because methods need different rates.
     """
 
     name: str
@@ -50,39 +49,41 @@ class TaskSettings:
             for rate in rates:
                 check_positive(f"grids[{name!r}]", rate)
             if list(rates) != sorted(set(rates)):
-                raise ValueError(f"task {self.name!r}: grid {name!r} must rise: {rates}")
+                raise ValueError(
+                    f"task {self.name!r}: grid {name!r} is {rates} but must be increasing"
+                )
         sizes = {len(rates) for rates in self.grids.values()}
         if len(sizes) != 1:
             raise ValueError(
-                f"task {self.name!r}: every grid of learning rates must be as large: {sizes}"
+                f"task {self.name!r}: grids have {sorted(sizes)} learning rates but must all have"
+                " the same number"
             )
         if not self.config.data.hold_out:
             raise ValueError(
-                f"task {self.name!r}: data.hold_out must be set, for rows to choose rates on that"
-                " are not those of the final measurement"
+                f"task {self.name!r}: data.hold_out is {self.config.data.hold_out} but must be set,"
+                " so that learning rates are not chosen on test rows"
             )
 
     def rates(self, arm: "ArmSettings") -> tuple[float, ...]:
-        """The grid of an arm on this task.
+        """Returns the grid of an arm on this task.
 
         Raises:
-          ValueError: there is no grid of that name.
+          ValueError: There is no grid of that name.
         """
         return self._grid(arm.grid)
 
     def _grid(self, name: str) -> tuple[float, ...]:
         if name not in self.grids:
             raise ValueError(
-                f"task {self.name!r} has no grid {name!r} of learning rates; it has"
-                f" {', '.join(sorted(self.grids))}"
+                f"task {self.name!r} has no grid {name!r}; known: {', '.join(sorted(self.grids))}"
             )
         return self.grids[name]
 
     def rotation_rate(self, arm: "ArmSettings") -> float:
-        """The rotation branch's rate as a share of the arm's.
+        """Returns the ratio of the rotation branch's learning rate to the arm's.
 
         Raises:
-          ValueError: it is not the same all along the two grids; one program serves an arm.
+          ValueError: The ratio is not constant over the two grids, which one program needs.
         """
         if not arm.rotation_grid:
             return 1.0
@@ -92,13 +93,13 @@ class TaskSettings:
         ]
         if max(shares) > (1 + 1e-6) * min(shares):
             raise ValueError(
-                f"task {self.name!r}: grids {arm.grid!r} and {arm.rotation_grid!r} must be in one"
-                f" proportion, but are in {shares}"
+                f"task {self.name!r}: the ratios of grids {arm.rotation_grid!r} and {arm.grid!r}"
+                f" are {shares} but must be constant"
             )
         return float(f"{shares[0]:.6g}")
 
     def run_config(self, arm: "ArmSettings", *, learning_rate: float, seed: int) -> RunConfig:
-        """The configuration of one run of an arm."""
+        """Returns the configuration of one run of an arm."""
         mapping = self.config.to_dict()
         mapping["seed"] = seed
         mapping["train"]["learning_rate"] = learning_rate
@@ -109,17 +110,17 @@ class TaskSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ArmSettings:
-    """One thing that is compared: a method with its settings, and the rates it may have.
+    """Arm of a study: a method with its settings, and its grid of learning rates.
 
     Attributes:
-      name: in cells' names.
-      title: on the page.
-      method: settings of `method`, the name included.
-      mixing: settings of `mixing`, for the hybrid.
-      grid: which of a task's grids its rate is chosen from.
-      rotation_grid: for the hybrid, the grid of the rotation branch's rate, which is taken from the
-        same place; empty for one rate for both branches.
-      ablation: whether it varies the hybrid rather than being a method of its own.
+      name: Name in the names of cells.
+      title: Title on the page.
+      method: Settings of `method`, including its name.
+      mixing: Settings of `mixing`, for the hybrid.
+      grid: Name of the grid that its learning rate is chosen from.
+      rotation_grid: For the hybrid, name of the grid of the rotation branch's learning rate, which
+        has the same index in its grid; empty: one rate for both branches.
+      ablation: Whether it is a variant of the hybrid.
     """
 
     name: str
@@ -133,21 +134,21 @@ class ArmSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StudySettings:
-    """A whole study.
+    """Settings of a study.
 
     Attributes:
-      name: of the study.
-      title: on the page.
-      tasks: what is learned.
-      arms: what is compared.
-      hybrid: the arm whose claim is tested; empty for a study that compares methods and has none.
-      branches: the arms of the hybrid's branches alone; the better of them is its measure.
-      tune_seed: of the runs that learning rates are chosen by; not among `seeds`.
-      seeds: of the runs that are measured.
-      about: paragraphs for the page.
+      name: Name of the study.
+      title: Title of the page.
+      tasks: Tasks.
+      arms: Arms to compare.
+      hybrid: Name of the arm that is tested against its branches; empty: none.
+      branches: Names of the arms of the hybrid's single branches; the better one is the baseline.
+      tune_seed: Seed of the cells that learning rates are chosen by; not among `seeds`.
+      seeds: Seeds of the measured cells.
+      about: Paragraphs for the page.
 
     Raises:
-      ValueError: names are not unique or not known, or grids differ in size.
+      ValueError: Names are duplicate or unknown, or grids differ in size.
     """
 
     name: str
@@ -164,10 +165,15 @@ class StudySettings:
         for what, items in (("task", self.tasks), ("arm", self.arms)):
             names = [item.name for item in items]
             if not names or len(set(names)) < len(names):
-                raise ValueError(f"the {what}s' names must differ, and there must be one: {names}")
+                raise ValueError(
+                    f"the names of {what}s are {names} but must be at least one, without duplicates"
+                )
         sizes = {len(task.rates(arm)) for task in self.tasks for arm in self.arms}
         if len(sizes) != 1:
-            raise ValueError(f"every arm's grid of learning rates must be as large: {sizes}")
+            raise ValueError(
+                f"the arms' grids have {sorted(sizes)} learning rates but must all have the same"
+                " number"
+            )
         for task in self.tasks:
             for arm in self.arms:
                 task.rotation_rate(arm)
@@ -176,9 +182,13 @@ class StudySettings:
             for name in task.arms:
                 self.arm(name)
         if self.tune_seed in self.seeds:
-            raise ValueError(f"tune_seed {self.tune_seed} is among the seeds {self.seeds}")
+            raise ValueError(
+                f"tune_seed is {self.tune_seed} but must not be among the seeds {self.seeds}"
+            )
         if len(self.seeds) < 2:
-            raise ValueError("a standard deviation needs at least two seeds")
+            raise ValueError(
+                f"seeds is {self.seeds} but must have at least two, for a standard deviation"
+            )
 
     def _check_hybrid(self) -> None:
         for name in self.branches:
@@ -187,8 +197,8 @@ class StudySettings:
             ablations = [arm.name for arm in self.arms if arm.ablation]
             if self.branches or ablations:
                 raise ValueError(
-                    f"hybrid names no arm, but branches is {self.branches} and the ablations are"
-                    f" {ablations}: name the hybrid they belong to, or leave them out"
+                    f"hybrid is empty, but branches is {self.branches} and the ablations are"
+                    f" {ablations}; name the hybrid that they belong to, or omit them"
                 )
             return
         method = self.arm(self.hybrid).method.get("name")
@@ -196,23 +206,22 @@ class StudySettings:
         if method not in mixed:
             raise ValueError(
                 f"hybrid is the arm {self.hybrid!r}, whose method is {method!r}; it must be an arm"
-                f" of a method that mixes branches ({', '.join(mixed)}), or empty for a study"
-                " without one"
+                f" of a method that mixes branches ({', '.join(mixed)}), or empty"
             )
         if not self.branches:
             raise ValueError(
-                f"branches is empty: name the arms that the hybrid {self.hybrid!r} is measured by"
+                f"branches is empty; name the arms that the hybrid {self.hybrid!r} is compared with"
             )
 
     def arms_of(self, task: TaskSettings) -> tuple[ArmSettings, ...]:
-        """The arms that are run on a task."""
+        """Returns the arms that run on a task."""
         return tuple(arm for arm in self.arms if not task.arms or arm.name in task.arms)
 
     def arm(self, name: str) -> ArmSettings:
-        """The arm of that name.
+        """Returns the arm of the given name.
 
         Raises:
-          ValueError: there is none.
+          ValueError: There is no such arm.
         """
         for arm in self.arms:
             if arm.name == name:
@@ -221,13 +230,13 @@ class StudySettings:
 
 
 def digest(config: RunConfig, task: TaskSettings) -> str:
-    """A short name of everything that decides a cell's numbers."""
+    """Returns a digest of all settings that determine a cell's measurements."""
     mapping = config.to_mapping()
     for section in ("logging", "checkpoint", "evaluate", "export", "parallel"):
         del mapping[section]
     if not config.spec.method.branches:
         del mapping["mixing"]
-    # Where a file lies does not matter, and what it is called does.
+    # Only the name of a file counts, so that files can be moved.
     for section, name in (("model", "path"), ("data", "path")):
         mapping[section][name] = Path(mapping[section][name]).name
     rest = [dict(task.test), Path(task.own_text).name, task.own_texts]

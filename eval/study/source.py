@@ -1,7 +1,7 @@
-"""What a task's model and data are, wherever they lie.
+"""Computes fingerprints of a task's model and data, independent of their location.
 
-A cell's digest holds the names of folders, by which a study goes on after its data have been moved.
-This tells two folders of one name apart.
+A cell's digest contains only the names of folders, so that a study can resume after its data were
+moved. Fingerprints tell folders of the same name apart.
 """
 
 import functools
@@ -11,16 +11,16 @@ from pathlib import Path
 from .settings import TaskSettings
 
 _HEAD = 1 << 16
-"""So many bytes of a file are read: all of a configuration, the header of safetensors."""
+"""Number of bytes of a file that are read: all of a configuration, the header of safetensors."""
 
 _MODEL_FILES = ("config.json", "*.safetensors")
 _DATA_FILES = ("*.csv", "*.gz", "*.json", "*.jsonl", "*.parquet", "*.tsv", "*.txt", "*.dev*")
 
 
 def source_of(task: TaskSettings) -> dict[str, str]:
-    """Fingerprints of the model and of the data: of files' names, sizes and beginnings.
+    """Returns fingerprints of the model and the data, from files' names, sizes and beginnings.
 
-    What lies in no local folder is left out: its name on the hub says what it is.
+    A source on the hub has none, because its name identifies it.
     """
     config = task.config
     places = (
@@ -35,7 +35,7 @@ def source_of(task: TaskSettings) -> dict[str, str]:
 
 
 def agree(one: dict[str, str], other: dict[str, str]) -> bool:
-    """Whether two fingerprints are of one thing, as far as both are known."""
+    """Returns whether two cells' fingerprints are equal, as far as both have them."""
     return all(one[what] == other[what] for what in {*one} & {*other})
 
 

@@ -1,4 +1,4 @@
-"""Whether a difference between two arms is more than chance."""
+"""Tests whether a difference between two arms is significant."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,12 +6,12 @@ from collections.abc import Sequence
 import numpy as np
 
 _ROUNDS = 20_000
-LEAST_P = 1 / (_ROUNDS + 1)
-"""The floor of the permutation test: no random flip reached the difference."""
+MIN_P = 1 / (_ROUNDS + 1)
+"""Minimum p-value of the permutation test, when no random flip reaches the difference."""
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (n - 1).
+    """Returns the mean and the sample standard deviation (n - 1).
 
     Example:
       >>> mean_and_deviation([1.0, 2.0, 3.0])
@@ -22,15 +22,15 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
 
 
 def sign_flip_p(differences: np.ndarray, *, rounds: int = _ROUNDS, seed: int = 0) -> float:
-    """The two-sided p-value of a paired permutation test (Fisher's, by random sign flips).
+    """Returns the two-sided p-value of Fisher's paired permutation test, by random sign flips.
 
-    Under the hypothesis that two arms are alike, each row's difference is as likely to have the
-    other sign.
+    Under the hypothesis that two arms are equal, each row's difference is equally likely to have
+    either sign.
 
     Args:
-      differences: [n], one arm's loss less the other's, row by row.
-      rounds: random flips; the least p-value is 1 / (rounds + 1).
-      seed: of the flips.
+      differences: [n], differences of two arms' losses by row.
+      rounds: Number of random flips; the minimum p-value is 1 / (rounds + 1).
+      seed: Seed of the flips.
 
     Example:
       >>> sign_flip_p(np.ones(20)) < 0.001, sign_flip_p(np.array([1.0, -1.0])) == 1.0
@@ -47,7 +47,7 @@ def sign_flip_p(differences: np.ndarray, *, rounds: int = _ROUNDS, seed: int = 0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for being several (Holm, 1979), in their order.
+    """Corrects p-values for multiple comparisons (Holm, 1979), keeping their order.
 
     Example:
       >>> holm([0.01, 0.04, 0.03])
@@ -64,13 +64,13 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """One arm against another on one task, over the same rows and seeds.
+    """Comparison of two arms on one task, over the same rows and seeds.
 
     Attributes:
-      difference: mean loss of the one less that of the other; below 0 the one is better.
-      p: of the paired test over rows, their losses averaged over seeds; not corrected.
-      seeds_ahead: in how many seeds the one's loss is lower.
-      seeds: of how many.
+      difference: Mean loss of the first arm minus the second's; below 0, the first is better.
+      p: Uncorrected p-value of the paired test over rows, with losses averaged over seeds.
+      seeds_ahead: Number of seeds in which the first arm's loss is lower.
+      seeds: Number of seeds.
     """
 
     difference: float
@@ -83,12 +83,15 @@ def compare(one: Sequence[dict], other: Sequence[dict]) -> Comparison:
     """Compares the measured cells of two arms, paired by seed and by row.
 
     Raises:
-      ValueError: the cells are not of the same seeds and rows.
+      ValueError: The cells differ in seeds or rows.
     """
     if [c["seed"] for c in one] != [c["seed"] for c in other] or not one:
-        raise ValueError("the cells to be compared are not of the same seeds")
+        raise ValueError(
+            f"cells have the seeds {[c['seed'] for c in one]} and {[c['seed'] for c in other]} but"
+            " must have the same seeds"
+        )
     if any(c["row_targets"] != one[0]["row_targets"] for c in (*one, *other)):
-        raise ValueError("the cells to be compared were not measured on the same rows")
+        raise ValueError("cells must be measured on the same rows, but their row_targets differ")
     losses = [np.mean([c["row_losses"] for c in cells], axis=0) for cells in (one, other)]
     differences = losses[0] - losses[1]
     pairs = list(zip(one, other, strict=True))

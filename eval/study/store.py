@@ -1,4 +1,4 @@
-"""Cells on disk: one JSON file each, so that a study is gone on with in any order."""
+"""Stores cells on disk, one JSON file each, so that a study can resume in any order."""
 
 import contextlib
 import json
@@ -9,7 +9,7 @@ from typing import Any
 from peft_jax.runtime.errors import RefusedError
 from peft_jax.runtime.files import locked, write_text
 
-from ..json_files import not_one, read_object
+from ..json_files import invalid_file, read_object
 from .cell import Cell
 from .settings import ArmSettings, TaskSettings, digest
 from .source import agree, source_of
@@ -19,20 +19,20 @@ _FIELDS = (
     *("loss", "measures"),
 )
 _FINAL_FIELDS = ("row_losses", "row_targets", "forgetting", "steps")
-"""What every cell holds, and what a measured one does besides."""
+"""Fields of every cell, and further fields of a measured cell."""
 
-_REMOVE = "Remove it and give the same command again: it is run anew"
+_REMOVE = "Delete it and run the same command again, which runs this cell again"
 
 
 class Store:
-    """The cells of a study.
+    """Cells of a study, in a work directory.
 
-        cells/TASK/ARM/tune-RATE.json   a run that rates are chosen by
-        cells/TASK/ARM/seed-N.json      a run that is measured, with the rate that was chosen
-        cells/TASK/timing.json          how long a step of each arm takes
+        cells/TASK/ARM/tune-RATE.json   cell of a grid of learning rates
+        cells/TASK/ARM/seed-N.json      measured cell, with the chosen learning rate
+        cells/TASK/timing.json          seconds per step of each arm
 
     Args:
-      workdir: where `cells/` is.
+      workdir: Folder that contains `cells/`.
     """
 
     def __init__(self, workdir: Path):
@@ -41,17 +41,17 @@ class Store:
     def path(
         self, task: TaskSettings, arm: ArmSettings, *, learning_rate: float, seed: int, final: bool
     ) -> Path:
-        """The file of one cell."""
+        """Returns the file of one cell."""
         name = f"seed-{seed}" if final else f"tune-{learning_rate:g}"
         return self._folder / task.name / arm.name / f"{name}.json"
 
     def read(
         self, task: TaskSettings, arm: ArmSettings, *, learning_rate: float, seed: int, final: bool
     ) -> Cell | None:
-        """A cell that was measured with just these settings; None where there is none.
+        """Reads a cell with exactly these settings; returns None if there is none.
 
-        One whose model or data were others of the same name is not; one that does not say what they
-        were counts.
+        A cell with another model or data of the same name is not returned. A cell without
+        fingerprints of them, from an older version, is.
         """
         place: dict[str, Any] = {"learning_rate": learning_rate, "seed": seed}
         file = self.path(task, arm, final=final, **place)
@@ -64,24 +64,24 @@ class Store:
         wanted_fields = {*_FIELDS, *(_FINAL_FIELDS if final else ())}
         if missing := sorted(wanted_fields - cell.keys()):
             error = ValueError(f"it lacks {', '.join(missing)}")
-            raise not_one(file, "a cell of a study", error, _REMOVE)
+            raise invalid_file(file, "a cell of a study", error, _REMOVE)
         return cell
 
     def write(self, task: TaskSettings, arm: ArmSettings, cell: Cell, *, final: bool) -> None:
-        """Writes a cell; a file that is there is whole."""
+        """Writes a cell, atomically."""
         file = self.path(
             task, arm, learning_rate=cell["learning_rate"], seed=cell["seed"], final=final
         )
         write_text(file, json.dumps(cell, allow_nan=False) + "\n")
 
     def timing_path(self, task: TaskSettings) -> Path:
-        """The file of a task's timing."""
+        """Returns the file of a task's timing."""
         return self._folder / task.name / "timing.json"
 
     def read_timing(
         self, task: TaskSettings, arms: Sequence[ArmSettings]
     ) -> dict[str, list[float]] | None:
-        """Seconds a step by arm's name, a number a round; None unless just these were timed."""
+        """Returns each arm's seconds per step by round; None unless exactly these were timed."""
         file = self.timing_path(task)
         if not file.is_file():
             return None
@@ -91,13 +91,13 @@ class Store:
     def write_timing(
         self, task: TaskSettings, arms: Sequence[ArmSettings], seconds: dict[str, list[float]]
     ) -> None:
-        """Writes a task's timing; a file that is there is whole."""
+        """Writes a task's timing, atomically."""
         timing = {"digests": _digests(task, arms), "seconds": seconds}
         write_text(self.timing_path(task), json.dumps(timing, allow_nan=False) + "\n")
 
     @contextlib.contextmanager
     def claim(self, path: Path) -> Iterator[bool]:
-        """Whether this process may work on a cell; false while another one does."""
+        """Claims a cell; yields False if another process is working on it."""
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(locked(path.with_suffix(".lock")))
@@ -109,5 +109,5 @@ class Store:
 
 
 def _digests(task: TaskSettings, arms: Sequence[ArmSettings]) -> dict[str, str]:
-    """What decides an arm's time a step, by arm's name; its rate and seed do not."""
+    """Returns digests of the settings that determine each arm's time per step."""
     return {arm.name: digest(task.run_config(arm, learning_rate=1.0, seed=0), task) for arm in arms}

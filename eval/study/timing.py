@@ -1,7 +1,7 @@
-"""How long a training step of each arm takes, side by side.
+"""Times the training steps of all arms, in turns of a few steps.
 
-The seconds within a run would be of that run's minute: whatever else the machine did then is in
-them. Here all arms take turns, a few steps each, so that a change in the machine's speed meets all.
+Times from within separate runs would depend on the machine's load at that moment. Taking turns
+exposes all arms to the same changes of the machine's speed.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from .settings import ArmSettings
 ROUNDS = 7
 STEPS = 6
 _RATE = 1e-6
-"""Small, so that no arm leaves the region where its numbers are ordinary ones."""
+"""Small, so that no arm diverges."""
 
 
 def time_arms(
@@ -28,14 +28,14 @@ def time_arms(
     rounds: int = ROUNDS,
     steps: int = STEPS,
 ) -> dict[str, list[float]]:
-    """Seconds a step, by arm's name, a number a round.
+    """Returns each arm's seconds per step, by round.
 
     Args:
-      bench: the task.
-      arms: what is timed.
-      seed: of the data; all arms take the same batches.
-      rounds: turns of each arm that are counted; one more before them is not.
-      steps: in a turn.
+      bench: Model, data and programs of the task.
+      arms: Arms to time.
+      seed: Seed of the data; all arms take the same batches.
+      rounds: Number of timed turns of each arm, after one for warm-up.
+      steps: Steps per turn.
     """
     first = bench.batches(seed)[:steps]
     batches = list(itertools.islice(itertools.cycle(first), steps))
@@ -51,7 +51,7 @@ def time_arms(
 
 
 def _turn(start: Start, state, batches):
-    """The state after the batches, and the seconds they took."""
+    """Trains on the batches, and returns the state and the seconds."""
     began = time.perf_counter()
     for batch in batches:
         state, metrics = start.step(state, batch)

@@ -1,9 +1,9 @@
-"""What can be evaluated, by name.
+"""Defines the tasks that can be evaluated.
 
-- [`names`][eval.tasks.names]: `expand`, which tasks a name stands for.
-- [`build`][eval.tasks.build]: `build_task`, a task of the harness, with its data.
-- [`local_data`][eval.tasks.local_data]: a user's files in the columns of the hub's sets.
-- [`own`][eval.tasks.own]: the tasks that the harness does not have: STS-B, and FLORES by direction.
-- [`trained_prompts`][eval.tasks.trained_prompts]: tasks with the prompts that training uses.
-- [`measures`][eval.tasks.measures]: measures over a whole set, with standard errors.
+- [`names`][eval.tasks.names]: `expand`, which resolves names to tasks.
+- [`build`][eval.tasks.build]: `build_task`, which builds a task of the harness with its data.
+- [`local_data`][eval.tasks.local_data]: Local files, with the columns of the hub's data sets.
+- [`own`][eval.tasks.own]: Tasks that the harness does not have: STS-B, and FLORES by direction.
+- [`trained_prompts`][eval.tasks.trained_prompts]: Tasks with the prompts of training.
+- [`measures`][eval.tasks.measures]: Corpus metrics, with standard errors.
 """

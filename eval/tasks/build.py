@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, with their data, ready to be evaluated."""
+"""Builds tasks of lm-evaluation-harness, with their data."""
 
 import copy
 import dataclasses
@@ -19,19 +19,19 @@ from .trained_prompts import with_trained_prompts
 Prompts = Literal["harness", "trained"]
 
 _FEWSHOT_SEED = 1234
-"""What examples are drawn with; the harness's own choice."""
+"""Seed that few-shot examples are sampled with, as in the harness."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskSettings:
-    """What decides how a task is built.
+    """Settings that a task is built with.
 
     Attributes:
-      data: a folder of local data; None: the hub.
-      prompts: "harness": those of lm-evaluation-harness, by which numbers are comparable with
-        published ones; "trained": those of the training recipes.
-      num_fewshot: how many examples are put before each question; None: as many as the task says.
-      max_new_tokens: the most new tokens where text is generated; None: as many as the task says.
+      data: Folder of local data; None: the hub.
+      prompts: "harness": prompts of lm-evaluation-harness, comparable with published results;
+        "trained": prompts of the training recipes.
+      num_fewshot: Number of examples before each question; None: the task's.
+      max_new_tokens: Maximum new tokens of a completion; None: the task's.
     """
 
     data: Path | None = None
@@ -41,19 +41,19 @@ class TaskSettings:
 
 
 def build_task(name: str, settings: TaskSettings, manager: TaskManager) -> dict[str, Any]:
-    """One task of the project, or a task or group of the harness, as `evaluate` takes it.
+    """Builds a task of this project, or a task or group of the harness, for `evaluate`.
 
     Args:
-      name: its name; neither HumanEval nor MT-Bench.
-      settings: how it is built.
-      manager: the harness's tasks.
+      name: Name of the task or group; neither HumanEval nor MT-Bench.
+      settings: Settings of the task.
+      manager: Tasks of the harness.
 
     Returns:
-      What `TaskManager.load` gives: "tasks", and "groups" where the name is of one.
+      A mapping as of `TaskManager.load`: "tasks", and "groups" for a group.
 
     Raises:
-      MissingDataError: the local folder does not have the task's data.
-      ValueError: the data cannot be had or used.
+      MissingDataError: The local folder has no data for the task.
+      ValueError: The data cannot be loaded.
     """
     try:
         if reads_local_data(name):
@@ -63,10 +63,10 @@ def build_task(name: str, settings: TaskSettings, manager: TaskManager) -> dict[
     except MissingDataError:
         raise
     except Exception as error:
-        # The harness, and the libraries that it loads data with, raise whatever they like.
-        hint = "; without the hub, give local files with --data"
+        # The harness and its data libraries raise errors of many types.
+        hint = "; without access to the hub, give a folder of local data as --data"
         if not reads_local_data(name):
-            hint = "; its data come from the hub: only this project's tasks read --data"
+            hint = "; it needs access to the hub, because only this project's tasks read --data"
         elif settings.data:
             hint = ""
         raise ValueError(f"task {name} cannot be built: {error}{hint}") from error
@@ -96,21 +96,21 @@ def _build_ours(name: str, settings: TaskSettings, manager: TaskManager) -> Conf
 
 
 def _with_splits(name: str, config: dict[str, Any], splits: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts of a configuration that make the data these."""
+    """Returns the fields of a configuration that set its data to `splits`."""
     wanted = config.get("test_split") or config["validation_split"]
     if wanted not in splits:
         raise MissingDataError(
-            f"{name} is evaluated on the split {wanted!r}, and there is only {', '.join(splits)}"
+            f"{name} needs the split {wanted!r}, but its data have only {', '.join(splits)}"
         )
     parts: dict[str, Any] = {"custom_dataset": lambda **_: splits, "dataset_kwargs": None}
     if "train" not in splits:
-        # Examples, if any are asked for, come from the rows that are evaluated on, save the row.
+        # Few-shot examples are then taken from the other evaluated rows.
         parts |= {"training_split": None, "fewshot_split": None}
     return parts
 
 
 def _harness_config(name: str, manager: TaskManager) -> dict[str, Any]:
-    """The harness's own configuration of a task."""
+    """Returns the harness's configuration of a task."""
     config = copy.deepcopy(load_yaml(manager.task_index[name].yaml_path))
     for key in ("tag", "group", "task_list"):
         config.pop(key, None)
@@ -118,7 +118,7 @@ def _harness_config(name: str, manager: TaskManager) -> dict[str, Any]:
 
 
 def _configure(task: Any, settings: TaskSettings) -> None:
-    """What the harness's own command sets on each task."""
+    """Applies the settings that the harness's own command applies to a task."""
     own_shots = task.get_config("num_fewshot")
     if settings.num_fewshot is not None and own_shots != 0:
         task.set_config(key="num_fewshot", value=settings.num_fewshot)

@@ -1,4 +1,4 @@
-"""A user's files in the columns of the hub's sets, so that one prompt does for both."""
+"""Reads local files into the columns of the hub's data sets, so that both share one prompt."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -23,39 +23,38 @@ _FOLDERS = {
     "humaneval": ("humaneval", "openaihumaneval"),
     "mt_bench": ("mtbench",),
 }
-"""What a task's folder may be called, without case and signs; others go by their own names."""
+"""Folder names of a task, without case and punctuation; other tasks use their own names."""
 
 _SUBSETS = {"gsm8k": "main"}
-"""The hub keeps these sets in a folder a subset; which one is meant."""
+"""Subset to use of a data set whose subsets the hub keeps in folders."""
 
 
 class MissingDataError(ValueError):
-    """A folder of local data does not have a task's."""
+    """Raised when a folder of local data has no data for a task."""
 
 
 def local_folder(data: Path, task: str) -> Path:
-    """Where a task's files are below a folder of local data.
+    """Finds the folder of a task within a folder of local data.
 
-    Folders of the folder, and theirs, are looked at by name, without regard to case and signs:
-    `glue/SST-2`, `sst2`.
+    Names are compared without case and punctuation, down to two levels: `glue/SST-2`, `sst2`.
 
     Raises:
-      MissingDataError: there is none.
+      MissingDataError: There is no such folder.
     """
     family = "flores" if is_flores(task) else "xnli" if task.startswith("xnli_") else task
     names = _FOLDERS.get(family, (_plain(family),))
     for folder in _folders(data):
         if _plain(folder.name) in names:
             return folder
-    raise MissingDataError(f"{data} has no folder {' or '.join(names)}, which {task} would be in")
+    raise MissingDataError(f"{data} has no folder {' or '.join(names)} with data for {task}")
 
 
 def recipe_for(task: str, path: str = "") -> tuple[Recipe, DataSettings]:
-    """The training recipe of a task's data, and settings that fit it.
+    """Returns the training recipe of a task, and its data settings.
 
     Args:
-      task: a task whose data can be local, or are opened by a recipe.
-      path: the folder of its files; empty: the recipe's own set on the hub.
+      task: Task with local data, or data that a recipe opens.
+      path: Folder of its files; empty: the recipe's data set on the hub.
     """
     settings: dict[str, Any] = {"recipe": task, "path": path}
     if is_flores(task):
@@ -70,17 +69,17 @@ def recipe_for(task: str, path: str = "") -> tuple[Recipe, DataSettings]:
 
 
 def open_local(task: str, data: Path, *, examples: bool) -> dict[str, datasets.Dataset]:
-    """A task's splits from a folder of local data, with the hub's columns and label numbers.
+    """Reads a task's splits from local files, with the hub's columns and label indices.
 
     Args:
-      task: one of the project's tasks of the harness.
-      data: the folder of local data.
-      examples: whether the training rows are wanted, to take examples from. Otherwise one of them
-        is read, which the harness asks for in any case.
+      task: One of this project's tasks of the harness.
+      data: Folder of local data.
+      examples: Whether to read all training rows, for few-shot examples. Otherwise only one is
+        read, which the harness always needs.
 
     Raises:
-      MissingDataError: it has no files of the task.
-      ValueError: a row cannot be used; the file and line are named.
+      MissingDataError: The folder has no files for the task.
+      ValueError: A row is invalid; the message names the file and line.
     """
     folder = local_folder(data, task)
     if is_flores(task):
@@ -94,26 +93,26 @@ def open_local(task: str, data: Path, *, examples: bool) -> dict[str, datasets.D
     if not openers:
         raise MissingDataError(f"{folder} has no files for {task}")
     return {
-        split: as_dataset(recipe, open_split(), most=_rows_of(split, examples))
+        split: as_dataset(recipe, open_split(), max_rows=_rows_of(split, examples))
         for split, open_split in openers.items()
     }
 
 
 def open_by_recipe(task: str, path: str = "", *, examples: bool) -> dict[str, datasets.Dataset]:
-    """The data of a task that the harness does not have, from a folder or from the hub.
+    """Reads the data of a task that the harness does not have, from a folder or the hub.
 
     Args:
-      task: its name.
-      path: the folder of its files; empty: the hub's set.
-      examples: as for `open_local`.
+      task: Name of the task.
+      path: Folder of its files; empty: the data set on the hub.
+      examples: Whether to read all training rows, as in `open_local`.
 
     Returns:
-      "train", to take examples from, and "validation", to evaluate on.
+      The splits "train", for few-shot examples, and "validation", to evaluate on.
 
     Raises:
-      MissingDataError: the folder has no files of the task.
-      ValueError: there are no held-out rows, or one cannot be used.
-      FileNotFoundError: the hub's set cannot be had.
+      MissingDataError: The folder has no files for the task.
+      ValueError: There are no held-out rows, or a row is invalid.
+      FileNotFoundError: The data set cannot be loaded from the hub.
     """
     recipe, settings = recipe_for(task, path)
     try:
@@ -123,34 +122,37 @@ def open_by_recipe(task: str, path: str = "", *, examples: bool) -> dict[str, da
             raise MissingDataError(f"{path} has no files for {task}: {error}") from error
         raise
     if sources.held_out is None:
-        raise ValueError(f"{sources.train.name} has no rows held out to evaluate {task} on")
+        raise ValueError(
+            f"{sources.train.name} has no held-out rows to evaluate {task} on; give data with a"
+            " validation split"
+        )
     return {
-        "train": as_dataset(recipe, sources.train, most=_rows_of("train", examples)),
+        "train": as_dataset(recipe, sources.train, max_rows=_rows_of("train", examples)),
         "validation": as_dataset(recipe, sources.held_out),
     }
 
 
-def as_dataset(recipe: Recipe, table: Table, *, most: int | None = None) -> datasets.Dataset:
-    """Rows by the recipe's fields, which are the hub's columns; those without a label are left out.
+def as_dataset(recipe: Recipe, table: Table, *, max_rows: int | None = None) -> datasets.Dataset:
+    """Reads rows into the recipe's fields, which are the hub's columns; skips unlabeled rows.
 
     Args:
-      recipe: how rows are read.
-      table: the rows.
-      most: read no more than so many; None: all.
+      recipe: Recipe that reads the rows.
+      table: Rows.
+      max_rows: Maximum number of rows to read; None: all.
 
     Raises:
-      ValueError: a row cannot be used; the file and line are named.
+      ValueError: A row is invalid; the message names the file and line.
     """
     read = _reader(recipe)
 
     def rows() -> Iterator[Mapping[str, Any]]:
-        for index in range(len(table) if most is None else min(most, len(table))):
+        for index in range(len(table) if max_rows is None else min(max_rows, len(table))):
             try:
                 with as_bad_row():
                     found = {**read(table[index]), "idx": index}
                 yield found
             except BadRowError as error:
-                # Published test splits have no labels, and are not evaluated on.
+                # Published test splits have no labels and cannot be evaluated.
                 if error.reason == "no label":
                     continue
                 raise ValueError(f"{table.where(index)}: {error}") from error
@@ -159,12 +161,12 @@ def as_dataset(recipe: Recipe, table: Table, *, most: int | None = None) -> data
 
 
 def _rows_of(split: str, examples: bool) -> int | None:
-    """How many rows of a split are read."""
+    """Returns the maximum number of rows to read of a split; None: all."""
     return 1 if split == "train" and not examples else None
 
 
 def _reader(recipe: Recipe) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    """What makes a row with the hub's columns of a row of a file."""
+    """Returns a function that converts a row of a file to the hub's columns."""
 
     def read(row: Mapping[str, Any]) -> dict[str, Any]:
         values: dict[str, Any] = {
@@ -181,7 +183,7 @@ def _reader(recipe: Recipe) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
 
 
 def _folders(data: Path) -> Iterator[Path]:
-    """The folder itself, its folders, and theirs."""
+    """Yields the folder, its subfolders, and their subfolders."""
     yield data
     inner = sorted(path for path in data.iterdir() if path.is_dir())
     yield from inner
@@ -190,7 +192,7 @@ def _folders(data: Path) -> Iterator[Path]:
 
 
 def _plain(name: str) -> str:
-    """A name without case and signs.
+    """Returns a name in lower case and without punctuation.
 
     Example:
       >>> _plain("SST-2")

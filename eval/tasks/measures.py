@@ -1,6 +1,6 @@
-"""Measures over a whole set of predictions, with standard errors.
+"""Computes corpus metrics, with standard errors.
 
-Each is called with the items (reference, prediction) of all rows, as the harness does.
+The harness calls each with the pairs (reference, prediction) of all rows.
 """
 
 import dataclasses
@@ -13,55 +13,55 @@ import sacrebleu
 from peft_jax.data.recipes.measures import pearson, spearman
 
 RESAMPLES = 1000
-"""How many times items are drawn anew for a standard error."""
+"""Number of bootstrap resamples for a standard error."""
 
 _TOKENIZERS = {"zho": "zh", "cmn": "zh", "yue": "zh"}
 _WITHOUT_SPACES = ("jpn", "tha", "lao", "khm", "mya", "bod", "dzo", "shn")
-"""Languages written without spaces for which sacrebleu's tokenizers need more than it brings."""
+"""Languages without spaces whose sacrebleu tokenizers need packages that are not installed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Correlation:
-    """A correlation of references and predictions.
+    """Correlation of references and predictions.
 
     Attributes:
-      kind: "pearson" or "spearman".
+      kind: Name, "pearson" or "spearman".
     """
 
     kind: str
 
     def __call__(self, items: Sequence[tuple[float, float]]) -> float:
-        """The correlation; 0 where one side is constant."""
+        """Returns the correlation; 0 if one side is constant."""
         measure = {"pearson": pearson, "spearman": spearman}[self.kind]
         right, said = np.asarray(items, np.float64).T
         return measure(said, right)
 
     def standard_error(self, items: Sequence[tuple[float, float]]) -> float:
-        """By the bootstrap."""
+        """Returns the bootstrap standard error."""
         return bootstrap_standard_error(self, items)
 
 
 @dataclasses.dataclass(frozen=True)
 class TranslationScore:
-    """BLEU or chrF of a whole set, by sacrebleu, from 0 to 100.
+    """Corpus BLEU or chrF by sacrebleu, from 0 to 100.
 
     Attributes:
-      kind: "bleu" or "chrf".
-      language: the language translated to, by FLORES's code; BLEU's tokenizer depends on it.
+      kind: Name, "bleu" or "chrf".
+      language: Target language as FLORES's code, which determines BLEU's tokenizer.
     """
 
     kind: str
     language: str
 
     def __call__(self, items: Sequence[tuple[str, str]]) -> float:
-        """The score."""
+        """Returns the score."""
         references, predictions = zip(*items, strict=True)
         return self._metric().corpus_score(predictions, [references]).score
 
     def standard_error(self, items: Sequence[tuple[str, str]]) -> float:
-        """By the bootstrap over sacrebleu's counts of each sentence.
+        """Returns the bootstrap standard error, from sacrebleu's counts of each sentence.
 
-        Its own bootstrap fails where a drawn set scores 0, as small ones do.
+        Sacrebleu's own bootstrap fails on a resample that scores 0, which small sets have.
         """
         references, predictions = zip(*items, strict=True)
         metric = self._metric()
@@ -74,7 +74,7 @@ class TranslationScore:
 
     @property
     def signature(self) -> str:
-        """Sacrebleu's own record of what was computed, which a score is quoted with."""
+        """Returns sacrebleu's signature of the computation, to be reported with a score."""
         metric = self._metric()
         metric.corpus_score(["a"], [["a"]])
         return metric.get_signature().format()
@@ -86,7 +86,7 @@ class TranslationScore:
 
 
 def bleu_tokenizer(language: str) -> str:
-    """Sacrebleu's tokenizer for a language: "zh" for Chinese, characters where there are no spaces.
+    """Returns sacrebleu's tokenizer for a language; languages without spaces use characters.
 
     Example:
       >>> [bleu_tokenizer(code) for code in ("deu_Latn", "zho_Hans", "tha_Thai")]
@@ -99,12 +99,12 @@ def bleu_tokenizer(language: str) -> str:
 def bootstrap_standard_error(
     measure: Callable[[Any], float], items: Any, *, resamples: int = RESAMPLES
 ) -> float:
-    """The standard deviation of a measure over sets drawn from the items with replacement.
+    """Returns the standard deviation of a metric over bootstrap resamples.
 
     Args:
-      measure: called with as many items as there are.
-      items: one for each row, in an array or what makes one.
-      resamples: how many sets are drawn.
+      measure: Metric, called with as many items as there are.
+      items: Array-like with one item per row.
+      resamples: Number of resamples.
 
     Example:
       >>> items = [(0.0, 0.1), (1.0, 0.8), (2.0, 2.5), (3.0, 2.9)]

@@ -1,4 +1,4 @@
-"""Which tasks a name stands for."""
+"""Resolves names to tasks."""
 
 import dataclasses
 import re
@@ -11,15 +11,15 @@ from peft_jax.data.recipes.xnli import LANGUAGES
 GLUE = (
     "cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "mnli_mismatch", "qnli", "rte", "wnli",
 )  # fmt: skip
-"""GLUE's tasks; all but STS-B by the names, prompts and metrics of the harness."""
+"""Tasks of GLUE, with the harness's names, prompts and metrics except for STS-B."""
 
 XNLI = tuple(f"xnli_{language}" for language in LANGUAGES)
-"""XNLI's languages, as the harness calls them."""
+"""Tasks of XNLI, one per language, with the harness's names."""
 
 FLORES_LANGUAGES = (
     "fra_Latn", "deu_Latn", "spa_Latn", "zho_Hans", "arb_Arab", "hin_Deva", "swh_Latn",
 )  # fmt: skip
-"""The languages that `flores` translates from English and to it."""
+"""Languages that `flores` translates from and into English."""
 
 FLORES = tuple(
     f"flores_{source}-{target}"
@@ -28,28 +28,28 @@ FLORES = tuple(
 )
 
 SUITES: dict[str, tuple[str, ...]] = {"glue": GLUE, "xnli": XNLI, "flores": FLORES}
-"""Names that stand for several tasks."""
+"""Suites of tasks, by name."""
 
 HUMANEVAL, MT_BENCH = "humaneval", "mt_bench"
 
 OURS = (*GLUE, "gsm8k", *XNLI, HUMANEVAL, MT_BENCH)
-"""The tasks whose data can come from local files; and those of `flores`, of any two languages."""
+"""Tasks that can read local files, besides FLORES in any direction."""
 
 _NAMED = re.compile(
     r"""^[ \t"']*(?:task|group|tag)["']?[ \t]*:(.*(?:\n(?:[ \t#-].*)?$)*)""", re.MULTILINE
 )
-"""A key of a YAML file that names, with the indented lines and list that belong to it."""
+"""Matches the value of a YAML key that may name a task, with its indented lines."""
 
 _NAME = re.compile(r"""\w[^\s"',\[\]#]*""")
 
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """One task to be evaluated.
+    """Task to evaluate.
 
     Attributes:
-      name: its name.
-      suite: the suite it was named by; "" if by its own name.
+      name: Name of the task.
+      suite: Suite that included the task; "" if it was named itself.
     """
 
     name: str
@@ -57,14 +57,14 @@ class Wanted:
 
 
 def expand(names: Collection[str], known_to_harness: Collection[str]) -> list[Wanted]:
-    """The tasks that names stand for, each once, in the order given.
+    """Returns the tasks of the given names, without duplicates and in order.
 
     Args:
-      names: of suites, of tasks of ours, or of tasks and groups of the harness.
-      known_to_harness: the latter.
+      names: Names of suites, of this project's tasks, or of the harness's tasks and groups.
+      known_to_harness: Names of the harness's tasks and groups.
 
     Raises:
-      ValueError: a name is not known; near matches are named.
+      ValueError: A name is unknown; the message suggests similar ones.
 
     Example:
       >>> [wanted.name for wanted in expand(["gsm8k", "flores_deu_Latn-eng_Latn"], [])]
@@ -77,8 +77,8 @@ def expand(names: Collection[str], known_to_harness: Collection[str]) -> list[Wa
             near = did_you_mean(name, [*SUITES, *OURS, *known_to_harness])
             near = near.partition(" Known:")[0].partition("; known:")[0]
             raise ValueError(
-                f"there is no task {name!r}{near}; `--tasks=list` lists those of this project,"
-                " and any task or group of lm-evaluation-harness goes by its name there"
+                f"there is no task {name!r}{near}; --tasks=list lists those of this project, and"
+                " the names of lm-evaluation-harness's tasks and groups are accepted too"
             )
         for member in members or (name,):
             found.setdefault(member, Wanted(member, suite=name if members else ""))
@@ -86,22 +86,22 @@ def expand(names: Collection[str], known_to_harness: Collection[str]) -> list[Wa
 
 
 def is_flores(name: str) -> bool:
-    """Whether a name is that of a direction: flores_eng_Latn-deu_Latn."""
+    """Returns whether a name is a translation direction, as in flores_eng_Latn-deu_Latn."""
     return name.startswith("flores_") and name.count("-") == 1
 
 
 def names_in(folder: Path) -> set[str]:
-    """Returns the words of a folder of the harness's configurations that can be a task's name.
+    """Returns words in the harness's configurations that may be names of tasks.
 
-    Every task, group and tag is among them, and some other words. Reading the configurations as
+    They include every task, group and tag, and some other words. Reading the configurations as
     `TaskManager` does takes ten times as long.
 
     Args:
-      folder: Has the configurations, and what they include, at any depth.
+      folder: Folder of the configurations and of the files that they include.
     """
     found: set[str] = set()
     for file in folder.rglob("*"):
-        # What others include has no ending.
+        # Included files have no suffix.
         if file.suffix in ("", ".yaml", ".yml") and file.is_file():
             for named in _NAMED.findall(file.read_text(encoding="utf-8", errors="replace")):
                 found.update(_NAME.findall(named))
@@ -109,33 +109,35 @@ def names_in(folder: Path) -> set[str]:
 
 
 def reads_local_data(name: str) -> bool:
-    """Whether a task's data can come from local files."""
+    """Returns whether a task can read local files."""
     return name in OURS or is_flores(name)
 
 
 def flores_languages(name: str) -> tuple[str, str]:
-    """The languages that a direction goes from and to.
+    """Returns the source and target language of a translation direction.
 
     Raises:
-      ValueError: one is missing, or they are the same.
+      ValueError: A language is missing, or they are the same.
     """
     source, _, target = name.removeprefix("flores_").partition("-")
     if not source or not target or source == target:
-        raise ValueError(f"{name}: name two languages, as in flores_eng_Latn-deu_Latn")
+        raise ValueError(
+            f"{name} does not name two languages; give a direction such as flores_eng_Latn-deu_Latn"
+        )
     return source, target
 
 
 def listing() -> str:
-    """The project's tasks, to be read."""
+    """Returns the list of this project's tasks for `--tasks=list`."""
     return "\n".join(
         [
             f"glue       {', '.join(GLUE)}",
             "gsm8k      strict and flexible extraction of the answer",
             f"xnli       {', '.join(XNLI)}",
             f"flores     {', '.join(FLORES)};",
-            "           any other direction as flores_FROM-TO",
+            "           other directions as flores_FROM-TO",
             "humaneval  pass@k; runs generated code (--allow_code_execution)",
-            "mt_bench   80 questions of two turns, rated by a judge (--judge)",
+            "mt_bench   80 two-turn questions, rated by a judge (--judge)",
             "and every task and group of lm-evaluation-harness, by its name there",
         ]
     )

@@ -1,6 +1,6 @@
-"""The tasks that the harness does not have: STS-B as text, and FLORES in any direction.
+"""Defines tasks that the harness does not have: STS-B as text, and FLORES in any direction.
 
-Their prompts are those of the training recipes (`docs/data.md`).
+They use the prompts of the training recipes (`docs/data.md`).
 """
 
 import re
@@ -15,10 +15,10 @@ Doc = Mapping[str, Any]
 
 
 def sts_b() -> dict[str, Any]:
-    """How similar two sentences are, from 0 to 5, as the number that the model writes.
+    """Returns the configuration of STS-B, where the model writes a similarity from 0 to 5.
 
-    GLUE's metrics are Pearson's and Spearman's correlation. An answer without a number counts as 0;
-    `answered` is the share of those with one.
+    GLUE's metrics are Pearson's and Spearman's correlation. An answer without a number counts as 0,
+    and `answered` is the fraction of answers with one.
     """
     recipe, _ = recipe_for("stsb")
 
@@ -47,10 +47,10 @@ def sts_b() -> dict[str, Any]:
 
 
 def flores(task: str) -> dict[str, Any]:
-    """Translation of a sentence; BLEU and chrF of the first line that the model writes.
+    """Returns the configuration of translation, with BLEU and chrF of the first generated line.
 
     Args:
-      task: the direction, flores_eng_Latn-deu_Latn.
+      task: Direction, for example flores_eng_Latn-deu_Latn.
     """
     recipe, _ = recipe_for(task)
     _, target = flores_languages(task)

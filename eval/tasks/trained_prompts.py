@@ -1,7 +1,7 @@
-"""Tasks with the prompts and answers that training uses, for what was fine-tuned on them.
+"""Gives tasks the prompts and answers of the training recipes.
 
-The harness's prompts make numbers comparable with published ones; a model that was fine-tuned on a
-recipe is asked in the words it has learned by these.
+The harness's prompts make results comparable with published ones. These prompts match the training
+data of a model that was fine-tuned on a recipe.
 """
 
 from typing import Any
@@ -13,19 +13,19 @@ from .local_data import recipe_for
 from .names import GLUE, XNLI, is_flores
 
 TASKS = (*GLUE, "gsm8k", *XNLI)
-"""The tasks that have two prompts. STS-B's and FLORES's are the recipes' in any case."""
+"""Tasks with both prompts. STS-B and FLORES always use the recipes' prompts."""
 
 
 def has_trained_prompts(name: str) -> bool:
-    """Whether a task can be asked in the recipe's words, or is in any case."""
+    """Returns whether a task can use, or always uses, the recipe's prompts."""
     return name in TASKS or is_flores(name)
 
 
 def with_trained_prompts(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of a task with its prompt replaced by the recipe's.
+    """Returns a task's configuration with the recipe's prompt.
 
     Args:
-      config: the task's, with data in the columns of the hub's set.
+      config: Configuration of the task, whose data have the hub's columns.
     """
     recipe, _ = recipe_for(config["task"])
 

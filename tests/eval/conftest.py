@@ -1,4 +1,4 @@
-"""The real tiny checkpoint, as the harness sees it through our models and through torch."""
+"""Provides a small pretrained checkpoint, as models of this library and of transformers."""
 
 import pytest
 
@@ -9,13 +9,13 @@ import jax
 
 @pytest.fixture(scope="session")
 def checkpoint(shared_data):
-    """A real pretrained Llama of 656,000 parameters, with a context of 512 tokens."""
+    """Returns a pretrained Llama with 656,000 parameters and a context of 512 tokens."""
     return shared_data / "models" / "tinystories656K"
 
 
 @pytest.fixture(scope="session")
 def mesh():
-    """All eight virtual devices: two for rows, and each parameter cut over four."""
+    """Returns a mesh of all eight virtual devices: two for rows, four for each parameter."""
     from peft_jax.parallel import MeshSettings, make_mesh
 
     return make_mesh(MeshSettings(fsdp=2, tensor=2))
@@ -30,7 +30,7 @@ def loaded(checkpoint, mesh):
 
 @pytest.fixture
 def make_model(loaded, mesh):
-    """Makes our model for the harness, in front of the same parameters."""
+    """Returns a function that makes `HarnessModel`s with shared parameters."""
     from eval.model import HarnessModel
     from peft_jax.parallel import batch_sharding
 
@@ -42,7 +42,7 @@ def make_model(loaded, mesh):
 
 @pytest.fixture(scope="session")
 def torch_model(checkpoint):
-    """The harness's own backend: the same checkpoint in transformers, on torch."""
+    """Returns the harness's own backend with the same checkpoint, on torch."""
     from lm_eval.models.huggingface import HFLM
 
     return HFLM(pretrained=str(checkpoint), device="cpu", dtype="float32", batch_size=8)
@@ -50,7 +50,7 @@ def torch_model(checkpoint):
 
 @pytest.fixture(scope="session")
 def one_device():
-    """How rows are laid out on one device."""
+    """Returns the sharding of rows on one device."""
     from peft_jax.parallel import MeshSettings, batch_sharding, make_mesh
 
     return batch_sharding(make_mesh(MeshSettings(devices=1)))

@@ -1,4 +1,4 @@
-"""Our models and the harness's own backend (transformers on torch) say the same."""
+"""Tests that our models agree with the harness's own backend, transformers on torch."""
 
 import numpy as np
 import pytest
@@ -33,13 +33,13 @@ def manager() -> TaskManager:
 
 
 def requests_of(samples):
-    """(arguments, response) of every request of every row."""
+    """Yields the arguments and response of every request of every row."""
     for sample in samples:
         yield from zip(sample["arguments"], sample["resps"], strict=True)
 
 
 def compare(task_name, limit, ours, theirs, shared_data, manager):
-    """Each request's answer, and each metric, by both."""
+    """Compares the answers and metrics of both models."""
     found = []
     for model in (ours, theirs):
         with quiet_harness():
@@ -50,10 +50,10 @@ def compare(task_name, limit, ours, theirs, shared_data, manager):
     (our_samples, our_metrics), (their_samples, their_metrics) = found
     count = 0
     for one, other in zip(requests_of(our_samples), requests_of(their_samples), strict=True):
-        assert one[0] == other[0], "the two were asked different things"
+        assert one[0] == other[0], "both models must get the same requests"
         for (our_answer,), (their_answer,) in zip([one[1]], [other[1]], strict=True):
             if isinstance(their_answer, str):
-                # A text is the same but for the space that transformers drops at its start.
+                # Transformers drops a leading space.
                 assert our_answer.strip() == their_answer.strip()
             else:
                 np.testing.assert_allclose(our_answer[0], their_answer[0], atol=1e-3)

@@ -1,4 +1,4 @@
-"""Programs that would pass without doing what they are asked. None does; each with its grade."""
+"""Tests that programs cannot pass by cheating, and checks the outcome of each attempt."""
 
 import textwrap
 
@@ -18,12 +18,12 @@ PROBLEM = Problem(
 
 
         def half(number: float) -> float:
-            """Half of a number."""
+            """Returns half of a number."""
             return number / 2
 
 
         def halves(numbers: List[float]) -> List[float]:
-            """The halves of numbers, in their order.
+            """Returns the halves of numbers, in order.
 
             >>> halves([2.0])
             [1.0]
@@ -57,26 +57,26 @@ def sandbox():
     try:
         made.check()
     except IsolationError as error:
-        pytest.skip(f"nothing can be kept apart on this machine: {error}")
+        pytest.skip(f"programs cannot be isolated on this machine: {error}")
     return made
 
 
 @pytest.fixture(params=[True, False], ids=["isolated", "unisolated"])
 def either(request, sandbox):
-    """Honest programs pass in both."""
+    """Returns a sandbox with or without isolation; honest programs pass in both."""
     return sandbox if request.param else Sandbox(LIMITS, isolated=False)
 
 
 def behind(function, text):
-    """A completion whose function does `function`, and the module `text` behind it."""
+    """Returns a completion with the function body `function`, followed by the code `text`."""
     return textwrap.indent(textwrap.dedent(function), "    ") + "\n" + textwrap.dedent(text)
 
 
-LEFT = ("failed", "it left before its end")
+LEFT = ("failed", "it exited before its end")
 TWO = ("failed", "AssertionError: two")
 
 CHEATS = {
-    # Ending early, or never.
+    # Exiting early, or never.
     "ends at once": (behind(WRONG, "import os; os._exit(0)"), LEFT),
     "raises SystemExit": (behind(WRONG, "raise SystemExit(0)"), ("failed", "SystemExit: 0")),
     "ends when called": ("    import os; os._exit(0)\n", LEFT),
@@ -89,7 +89,7 @@ CHEATS = {
         ),
         LEFT,
     ),
-    # Looking for what reports the end.
+    # Searching for the token or the test.
     "writes to every descriptor": (
         behind(
             WRONG,
@@ -111,7 +111,7 @@ CHEATS = {
             os._exit(0)
             """,
         ),
-        ("failed", "its answer is none, or over 16 MiB"),
+        ("failed", "its answer is malformed"),
     ),
     "reads every descriptor from its beginning": (
         behind(
@@ -128,24 +128,24 @@ CHEATS = {
         ),
         TWO,
     ),
-    "replaces how the harness leaves": (
+    "replaces how the jail exits": (
         behind(
             WRONG,
             """
             import sys
             frame = sys._getframe()
             while frame:
-                for name in ("_leave", "_run_test", "_report", "_as_error"):
+                for name in ("_exit_with", "_run_test", "_report", "_as_error"):
                     if name in frame.f_globals:
                         frame.f_globals[name] = lambda *_: None
                 frame = frame.f_back
             import __main__
-            __main__._leave = __main__._StandIn = lambda *_: None
+            __main__._exit_with = __main__._FunctionProxy = lambda *_: None
             """,
         ),
         TWO,
     ),
-    "changes the settings in the harness's frames": (
+    "changes the settings in the jail's frames": (
         behind(
             WRONG,
             """
@@ -210,7 +210,7 @@ CHEATS = {
         ),
         TWO,
     ),
-    # Changing what the test is made of.
+    # Changing names that the test uses.
     "defines the test's function": (behind(WRONG, "def check(candidate): pass"), TWO),
     "a trailing decorator": (
         behind(WRONG, "@lambda function: (lambda *_: None)"),
@@ -242,7 +242,7 @@ CHEATS = {
             json.dumps = lambda what, **_: '{"number": null, "token": "", "value": true}'
             """,
         ),
-        ("failed", "its answer is none, or over 16 MiB"),
+        ("failed", "its answer is malformed"),
     ),
     "changes what the test imports": (
         behind(
@@ -271,7 +271,7 @@ CHEATS = {
         ),
         TWO,
     ),
-    # Answering what is equal to everything.
+    # Answering with values that are equal to everything.
     "a value that is equal to all": (
         behind(
             "return Same()",
@@ -280,7 +280,7 @@ CHEATS = {
                 __eq__ = __ne__ = __bool__ = lambda *_: True
             """,
         ),
-        ("failed", "TypeError: Same is no plain data, so that a test cannot compare it"),
+        ("failed", "TypeError: Same is not plain data"),
     ),
     "a list that is equal to all": (
         behind(
@@ -335,7 +335,7 @@ CHEATS = {
                     pass
             """,
         ),
-        ("failed", "its answer is none, or over 16 MiB"),
+        ("failed", "its answer is malformed"),
     ),
     "kills all others": (
         behind(WRONG, "import os; os.kill(-1, 9)"),
@@ -407,7 +407,7 @@ def test_no_cheat_passes(sandbox, completion, grade):
     ],
     ids=["plain", "prints", "a class of its own", "in place", "runs itself"],
 )
-def test_honest_programs_pass_or_fail_as_in_one_process(either, completion):
+def test_honest_programs_have_the_same_outcome_as_in_one_process(either, completion):
     outcome = either.run(PROBLEM.program(completion))
     space = {"__name__": "__main__"}
     exec(PROBLEM.prompt + completion + PROBLEM.test, space)
@@ -437,8 +437,8 @@ Color = IntEnum("Color", "RED")
 """
 
 
-def test_values_arrive_as_they_were(either):
-    """From the program and to it; a value that is equal to itself there is equal here."""
+def test_values_are_transferred_exactly(either):
+    """Covers both directions, from the program and to it."""
     source = f"""{DEFINITIONS}
 VALUES = {VALUES}
 def value(at=None, *, given=None):
@@ -460,7 +460,7 @@ assert value(given={{1: 2}}.keys()) == {{1}}
     assert outcome.passed, outcome
 
 
-def test_what_a_function_does_to_its_arguments_is_seen(either):
+def test_changes_of_arguments_are_transferred(either):
     source = """
 def change(rows, names, found):
     rows[0].append(1); rows.append([2]); names["a"] = 1; found.clear()
@@ -491,14 +491,14 @@ def test_a_test_can_expect_an_error(either, raised, caught):
 
 
 @pytest.mark.parametrize("end", ["os._exit(0)", "os.closerange(3, 64)", "os.kill(os.getpid(), 9)"])
-def test_leaving_is_not_the_error_that_a_test_expects(sandbox, end):
+def test_exiting_does_not_count_as_an_expected_error(sandbox, end):
     source = f"import os\ndef fail(): {end}\n"
     test = "try:\n    fail()\nexcept BaseException:\n    pass\n"
     outcome = sandbox.run(TestedProgram(source=source, function="fail", test=test))
     assert outcome.verdict in ("failed", "crashed"), outcome
 
 
-def test_an_error_does_not_end_the_tests_own_iteration(sandbox):
+def test_an_error_does_not_end_an_iteration_of_the_test(sandbox):
     test = "assert all(map(lambda x: same(x) == x, range(3))), 'wrong'"
     for raised in ("StopIteration", "GeneratorExit", "StopAsyncIteration"):
         source = f"def same(x): raise {raised}"
@@ -506,7 +506,7 @@ def test_an_error_does_not_end_the_tests_own_iteration(sandbox):
         assert (outcome.verdict, outcome.detail) == ("failed", f"{raised}: ")
 
 
-def test_a_prompt_that_ends_with_a_signature_is_given_a_body(sandbox):
+def test_a_prompt_without_docstring_gets_a_body(sandbox):
     problem = Problem(
         "Own/1", "import math\ndef one(x):\n", "def check(c): assert c(0) == 1", "one"
     )
@@ -514,7 +514,7 @@ def test_a_prompt_that_ends_with_a_signature_is_given_a_body(sandbox):
     assert sandbox.run(problem.program("    return 0\n")).detail == "AssertionError: "
 
 
-def test_a_function_that_is_not_there_is_named(sandbox):
+def test_a_missing_function_is_named(sandbox):
     outcome = sandbox.run(TestedProgram(source="", function="absent", test="absent()"))
     assert outcome.detail == "NameError: name 'absent' is not defined"
 

@@ -1,4 +1,4 @@
-"""HumanEval: the estimator, real problems with known solutions, and what is refused."""
+"""Tests HumanEval: the estimator, real problems with known solutions, and rejections."""
 
 import contextlib
 import gzip
@@ -25,7 +25,7 @@ LIMITS = SandboxLimits(seconds=300.0)
 
 
 class Writer:
-    """A model that answers as it is told, in turn."""
+    """Model that returns given completions in turn."""
 
     def __init__(self, answers):
         self.answers = answers
@@ -54,7 +54,7 @@ def _isolated():
     try:
         Sandbox(LIMITS).check()
     except IsolationError as error:
-        pytest.skip(f"nothing can be kept apart on this machine: {error}")
+        pytest.skip(f"programs cannot be isolated on this machine: {error}")
 
 
 def settings(shared_data, **changes):
@@ -67,7 +67,7 @@ def evaluate(shared_data, tmp_path, model, *, limit, **code):
     return job.evaluate(model)
 
 
-def test_pass_at_k_is_the_share_of_subsets_with_one_that_passes():
+def test_pass_at_k_is_the_fraction_of_subsets_with_a_pass():
     for n in range(1, 7):
         for c in range(n + 1):
             for k in range(1, n + 1):
@@ -88,8 +88,8 @@ def test_pass_at_k_of_many_samples_is_exact():
 
 
 @pytest.mark.parametrize("wrong", [(2, 1, 3), (2, 3, 1), (2, -1, 1), (2, 1, 0)])
-def test_pass_at_k_refuses(wrong):
-    with pytest.raises(ValueError, match="cannot be told"):
+def test_pass_at_k_rejects_impossible_counts(wrong):
+    with pytest.raises(ValueError, match="cannot be estimated"):
         pass_at_k(*wrong)
 
 
@@ -101,14 +101,14 @@ def test_standard_error():
     assert mean_and_standard_error([1.0]) == (1.0, None)
 
 
-def test_problems(shared_data, rows):
+def test_problems_are_read_in_order(shared_data, rows):
     problems = open_problems(shared_data)
     assert len(problems) == 164
     assert [problem.task_id for problem in problems] == [row["task_id"] for row in rows]
 
 
 @pytest.mark.usefixtures("_isolated")
-def test_right_and_wrong_completions_are_told_apart(shared_data, rows, tmp_path):
+def test_right_and_wrong_completions_are_distinguished(shared_data, rows, tmp_path):
     answers = {}
     for number, row in enumerate(rows[:4]):
         right, wrong = row["canonical_solution"], "    return None\n"
@@ -127,7 +127,7 @@ def test_right_and_wrong_completions_are_told_apart(shared_data, rows, tmp_path)
 
 
 @pytest.mark.usefixtures("_isolated")
-def test_hostile_completions_count_as_failed_and_the_run_goes_on(shared_data, rows, tmp_path):
+def test_hostile_completions_fail_without_stopping_the_evaluation(shared_data, rows, tmp_path):
     hostile = [
         "    pass\nimport os; os._exit(0)\n",
         "    pass\nimport os, signal; os.kill(os.getppid(), signal.SIGKILL); os.kill(-1, 9)\n",
@@ -156,7 +156,7 @@ def test_programs_are_not_run_twice(shared_data, rows, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("_isolated")
-def test_an_interruption_ends_what_runs_and_keeps_what_is_done(shared_data, rows, tmp_path):
+def test_an_interruption_stops_programs_and_keeps_outcomes(shared_data, rows, tmp_path):
     class Interrupted(Reporter):
         @contextlib.contextmanager
         def counting(self, what, total):
@@ -192,11 +192,11 @@ def test_nothing_is_run_without_permission(shared_data, tmp_path):
         make_job(WANTED, tmp_path, settings(shared_data), HumanEvalSettings())
 
 
-def test_what_cannot_be_kept_apart_is_refused(shared_data, tmp_path, monkeypatch):
-    def refuse(self):
-        raise IsolationError("generated code cannot be kept apart here: no namespaces")
+def test_missing_isolation_is_rejected(shared_data, tmp_path, monkeypatch):
+    def reject(self):
+        raise IsolationError("generated code cannot be isolated here: no namespaces")
 
-    monkeypatch.setattr(Sandbox, "check", refuse)
+    monkeypatch.setattr(Sandbox, "check", reject)
     with pytest.raises(ValueError, match=r"no namespaces.*--allow_unisolated_code"):
         make_job(WANTED, tmp_path, settings(shared_data), HumanEvalSettings(allowed=True))
 
@@ -204,17 +204,17 @@ def test_what_cannot_be_kept_apart_is_refused(shared_data, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"pass_at": (10,)}, "pass@10 takes at least 10 samples"),
-        ({"samples": 2, "temperature": 0.0}, "are all the same"),
+        ({"pass_at": (10,)}, "pass@10 .* is 1"),
+        ({"samples": 2, "temperature": 0.0}, "samples are the same"),
         ({"samples": 0}, "samples_per_problem"),
     ],
 )
-def test_impossible_settings_are_refused(wrong, message):
+def test_invalid_settings_are_rejected(wrong, message):
     with pytest.raises(ValueError, match=message):
         HumanEvalSettings(**wrong)
 
 
-def test_a_broken_file_is_refused(tmp_path):
+def test_a_problem_without_a_field_is_rejected(tmp_path):
     (tmp_path / "humaneval").mkdir()
     file = tmp_path / "humaneval" / "test.jsonl"
     file.write_text('{"task_id": "HumanEval/0", "prompt": "def f():"}\n')

@@ -1,4 +1,4 @@
-"""Files that an earlier command has left, or a user has given, and that are not what they were."""
+"""Tests malformed files, of an earlier command or of the user."""
 
 import json
 
@@ -49,22 +49,22 @@ def changed(**changes):
         "\ud800",
     ],
 )
-def test_results_that_are_none_are_refused_by_name(tmp_path, text):
+def test_malformed_results_are_rejected_by_name(tmp_path, text):
     file = tmp_path / "results.json"
     file.write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(RefusedError, match=r"results.json is not an evaluation's results: ."):
         OutputFolder(tmp_path).read()
 
 
-def test_results_that_are_whole_are_read(tmp_path):
+def test_complete_results_are_read(tmp_path):
     (tmp_path / "results.json").write_text(WHOLE)
     assert OutputFolder(tmp_path).read() == {"cola": RESULT}
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000])
-def test_an_identity_that_is_none_is_refused_by_name(tmp_path, text):
+def test_a_malformed_identity_is_rejected_by_name(tmp_path, text):
     (tmp_path / "identity.json").write_text(text)
-    with pytest.raises(RefusedError, match=r"identity.json is not what an evaluation notes"):
+    with pytest.raises(RefusedError, match=r"identity.json is not"):
         OutputFolder(tmp_path).claim({"model": "m"})
 
 
@@ -91,7 +91,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_responses_of_wrong_types_are_refused_by_name(tmp_path, kind):
+def test_responses_of_the_wrong_form_are_rejected_by_name(tmp_path, kind):
     file = tmp_path / "responses.jsonl"
     right, wrong = KINDS[kind]
     ResponseStore(file).add(right, kind, "prompt")
@@ -101,26 +101,26 @@ def test_responses_of_wrong_types_are_refused_by_name(tmp_path, kind):
         if response is None:
             continue
         file.write_text(json.dumps([key, response]) + "\n")
-        with pytest.raises(RefusedError, match=rf"responses.jsonl holds .* the kind '{kind}'"):
+        with pytest.raises(RefusedError, match=rf"responses.jsonl has .* '{kind}' request"):
             ResponseStore(file).get(kind, "prompt")
 
 
 @pytest.mark.parametrize(
     "line", [b"5", b"null", b"{}", b'["a"]', b"[1, 2]", b"[1, 2, 3]", b"{", b"\xff", b"[" * 100_000]
 )
-def test_a_line_that_is_no_response_is_refused_and_what_follows_is_kept(tmp_path, line):
+def test_a_malformed_line_is_rejected_and_the_file_is_kept(tmp_path, line):
     file = tmp_path / "responses.jsonl"
     store = ResponseStore(file)
     store.add("one", "generate", "1")
     before = file.read_bytes()
     text = before + line + b"\n" + before
     file.write_bytes(text)
-    with pytest.raises(RefusedError, match=r"responses.jsonl:2 is no response"):
+    with pytest.raises(RefusedError, match=r"responses.jsonl:2 is not a response"):
         ResponseStore(file)
     assert file.read_bytes() == text
 
 
-def test_half_a_line_at_the_end_is_dropped(tmp_path):
+def test_an_incomplete_last_line_is_dropped(tmp_path):
     file = tmp_path / "responses.jsonl"
     ResponseStore(file).add("one", "generate", "1")
     whole = file.read_bytes()
@@ -174,7 +174,7 @@ def template(text):
         ("judge_prompts.jsonl", '{"name": [], "system_prompt": "s"}'),
     ],
 )
-def test_files_of_fastchats_that_are_not_are_refused_with_their_place(tmp_path, name, text):
+def test_malformed_files_of_fastchat_are_rejected_by_name(tmp_path, name, text):
     read_benchmark(write_benchmark(tmp_path))
     with pytest.raises(ValueError, match=name.replace(".", r"\.")):
         read_benchmark(write_benchmark(tmp_path, **{name: text}))
@@ -186,17 +186,17 @@ def test_files_of_fastchats_that_are_not_are_refused_with_their_place(tmp_path, 
 @pytest.mark.parametrize(
     "options", ["[" * 100_000, "{", "1", '{"temperature": NaN}', '{"temperature": Infinity}']
 )
-def test_options_that_are_no_json_are_refused_in_a_line(options, capsys):
+def test_options_that_are_not_json_are_rejected_in_one_line(options, capsys):
     assert main(["--model=m", "--tasks=mt_bench", f"--judge_options={options}"]) == 2
     assert capsys.readouterr().err.startswith("eval: --judge_options")
 
 
 @pytest.mark.parametrize("order", [("glue", "xnli"), ("xnli", "glue")])
-def test_a_suite_without_data_is_named_with_its_own_reason(tmp_path, order):
+def test_a_suite_without_data_is_rejected_with_its_own_reason(tmp_path, order):
     (tmp_path / "empty").mkdir()
     settings = EvalSettings(tasks=order, model="m", data=tmp_path / "empty")
-    with pytest.raises(ValueError, match=f"none of {order[0]}'s data") as caught:
+    with pytest.raises(ValueError, match=f"no data for {order[0]}") as caught:
         _build(settings, {}, OutputFolder(tmp_path / "out"), None, False)
     task, other = {"glue": ("cola", "xnli"), "xnli": ("xnli_", "cola")}[order[0]]
     assert task in str(caught.value)
-    assert other not in str(caught.value).partition("data: ")[2]
+    assert other not in str(caught.value).partition(": ")[2]

@@ -1,4 +1,4 @@
-"""Our model in front of the harness: against torch, on one device and many, adapted and merged."""
+"""Tests `HarnessModel` against torch, on one and many devices, with adapters and merged."""
 
 import copy
 import dataclasses
@@ -39,7 +39,7 @@ def torch_scores(torch_model, pairs):
     return torch_model.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
 
 
-def test_log_likelihoods_are_those_of_torch(make_model, torch_model):
+def test_log_likelihoods_match_torch(make_model, torch_model):
     ours = make_model(batch_size=4)
     found = ours.loglikelihood(requests("loglikelihood", PAIRS))
     for (our, our_greedy), (their, greedy) in zip(
@@ -50,7 +50,7 @@ def test_log_likelihoods_are_those_of_torch(make_model, torch_model):
     assert ours.truncated == 1
 
 
-def test_what_greedy_decoding_writes_is_the_likeliest(make_model):
+def test_greedy_completions_are_marked_as_greedy(make_model):
     model = make_model()
     settings = {"until": [], "max_gen_toks": 8, "do_sample": False}
     (text,) = model.generate_until(requests("generate_until", [(STORY, settings)]))
@@ -62,7 +62,7 @@ def test_what_greedy_decoding_writes_is_the_likeliest(make_model):
     assert not other
 
 
-def test_whole_texts_are_those_of_torch(make_model, torch_model):
+def test_log_likelihoods_of_whole_texts_match_torch(make_model, torch_model):
     texts = [(STORY,), (STORY * 40,), ("a",), ("",), (STORY,)]
     found = make_model().loglikelihood_rolling(requests("loglikelihood_rolling", texts))
     # The harness's own backend fails on an empty text, whose log-likelihood is 0.
@@ -88,7 +88,7 @@ def test_one_device_and_eight_agree(loaded, checkpoint, make_model, one_device):
     assert alone.generate_until(asked) == make_model(batch_size=3).generate_until(asked)
 
 
-def test_bound_and_merged_adapters_agree_and_change_something(
+def test_bound_and_merged_adapters_agree_and_differ_from_the_base(
     checkpoint, mesh, tmp_path, make_model
 ):
     from peft_jax.parallel import batch_sharding
@@ -113,7 +113,7 @@ def test_bound_and_merged_adapters_agree_and_change_something(
     assert np.abs(np.subtract(scores[True], plain)).min() > 0.01
 
 
-def test_choices_that_differ_in_their_last_token_are_read_once(make_model, monkeypatch):
+def test_choices_that_differ_in_their_last_token_share_a_forward_pass(make_model, monkeypatch):
     rows = []
     score = TokenScorer.__call__
 
@@ -135,16 +135,16 @@ def test_choices_that_differ_in_their_last_token_are_read_once(make_model, monke
     assert alone[0] != alone[1]
 
 
-def test_sampling_repeats_itself_and_does_not(make_model):
+def test_samples_differ_and_are_reproducible(make_model):
     settings = {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 1.0}
     asked = requests("generate_until", [(STORY, settings)] * 4 + [("The dog", settings)])
     first = make_model(batch_size=2).generate_until(asked)
-    assert len(set(first[:4])) > 1, "the same prompt is continued differently each time"
-    assert make_model(batch_size=8).generate_until(asked) == first, "whatever the batches"
+    assert len(set(first[:4])) > 1, "repeated samples of a prompt differ"
+    assert make_model(batch_size=8).generate_until(asked) == first, "batches do not matter"
     assert make_model(seed=1).generate_until(asked) != first
 
 
-def test_what_was_answered_is_not_asked_again(make_model, tmp_path, monkeypatch):
+def test_stored_responses_are_reused(make_model, tmp_path, monkeypatch):
     file = tmp_path / "responses.jsonl"
     settings = {"until": ["."], "max_gen_toks": 8, "do_sample": False}
     kinds = [
@@ -161,14 +161,14 @@ def test_what_was_answered_is_not_asked_again(make_model, tmp_path, monkeypatch)
     monkeypatch.setattr(TokenScorer, "_score", lambda *_: pytest.fail("it was scored before"))
     monkeypatch.setattr("eval.model.generate_text_from_tokens", lambda *_, **__: pytest.fail("!"))
     assert answer(make_model(store=ResponseStore(file))) == first
-    # A line that was cut off is asked for again, and what stands before it is kept.
+    # An incomplete last line is dropped, and the lines before it are kept.
     content = file.read_bytes()
     file.write_bytes(content[:-5])
     assert len(ResponseStore(file)) == 6
     assert file.read_bytes() == b"".join(content.splitlines(keepends=True)[:-1])
 
 
-def test_what_was_answered_before_counts_as_truncated_too(make_model, tmp_path):
+def test_stored_responses_count_as_truncated_too(make_model, tmp_path):
     file = tmp_path / "responses.jsonl"
     settings = {"until": [], "max_gen_toks": 4, "do_sample": False}
     for _ in range(2):
@@ -182,17 +182,17 @@ def test_what_was_answered_before_counts_as_truncated_too(make_model, tmp_path):
 @pytest.mark.parametrize(
     ("gen_kwargs", "message"),
     [
-        ({"num_beams": 4}, "num_beams=4 is not implemented"),
-        ({"repetition_penalty": 1.2}, "repetition_penalty=1.2 is not implemented"),
+        ({"num_beams": 4}, "num_beams=4 is not supported"),
+        ({"repetition_penalty": 1.2}, "repetition_penalty=1.2 is not supported"),
         ({"max_gen_toks": 512}, "--max_new_tokens"),
     ],
 )
-def test_generation_that_cannot_be_done_is_refused(make_model, gen_kwargs, message):
+def test_unsupported_generation_settings_are_rejected(make_model, gen_kwargs, message):
     with pytest.raises(ValueError, match=message):
         make_model().generate_until(requests("generate_until", [(STORY, gen_kwargs)]))
 
 
-def test_settings_that_change_nothing_are_taken(make_model):
+def test_settings_without_effect_are_accepted(make_model):
     settings = make_model().settings_of(
         {"num_beams": 1, "until": "\n", "do_sample": False, "temperature": 0.7}
     )
@@ -202,12 +202,12 @@ def test_settings_that_change_nothing_are_taken(make_model):
 
 
 @pytest.mark.parametrize("length", [1, 513])
-def test_a_length_that_does_not_fit_the_model_is_refused(make_model, length):
+def test_a_length_beyond_the_context_is_rejected(make_model, length):
     with pytest.raises(ValueError, match="from 2 to 512"):
         make_model(max_length=length)
 
 
-def test_numbers_that_are_not_are_refused(loaded, one_device, checkpoint):
+def test_parameters_that_are_not_finite_are_rejected(loaded, one_device, checkpoint):
     broken = load_for_generation(checkpoint)
     params = jax.tree.map(lambda x: x * np.float32("nan"), broken.params)
     model = HarnessModel(dataclasses.replace(broken, params=params), row_sharding=one_device)
@@ -221,7 +221,7 @@ ROLES = (
 )
 
 
-def test_a_chat_s_prompt_has_the_tokens_of_training(make_model, loaded):
+def test_chat_prompts_are_tokenized_as_in_training(make_model, loaded):
     model = make_model()
     messages = [
         {"role": "user", "content": "Who ran?"},
@@ -240,7 +240,7 @@ def test_a_chat_s_prompt_has_the_tokens_of_training(make_model, loaded):
     prompt = model.tok_encode(copy.deepcopy(text))
     assert prompt == trained.ids[: len(prompt)].tolist()
     assert trained.loss_mask[len(prompt) :].all()
-    # No begin token, which training has not, and which the same characters have as a plain text.
+    # Unlike plain text with the same characters, a chat has no begin token, as in training.
     assert prompt[0] != loaded.tokenizer.bos_token_id
     assert model.tok_encode(str(text))[0] == loaded.tokenizer.bos_token_id
     context, continuation = model._encode_pair(text, "She was late.")
@@ -249,7 +249,9 @@ def test_a_chat_s_prompt_has_the_tokens_of_training(make_model, loaded):
 
 
 @pytest.mark.parametrize("split", [False, True])
-def test_control_tokens_in_prompts_are_as_in_training(make_model, loaded, monkeypatch, split):
+def test_control_tokens_in_prompts_are_tokenized_as_in_training(
+    make_model, loaded, monkeypatch, split
+):
     monkeypatch.setattr(loaded.tokenizer, "chat_template", ROLES)
     end, end_id = loaded.tokenizer.eos_token, loaded.tokenizer.eos_token_id
     model = make_model(split_special_tokens=split)
@@ -261,7 +263,7 @@ def test_control_tokens_in_prompts_are_as_in_training(make_model, loaded, monkey
     prompt = model.tok_encode(copy.deepcopy(text))
     assert prompt == trained.ids[: len(prompt)].tolist()
     assert prompt.count(end_id) == (1 if split else 2)
-    # What the harness puts behind a chat, or takes from its end, is others' text too.
+    # Text that the harness appends, and slices that it takes, must not add control tokens.
     context, continuation = model._encode_pair(text, f" Ivy{end}")
     assert context.count(end_id) == (1 if split else 2)
     assert continuation.count(end_id) == (0 if split else 1)
@@ -270,7 +272,7 @@ def test_control_tokens_in_prompts_are_as_in_training(make_model, loaded, monkey
     for part in (left_open[:-1], left_open + end, (left_open + end)[:-1]):
         assert model.tok_encode(copy.deepcopy(part)).count(end_id) in (1, 2, 3)
     assert model.tok_encode(left_open + end).count(end_id) == (1 if split else 3)
-    # A text has the begin token that the tokenizer puts before it, and no other.
+    # Plain text gets exactly one begin token.
     begin = loaded.tokenizer.bos_token
     plain = model.tok_encode(f"{begin}One{end}")
     assert plain.count(end_id) == (0 if split else 1)
@@ -282,7 +284,7 @@ def test_control_tokens_in_prompts_are_as_in_training(make_model, loaded, monkey
         assert model.tok_encode(one) == make_model().tok_encode(one)
 
 
-def test_a_judged_answer_ends_no_turn_of_a_local_judge(loaded, monkeypatch):
+def test_a_rated_answer_cannot_end_a_turn_of_a_local_judge(loaded, monkeypatch):
     asked = []
 
     def generate(model, params, tokenizer, prompts, settings, **kw):
@@ -299,7 +301,7 @@ def test_a_judged_answer_ends_no_turn_of_a_local_judge(loaded, monkeypatch):
     assert counts == [2, 2]
 
 
-def test_chat_templates(make_model, loaded, shared_data):
+def test_chat_templates_are_applied_or_rejected(make_model, loaded, shared_data):
     template = (shared_data / "tokenizers/chat_templates/chatml.jinja").read_text()
     model = make_model()
     chat = [{"role": "user", "content": "Hello"}]
@@ -312,7 +314,7 @@ def test_chat_templates(make_model, loaded, shared_data):
         judge = LocalJudge(loaded, "tiny")
         assert isinstance(judge(JudgeRequest(1, "writing", 1, "Be fair.", "Rate.")).text, str)
         loaded.tokenizer.chat_template = "{{ raise_exception('no system here') }}"
-        with pytest.raises(ValueError, match="refuses a prompt: no system here"):
+        with pytest.raises(ValueError, match="rejects a prompt: no system here"):
             model.apply_chat_template(chat)
     finally:
         loaded.tokenizer.chat_template = before

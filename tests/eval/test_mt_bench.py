@@ -1,4 +1,4 @@
-"""MT-Bench with a judge on this machine that answers as it is told."""
+"""Tests MT-Bench with a local endpoint that returns given judgments."""
 
 import contextlib
 import http.server
@@ -17,7 +17,7 @@ from eval.mt_bench.exchange import TooLongError, exchange
 from eval.mt_bench.files import TEMPERATURES, read_benchmark
 from eval.mt_bench.judges import (
     EndpointJudge,
-    HopelessJudgeError,
+    FatalJudgeError,
     JudgeError,
     Judgment,
     LocalJudge,
@@ -37,7 +37,7 @@ WANTED = Wanted("mt_bench")
 
 
 class JudgeServer:
-    """An endpoint of OpenAI's protocol; `answer` gives (status, body, headers) for each request."""
+    """Endpoint with OpenAI's protocol; `answer` returns a request's (status, body, headers)."""
 
     def __init__(self):
         self.requests = []
@@ -107,7 +107,7 @@ def benchmark(shared_data):
     return read_benchmark(shared_data / "mt_bench")
 
 
-def test_fastchats_files(benchmark):
+def test_fastchats_files_are_read(benchmark):
     assert len(benchmark.questions) == 80
     assert set(Counter(q.category for q in benchmark.questions).values()) == {10}
     with_reference = {q.category for q in benchmark.questions if q.reference}
@@ -119,7 +119,7 @@ def test_fastchats_files(benchmark):
     assert temperatures["coding"] == 0.0
 
 
-def test_the_judge_is_asked_in_fastchats_words(benchmark, shared_data):
+def test_requests_use_fastchats_prompts(benchmark, shared_data):
     lines = (shared_data / "mt_bench" / "judge_prompts.jsonl").read_text().splitlines()
     templates = {row["name"]: row for row in map(json.loads, lines)}
     answers = ("first {answer}", "second")
@@ -147,27 +147,27 @@ def test_the_judge_is_asked_in_fastchats_words(benchmark, shared_data):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f: (f / "question.jsonl").unlink(), "lacks question.jsonl: copy FastChat's"),
-        (lambda f: (f / "question.jsonl").write_text("{"), r"question.jsonl:1: broken JSON"),
-        (lambda f: (f / "question.jsonl").write_text("[]"), "should be a JSON object"),
+        (lambda f: (f / "question.jsonl").unlink(), "has no question.jsonl"),
+        (lambda f: (f / "question.jsonl").write_text("{"), r"question.jsonl:1: invalid JSON"),
+        (lambda f: (f / "question.jsonl").write_text("[]"), "must be a JSON object"),
         (lambda f: (f / "question.jsonl").write_text(""), "has no questions"),
         (
             lambda f: (f / "question.jsonl").write_text(
                 '{"question_id": 1, "category": "writing", "turns": ["one"]}'
             ),
-            "question 1 should have 2 turns",
+            "question 1 must have 2 turns",
         ),
         (
             lambda f: (f / "question.jsonl").write_text(
                 '{"question_id": 1, "category": "math", "turns": ["one", "two"]}'
             ),
-            "sees a reference answer, and there is none",
+            "needs a reference answer",
         ),
-        (lambda f: (f / "reference_answer_gpt-4.jsonl").unlink(), "lacks reference answers"),
-        (lambda f: (f / "judge_prompts.jsonl").write_text("{}"), "lacks the prompt 'single-v1'"),
+        (lambda f: (f / "reference_answer_gpt-4.jsonl").unlink(), "has no reference answers"),
+        (lambda f: (f / "judge_prompts.jsonl").write_text("{}"), "has no prompt 'single-v1'"),
     ],
 )
-def test_broken_files_are_refused(shared_data, tmp_path, change, message):
+def test_malformed_files_are_rejected(shared_data, tmp_path, change, message):
     for file in (shared_data / "mt_bench").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     change(tmp_path)
@@ -202,14 +202,14 @@ def test_broken_files_are_refused(shared_data, tmp_path, change, message):
         ("", None),
     ],
 )
-def test_ratings_are_read_strictly(judgment, rating):
+def test_ratings_are_extracted_strictly(judgment, rating):
     assert find_rating(judgment) == rating
 
 
 # The endpoint.
 
 
-def test_a_request(server, judge):
+def test_a_request_has_the_fields_of_the_protocol(server, judge):
     assert judge(REQUEST) == Judgment("Rating: [[5]]")
     (path, headers, body), *_ = server.requests
     assert path == "/v1/chat/completions"
@@ -225,7 +225,7 @@ def test_a_request(server, judge):
     }
 
 
-def test_options_are_added_and_taken_away(server):
+def test_options_add_and_remove_fields(server):
     options = {"max_tokens": None, "max_completion_tokens": 100}
     EndpointJudge(url=server.url, name="m", options=options)(REQUEST)
     body = server.requests[0][2]
@@ -233,7 +233,7 @@ def test_options_are_added_and_taken_away(server):
     assert body["max_completion_tokens"] == 100
 
 
-def test_passing_failures_are_tried_again_with_longer_and_longer_waits(server, judge, waits):
+def test_transient_failures_are_retried_with_exponential_backoff(server, judge, waits):
     statuses = iter([429, 500, 503, 200])
 
     def answer(body):
@@ -245,14 +245,14 @@ def test_passing_failures_are_tried_again_with_longer_and_longer_waits(server, j
     assert waits == [1.0, 2.0, 4.0]
 
 
-def test_an_endpoint_says_how_long_to_wait(server, judge, waits):
+def test_retry_after_is_respected(server, judge, waits):
     statuses = iter([429, 200])
     server.answer = lambda body: (next(statuses), said("[[5]]"), {"Retry-After": "7"})
     judge(REQUEST)
     assert waits == [7.0]
 
 
-def test_failures_that_last_are_errors(server, judge, waits):
+def test_lasting_failures_are_errors(server, judge, waits):
     server.answer = lambda body: (500, {"error": "down"}, {})
     with pytest.raises(JudgeError, match=r"500 Internal Server Error.*after 3 retries"):
         judge(REQUEST)
@@ -260,46 +260,46 @@ def test_failures_that_last_are_errors(server, judge, waits):
     server.answer = lambda body: (400, {"error": "too long"}, {})
     with pytest.raises(JudgeError, match=r"400 Bad Request.*too long"):
         judge(REQUEST)
-    assert len(server.requests) == 5, "a wrong request stays wrong"
+    assert len(server.requests) == 5, "an invalid request is not retried"
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_hopeless_failures_are_told_apart_and_keep_the_key(server, judge, status):
+def test_fatal_failures_are_distinguished_and_hide_the_key(server, judge, status):
     server.answer = lambda body: (status, {"error": "no such key: sk-secret"}, {})
-    with pytest.raises(HopelessJudgeError) as caught:
+    with pytest.raises(FatalJudgeError) as caught:
         judge(REQUEST)
     assert "sk-secret" not in str(caught.value)
     assert "sk-secret" not in repr(judge)
 
 
 @pytest.mark.parametrize("body", [b"no JSON", {"choices": []}, said(""), said(None), []])
-def test_answers_of_another_form_are_errors(server, judge, body):
+def test_answers_with_another_format_are_errors(server, judge, body):
     server.answer = lambda _: (200, body, {})
     with pytest.raises(JudgeError, match="cannot be read"):
         judge(REQUEST)
 
 
-def test_an_endpoint_that_is_not_there_is_noticed_at_once(server, judge):
+def test_check_detects_an_unreachable_endpoint(server, judge):
     judge.check()
     server.models = 404
-    judge.check()  # it has no list of models
+    judge.check()  # An endpoint without a list of models passes.
     server.models, server.list = 200, b"<html>"
     judge.check()
     server.models = 401
-    with pytest.raises(HopelessJudgeError, match="401"):
+    with pytest.raises(FatalJudgeError, match="401"):
         judge.check()
     absent = EndpointJudge(url="http://127.0.0.1:9/v1", name="m", retries=0)
-    with pytest.raises(HopelessJudgeError, match="cannot be reached"):
+    with pytest.raises(FatalJudgeError, match="cannot be reached"):
         absent.check()
     with pytest.raises(JudgeError, match="after 0 retries"):
         absent(REQUEST)
 
 
-# An endpoint that means no good.
+# A hostile endpoint.
 
 
 class RawServer:
-    """Answers each connection with the pieces that `pieces` yields, as they are."""
+    """Server that answers each connection with the bytes that `pieces` yields."""
 
     def __init__(self, pieces):
         class Handler(socketserver.BaseRequestHandler):
@@ -323,7 +323,7 @@ class RawServer:
 
 
 def slowly(first, piece):
-    """Yields `first`, and then a piece every twentieth of a second, for five minutes."""
+    """Yields `first`, and `piece` every 50 ms for five minutes."""
     yield first
     for _ in range(6000):
         time.sleep(0.05)
@@ -331,21 +331,21 @@ def slowly(first, piece):
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_no_redirect_is_followed_with_the_key(server, judge, status):
+def test_redirects_are_not_followed(server, judge, status):
     elsewhere = JudgeServer()
     try:
         headers = {"Location": elsewhere.url}
         server.answer = lambda body: (status, b"", headers)
-        with pytest.raises(HopelessJudgeError, match=f"a redirect to {elsewhere.url}"):
+        with pytest.raises(FatalJudgeError, match=f"a redirect to {elsewhere.url}"):
             judge(REQUEST)
         server.models, server.headers = status, headers
-        with pytest.raises(HopelessJudgeError, match="not followed"):
+        with pytest.raises(FatalJudgeError, match="not followed"):
             judge.check()
         assert elsewhere.requests == []
         assert elsewhere.lists == 0
     finally:
         elsewhere.close()
-    assert len(server.requests) == 1, "no retry helps"
+    assert len(server.requests) == 1, "a redirect is not retried"
 
 
 @pytest.mark.parametrize(
@@ -359,7 +359,7 @@ def test_no_redirect_is_followed_with_the_key(server, judge, status):
     ],
     ids=["body", "chunks", "header", "continue", "body of an error"],
 )
-def test_a_slow_answer_ends_with_its_whole_time(first, piece):
+def test_the_time_limit_covers_the_whole_answer(first, piece):
     with RawServer(lambda: slowly(first, piece)) as slow:
         judge = EndpointJudge(url=slow.url, name="m", retries=0, seconds=0.5)
         began = time.monotonic()
@@ -378,7 +378,7 @@ def test_a_large_body_is_not_read(length):
             EndpointJudge(url=large.url, name="m", retries=0)(REQUEST)
 
 
-def test_a_body_that_ends_early_is_asked_for_again(waits):
+def test_a_truncated_body_is_retried(waits):
     answers = iter(
         [
             b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{",
@@ -394,14 +394,14 @@ def test_a_body_that_ends_early_is_asked_for_again(waits):
 @pytest.mark.parametrize(
     "body", [b"[" * 100_000, b'{"choices":' * 100_000, b'{"a":' + b"9" * 5000 + b"}", b"\xff"]
 )
-def test_json_that_cannot_be_read_fails_one_request(server, judge, body):
+def test_unreadable_json_fails_one_request(server, judge, body):
     server.answer = lambda _: (200, body, {})
     with pytest.raises(UnreadableAnswerError, match="cannot be read"):
         judge(REQUEST)
 
 
 @pytest.mark.parametrize("count", [10**400, -1, True, 1.5, "7", None])
-def test_absurd_counts_of_tokens_are_none(server, judge, count):
+def test_invalid_token_counts_are_ignored(server, judge, count):
     usage = {"usage": {"prompt_tokens": count, "completion_tokens": 1}}
     server.answer = lambda _: (200, {**said("[[5]]"), **usage}, {})
     assert judge(REQUEST).tokens is None
@@ -420,7 +420,7 @@ def test_absurd_counts_of_tokens_are_none(server, judge, count):
         ("300", 60.0),
     ],
 )
-def test_an_absurd_wait_is_not_kept_to(server, judge, waits, header, wait):
+def test_an_invalid_wait_is_ignored(server, judge, waits, header, wait):
     statuses = iter([429, 200])
     server.answer = lambda body: (next(statuses), said("[[5]]"), {"Retry-After": header})
     assert judge(REQUEST).text == "[[5]]"
@@ -428,16 +428,16 @@ def test_an_absurd_wait_is_not_kept_to(server, judge, waits, header, wait):
 
 
 @pytest.mark.parametrize("header", ["1e9", "inf", "9" * 400, "Thu, 01 Jan 9998 00:00:00 GMT"])
-def test_an_endless_wait_fails_one_request(server, judge, waits, header):
+def test_an_excessive_wait_fails_one_request(server, judge, waits, header):
     server.answer = lambda body: (429, b"", {"Retry-After": header})
-    with pytest.raises(JudgeError, match="asks to wait") as caught:
+    with pytest.raises(JudgeError, match="requests a wait") as caught:
         judge(REQUEST)
-    assert not isinstance(caught.value, HopelessJudgeError)
+    assert not isinstance(caught.value, FatalJudgeError)
     assert waits == []
 
 
-def test_messages_show_neither_the_key_nor_control_characters(server, waits):
-    """Whatever the endpoint writes back, and wherever the message is cut off."""
+def test_messages_contain_neither_the_key_nor_control_characters(server, waits):
+    """Covers several answers, and messages that are shortened within the key."""
     key = "sk-" + "s3cret" * 8
     judge = EndpointJudge(url=server.url, name="m", key=f"{key}\n", retries=0, sleep=waits.append)
     said_back = b"\x1b[2J\x9b1m\xe2\x80\xae" + key.encode()
@@ -459,7 +459,7 @@ def test_messages_show_neither_the_key_nor_control_characters(server, waits):
         assert key not in str(caught.value)
         assert str(caught.value).isprintable()
     server.answer = lambda _: (200, said(f"Your key is {key}. Rating: [[5]]"), {})
-    assert judge(REQUEST).text == "Your key is …. Rating: [[5]]", "it goes into files"
+    assert judge(REQUEST).text == "Your key is …. Rating: [[5]]", "judgments are written to files"
     server.answer = lambda _: (200, said("Rating: [[5]]"), {})
     assert EndpointJudge(url=server.url, name="m", key="5")(REQUEST).text == "Rating: [[5]]"
     with RawServer(lambda: [f"nonsense {key} \x1b[2J\r\n\r\n".encode()]) as broken:
@@ -472,8 +472,8 @@ def test_messages_show_neither_the_key_nor_control_characters(server, waits):
 
 
 @pytest.mark.parametrize("key", ["sk-a sk-b", "sk-a\nsk-b", "sk-\u2026", "sk-\x00"])
-def test_a_key_that_cannot_be_sent_is_refused_unseen(key):
-    with pytest.raises(ValueError, match="the judge's key has white space") as caught:
+def test_an_invalid_key_is_rejected_without_showing_it(key):
+    with pytest.raises(ValueError, match="the judge's key contains white space") as caught:
         EndpointJudge(url="http://127.0.0.1:9/v1", name="m", key=key)
     assert "sk-" not in str(caught.value)
 
@@ -481,25 +481,25 @@ def test_a_key_that_cannot_be_sent_is_refused_unseen(key):
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("https://me:sk-secret@api.openai.com/v1", "a user's name or password"),
-        ("https://api.openai.com/v1?version=1", "paths can be put behind"),
-        ("https://api.openai.com/v1\r\nHost: elsewhere", "paths can be put behind"),
-        ("https://", "it should be an address"),
-        ("file:///etc/passwd", "it should be an address"),
+        ("https://me:sk-secret@api.openai.com/v1", "a user name or password"),
+        ("https://api.openai.com/v1?version=1", "without white space"),
+        ("https://api.openai.com/v1\r\nHost: elsewhere", "without white space"),
+        ("https://", "must be a URL"),
+        ("file:///etc/passwd", "must be a URL"),
     ],
 )
-def test_addresses_that_are_none_are_refused(url, message):
+def test_invalid_urls_are_rejected(url, message):
     with pytest.raises(ValueError, match=message) as caught:
         EndpointJudge(url=url, name="m")
     assert "sk-secret" not in str(caught.value)
 
 
-# A judge on this machine.
+# Local judges.
 
 
 @pytest.fixture(scope="module")
 def chat_tokenizer():
-    """Words are whitespace apart, characters are tokens too, and turns stand in control tokens."""
+    """Returns a tokenizer of characters, whose chat template has control tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -524,7 +524,9 @@ def chat_tokenizer():
     return made
 
 
-def test_an_answer_does_not_become_control_tokens_of_a_local_judge(chat_tokenizer, monkeypatch):
+def test_answers_do_not_add_control_tokens_to_the_prompt_of_a_local_judge(
+    chat_tokenizer, monkeypatch
+):
     import jax
 
     from eval.mt_bench import judges
@@ -561,16 +563,16 @@ def test_an_answer_does_not_become_control_tokens_of_a_local_judge(chat_tokenize
         judge(request)
     controls = [[token for token in ids if token in (1, 2)] for ids in asked]
     assert controls[0] == controls[1] == [1, 2, 1, 2, 1]
-    # Nothing of the answer is lost or changed.
+    # The answer must be unchanged.
     assert f"Rate this: {hostile} [done]" in chat_tokenizer.decode(asked[1])
 
 
-def test_a_local_judge_that_cannot_split_control_tokens_is_refused(chat_tokenizer):
+def test_a_local_judge_that_cannot_split_control_tokens_is_rejected(chat_tokenizer):
     class Slow:
         chat_template = "{{ messages }}"
         is_fast = False
 
-    with pytest.raises(ValueError, match="tokenizer Slow, which cannot keep control tokens"):
+    with pytest.raises(ValueError, match="tokenizer Slow, which cannot split control tokens"):
         check_judge_tokenizer(Slow(), "mine")
     check_judge_tokenizer(chat_tokenizer, "mine")
 
@@ -579,7 +581,7 @@ def test_a_local_judge_that_cannot_split_control_tokens_is_refused(chat_tokenize
 
 
 class Speaker:
-    """A model whose answers tell what it was asked, at which temperature."""
+    """Model that answers with the turn, and records its requests."""
 
     def __init__(self):
         self.store = ResponseStore()
@@ -621,7 +623,7 @@ def build(server, shared_data, tmp_path, reporter, *, limit=None, **judging):
 
 
 def rate_by_turn(body):
-    """The first turn gets 8, the second 4."""
+    """Rates the first turn 8 and the second 4."""
     second = "### Assistant A:\nturn 2" in body["messages"][1]["content"]
     return 200, said(f"Rating: [[{4 if second else 8}]]"), {}
 
@@ -629,8 +631,8 @@ def rate_by_turn(body):
 def test_the_whole_benchmark(server, shared_data, tmp_path, reporter, benchmark):
     server.answer = rate_by_turn
     job = build(server, shared_data, tmp_path, reporter, prices=(2.5, 10.0))
-    # 2,048 tokens of each of 160 judgments.
-    assert re.search(r"160 requests .*at most 327,680.* by the prices given", reporter.said[0])
+    # 160 judgments of at most 2,048 tokens.
+    assert re.search(r"160 requests .*at most 327,680.* at the given prices", reporter.said[0])
     model = Speaker()
     result = job.evaluate(model)
     values = {metric.name: metric.value for metric in result.metrics}
@@ -639,7 +641,7 @@ def test_the_whole_benchmark(server, shared_data, tmp_path, reporter, benchmark)
     assert {metric.variant for metric in result.metrics} == {"judge: judge-1"}
     assert len(values) == 3 + 8
     assert len(server.requests) == 160
-    # Both turns are answered, the second with the first before it, at the category's temperature.
+    # The second turn includes the first, and both use the category's temperature.
     assert len(model.asked) == 160
     for (text, settings), question in zip(model.asked, benchmark.questions * 2, strict=True):
         assert settings["temperature"] == question.temperature
@@ -653,13 +655,13 @@ def test_the_whole_benchmark(server, shared_data, tmp_path, reporter, benchmark)
     assert not result.details["incomplete"]
 
 
-def test_a_part_is_not_called_by_the_name(server, shared_data, tmp_path, reporter):
+def test_a_subset_is_not_reported_as_mt_bench(server, shared_data, tmp_path, reporter):
     result = build(server, shared_data, tmp_path, reporter, limit=3).evaluate(Speaker())
     assert result.metrics[0].name == "rating"
     assert (result.rows, result.rows_in_all) == (3, 80)
 
 
-def test_another_request_is_another_judgment(server, shared_data, tmp_path, reporter):
+def test_judgments_of_other_options_are_not_reused(server, shared_data, tmp_path, reporter):
     server.answer = rate_by_turn
     model = Speaker()
     plain = build(server, shared_data, tmp_path, reporter, limit=2)
@@ -672,7 +674,7 @@ def test_another_request_is_another_judgment(server, shared_data, tmp_path, repo
     assert len(server.requests) == 4 + 4
 
 
-def test_failures_are_counted_shown_and_made_good(server, shared_data, tmp_path, reporter):
+def test_failures_are_counted_reported_and_retried(server, shared_data, tmp_path, reporter):
     def answer(body):
         number = len(server.requests)
         if number % 4 == 0:
@@ -688,8 +690,8 @@ def test_failures_are_counted_shown_and_made_good(server, shared_data, tmp_path,
     assert result.details["incomplete"]
     assert result.metrics[0].value == 6.0
     assert result.metrics[0].variant == "judge: judge-1; 8 of 16 ratings"
-    assert any("4 were not given" in one and "4 could not be read" in one for one in reporter.said)
-    # The same again asks for those alone that were not given.
+    assert any("4 are missing" in one and "4 could not be read" in one for one in reporter.said)
+    # A repetition requests only the missing ratings.
     before = len(server.requests)
     server.answer = lambda body: (200, said("[[6]]"), {})
     result = job.evaluate(model)
@@ -697,7 +699,7 @@ def test_failures_are_counted_shown_and_made_good(server, shared_data, tmp_path,
     assert (result.details["ratings"], result.details["not_given"]) == (12, 0)
 
 
-def test_a_judgment_of_any_text_is_kept(server, shared_data, tmp_path, reporter):
+def test_judgments_with_lone_surrogates_are_stored(server, shared_data, tmp_path, reporter):
     judgment = "\ud83d Rating: [[6]]"
     server.answer = lambda body: (200, said(judgment), {})
     model = Speaker()
@@ -711,51 +713,49 @@ def test_a_judgment_of_any_text_is_kept(server, shared_data, tmp_path, reporter)
     assert [sample["judgment"] for sample in samples] == [judgment] * 2
 
 
-def test_a_judge_that_is_gone_is_given_up(server, shared_data, tmp_path, reporter):
+def test_consecutive_failures_end_the_evaluation(server, shared_data, tmp_path, reporter):
     server.answer = lambda body: (500, {"error": "down"}, {})
     job = build(server, shared_data, tmp_path, reporter, workers=1)
-    with pytest.raises(HopelessJudgeError, match="8 requests in a row"):
+    with pytest.raises(FatalJudgeError, match="8 consecutive requests"):
         job.evaluate(Speaker())
     assert len(server.requests) < 16
 
 
-def test_a_budget_is_kept(server, shared_data, tmp_path, reporter):
+def test_an_estimate_above_the_budget_is_rejected(server, shared_data, tmp_path, reporter):
     job = build(server, shared_data, tmp_path, reporter, prices=(1000.0, 1000.0), budget=1.0)
-    with pytest.raises(HopelessJudgeError, match="judge_budget is 1"):
+    with pytest.raises(FatalJudgeError, match="judge_budget is 1"):
         job.evaluate(Speaker())
     assert server.requests == []
 
 
-def test_a_budget_is_kept_by_what_the_endpoint_counts(server, shared_data, tmp_path, reporter):
-    """16 requests of 0.2 each, as it counts; any of them might cost 0.2048 and its prompt."""
+def test_the_budget_uses_reported_tokens(server, shared_data, tmp_path, reporter):
+    """Sends 16 requests that cost 0.2 each, and could cost at most 0.2048 and the prompt."""
     usage = {"usage": {"prompt_tokens": 0, "completion_tokens": 2000}}
     server.answer = lambda body: (200, {**said("[[6]]"), **usage}, {})
     paid = {"prices": (0.0, 100.0), "budget": 1.1, "workers": 4}
     job = build(server, shared_data, tmp_path, reporter, limit=8, **paid)
     model = Speaker()
-    with pytest.raises(
-        HopelessJudgeError, match=r"1.00 of it is spent.* 11 of 16 ratings are left"
-    ):
+    with pytest.raises(FatalJudgeError, match=r"1.00 is spent.* 11 of 16 ratings"):
         job.evaluate(model)
     assert len(server.requests) == 5
-    with pytest.raises(HopelessJudgeError, match="6 of 16 ratings are left"):
+    with pytest.raises(FatalJudgeError, match="6 of 16 ratings"):
         job.evaluate(model)
-    # An endpoint that counts nothing is taken at its most.
+    # Without reported tokens, a request counts with its maximum cost.
     server.answer = lambda body: (200, said("[[6]]"), {})
-    with pytest.raises(HopelessJudgeError, match=r"1.02 of it is spent, .* 1 of 16 ratings"):
+    with pytest.raises(FatalJudgeError, match=r"1.02 is spent, .* 1 of 16 ratings"):
         job.evaluate(model)
     assert job.evaluate(model).details["ratings"] == 16
 
 
-def test_no_rating_at_all_is_no_success(server, shared_data, tmp_path, reporter):
+def test_an_evaluation_without_ratings_fails(server, shared_data, tmp_path, reporter):
     server.answer = lambda body: (200, said("Rating: 9"), {})
     job = build(server, shared_data, tmp_path, reporter, limit=2)
-    with pytest.raises(HopelessJudgeError, match="none of 4 answers has a rating"):
+    with pytest.raises(FatalJudgeError, match="none of 4 answers has a rating"):
         job.evaluate(Speaker())
     assert (tmp_path / "samples/mt_bench.jsonl").is_file()
 
 
-def test_the_name_is_for_all_ratings(server, shared_data, tmp_path, reporter):
+def test_missing_ratings_are_reported_in_the_metric(server, shared_data, tmp_path, reporter):
     answers = iter(["none", *["[[6]]"] * 159])
     server.answer = lambda body: (200, said(next(answers)), {})
     result = build(server, shared_data, tmp_path, reporter, workers=1).evaluate(Speaker())
@@ -767,7 +767,7 @@ def test_the_name_is_for_all_ratings(server, shared_data, tmp_path, reporter):
     ]
 
 
-def test_the_value_is_of_questions_as_its_error_is(server, shared_data, tmp_path, reporter):
+def test_the_value_averages_questions_as_its_error_does(server, shared_data, tmp_path, reporter):
     answers = iter(["[[1]]", "none", "[[5]]", "[[9]]"])
     server.answer = lambda body: (200, said(next(answers)), {})
     job = build(server, shared_data, tmp_path, reporter, limit=2, workers=1)
@@ -775,8 +775,8 @@ def test_the_value_is_of_questions_as_its_error_is(server, shared_data, tmp_path
     assert (metric.value, metric.standard_error) == (4.0, 3.0)
 
 
-def test_estimates_are_of_the_right_size(benchmark):
-    """Known texts: the tokens that GPT-2's kind of tokenizer makes of English."""
+def test_estimates_have_the_right_size(benchmark):
+    """English has 3 to 4.5 characters per token with tokenizers like that of GPT-2."""
     requests = judge_requests(benchmark, benchmark.questions[0], ("word " * 100, "word " * 100))
     found = estimate(requests, (1.0, 2.0))
     characters = sum(len(one.system) + len(one.prompt) for one in requests)
@@ -788,20 +788,23 @@ def test_estimates_are_of_the_right_size(benchmark):
     ("judging", "message"),
     [
         ({"judge": ""}, "give --judge"),
-        ({"judge": "api.openai.com"}, "it should be an address"),
+        ({"judge": "api.openai.com"}, "must be a URL"),
         ({"model": ""}, "--judge_model"),
         ({"judge": "local:/nowhere/at/all"}, "there is no folder /nowhere/at/all"),
         ({"judge": "http://127.0.0.1:9/v1"}, "cannot be reached"),
         ({"budget": 1.0}, "judge_prices"),
-        ({"prices": (1.0,)}, "give two"),
+        ({"prices": (1.0,)}, "judge_prices has 1"),
         ({"prices": (float("nan"), 1.0)}, "judge_prices must be a finite number"),
         ({"prices": (1.0, -1.0)}, "judge_prices must be a finite number"),
         ({"prices": (1.0, 1.0), "budget": float("inf")}, "judge_budget must be a number above 0"),
-        ({"prices": (1.0, 1.0), "budget": 1.0, "options": {"max_tokens": None}}, "have no limit"),
+        (
+            {"prices": (1.0, 1.0), "budget": 1.0, "options": {"max_tokens": None}},
+            "judge_budget is 1, which needs a limit",
+        ),
         ({"retries": -1}, "judge_retries"),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_is_done(
+def test_invalid_settings_are_rejected_before_any_request(
     server, shared_data, tmp_path, reporter, judging, message
 ):
     with pytest.raises(ValueError, match=message):
@@ -809,7 +812,7 @@ def test_what_cannot_work_is_refused_before_anything_is_done(
     assert server.requests == []
 
 
-def test_the_standard_error_is_of_questions(server, shared_data, tmp_path, reporter):
+def test_the_standard_error_is_over_questions(server, shared_data, tmp_path, reporter):
     ratings = iter([9, 9, 1, 1, 5, 5])
     server.answer = lambda body: (200, said(f"[[{next(ratings)}]]"), {})
     job = build(server, shared_data, tmp_path, reporter, limit=3, workers=1)

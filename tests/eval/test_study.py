@@ -1,4 +1,4 @@
-"""A whole small study: its protocol, its cells on disk, and its page."""
+"""Tests a small study: its protocol, its cells on disk, and its page."""
 
 import dataclasses
 import json
@@ -66,7 +66,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """Each word is answered by the one after the next."""
+    """Writes rows in which the answer to a word is the second word after it."""
     folder = tmp_path_factory.mktemp("rows")
     generator = np.random.default_rng(0)
     for name, count in (("train", 80), ("test", 12)):
@@ -131,7 +131,7 @@ def study(checkpoint, rows):
 
 @pytest.fixture(scope="module")
 def finished(study, tmp_path_factory):
-    """A study that was stopped after one arm, and gone on with in another order."""
+    """Returns a study that was stopped after one arm, and resumed in another order."""
     store = Store(tmp_path_factory.mktemp("study"))
     said: list[str] = []
     run_study(study, store, only="/both$", say=said.append)
@@ -140,17 +140,17 @@ def finished(study, tmp_path_factory):
     return store, said
 
 
-def test_every_cell_is_run_once(study, finished):
+def test_every_cell_runs_once(study, finished):
     store, said = finished
     assert count_cells(study) == count_finished(study, store) == 12
     assert len(said) == 12 + 1
-    assert said[-1] == "words: the steps of 3 arms are timed"
+    assert said[-1] == "words: timed the steps of 3 arms"
     again: list[str] = []
     run_study(study, store, say=again.append)
     assert again == []
 
 
-def test_a_cell_of_other_settings_is_run_again(study, finished, tmp_path):
+def test_a_cell_with_other_settings_runs_again(study, finished, tmp_path):
     store, _ = finished
     (task,) = study.tasks
     longer = ConfigDict(task.config.to_dict())
@@ -161,7 +161,7 @@ def test_a_cell_of_other_settings_is_run_again(study, finished, tmp_path):
     assert store.read(other, study.arms[0], **place) is None
 
 
-def test_a_cell_of_another_model_of_the_same_name_is_run_again(
+def test_a_cell_with_another_model_of_the_same_name_runs_again(
     study, finished, tmp_path, checkpoint
 ):
     store, _ = finished
@@ -173,12 +173,12 @@ def test_a_cell_of_another_model_of_the_same_name_is_run_again(
     config.model.path = str(other)
     moved = dataclasses.replace(task, config=config)
     cell = store.read(moved, study.arms[0], **place)
-    assert {*cell["source"]} == {"model", "data"}, "where it lies does not matter"
+    assert {*cell["source"]} == {"model", "data"}, "the location does not matter"
     changed = json.loads((other / "config.json").read_text()) | {"rms_norm_eps": 1e-3}
     (other / "config.json").write_text(json.dumps(changed))
     _fingerprint.cache_clear()
     assert store.read(moved, study.arms[0], **place) is None
-    # A cell from before there were fingerprints counts.
+    # A cell of an older version has no fingerprints, and is accepted.
     older = Store(tmp_path / "older")
     older.write(task, study.arms[0], {k: v for k, v in cell.items() if k != "source"}, final=False)
     assert older.read(moved, study.arms[0], **place) is not None
@@ -186,9 +186,9 @@ def test_a_cell_of_another_model_of_the_same_name_is_run_again(
 
 @pytest.mark.parametrize(
     ("only", "message"),
-    [("words/lora", "the tasks words and the arms low, turn, both"), ("(", "no regular")],
+    [("words/lora", "the tasks words and the arms low, turn, both"), ("(", "regular expression")],
 )
-def test_what_matches_nothing_is_refused(study, tmp_path, only, message):
+def test_a_pattern_without_matches_is_rejected(study, tmp_path, only, message):
     with pytest.raises(ValueError, match=message):
         run_study(study, Store(tmp_path), only=only)
 
@@ -201,14 +201,14 @@ def test_a_page_is_not_replaced_by_an_empty_one(study, tmp_path):
     assert (tmp_path / "README.md").read_text() == before
 
 
-def test_a_file_without_a_study_is_refused(tmp_path):
+def test_a_file_without_a_study_is_rejected(tmp_path):
     file = tmp_path / "none.py"
     file.write_text("x = 1")
     with pytest.raises(ValueError, match=r"has no get_config\(data\)"):
         load_study(file)
 
 
-def test_the_mixing_decides_a_hybrids_numbers_alone(study):
+def test_mixing_changes_only_the_digest_of_a_hybrid(study):
     (task,) = study.tasks
     for arm in study.arms:
         config = task.run_config(arm, learning_rate=1e-2, seed=1)
@@ -226,7 +226,7 @@ def test_arms_are_timed_in_turns(study, finished):
     assert store.read_timing(task, study.arms[:2]) is None
 
 
-def test_rates_are_chosen_by_the_tuning_rows(study, finished):
+def test_learning_rates_are_chosen_on_tuning_rows(study, finished):
     store, _ = finished
     (task,) = study.tasks
     for arm in study.arms:
@@ -259,8 +259,8 @@ def test_all_arms_see_the_same_batches_and_measure_the_same_rows(study):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("index", [0, 2], ids=["lora_ga", "hybrid"])
-def test_a_cell_trains_as_a_run_does(index, study, tmp_path):
-    """The rate that is data, shared programs and shared starts change nothing."""
+def test_a_cell_trains_like_a_run(index, study, tmp_path):
+    """A learning rate in the state, shared programs and shared starts change no result."""
     (task,) = study.tasks
     arm = study.arms[index]
     bench = Bench(task, arm)
@@ -277,7 +277,7 @@ def test_a_cell_trains_as_a_run_does(index, study, tmp_path):
         np.testing.assert_allclose(cell["steps"]["lambda"]["layers"], found, rtol=1e-3)
 
 
-def test_a_rate_in_the_state_is_the_learning_rate():
+def test_a_learning_rate_in_the_state_matches_a_constant():
     own = {"learning_rates": {"head": 0.2}, "weight_decay": 0.1}
     settings = OptimizerSettings(learning_rate=1.0, **own)
     plain = OptimizerSettings(learning_rate=0.03, **own)
@@ -298,7 +298,7 @@ def test_a_rate_in_the_state_is_the_learning_rate():
         params = optax.apply_updates(params, updates[0])
 
 
-def test_the_page_says_what_the_cells_say(study, finished, tmp_path):
+def test_the_page_shows_the_measurements_of_the_cells(study, finished, tmp_path):
     store, _ = finished
     page = write_page(study, store, tmp_path)
     text = page.read_text()
@@ -320,7 +320,7 @@ def test_the_page_says_what_the_cells_say(study, finished, tmp_path):
         assert f"({picture}.png)" in text
 
 
-def test_a_page_of_an_unfinished_study_says_so(study, finished, tmp_path):
+def test_a_page_reports_unfinished_cells(study, finished, tmp_path):
     store, _ = finished
     part = Store(tmp_path / "part")
     (task,) = study.tasks
@@ -338,7 +338,7 @@ def test_a_page_of_an_unfinished_study_says_so(study, finished, tmp_path):
     assert "Not known yet" in text
 
 
-def test_a_claimed_cell_is_left_to_its_owner(study, tmp_path):
+def test_a_claimed_cell_is_skipped_by_others(study, tmp_path):
     store = Store(tmp_path)
     (task,) = study.tasks
     path = store.path(task, study.arms[0], learning_rate=1e-3, seed=0, final=False)
@@ -350,7 +350,7 @@ def test_a_claimed_cell_is_left_to_its_owner(study, tmp_path):
         assert mine
 
 
-def test_choosing_a_rate():
+def test_the_rate_with_the_lowest_loss_is_chosen():
     rates = (1.0, 2.0, 3.0)
 
     def cells(*losses):
@@ -363,7 +363,7 @@ def test_choosing_a_rate():
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.2, 1.0])
-def test_the_permutation_test_agrees_with_scipys(shift):
+def test_the_permutation_test_agrees_with_scipy(shift):
     differences = np.random.default_rng(3).normal(shift, 1.0, 40)
     expected = stats.permutation_test(
         (differences,),
@@ -376,20 +376,20 @@ def test_the_permutation_test_agrees_with_scipys(shift):
 
 
 def test_the_permutation_test_keeps_its_level():
-    """Of 200 tests where nothing differs about one in twenty is below 0.05."""
+    """Of 200 tests without a difference, about one in twenty is below 0.05."""
     generator = np.random.default_rng(0)
     found = [sign_flip_p(generator.normal(size=15), rounds=500) for _ in range(200)]
     assert 0.01 <= np.mean(np.asarray(found) < 0.05) <= 0.1
 
 
-def test_holm_and_deviation():
+def test_holm_correction_and_deviation():
     assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
     mean, deviation = mean_and_deviation([1.0, 3.0, 5.0])
     assert (mean, deviation) == (3.0, 2.0)
 
 
-def test_arms_are_compared_on_the_same_rows_only():
+def test_arms_are_compared_only_on_the_same_rows():
     cell = {"seed": 1, "loss": 1.0, "row_losses": [1.0, 1.0], "row_targets": [1, 1]}
     with pytest.raises(ValueError, match="same seeds"):
         compare([cell], [{**cell, "seed": 2}])
@@ -399,7 +399,7 @@ def test_arms_are_compared_on_the_same_rows_only():
     assert (result.difference, result.seeds_ahead) == (-1.0, 1)
 
 
-def test_each_branch_has_a_rate_of_its_own_grid(study):
+def test_each_branch_has_a_learning_rate_of_its_grid(study):
     (task,) = study.tasks
     both = study.arm("both")
     config = task.run_config(both, learning_rate=task.rates(both)[1], seed=1)
@@ -409,7 +409,7 @@ def test_each_branch_has_a_rate_of_its_own_grid(study):
     assert other.mixing.rotation_rate == 1.0
 
 
-def test_a_task_may_have_some_of_the_arms(study, finished, tmp_path):
+def test_a_task_may_have_a_subset_of_the_arms(study, finished, tmp_path):
     store, _ = finished
     few = dataclasses.replace(study.tasks[0], arms=("both", "low"))
     fewer = dataclasses.replace(study, tasks=(few,))
@@ -423,7 +423,7 @@ def test_a_task_may_have_some_of_the_arms(study, finished, tmp_path):
         dataclasses.replace(study, tasks=(dataclasses.replace(few, arms=("lo",)),))
 
 
-def test_a_measure_that_was_not_taken_is_not_one_that_diverged(study, finished, tmp_path):
+def test_a_missing_metric_is_not_shown_as_diverged(study, finished, tmp_path):
     store, _ = finished
     task = dataclasses.replace(study.tasks[0], metric="accuracy")
     text = write_page(dataclasses.replace(study, tasks=(task,)), store, tmp_path).read_text()
@@ -440,7 +440,7 @@ def test_a_study_needs_no_hybrid(study, finished, tmp_path):
     assert "hybrid" not in text
     assert "(losses.png)" in text
     for settings, message in (
-        ({"hybrid": ""}, "hybrid names no arm, but branches is"),
+        ({"hybrid": ""}, "hybrid is empty, but branches is"),
         ({"hybrid": "low"}, "is the arm 'low', whose method is 'lora_ga'"),
         ({"branches": ()}, "branches is empty"),
     ):
@@ -448,8 +448,8 @@ def test_a_study_needs_no_hybrid(study, finished, tmp_path):
             dataclasses.replace(study, **settings)
 
 
-def test_a_page_is_written_of_a_hybrid_that_diverged(study, finished, tmp_path):
-    """In one of its seeds, after some steps; and in all."""
+def test_a_page_is_written_for_a_hybrid_that_diverged(study, finished, tmp_path):
+    """Covers divergence in one seed, after some steps, and in all seeds."""
     store, _ = finished
     (task,) = study.tasks
     changed = Store(tmp_path)
@@ -480,7 +480,7 @@ def test_a_page_is_written_of_a_hybrid_that_diverged(study, finished, tmp_path):
         changed.write(task, hybrid, gone, final=True)
         text = write_page(study, changed, tmp_path / "page").read_text()
         assert "diverged" in text
-        assert "Not known yet: no task has the hybrid" in text
+        assert "Not known yet: on no task are the hybrid" in text
         assert "(lambda.png)" not in text
     row = next(line for line in text.splitlines() if line.startswith("| both | "))
     assert row.count("diverged") == 2
@@ -488,7 +488,7 @@ def test_a_page_is_written_of_a_hybrid_that_diverged(study, finished, tmp_path):
 
 @pytest.fixture(scope="module")
 def labeled(study, tmp_path_factory):
-    """A task of two labels for the same language model."""
+    """Returns a task with two labels for the same language model."""
     folder = tmp_path_factory.mktemp("labeled")
     generator = np.random.default_rng(1)
     for name, count in (("train", 40), ("test", 9)):
@@ -508,7 +508,7 @@ def labeled(study, tmp_path_factory):
 
 
 def test_a_language_models_labels_are_measured(study, labeled):
-    """Against whole logits, a choice at a time."""
+    """Compares with full logits of each choice."""
     arm = study.arm("both")
     bench = Bench(labeled, arm)
     config = labeled.run_config(arm, learning_rate=1e-2, seed=1)
@@ -537,15 +537,15 @@ def test_a_language_models_labels_are_measured(study, labeled):
     assert measured.measures["accuracy"] == pytest.approx(np.mean(right))
 
 
-def test_a_measure_that_there_is_none_of_is_refused_before_anything_is_trained(study, labeled):
-    with pytest.raises(ValueError, match=r"metric is 'acuracy', but the measures .* accuracy"):
+def test_an_unknown_metric_is_rejected_before_training(study, labeled):
+    with pytest.raises(ValueError, match=r"metric is 'acuracy', but the metrics .* accuracy"):
         Bench(dataclasses.replace(labeled, metric="acuracy"), study.arms[0])
     with pytest.raises(ValueError, match=r"metric is 'accuracy', but .* are none"):
         Bench(dataclasses.replace(study.tasks[0], metric="accuracy"), study.arms[0])
 
 
 @pytest.mark.parametrize("by_seed", [False, True])
-def test_seeds_can_have_rows_of_their_own(study, tmp_path, by_seed):
+def test_seeds_can_have_different_rows(study, tmp_path, by_seed):
     task = study.tasks[0]
     config = ConfigDict(task.config.to_dict())
     config.data.train_rows = 12
@@ -559,18 +559,18 @@ def test_seeds_can_have_rows_of_their_own(study, tmp_path, by_seed):
     }
     assert (rows[1] != rows[2]) == by_seed
     text = write_page(dataclasses.replace(study, tasks=(task,)), Store(tmp_path), tmp_path)
-    whose = "others for each seed" if by_seed else "the same for all seeds"
+    whose = "different for each seed" if by_seed else "the same for all seeds"
     assert f"from 12 training rows, {whose}." in text.read_text()
 
 
-def test_settings_that_would_not_be_fair_are_refused(study):
+def test_unfair_settings_are_rejected(study):
     task = study.tasks[0]
-    with pytest.raises(ValueError, match="as large"):
+    with pytest.raises(ValueError, match="the same number"):
         dataclasses.replace(task, grids={"low": (1.0, 2.0, 3.0), "turn": (1.0, 2.0)})
-    with pytest.raises(ValueError, match="must rise"):
+    with pytest.raises(ValueError, match="must be increasing"):
         dataclasses.replace(task, grids={"low": (2.0, 1.0)})
     bent = dataclasses.replace(task, grids={"low": (1.0, 2.0), "turn": (1.0, 3.0)})
-    with pytest.raises(ValueError, match="one proportion"):
+    with pytest.raises(ValueError, match="must be constant"):
         dataclasses.replace(study, tasks=(bent,))
     without = dataclasses.replace(task, grids={"low": (1.0, 2.0)})
     with pytest.raises(ValueError, match="no grid 'turn'"):
@@ -596,7 +596,7 @@ def test_the_committed_study_is_well_formed():
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "5", "[" * 100_000])
-def test_a_cell_that_was_cut_off_is_refused_by_name(study, tmp_path, text):
+def test_a_truncated_cell_is_rejected_by_name(study, tmp_path, text):
     store = Store(tmp_path)
     (task,) = study.tasks
     place = {"learning_rate": 1e-3, "seed": 0, "final": False}

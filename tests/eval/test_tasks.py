@@ -1,4 +1,4 @@
-"""Tasks: their names, local files as published and as on the hub, prompts, numbers."""
+"""Tests tasks: names, local files in both layouts, prompts and metrics."""
 
 import csv
 
@@ -26,7 +26,7 @@ def build(name, manager, data, **settings):
         return build_task(name, TaskSettings(data=data, **settings), manager)["tasks"][name]
 
 
-def test_names():
+def test_names_are_resolved_without_duplicates():
     names = [wanted.name for wanted in expand(["glue", "cola", "hellaswag"], ["hellaswag"])]
     assert names == [*GLUE, "hellaswag"]
     with pytest.raises(ValueError, match="no task 'gsm8'; did you mean 'gsm8k'"):
@@ -80,7 +80,7 @@ GLUE_ROWS = {
 
 
 @pytest.mark.parametrize("task", GLUE)
-def test_every_task_of_glue_from_its_published_files(task, manager, tmp_path):
+def test_every_task_of_glue_reads_its_published_files(task, manager, tmp_path):
     header, rows, labels = GLUE_ROWS[task]
     folder = tmp_path / "GLUE" / {"stsb": "STS-B", "mnli_mismatch": "MNLI"}.get(task, task.upper())
     folder.mkdir(parents=True)
@@ -103,7 +103,7 @@ def test_every_task_of_glue_from_its_published_files(task, manager, tmp_path):
     assert metrics == expected.get(task, {"acc", "f1"} if task in ("mrpc", "qqp") else {"acc"})
 
 
-def test_the_hubs_layout_gives_the_same(manager, tmp_path, shared_data):
+def test_the_layout_of_the_hub_is_read(manager, tmp_path, shared_data):
     published = open_local("rte", shared_data, examples=False)["validation"]
     folder = tmp_path / "glue" / "rte"
     folder.mkdir(parents=True)
@@ -123,14 +123,14 @@ def test_the_hubs_layout_gives_the_same(manager, tmp_path, shared_data):
     assert len(open_local("gsm8k", tmp_path, examples=False)["test"]) == 1
 
 
-def test_what_a_folder_lacks_is_said(manager, tmp_path, shared_data):
+def test_missing_data_are_named(manager, tmp_path, shared_data):
     with pytest.raises(MissingDataError, match="no folder gsm8k"):
         local_folder(tmp_path, "gsm8k")
     (tmp_path / "gsm8k").mkdir()
     with pytest.raises(MissingDataError, match="no files for gsm8k"):
         build("gsm8k", manager, tmp_path)
     (tmp_path / "gsm8k" / "train.jsonl").write_text('{"question": "a", "answer": "#### 1"}\n')
-    with pytest.raises(MissingDataError, match="evaluated on the split 'test'"):
+    with pytest.raises(MissingDataError, match="needs the split 'test'"):
         build("gsm8k", manager, tmp_path)
     (tmp_path / "gsm8k" / "test.jsonl").write_text('{"question": "a"}\n')
     with pytest.raises(ValueError, match=r"test.jsonl:1: missing field"):
@@ -164,7 +164,7 @@ def test_translations_are_scored_by_sacrebleu(manager, shared_data):
     assert "tok:zh" in TranslationScore("bleu", "zho_Hans").signature
 
 
-def test_bootstrap_of_a_mean_is_its_standard_error():
+def test_bootstrap_of_a_mean_matches_its_standard_error():
     values = np.random.default_rng(0).normal(size=400)
     found = bootstrap_standard_error(np.mean, values)
     assert found == pytest.approx(values.std(ddof=1) / 20, rel=0.1)
@@ -183,7 +183,7 @@ def result(task, suite, *metrics):
     )
 
 
-def test_averages_are_glues_and_say_of_how_many():
+def test_averages_follow_glue_and_count_their_tasks():
     results = [
         result("mrpc", "glue", ("acc", 0.8, 0.03), ("f1", 0.6, 0.04)),
         result("mnli", "glue", ("acc", 0.5, 0.01)),
