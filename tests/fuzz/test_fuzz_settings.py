@@ -63,6 +63,8 @@ def means(given, taken):
     """Returns whether a value was accepted unchanged; None stands for the default."""
     if given is None or given == taken:
         return True
+    if type(given) is int and isinstance(taken, float):
+        return float(given) == taken  # A large integer is rounded to the nearest float.
     if isinstance(given, str) and isinstance(taken, list):
         return [name.strip() for name in given.split(",") if name.strip()] == taken
     return False
