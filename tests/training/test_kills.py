@@ -60,7 +60,7 @@ LINE = "train.py: a: No space left on device. Once mended, the same command resu
         (0, LINE, "exit code 0"),
         (1, f"Traceback (most recent call last)\n{LINE}", "more than one line"),
         (1, LINE * 2, "more than one line"),
-        (1, "train.py: a: No space left on device\n", "nothing of resuming"),
+        (1, "train.py: a: No space left on device\n", "does not mention resuming"),
     ],
     ids=["as it should", "finished", "traceback", "twice", "no way on"],
 )

@@ -258,4 +258,4 @@ def test_meshes_that_do_not_divide_are_rejected(tiny, mesh, message):
     model = build_model(LLAMA, config.execution)
     with pytest.raises(ValueError, match=message) as refusal:
         draw_blueprint(dataclasses.replace(config, parallel=mesh), model, make_mesh(mesh))
-    assert "these shapes do" in str(refusal.value) or "multiple" in str(refusal.value)
+    assert "these meshes do" in str(refusal.value) or "multiple" in str(refusal.value)
