@@ -32,6 +32,7 @@ def set_up_of(path: Path) -> str:
     return next(cell.source for cell in cells if cell.cell_type == "code")
 
 
+@pytest.mark.slow
 def test_quickstart_teaches_the_model():
     printed = run("quickstart")
     (before, rows), (after, _) = (

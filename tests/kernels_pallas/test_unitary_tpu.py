@@ -80,6 +80,7 @@ def test_lower_precision_has_larger_errors():
     assert all(1e-7 < error < 2e-5 for error in lost.values())
 
 
+@pytest.mark.slow
 @settings(max_examples=3, deadline=None)
 @given(rows=st.integers(1, 40), pieces=st.integers(1, 4), steps_of=st.sampled_from([8, 16]))
 def test_random_numbers_of_rows_and_pieces(rows, pieces, steps_of):

@@ -47,7 +47,7 @@ def encoded(tiny, encoder, data):
 
 @pytest.mark.parametrize(
     "method",
-    [m if m in ("lora", "hybrid") else pytest.param(m, marks=pytest.mark.slow) for m in METHODS],
+    [m if m == "lora" else pytest.param(m, marks=pytest.mark.slow) for m in METHODS],
 )
 def test_every_method_learns_a_classification(method, encoded, tmp_path, listener):
     rate = {"full": 0.003, "lora_ga": 0.005}.get(method, 0.02)

@@ -28,7 +28,10 @@ def losses(workdir):
     return [line.partition('"timing"')[0] for line in log]
 
 
-@pytest.mark.parametrize("method", ["lora", "hybrid", "full"])
+@pytest.mark.parametrize(
+    "method",
+    ["lora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("hybrid", "full"))],
+)
 def test_it_is_the_run_of_a_configuration(method, tiny, checkpoint, tmp_path, listener):
     sizes = {"method.block_size": 4} if method == "hybrid" else {}
     config = tiny(**{"method.name": method, **sizes})
