@@ -37,7 +37,7 @@ class TrainingResult:
 
     Attributes:
       model: The model.
-      spec: What was adapted; with a classifier's head among what was trained itself.
+      spec: The specification, with a classifier's head among `modules_to_save`.
       adapter: The trained arrays, as `AdapterSpec.bind` and `merge` take them.
       summary: The result in numbers, as in `summary.json`.
       workdir: The work directory.
