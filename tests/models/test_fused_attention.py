@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from peft_jax.models import ExecutionSettings, build_model
+from peft_jax.models import ExecutionSettings, attention, build_model
 from peft_jax.models.attention import dense_attention, make_attention
 from peft_jax.models.attention_layout import AttentionLayout
 from peft_jax.models.fused_attention import fused_attention, why_not_fused
@@ -112,6 +112,7 @@ def test_outputs_and_gradients_agree_with_dense_attention(layout, tokens):
 
 def test_the_implementation_is_logged_once_with_its_reason(caplog):
     sizes = {"tokens": 7, "keys": 7, "head_dim": 8, "execution": ExecutionSettings()}
+    attention._log_once.cache_clear()  # Another test may have logged the same.
     with caplog.at_level("INFO", logger="peft_jax.models.attention"):
         for _ in range(2):
             make_attention(AttentionLayout.causal(None, None), **sizes)
