@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,7 @@ class Bench:
         self._programs: dict[str, Program] = {}
         self._evaluations: dict[str, Any] = {}
         self._preferences: dict[str, Any] = {}
-        self._factors: dict[tuple[int, int, int], dict[TreePath, GradientFactors]] = {}
+        self._factors: dict[Hashable, dict[TreePath, GradientFactors]] = {}
         self._own: Any = None
         self._check_metric()
 
@@ -215,11 +215,12 @@ class Bench:
     def _gradient_factors(
         self, blueprint: Blueprint, config: RunConfig, key: jax.Array
     ) -> dict[TreePath, GradientFactors]:
-        """Estimates gradients on the first batches; arms with the same rank share them."""
-        rank = config.spec.method.gradient_rank
-        if not rank:
+        """Estimates gradients; arms with the same ranks on the same kernels share them."""
+        adapted = blueprint.spec.targets(blueprint.params).adapted
+        ranks = {path: method.gradient_rank for path, method in adapted.items()}
+        if not any(ranks.values()):
             return {}
-        place = (config.seed, rank, config.init_batches)
+        place = (config.seed, config.init_batches, frozenset(ranks.items()))
         if place not in self._factors:
             batches = self.batches(config.seed)[: blueprint.init_batches]
             self._factors[place] = blueprint.gradient_factors(
