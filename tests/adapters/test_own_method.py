@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from scaled_method import Scaled
 
 from peft_jax.adapters import METHODS, AdapterMethod, AdapterSpec, LoRA, register_method
-from peft_jax.core import dense, flatten, linear
+from peft_jax.core import dense, flatten
 from peft_jax.data import Batch
 from peft_jax.hub import load_adapter, save_adapter
 from peft_jax.models import build_model
@@ -25,31 +26,6 @@ CONFIG = {
     "intermediate_size": 24,
     "initializer_range": 0.2,
 }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Scaled(AdapterMethod):
-    """Scales outputs: y = (x W) ⊙ (1 + strength · s)."""
-
-    name: ClassVar[str] = "scaled"
-    learning_rate: ClassVar[float] = 3e-3
-
-    strength: float = 1.0
-
-    def init(self, key, shape, gradient=None):
-        return {"s": jnp.zeros(shape[1], jnp.float32)}, {}
-
-    def axes(self, d_in, d_out):
-        return {"s": (d_out,)}, {}
-
-    def prepare(self, trainable, constant, *, dropout_key=None):
-        return {"scale": 1.0 + self.strength * trainable["s"]}
-
-    def project(self, x, base, arrays, *, dropout_key=None):
-        return linear(x, base) * arrays["scale"].astype(x.dtype)
-
-    def merge(self, base, arrays):
-        return base.astype(jnp.float32) * arrays["scale"]
 
 
 @pytest.fixture

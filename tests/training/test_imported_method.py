@@ -10,41 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-METHOD = '''
-import dataclasses
-from typing import ClassVar
-
-import jax.numpy as jnp
-
-import peft_jax as pj
-from peft_jax.core import linear
-
-
-@pj.register_method
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Scaled(pj.AdapterMethod):
-    """Scales each output feature of a kernel."""
-
-    name: ClassVar[str] = "scaled"
-    learning_rate: ClassVar[float] = 3e-2
-
-    strength: float = 1.0
-
-    def init(self, key, shape, gradient=None):
-        return {"s": jnp.zeros(shape[1], jnp.float32)}, {}
-
-    def axes(self, d_in, d_out):
-        return {"s": (d_out,)}, {}
-
-    def prepare(self, trainable, constant, *, dropout_key=None):
-        return {"scale": 1.0 + self.strength * trainable["s"]}
-
-    def project(self, x, base, arrays, *, dropout_key=None):
-        return linear(x, base) * arrays["scale"].astype(x.dtype)
-
-    def merge(self, base, arrays):
-        return base.astype(jnp.float32) * arrays["scale"]
-'''
+SCALED = ROOT / "tests" / "scaled_method.py"
 
 
 def peft_jax(folder: Path, *words: str) -> subprocess.CompletedProcess:
@@ -65,7 +31,9 @@ def peft_jax(folder: Path, *words: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_an_imported_method_trains_generates_and_is_exported(checkpoint, data, tmp_path):
-    (tmp_path / "my_method.py").write_text(METHOD)
+    (tmp_path / "my_method.py").write_text(
+        f"{SCALED.read_text()}\n\nimport peft_jax as pj\n\npj.register_method(Scaled)\n"
+    )
     imported = "--import=my_method"
     trained = peft_jax(
         tmp_path,
