@@ -1,4 +1,4 @@
-"""The orthogonal and unitary products, one folder per operation.
+"""Computes orthogonal and unitary products, one folder per operation.
 
 - `block_rotation`: activations times a block-diagonal matrix.
 - `butterfly`: activations times a product of butterfly factors, and that product as dense blocks.

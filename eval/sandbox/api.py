@@ -24,7 +24,7 @@ from .standard_library import files_of
 from .usage import memory_of_tree
 
 Verdict = Literal["passed", "failed", "timeout", "memory", "output", "crashed"]
-"""How a program ended: "passed" if it completed, "failed" if it raised or exited early, the limit
+"""Outcome of a program: "passed" if it completed, "failed" if it raised or exited early, the limit
 that it exceeded, or "crashed" if a signal killed it."""
 
 _JAIL = Path(__file__).with_name("jail.py")

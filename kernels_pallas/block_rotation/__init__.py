@@ -1,4 +1,4 @@
-"""The block rotation: activations times a block-diagonal matrix."""
+"""Block rotation: multiplies activations by a block-diagonal matrix."""
 
 from kernels_pallas.block_rotation.api import block_rotation
 from kernels_pallas.block_rotation.rotated_kernel import (

@@ -1,4 +1,4 @@
-"""The block rotation's public function, and which operands its kernels support."""
+"""Offers the block rotation, and checks which operands its kernels support."""
 
 import jax
 import jax.numpy as jnp

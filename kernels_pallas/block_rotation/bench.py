@@ -1,4 +1,4 @@
-"""The block rotation's programs for `benchmarks.kernel_traffic`."""
+"""Builds the block rotation's programs for `benchmarks.kernel_traffic`."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,7 +14,7 @@ TOKENS = 8192
 """Tokens of a microbatch on one device."""
 
 BLOCK_SIZES = (16, 128)
-"""The size that BOFT's default settings compose to (blocks of 8, two factors), and a large size."""
+"""Block sizes: that of BOFT's default settings (blocks of 8, two factors), and a large one."""
 
 
 def programs(

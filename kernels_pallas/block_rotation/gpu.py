@@ -1,4 +1,4 @@
-"""The block rotation on NVIDIA GPUs of the Hopper generation, written with Pallas's Mosaic GPU.
+"""Rotates blocks on NVIDIA GPUs of the Hopper generation, written with Pallas's Mosaic GPU.
 
 It uses Mosaic GPU because Pallas's Triton back end is deprecated from JAX 0.11. It needs Hopper
 because Hopper's matrix instructions (wgmma) take both factors from shared memory. Earlier

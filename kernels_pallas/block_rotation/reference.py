@@ -1,4 +1,4 @@
-"""The block rotation in plain float64, as a reference for tests.
+"""Rotates blocks in plain float64, as a reference for tests.
 
 It shares no code with the implementations: it builds the dense block-diagonal matrix.
 """

@@ -1,4 +1,4 @@
-"""The product of a rotation and a kernel, x blockdiag(blocks) W, computed by rotating the kernel.
+"""Multiplies by a rotation and a kernel, x blockdiag(blocks) W, by rotating the kernel.
 
 (x R) W equals x (R W). The first form rotates tokens, the second rotates the kernel's columns. With
 fewer columns than tokens, as in training on a CPU, the second is less work. A kernel's rows also

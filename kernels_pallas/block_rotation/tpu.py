@@ -1,4 +1,4 @@
-"""The block rotation on a TPU, which reads and writes the activations once and transposes nothing.
+"""Rotates blocks on a TPU: activations are read and written once, and nothing is transposed.
 
 Activations [rows, tokens, features] are split into tiles. The matrices that rotate a tile's
 features stay on the chip for all tokens. In the backward pass so does the float32 gradient of those

@@ -1,4 +1,4 @@
-"""The block rotation in XLA operations, for CPUs and wherever no kernel can run."""
+"""Rotates blocks in XLA operations, for CPUs and wherever no kernel can run."""
 
 import math
 

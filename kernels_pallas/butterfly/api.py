@@ -1,4 +1,4 @@
-"""The butterfly's public function, and which operands its kernels support."""
+"""Offers the butterfly product, and checks which operands its kernels support."""
 
 import jax
 from jaxtyping import Array, Float

@@ -1,4 +1,4 @@
-"""The butterfly's programs for `benchmarks.kernel_traffic`."""
+"""Builds the butterfly's programs for `benchmarks.kernel_traffic`."""
 
 from collections.abc import Mapping, Sequence
 

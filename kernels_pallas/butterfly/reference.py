@@ -1,4 +1,4 @@
-"""The butterfly product in plain float64, with each factor as a d x d matrix, as a reference.
+"""Computes the butterfly product in plain float64, with each factor as a d x d matrix.
 
 The pairs of half-blocks follow the paper's text (BOFT, arXiv 2311.06243, section 4: at level i,
 half-block h with half-block h + 2^i), not the implementations' reshapes.

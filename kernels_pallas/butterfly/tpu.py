@@ -1,4 +1,4 @@
-"""The butterfly product on a TPU, which reads and writes the activations once for any factors.
+"""Computes the butterfly product on a TPU: activations are read and written once for any factors.
 
 A step holds a tile [tokens, features] with all features that mix, and applies every stage (see
 `stages`) on the chip. The backward pass recomputes the stages' inputs.

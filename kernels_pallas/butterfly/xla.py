@@ -1,4 +1,4 @@
-"""The butterfly product in XLA operations, with one pass over the activations for each factor."""
+"""Computes the butterfly product in XLA operations, one pass over the activations a factor."""
 
 import jax
 import jax.numpy as jnp
