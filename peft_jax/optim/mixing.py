@@ -48,10 +48,10 @@ class MixingSettings:
     Let e be the score of a branch. The rules are:
 
     - "predicted_decrease": λ = e_low_rank / (e_low_rank + e_rotation) with e = max(0, −⟨g, Δ⟩), the
-      first-order decrease of the loss for the branch's own update Δ. This score has the units of
-      the loss for both branches. Gradient norms do not, because they depend on parametrization:
-      the initialization of LoRA-GA scales A and B, and so their gradients' norm. This rule is the
-      default, chosen by the study in docs/study.
+      first-order decrease of the loss for the branch's own update Δ, before the branch's rate.
+      This score has the units of the loss for both branches. Gradient norms do not, because they
+      depend on parametrization: the initialization of LoRA-GA scales A and B, and so their
+      gradients' norm. This rule is the default, chosen by the study in docs/study.
     - "proportional": the same ratio with e = ‖g‖, the norm of the branch's gradient. This is the
       paper's rule.
     - "inverse": λ = e_rotation / (e_low_rank + e_rotation) with e = ‖g‖, which favors the branch
@@ -68,8 +68,8 @@ class MixingSettings:
       ema: Decay of a bias-corrected moving average of λ over steps; 0 for none.
       floor: Minimum weight of a branch; λ is clipped to [floor, 1 − floor].
       fixed: λ of the rule "fixed".
-      low_rank_rate: Factor on the learning rate of the low-rank branch.
-      rotation_rate: Factor on the learning rate of the rotation branch.
+      low_rank_rate: Factor on the learning rate of the low-rank branch. It does not affect λ.
+      rotation_rate: Factor on the learning rate of the rotation branch. It does not affect λ.
 
     Raises:
       ValueError: A name is not known, or a number is outside its range.
@@ -332,7 +332,7 @@ def _scores(
         if by_step:
             if path not in step_at:  # the inner optimizer masks this leaf and takes no step
                 continue
-            product = -settings.rate(branch) * g * step_at[path].astype(jnp.float32)
+            product = -g * step_at[path].astype(jnp.float32)
         else:
             product = jnp.square(g)
         sums[name][branch] = sums[name][branch] + _sum_per_layer(product, groups[name].shape)

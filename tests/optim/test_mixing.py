@@ -107,8 +107,7 @@ class Plain:
     def evidence(self, branch, members, gradients, updates):
         chosen = [name for name in members if branch in name[1]]
         if self.settings.rule == "predicted_decrease":
-            rate = getattr(self.settings, f"{branch}_rate")
-            return max(0.0, -sum(np.sum(gradients[n] * rate * updates[n]) for n in chosen))
+            return max(0.0, -sum(np.sum(gradients[n] * updates[n]) for n in chosen))
         total = sum(np.sum(gradients[n] ** 2) for n in chosen)
         if self.settings.norm == "rms":
             total = total / sum(gradients[n].size for n in chosen)
@@ -216,6 +215,23 @@ def test_agrees_with_the_plain_implementation(rule, grouping):
 )
 def test_options_agree_with_the_plain_implementation(settings):
     assert_agrees(settings)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rates_scale_steps_and_nothing_else(rule):
+    """A rate must not enter λ as well, or it would enter the ratio of the steps squared."""
+    params, gradients = as_jax(random_flat(0)), as_jax(random_flat(1))
+
+    def updated(**rates):
+        optimizer = hybrid_mixing(adam(), MixingSettings(rule=rule, **rates))
+        return jax.jit(optimizer.update)(gradients, optimizer.init(params), params)
+
+    (one, state), (ten, same) = updated(), updated(low_rank_rate=2.0, rotation_rate=10.0)
+    jax.tree.map(np.testing.assert_array_equal, mixing_weights(state), mixing_weights(same))
+    ten = flat_leaves(ten)
+    for path, step in flat_leaves(one).items():
+        rate = 10.0 if "rotation" in path else 2.0 if "low_rank" in path else 1.0
+        np.testing.assert_allclose(ten[path], rate * step, rtol=1e-6)
 
 
 def test_gradients_of_a_block_only_change_its_own_weight():
