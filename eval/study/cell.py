@@ -122,10 +122,14 @@ def _set_rate(state: TrainState, rate: float) -> TrainState:
 
 
 def _by_step(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns, for every step, gradient norms in total and by branch and layer, and λ by layer."""
+    """Returns, by step, factors of clipping, gradient norms by branch and layer, and λ by layer."""
     branches = records[0]["grad_norm_by_layer"]
     groups = records[0]["lambda"]
     return {
+        "clip_factor": {
+            group: [_rounded(m["clip_factor"][group]) for m in records]
+            for group in records[0].get("clip_factor", {})
+        },
         "grad_norm": [_rounded(metrics["grad_norm"]) for metrics in records],
         "grad_norm_by_layer": {
             branch: [

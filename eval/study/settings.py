@@ -13,6 +13,11 @@ from peft_jax.adapters import METHODS
 from peft_jax.core.validation import check_positive, check_positive_int
 from peft_jax.training import RunConfig
 
+_TRAINING = 2
+"""Version of what the settings mean. It is raised when the same settings train differently, so that
+older cells are not taken for today's. 2: branches are clipped apart, and evidence is taken before
+their rates."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskSettings:
@@ -239,6 +244,6 @@ def digest(config: RunConfig, task: TaskSettings) -> str:
     # Only the name of a file counts, so that files can be moved.
     for section, name in (("model", "path"), ("data", "path")):
         mapping[section][name] = Path(mapping[section][name]).name
-    rest = [dict(task.test), Path(task.own_text).name, task.own_texts]
+    rest = [dict(task.test), Path(task.own_text).name, task.own_texts, _TRAINING]
     text = json.dumps([mapping, rest], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,10 +1,14 @@
 """Builds optimizers, schedules and hybrid mixing as optax gradient transformations.
 
+- [`clipping`][peft_jax.optim.clipping]: `GroupClipping`.
+- [`components`][peft_jax.optim.components]: `component_values`.
 - [`mixing`][peft_jax.optim.mixing]: `hybrid_mixing`, `MixingSettings`, `mixing_weights`.
 - [`optimizers`][peft_jax.optim.optimizers]: `make_optimizer`, `OptimizerSettings`, `decay_mask`.
 - [`schedules`][peft_jax.optim.schedules]: `make_schedule`, `ScheduleSettings`.
 """
 
+from peft_jax.optim.clipping import GroupClipping
+from peft_jax.optim.components import component_values
 from peft_jax.optim.mixing import (
     MIXING_RATES,
     MixingSettings,
@@ -16,7 +20,6 @@ from peft_jax.optim.optimizers import (
     NO_DECAY,
     OPTIMIZERS,
     OptimizerSettings,
-    component_values,
     decay_mask,
     learning_rate_schedule,
     make_optimizer,
@@ -28,6 +31,7 @@ __all__ = [
     "NO_DECAY",
     "OPTIMIZERS",
     "SCHEDULES",
+    "GroupClipping",
     "MixingSettings",
     "MixingState",
     "OptimizerSettings",

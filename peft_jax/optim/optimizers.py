@@ -1,4 +1,4 @@
-"""Builds an optimizer from settings: clipping, direction, mixing and learning rate, in order."""
+"""Builds an optimizer from settings: mixing of (clipping, direction), then the learning rate."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -10,7 +10,9 @@ import optax
 
 from peft_jax.core import names_of
 from peft_jax.core.validation import check_choice, check_finite, check_positive
-from peft_jax.optim.mixing import MixingSettings, hybrid_mixing
+from peft_jax.optim.clipping import GroupClipping
+from peft_jax.optim.components import component_values
+from peft_jax.optim.mixing import LOW_RANK, ROTATION, MixingSettings, hybrid_mixing
 from peft_jax.optim.schedules import ScheduleSettings, make_schedule
 
 NO_DECAY = ("bias", "scale", "rotation", "r", "phases", "reflections", "low_rank")
@@ -84,7 +86,8 @@ class OptimizerSettings:
       b1: Decay of the first moment; momentum of sgd. None for the optimizer's default.
       b2: Decay of the second moment. None for the optimizer's default.
       eps: Constant added to the denominator. None for the optimizer's default.
-      clip_norm: Maximum gradient norm over all leaves; None for no clipping.
+      clip_norm: Maximum gradient norm; None for no clipping. Each of a hybrid's branches is clipped
+        by its own norm, and so is each component of `learning_rates`; see `GroupClipping`.
       no_decay: Path components without weight decay, beside the method's own. Decay pulls towards
         zero, so it suits arrays for which zero is harmless: a weight matrix of full fine-tuning, or
         the A and B of plain LoRA. By default it excludes biases and norm scales, as is usual. It
@@ -136,6 +139,13 @@ class OptimizerSettings:
                 raise ValueError(f"{constant} must be at least 0 and below 1, but is {value!r}")
 
     @property
+    def clipping(self) -> GroupClipping | None:
+        """How gradients are clipped; None if they are not."""
+        if self.clip_norm is None:
+            return None
+        return GroupClipping(self.clip_norm, (LOW_RANK, ROTATION, *self.learning_rates))
+
+    @property
     def constants(self) -> dict[str, float]:
         """Those of b1, b2 and eps that the optimizer takes, each as given or by default."""
         return {
@@ -152,12 +162,12 @@ def learning_rate_schedule(settings: OptimizerSettings, total_steps: int) -> opt
 def make_optimizer(
     settings: OptimizerSettings, total_steps: int, *, mixing: MixingSettings | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Builds an optimizer: clipping → mixing of (direction, weight decay) → learning rate.
+    """Builds an optimizer: mixing of (clipping → direction → weight decay) → learning rate.
 
-    Clipping by the norm over all leaves comes first, so that one bad batch does not enter the
-    moments. It does not affect λ, because it multiplies all gradients by one factor, which cancels
-    in the mixing's ratios. The learning rate comes last, because steps of a zero learning rate
-    would give "predicted_decrease" no information.
+    Clipping comes before the direction, so that one bad batch does not enter the moments. The
+    mixing is around both, so that λ is computed from the gradients as they are. The learning rate
+    comes last, because steps of a zero learning rate would give "predicted_decrease" no
+    information.
 
     State and arithmetic are float32 whatever the dtype of gradients and parameters, because a
     bfloat16 second moment cannot follow a decay of 0.999. The updates are float32 too. Add them
@@ -192,35 +202,18 @@ def make_optimizer(
         inner.append(optax.add_decayed_weights(settings.weight_decay, mask=mask))
     inner.append(optax.scale(-1.0))
     descent = optax.chain(*inner)
+    if settings.clipping is not None:
+        descent = settings.clipping.before(descent)
     if mixing is not None:
         descent = hybrid_mixing(descent, mixing)
     steps = [descent, optax.scale_by_schedule(learning_rate_schedule(settings, total_steps))]
     if settings.learning_rates:
         relative = {c: r / settings.learning_rate for c, r in settings.learning_rates.items()}
         steps.append(_scale_components(relative))
-    if settings.clip_norm is not None:
-        steps.insert(0, optax.clip_by_global_norm(settings.clip_norm))
+    if settings.clipping is not None:
+        # Keeps the structure of the state, and so the checkpoints, of 0.1, where clipping was here.
+        steps.insert(0, optax.identity())
     return _in_float32(optax.chain(*steps))
-
-
-def component_values(tree: Any, values: Mapping[str, Any], default: Any) -> Any:
-    """Returns a tree with each leaf's value, chosen by the components of its path.
-
-    Args:
-      tree: Nested dictionaries.
-      values: Values by path component; the innermost component of a path decides.
-      default: Value of a leaf whose path has none of the components.
-
-    Example:
-      >>> component_values({"head": {"kernel": 0, "bias": 0}, "q": {"a": 0}}, {"head": 5.0}, 1.0)
-      {'head': {'bias': 5.0, 'kernel': 5.0}, 'q': {'a': 1.0}}
-    """
-
-    def value(key_path: tuple[Any, ...], leaf: Any) -> Any:
-        del leaf
-        return next((values[c] for c in reversed(names_of(key_path)) if c in values), default)
-
-    return jax.tree_util.tree_map_with_path(value, tree)
 
 
 def decay_mask(tree: Any, no_decay: tuple[str, ...] = NO_DECAY) -> Any:

@@ -133,6 +133,7 @@ def draw_blueprint(
         state=layout.state,
         optimizer=optimizer,
         learning_rate=learning_rate_schedule(config.optimizer, steps),
+        clipping=config.applied_optimizer.clipping,
         mesh=mesh,
         placement=placement,
         chunk_size=config.train.loss_chunk,

@@ -451,6 +451,8 @@ class _Run:
         for step, metrics, tokens in steps:
             self._rate.add(tokens)
             finite = bool(metrics["finite"])
+            if "clip_factor" in metrics:
+                self._totals.count_clipping(metrics["clip_factor"])
             due = step in (1, self._job.steps) or _is_multiple(step, self._config.logging.every)
             if due or not finite:
                 self._log.write(self._record(step, jax.device_get(metrics)))
@@ -467,6 +469,7 @@ class _Run:
             "step": step,
             "split": TRAIN,
             **measured,
+            "clipped": self._totals.clipped_share,
             "timing": {
                 "seconds": round(self._phases.spent("train"), 3),
                 "tokens_per_second": round(self._rate.per_second, 1),

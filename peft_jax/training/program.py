@@ -17,6 +17,7 @@ import optax
 from peft_jax.adapters import AdapterSpec, AdapterState, GradientFactors
 from peft_jax.core import Path, Tree, flatten, unflatten
 from peft_jax.models import Model
+from peft_jax.optim import GroupClipping
 from peft_jax.parallel import (
     LogicalAxisRules,
     batch_sharding,
@@ -72,6 +73,7 @@ class StepProgram:
       seed: Seed of dropout.
       packed: Whether rows may have several segments.
       loss_fn: Custom loss; None for the model's own.
+      clipping: The optimizer's clipping, for the metrics; None if unknown.
     """
 
     model: Model
@@ -87,6 +89,7 @@ class StepProgram:
     seed: int
     packed: bool
     loss_fn: LossFn | None = None
+    clipping: GroupClipping | None = None
 
     @property
     def frozen(self) -> Tree:
@@ -105,6 +108,7 @@ class StepProgram:
             spec=self.spec,
             optimizer=self.optimizer,
             learning_rate=self.learning_rate,
+            clipping=self.clipping,
             chunk_size=self.chunk_size,
             seed=self.seed,
             shardings=jax.tree.map(lambda leaf: leaf.sharding, self.state.trainable),

@@ -13,7 +13,7 @@ from peft_jax.adapters import LOW_RANK, ROTATION, AdapterSpec, AdapterState
 from peft_jax.core import Path, Tree, flatten, is_stacked
 from peft_jax.data import AnyBatch, LabeledBatch
 from peft_jax.models import Model
-from peft_jax.optim import mixing_weights
+from peft_jax.optim import GroupClipping, mixing_weights
 from peft_jax.parallel import constrain
 from peft_jax.training.classification import classifier_outputs
 from peft_jax.training.losses import chunked_cross_entropy
@@ -100,6 +100,7 @@ class TrainStep:
       spec: Specification of the adapter.
       optimizer: Optimizer that maps gradients to updates.
       learning_rate: Learning-rate schedule, for the metrics; None leaves it out of them.
+      clipping: The optimizer's clipping, for the metrics; None leaves it out of them.
       chunk_size: Number of positions whose logits are held at once.
       seed: Seed of dropout.
       shardings: Shardings of trainable arrays and of their gradients; None leaves them to the
@@ -117,6 +118,7 @@ class TrainStep:
     learning_rate: Callable[[Any], Any] | None
     chunk_size: int
     seed: int
+    clipping: GroupClipping | None = None
     shardings: Tree | None = None
     packed: bool = True
     loss_fn: LossFn | None = None
@@ -137,11 +139,11 @@ class TrainStep:
         Returns:
           The state after the step, and its metrics: "loss" (before the update), the numbers of
           "targets" and "tokens", "grad_norm" (before clipping), "grad_norm_by_layer" (by branch,
-          [layers]), "learning_rate", "lambda" (the hybrid's mixing weights by group) and "finite"
-          (whether loss and gradient are).
+          [layers]), "clip_factor" (by group of the clipping), "learning_rate", "lambda" (the
+          hybrid's mixing weights by group) and "finite" (whether loss and gradient are).
         """
         self.traces += 1
-        counts = {}
+        counts: dict[str, Any] = {}
         if self.loss_fn is None:
             targets = jnp.sum(batch.loss_mask, dtype=jnp.float32)
             counts = {
@@ -163,6 +165,8 @@ class TrainStep:
         if self.learning_rate is not None:
             rate = jnp.asarray(self.learning_rate(state.step), jnp.float32)
             counts["learning_rate"] = rate
+        if self.clipping is not None:
+            counts["clip_factor"] = self.clipping.factors(gradients)
         metrics = {
             "loss": loss,
             **counts,

@@ -123,15 +123,23 @@ def test_clipping_bounds_the_gradient_norm():
 
 
 @pytest.mark.parametrize("rule", ["proportional", "inverse", "predicted_decrease"])
-def test_mixing_comes_between_clipping_and_the_learning_rate(rule):
+def test_mixing_is_of_clipped_steps_and_raw_gradients(rule):
     settings = OptimizerSettings(learning_rate=0.01, clip_norm=0.5, schedule=COSINE)
     mixing = MixingSettings(rule=rule)
     found, state = run(make_optimizer(settings, 10, mixing=mixing), hybrid_tree)
 
     with jax.numpy_dtype_promotion("standard"):
+        clipped = optax.chain(
+            optax.partition(
+                {group: optax.clip_by_global_norm(0.5) for group in ("low_rank", "rotation", "")},
+                lambda tree: component_values(
+                    tree, {"low_rank": "low_rank", "rotation": "rotation"}, ""
+                ),
+            ),
+            optax.adam(1.0),
+        )
         explicit = optax.chain(
-            optax.clip_by_global_norm(0.5),
-            hybrid_mixing(optax.adam(1.0), mixing),
+            hybrid_mixing(clipped, mixing),
             optax.scale_by_schedule(learning_rate_schedule(settings, 10)),
         )
         wanted, wanted_state = run(explicit, hybrid_tree)

@@ -88,7 +88,9 @@ def test_run_writes_its_files(finished):
     present = {path.name for path in workdir.iterdir()}
     assert {"config.json", "metrics.jsonl", "checkpoints", "adapter", "summary.json"} < present
     pictures = {path.name for path in (workdir / "report").iterdir()}
-    assert pictures == {"README.md", "loss.png", "learning_rate.png", "gradients.png", "lambda.png"}
+    wanted = {"README.md", "loss.png", "learning_rate.png", "gradients.png", "lambda.png"}
+    clipped = {"clipping.png"} if any(summary["clipped"].values()) else set()
+    assert pictures == wanted | clipped
     assert json.loads((workdir / "summary.json").read_text()) == json.loads(json.dumps(summary))
     assert summary["loss_after"] < summary["loss_before"]
     assert summary["steps"] == 6
@@ -97,7 +99,7 @@ def test_run_writes_its_files(finished):
 
 
 def test_every_step_has_one_record(finished):
-    workdir, _ = finished
+    workdir, summary = finished
     records = untimed(workdir)
     assert [r["step"] for r in records if r["split"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert [r["step"] for r in records if r["split"] == "held_out"] == [0, 3, 6]
@@ -109,10 +111,16 @@ def test_every_step_has_one_record(finished):
         norms = record["grad_norm_by_layer"]
         whole = np.sqrt(sum(np.square(norms[branch]).sum() for branch in norms))
         np.testing.assert_allclose(record["grad_norm"], whole, rtol=1e-5)
+        for branch, factor in record["clip_factor"].items():
+            own = np.linalg.norm(norms[branch])
+            np.testing.assert_allclose(factor, min(1.0, 1.0 / own), rtol=1e-4)
         # Recomputes the paper's rule from logged norms.
         low, rotation = np.array(norms["low_rank"]), np.array(norms["rotation"])
         np.testing.assert_allclose(weights, low / (low + rotation), rtol=1e-5)
     np.testing.assert_allclose(train[0]["learning_rate"], 0.02 / 3, rtol=1e-6)
+    for branch, share in summary["clipped"].items():
+        clipped = [record["clip_factor"][branch] < 1 for record in train]
+        assert share == train[-1]["clipped"][branch] == pytest.approx(np.mean(clipped), abs=1e-6)
 
 
 def test_exported_adapter_reproduces_the_held_out_loss(finished, tiny, checkpoint):

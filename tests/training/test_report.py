@@ -72,6 +72,18 @@ def test_few_steps_and_many_layers_can_be_drawn(tmp_path, layers, steps):
         assert picture(path).std() > 0.01  # not an empty sheet
 
 
+def test_clipping_is_drawn_where_a_step_was_clipped(tmp_path):
+    made = records()
+    train = [record for record in made if record["split"] == "train"]
+    for record in train:
+        record["clip_factor"] = {"low_rank": 1.0, "rotation": 0.5, "classifier": 1.0}
+        record["clipped"] = {"low_rank": 0.0, "rotation": 1.0, "classifier": 0.0}
+    assert picture(draw_all(made, tmp_path)["clipping"]).std() > 0.01
+    for record in train:
+        record["clipped"]["rotation"] = 0.0
+    assert "clipping" not in draw_all(made, tmp_path)
+
+
 def test_non_finite_values_are_not_drawn(tmp_path):
     made = records()
     made[5]["loss"] = made[5]["grad_norm"] = None

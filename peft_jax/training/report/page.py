@@ -16,6 +16,8 @@ _CAPTIONS = {
     "blue: from the rotation. Above: mean and range over layers. Right: mean over steps.",
     "gradients": "Gradient norm before clipping. For each branch: the median layer, and all layers "
     "as a band.",
+    "clipping": "Factor that clipping multiplies gradients by, for each group that is clipped by "
+    "itself. In parentheses: the share of all steps in which it is below 1.",
     "learning_rate": "Learning rate.",
 }
 _MEASURES = {
@@ -135,6 +137,7 @@ def _costs(summary: Mapping[str, Any]) -> str:
             f"{summary['total_parameters']:,} ({summary['trainable_percent']:.3g}%)",
         ),
         ("steps", f"{summary['steps']:,} of {summary['rows_per_step']:,} rows"),
+        ("steps with clipped gradients", _shares(summary.get("clipped"))),
         ("tokens", f"{summary['tokens']:,}"),
         ("tokens per second", _number(summary["tokens_per_second"])),
         ("seconds per step", _number(summary["seconds_per_step"])),
@@ -151,6 +154,20 @@ def _costs(summary: Mapping[str, Any]) -> str:
 
 def _tera(rate: float | None) -> str | None:
     return None if rate is None else f"{rate / 1e12:.3g} T"
+
+
+def _shares(shares: Mapping[str, float] | None) -> str | None:
+    """Returns shares by group as text.
+
+    Example:
+      >>> _shares({"low_rank": 0.25, "rotation": 0.0}), _shares({"all": 0.5}), _shares({})
+      ('low_rank 25.0%, rotation 0.0%', '50.0%', None)
+    """
+    if not shares:
+        return None
+    if len(shares) == 1:
+        return _percent(next(iter(shares.values())))
+    return ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
 
 
 def _percent(share: float | None) -> str | None:

@@ -50,7 +50,7 @@ def draw_all(records: Sequence[Record], folder: Path) -> dict[str, Path]:
       folder: Folder of the PNG files.
 
     Returns:
-      Files by plot: "loss", "learning_rate", "gradients", "lambda".
+      Files by plot: "loss", "learning_rate", "gradients", "clipping", "lambda".
     """
     train = [record for record in records if record["split"] == TRAIN]
     held_out = [record for record in records if record["split"] == HELD_OUT]
@@ -60,6 +60,8 @@ def draw_all(records: Sequence[Record], folder: Path) -> dict[str, Path]:
     if train:
         pictures["learning_rate"] = lambda: _draw_learning_rate(train)
         pictures["gradients"] = lambda: _draw_gradients(train)
+    if any(any(record.get("clipped", {}).values()) for record in train):
+        pictures["clipping"] = lambda: _draw_clipping(train)
     if any(record.get("lambda") for record in train):
         pictures["lambda"] = lambda: _draw_lambda(train)
     written = {}
@@ -183,6 +185,22 @@ def _draw_gradients(train: Sequence[Record]) -> Figure:
     axes.set_ylabel("Frobenius norm, before clipping")
     _step_axis(axes)
     axes.legend(fontsize=8, ncols=2)
+    return figure
+
+
+def _draw_clipping(train: Sequence[Record]) -> Figure:
+    """Draws the factor of clipping by group."""
+    figure, axes = _new_figure(2.4)
+    others = iter((_GREEN, _GREY))
+    for group, share in train[-1]["clipped"].items():
+        label, color = _BRANCHES.get(group) or (f"{group} gradients", next(others, "black"))
+        factors = _column(train, "clip_factor", group)
+        axes.plot(_steps(train), factors, color=color, label=f"{label} ({share:.0%})")
+    axes.set_title("Clipping")
+    axes.set_ylabel("factor")
+    axes.set_ylim(0, 1.05)
+    _step_axis(axes)
+    axes.legend(fontsize=8)
     return figure
 
 

@@ -29,11 +29,30 @@ class Totals:
       step_bytes: Bytes that the compiled step needs on each device; 0 if unknown.
       step_flops: Operations of the model and its gradient per step, see `StepArithmetic.total`;
         None if they could not be counted.
+      clipped: Number of steps whose gradients were clipped, by group of the clipping.
+      clip_steps: Number of steps that `clipped` counts among.
     """
 
     tokens: int = 0
     step_bytes: int = 0
     step_flops: float | None = None
+    clipped: dict[str, int] = dataclasses.field(default_factory=dict)
+    clip_steps: int = 0
+
+    def count_clipping(self, factors: Mapping[str, Any]) -> None:
+        """Counts the groups of one step that were clipped.
+
+        Args:
+          factors: Factor on the gradients by group, as in the step's metrics.
+        """
+        self.clip_steps += 1
+        for group, factor in factors.items():
+            self.clipped[group] = self.clipped.get(group, 0) + int(float(factor) < 1.0)
+
+    @property
+    def clipped_share(self) -> dict[str, float]:
+        """Share of the steps so far whose gradients were clipped, by group."""
+        return {name: round(n / self.clip_steps, 6) for name, n in self.clipped.items()}
 
 
 def summarize(
@@ -55,7 +74,8 @@ def summarize(
       including padding. "utilization" is its share of the vendor's bfloat16 peak rate, or None if
       that is unknown. "data" has the totals of the rows (of those read so far, if not all were
       checked before the first step) and the number of passes over the training rows. "exported"
-      names the folders with the result; the first is the one to load.
+      names the folders with the result; the first is the one to load. "clipped" is the share of
+      steps whose gradients were clipped, by group.
     """
     steps = job.steps
     before, after = _measures(records, 0), _measures(records, steps)
@@ -77,6 +97,7 @@ def summarize(
         "tokens_per_second": round(totals.tokens / training, 2) if training else None,
         "seconds_per_step": round(training / steps, 6),
         "flops_per_step": totals.step_flops,
+        "clipped": totals.clipped_share,
         **_utilization(job, totals.step_flops, training / steps),
         "seconds": {phase: round(spent, 3) for phase, spent in seconds.items()},
         "peak_memory_bytes": peak_memory(),
