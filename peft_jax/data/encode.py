@@ -18,18 +18,20 @@ learns to stop. A chat template writes its own end.
 """
 
 import dataclasses
+import logging
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from absl import logging
 
 from peft_jax.data.bad_rows import BadRowError
 from peft_jax.data.chat import ChatRenderer
 from peft_jax.data.control_tokens import ControlTokens
 from peft_jax.data.examples import Conversation, Example, Piece, Span
 from peft_jax.data.settings import TooLong
+
+_log = logging.getLogger(__name__)
 
 TOO_LONG = "too long"
 """Reason of rows that do not fit; they have their own setting, `data.too_long`."""
@@ -105,7 +107,7 @@ class Encoder:
         self._anchors = {anchor: self._tokenize(anchor) for anchor in _ANCHORS}
         self._eos_id: int | None = tokenizer.eos_token_id
         if self._eos_id is None:
-            logging.warning("The tokenizer has no end token: a model cannot learn where to stop.")
+            _log.warning("The tokenizer has no end token: a model cannot learn where to stop.")
         pads = (tokenizer.pad_token_id, self._eos_id, 0)
         self.pad_id: int = next(pad for pad in pads if pad is not None)
         self._fast = bool(getattr(tokenizer, "is_fast", False))

@@ -4,13 +4,13 @@ import collections
 import copy
 import dataclasses
 import itertools
+import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import grain
 import numpy as np
-from absl import logging
 
 from peft_jax.data.bad_rows import (
     BadRowError,
@@ -32,6 +32,8 @@ from peft_jax.data.settings import DataSettings
 from peft_jax.data.sources import Sources, open_sources
 from peft_jax.data.tables import MemoryTable, Row, Table
 from peft_jax.data.totals import Origin, RowTotals
+
+_log = logging.getLogger(__name__)
 
 _STATE_VERSION = 2
 _ROWS_LOOKED_AT = 64
@@ -56,7 +58,7 @@ def build_data(
     max_length: int,
     seed: int,
     labeled: bool = False,
-    say: Callable[[str], None] = logging.info,
+    say: Callable[[str], None] = _log.info,
 ) -> tuple["TrainData", "EvalData"]:
     """Builds the training stream and the held-out set of a run.
 
@@ -513,10 +515,10 @@ class TrainData(Iterator[AnyBatch]):
             try:
                 lost.update(self._reader.lost_characters(self._table, index))
             except BadRowError as error:
-                logging.debug("%s: %s", self._table.where(index), error)
+                _log.debug("%s: %s", self._table.where(index), error)
         if lost:
             shown = " ".join(character for character, _ in lost.most_common(20))
-            logging.warning(
+            _log.warning(
                 "The tokenizer has no token for some characters of the data, which the model can"
                 " neither read nor write: %s",
                 shown,
@@ -553,7 +555,7 @@ class TrainData(Iterator[AnyBatch]):
                 message = f"{self.bad_rows.what}: {where}: {error}\n{advice}"
                 raise UnusableRowsError(message) from None
             if is_news:
-                logging.warning("%s: skipped %s: %s", self.bad_rows.what, where, error)
+                _log.warning("%s: skipped %s: %s", self.bad_rows.what, where, error)
         self._tried += 1
         self._used += sequences is not None
         if not self._used and self._tried >= len(self._table):
@@ -592,7 +594,7 @@ def _report(
         return
     if is_fatal or len(bad_rows) == total:
         raise UnusableRowsError(reader.describe(bad_rows, total, fallback_advice))
-    logging.warning("%s", bad_rows.describe(total))
+    _log.warning("%s", bad_rows.describe(total))
 
 
 class EvalData(Sequence[AnyBatch]):

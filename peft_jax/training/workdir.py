@@ -13,14 +13,13 @@ report/         report with plots
 
 import dataclasses
 import json
+import logging
 import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from absl import logging
 
 from peft_jax.core.typed_settings import differences
 from peft_jax.hub.adapter_files import CONFIG as ADAPTER_CONFIG
@@ -29,6 +28,8 @@ from peft_jax.runtime.errors import RefusedError
 from peft_jax.runtime.files import read_json_object, write_json
 from peft_jax.training.config import LENGTH, MAY_CHANGE, ROUNDING, RunConfig, under
 from peft_jax.training.input_digests import Inputs
+
+_log = logging.getLogger(__name__)
 
 _UNFINISHED = re.compile(r"\.[^.].*\.\d+\.(tmp(\.\w+)?|old)|\.processes-[0-9a-f]+")
 """Names of temporary files and folders, which end with a process id."""
@@ -336,7 +337,7 @@ def compare_configs(before: dict[str, Any], config: RunConfig, *, where: str) ->
         # Gives settings that are newer than the record their defaults.
         before = RunConfig.from_mapping(before).to_mapping()
     except (ValueError, TypeError, AttributeError) as error:
-        logging.debug("%s has the settings of another version: %s", where, error)
+        _log.debug("%s has the settings of another version: %s", where, error)
     changed = differences(before, config.to_mapping())
     refused = [
         f"  {name}: {_show(was)} there, {_show(now)} now"

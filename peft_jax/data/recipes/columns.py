@@ -1,13 +1,14 @@
 """Finds columns of the data that a recipe does not read."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
-
-from absl import logging
 
 from peft_jax.data.bad_rows import BadRowError, as_bad_row
 from peft_jax.data.recipes.base import Recipe
 from peft_jax.data.tables import Row, Table
+
+_log = logging.getLogger(__name__)
 
 _ROWS_LOOKED_AT = 64
 
@@ -21,7 +22,7 @@ def warn_of_unread_columns(recipe: Recipe, table: Table) -> None:
     """
     unread = unread_columns(recipe, table)
     if unread:
-        logging.warning(
+        _log.warning(
             "Recipe %r does not read %s %s of %s. To use one, set data.columns, which maps the"
             " recipe's fields to columns; the fields are %s.",
             recipe.name,
