@@ -48,7 +48,7 @@ class Package:
 
 def packages() -> Iterator[Package]:
     """Yields the packages, each before those inside it."""
-    for top in ("peft_jax", "kernels_pallas"):
+    for top in ("peft_jax", "kernels_pallas", "eval"):
         for path in sorted((ROOT / top).rglob("__init__.py"), key=lambda one: one.parent.parts):
             yield read_package(path.parent)
 
@@ -69,8 +69,10 @@ def read_package(folder: Path) -> Package:
     for node in ast.parse((folder / "__init__.py").read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             offered = [one for one in ast.literal_eval(node.value) if not one.startswith("__")]
-        elif isinstance(node, ast.ImportFrom) and node.module in modules:
-            modules[node.module] += [one.asname or one.name for one in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = f"{name}.{node.module}" if node.level else node.module
+            if module in modules:
+                modules[module] += [one.asname or one.name for one in node.names]
     shown = {module: [n for n in names if n in offered] for module, names in modules.items()}
     return Package(name=name, offered=tuple(offered), modules=shown)
 
