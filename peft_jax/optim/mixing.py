@@ -51,7 +51,7 @@ class MixingSettings:
       first-order decrease of the loss for the branch's own update Δ, before the branch's rate.
       This score has the units of the loss for both branches. Gradient norms do not, because they
       depend on parametrization: the initialization of LoRA-GA scales A and B, and so their
-      gradients' norm. This rule is the default, chosen by the study in docs/study.
+      gradients' norm. This rule is the default.
     - "proportional": the same ratio with e = ‖g‖, the norm of the branch's gradient. This is the
       paper's rule.
     - "inverse": λ = e_rotation / (e_low_rank + e_rotation) with e = ‖g‖, which favors the branch
