@@ -1,14 +1,14 @@
 """Builds optimizers, schedules and hybrid mixing as optax gradient transformations.
 
 - [`clipping`][peft_jax.optim.clipping]: `GroupClipping`.
-- [`components`][peft_jax.optim.components]: `component_values`.
+- [`components`][peft_jax.optim.components]: `component_values`, `component_products`.
 - [`mixing`][peft_jax.optim.mixing]: `hybrid_mixing`, `MixingSettings`, `mixing_weights`.
 - [`optimizers`][peft_jax.optim.optimizers]: `make_optimizer`, `OptimizerSettings`, `decay_mask`.
 - [`schedules`][peft_jax.optim.schedules]: `make_schedule`, `ScheduleSettings`.
 """
 
 from peft_jax.optim.clipping import GroupClipping
-from peft_jax.optim.components import component_values
+from peft_jax.optim.components import component_products, component_values
 from peft_jax.optim.mixing import (
     MIXING_RATES,
     MixingSettings,
@@ -36,6 +36,7 @@ __all__ = [
     "MixingState",
     "OptimizerSettings",
     "ScheduleSettings",
+    "component_products",
     "component_values",
     "decay_mask",
     "hybrid_mixing",

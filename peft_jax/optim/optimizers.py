@@ -1,7 +1,8 @@
 """Builds an optimizer from settings: mixing of (clipping, direction), then the learning rate."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import optax
 from peft_jax.core import names_of
 from peft_jax.core.validation import check_choice, check_finite, check_positive
 from peft_jax.optim.clipping import GroupClipping
-from peft_jax.optim.components import component_values
+from peft_jax.optim.components import component_products, component_values
 from peft_jax.optim.mixing import LOW_RANK, ROTATION, MixingSettings, hybrid_mixing
 from peft_jax.optim.schedules import ScheduleSettings, make_schedule
 
@@ -81,13 +82,18 @@ class OptimizerSettings:
       learning_rates: Peak learning rates of the trainable arrays under a path component, where they
         differ from `learning_rate`. A new head, `{"classifier": 2e-3}`, starts from random weights
         and needs a higher rate than an adapter of a pretrained kernel.
+      rate_factors: Factors on the learning rates of the trainable arrays under a path component,
+        whether from `learning_rate` or `learning_rates`. The factors of all components of a path
+        multiply. `{"b": 16.0}` is LoRA+ (Hayou, Ghosh and Yu, 2024, arXiv 2402.12354), and
+        `{"self_attn": 4.0}` trains the attention of a Llama faster than its MLP.
       weight_decay: Decoupled weight decay: each step subtracts learning rate × weight_decay × w
         from a weight w.
       b1: Decay of the first moment; momentum of sgd. None for the optimizer's default.
       b2: Decay of the second moment. None for the optimizer's default.
       eps: Constant added to the denominator. None for the optimizer's default.
       clip_norm: Maximum gradient norm; None for no clipping. Each of a hybrid's branches is clipped
-        by its own norm, and so is each component of `learning_rates`; see `GroupClipping`.
+        by its own norm, and so is each component of `learning_rates`, but not of `rate_factors`;
+        see `GroupClipping`.
       no_decay: Path components without weight decay, beside the method's own. Decay pulls towards
         zero, so it suits arrays for which zero is harmless: a weight matrix of full fine-tuning, or
         the A and B of plain LoRA. By default it excludes biases and norm scales, as is usual. It
@@ -104,6 +110,7 @@ class OptimizerSettings:
     name: str = "adamw"
     learning_rate: float = 2e-4
     learning_rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    rate_factors: Mapping[str, float] = dataclasses.field(default_factory=dict)
     weight_decay: float = 0.0
     b1: float | None = None
     b2: float | None = None
@@ -117,6 +124,8 @@ class OptimizerSettings:
         check_positive("learning_rate", self.learning_rate)
         for component, rate in self.learning_rates.items():
             check_positive(f"learning_rates[{component!r}]", rate)
+        for component, factor in self.rate_factors.items():
+            check_positive(f"rate_factors[{component!r}]", factor)
         if self.clip_norm is not None:
             check_positive("clip_norm", self.clip_norm)
         check_finite("weight_decay", self.weight_decay)
@@ -209,7 +218,11 @@ def make_optimizer(
     steps = [descent, optax.scale_by_schedule(learning_rate_schedule(settings, total_steps))]
     if settings.learning_rates:
         relative = {c: r / settings.learning_rate for c, r in settings.learning_rates.items()}
-        steps.append(_scale_components(relative))
+        by_innermost = functools.partial(component_values, values=relative, default=1.0)
+        steps.append(_scale_components("learning_rates", relative, by_innermost))
+    if settings.rate_factors:
+        products = functools.partial(component_products, factors=settings.rate_factors)
+        steps.append(_scale_components("rate_factors", settings.rate_factors, products))
     if settings.clipping is not None:
         # Keeps the structure of the state, and so the checkpoints, of 0.1, where clipping was here.
         steps.insert(0, optax.identity())
@@ -226,25 +239,33 @@ def decay_mask(tree: Any, no_decay: tuple[str, ...] = NO_DECAY) -> Any:
     return component_values(tree, dict.fromkeys(no_decay, False), True)
 
 
-def _scale_components(values: Mapping[str, float]) -> optax.GradientTransformation:
-    """Multiplies the updates under each component by its value."""
+def _scale_components(
+    setting: str, components: Collection[str], factors_of: Callable[[Any], Any]
+) -> optax.GradientTransformation:
+    """Multiplies updates by factors that depend on the components of their paths.
+
+    Args:
+      setting: Name of the setting, for messages.
+      components: Path components, each of which must exist.
+      factors_of: Returns a tree of factors for a tree of updates.
+    """
 
     def init(params: Any) -> optax.EmptyState:
         paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
         known = {component for path in paths for component in names_of(path)}
-        unknown = sorted(values.keys() - known)
+        unknown = sorted(set(components) - known)
         # optax.tree_map_params initializes with a placeholder, which has no leaves.
         if paths and unknown:
             raise ValueError(
-                f"learning_rates has {unknown[0]!r}, which is in no trainable array's path; the"
+                f"{setting} has {unknown[0]!r}, which is in no trainable array's path; the"
                 f" components are {', '.join(sorted(known))}"
             )
         return optax.EmptyState()
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        factors = component_values(updates, values, 1.0)
-        return jax.tree.map(lambda step, factor: step * factor, updates, factors), state
+        scaled = jax.tree.map(lambda step, factor: step * factor, updates, factors_of(updates))
+        return scaled, state
 
     return optax.GradientTransformation(init, update)
 

@@ -12,6 +12,7 @@ from peft_jax.optim import (
     MixingSettings,
     OptimizerSettings,
     ScheduleSettings,
+    component_products,
     component_values,
     decay_mask,
     hybrid_mixing,
@@ -247,6 +248,32 @@ def test_learning_rates_equal_one_optimizer_per_rate():
     assert_same(found, wanted)
 
 
+def test_rate_factors_equal_one_optimizer_per_product():
+    def optimizer(rate, **own):
+        settings = OptimizerSettings(
+            learning_rate=rate, weight_decay=0.1, clip_norm=None, schedule=COSINE, **own
+        )
+        return make_optimizer(settings, 10)
+
+    def tree(seed):
+        return {"blocks": lora_tree(seed), "classifier": lora_tree(seed + 50)}
+
+    own = {"learning_rates": {"classifier": 2e-2}, "rate_factors": {"b": 16.0, "q_proj": 0.5}}
+    found, _ = run(optimizer(1e-3, **own), tree)
+    factors = component_products(tree(0), own["rate_factors"])
+    rates = component_values(tree(0), {"classifier": 2e-2}, 1e-3)
+    rates = jax.tree.map(lambda rate, factor: f"{rate * factor:g}", rates, factors)
+    names = sorted(set(jax.tree.leaves(rates)))
+    assert names == ["0.0005", "0.001", "0.008", "0.01", "0.02", "0.16"]
+    apart = optax.partition({name: optimizer(float(name)) for name in names}, rates)
+    wanted, _ = run(apart, tree)
+    assert_same(found, wanted)
+
+
+def test_rate_factors_make_no_group_of_clipping():
+    assert OptimizerSettings(rate_factors={"b": 16.0}).clipping == OptimizerSettings().clipping
+
+
 def test_tree_map_params_accepts_learning_rates_by_component():
     """`optax.tree_map_params`, which derives shardings, initializes with a placeholder."""
     optimizer = make_optimizer(OptimizerSettings(learning_rates={"b": 0.3}), 10)
@@ -259,15 +286,17 @@ def test_tree_map_params_accepts_learning_rates_by_component():
 
 
 def test_unknown_component_is_named():
-    settings = OptimizerSettings(learning_rates={"clasifier": 1e-3})
-    with pytest.raises(ValueError, match=r"learning_rates .*'clasifier'.* a, classifier"):
-        make_optimizer(settings, 10).init({"classifier": {"a": jnp.zeros(2)}})
+    for setting in ("learning_rates", "rate_factors"):
+        settings = OptimizerSettings(**{setting: {"clasifier": 1e-3}})
+        with pytest.raises(ValueError, match=rf"{setting} .*'clasifier'.* a, classifier"):
+            make_optimizer(settings, 10).init({"classifier": {"a": jnp.zeros(2)}})
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"learning_rates": {"head": 0.0}}, r"learning_rates\['head'\] .*0.0"),
+        ({"rate_factors": {"b": -2.0}}, r"rate_factors\['b'\] .*-2.0"),
         ({"name": "adamv"}, "name .*'adamv'.* 'adam"),
         ({"learning_rate": -1.0}, "learning_rate .*-1.0"),
         ({"weight_decay": -0.1}, "weight_decay .*-0.1"),
