@@ -29,6 +29,7 @@ from peft_jax.core import Path, flatten, join_path
 from peft_jax.hub.finite import check_finite
 from peft_jax.hub.leaf_sources import LeafSource, Ranges
 from peft_jax.models import Model
+from peft_jax.runtime.buckets import SCHEMES, reach_store, store_spec
 from peft_jax.runtime.files import atomic_folder, parse_json_object, read_json_object
 
 _log = logging.getLogger(__name__)
@@ -49,11 +50,8 @@ _CHUNK = (1, 256, 8192)
 _PIECE = 64 * 2**20
 """Number of bytes copied at once, approximately."""
 
-_SCHEMES = ("gs", "s3", "file")
+_SCHEMES = (*SCHEMES, "file")
 """Supported URL schemes."""
-
-_CONTACT_SECONDS = 12.0
-"""Timeout of a store's first response, in seconds; TensorStore would retry for an hour."""
 
 _IN_FLIGHT = 4
 """Largest number of concurrent reads or writes."""
@@ -386,32 +384,19 @@ def _reach_store(location: str) -> ts.KvStore:
             f"{location} begins with {scheme}://, which is not supported; give gs://bucket/folder,"
             " s3://bucket/folder or a folder"
         )
-    try:
-        store = _open_store(location)
-        store.read(MANIFEST).result(timeout=_CONTACT_SECONDS)
-    except TimeoutError as error:
-        raise ValueError(
-            f"{location} cannot be reached: no response within {_CONTACT_SECONDS:.0f} seconds;"
-            " check that the bucket exists, the credentials and the network"
-        ) from error
-    except ValueError as error:
-        reason = str(error).partition(" [")[0]
-        raise ValueError(
-            f"{location} cannot be reached: {reason}; give gs://bucket/folder or s3://bucket/folder"
-            " of a bucket that this machine has access to, or a folder"
-        ) from error
-    return store
+    return reach_store(_url(location), MANIFEST, shown=location)
 
 
 def _open_store(location: str) -> ts.KvStore:
-    return ts.KvStore.open(_url(location)).result()
+    return ts.KvStore.open(store_spec(_url(location))).result()
 
 
 def _open_array(
     location: str, name: str, *, shape: tuple[int, ...] | None = None, dtype: str = ""
 ) -> ts.TensorStore:
     """Opens the array of one leaf; with a shape, creates it if it is missing."""
-    spec: dict[str, Any] = {"driver": "zarr3", "kvstore": f"{_url(location)}{_ARRAYS}{name}/"}
+    kvstore = store_spec(f"{_url(location)}{_ARRAYS}{name}")
+    spec: dict[str, Any] = {"driver": "zarr3", "kvstore": kvstore}
     if shape is None:
         return ts.open(spec, read=True).result()
     chunks = [min(most, size) for most, size in zip(_CHUNK[-len(shape) :], shape, strict=True)]

@@ -22,6 +22,11 @@ _UNFINISHED = ("tmp", "old")
 """Name suffixes of folders that are not yet, or no longer, in place."""
 
 
+def cache_folder() -> Path:
+    """Returns the folder of fetched and staged files: $PEFT_JAX_CACHE, or ~/.cache/peft_jax."""
+    return Path(os.environ.get("PEFT_JAX_CACHE") or "~/.cache/peft_jax").expanduser().absolute()
+
+
 @contextlib.contextmanager
 def atomic_file(file: Path) -> Iterator[Path]:
     """Yields a temporary path beside `file`, and moves it into place once it is on disk.

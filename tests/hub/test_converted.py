@@ -17,6 +17,7 @@ from peft_jax.core import flatten
 from peft_jax.hub import converted, find_folder, load_model, save_model
 from peft_jax.hub.adapter_base import base_digest
 from peft_jax.models import build_model, quantize_params
+from peft_jax.runtime import buckets
 
 CONFIG = {
     "model_type": "llama",
@@ -284,8 +285,8 @@ def silent_bucket(monkeypatch):
 
 
 def test_a_bucket_that_does_not_respond_times_out(saved, silent_bucket, monkeypatch, capsys):
-    assert converted._CONTACT_SECONDS < 20
-    monkeypatch.setattr(converted, "_CONTACT_SECONDS", 0.2)
+    assert buckets.CONTACT_SECONDS < 20
+    monkeypatch.setattr(buckets, "CONTACT_SECONDS", 0.2)
     place = "gs://bucket-of-the-test/model"
     assert command.main([str(saved[0]), place]) == 2
     message = capsys.readouterr().err
