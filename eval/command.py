@@ -3,10 +3,11 @@ r"""Evaluates a run, an adapter or a checkpoint on benchmarks.
     peft-jax eval --workdir=runs/gsm8k --tasks=gsm8k,glue
     peft-jax eval --model=/path/to/checkpoint --tasks=xnli --data=folder
 
---workdir names the folder of a finished run; its adapter is evaluated on its
-base model. --model alone evaluates a checkpoint. --adapter evaluates an
-adapter's folder. --tasks=list lists the tasks. Data come from the Hugging Face
-hub, or with --data from a folder of local files.
+--workdir names the folder of a finished run, also one in a bucket (gs://,
+s3://); its adapter is evaluated on its base model. --model alone evaluates a
+checkpoint. --adapter evaluates an adapter's folder. --tasks=list lists the
+tasks. Data come from the Hugging Face hub, or with --data from a folder of
+local files.
 
 Results are written to --output, as results.json and results.md; by default to
 eval/ in the run's folder. The same command again resumes an interrupted
@@ -24,10 +25,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft_jax.runtime import exits
 from peft_jax.runtime.flags import Arguments
+
+if TYPE_CHECKING:
+    from .bucket_runs import Run
 
 
 @exits.command("eval", stopped="stopped; the same command resumes from here")
@@ -43,6 +47,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The harness shows a progress bar for every small step; this command shows its own.
     os.environ.setdefault("TQDM_DISABLE", "1")
     # Imported here, so that a mistyped flag is rejected at once and not after JAX has started.
+    from .bucket_runs import open_run
+    from .tasks.names import listing
+
+    names = tuple(name.strip() for name in given.tasks.split(",") if name.strip())
+    if names == ("list",):
+        print(listing())
+        return 0
+    with open_run(given.workdir) as of_run:
+        _evaluate(given, names, of_run)
+    return 0
+
+
+def _evaluate(given: argparse.Namespace, names: tuple[str, ...], of_run: "Run") -> None:
+    """Runs the tasks, and prints the results."""
     from peft_jax.parallel import MeshSettings
     from peft_jax.runtime.progress import Reporter
 
@@ -53,15 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .run import run
     from .sandbox import SandboxLimits
     from .settings import EvalSettings
-    from .tasks.names import HUMANEVAL, MT_BENCH, listing
+    from .tasks.names import HUMANEVAL, MT_BENCH
 
-    names = tuple(name.strip() for name in given.tasks.split(",") if name.strip())
-    if names == ("list",):
-        print(listing())
-        return 0
     settings = EvalSettings(
         tasks=names,
-        workdir=given.workdir,
+        workdir=of_run.folder,
+        url=of_run.url,
         model=given.model,
         adapter=given.adapter,
         merge=given.merge,
@@ -110,8 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     allow_unsafe = given.allow_unisolated_code
     print(run(settings, makers=makers, reporter=reporter, allow_unsafe=allow_unsafe), end="")
-    print(f"results: {settings.output_folder}", file=sys.stderr)
-    return 0
+    print(f"results: {of_run.shown(settings.output_folder)}", file=sys.stderr)
 
 
 def _numbers(flag: str, text: str) -> tuple[float, ...] | None:
@@ -166,7 +180,7 @@ def _reject_constant(name: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = Arguments("eval", description=__doc__)
     add = parser.add_argument_group("model").add_argument
-    add("--workdir", type=Path, help="folder of a finished run")
+    add("--workdir", help="folder of a finished run, also gs:// or s3://")
     add(
         "--model",
         help="folder of a checkpoint, or its name on the hub; by default the adapter's base model",

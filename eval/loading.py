@@ -18,6 +18,7 @@ from peft_jax.hub.tokenizer import load_tokenizer
 from peft_jax.models import build_model
 from peft_jax.models.registry import is_encoder
 from peft_jax.parallel import batch_sharding, make_mesh
+from peft_jax.runtime.buckets import is_bucket
 from peft_jax.runtime.files import read_json_object
 
 from .settings import EvalSettings
@@ -36,6 +37,7 @@ class ModelFiles:
       context: Context length in tokens; None if positions are unbounded.
       quantization: Quantization of the base model.
       split_special_tokens: Whether control tokens in prompts are tokenized as characters.
+      adapter_url: URL of an adapter in a bucket, of which `adapter` is a copy.
     """
 
     model: Path
@@ -44,6 +46,7 @@ class ModelFiles:
     context: int | None
     quantization: str
     split_special_tokens: bool
+    adapter_url: str = ""
 
     def identity(self) -> dict[str, Any]:
         """Returns the folders with digests of their files, to detect a changed model."""
@@ -53,8 +56,9 @@ class ModelFiles:
         }
         if self.adapter is not None:
             found |= {
-                "adapter": str(self.adapter.resolve()),
-                "adapter_digest": _digest(self.adapter),
+                "adapter": self.adapter_url or str(self.adapter.resolve()),
+                # Every copy has other times.
+                "adapter_digest": (_digest_contents if self.adapter_url else _digest)(self.adapter),
             }
         if self.quantization != "none":
             found["quantization"] = self.quantization
@@ -107,6 +111,7 @@ def find_model(settings: EvalSettings) -> ModelFiles:
         context=context_length(model),
         quantization=_quantization(settings, adapter),
         split_special_tokens=split,
+        adapter_url=adapter_name if adapter_name and is_bucket(adapter_name) else "",
     )
 
 
@@ -178,3 +183,12 @@ def _digest(folder: Path) -> str:
     files = sorted({file for pattern in _FILES for file in folder.glob(pattern)})
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
+
+
+def _digest_contents(folder: Path) -> str:
+    """Returns a digest of the names and contents of a folder's files."""
+    digest = hashlib.sha256()
+    for file in sorted({file for pattern in _FILES for file in folder.glob(pattern)}):
+        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]

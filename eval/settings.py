@@ -8,6 +8,7 @@ from peft_jax.core import FORMATS
 from peft_jax.core.validation import check_choice, check_positive_int
 from peft_jax.parallel import MeshSettings
 
+from .bucket_runs import copy_command
 from .tasks.build import TaskSettings
 
 _ADAPTER, _MODEL = "adapter", "model"
@@ -21,6 +22,7 @@ class EvalSettings:
     Attributes:
       tasks: Names of suites and tasks (`eval.tasks.names`).
       workdir: Folder of a finished run, whose adapter or, if it has none, whole model is evaluated.
+      url: URL of a run in a bucket, of which `workdir` has copies of the small files.
       model: Folder of a checkpoint, or its name on the hub; with `workdir` or `adapter`, the base
         model.
       adapter: Folder of an adapter, or its name on the hub.
@@ -50,6 +52,7 @@ class EvalSettings:
 
     tasks: tuple[str, ...]
     workdir: Path | None = None
+    url: str = ""
     model: str | None = None
     adapter: str | None = None
     merge: bool = False
@@ -114,12 +117,18 @@ class EvalSettings:
         if self.workdir is None:
             return self.model, self.adapter
         if (self.workdir / _ADAPTER).is_dir():
-            return self.model, str(self.workdir / _ADAPTER)
+            return self.model, f"{self.url or self.workdir}/{_ADAPTER}"
         if (self.workdir / _MODEL).is_dir() and self.model is None:
+            if self.url:
+                where = f"{self.url}/{_MODEL}"
+                raise ValueError(
+                    f"{self.url} has no adapter, because its run trained the whole model; copy the"
+                    f" model with `{copy_command(where)}`, and give it with --model={_MODEL}"
+                )
             return str(self.workdir / _MODEL), None
         raise ValueError(
-            f"{self.workdir} has neither {_ADAPTER}/ nor {_MODEL}/, which a run writes when it"
-            " finishes; resume the run with its training command"
+            f"{self.url or self.workdir} has neither {_ADAPTER}/ nor {_MODEL}/, which a run writes"
+            " when it finishes; resume the run with its training command"
         )
 
     @property

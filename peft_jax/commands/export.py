@@ -62,7 +62,7 @@ def make_parser() -> Arguments:
     parser = Arguments(NAME, description=__doc__)
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--workdir", type=Path, help="folder of a finished run")
+    source.add_argument("--workdir", help="folder of a finished run, also gs:// or s3://")
     source.add_argument("--adapter", help="folder of an adapter, or its name on the hub")
     add(
         "--model",
@@ -140,12 +140,17 @@ def export_peft(adapter: Path, output: Path, *, model: str | None = None) -> Non
         _save_tokenizer(adapter, base, temporary)
 
 
-def _adapter_of(workdir: Path) -> Path:
-    """Returns the folder of a run's adapter.
+def _adapter_of(given: str) -> str | Path:
+    """Returns the folder, or the location in a bucket, of a run's adapter.
 
     Raises:
       ValueError: The run has no adapter.
     """
+    from peft_jax.runtime.buckets import is_bucket  # imports TensorStore
+
+    if is_bucket(given):
+        return f"{given.rstrip('/')}/adapter"
+    workdir = Path(given)
     adapter = workdir / "adapter"
     if adapter.is_dir():
         return adapter

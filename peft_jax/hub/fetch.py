@@ -1,10 +1,14 @@
 """Finds a checkpoint's folder, or fetches it from the Hugging Face hub or a bucket."""
 
-import os
+import hashlib
 import re
 from pathlib import Path
 
+from peft_jax.hub.adapter_files import CONFIG, PEFT_CONFIG
 from peft_jax.hub.converted import fetch_small_files, is_location
+from peft_jax.runtime.buckets import Bucket, check_names, is_bucket, reach_store
+from peft_jax.runtime.errors import StorageError
+from peft_jax.runtime.files import atomic_folder, cache_folder
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -13,20 +17,22 @@ FETCHED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"
 
 
 def find_folder(path: str | Path, *, revision: str | None = None) -> Path:
-    """Returns the folder of a checkpoint, fetching it if necessary.
+    """Returns the folder of a checkpoint or an adapter, fetching it if necessary.
 
     Args:
       path: A folder; a name on the Hugging Face hub ("org/model"), fetched once into
-        huggingface_hub's cache; or the location of a converted checkpoint ("gs://bucket/model"),
-        of which all but the arrays is fetched into ~/.cache/peft_jax (or $PEFT_JAX_CACHE).
+        huggingface_hub's cache; the location of a converted checkpoint ("gs://bucket/model"), of
+        which all but the arrays is fetched into ~/.cache/peft_jax (or $PEFT_JAX_CACHE); or that of
+        an adapter in a bucket ("gs://bucket/runs/first/adapter"), fetched to the same place.
       revision: Branch, tag or commit on the hub.
 
     Raises:
       ValueError: There is no such folder, and it cannot be fetched.
     """
     if is_location(str(path)):
-        cache = os.environ.get("PEFT_JAX_CACHE", "~/.cache/peft_jax")
-        return fetch_small_files(str(path), Path(cache).expanduser() / "checkpoints")
+        if is_bucket(str(path)) and (adapter := _fetch_adapter(str(path))):
+            return adapter
+        return fetch_small_files(str(path), cache_folder() / "checkpoints")
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
@@ -49,6 +55,27 @@ def hub_name(folder: str | Path) -> tuple[str, str] | None:
     """
     found = re.search(r"/models--([^/]+)/snapshots/([0-9a-f]+)/?$", str(folder))
     return None if found is None else (found[1].replace("--", "/"), found[2])
+
+
+def _fetch_adapter(location: str) -> Path | None:
+    """Fetches an adapter from a bucket; returns None if there is none at the location.
+
+    Raises:
+      ValueError: The bucket cannot be reached.
+    """
+    reach_store(location, CONFIG)
+    bucket = Bucket(location)
+    try:
+        if all(bucket.read(name) is None for name in (CONFIG, PEFT_CONFIG)):
+            return None
+        names = [name for name in bucket.names("") if "/" not in name]
+        check_names(names, location)
+        name = hashlib.sha256(location.encode()).hexdigest()[:16]
+        with atomic_folder(cache_folder() / "adapters" / name) as temporary:
+            bucket.download({name: temporary / name for name in names})
+    except StorageError as error:
+        raise ValueError(str(error)) from error
+    return cache_folder() / "adapters" / name
 
 
 def _fetch(name: str, revision: str | None) -> Path:
