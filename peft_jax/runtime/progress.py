@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
@@ -45,16 +45,14 @@ class Reporter:
         """Returns a progress display of `total` steps, of which `done` are finished."""
         return StepProgress(self._console, total=total, done=done)
 
-    @contextlib.contextmanager
-    def counting(self, what: str, total: int) -> Iterator["Counter"]:
+    def counting(self, what: str, total: int) -> contextlib.AbstractContextManager["Counter"]:
         """Shows a counter during the block.
 
         Args:
           what: Name of the counted items.
           total: Number of items.
         """
-        with _bar(self._console, TextColumn(what)) as bar:
-            yield Counter(self._console, bar, what, total)
+        return _counting(self._console, what, total)
 
     def _print(self, message: str, **style: Any) -> None:
         self._console.print(
@@ -64,6 +62,35 @@ class Reporter:
             soft_wrap=not self._console.is_terminal,
             **style,
         )
+
+
+class RewritingReporter(Reporter):
+    """Passes messages through a function, and then to another reporter.
+
+    Args:
+      inner: Reporter that prints.
+      rewrite: Returns the text to print in place of a message.
+    """
+
+    def __init__(self, inner: Reporter, rewrite: Callable[[str], str]):
+        self._inner = inner
+        self._rewrite = rewrite
+
+    def say(self, message: str) -> None:
+        """Prints a message."""
+        self._inner.say(self._rewrite(message))
+
+    def warn(self, message: str) -> None:
+        """Prints a highlighted warning."""
+        self._inner.warn(self._rewrite(message))
+
+    def steps(self, total: int, *, done: int = 0) -> "StepProgress":
+        """Returns a progress display of `total` steps, of which `done` are finished."""
+        return self._inner.steps(total, done=done)
+
+    def counting(self, what: str, total: int) -> contextlib.AbstractContextManager["Counter"]:
+        """Shows a counter during the block; see `Reporter.counting`."""
+        return self._inner.counting(what, total)
 
 
 class Counter:
@@ -86,6 +113,12 @@ class Counter:
         if not self._console.is_terminal and now - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = now
             self._console.print(f"{self._what} {self._done}/{self._total}", highlight=False)
+
+
+@contextlib.contextmanager
+def _counting(console: Console, what: str, total: int) -> Iterator[Counter]:
+    with _bar(console, TextColumn(what)) as bar:
+        yield Counter(console, bar, what, total)
 
 
 class StepProgress:

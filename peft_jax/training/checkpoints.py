@@ -36,14 +36,14 @@ from peft_jax.core import join_path, names_of
 from peft_jax.runtime.errors import RefusedError, StorageError
 from peft_jax.runtime.files import write_json
 
-_STEP = re.compile(r"0|[1-9]\d*")
+STEP = re.compile(r"0|[1-9]\d*")
 _UNFINISHED = re.compile(r"\d+\.orbax-checkpoint-tmp.*")
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
 _ARRAYS = "arrays"
 _DELETING = "deleting-"
 _DAMAGED = "damaged-"
 
-_NOT_LISTED = {_MANIFEST, "commit_success.txt", "_CHECKPOINT_METADATA"}
+NOT_LISTED = {MANIFEST, "commit_success.txt", "_CHECKPOINT_METADATA"}
 """Files that a manifest does not list: itself, and files that Orbax writes later and can lack."""
 
 _OS_ERROR = re.compile(r"\[os_error_code='(\d+)'\]")
@@ -90,8 +90,8 @@ class Checkpoints:
         """Returns the steps of the complete checkpoints, oldest first."""
         if not self._folder.is_dir():
             return []
-        names = [p.name for p in self._folder.iterdir() if (p / _MANIFEST).is_file()]
-        return sorted(int(name) for name in names if _STEP.fullmatch(name))
+        names = [p.name for p in self._folder.iterdir() if (p / MANIFEST).is_file()]
+        return sorted(int(name) for name in names if STEP.fullmatch(name))
 
     def path(self, step: int) -> Path:
         """Returns the folder of a checkpoint."""
@@ -214,12 +214,16 @@ class Checkpoints:
         Raises:
           StorageError: The arrays cannot be restored from the folder.
         """
+        folder = self._folder_being_written()
+        self._check_restorable(folder)
+        write_json(folder / MANIFEST, _describe(folder))
+
+    def _folder_being_written(self) -> Path:
+        """Returns the folder that is about to be renamed into place."""
         name = str(self._saving)
         for folder in self._folder.iterdir():
             if folder.name == name or folder.name.startswith(f"{name}."):
-                self._check_restorable(folder)
-                write_json(folder / _MANIFEST, _describe(folder))
-                return
+                return folder
         raise FileNotFoundError(f"checkpoint {name} is not being written in {self._folder}")
 
     def _check_restorable(self, folder: Path) -> None:
@@ -279,8 +283,8 @@ class Checkpoints:
             elif _UNFINISHED.fullmatch(name):
                 say(f"removed the incomplete checkpoint {entry}")
                 shutil.rmtree(entry)
-            elif _STEP.fullmatch(name) and not (entry / _MANIFEST).is_file():
-                self._set_aside(int(name), f"it has no {_MANIFEST}", say)
+            elif STEP.fullmatch(name) and not (entry / MANIFEST).is_file():
+                self._set_aside(int(name), f"it has no {MANIFEST}", say)
 
     def _restore_names(self, say: Callable[[str], None]) -> None:
         """Restores the names of folders that hold another step than their name says.
@@ -290,8 +294,8 @@ class Checkpoints:
         """
         newest = max(self.steps(), default=-1)
         for entry in sorted(self._folder.iterdir()):
-            named = int(entry.name) if _STEP.fullmatch(entry.name) else None
-            if entry.name.startswith(_DAMAGED) or not (entry / _MANIFEST).is_file():
+            named = int(entry.name) if STEP.fullmatch(entry.name) else None
+            if entry.name.startswith(_DAMAGED) or not (entry / MANIFEST).is_file():
                 continue
             held = _held_step(entry)
             if held is None or held == named or self._fault(entry) is not None:
@@ -309,12 +313,12 @@ class Checkpoints:
     def _fault(self, folder: Path) -> str | None:
         """Returns how a folder disagrees with its manifest; None if it agrees."""
         try:
-            manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             wanted = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            return f"its {_MANIFEST} cannot be read"
+            return f"its {MANIFEST} cannot be read"
         if not wanted:
-            return f"its {_MANIFEST} is empty"
+            return f"its {MANIFEST} is empty"
         present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
         for name, (size, digest) in wanted.items():
             if name not in present:
@@ -325,8 +329,8 @@ class Checkpoints:
                 return f"{name} has changed since it was written"
         for name in sorted(present - wanted.keys()):
             parts = Path(name).parts
-            if parts[-1] not in _NOT_LISTED and not any(part.startswith(".") for part in parts):
-                return f"{name} is not in its {_MANIFEST}"
+            if parts[-1] not in NOT_LISTED and not any(part.startswith(".") for part in parts):
+                return f"{name} is not in its {MANIFEST}"
         return None
 
     def _set_aside(self, step: int, fault: str, say: Callable[[str], None]) -> None:
@@ -345,7 +349,7 @@ def _describe(folder: Path) -> dict[str, dict[str, Any]]:
             "sha256": _sha256(path),
         }
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in _NOT_LISTED
+        if path.is_file() and path.name not in NOT_LISTED
     }
 
 

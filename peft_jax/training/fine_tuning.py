@@ -40,7 +40,7 @@ class TrainingResult:
       spec: The specification, with a classifier's head among `modules_to_save`.
       adapter: The trained arrays, as `AdapterSpec.bind` and `merge` take them.
       summary: The result in numbers, as in `summary.json`.
-      workdir: The work directory.
+      workdir: The work directory; of one in a bucket, the copy on disk.
     """
 
     model: Model
@@ -85,7 +85,7 @@ def train(
         copied where it lies as `parallel` asks.
       spec: The method, and the modules it applies to.
       data: The rows; see `dataset`.
-      workdir: The folder that everything is written to.
+      workdir: The folder that everything is written to, or the URL of one in a bucket.
       steps: Number of optimizer steps.
       epochs: Number of passes over the rows, in place of `steps`.
       learning_rate: Peak of the schedule; by default the method's.

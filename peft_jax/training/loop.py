@@ -21,7 +21,8 @@ from peft_jax.runtime.errors import BadDataError, NonFiniteError, RefusedError, 
 from peft_jax.runtime.files import locked, write_json
 from peft_jax.runtime.interruption import Interruption
 from peft_jax.runtime.pending import PendingMetrics, StepMetrics
-from peft_jax.runtime.progress import Reporter, StepProgress
+from peft_jax.runtime.progress import Reporter, RewritingReporter, StepProgress
+from peft_jax.training.bucket_workdir import WorkDirCopy, keep_copy
 from peft_jax.training.checkpoints import Checkpoints
 from peft_jax.training.config import RunConfig
 from peft_jax.training.evaluate import AnyEvaluator, make_evaluator
@@ -66,7 +67,7 @@ def run(
 
     Args:
       config: Configuration of the run.
-      workdir: Folder that everything is written to.
+      workdir: Folder that everything is written to, or the URL of one in a bucket.
       reporter: Prints messages and progress. Default: the terminal.
       allow_changed: Inputs that may have changed since the run began, "base" or "data". Both are
         compared by content, and any other change is an error.
@@ -85,9 +86,24 @@ def run(
     """
     dispatch_inline()
     check_allowed(allow_changed)
-    first = jax.process_index() == 0
-    reporter = reporter or Reporter(quiet=not first)
     folder = WorkDir.at(workdir)
+    reporter = reporter or Reporter(quiet=jax.process_index() != 0)
+    if folder.url:
+        reporter = RewritingReporter(reporter, folder.shown)
+    with keep_copy(folder, say=reporter.warn) as copy:
+        return _run_in(copy, config, reporter, allow_changed=allow_changed, params=params)
+
+
+def _run_in(
+    copy: WorkDirCopy,
+    config: RunConfig,
+    reporter: Reporter,
+    *,
+    allow_changed: Collection[str],
+    params: Tree | None,
+) -> dict[str, Any]:
+    """Trains in a work directory whose local files are up to date; see `run`."""
+    folder, first = copy.folder, jax.process_index() == 0
     check_processes(folder.path, config.to_mapping())
     folder.check(config)
     summary = from_first(folder.read_summary(say=reporter.warn) if first else None)
@@ -114,13 +130,7 @@ def run(
         for note in folder.check(config):
             reporter.warn(note)
         interruption = stack.enter_context(Interruption())
-        checkpoints = stack.enter_context(
-            Checkpoints(
-                folder.checkpoints,
-                keep=config.checkpoint.keep,
-                asynchronous=config.checkpoint.asynchronous,
-            )
-        )
+        checkpoints = stack.enter_context(copy.checkpoints(config.checkpoint))
         start = find_start(
             job,
             folder,
@@ -133,8 +143,9 @@ def run(
         stack.enter_context(_explaining_failures(folder, checkpoints))
         if first:
             folder.claim(config, inputs)
+            copy.claim()
         stack.enter_context(on_mesh(job.mesh))
-        return _Run(job, folder, reporter, interruption, checkpoints, phases, inputs, params).go(
+        return _Run(job, copy, reporter, interruption, checkpoints, phases, inputs, params).go(
             start
         )
 
@@ -177,7 +188,7 @@ class _Run:
     def __init__(
         self,
         job: Job,
-        folder: WorkDir,
+        copy: WorkDirCopy,
         reporter: Reporter,
         interruption: Interruption,
         checkpoints: Checkpoints,
@@ -189,7 +200,8 @@ class _Run:
         self._params = params
         self._inputs = inputs
         self._config = job.config
-        self._folder = folder
+        self._copy = copy
+        self._folder = copy.folder
         self._reporter = reporter
         self._interruption = interruption
         self._checkpoints = checkpoints
@@ -325,6 +337,8 @@ class _Run:
                     folder=self._folder.path,
                 )
             )
+        if copying := self._copy.records_sink():
+            sinks.append(copying)
         try:
             log = MetricsLog(
                 self._folder.metrics,
@@ -505,6 +519,7 @@ class _Run:
             )
             # Written last, because its presence marks the run as finished.
             write_json(self._folder.summary, summary)
+            self._copy.finish()
         self._say_results(summary)
         return summary
 

@@ -9,9 +9,13 @@ adapter/        the trained adapter; full fine-tuning only writes model/
 model/          the merged model, if configured
 summary.json    results; its presence marks the run as finished
 report/         report with plots
+
+A run in a bucket (gs://, s3://) writes these files to a folder on the local disk, from which
+[`bucket_workdir`][peft_jax.training.bucket_workdir] copies them.
 """
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -24,8 +28,9 @@ from typing import Any
 from peft_jax.core.typed_settings import differences
 from peft_jax.hub.adapter_files import CONFIG as ADAPTER_CONFIG
 from peft_jax.hub.adapter_save import check_adapter_folder
+from peft_jax.runtime.buckets import SCHEMES, Bucket
 from peft_jax.runtime.errors import RefusedError
-from peft_jax.runtime.files import read_json_object, write_json
+from peft_jax.runtime.files import cache_folder, read_json_object, write_json
 from peft_jax.training.config import LENGTH, MAY_CHANGE, ROUNDING, RunConfig, under
 from peft_jax.training.input_digests import Inputs
 
@@ -40,28 +45,32 @@ class WorkDir:
     """Paths of a run's files.
 
     Attributes:
-      path: Path of the work directory.
+      path: Path of the work directory; of one in a bucket, the folder that its files are staged in.
+      url: URL of a work directory in a bucket; empty for one on disk.
     """
 
     path: Path
+    url: str = ""
 
     @staticmethod
     def at(given: str | Path) -> "WorkDir":
         """Returns the work directory for the value of --workdir.
 
+        Args:
+          given: A folder, or the URL of a folder in a bucket.
+
         Raises:
-          RefusedError: The value is the URL of an object store, or not a valid path.
+          RefusedError: The value is another URL, or not a valid path.
 
         Example:
           >>> WorkDir.at("/data/runs/first").path.name
           'first'
+          >>> WorkDir.at("gs://bucket/runs/first").url
+          'gs://bucket/runs/first'
         """
         # A Path has already lost one of the slashes of a URL.
-        if scheme := re.match(r"([a-z][a-z0-9+.-]*):/", str(given), re.IGNORECASE):
-            raise RefusedError(
-                f"--workdir is {given}, but {scheme[1]}:// URLs are not supported; give a folder,"
-                " such as a mounted bucket (see docs/pods.md)"
-            )
+        if found := re.match(r"([a-z][a-z0-9+.-]*):/+(.*)", str(given), re.IGNORECASE | re.DOTALL):
+            return _in_bucket(found[1], found[2])
         try:
             str(given).encode()
             path = Path(given).expanduser().absolute()
@@ -75,6 +84,10 @@ class WorkDir:
                 " for a folder of that name"
             ) from error
         return WorkDir(path)
+
+    def shown(self, text: str) -> str:
+        """Returns a message with the URL of the bucket in place of the local path."""
+        return text.replace(str(self.path), self.url) if self.url else text
 
     @property
     def config(self) -> Path:
@@ -317,6 +330,26 @@ class WorkDir:
                 f"{self.path} has {', '.join(present)} of an unknown run, because it has no "
                 "config.json, and nothing is overwritten: give another --workdir, or move them away"
             )
+
+
+def _in_bucket(scheme: str, rest: str) -> WorkDir:
+    """Returns the work directory of a URL.
+
+    Raises:
+      RefusedError: The URL is not that of a folder in a bucket.
+    """
+    url = f"{scheme}://{rest.rstrip('/')}"
+    if scheme not in SCHEMES:
+        raise RefusedError(
+            f"--workdir is {url}, but {scheme}:// URLs are not supported; give gs://bucket/folder,"
+            " s3://bucket/folder or a folder on disk"
+        )
+    try:
+        Bucket(url)
+    except ValueError as error:
+        raise RefusedError(f"--workdir: {error}") from error
+    name = hashlib.sha256(url.encode()).hexdigest()[:16]
+    return WorkDir(cache_folder() / "workdirs" / name / "files", url)
 
 
 def compare_configs(before: dict[str, Any], config: RunConfig, *, where: str) -> list[str]:

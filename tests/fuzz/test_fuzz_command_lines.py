@@ -23,7 +23,8 @@ EVALUATE = ["-m", "eval", f"--model={TINY}", "--data=assets"]
 LINES = [
     ([*TRAIN], "nowhere.jsonl"),
     ([*TRAIN, "--workdir=/dev/null/run"], "/dev/null"),
-    ([*TRAIN, "--workdir=gs://bucket/run"], "gs://bucket/run"),
+    ([*TRAIN, "--workdir=ftp://host/run"], "ftp://host/run"),
+    ([*TRAIN, "--workdir=gs://not a bucket/run"], "gs://not a bucket/run"),
     ([*TRAIN, "--config.train.lr=1"], "train.learning_rate"),
     ([*TRAIN, "--config.train.steps=0"], "steps"),
     ([*TRAIN, "--config.train.learning_rate=nan"], "learning_rate"),

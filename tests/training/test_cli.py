@@ -102,14 +102,14 @@ def test_file_without_a_configuration_is_rejected():
     assert "--config=/dev/null has no get_config()" in result.stderr
 
 
-def test_url_of_an_object_store_is_rejected(flags):
+def test_url_that_is_not_a_bucket_is_rejected(flags):
     """As a process: what the others check in this one ends a program in the same way."""
-    result = train(*flags, "--workdir=gs://bucket/runs/first")
+    result = train(*flags, "--workdir=http://localhost:1/runs/first")
     assert result.returncode == 2
-    assert "--workdir is gs://bucket/runs/first" in result.stderr
-    assert "mounted" in result.stderr
+    assert "--workdir is http://localhost:1/runs/first" in result.stderr
+    assert "give gs://bucket/folder" in result.stderr
     assert "Traceback" not in result.stderr
-    assert not (ROOT / "gs:").exists()
+    assert not (ROOT / "http:").exists()
 
 
 def wait_for(path: Path, step: int, process: subprocess.Popen) -> None:
