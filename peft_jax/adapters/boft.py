@@ -21,6 +21,7 @@ from kernels_pallas.cayley import cayley
 from peft_jax.adapters.method import AdapterMethod, Arrays, Axes, GradientFactors
 from peft_jax.adapters.peft_form import NoPeftFormError, PeftForm, Shapes
 from peft_jax.core import LINEAR_OUTPUT, Kernel, linear
+from peft_jax.core.scopes import part
 from peft_jax.core.validation import check_fraction, check_positive_int
 
 MOST_FACTORS = 32
@@ -120,6 +121,7 @@ class BOFT(AdapterMethod):
         """Returns axes that shard blocks as the kernel's input."""
         return {"r": (None, d_in, None), "scale": (d_out,)}, {}
 
+    @part("rotation")
     def prepare(
         self, trainable: Arrays, constant: Arrays, *, dropout_key: jax.Array | None = None
     ) -> Arrays:
@@ -171,6 +173,7 @@ class BOFT(AdapterMethod):
         )
         return transposed(columns)[0].T * arrays["scale"].astype(jnp.float32)
 
+    @part("rotation")
     def _rotate(
         self,
         x: Float[Array, "*batch d_in"],

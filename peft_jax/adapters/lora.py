@@ -15,6 +15,7 @@ from peft_jax.adapters.low_rank import low_rank_product
 from peft_jax.adapters.method import AdapterMethod, Arrays, Axes, GradientFactors
 from peft_jax.adapters.peft_form import PeftForm, Shapes
 from peft_jax.core import Kernel, linear
+from peft_jax.core.scopes import part
 from peft_jax.core.validation import check_fraction, check_positive, check_positive_int
 
 
@@ -99,6 +100,7 @@ class LoRA(AdapterMethod):
         """Returns x W + (x A)(s B)."""
         return linear(x, base) + self.low_rank(x, arrays, dropout_key=dropout_key)
 
+    @part("low_rank")
     def low_rank(
         self, x: Float[Array, "*batch d_in"], arrays: Arrays, *, dropout_key: jax.Array | None
     ) -> Float[Array, "*batch d_out"]:

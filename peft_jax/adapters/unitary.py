@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from kernels_pallas.unitary import unitary_product
 from peft_jax.adapters.method import AdapterMethod, Arrays, Axes, GradientFactors
 from peft_jax.core import Kernel, linear
+from peft_jax.core.scopes import part
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,8 @@ class Unitary(AdapterMethod):
     ) -> Float[Array, "*batch d_out"]:
         """Returns (U x) W."""
         del dropout_key
-        return linear(unitary_product(x, arrays["phases"], arrays["reflections"]), base)
+        rotated = part("rotation")(unitary_product)(x, arrays["phases"], arrays["reflections"])
+        return linear(rotated, base)
 
     def merge(self, base: Float[Array, "d_in d_out"], arrays: Arrays) -> Float[Array, "d_in d_out"]:
         """Returns U W, with U as a real orthogonal map of row vectors."""

@@ -6,6 +6,7 @@
 - [`patterns`][peft_jax.core.patterns]: users' regular expressions, matched with a time limit.
 - [`quantized`][peft_jax.core.quantized]: frozen kernels in 8 or 4 bits, `quantize`, `dequantize`.
 - [`trees`][peft_jax.core.trees]: nested dictionaries of arrays as flat paths, and back.
+- [`scopes`][peft_jax.core.scopes]: `part`, which marks the parts of a training step.
 - [`suggest`][peft_jax.core.suggest]: near matches of an unknown name, for error messages.
 - [`validation`][peft_jax.core.validation]: range checks of settings.
 """

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from kernels_pallas.target_device import target_platform
+from peft_jax.core.scopes import part
 from peft_jax.models.attention_layout import (
     MASKED,
     Attend,
@@ -123,8 +124,8 @@ def make_attention(
     )
     make = _MAKERS[name]
     if active_mesh() is None:
-        return make(layout, tokens=tokens, keys=keys)
-    return _sharded(make, layout, tokens=tokens, keys=keys)
+        return part("scores")(make(layout, tokens=tokens, keys=keys))
+    return part("scores")(_sharded(make, layout, tokens=tokens, keys=keys))
 
 
 @functools.lru_cache(maxsize=1024)

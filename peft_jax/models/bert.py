@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from peft_jax.core.scopes import part
 from peft_jax.core.validation import check_choice, check_positive, check_positive_int
 from peft_jax.models.attention import make_attention
 from peft_jax.models.attention_layout import Attend, AttentionLayout
@@ -182,6 +183,7 @@ class BertAttention(nnx.Module):
         self.self = BertSelfAttention(config)
         self.output = BertOutput(config, config.hidden_size, ("heads", "embed"))
 
+    @part("attention")
     def __call__(self, x: Hidden, attend: Attend) -> Hidden:
         """Returns the sub-layer's output, [B, T, D]."""
         return self.output(self.self(x, attend), x)
@@ -210,6 +212,10 @@ class BertBlock(nnx.Module):
     def __call__(self, x: Hidden, attend: Attend) -> Hidden:
         """Returns the block's output, [B, T, D]."""
         attended = self.attention(x, attend)
+        return self._mlp(attended)
+
+    @part("mlp")
+    def _mlp(self, attended: Hidden) -> Hidden:
         return self.output(self.intermediate(attended), attended)
 
 

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from peft_jax.core import Kernel
+from peft_jax.core.scopes import part
 from peft_jax.core.validation import check_positive, check_positive_int
 from peft_jax.models.attention import make_attention
 from peft_jax.models.attention_layout import Attend, AttentionLayout, alibi_slopes
@@ -85,6 +86,7 @@ class BloomAttention(nnx.Module):
         self.query_key_value = _linear(config, embed, 3 * embed, ("embed", "heads"))
         self.dense = _linear(config, embed, embed, ("heads", "embed"))
 
+    @part("attention")
     def __call__(
         self, x: Hidden, attend: Attend, cache: LayerCache | None
     ) -> tuple[Hidden, LayerCache | None]:
@@ -108,6 +110,7 @@ class BloomMLP(nnx.Module):
         self.dense_h_to_4h = _linear(config, embed, mlp, ("embed", "mlp"))
         self.dense_4h_to_h = _linear(config, mlp, embed, ("mlp", "embed"))
 
+    @part("mlp")
     def __call__(self, x: Hidden) -> Hidden:
         """Returns the MLP's output, [B, T, D]."""
         activation = recomputed(functools.partial(jax.nn.gelu, approximate=True))

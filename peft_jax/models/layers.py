@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from peft_jax.core import linear
 from peft_jax.core.activation_axes import input_axis
+from peft_jax.core.scopes import part
 from peft_jax.parallel import constrain_features
 
 
@@ -75,6 +76,7 @@ class Embedding(nnx.Module):
     def __init__(self, vocab_size: int, features: int, *, stddev: float):
         self.embedding = parameter((vocab_size, features), ("vocab", "embed"), stddev=stddev)
 
+    @part("embedding")
     def __call__(
         self, tokens: Int[Array, "batch tokens"], dtype: jnp.dtype
     ) -> Float[Array, "batch tokens embed"]:
@@ -95,6 +97,7 @@ class RMSNorm(nnx.Module):
         self.scale = parameter((features,), ("norm",), mean=1.0)
         self.epsilon = epsilon
 
+    @part("norm")
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
         """Returns the normalized `x` in the dtype of `x`, computed in float32."""
         return recomputed(self._normalize)(x, self.scale.get_value())
@@ -121,6 +124,7 @@ class LayerNorm(nnx.Module):
         self.bias = parameter((features,), ("norm",))
         self.epsilon = epsilon
 
+    @part("norm")
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
         """Returns the normalized `x` in the dtype of `x`, computed in float32."""
         return recomputed(self._normalize)(x, self.scale.get_value(), self.bias.get_value())

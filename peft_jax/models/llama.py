@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
 from peft_jax.core import Kernel
+from peft_jax.core.scopes import part
 from peft_jax.core.validation import check_positive, check_positive_int
 from peft_jax.models.attention import make_attention
 from peft_jax.models.attention_layout import Attend, AttentionLayout
@@ -117,6 +118,7 @@ class LlamaAttention(nnx.Module):
             self.q_norm = RMSNorm(config.head_dim, epsilon=config.norm_epsilon)
             self.k_norm = RMSNorm(config.head_dim, epsilon=config.norm_epsilon)
 
+    @part("attention")
     def __call__(
         self, x: Hidden, rotation: Rotation, attend: Attend, cache: LayerCache | None
     ) -> tuple[Hidden, LayerCache | None]:
@@ -155,6 +157,7 @@ class LlamaMLP(nnx.Module):
         self.up_proj = project(embed, mlp, ("embed", "mlp"))
         self.down_proj = project(mlp, embed, ("mlp", "embed"))
 
+    @part("mlp")
     def __call__(self, x: Hidden) -> Hidden:
         """Returns the MLP's output, [B, T, D]."""
         gated = recomputed(lambda gate, up: jax.nn.silu(gate) * up)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from peft_jax.adapters import LOW_RANK, ROTATION, AdapterSpec, AdapterState
 from peft_jax.core import Path, Tree, flatten, is_stacked
+from peft_jax.core.scopes import part
 from peft_jax.data import AnyBatch, LabeledBatch
 from peft_jax.models import Model
 from peft_jax.optim import GroupClipping, mixing_weights
@@ -79,7 +80,7 @@ def summed_loss(
     )
     # The head's vocabulary is sharded along "tensor", so its tokens cannot be.
     hidden = constrain(hidden, ("batch", "sequence", None))
-    return chunked_cross_entropy(
+    return part("loss")(chunked_cross_entropy)(
         hidden.reshape(-1, hidden.shape[-1]),
         model.head_kernel(params),
         batch.targets.reshape(-1),
@@ -155,13 +156,8 @@ class TrainStep:
             loss, gradients = self._accumulate_weighted(state, frozen, constant, batch)
         if self.shardings is not None:
             gradients = jax.lax.with_sharding_constraint(gradients, self.shardings)
-        # optax's own transformations rely on implicit dtype promotion.
-        with jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = optax.with_extra_args_support(self.optimizer).update(
-                gradients, state.opt_state, state.trainable, value=loss
-            )
-        trainable = optax.apply_updates(state.trainable, updates)
-        grad_norm = optax.tree.norm(gradients)
+        trainable, opt_state = self._update(state, gradients, loss)
+        grad_norm = part("optimizer")(optax.tree.norm)(gradients)
         if self.learning_rate is not None:
             rate = jnp.asarray(self.learning_rate(state.step), jnp.float32)
             counts["learning_rate"] = rate
@@ -176,6 +172,16 @@ class TrainStep:
             "finite": jnp.isfinite(loss) & jnp.isfinite(grad_norm),
         }
         return TrainState(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
+
+    @part("optimizer")
+    def _update(self, state: TrainState, gradients: Tree, loss: Array) -> tuple[Tree, Any]:
+        """Returns the trainable arrays and the optimizer's state after an update."""
+        # optax's own transformations rely on implicit dtype promotion.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = optax.with_extra_args_support(self.optimizer).update(
+                gradients, state.opt_state, state.trainable, value=loss
+            )
+        return optax.apply_updates(state.trainable, updates), opt_state
 
     def loss(
         self,
