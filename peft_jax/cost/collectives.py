@@ -1,4 +1,4 @@
-"""Reads the collectives of a compiled program from its HLO text.
+"""Reads the collectives of a compiled program.
 
 A collective in a loop counts once per iteration, unlike in the compilers' own analyses.
 """
@@ -6,25 +6,16 @@ A collective in a loop counts once per iteration, unlike in the compilers' own a
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+from peft_jax.cost.hlo import Instruction, bits_of
 
-_BYTES = {"pred": 1, "c64": 8, "c128": 16, "token": 0}
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
-_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
-_CALLED = re.compile(
-    r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
-)
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_OPERATION = re.compile(rf"\s({'|'.join(KINDS)})(-start)?\(([^)]*)\)")
-_WHILE = re.compile(r"\swhile\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+"""Collectives within a slice."""
+
 _BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
-_COMPARED = re.compile(r"ROOT .* compare\(([^)]*)\), direction=(LT|GT)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,13 +28,17 @@ class Collective:
       group: Number of devices that take part.
       times: Number of executions in one run of the program.
       between_slices: Whether it crosses the data-center network.
+      members: Devices of the first group, in order.
+      pairs: Source and target of each part of a permute.
     """
 
     kind: str
     bytes: float
     group: int
-    times: int
+    times: float
     between_slices: bool
+    members: tuple[int, ...] = ()
+    pairs: tuple[tuple[int, int], ...] = ()
 
     @property
     def total(self) -> float:
@@ -51,164 +46,73 @@ class Collective:
         return self.bytes * self.times
 
 
-@dataclasses.dataclass
-class _Computation:
-    lines: list[str]
-    entry: bool
-
-
-def read_collectives(text: str, *, devices_a_slice: int) -> list[Collective]:
-    """Returns the collectives of a compiled program.
+def read_collective(
+    one: Instruction, *, scatters: bool = False, devices_a_slice: int
+) -> Collective | None:
+    """Returns the collective of an instruction, once; None if it is none, or sends nothing.
 
     In a group of n devices, each receives (n-1)/n of the full array in an all-gather, a
     reduce-scatter or an all-to-all. An all-reduce is both of the first two and receives twice that.
 
     Args:
-      text: HLO text of the program after the compiler's passes.
+      one: Instruction. Of an asynchronous collective, only the start counts.
+      scatters: Whether an all-reduce is the part of a fusion that scatters its result.
       devices_a_slice: Number of consecutive devices that share a slice's network.
-
-    Raises:
-      ValueError: The text has no entry computation.
     """
-    computations = dict(_computations(text))
-    entry = [name for name, computation in computations.items() if computation.entry]
-    if not entry:
-        raise ValueError("the text is not a compiled program's HLO: it has no ENTRY computation")
-    found: list[Collective] = []
-
-    def visit(name: str, times: int, seen: set[str]) -> None:
-        """Collects from one computation; `seen` holds the channels found in the same loop body.
-
-        The compiler may spread a collective over several fusions, to overlap it with them. It
-        appears in each of them, with the same channel.
-        """
-        for line in computations[name].lines:
-            loop = _WHILE.search(line)
-            if loop is not None:
-                trips = _trip_count(line, computations[loop[1]])
-                visit(loop[2], times * trips, set())
-                continue
-            if " recv(" in line and (transfer := _BETWEEN_SLICES.search(line)):
-                found.append(_between_slices(line, transfer[1], times))
-                continue
-            operation = _OPERATION.search(line)
-            if operation is not None:
-                channel = re.search(r"channel_id=(\d+)", line)
-                key = channel[1] if channel else line
-                if key not in seen:
-                    seen.add(key)
-                    scatters = name.startswith("all-reduce-scatter")
-                    found.extend(_collective(line, operation, times, scatters, devices_a_slice))
-                continue
-            for called in _called(line):
-                if called in computations:
-                    visit(called, times, seen)
-
-    visit(entry[0], 1, set())
-    return found
-
-
-def _computations(text: str) -> Iterator[tuple[str, _Computation]]:
-    name, current = "", _Computation([], entry=False)
-    for line in text.splitlines():
-        if header := _COMPUTATION.match(line):
-            name, current = header[2], _Computation([], entry=header[1] is not None)
-        elif line.startswith("}"):
-            if name:
-                yield name, current
-            name = ""
-        elif name:
-            current.lines.append(line)
-
-
-def _called(line: str) -> list[str]:
-    branches = [
-        one.strip().lstrip("%") for m in _BRANCHES.finditer(line) for one in m[1].split(",")
-    ]
-    return [m[1] for m in _CALLED.finditer(line)] + branches
-
-
-def _trip_count(line: str, condition: _Computation) -> int:
-    """Returns a loop's trip count: the compiler's note, or the constant it counts to.
-
-    A loop whose end is computed counts once. Attention has such loops, but they send nothing.
-    """
-    if noted := _TRIPS.search(line):
-        return int(noted[1])
-    constants = {}
-    for inner in condition.lines:
-        if match := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)", inner):
-            constants[match[1]] = int(match[2])
-    for inner in condition.lines:
-        if compared := _COMPARED.search(inner):
-            names = re.findall(r"%([\w.\-]+)", compared[1]) or compared[1].split(", ")
-            ends = [constants[name] for name in names if name in constants]
-            return ends[0] if ends else 1
-    return 1
-
-
-def _between_slices(line: str, kind: str, times: int) -> Collective:
-    """Returns the collective of a receive between slices, which the TPU's host performs."""
-    result = line.split(" recv(")[0]
-    dtype, shape = _ARRAY.findall(result)[0]
-    slices = re.search(r'_xla_megascale_target="\{([\d,]*)\}', line)
-    return Collective(
-        kind=kind.lower().replace("_", "-"),
-        bytes=float(_size(dtype, shape)),
-        group=len(slices[1].split(",")) if slices else 2,
-        times=times,
-        between_slices=True,
-    )
-
-
-def _collective(
-    line: str, operation: re.Match[str], times: int, scatters: bool, devices_a_slice: int
-) -> Iterator[Collective]:
-    kind = "reduce-scatter" if scatters and operation[1] == "all-reduce" else operation[1]
-    instruction = _INSTRUCTION.match(line)
-    if instruction is None:
-        return
-    result = instruction[2][: instruction[2].index(operation[0].strip().split("(")[0])]
-    sizes = [_size(m[1], m[2]) for m in _ARRAY.finditer(result)]
-    if operation[2]:
-        # The result of an asynchronous start also contains the operands.
-        sizes = sizes[len(sizes) // 2 :] if kind != "collective-permute" else sizes[1:2]
+    if one.opcode == "recv" and (transfer := _BETWEEN_SLICES.search(one.attributes)):
+        return _between_slices(one, transfer[1])
+    kind = one.opcode.removesuffix("-start")
+    if kind not in KINDS:
+        return None
+    if scatters and kind == "all-reduce":
+        kind = "reduce-scatter"
+    sizes = [array.size * bits_of(array.dtype) / 8 for array in one.result]
+    if one.opcode.endswith("-start"):
+        # The result of an asynchronous start also contains the operands, and flags.
+        sizes = sizes[1:2] if kind == "collective-permute" else sizes[len(sizes) // 2 :]
     whole = float(sum(sizes))
-    groups = _groups(line)
-    group = groups.shape[1] if groups is not None else 1
     if kind == "collective-permute":
-        pairs = re.search(r"source_target_pairs=\{([^=]*?)\}(?:,|\s|$)", line + " ")
-        numbers = [int(n) for n in re.findall(r"\d+", pairs[1])] if pairs else []
-        groups, group = np.array(numbers).reshape(-1, 2), 2
-        share = 1.0
-    elif group == 1:
-        return
+        pairs = _pairs(one.attributes)
+        groups, share = np.array(pairs).reshape(-1, 2), 1.0
+        group = 2
     else:
+        found = _groups(one.attributes)
+        if found is None or found.shape[1] == 1:
+            return None
+        groups, group, pairs = found, found.shape[1], ()
         share = (group - 1) / group
         if kind == "all-reduce":
             share *= 2
         if kind == "reduce-scatter" and not scatters:
             whole *= group
-    crosses = groups is not None and bool(
-        np.any(groups // devices_a_slice != groups[:, :1] // devices_a_slice)
+    return Collective(
+        kind=kind,
+        bytes=whole * share,
+        group=group,
+        times=1.0,
+        between_slices=bool(np.any(groups // devices_a_slice != groups[:, :1] // devices_a_slice)),
+        members=tuple(int(n) for n in groups[0]) if len(groups) else (),
+        pairs=pairs,
     )
-    yield Collective(
-        kind=kind, bytes=whole * share, group=group, times=times, between_slices=crosses
+
+
+def _between_slices(one: Instruction, kind: str) -> Collective:
+    """Returns the collective of a receive between slices, which the TPU's host performs."""
+    array = one.result[0]
+    slices = re.search(r'_xla_megascale_target="\{([\d,]*)\}', one.attributes)
+    return Collective(
+        kind=kind.lower().replace("_", "-"),
+        bytes=array.size * bits_of(array.dtype) / 8,
+        group=len(slices[1].split(",")) if slices else 2,
+        times=1.0,
+        between_slices=True,
     )
 
 
-def _size(dtype: str, shape: str) -> int:
-    """Returns the bytes of an array, given its dtype and shape in HLO syntax.
-
-    Example:
-      >>> _size("bf16", "4,1024"), _size("s32", ""), _size("f8e4m3fn", "8"), _size("s4", "8")
-      (8192, 4, 8, 4)
-    """
-    count = math.prod(int(n) for n in shape.split(",") if n)
-    if dtype in _BYTES:
-        return count * _BYTES[dtype]
-    bits = re.search(r"\d+", dtype)
-    return count * int(bits[0]) // 8 if bits else 0
+def _pairs(attributes: str) -> tuple[tuple[int, int], ...]:
+    text = re.search(r"source_target_pairs=\{([^=]*?)\}(?:,|\s|$)", attributes + " ")
+    numbers = [int(n) for n in re.findall(r"\d+", text[1])] if text else []
+    return tuple(zip(numbers[::2], numbers[1::2], strict=True))
 
 
 def _groups(line: str) -> np.ndarray | None:

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from peft_jax.adapters import count_parameters
-from peft_jax.cost import Collective, Topology, read_collectives
-from peft_jax.cost.memory import arrays_on_a_device, device_memory
+from peft_jax.cost import Collective, Network, Topology, estimate_program, network_of
+from peft_jax.cost.memory import device_memory
 from peft_jax.hub import read_config
 from peft_jax.models import CausalLM, build_model
 from peft_jax.models.architectures import check_architecture, find_architecture
 from peft_jax.parallel import make_mesh
 from peft_jax.plan.compiler import CompilerReport, compile_for_topology
-from peft_jax.plan.estimate import Estimate, estimate_step
+from peft_jax.plan.estimate import Estimate
 from peft_jax.plan.step_memory import Memory, measure_memory
 from peft_jax.runtime.errors import RefusedError
 from peft_jax.training.blueprint import Blueprint, draw_blueprint
@@ -62,12 +62,6 @@ class Plan:
     def to_mapping(self) -> dict[str, Any]:
         """Returns the plan as nested dictionaries of JSON values, in bytes, FLOPs and seconds."""
         train, execution = self.config.train, self.config.execution
-        estimate = None
-        if self.estimate is not None:
-            estimate = dataclasses.asdict(self.estimate) | {
-                "seconds": self.estimate.seconds,
-                "bound_by": self.estimate.bound_by,
-            }
         return {
             "fits": self.fits,
             "reason": self.reason,
@@ -88,7 +82,7 @@ class Plan:
             "collective_bytes_a_device": None
             if self.collectives is None
             else collective_bytes(self.collectives),
-            "estimate": estimate,
+            "estimate": None if self.estimate is None else self.estimate.to_mapping(),
             "compile_seconds": round(self.compile_seconds, 1),
         }
 
@@ -146,21 +140,15 @@ def plan_blueprint(blueprint: Blueprint, topology: Topology) -> Plan:
     if memory.total is not None and limit is not None and memory.total > limit:
         reason = f"it needs {gib(memory.total)} on a device, but a device has {gib(limit)}"
     arithmetic = count_step(blueprint)
-    devices = len(topology.devices)
-    collectives = None
+    timeline = None
     if report.program:
-        collectives = tuple(
-            read_collectives(report.program, devices_a_slice=devices // topology.slices)
+        timeline = estimate_program(
+            report.program, chip=topology.chip, network=_network(blueprint, topology)
         )
     estimate = None
-    if topology.chip is not None and collectives is not None:
-        estimate = estimate_step(
-            topology.chip,
-            devices=devices,
-            arithmetic=arithmetic,
-            parameter_bytes=_parameter_bytes(blueprint),
-            collectives=collectives,
-        )
+    if topology.chip is not None and timeline is not None:
+        rate = arithmetic.total / len(topology.devices) / topology.chip.flops
+        estimate = Estimate(timeline=timeline, utilization=rate / timeline.total)
     count = count_parameters(blueprint.spec, blueprint.params, blueprint.adapter)
     return Plan(
         topology=topology,
@@ -173,7 +161,7 @@ def plan_blueprint(blueprint: Blueprint, topology: Topology) -> Plan:
         reason=reason,
         memory=memory,
         arithmetic=arithmetic,
-        collectives=collectives,
+        collectives=None if timeline is None else timeline.collectives,
         estimate=estimate,
         compile_seconds=seconds,
     )
@@ -197,13 +185,14 @@ def _compile_here(blueprint: Blueprint) -> CompilerReport:
     )
 
 
-def _parameter_bytes(blueprint: Blueprint) -> int:
-    """Returns the bytes of parameters that a device reads in a step, gathered along "fsdp"."""
-    shape = blueprint.mesh.shape
-    gathered = shape["fsdp"]
-    own = arrays_on_a_device({"params": blueprint.params}) * gathered
-    passes = 2 if blueprint.model.execution.remat == "none" else 3
-    return own * passes * blueprint.config.train.gradient_accumulation
+def _network(blueprint: Blueprint, topology: Topology) -> Network:
+    """Returns the links among the devices of a mesh."""
+    return network_of(
+        list(blueprint.mesh.devices.flat),
+        topology.name.partition(":")[0],
+        topology.chip.per_chip if topology.chip else 1,
+        topology.slices,
+    )
 
 
 def collective_bytes(found: Sequence[Collective]) -> dict[str, float]:

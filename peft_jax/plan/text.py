@@ -11,6 +11,10 @@ _WIDTH = 80
 """Width of a terminal, in characters."""
 
 
+_LEAST_SHARE = 0.001
+"""Share of a step below which a part of the model is not listed."""
+
+
 def describe(plan: Plan) -> str:
     """Returns the plan as text for a terminal."""
     return "\n".join(_lines(plan))
@@ -101,15 +105,24 @@ def _time(plan: Plan) -> Iterable[str]:
         )
         return
     tokens = plan.config.train.batch_size * plan.config.train.max_length
+    timeline = estimate.timeline
     yield (
         f"about {estimate.seconds:.3g} s/step ({tokens / estimate.seconds:,.0f} tokens/s), "
-        f"bound by {estimate.bound_by}; utilization {estimate.utilization:.0%}"
+        f"mostly {estimate.bound_by}; utilization {estimate.utilization:.0%}"
     )
-    parts = ", ".join(
-        f"{name} {getattr(estimate, name):.3g} s"
-        for name in ("products", "memory", "links", "network")
+    kinds = [kind for kind, seconds in timeline.by_kind().items() if seconds > 0]
+    yield f"  {'seconds':<12}{'all':>8}" + "".join(f"{kind:>13}" for kind in kinds)
+    for name, seconds in (("all", timeline.by_kind()), *timeline.by_part().items()):
+        whole = sum(seconds.values())
+        if whole >= _LEAST_SHARE * estimate.seconds:
+            row = "".join(f"{seconds[kind]:>13.2f}" for kind in kinds)
+            yield f"  {name:<12}{whole:>8.2f}{row}"
+    yield (
+        f"  transfers: {timeline.hidden():.3g} s hidden behind other work,"
+        f" {timeline.unhidden():.3g} s not"
     )
-    yield f"  {parts}"
+    for name in timeline.unknown_loops:
+        yield f"  the loop {name} counts once, because its length is computed"
     yield textwrap.fill(
         f"assumed: {'; '.join(ASSUMPTIONS)}",
         width=_WIDTH,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from peft_jax.cost import read_collectives
+from peft_jax.cost import estimate_program, network_of
 from peft_jax.cost.collectives import _groups
 
 MIB = 2**20
@@ -17,11 +17,16 @@ def mesh():
     return jax.make_mesh((2, 4), ("outer", "inner"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
 
-def collectives_of(function, mesh, spec, out, shape, *, devices_a_slice=8):
+def collectives_of_text(text, *, devices=8, slices=1):
+    network = network_of([object()] * devices, "cpu", 1, slices)
+    return estimate_program(text, chip=None, network=network).collectives
+
+
+def collectives_of(function, mesh, spec, out, shape, *, slices=1):
     mapped = jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=out, check_vma=False)
     x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=jax.NamedSharding(mesh, spec))
     text = jax.jit(mapped).lower(x).compile().as_text()
-    return read_collectives(text, devices_a_slice=devices_a_slice)
+    return collectives_of_text(text, slices=slices)
 
 
 GATHER = lambda x: jax.lax.all_gather(x, "inner", tiled=True)  # noqa: E731
@@ -57,11 +62,22 @@ def test_collective_in_a_loop_counts_once_per_iteration(mesh):
     assert sum(one.total for one in found) == pytest.approx(11 * 1.5 * MIB)
 
 
+def test_collectives_of_one_shard_map_count_each(mesh):
+    """They have the same channel, but each sends its own array."""
+
+    def function(x):
+        first = jax.lax.all_gather(x, "inner", tiled=True)
+        second = jax.lax.all_gather(jnp.sin(x), "inner", tiled=True)
+        return first @ second.T
+
+    found = collectives_of(function, mesh, P("inner"), P(), (512, 512))
+    assert [one.kind for one in found] == ["all-gather"] * 2
+    assert sum(one.total for one in found) == pytest.approx(2 * 0.75 * MIB)
+
+
 @pytest.mark.parametrize(("axis", "crosses"), [("inner", False), ("outer", True)])
 def test_collectives_between_slices_are_recognized(mesh, axis, crosses):
-    found = collectives_of(
-        lambda x: jax.lax.psum(x, axis), mesh, P(), P(), (512, 512), devices_a_slice=4
-    )
+    found = collectives_of(lambda x: jax.lax.psum(x, axis), mesh, P(), P(), (512, 512), slices=2)
     assert {one.between_slices for one in found} == {crosses}
 
 
@@ -110,29 +126,35 @@ SPREAD = """HloModule m
 
 %body (b: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
   %b = (s32[], bf16[4,8]) parameter(0)
-  %f1 = bf16[8,8]{1,0} fusion(%b), kind=kCustom, calls=%start
+  %j = s32[] get-tuple-element(%b), index=0
+  %one = s32[] constant(1)
+  %next = s32[] add(%j, %one)
+  %v = bf16[4,8]{1,0} get-tuple-element(%b), index=1
+  %f1 = bf16[8,8]{1,0} fusion(%v), kind=kCustom, calls=%start
   %f2 = bf16[8,8]{1,0} fusion(%f1), kind=kCustom, calls=%done
   %f3 = f32[4,8]{1,0} fusion(%f2), kind=kCustom, calls=%all-reduce-scatter.1
-  ROOT %z = (s32[], bf16[4,8]) tuple(%f3)
+  ROOT %z = (s32[], bf16[4,8]) tuple(%next, %f3)
 }
 
 ENTRY %main (x: bf16[4,8]) -> bf16[4,8] {
   %x = bf16[4,8]{1,0} parameter(0)
-  %w = (s32[], bf16[4,8]{1,0}) while(%x), condition=%condition, body=%body, metadata={x}
+  %zero = s32[] constant(0)
+  %w0 = (s32[], bf16[4,8]{1,0}) tuple(%zero, %x)
+  %w = (s32[], bf16[4,8]{1,0}) while(%w0), condition=%condition, body=%body, metadata={x}
   ROOT %y = bf16[4,8]{1,0} get-tuple-element(%w), index=1
 }
 """
 
 
 def test_collective_spread_over_fusions_counts_once():
-    gather, scatter = read_collectives(SPREAD, devices_a_slice=4)
+    gather, scatter = collectives_of_text(SPREAD, devices=4)
     assert (gather.kind, gather.times, gather.bytes) == ("all-gather", 28, 64)
     assert (scatter.kind, scatter.times, scatter.bytes) == ("reduce-scatter", 28, 128)
 
 
 def test_text_without_hlo_is_rejected():
     with pytest.raises(ValueError, match="HLO"):
-        read_collectives("hello", devices_a_slice=1)
+        collectives_of_text("hello")
 
 
 def test_asynchronous_collective_counts_only_its_result():
@@ -142,5 +164,5 @@ def test_asynchronous_collective_counts_only_its_result():
   ROOT %d = f32[8]{0} all-gather-done(%s)
 }
 """
-    (one,) = read_collectives(text, devices_a_slice=2)
+    (one,) = collectives_of_text(text, devices=2)
     np.testing.assert_allclose(one.bytes, 8 * 4 / 2)
