@@ -74,15 +74,3 @@ def open_run(workdir: str | None) -> Iterator[Run]:
         }
         bucket.upload(files)
         waiting.unlink()
-
-
-def copy_command(url: str) -> str:
-    """Returns the command line that copies a folder of a bucket to the disk.
-
-    Example:
-      >>> copy_command("gs://bucket/runs/first/model")
-      'gcloud storage cp -r gs://bucket/runs/first/model .'
-    """
-    if url.startswith("s3://"):
-        return f"aws s3 cp --recursive {url} {url.rpartition('/')[2]}"
-    return f"gcloud storage cp -r {url} ."

@@ -7,8 +7,8 @@ from typing import Any
 from peft_jax.core import FORMATS
 from peft_jax.core.validation import check_choice, check_positive_int
 from peft_jax.parallel import MeshSettings
+from peft_jax.runtime.buckets import copy_command
 
-from .bucket_runs import copy_command
 from .tasks.build import TaskSettings
 
 _ADAPTER, _MODEL = "adapter", "model"

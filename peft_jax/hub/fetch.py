@@ -67,6 +67,11 @@ def _fetch_adapter(location: str) -> Path | None:
     bucket = Bucket(location)
     try:
         if all(bucket.read(name) is None for name in (CONFIG, PEFT_CONFIG)):
+            if bucket.read(f"adapter/{CONFIG}") is not None:
+                raise ValueError(
+                    f"{location} is the work directory of a run; its adapter is"
+                    f" {bucket.url}/adapter"
+                )
             return None
         names = [name for name in bucket.names("") if "/" not in name]
         check_names(names, location)

@@ -31,6 +31,16 @@ _IN_FLIGHT = 8
 _RETRIES = {"max_retries": 12, "initial_delay": "1s", "max_delay": "32s"}
 """Retries of a request, which last about five minutes."""
 
+_AWS_SOURCES = {
+    "AWS_PROFILE",
+    "AWS_CONFIG_FILE",
+    "AWS_SHARED_CREDENTIALS_FILE",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+}
+"""Variables that name credentials for S3, besides those that hold them."""
+
 Generation = bytes
 """Version of an object. Writes can be made conditional on it."""
 
@@ -45,31 +55,50 @@ def is_bucket(location: str) -> bool:
     return location.partition("://")[0] in SCHEMES and "://" in location
 
 
+def copy_command(url: str) -> str:
+    """Returns the command line that copies a folder of a bucket to the disk.
+
+    Example:
+      >>> copy_command("gs://bucket/runs/first/model")
+      'gcloud storage cp -r gs://bucket/runs/first/model .'
+    """
+    if url.startswith("s3://"):
+        return f"aws s3 cp --recursive {url} {url.rpartition('/')[2]}"
+    return f"gcloud storage cp -r {url} ."
+
+
 def store_spec(location: str) -> Any:
     """Returns TensorStore's specification of the objects under a location.
 
     Args:
-      location: URL of a folder: "gs://…", "s3://…" or "file://…".
+      location: URL of a folder: "gs://…", "s3://…" or "file://…". In a bucket, names of folders are
+        taken as they are, and not decoded.
 
     Example:
       >>> store_spec("gs://bucket/model")
-      'gs://bucket/model/'
+      {'driver': 'gcs', 'bucket': 'bucket', 'path': 'model/'}
     """
-    url = location.rstrip("/") + "/"
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    has_keys = "AWS_ACCESS_KEY_ID" in os.environ
-    if not url.startswith("s3://") or not (endpoint or has_keys):
-        return url
-    bucket, _, path = url.removeprefix("s3://").partition("/")
-    spec: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": path}
-    if has_keys:
-        # Without this TensorStore also looks for files of keys, and logs that there are none.
-        spec["aws_credentials"] = {"type": "environment"}
-    if endpoint:
-        spec["endpoint"] = endpoint
+    scheme, _, rest = location.partition("://")
+    if scheme not in SCHEMES:
+        return location.rstrip("/") + "/"
+    bucket, _, path = rest.rstrip("/").partition("/")
+    spec: dict[str, Any] = {"driver": "gcs", "bucket": bucket, "path": f"{path}/" if path else ""}
+    return spec if scheme == "gs" else {**spec, "driver": "s3", **_s3_settings()}
+
+
+def _s3_settings() -> dict[str, Any]:
+    """Returns the settings for S3 that the environment has, and TensorStore does not read."""
+    settings: dict[str, Any] = {}
+    # Named, because TensorStore otherwise logs every place that has no credentials.
+    if "AWS_ACCESS_KEY_ID" in os.environ:
+        settings["aws_credentials"] = {"type": "environment"}
+    elif not _AWS_SOURCES & os.environ.keys() and not Path("~/.aws").expanduser().is_dir():
+        settings["aws_credentials"] = {"type": "imds"}
+    if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
+        settings["endpoint"] = endpoint
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-        spec["aws_region"] = region or "us-east-1"
-    return spec
+        settings["aws_region"] = region or "us-east-1"
+    return settings
 
 
 def reach_store(location: str, probe: str, *, shown: str = "") -> ts.KvStore:
@@ -275,4 +304,4 @@ def _explaining(where: str, done: str) -> Iterator[None]:
 def _reason(error: Exception) -> str:
     """Returns an error of TensorStore as text, without the places in its source."""
     text = re.sub(r"\s*\[[a-z_]+='.*", "", str(error), flags=re.DOTALL)
-    return " ".join(text.split())
+    return " ".join(text.split()).rstrip(".")

@@ -1,16 +1,14 @@
 """Converted checkpoints hold the source's values, in a folder and in a bucket."""
 
-import http.server
 import json
 import socket
-import threading
-import urllib.parse
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from stand_in_bucket import BUCKET, serve
 
 from peft_jax import convert as command
 from peft_jax.core import flatten
@@ -178,66 +176,20 @@ def test_an_empty_or_unreachable_location_is_rejected(tmp_path):
         find_folder("gs://not a bucket/model")
 
 
-class Bucket(http.server.BaseHTTPRequestHandler):
-    """Implements the part of Google Cloud Storage's protocol that reads and writes objects."""
-
-    objects: dict[str, bytes]
-
-    def do_GET(self) -> None:
-        path, query = self._parts()
-        if path.endswith("/o"):
-            start, stop = (query.get(name, [""])[0] for name in ("startOffset", "endOffset"))
-            names = [
-                {"name": name}
-                for name in sorted(self.objects)
-                if start <= name and (name < stop or not stop)
-            ]
-            self._answer(200, json.dumps({"items": names}).encode())
-            return
-        content = self.objects.get(path.partition("/o/")[2])
-        self._answer(404 if content is None else 200, content or b"")
-
-    def do_POST(self) -> None:
-        name = self._parts()[1]["name"][0]
-        self.objects[name] = self.rfile.read(int(self.headers["Content-Length"] or 0))
-        self._answer(200, json.dumps({"name": name, "generation": "1"}).encode())
-
-    def do_DELETE(self) -> None:
-        self.objects.pop(self._parts()[0].partition("/o/")[2], None)
-        self._answer(204, b"")
-
-    def _parts(self) -> tuple[str, dict[str, list[str]]]:
-        parts = urllib.parse.urlsplit(self.path)
-        return urllib.parse.unquote(parts.path), urllib.parse.parse_qs(parts.query)
-
-    def _answer(self, code: int, content: bytes) -> None:
-        self.send_response(code)
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("x-goog-generation", "1")
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None:
-        """Suppresses the log."""
-
-
 @pytest.fixture
 def bucket(monkeypatch):
-    """Yields the objects of the bucket gs://bucket-of-the-test/."""
-    handler = type("Handler", (Bucket,), {"objects": {}})
-    server = http.server.ThreadingHTTPServer(("localhost", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://localhost:{server.server_port}")
-    monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "token")
-    yield handler.objects
-    server.shutdown()
-    server.server_close()
+    """Yields the objects of the bucket of the test."""
+    with serve() as stand_in:
+        for name, value in stand_in.environment.items():
+            monkeypatch.setenv(name, value)
+        yield stand_in.objects
 
 
-def test_a_bucket_is_written_and_loaded(saved, bucket, tmp_path, monkeypatch):
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_a_bucket_is_written_and_loaded(saved, bucket, tmp_path, monkeypatch, scheme):
     monkeypatch.setenv("PEFT_JAX_CACHE", str(tmp_path))
     folder, params = saved
-    place = "gs://bucket-of-the-test/models/tiny"
+    place = f"{scheme}://{BUCKET}/models/tiny"
     bucket["models/tiny/config.json"] = b"mine"
     with pytest.raises(ValueError, match=r"holds config\.json"):
         command.convert_checkpoint(str(folder), place)

@@ -185,8 +185,9 @@ def impatient(monkeypatch):
 
 @pytest.mark.parametrize("scheme", ["gs", "s3"])
 def test_one_run_at_a_time(bucket, impatient, tmp_path, scheme):
+    """In a folder whose name would be another one if it were read as a pattern or a URL."""
     said = []
-    folder = Bucket(f"{scheme}://{RUN}")
+    folder = Bucket(f"{scheme}://{BUCKET}/runs/lr[1e-3]* 50%25?é")
     here, there = tmp_path / "here", tmp_path / "there"
     with lock_bucket(folder, here, say=said.append) as lock:
         with (
@@ -200,6 +201,7 @@ def test_one_run_at_a_time(bucket, impatient, tmp_path, scheme):
         ):
             pass
         lock.check()
+        assert "runs/lr[1e-3]* 50%25?é/owner.json" in bucket.objects
     assert folder.read(OWNER) is None
     assert len(said) == 1
 
