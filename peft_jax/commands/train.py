@@ -8,11 +8,11 @@ yours, or one that comes with peft_jax; after a colon comes the file's own
 argument. Any setting in it can be changed: --config.method.rank=16,
 --config.train.learning_rate=1e-4.
 
---workdir is the folder for everything the run writes. The same command again
-resumes from the latest checkpoint there, wherever the run was stopped; with
-more steps, also after its end. A run whose base or data has changed since it
-began is rejected, unless --allow_changed=base,data permits it:
-docs/resuming.md.
+--workdir is the folder for everything the run writes, on disk or in a bucket
+(gs://, s3://). The same command again resumes from the latest checkpoint there,
+wherever the run was stopped; with more steps, also after its end. A run whose
+base or data has changed since it began is rejected, unless
+--allow_changed=base,data permits it: docs/resuming.md.
 
 --plan compiles the training step for devices that need not be present, and
 reports its memory, its time, and whether it fits. --search finds the smallest
@@ -102,7 +102,10 @@ def make_parser() -> ConfigArguments:
     """Returns the parser of the command's flags."""
     parser = ConfigArguments(NAME, description=__doc__)
     add = parser.add_argument_group("the run").add_argument
-    add("--workdir", help="folder of the run; by default runs/ and the configuration's name")
+    add(
+        "--workdir",
+        help="folder of the run, or gs:// or s3://; by default runs/ and the configuration's name",
+    )
     add(
         "--allow_changed",
         type=_words,
