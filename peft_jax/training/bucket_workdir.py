@@ -11,13 +11,15 @@ goes on, the first process copies what it has written:
   finished.
 
 Of each folder, the file that marks it as complete is written last. So a run that is killed at any
-moment, with its disk, resumes from the bucket.
+moment, with its disk, resumes from the bucket. Each process of a run has a folder of its own, and
+copies its part of each checkpoint.
 """
 
 import concurrent.futures
 import contextlib
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from peft_jax.runtime.errors import EndingError, RefusedError, StorageError
 from peft_jax.training.bucket_checkpoints import BucketCheckpoints
 from peft_jax.training.checkpoints import Checkpoints
 from peft_jax.training.config import CheckpointSettings
+from peft_jax.training.placement import from_first
 from peft_jax.training.report.metrics import Record
 from peft_jax.training.workdir import WorkDir
 
@@ -85,13 +88,17 @@ class BucketCopy(WorkDirCopy):
     Args:
       folder: The work directory.
       bucket: Its folder in the bucket.
-      lock: Lock of that folder.
+      lock: Lock of that folder, which the first process holds; None in the others.
+      session: Name of this run's start, the same in every process.
     """
 
-    def __init__(self, folder: WorkDir, bucket: Bucket, lock: BucketLock):
+    def __init__(
+        self, folder: WorkDir, bucket: Bucket, lock: BucketLock | None, *, session: str = ""
+    ):
         super().__init__(folder)
         self._bucket = bucket
         self.lock = lock
+        self._session = session
 
     def checkpoints(self, settings: CheckpointSettings) -> Checkpoints:
         """Returns the checkpoints of the run."""
@@ -100,6 +107,7 @@ class BucketCopy(WorkDirCopy):
             bucket=self._bucket,
             lock=self.lock,
             before=self.copy_records,
+            session=self._session,
             keep=settings.keep,
             asynchronous=settings.asynchronous,
         )
@@ -128,7 +136,8 @@ class BucketCopy(WorkDirCopy):
 
     def finish(self) -> None:
         """Copies the results of the run, and the summary after them."""
-        self.lock.check()
+        if self.lock is not None:
+            self.lock.check()
         for name, last in _RESULTS.items():
             self._copy_folder(name, last)
         self.copy_records()
@@ -220,20 +229,26 @@ def keep_copy(folder: WorkDir, *, say: Callable[[str], None]) -> Iterator[WorkDi
     if not folder.url:
         yield WorkDirCopy(folder)
         return
-    if jax.process_count() > 1:
-        raise RefusedError(
-            f"--workdir is {folder.url}, but there are {jax.process_count()} processes; give a"
-            " folder that all of them see, such as a mounted bucket (see docs/pods.md)"
-        )
     try:
         reach_store(folder.url, "config.json")
     except ValueError as error:
         raise RefusedError(f"--workdir {error}") from error
-    bucket = Bucket(folder.url)
-    with lock_bucket(bucket, folder.path.parent, say=say) as lock, naming_bucket(folder):
-        copy = BucketCopy(folder, bucket, lock)
+    bucket, index = Bucket(folder.url), jax.process_index()
+    with contextlib.ExitStack() as stack:
+        lock = None
+        if index == 0:
+            lock = stack.enter_context(lock_bucket(bucket, folder.path.parent, say=say))
+        else:
+            # Processes of one host must not share a folder.
+            folder = WorkDir(folder.path.with_name(f"files-{index}"), folder.url)
+        stack.enter_context(naming_bucket(folder))
+        # The others wait for the lock.
+        session = from_first(uuid.uuid4().hex)
+        copy = BucketCopy(folder, bucket, lock, session=session)
         copy.pull()
         yield copy
+        # The others find the results in the bucket once they are here.
+        from_first(None)
 
 
 @contextlib.contextmanager

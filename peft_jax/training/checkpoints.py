@@ -50,6 +50,10 @@ _OS_ERROR = re.compile(r"\[os_error_code='(\d+)'\]")
 """Pattern of the system's error number in TensorStore's messages."""
 
 
+_NO_NEWS = ("Global object size logging disabled", "Skipping merge of OCDBT checkpoints")
+"""Orbax's warnings if each process writes to a disk of its own."""
+
+
 class Checkpoints:
     """Writes and restores the checkpoints of one run.
 
@@ -73,10 +77,7 @@ class Checkpoints:
         self._closing = contextlib.ExitStack()
         self._closing.enter_context(_without_tracebacks())
         self._orbax_folder = self._closing.enter_context(_plain_path(self._folder))
-        self._checkpointer = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(),
-            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
-        )
+        self._checkpointer = self._make_checkpointer()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -202,6 +203,13 @@ class Checkpoints:
                 )
         return restored
 
+    def _make_checkpointer(self) -> ocp.AsyncCheckpointer:
+        """Returns Orbax's writer, which calls `_seal`."""
+        return ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(),
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
+        )
+
     def _orbax_path(self, step: int) -> Path:
         """Returns the folder of a checkpoint, as a path that Orbax accepts."""
         return self._orbax_folder / str(step)
@@ -216,7 +224,7 @@ class Checkpoints:
         """
         folder = self._folder_being_written()
         self._check_restorable(folder)
-        write_json(folder / MANIFEST, _describe(folder))
+        write_json(folder / MANIFEST, describe(folder))
 
     def _folder_being_written(self) -> Path:
         """Returns the folder that is about to be renamed into place."""
@@ -341,7 +349,7 @@ class Checkpoints:
         say(f"checkpoint {self.path(step)} is damaged ({fault}); renamed it to {aside}")
 
 
-def _describe(folder: Path) -> dict[str, dict[str, Any]]:
+def describe(folder: Path) -> dict[str, dict[str, Any]]:
     """Returns the size and digest of every file of a folder, by path."""
     return {
         path.relative_to(folder).as_posix(): {
@@ -409,17 +417,19 @@ def _is_pattern(path: Path | str) -> bool:
     return glob.has_magic(str(path)) or "\\" in str(path)
 
 
-class _OrbaxTracebacks(logging.Filter):
-    """Suppresses the tracebacks of errors that Orbax's threads both log and raise."""
+class _OrbaxNoise(logging.Filter):
+    """Suppresses tracebacks of errors that Orbax also raises, and warnings that are no news."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return not (record.exc_info and "orbax" in Path(record.pathname).parts)
+        if "orbax" not in Path(record.pathname).parts:
+            return True
+        return not (record.exc_info or any(text in record.getMessage() for text in _NO_NEWS))
 
 
 @contextlib.contextmanager
 def _without_tracebacks() -> Iterator[None]:
     """Keeps Orbax and its background tasks from printing tracebacks during the block."""
-    held_back = _OrbaxTracebacks()
+    held_back = _OrbaxNoise()
     logger = logging.getLogger("absl")
     logger.addFilter(held_back)
     before = sys.unraisablehook

@@ -5,6 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, cast
 
+import jax
 from qwix import QArray
 
 from peft_jax.adapters import AdapterSpec, AdapterState
@@ -15,6 +16,8 @@ from peft_jax.hub.fetch import hub_name
 from peft_jax.models import Model, quantization_of
 from peft_jax.optim import MixingSettings, OptimizerSettings
 from peft_jax.parallel import MeshSettings
+from peft_jax.runtime.buckets import copy_command
+from peft_jax.runtime.errors import RefusedError
 from peft_jax.runtime.progress import Reporter
 from peft_jax.training.config import (
     CheckpointSettings,
@@ -147,10 +150,17 @@ def train(
     summary = run(config, workdir, reporter=reporter, allow_changed=allow_changed, params=params)
     folder = WorkDir.at(workdir)
     if exports_adapter(config):
-        found, adapter = load_adapter(folder.adapter, model, params)
+        # Only the first process has a copy on disk.
+        url = f"{folder.url}/adapter" if folder.url and jax.process_index() else ""
+        found, adapter = load_adapter(url or folder.adapter, model, params)
     else:
         # The whole model is what was trained.
         found = spec
+        if folder.url and not any(folder.model.glob("*.safetensors")):
+            raise RefusedError(
+                f"{folder.url} has a finished run of another host; copy its model with"
+                f" `{copy_command(f'{folder.url}/model')}`, and load that"
+            )
         whole = load_params(folder.model, model, dtype=spec.dtype)
         adapter = AdapterState(trainable=whole, constant={})
     return TrainingResult(

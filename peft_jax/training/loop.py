@@ -90,6 +90,7 @@ def run(
     reporter = reporter or Reporter(quiet=jax.process_index() != 0)
     if folder.url:
         reporter = RewritingReporter(reporter, folder.shown)
+    check_processes(folder.path, config.to_mapping(), url=folder.url)
     with keep_copy(folder, say=reporter.warn) as copy:
         return _run_in(copy, config, reporter, allow_changed=allow_changed, params=params)
 
@@ -104,7 +105,6 @@ def _run_in(
 ) -> dict[str, Any]:
     """Trains in a work directory whose local files are up to date; see `run`."""
     folder, first = copy.folder, jax.process_index() == 0
-    check_processes(folder.path, config.to_mapping())
     folder.check(config)
     summary = from_first(folder.read_summary(say=reporter.warn) if first else None)
     if summary is not None and folder.is_as_long_as(config):
@@ -332,7 +332,7 @@ class _Run:
             sinks.append(
                 WeightsAndBiases(
                     project=logging.wandb_project,
-                    name=logging.wandb_name or self._folder.path.name,
+                    name=logging.wandb_name or self._folder.name,
                     config=self._config.to_mapping(),
                     folder=self._folder.path,
                 )

@@ -81,11 +81,12 @@ def gather_json(value: Any) -> list[Any]:
     ]
 
 
-def check_processes(folder: Path, settings: Mapping[str, Any]) -> None:
+def check_processes(folder: Path, settings: Mapping[str, Any], *, url: str = "") -> None:
     """Rejects processes that are not connected, or differ in settings or work directory.
 
     Args:
       folder: Work directory.
+      url: URL of a work directory in a bucket, of which each process has a `folder` of its own.
       settings: Configuration of this process, from `RunConfig.to_mapping`.
 
     Raises:
@@ -99,8 +100,9 @@ def check_processes(folder: Path, settings: Mapping[str, Any]) -> None:
             f"these devices belong to {jax.process_count()} processes that are not connected; start"
             " each with --distributed"
         )
-    _check_same(gather_json(settings))
-    _check_shared(folder)
+    _check_same(gather_json({**settings, "--workdir": url} if url else settings))
+    if not url:
+        _check_shared(folder)
 
 
 def _check_same(given: Sequence[Mapping[str, Any]]) -> None:

@@ -85,6 +85,16 @@ class WorkDir:
             ) from error
         return WorkDir(path)
 
+    @property
+    def name(self) -> str:
+        """Last part of the path or URL.
+
+        Example:
+          >>> WorkDir.at("gs://bucket/runs/first").name
+          'first'
+        """
+        return self.url.rpartition("/")[2] if self.url else self.path.name
+
     def shown(self, text: str) -> str:
         """Returns a message with the URL of the bucket in place of the local path."""
         return text.replace(str(self.path), self.url) if self.url else text
