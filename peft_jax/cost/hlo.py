@@ -16,13 +16,16 @@ HBM, VMEM, HOST = 0, 1, 5
 _BITS = {"pred": 8, "c64": 64, "c128": 128, "token": 0, "opaque": 0}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_END = re.compile(r"^\}(?:, execution_thread=\S+)?$")
+_BEGINS = re.compile(r"^(?:\s+(?:ROOT )?%?[\w.\-]+ = |(?:ENTRY )?%?[\w.\-]+ \(|\}(?:,|$)|$)")
+"""Beginnings of an instruction, a computation, its end, and an empty line."""
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _TILE = re.compile(r"T\(([\d,]+)\)")
 _SPACE = re.compile(r"S\((\d+)\)")
 _CALLED = re.compile(
     r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
 )
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_BRANCHES = re.compile(r"(?:branch|called)_computations=\{([^}]*)\}")
 _OP_NAME = re.compile(r'metadata=\{[^}]*?op_name="([^"]*)"')
 
 
@@ -142,11 +145,11 @@ def read_program(text: str) -> Program:
     computations: dict[str, Computation] = {}
     entry, name = "", ""
     lines: dict[str, Instruction] = {}
-    for line in text.splitlines():
+    for line in _joined(text):
         if header := _COMPUTATION.match(line):
             name, lines = header[2], {}
             entry = name if header[1] else entry
-        elif line.startswith("}"):
+        elif _END.match(line):
             if name:
                 computations[name] = Computation(name, lines)
             name = ""
@@ -155,6 +158,22 @@ def read_program(text: str) -> Program:
     if not entry:
         raise ValueError("the text is not a compiled program's HLO: it has no ENTRY computation")
     return Program(computations, entry)
+
+
+def _joined(text: str) -> Iterator[str]:
+    """Yields the lines of a text, each instruction as one.
+
+    A constant or a kernel's metadata may be written over several lines.
+    """
+    held = ""
+    for line in text.splitlines():
+        if held and not _BEGINS.match(line):
+            held += line
+            continue
+        if held:
+            yield held
+        held = line
+    yield held
 
 
 def _read_instruction(line: str) -> Instruction | None:

@@ -14,12 +14,13 @@ from typing import Literal
 
 from peft_jax.cost.chips import Chip
 from peft_jax.cost.collectives import Collective, read_collective
-from peft_jax.cost.hlo import HOST, Computation, Instruction, Program, read_program
+from peft_jax.cost.hlo import HOST, Computation, Instruction, Program
+from peft_jax.cost.kernels import KernelWork, count_kernel
 from peft_jax.cost.links import Network
 from peft_jax.cost.loops import Counts, count_runs
 from peft_jax.cost.parts import part_of
 from peft_jax.cost.products import Product, read_product
-from peft_jax.cost.traffic import Traffic, count_traffic
+from peft_jax.cost.traffic import FREE, Traffic, count_traffic
 
 PRODUCTS = 0.85
 """Share of the peak rate that large matrix products reach."""
@@ -36,9 +37,8 @@ Kind = Literal["products", "elementwise", "memory", "links", "network", "host"]
 KINDS: tuple[Kind, ...] = ("products", "elementwise", "memory", "links", "network", "host")
 """What the time is spent on; the last three are transfers that nothing hides."""
 
-_COST = re.compile(r'"cost_estimate":\{([^}]*)\}')
-_NUMBER = re.compile(r'"(\w+)":"(-?\d+)"')
-_UNPASSABLE = ("while", "conditional", "call")
+_CALLING = ("fusion", "async-start", "custom-call", "call")
+"""Operations that may hold a collective in a computation that they call."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,8 @@ class Transfer:
       asynchronous: Whether other instructions run meanwhile.
       times: Number of runs.
       seconds: Seconds of all runs.
-      unhidden: Seconds of all runs in which the program waits for it.
+      unhidden: Seconds of all runs in which the program waits for it, and for those before it on
+        the same links.
     """
 
     kind: Kind
@@ -118,18 +119,14 @@ class Timeline:
         return sum((one.unhidden for one in self.transfers if one.kind != "memory"), 0.0)
 
 
-def estimate_program(text: str, *, chip: Chip | None, network: Network) -> Timeline:
+def estimate_program(program: Program, *, chip: Chip | None, network: Network) -> Timeline:
     """Estimates the time of a compiled program.
 
     Args:
-      text: HLO text of the program after the compiler's passes.
+      program: Compiled program.
       chip: Peak rates of each device; None counts operations and bytes only.
       network: Links among the devices, in the program's order.
-
-    Raises:
-      ValueError: The text is no compiled program.
     """
-    program = read_program(text)
     counts = count_runs(program)
     clock = _Clock(program, counts, chip, network)
     whole = clock.tally(program.computations[program.entry])
@@ -205,8 +202,12 @@ class _Clock:
         """Returns the seconds of a product, by its shape."""
         if self.chip is None:
             return 0.0
-        rate = self.chip.flops * (self.chip.narrow if product.narrow else 1.0)
-        return product.computed(self.chip.tile) / (rate * PRODUCTS)
+        seconds = self.matrix_seconds(product.computed(self.chip.tile))
+        return seconds / self.chip.narrow if product.narrow else seconds
+
+    def matrix_seconds(self, computed: float) -> float:
+        """Returns the seconds that the matrix units need for operations in bfloat16."""
+        return computed / (self.chip.flops * PRODUCTS) if self.chip else 0.0
 
     def memory_seconds(self, size: float) -> float:
         """Returns the seconds of reading or writing main memory."""
@@ -285,7 +286,7 @@ class _Run:
             self._land(one.operands[0])
         elif opcode.endswith("-start") or opcode == "recv":
             self._start(one)
-        else:
+        elif opcode not in FREE:
             self._work(one)
 
     def _work(self, one: Instruction) -> None:
@@ -297,10 +298,11 @@ class _Run:
         seconds: dict[Kind, float] = {
             "products": sum(map(self.clock.product_seconds, products), 0.0)
         }
-        work, kernel_flops = self._traffic(one)
-        self.result.flops += kernel_flops
-        if kernel_flops and self.clock.chip is not None:
-            seconds["products"] += kernel_flops / (self.clock.chip.flops * PRODUCTS)
+        kernel = self._kernel(one)
+        work = self._traffic(one) if kernel is None else kernel.traffic
+        if kernel is not None:
+            self.result.flops += kernel.flops
+            seconds["products"] += self.clock.matrix_seconds(kernel.computed)
         seconds["elementwise"] = self.clock.elementwise_seconds(work)
         begin = max(self.free["memory"] - self.now, 0.0) if work.bytes else 0.0
         moved = self.clock.memory_seconds(work.bytes)
@@ -406,12 +408,10 @@ class _Run:
             flight.collective,
             flight.part,
             flight.seconds,
-            min(unhidden, flight.seconds),
+            unhidden,
             asynchronous=True,
             kind=flight.kind,
         )
-        # What is waited for beyond the transfer itself belongs to those before it on the link.
-        self.result.spend(flight.kind, flight.part, unhidden - min(unhidden, flight.seconds))
 
     def _nest(self, inner: _Tally, times: float) -> None:
         """Runs another computation here."""
@@ -425,37 +425,41 @@ class _Run:
         self.now += inner.total * times
         self.result.add(inner, times)
 
-    def _traffic(self, one: Instruction) -> tuple[Traffic, float]:
-        """Returns memory traffic, elementwise work, and the operations of a kernel's products."""
-        cost = _COST.search(one.attributes) if one.opcode == "custom-call" else None
-        if cost is None:
-            if one.opcode == "custom-call" and "AllocateBuffer" in one.attributes:
-                return Traffic(), 0.0
-            return count_traffic(self.program, self.computation, one), 0.0
-        numbers = {name: float(number) for name, number in _NUMBER.findall(cost[1])}
-        work = Traffic(
-            bytes=max(numbers.get("bytes_accessed", 0.0), 0.0),
-            transcendental=max(numbers.get("transcendentals", 0.0), 0.0),
-        )
-        return work, max(numbers.get("flops", 0.0), 0.0)
+    def _kernel(self, one: Instruction) -> KernelWork | None:
+        if one.opcode != "custom-call":
+            return None
+        operands = [
+            array for name in one.operands for array in self.computation.instructions[name].result
+        ]
+        tile = self.clock.chip.tile if self.clock.chip else 1
+        return count_kernel(one, tuple(operands), tile=tile)
+
+    def _traffic(self, one: Instruction) -> Traffic:
+        if one.opcode == "custom-call" and '"AllocateBuffer"' in one.attributes:
+            return Traffic()
+        return count_traffic(self.program, self.computation, one)
 
     def _products(self, one: Instruction) -> Iterator[Product]:
         yield from _products_of(self.program, self.computation, one)
 
     def _collective(self, one: Instruction) -> Collective | None:
         """Returns the collective of an instruction, or of what it calls."""
-        slice_ = self.clock.network.devices_a_slice
-        if one.opcode in ("fusion", "async-start"):
-            for name in one.called():
-                scatters = name.startswith("all-reduce-scatter")
-                for inner in self.program.computations[name].instructions.values():
-                    if inner.opcode == "fusion":
-                        continue
-                    found = read_collective(inner, scatters=scatters, devices_a_slice=slice_)
-                    if found is not None:
-                        return found
-            return None
-        return read_collective(one, devices_a_slice=slice_)
+        scatters = self.computation.name.startswith("all-reduce-scatter")
+        return self._find_collective(one, scatters=scatters)
+
+    def _find_collective(self, one: Instruction, *, scatters: bool) -> Collective | None:
+        found = read_collective(
+            one, scatters=scatters, devices_a_slice=self.clock.network.devices_a_slice
+        )
+        if found is not None or one.opcode not in _CALLING:
+            return found
+        for name in one.called():
+            scatters = name.startswith("all-reduce-scatter")
+            for inner in self.program.computations[name].instructions.values():
+                found = self._find_collective(inner, scatters=scatters)
+                if found is not None:
+                    return found
+        return None
 
     def _spread_collectives(self) -> dict[str, tuple[str, bool, bool]]:
         """Returns the fusions over which a collective is spread: channel, starts it, ends it.

@@ -13,7 +13,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from peft_jax.models import Model
 from peft_jax.training.config import RunConfig
@@ -46,13 +48,27 @@ def compile_for_topology(config: RunConfig, model: Model, topology: str) -> Comp
     Raises:
       RuntimeError: The compiler failed for another reason than memory.
     """
+    task = {"config": config.to_mapping(), "hf_config": model.hf_config, "topology": topology}
+    return compile_task("peft_jax.plan.worker", task)
+
+
+def compile_task(module: str, task: Mapping[str, Any]) -> CompilerReport:
+    """Compiles a program in a process of its own, up to machine code.
+
+    Args:
+      module: Module to run with a folder as its argument. It reads the task from `task.json` there,
+        and compiles with the folder as `xla_dump_to`.
+      task: JSON values.
+
+    Raises:
+      RuntimeError: The compiler failed for another reason than memory.
+    """
     with tempfile.TemporaryDirectory(prefix="peft_jax_plan_") as name:
         folder = Path(name)
-        task = {"config": config.to_mapping(), "hf_config": model.hf_config, "topology": topology}
         (folder / "task.json").write_text(json.dumps(task), encoding="utf-8")
         with (folder / "said.txt").open("w") as said:
             process = subprocess.Popen(
-                [sys.executable, "-m", "peft_jax.plan.worker", name],
+                [sys.executable, "-m", module, name],
                 stdout=said,
                 stderr=said,
                 env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)},

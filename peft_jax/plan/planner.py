@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_jax.adapters import count_parameters
-from peft_jax.cost import Collective, Network, Topology, estimate_program, network_of
+from peft_jax.cost import Collective, Network, Topology, estimate_program, network_of, read_program
 from peft_jax.cost.memory import device_memory
 from peft_jax.hub import read_config
 from peft_jax.models import CausalLM, build_model
@@ -136,14 +136,15 @@ def plan_blueprint(blueprint: Blueprint, topology: Topology) -> Plan:
     else:
         report = _compile_here(blueprint)
     seconds = time.perf_counter() - started
-    memory, reason = measure_memory(blueprint, report.total), report.out_of_memory
+    program = read_program(report.program) if report.program else None
+    memory, reason = measure_memory(blueprint, report.total, program), report.out_of_memory
     if memory.total is not None and limit is not None and memory.total > limit:
         reason = f"it needs {gib(memory.total)} on a device, but a device has {gib(limit)}"
     arithmetic = count_step(blueprint)
     timeline = None
-    if report.program:
+    if program is not None:
         timeline = estimate_program(
-            report.program, chip=topology.chip, network=_network(blueprint, topology)
+            program, chip=topology.chip, network=_network(blueprint, topology)
         )
     estimate = None
     if topology.chip is not None and timeline is not None:

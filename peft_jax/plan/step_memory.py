@@ -6,7 +6,9 @@ from typing import Any
 import jax
 
 from peft_jax.core import Tree
+from peft_jax.cost import Program
 from peft_jax.cost.memory import arrays_on_a_device, bytes_of
+from peft_jax.cost.saved import find_saved
 from peft_jax.data import AnyBatch
 from peft_jax.parallel import on_mesh
 from peft_jax.training.blueprint import Blueprint
@@ -20,7 +22,7 @@ class Memory:
       base: Frozen parameters of the base model.
       adapters: Trainable arrays, and constants of an adapter.
       optimizer: Optimizer state.
-      activations: Activations saved for the backward pass.
+      activations: Activations that the layers save for the backward pass.
       temporaries: All other memory while the step runs: gradients, gathered weights and
         intermediate results; None if the compiler does not report a total.
       host: Activations offloaded to host memory.
@@ -36,17 +38,21 @@ class Memory:
     total: int | None
 
 
-def measure_memory(blueprint: Blueprint, total: int | None) -> Memory:
+def measure_memory(blueprint: Blueprint, total: int | None, program: Program | None) -> Memory:
     """Returns the memory of a step by kind.
 
-    The compiler only reports a total. Saved activations are counted from the step's program,
-    assuming that they are sharded evenly over all devices. The remainder is temporaries.
+    The compiler only reports a total. Activations are what the compiled program's loop over the
+    layers leaves for the backward pass, as it is sharded. Without such loops, they are counted from
+    the traced step, as if sharded evenly over all devices. The remainder is temporaries.
 
     Args:
       blueprint: Blueprint of the run.
       total: Peak memory of a device that the compiler reports, in bytes; None if it does not.
+      program: Compiled step; None if it does not fit.
     """
-    kept, offloaded = _kept(blueprint)
+    layers = blueprint.model.config.num_layers
+    saved = None if program is None else find_saved(program, layers=layers)
+    kept, offloaded = (saved.device, saved.host) if saved else _kept(blueprint)
     parts = {
         "base": arrays_on_a_device(blueprint.frozen),
         "adapters": arrays_on_a_device(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from peft_jax.cost import estimate_program, network_of
+from peft_jax.cost import estimate_program, network_of, read_program
 from peft_jax.cost.collectives import _groups
 
 MIB = 2**20
@@ -19,7 +19,7 @@ def mesh():
 
 def collectives_of_text(text, *, devices=8, slices=1):
     network = network_of([object()] * devices, "cpu", 1, slices)
-    return estimate_program(text, chip=None, network=network).collectives
+    return estimate_program(read_program(text), chip=None, network=network).collectives
 
 
 def collectives_of(function, mesh, spec, out, shape, *, slices=1):

@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from peft_jax.cost import estimate_program, network_of
-from peft_jax.cost.hlo import read_program
+from peft_jax.cost import estimate_program, network_of, read_program
 from peft_jax.cost.products import Product, read_product
 
 
@@ -116,5 +115,7 @@ def test_flops_of_a_program_are_those_of_its_products():
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
 
     text = jax.jit(function).lower(jnp.ones((32, 64)), jnp.ones((5, 64, 64))).compile().as_text()
-    timeline = estimate_program(text, chip=None, network=network_of([object()], "cpu", 1, 1))
+    timeline = estimate_program(
+        read_program(text), chip=None, network=network_of([object()], "cpu", 1, 1)
+    )
     assert timeline.flops == 5 * 2 * 32 * 64 * 64

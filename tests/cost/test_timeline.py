@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from peft_jax.cost import estimate_program, find_chip, network_of
+from peft_jax.cost import estimate_program, find_chip, network_of, read_program
 from peft_jax.cost.timeline import ELEMENTWISE, HOP, LINKS, MEMORY, PRODUCTS
 
 V5P = find_chip("TPU v5p") or find_chip("TPU v5")
@@ -31,7 +31,7 @@ ENTRY %main (a: bf16[4096,4096], b: bf16[4096,4096]) -> bf16[4096,4096] {{
 {body}
 }}
 """
-    return estimate_program(text, chip=chip, network=NETWORK)
+    return estimate_program(read_program(text), chip=chip, network=NETWORK)
 
 
 SIZE = 4096 * 4096 * 2

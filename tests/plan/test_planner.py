@@ -89,6 +89,19 @@ def test_plan_without_weights_and_data_agrees_with_the_compiled_step(tmp_path):
     assert "yes: it fits" in describe(plan)
 
 
+def test_activations_count_where_they_lie(tmp_path):
+    """Two layers keep their inputs: 2 of 8 rows, half of 32 tokens, and 32 float32 features."""
+    config = small(
+        tmp_path,
+        execution__remat="full",
+        parallel__data=1,
+        parallel__fsdp=4,
+        parallel__tensor=2,
+    )
+    plan = make_plan(config, find_topology("cpu"))
+    assert plan.memory.activations == 2 * 2 * 16 * 32 * 4
+
+
 def test_frozen_kernels_take_two_products_and_trainable_ones_three(tmp_path):
     """Per token: 4 N and LoRA's 6 r (d_in + d_out) for an adapter, 6 N for full fine-tuning."""
     counts = {}
