@@ -93,14 +93,15 @@ def main() -> None:
         "examples.demo",
         description=__doc__.partition("\n")[0],
     )
-    parser.add_argument("--workdir", type=Path, default=Path("runs/demo"), help="for the run")
+    parser.add_argument("--workdir", default="runs/demo", help="for the run")
     parser.add_argument("--config", default="", help="argument of configs/demo.py: lora,steps=100")
     given = parser.parse_args()
     started = time.monotonic()
     console = Console(width=None if sys.stdout.isatty() else 100)
     config = from_config_dict(demo.get_config(given.config))
     # Checks the work directory first, because the evaluation takes a while.
-    WorkDir.at(given.workdir).check(config)
+    folder = WorkDir.at(given.workdir)
+    folder.check(config)
 
     from transformers import AutoTokenizer
 
@@ -119,7 +120,7 @@ def main() -> None:
     summary = run(config, given.workdir)
 
     console.rule("After")
-    spec, state = load_adapter(given.workdir / "adapter", model, params)
+    spec, state = load_adapter(folder.adapter, model, params)
     after = answer(model, spec.bind(params, state), tokenizer, questions)
     for question, *answers in list(zip(questions, before, after, strict=True))[:SHOWN]:
         story, _, asked = question.messages[-1]["content"].rpartition("\n")
@@ -139,8 +140,8 @@ def main() -> None:
         f"Trained {summary['trainable_parameters']:,} of {summary['total_parameters']:,} parameters"
         f" in {summary['steps']} steps of {summary['seconds_per_step']:.2f} s.\n"
         f"The whole demo took {time.monotonic() - started:.0f} s.\n"
-        f"Report: {given.workdir / 'report' / 'README.md'}\n"
-        f"Adapter: {given.workdir / 'adapter'}",
+        f"Report: {given.workdir}/report/README.md\n"
+        f"Adapter: {given.workdir}/adapter",
         highlight=False,
     )
 

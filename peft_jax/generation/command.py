@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Arguments("peft_jax.generation", description=__doc__)
     add = parser.add_argument
     add("--model", help="the checkpoint's folder, or its name on the Hugging Face hub")
-    add("--adapter", help="an adapter's folder, such as a run's adapter/")
+    add("--adapter", help="an adapter's folder, such as a run's adapter/, or gs:// or s3://")
     add("--merge", action="store_true", help="merge the adapter into the parameters first")
     add("--dtype", default="float32", help="dtype of parameters and computation: float32, bfloat16")
     add(

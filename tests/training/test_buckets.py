@@ -3,6 +3,7 @@
 import io
 import json
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -260,6 +261,12 @@ def test_unreachable_bucket_is_rejected(tiny, bucket, monkeypatch):
 def test_other_urls_are_rejected(url):
     with pytest.raises(RefusedError, match="give gs://bucket/folder"):
         WorkDir.at(url)
+
+
+def test_path_that_was_a_url_is_one():
+    """Path takes one of the slashes."""
+    assert WorkDir.at(Path(f"gs://{RUN}")) == WorkDir.at(f"gs://{RUN}/")
+    assert WorkDir.at(f"gs://{RUN}").path != WorkDir.at(f"s3://{RUN}").path
 
 
 def test_bucket_that_fails_ends_the_run_with_its_last_checkpoint(tiny, bucket, monkeypatch):
