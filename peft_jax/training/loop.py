@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,7 @@ def run(
       BadDataError: The run read an unusable row after the first step, and that is an error.
       StorageError: The work directory is no longer writable.
     """
+    began = time.perf_counter()
     dispatch_inline()
     check_allowed(allow_changed)
     folder = WorkDir.at(workdir)
@@ -145,9 +147,9 @@ def _run_in(
             folder.claim(config, inputs)
             copy.claim()
         stack.enter_context(on_mesh(job.mesh))
-        return _Run(job, copy, reporter, interruption, checkpoints, phases, inputs, params).go(
-            start
-        )
+        return _Run(
+            job, copy, reporter, interruption, checkpoints, phases, inputs, params, began
+        ).go(start)
 
 
 def _list_lost(folder: WorkDir, config: RunConfig) -> str:
@@ -195,8 +197,11 @@ class _Run:
         phases: Phases,
         inputs: Inputs,
         params: Tree | None,
+        began: float,
     ):
         self._job = job
+        self._began: float | None = began
+        self._seconds_before: Mapping[str, float] = {}
         self._params = params
         self._inputs = inputs
         self._config = job.config
@@ -219,6 +224,7 @@ class _Run:
         saved = start.saved
         if saved is not None:
             self._phases.add(saved["seconds"])
+            self._seconds_before = saved["seconds"]
             self._totals = Totals(**saved["totals"])
             self._saved = start.step
             self._reporter.say(f"resuming from step {start.step} of {self._job.steps}")
@@ -464,18 +470,36 @@ class _Run:
         """
         for step, metrics, tokens in steps:
             self._rate.add(tokens)
+            timing = self._note_first(step)
             finite = bool(metrics["finite"])
             if "clip_factor" in metrics:
                 self._totals.count_clipping(metrics["clip_factor"])
             due = step in (1, self._job.steps) or _is_multiple(step, self._config.logging.every)
             if due or not finite:
-                self._log.write(self._record(step, jax.device_get(metrics)))
+                record = self._record(step, jax.device_get(metrics))
+                record["timing"] |= timing
+                self._log.write(record)
             if not finite:
                 raise NonFiniteError(self._explain_non_finite(step, metrics))
             if due and progress is not None:
                 progress.show(
                     step, loss=float(metrics["loss"]), tokens_per_second=self._rate.per_second
                 )
+
+    def _note_first(self, step: int) -> dict[str, float]:
+        """Prints the time to the first step of this part of the run, and returns it once."""
+        if self._began is None:
+            return {}
+        seconds = round(time.perf_counter() - self._began, 3)
+        self._began = None
+        if step == 1:
+            self._totals.seconds_to_first_step = seconds
+        phases = ", ".join(
+            f"{name} {spent - self._seconds_before.get(name, 0.0):.1f}"
+            for name, spent in self._phases.seconds.items()
+        )
+        self._reporter.say(f"first step finished after {seconds:.1f} s ({phases})")
+        return {"seconds_to_first_step": seconds}
 
     def _record(self, step: int, metrics: dict[str, Any]) -> Record:
         measured = {name: value for name, value in metrics.items() if name != "finite"}

@@ -139,6 +139,7 @@ def test_report_has_its_plots_and_numbers(tmp_path):
         "tokens": 480,
         "tokens_per_second": 100.0,
         "seconds_per_step": 0.4,
+        "seconds_to_first_step": 7.25,
         "flops_per_second": 3.2e12,
         "utilization": None,
         "seconds": {"train": 4.8},

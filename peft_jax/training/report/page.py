@@ -141,6 +141,7 @@ def _costs(summary: Mapping[str, Any]) -> str:
         ("tokens", f"{summary['tokens']:,}"),
         ("tokens per second", _number(summary["tokens_per_second"])),
         ("seconds per step", _number(summary["seconds_per_step"])),
+        ("seconds to the first step", _number(summary["seconds_to_first_step"])),
         ("operations per second", _tera(summary["flops_per_second"])),
         ("utilization", _percent(summary["utilization"])),
         ("peak memory of the host", _gib(peak["host"])),

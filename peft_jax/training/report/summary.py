@@ -29,6 +29,8 @@ class Totals:
       step_bytes: Bytes that the compiled step needs on each device; 0 if unknown.
       step_flops: Operations of the model and its gradient per step, see `StepArithmetic.total`;
         None if they could not be counted.
+      seconds_to_first_step: Seconds from the start of the run's first part until its first step was
+        finished; None if it did not finish one.
       clipped: Number of steps whose gradients were clipped, by group of the clipping.
       clip_steps: Number of steps that `clipped` counts among.
     """
@@ -36,6 +38,7 @@ class Totals:
     tokens: int = 0
     step_bytes: int = 0
     step_flops: float | None = None
+    seconds_to_first_step: float | None = None
     clipped: dict[str, int] = dataclasses.field(default_factory=dict)
     clip_steps: int = 0
 
@@ -74,8 +77,10 @@ def summarize(
       including padding. "utilization" is its share of the vendor's bfloat16 peak rate, or None if
       that is unknown. "data" has the totals of the rows (of those read so far, if not all were
       checked before the first step) and the number of passes over the training rows. "exported"
-      names the folders with the result; the first is the one to load. "clipped" is the share of
-      steps whose gradients were clipped, by group.
+      names the folders with the result; the first is the one to load. "seconds_to_first_step" is
+      the time from the start of the run until its first step was finished: preparing, loading,
+      initializing, compiling and the measurements before. "clipped" is the share of steps whose
+      gradients were clipped, by group.
     """
     steps = job.steps
     before, after = _measures(records, 0), _measures(records, steps)
@@ -96,6 +101,7 @@ def summarize(
         "tokens": totals.tokens,
         "tokens_per_second": round(totals.tokens / training, 2) if training else None,
         "seconds_per_step": round(training / steps, 6),
+        "seconds_to_first_step": totals.seconds_to_first_step,
         "flops_per_step": totals.step_flops,
         "clipped": totals.clipped_share,
         **_utilization(job, totals.step_flops, training / steps),
