@@ -216,11 +216,11 @@ class Bench:
         self, blueprint: Blueprint, config: RunConfig, key: jax.Array
     ) -> dict[TreePath, GradientFactors]:
         """Estimates gradients; arms with the same ranks on the same kernels share them."""
-        adapted = blueprint.spec.targets(blueprint.params).adapted
-        ranks = {path: method.gradient_rank for path, method in adapted.items()}
-        if not any(ranks.values()):
+        ranks = blueprint.spec.gradient_ranks(blueprint.params)
+        if not ranks:
             return {}
-        place = (config.seed, config.init_batches, frozenset(ranks.items()))
+        start = (config.seed, config.init_batches, config.init_passes)
+        place = (*start, frozenset(ranks.items()))
         if place not in self._factors:
             batches = self.batches(config.seed)[: blueprint.init_batches]
             self._factors[place] = blueprint.gradient_factors(

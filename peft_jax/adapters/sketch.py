@@ -1,47 +1,53 @@
 """Computes the leading singular triplets of kernel gradients with the memory of LoRA.
 
-For y = x W + (x A) B, the gradients of A and B are products with G = ∂L/∂W:
+Products of a gradient G = ∂L/∂W with thin matrices come from ordinary backward passes
+(`gradient_products`). Two randomized methods need nothing else:
 
-    A = 0, B = Pᵀ:   ∂L/∂A = G P        A = Q, B = 0:   ∂L/∂B = Qᵀ G
-
-So a randomized singular value decomposition (Halko, Martinsson and Tropp, 2011, arXiv 0909.4061,
-algorithms 4.4 and 5.1) only needs the backward passes of LoRA. No array has the size of G, the base
-may be sharded or quantized, and microbatches accumulate.
+- One pass (Tropp, Yurtsever, Udell and Cevher, 2017, arXiv 1609.00048, algorithm 4). From Y = G Ω
+  and Z = Ψᵀ G, with Q an orthonormal basis of Y, G ≈ Q (Ψᵀ Q)⁺ Z.
+- Two passes and two more for each power iteration (Halko, Martinsson and Tropp, 2011,
+  arXiv 0909.4061, algorithms 4.4 and 5.1). With Q a basis of (G Gᵀ)ᵖ G Ω, G ≈ Q (Qᵀ G).
 """
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-from peft_jax.adapters.low_rank import low_rank_product
-from peft_jax.adapters.method import Arrays, GradientFactors
-from peft_jax.core import AdaptedKernel, Kernel, Path, Tree, flatten, linear, unflatten
+from peft_jax.adapters.factorize import HIGHEST, AnyMesh, map_matrices, orthonormal, triplets
+from peft_jax.adapters.gradient_products import (
+    LEFT,
+    RIGHT,
+    LossFn,
+    Site,
+    Sums,
+    add_products,
+    constrain,
+    kernel_shape,
+    kernel_sharding,
+    random_matrix,
+    zero_sums,
+)
+from peft_jax.adapters.method import GradientFactors
+from peft_jax.core import Path, Tree, flatten, join_path
+from peft_jax.core.validation import check_positive_int
 
-LossFn = Callable[[Tree, Any], Float[Array, ""]]
-"""Loss of (parameters with bound kernels, one batch)."""
+OVERSAMPLING = 8
+"""Number of directions beyond the rank, for accuracy."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Probe:
-    """Low-rank term added to a kernel, whose gradients are products with the kernel's gradient."""
-
-    def project(
-        self,
-        x: Float[Array, "*batch d_in"],
-        base: Kernel,
-        arrays: Arrays,
-        *,
-        dropout_key: jax.Array | None = None,
-    ) -> Float[Array, "*batch d_out"]:
-        del dropout_key
-        return linear(x, base) + low_rank_product(x, arrays["a"], arrays["b"])
-
-    def merge(self, base: Float[Array, "d_in d_out"], arrays: Arrays) -> Float[Array, "d_in d_out"]:
-        return base + arrays["a"] @ arrays["b"]
+def check_passes(name: str, passes: int) -> None:
+    """Raises ValueError if there is no method with this number of passes."""
+    check_positive_int(name, passes)
+    if passes > 1 and passes % 2:
+        raise ValueError(
+            f"{name} is {passes!r}, but must be 1, or an even number: 2, and 2 more for each power"
+            " iteration"
+        )
 
 
 def gradient_factors(
@@ -51,151 +57,215 @@ def gradient_factors(
     batches: Sequence[Any],
     key: jax.Array,
     *,
-    oversampling: int = 8,
-    power_iterations: int = 2,
+    oversampling: int = OVERSAMPLING,
+    passes: int = 1,
 ) -> dict[Path, GradientFactors]:
     """Returns the leading singular triplets of kernel gradients, summed over batches.
 
-    It costs 2 + 2 `power_iterations` backward passes over `batches` with a low-rank term of rank
-    `ranks[path] + oversampling` on each kernel.
+    The backward pass is compiled once for a loss function (by equality and hash) and shapes. All
+    arrays are sharded as the kernels.
 
     Args:
-      loss_fn: Loss, differentiable in the kernels.
+      loss_fn: Loss, differentiable in the kernels; hashable.
       params: Parameters, with kernels [..., d_in, d_out].
       ranks: Number of triplets, by kernel path.
       batches: Batches that the gradient is summed over. Each pass reads all of them.
-      key: Random key of the initial directions.
+      key: Random key of the directions.
       oversampling: Number of additional directions, for accuracy.
-      power_iterations: Number of multiplications by G Gᵀ, which improve the directions. 0 suffices
-        for a steeply falling spectrum.
+      passes: Number of backward passes over the batches: 1, or 2 + 2 p for p power iterations,
+        which improve the directions if the singular values fall slowly.
 
     Returns:
       `GradientFactors` by path, float32, stacked as the kernels.
 
     Raises:
-      ValueError: There are no batches, or a gradient is zero or not finite.
+      ValueError: There are no batches, `passes` is odd and not 1, or a gradient is zero or not
+        finite.
     """
     if not batches:
         raise ValueError("batches is empty, but the gradient needs at least one batch")
-    shapes = {path: kernel_shape(flatten(params)[path]) for path in ranks}
-    widths = {path: min(ranks[path] + oversampling, *shape[-2:]) for path, shape in shapes.items()}
-    passes = _Passes(loss_fn, params, batches)
+    check_passes("passes", passes)
+    sites = sites_of(params, ranks, passes=passes, oversampling=oversampling)
+    taken = tuple(ranks[site.path] for site in sites)
 
-    directions = {
-        path: jax.random.normal(
-            jax.random.fold_in(key, index), (*shape[:-2], shape[-1], widths[path]), jnp.float32
-        )
-        for index, (path, shape) in enumerate(shapes.items())
-    }
-    q = _orthonormal(passes.times_gradient(directions))
-    for _ in range(power_iterations):
-        q = _orthonormal(passes.times_gradient(_orthonormal(passes.times_transposed(q))))
-    projected = passes.times_transposed(q)
-    factors = _factors(q, projected, dict(ranks))
-    for path, factor in factors.items():
-        leading = jnp.min(factor.s[..., 0])
-        if not bool(jnp.isfinite(leading) & (leading > 0)):
-            raise ValueError(
-                f"the gradient of {'.'.join(path)} must be finite and not zero, but its largest"
-                f" singular value in a layer is {float(leading):.3g} on the first batches; check"
-                " that they have tokens with a loss"
-            )
+    def products(sides: tuple[str, ...], given: Sums) -> Sums:
+        total = zero_sums(sites=sites, sides=sides)
+        for batch in batches:
+            total = add_products(total, given, key, params, batch, loss_fn=loss_fn, sites=sites)
+        return total
+
+    if passes == 1:
+        sums = products((RIGHT, LEFT), {})
+        factors, leading = _reconstruct(sums[RIGHT], sums[LEFT], key, sites=sites, ranks=taken)
+    else:
+        basis = _bases(products((RIGHT,), {})[RIGHT], sites=sites, side=RIGHT)
+        for _ in range(passes // 2 - 1):
+            other = _bases(products((LEFT,), {LEFT: basis})[LEFT], sites=sites, side=LEFT)
+            basis = _bases(products((RIGHT,), {RIGHT: other})[RIGHT], sites=sites, side=RIGHT)
+        projected = products((LEFT,), {LEFT: basis})[LEFT]
+        factors, leading = _project(basis, projected, sites=sites, ranks=taken)
+    _check_finite(sites, np.asarray(leading))
     return factors
 
 
-class _Passes:
-    """Multiplies by the gradient or its transpose, with one backward pass over the batches."""
+def sites_of(
+    params: Tree,
+    ranks: Mapping[Path, int],
+    *,
+    passes: int = 1,
+    oversampling: int = OVERSAMPLING,
+) -> tuple[Site, ...]:
+    """Returns the kernels of a sketch with its widths.
 
-    def __init__(self, loss_fn: LossFn, params: Tree, batches: Sequence[Any]) -> None:
-        self._params = params
-        self._batches = batches
+    G Ω has the rank and the oversampling as its width k. Ψᵀ G has 2 k + 1, as Tropp et al. (2017,
+    section 4.5) advise; a basis Q, of which nothing is reconstructed, has k too.
 
-        def loss(learned: dict[Path, Arrays], fixed: dict[Path, Arrays], params: Tree, batch: Any):
-            flat = flatten(params)
-            for path, arrays in learned.items():
-                both = arrays | fixed[path]
-                flat[path] = AdaptedKernel(base=flat[path], arrays=both, method=_Probe())
-            return loss_fn(unflatten(flat), batch)
-
-        def accumulate(total, learned, fixed, params, batch):
-            return jax.tree.map(jnp.add, total, jax.grad(loss)(learned, fixed, params, batch))
-
-        self._accumulate = jax.jit(accumulate, donate_argnums=0)
-
-    def times_gradient(self, directions: dict[Path, jax.Array]) -> dict[Path, jax.Array]:
-        """Returns G P [..., d_in, k] for P [..., d_out, k]."""
-        flat = flatten(self._params)
-        learned = {
-            path: {"a": jnp.zeros((*kernel_shape(flat[path])[:-1], p.shape[-1]), jnp.float32)}
-            for path, p in directions.items()
-        }
-        fixed = {path: {"b": jnp.swapaxes(p, -1, -2)} for path, p in directions.items()}
-        return {path: arrays["a"] for path, arrays in self._run(learned, fixed).items()}
-
-    def times_transposed(self, basis: dict[Path, jax.Array]) -> dict[Path, jax.Array]:
-        """Returns Gᵀ Q [..., d_out, k] for Q [..., d_in, k]."""
-        flat = flatten(self._params)
-        learned = {}
-        for path, q in basis.items():
-            *stack, _, d_out = kernel_shape(flat[path])
-            learned[path] = {"b": jnp.zeros((*stack, q.shape[-1], d_out), jnp.float32)}
-        fixed = {path: {"a": q} for path, q in basis.items()}
-        found = self._run(learned, fixed)
-        return {path: jnp.swapaxes(arrays["b"], -1, -2) for path, arrays in found.items()}
-
-    def _run(
-        self, learned: dict[Path, Arrays], fixed: dict[Path, Arrays]
-    ) -> dict[Path, dict[str, jax.Array]]:
-        total = jax.tree.map(jnp.zeros_like, learned)
-        for batch in self._batches:
-            total = self._accumulate(total, learned, fixed, self._params, batch)
-        return total
+    Args:
+      params: Parameters, arrays or shapes.
+      ranks: Number of triplets, by kernel path.
+      passes: Number of backward passes.
+      oversampling: Number of additional directions.
+    """
+    flat = flatten(params)
+    sites = []
+    for path in sorted(ranks):
+        *stack, d_in, d_out = kernel_shape(flat[path])
+        right = min(ranks[path] + oversampling, d_in, d_out)
+        sites.append(
+            Site(
+                path=path,
+                stack=tuple(stack),
+                d_in=d_in,
+                d_out=d_out,
+                right=right,
+                left=min(2 * right + 1, d_in) if passes == 1 else right,
+                sharding=kernel_sharding(flat[path]),
+            )
+        )
+    return tuple(sites)
 
 
-def kernel_shape(kernel: Kernel) -> tuple[int, ...]:
-    """Returns the shape [..., d_in, d_out] of a kernel of any kind."""
-    return kernel_shape(kernel.base) if isinstance(kernel, AdaptedKernel) else tuple(kernel.shape)
-
-
-@jax.jit
-def _orthonormal(columns: dict[Path, jax.Array]) -> dict[Path, jax.Array]:
-    """Returns orthonormal bases of the columns' spans."""
+@functools.partial(jax.jit, static_argnames=("sites", "side"))
+def _bases(
+    products: Mapping[Path, jax.Array], *, sites: tuple[Site, ...], side: str
+) -> dict[Path, jax.Array]:
+    """Returns orthonormal bases of the range of G, from G P, or of Gᵀ, from Qᵀ G."""
+    columns = {
+        path: [x if side == RIGHT else jnp.swapaxes(x, -1, -2)] for path, x in products.items()
+    }
+    found = map_matrices(orthonormal, columns, stacks=_stacks(sites), mesh=_mesh(sites))
+    axis = -2 if side == RIGHT else -1
     return {
-        path: _one_by_one(lambda matrix: jnp.linalg.qr(matrix)[0], array)
-        for path, array in columns.items()
+        site.path: constrain(found[site.path], site.sharding_of((axis, None))) for site in sites
     }
 
 
-def _one_by_one(factorize: Callable[[jax.Array], Any], stack: Float[Array, "*stack m n"]) -> Any:
-    """Factorizes the matrices of a stack one after another.
+@functools.partial(jax.jit, static_argnames=("sites", "ranks"))
+def _project(
+    basis: Mapping[Path, jax.Array],
+    projected: Mapping[Path, jax.Array],
+    *,
+    sites: tuple[Site, ...],
+    ranks: tuple[int, ...],
+) -> tuple[dict[Path, GradientFactors], Float[Array, " kernels"]]:
+    """Returns the triplets of Q (Qᵀ G), and the least of each kernel's largest singular values."""
+    arrays = {path: [basis[path], projected[path]] for path in basis}
+    found = map_matrices(triplets, arrays, stacks=_stacks(sites), mesh=_mesh(sites))
+    return _leading(found, sites, ranks)
 
-    Batched factorizations of several arrays in one program can deadlock if the CPU's thread pool is
-    small. With jaxlib 0.10 on two cores, most runs did.
+
+@functools.partial(jax.jit, static_argnames=("sites", "ranks"))
+def _reconstruct(
+    right: Mapping[Path, jax.Array],
+    left: Mapping[Path, jax.Array],
+    key: jax.Array,
+    *,
+    sites: tuple[Site, ...],
+    ranks: tuple[int, ...],
+) -> tuple[dict[Path, GradientFactors], Float[Array, " kernels"]]:
+    """Returns the triplets of Q (Ψᵀ Q)⁺ (Ψᵀ G), and the least of the largest singular values."""
+
+    def of_one(
+        right: Float[Array, "d_in k"], left: Float[Array, "l d_out"], key: jax.Array
+    ) -> tuple[Array, Array, Array]:
+        basis = orthonormal(right)
+        drawn = random_matrix(key, basis.shape[0], left.shape[0])
+        # Least squares: (Ψᵀ Q)⁺ = R⁻¹ Oᵀ for Ψᵀ Q = O R.
+        q, r = jnp.linalg.qr(jnp.matmul(drawn.T, basis, precision=HIGHEST))
+        rows = jax.scipy.linalg.solve_triangular(r, jnp.matmul(q.T, left, precision=HIGHEST))
+        return triplets(basis, rows)
+
+    arrays = {
+        site.path: [right[site.path], left[site.path], site.keys(key, LEFT)] for site in sites
+    }
+    found = map_matrices(of_one, arrays, stacks=_stacks(sites), mesh=_mesh(sites))
+    return _leading(found, sites, ranks)
+
+
+def _leading(
+    found: Mapping[Path, tuple[Array, Array, Array]],
+    sites: tuple[Site, ...],
+    ranks: tuple[int, ...],
+) -> tuple[dict[Path, GradientFactors], Float[Array, " kernels"]]:
+    """Returns the leading triplets, and the least of each kernel's largest singular values."""
+    factors = {}
+    for site, rank in zip(sites, ranks, strict=True):
+        u, s, v = (x[..., :rank] for x in found[site.path])
+        factors[site.path] = GradientFactors(
+            u=constrain(u, site.sharding_of((-2, None))),
+            s=constrain(s, site.sharding_of((None,))),
+            v=constrain(v, site.sharding_of((-1, None))),
+        )
+    largest = jnp.stack([jnp.min(factors[site.path].s[..., 0]) for site in sites])
+    if (mesh := _mesh(sites)) is not None:
+        # Each process reads it.
+        largest = jax.lax.with_sharding_constraint(largest, jax.NamedSharding(mesh, jax.P()))
+    return factors, largest
+
+
+def _stacks(sites: tuple[Site, ...]) -> dict[Path, tuple[int, ...]]:
+    return {site.path: site.stack for site in sites}
+
+
+def _mesh(sites: tuple[Site, ...]) -> AnyMesh | None:
+    """Returns the mesh that the kernels are sharded over; None on one device."""
+    shardings = [site.sharding for site in sites if site.sharding is not None]
+    return shardings[0].mesh if shardings else None
+
+
+def _check_finite(sites: tuple[Site, ...], largest: np.ndarray) -> None:
+    """Rejects gradients that are zero or not finite."""
+    for site, value in zip(sites, largest.tolist(), strict=True):
+        if not (np.isfinite(value) and value > 0):
+            raise ValueError(
+                f"the gradient of {join_path(site.path)} must be finite and not zero, but its"
+                f" largest singular value in a layer is {value:.3g} on the first batches; check"
+                " that they have tokens with a loss"
+            )
+
+
+def trace_pass(
+    loss_fn: LossFn, params: Tree, ranks: Mapping[Path, int], batch: Any, *, passes: int = 1
+) -> jax.stages.Traced:
+    """Traces the first backward pass of `gradient_factors`; lower and compile the result.
+
+    Args:
+      loss_fn: Loss, differentiable in the kernels; hashable.
+      params: Parameters, arrays or shapes with shardings.
+      ranks: Number of triplets, by kernel path.
+      batch: One batch, arrays or shapes with shardings.
+      passes: Number of backward passes over the batches.
     """
-    matrices = stack.reshape(-1, *stack.shape[-2:])
-    found = jax.lax.map(factorize, matrices)
-    return jax.tree.map(lambda x: x.reshape(*stack.shape[:-2], *x.shape[1:]), found)
-
-
-def _factors(
-    q: dict[Path, jax.Array], projected: dict[Path, jax.Array], ranks: dict[Path, int]
-) -> dict[Path, GradientFactors]:
-    """Returns the triplets of Q (Gᵀ Q)ᵀ, the gradient projected on the span of Q."""
-
-    @jax.jit
-    def factorize(
-        q: dict[Path, jax.Array], projected: dict[Path, jax.Array]
-    ) -> dict[Path, GradientFactors]:
-        found = {}
-        for path, gt_q in projected.items():
-            k = ranks[path]
-            v, s, inner = _one_by_one(
-                lambda matrix: tuple(jnp.linalg.svd(matrix, full_matrices=False)), gt_q
+    sites = sites_of(params, ranks, passes=passes)
+    sides = (RIGHT, LEFT) if passes == 1 else (RIGHT,)
+    total = {
+        side: {
+            site.path: jax.ShapeDtypeStruct(
+                site.shape(side), jnp.float32, sharding=site.side_sharding(side)
             )
-            u = jnp.matmul(
-                q[path], jnp.swapaxes(inner, -1, -2), precision=jax.lax.Precision.HIGHEST
-            )
-            found[path] = GradientFactors(u[..., :k], s[..., :k], v[..., :k])
-        return found
-
-    return factorize(q, projected)
+            for site in sites
+        }
+        for side in sides
+    }
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return add_products.trace(total, {}, key, params, batch, loss_fn=loss_fn, sites=sites)

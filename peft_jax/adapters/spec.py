@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from flax import struct
 from qwix import QArray
 
+from peft_jax.adapters.gradient_products import LossFn, kernel_shape
 from peft_jax.adapters.method import AdapterMethod, GradientFactors, TrainingMethod
-from peft_jax.adapters.sketch import LossFn, gradient_factors, kernel_shape
+from peft_jax.adapters.sketch import gradient_factors
 from peft_jax.adapters.targets import Targets, TargetSettings, find_targets
 from peft_jax.core import (
     AdaptedKernel,
@@ -92,6 +93,7 @@ class AdapterSpec(TargetSettings):
         *,
         loss_fn: LossFn | None = None,
         batches: Sequence[Any] | None = None,
+        passes: int = 1,
         factors: Mapping[Path, GradientFactors] | None = None,
     ) -> AdapterState:
         """Returns the initial arrays, with which the model computes what the base model does.
@@ -101,13 +103,16 @@ class AdapterSpec(TargetSettings):
           params: The model's parameters.
           loss_fn: Loss of (parameters, batch), for methods that start from gradients.
           batches: First batches, for methods that start from gradients.
+          passes: Number of backward passes over them; see `gradient_factors`.
           factors: Result of `gradient_factors`, if known already.
 
         Raises:
           ValueError: As `targets`; or a method needs gradients, and no loss or batches are given.
         """
         if factors is None:
-            factors = self.gradient_factors(key, params, loss_fn=loss_fn, batches=batches)
+            factors = self.gradient_factors(
+                key, params, loss_fn=loss_fn, batches=batches, passes=passes
+            )
         return self._init(key, params, self.targets(params), factors)
 
     def gradient_factors(
@@ -117,14 +122,14 @@ class AdapterSpec(TargetSettings):
         *,
         loss_fn: LossFn | None = None,
         batches: Sequence[Any] | None = None,
+        passes: int = 1,
     ) -> dict[Path, GradientFactors]:
         """Estimates the gradients that adapters start along; empty if the method needs none.
 
         They depend on the method through its ranks only, so specifications with the same ranks on
         the same kernels may share them. Arguments and errors are those of `init`.
         """
-        targets = self.targets(params)
-        ranks = {path: m.gradient_rank for path, m in targets.adapted.items() if m.gradient_rank}
+        ranks = self.gradient_ranks(params)
         if not ranks:
             return {}
         if loss_fn is None or not batches:
@@ -133,7 +138,16 @@ class AdapterSpec(TargetSettings):
                 " loss_fn and batches"
             )
         sketch_key = jax.random.fold_in(key, zlib.crc32(b"gradient sketch"))
-        return gradient_factors(loss_fn, params, ranks, batches, sketch_key)
+        return gradient_factors(loss_fn, params, ranks, batches, sketch_key, passes=passes)
+
+    def gradient_ranks(self, params: Tree) -> dict[Path, int]:
+        """Returns the numbers of singular directions that adapters start along, by kernel path.
+
+        Args:
+          params: The model's parameters, arrays or shapes.
+        """
+        adapted = self.targets(params).adapted
+        return {path: m.gradient_rank for path, m in adapted.items() if m.gradient_rank}
 
     def abstract(self, params: Tree) -> AdapterState:
         """Returns the shapes and dtypes of the arrays of `init`, without a gradient."""

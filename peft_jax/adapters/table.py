@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from qwix import QArray
 
-from peft_jax.adapters.sketch import kernel_shape
+from peft_jax.adapters.gradient_products import kernel_shape
 from peft_jax.adapters.spec import AdapterSpec, AdapterState
 from peft_jax.core import Tree, flatten, is_stacked, join_path
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from qwix import QArray
 
+from peft_jax.adapters.gradient_products import kernel_shape
 from peft_jax.adapters.method import AdapterMethod, TrainingMethod
 from peft_jax.adapters.names import matches_name, matches_pattern, select_modules
-from peft_jax.adapters.sketch import kernel_shape
 from peft_jax.core import Path, Tree, flatten, is_stacked, join_path
 from peft_jax.core.validation import check_positive, check_positive_int
 

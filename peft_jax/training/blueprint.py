@@ -139,6 +139,7 @@ def draw_blueprint(
         chunk_size=config.train.loss_chunk,
         seed=config.seed,
         packed=config.data.packing,
+        init_passes=config.init_passes,
     )
 
 

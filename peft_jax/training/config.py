@@ -9,12 +9,14 @@ import dataclasses
 import re
 import typing
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import FieldReference
 
 from peft_jax.adapters import METHODS, AdapterSpec, TrainingMethod, method_settings
+from peft_jax.adapters.sketch import check_passes
 from peft_jax.core import did_you_mean
 from peft_jax.core.typed_settings import (
     convert,
@@ -237,15 +239,18 @@ class ExportSettings:
     merged: bool | None = None
 
 
-_INIT_BATCHES = 4
+_INIT_BATCHES, _INIT_PASSES = 4, 1
+START_SETTINGS = MappingProxyType({"init_batches": _INIT_BATCHES, "init_passes": _INIT_PASSES})
+"""Defaults of the settings of a run that stand in the section `method` of a configuration."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """All settings of a run.
 
-    In a configuration the section `method` gives `spec` and `init_batches`: there the method's own
-    settings stand beside the common ones, and None stands for the method's default.
+    In a configuration the section `method` gives `spec`, `init_batches` and `init_passes`: there
+    the method's own settings stand beside the common ones, and None stands for the method's
+    default.
 
     Attributes:
       seed: Seed of the adapter's initial arrays, of dropout and of the order of the rows.
@@ -254,6 +259,8 @@ class RunConfig:
       spec: The method, and the modules it applies to.
       init_batches: Number of microbatches from which LoRA-GA, and the hybrid's low-rank branch,
         estimate the gradient that they start along. Training then begins at the first batch again.
+      init_passes: Number of backward passes over those microbatches: 1, or 2 and 2 more for each
+        power iteration, which estimates the gradient's directions more closely.
       adapter: The adapter to start from, instead of a new one.
       mixing: Weights of the hybrid's branches; for other methods it must be left alone.
       data: Source of the rows.
@@ -271,6 +278,7 @@ class RunConfig:
     execution: ExecutionSettings = dataclasses.field(default_factory=ExecutionSettings)
     spec: AdapterSpec
     init_batches: int = _INIT_BATCHES
+    init_passes: int = _INIT_PASSES
     adapter: StartSettings = dataclasses.field(default_factory=StartSettings)
     mixing: MixingSettings = dataclasses.field(default_factory=MixingSettings)
     data: DataSettings
@@ -286,6 +294,7 @@ class RunConfig:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed is {self.seed}; it must lie between 0 and 2³² - 1")
         check_positive_int("method.init_batches", self.init_batches)
+        check_passes("method.init_passes", self.init_passes)
         optimizer = dataclasses.replace(self.optimizer, learning_rate=self.train.learning_rate)
         object.__setattr__(self, "optimizer", optimizer)
         if self.model.quantization != "none" and self.spec.method.trains_base:
@@ -319,7 +328,7 @@ class RunConfig:
             "name": self.spec.method.name,
             **own,
             **common,
-            "init_batches": mapping.pop("init_batches"),
+            **{name: mapping.pop(name) for name in START_SETTINGS},
         }
         return mapping
 
@@ -339,7 +348,8 @@ class RunConfig:
             raise ValueError(f"{unknown[0]} is not a setting{did_you_mean(unknown[0], known)}")
         if not isinstance(given.get("method"), Mapping):
             raise ValueError("method must be given, as a section with at least a name")
-        given["spec"], given["init_batches"] = _read_method(given.pop("method"))
+        given["spec"], start = _read_method(given.pop("method"))
+        given |= start
         _fill_in(given, given["spec"].method)
         return from_mapping(RunConfig, given)
 
@@ -393,8 +403,9 @@ def default_config() -> ConfigDict:
     del config["spec"]
     del method["method"]
     method["name"] = FieldReference(None, field_type=str)
-    method["init_batches"] = config.get_ref("init_batches")
-    del config["init_batches"]
+    for name in START_SETTINGS:
+        method[name] = config.get_ref(name)
+        del config[name]
     for name in sorted({name for known in METHODS for name in method_settings(known)}):
         method[name] = FieldReference(None, field_type=object)
     return config
@@ -482,15 +493,15 @@ def _flag_type(annotation: Any) -> type:
     return str if only is str or typing.get_origin(only) is Literal else object
 
 
-def _read_method(given: Mapping[str, Any]) -> tuple[AdapterSpec, int]:
-    """Reads the section `method`; returns the specification and `init_batches`."""
+def _read_method(given: Mapping[str, Any]) -> tuple[AdapterSpec, dict[str, int]]:
+    """Reads the section `method`; returns the specification and `START_SETTINGS`."""
     name = given.get("name")
     if name is None:
         raise ValueError(f"method.name must be given; known: {', '.join(METHODS)}")
     if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"method.name is {name!r}{did_you_mean(str(name), METHODS)}")
     common = [field.name for field in dataclasses.fields(AdapterSpec) if field.name != "method"]
-    common.append("init_batches")
+    common.extend(START_SETTINGS)
     own = method_settings(name)
     annotations = typing.get_type_hints(METHODS[name])
     settings, rest = {}, {}
@@ -519,16 +530,16 @@ def _read_method(given: Mapping[str, Any]) -> tuple[AdapterSpec, int]:
     for key in ("target_modules", "exclude_modules"):
         if isinstance(rest.get(key), str):
             rest[key] = _names(rest[key])
-    wanted = rest.pop("init_batches", None)
-    init_batches = (
-        _INIT_BATCHES if wanted is None else convert(wanted, int, where="method.init_batches")
-    )
-    if init_batches != _INIT_BATCHES and not method.gradient_rank:
-        raise ValueError(
-            "method.init_batches is given, but only methods that start along a gradient use it,"
-            f" and {name!r} does not"
-        )
-    return from_mapping(AdapterSpec, {"method": method, **rest}, where="method"), init_batches
+    start = {}
+    for key, default in START_SETTINGS.items():
+        wanted = rest.pop(key, None)
+        start[key] = default if wanted is None else convert(wanted, int, where=f"method.{key}")
+        if start[key] != default and not method.gradient_rank:
+            raise ValueError(
+                f"method.{key} is given, but only methods that start along a gradient use it,"
+                f" and {name!r} does not"
+            )
+    return from_mapping(AdapterSpec, {"method": method, **rest}, where="method"), start
 
 
 def _fill_in(given: dict[str, Any], method: TrainingMethod) -> None:

@@ -94,7 +94,9 @@ def run(
         reporter = RewritingReporter(reporter, folder.shown)
     check_processes(folder.path, config.to_mapping(), url=folder.url)
     with keep_copy(folder, say=reporter.warn) as copy:
-        return _run_in(copy, config, reporter, allow_changed=allow_changed, params=params)
+        return _run_in(
+            copy, config, reporter, began=began, allow_changed=allow_changed, params=params
+        )
 
 
 def _run_in(
@@ -102,6 +104,7 @@ def _run_in(
     config: RunConfig,
     reporter: Reporter,
     *,
+    began: float,
     allow_changed: Collection[str],
     params: Tree | None,
 ) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from peft_jax.adapters import AdapterSpec, AdapterState, GradientFactors
+from peft_jax.adapters.sketch import trace_pass
 from peft_jax.core import Path, Tree, flatten, unflatten
 from peft_jax.models import Model
 from peft_jax.optim import GroupClipping
@@ -74,6 +75,7 @@ class StepProgram:
       packed: Whether rows may have several segments.
       loss_fn: Custom loss; None for the model's own.
       clipping: The optimizer's clipping, for the metrics; None if unknown.
+      init_passes: Number of backward passes of `gradient_factors`.
     """
 
     model: Model
@@ -90,6 +92,7 @@ class StepProgram:
     packed: bool
     loss_fn: LossFn | None = None
     clipping: GroupClipping | None = None
+    init_passes: int = 1
 
     @property
     def frozen(self) -> Tree:
@@ -141,15 +144,46 @@ class StepProgram:
     ) -> dict[Path, GradientFactors]:
         """Returns the gradient factors that initialize adapters; empty if no method needs them.
 
+        Programs with equal models, ranks and batch shapes share one compiled backward pass.
+
         Args:
           key: Random key.
           params: Model parameters.
           batches: Microbatches.
         """
-        placed = [self.placement.put(rows) for rows in batches]
+        share = np.float32(1.0 / self._weight(batches))
+        placed = [(self.placement.put(rows), share) for rows in batches]
         return self.spec.gradient_factors(
-            key, params, loss_fn=self._mean_loss(batches), batches=placed
+            key, params, loss_fn=self.start_loss, batches=placed, passes=self.init_passes
         )
+
+    @property
+    def start_loss(self) -> "StartLoss":
+        """Loss whose gradient initializes adapters."""
+        return StartLoss(
+            model=self.model,
+            chunk_size=self.chunk_size,
+            packed=self.packed,
+            loss_fn=self.loss_fn,
+        )
+
+    def trace_start(self, rows: Any) -> jax.stages.Traced:
+        """Traces a backward pass of `gradient_factors`; lower and compile the result.
+
+        Args:
+          rows: One microbatch as shapes with shardings, leaves [rows, ...].
+
+        Raises:
+          ValueError: The method does not start from the gradient.
+        """
+        ranks = self.spec.gradient_ranks(self.params)
+        if not ranks:
+            raise ValueError(f"{self.spec.method.name} does not start from the gradient")
+        share = jax.ShapeDtypeStruct((), jnp.float32)
+        with on_mesh(self.mesh):
+            return trace_pass(
+                self.start_loss, self.params, ranks, (rows, share), passes=self.init_passes
+            )
 
     def initialize(
         self,
@@ -213,20 +247,42 @@ class StepProgram:
             donate_argnums=0,
         )
 
-    def _mean_loss(self, batches: Sequence[Any]) -> Callable[[Tree, Any], jax.Array]:
-        """Returns the loss of one microbatch as its share of the mean over all of them."""
+    def _weight(self, batches: Sequence[Any]) -> float:
+        """Returns the number of targets of all batches; 1 for a custom loss, which has its own."""
         if self.loss_fn is not None:
-            loss_fn = self.loss_fn
-            return lambda bound, rows: call_loss(loss_fn, self.model, bound, rows)[0]
-        targets = max(sum(float(np.sum(rows.loss_mask)) for rows in batches), 1.0)
+            return 1.0
+        return max(sum(float(np.sum(rows.loss_mask)) for rows in batches), 1.0)
 
-        def loss(bound: Tree, rows: Any) -> jax.Array:
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StartLoss:
+    """Loss of one microbatch as its share of the mean over several.
+
+    It is a value and not a closure, so that programs that differ in nothing else share what is
+    compiled for it.
+
+    Attributes:
+      model: Model.
+      chunk_size: Number of positions whose logits are held at once.
+      packed: Whether rows may have several segments.
+      loss_fn: Custom loss; None for the model's own.
+    """
+
+    model: Model
+    chunk_size: int
+    packed: bool
+    loss_fn: LossFn | None
+
+    def __call__(self, bound: Tree, batch: tuple[Any, jax.Array]) -> jax.Array:
+        """Returns the summed loss of (rows, share), times the share."""
+        rows, share = batch
+        if self.loss_fn is not None:
+            total, _ = call_loss(self.loss_fn, self.model, bound, rows)
+        else:
             total, _ = summed_loss(
                 self.model, bound, rows, chunk_size=self.chunk_size, packed=self.packed
             )
-            return total / targets
-
-        return loss
+        return total * share
 
 
 def place_rows(mesh: jax.sharding.Mesh) -> RowPlacement:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from peft_jax.adapters import METHODS, AdapterSpec, TargetSettings, method_settings
 from peft_jax.core.typed_settings import is_required, union_members
 from peft_jax.optim import MIXING_RATES
-from peft_jax.training.config import RunConfig
+from peft_jax.training.config import START_SETTINGS, RunConfig
 
 REQUIRED = "required"
 """Default of a setting that must be given."""
@@ -157,7 +157,7 @@ def _sections(cls: Any, name: str) -> Iterator[Section]:
         full = f"{name}.{field.name}" if name else field.name
         if full == "optimizer.learning_rate":
             continue  # The setting is train.learning_rate.
-        if full == "init_batches":
+        if full in START_SETTINGS:
             continue  # The setting is in the section `method`.
         if dataclasses.is_dataclass(hints[field.name]):
             inner.append((hints[field.name], full))
@@ -185,8 +185,11 @@ def _method_section(name: str) -> Section:
         for field in dataclasses.fields(AdapterSpec)
         if field.name != "method"
     ]
-    (batches,) = (one for one in dataclasses.fields(RunConfig) if one.name == "init_batches")
-    settings.append(_setting(batches, int, f"{name}.init_batches", attributes_of(RunConfig)))
+    settings += [
+        _setting(field, int, f"{name}.{field.name}", attributes_of(RunConfig))
+        for field in dataclasses.fields(RunConfig)
+        if field.name in START_SETTINGS
+    ]
     for key in dict.fromkeys(key for known in METHODS for key in method_settings(known)):
         settings.append(_method_setting(name, key))
     summary = "The fine-tuning method, its own settings, and the modules it applies to."

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from peft_jax.adapters.sketch import kernel_shape
+from peft_jax.adapters.gradient_products import kernel_shape
 from peft_jax.core import Path, flatten, is_stacked
 from peft_jax.cost import FlopCount, count_flops, count_jaxpr, find_chip
 from peft_jax.models import SequenceClassifier

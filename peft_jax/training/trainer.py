@@ -18,6 +18,7 @@ import numpy as np
 import optax
 
 from peft_jax.adapters import AdapterSpec, AdapterState
+from peft_jax.adapters.sketch import check_passes
 from peft_jax.core import Tree, flatten
 from peft_jax.core.validation import check_count, check_positive_int
 from peft_jax.data import Batch, LabeledBatch
@@ -69,9 +70,12 @@ class Trainer:
       packed: Whether rows may have several segments; see `CausalLM.hidden_states`.
       mesh: Mesh of devices. Default: all devices, with batch rows sharded over them.
       seed: Seed of the adapter's initialization and of dropout.
+      init_passes: Number of backward passes over the batches of `initialize`; see
+        `peft_jax.adapters.gradient_factors`.
 
     Raises:
-      ValueError: `gradient_accumulation` or `chunk_size` is not a positive integer.
+      ValueError: `gradient_accumulation` or `chunk_size` is not a positive integer, or
+        `init_passes` is neither 1 nor even.
 
     Example:
       >>> from peft_jax.adapters import LoRA
@@ -100,13 +104,16 @@ class Trainer:
         packed: bool = True,
         mesh: jax.sharding.Mesh | None = None,
         seed: int = 0,
+        init_passes: int = 1,
     ):
         check_positive_int("gradient_accumulation", gradient_accumulation)
         check_positive_int("chunk_size", chunk_size)
+        check_passes("init_passes", init_passes)
         self.model, self.spec, self.optimizer = model, spec, optimizer
         self._loss_fn = loss_fn
         self._accumulation = gradient_accumulation
         self._chunk_size, self._packed, self._seed = chunk_size, packed, seed
+        self._init_passes = init_passes
         self._mesh = make_mesh(MeshSettings()) if mesh is None else mesh
         self._program: StepProgram | None = None
         self._train_step: TrainStep | None = None
@@ -152,6 +159,7 @@ class Trainer:
             seed=self._seed,
             packed=self._packed,
             loss_fn=self._loss_fn,
+            init_passes=self._init_passes,
         )
         self._train_step = self._program.train_step()
         self._step = self._program.jit_step(self._train_step)

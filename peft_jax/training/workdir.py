@@ -377,9 +377,14 @@ def compare_configs(before: dict[str, Any], config: RunConfig, *, where: str) ->
       RefusedError: Settings that determine the result differ; the message names them.
     """
     try:
+        has_passes = "init_passes" in before["method"]
         # Gives settings that are newer than the record their defaults.
         before = RunConfig.from_mapping(before).to_mapping()
-    except (ValueError, TypeError, AttributeError) as error:
+        if not has_passes:
+            # Version 0.1 always took six passes. Its start is in the checkpoint of step 0, so the
+            # number of passes now has no effect.
+            before["method"]["init_passes"] = config.init_passes
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         _log.debug("%s has the settings of another version: %s", where, error)
     changed = differences(before, config.to_mapping())
     refused = [

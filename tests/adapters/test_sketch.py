@@ -1,13 +1,26 @@
 """Tests gradient factors against the singular value decomposition of the exact gradient."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from peft_jax.adapters import AdapterSpec, LoRA, gradient_factors
-from peft_jax.adapters import sketch as sketch_module
-from peft_jax.core import AdaptedKernel, flatten, linear
+from peft_jax.adapters.factorize import map_matrices, orthonormal
+from peft_jax.adapters.gradient_products import (
+    LEFT,
+    RIGHT,
+    add_products,
+    random_matrix,
+    zero_sums,
+)
+from peft_jax.adapters.sketch import sites_of
+from peft_jax.core import AdaptedKernel, flatten, linear, unflatten
+from peft_jax.core.quantized import dequantize, quantize
 from peft_jax.models import ExecutionSettings
 
 RANK = 8
@@ -69,7 +82,9 @@ def test_leading_subspaces_agree_with_the_exact_gradient(
 ):
     """Covers every kernel of the model, including the output head, over several batches."""
     paths = kernel_paths(llama_params)
-    factors = gradient_factors(loss_fn, llama_params, dict.fromkeys(paths, RANK), batches, key)
+    factors = gradient_factors(
+        loss_fn, llama_params, dict.fromkeys(paths, RANK), batches, key, passes=6
+    )
     exact = exact_gradients(llama_params, batches, paths)
     compared = check_against_svd(factors, exact, angle=1e-2)
     assert compared > 2 * 15
@@ -82,7 +97,7 @@ def test_leading_subspaces_agree_with_the_exact_gradient(
 def test_factors_over_a_bfloat16_base(llama_params, loss_fn, batches, exact_gradients, key):
     held = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), llama_params)
     paths = [("layers", "self_attn", "q_proj", "kernel"), ("layers", "mlp", "down_proj", "kernel")]
-    factors = gradient_factors(loss_fn, held, dict.fromkeys(paths, RANK), batches, key)
+    factors = gradient_factors(loss_fn, held, dict.fromkeys(paths, RANK), batches, key, passes=6)
     assert factors[paths[0]].u.dtype == jnp.float32
     same = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), held)
     exact = exact_gradients(same, batches, paths)
@@ -100,7 +115,7 @@ def test_factors_with_bfloat16_activations(
         return -jnp.mean(jnp.take_along_axis(log_probabilities, tokens[:, 1:, None], axis=-1))
 
     paths = [("layers", "mlp", "down_proj", "kernel")]
-    factors = gradient_factors(rounded_loss, llama_params, {paths[0]: RANK}, batches, key)
+    factors = gradient_factors(rounded_loss, llama_params, {paths[0]: RANK}, batches, key, passes=6)
     exact = exact_gradients(llama_params, batches, paths)
     assert check_against_svd(factors, exact, angle=0.15, value=5e-2) > 2
 
@@ -112,28 +127,80 @@ def test_factors_over_an_adapted_base(llama_params, loss_fn, batches, exact_grad
     bound = spec.bind(llama_params, state.replace(trainable=moved))
     paths = [("layers", "self_attn", "q_proj", "kernel"), ("layers", "mlp", "down_proj", "kernel")]
     assert isinstance(flatten(bound)[paths[0]], AdaptedKernel)
-    factors = gradient_factors(loss_fn, bound, dict.fromkeys(paths, RANK), batches, key)
+    factors = gradient_factors(loss_fn, bound, dict.fromkeys(paths, RANK), batches, key, passes=6)
     exact = exact_gradients(bound, batches, paths)
     assert check_against_svd(factors, exact, angle=1e-2) > 4
 
 
 def test_products_with_the_gradient_are_exact(llama_params, loss_fn, batches, exact_gradients, key):
-    """LoRA's backward passes give G P and Gᵀ Q without approximation."""
+    """One backward pass gives G Ω and Ψᵀ G without approximation, summed over batches."""
     paths = [("layers", "self_attn", "k_proj", "kernel"), ("lm_head", "kernel")]
     exact = exact_gradients(llama_params, batches, paths)
-    passes = sketch_module._Passes(loss_fn, llama_params, batches)
+    sites = sites_of(llama_params, dict.fromkeys(paths, 2))
+    total = zero_sums(sites=sites, sides=(RIGHT, LEFT))
+    for batch in batches:
+        total = add_products(total, {}, key, llama_params, batch, loss_fn=loss_fn, sites=sites)
+
+    def drawn(site, side, size, width):
+        keys = site.keys(key, side)
+        if not site.stack:
+            return np.asarray(random_matrix(keys, size, width), np.float64)
+        return np.stack([np.asarray(random_matrix(k, size, width), np.float64) for k in keys])
+
+    for site in sites:
+        g = exact[site.path]
+        omega = drawn(site, RIGHT, site.d_out, site.right)
+        psi = drawn(site, LEFT, site.d_in, site.left)
+        for found, expected in (
+            (total[RIGHT][site.path], g @ omega),
+            (total[LEFT][site.path], np.swapaxes(psi, -1, -2) @ g),
+        ):
+            assert found.shape == expected.shape
+            # The exact gradient comes from float32 activations too, in another order of sums.
+            error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+            assert error < 1e-6, site.path
+
+
+@pytest.mark.parametrize(("d_in", "d_out"), [(40, 30), (64, 200), (200, 64)])
+def test_products_agree_with_float64_to_rounding(d_in, d_out, key):
+    """For y = x W with a given dy, G = xᵀ dy is known in float64."""
     rng = np.random.default_rng(0)
-    for multiply, side in ((passes.times_gradient, -1), (passes.times_transposed, -2)):
-        given = {
-            path: rng.normal(size=(*g.shape[:-2], g.shape[side], 5)) for path, g in exact.items()
-        }
-        found = multiply({path: jnp.asarray(p, jnp.float32) for path, p in given.items()})
-        for path, g in exact.items():
-            g = g if side == -1 else np.swapaxes(g, -1, -2)
-            expected = g @ given[path]
-            assert found[path].shape == expected.shape
-            error = np.linalg.norm(found[path] - expected) / np.linalg.norm(expected)
-            assert error < 1e-5, path
+    x, dy = rng.normal(size=(4, 16, d_in)), rng.normal(size=(4, 16, d_out))
+    loss, params, path = tokens_problem(x, dy)
+    (site,) = sites_of(params, {path: 4})
+    sums = add_products(
+        zero_sums(sites=(site,), sides=(RIGHT, LEFT)),
+        {},
+        key,
+        params,
+        1.0,
+        loss_fn=loss,
+        sites=(site,),
+    )
+    x, dy = (np.asarray(z, np.float32).astype(np.float64).reshape(64, -1) for z in (x, dy))
+    g = x.T @ dy
+    omega = np.asarray(random_matrix(site.keys(key, RIGHT), d_out, site.right), np.float64)
+    psi = np.asarray(random_matrix(site.keys(key, LEFT), d_in, site.left), np.float64)
+    for found, expected in ((sums[RIGHT][path], g @ omega), (sums[LEFT][path], psi.T @ g)):
+        assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 3e-7
+
+
+def test_a_tap_leaves_the_function_and_its_gradient_alone(key):
+    """The gradient of what comes before a kernel is the one without taps."""
+    rng = np.random.default_rng(0)
+    first, second = (jnp.asarray(rng.normal(size=(12, 12)), jnp.float32) for _ in range(2))
+    params = {"first": {"kernel": first}, "second": {"kernel": second}}
+    x = jnp.asarray(rng.normal(size=(5, 12)), jnp.float32)
+
+    def loss(params, batch):
+        hidden = jnp.tanh(linear(batch, params["first"]["kernel"]))
+        return jnp.sum(jnp.tanh(linear(hidden, params["second"]["kernel"])) ** 2)
+
+    exact = flatten(jax.grad(loss)(params, x))
+    ranks = {("first", "kernel"): 12, ("second", "kernel"): 12}
+    factors = gradient_factors(loss, params, ranks, [x], key)
+    for path, (u, s, v) in factors.items():
+        np.testing.assert_allclose(u * s @ v.T, exact[path], atol=1e-4)
 
 
 def linear_problem(gradient: np.ndarray):
@@ -147,28 +214,125 @@ def linear_problem(gradient: np.ndarray):
     return loss, {"proj": {"kernel": jnp.zeros(target.shape)}}, ("proj", "kernel")
 
 
-def test_power_iterations_improve_the_directions(key):
+def tokens_problem(x: np.ndarray, dy: np.ndarray):
+    """Returns a loss of y = x W whose gradient with respect to y is `dy`."""
+    x, dy = (jnp.asarray(z, jnp.float32) for z in (x, dy))
+
+    def loss(params, scale):
+        return scale * jnp.sum(linear(x, params["proj"]["kernel"]) * dy)
+
+    shape = (x.shape[-1], dy.shape[-1])
+    return loss, {"proj": {"kernel": jnp.zeros(shape)}}, ("proj", "kernel")
+
+
+def falling(size: tuple[int, int], ratio: float):
+    """Returns a matrix with singular values ratioⁱ, and its singular vectors."""
     rng = np.random.default_rng(0)
-    u, v = (np.linalg.qr(rng.normal(size=(size, 30)))[0] for size in (40, 30))
-    loss, params, path = linear_problem(u * 0.8 ** np.arange(30) @ v.T)
+    u, v = (np.linalg.qr(rng.normal(size=(n, min(size))))[0] for n in size)
+    return u * ratio ** np.arange(min(size)) @ v.T, u, v
+
+
+def test_more_passes_improve_the_directions(key):
+    gradient, u, _ = falling((40, 30), 0.8)
+    loss, params, path = linear_problem(gradient)
     angles = [
         sine_of_largest_angle(
             np.asarray(
                 gradient_factors(
-                    loss,
-                    params,
-                    {path: 2},
-                    [1.0],
-                    key,
-                    oversampling=6,
-                    power_iterations=iterations,
+                    loss, params, {path: 2}, [1.0], key, oversampling=6, passes=passes
                 )[path].u
             ),
             u[:, :2],
         )
-        for iterations in (0, 1, 2)
+        for passes in (2, 4, 6)
     ]
     assert angles[0] > 2 * angles[1] > 4 * angles[2]
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    d_in=st.integers(2, 120),
+    d_out=st.integers(2, 120),
+    rank=st.integers(1, 12),
+    seed=st.integers(0, 99),
+)
+def test_one_pass_recovers_what_the_sketch_can_hold(d_in, d_out, rank, seed):
+    """A gradient whose rank is at most the sketch's width is recovered to rounding."""
+    rank = min(rank, d_in, d_out)
+    rng = np.random.default_rng(seed)
+    gradient = rng.normal(size=(d_in, rank)) @ rng.normal(size=(rank, d_out))
+    loss, params, path = linear_problem(gradient)
+    u, s, v = (
+        np.asarray(x, np.float64)
+        for x in gradient_factors(loss, params, {path: rank}, [1.0], jax.random.key(seed))[path]
+    )
+    assert (u.shape, s.shape, v.shape) == ((d_in, rank), (rank,), (d_out, rank))
+    for columns in (u, v):
+        np.testing.assert_allclose(columns.T @ columns, np.eye(rank), atol=1e-5)
+    true_s = np.linalg.svd(gradient, compute_uv=False)
+    np.testing.assert_allclose(s, true_s[:rank], atol=1e-5 * true_s[0])
+    np.testing.assert_allclose(u * s @ v.T, gradient, atol=2e-5 * true_s[0])
+
+
+@pytest.mark.parametrize("size", [(300, 200), (200, 300)])
+@pytest.mark.parametrize(("ratio", "sine"), [(0.6, 0.005), (0.8, 0.1)])
+def test_leading_subspaces_of_one_pass_agree_with_the_svd(size, ratio, sine, key):
+    """The slower the singular values fall, the less exact are the directions."""
+    gradient, true_u, true_v = falling(size, ratio)
+    loss, params, path = linear_problem(gradient)
+    u, s, v = (
+        np.asarray(x, np.float64)
+        for x in gradient_factors(loss, params, {path: 16}, [1.0], key)[path]
+    )
+    for k in (4, 8):
+        assert sine_of_largest_angle(u[:, :k], true_u[:, :k]) < sine
+        assert sine_of_largest_angle(v[:, :k], true_v[:, :k]) < sine
+    np.testing.assert_allclose(s[:8], ratio ** np.arange(8), rtol=0.02)
+
+
+def test_one_pass_on_a_model_agrees_with_the_exact_gradient(
+    llama_params, loss_fn, batches, exact_gradients, key
+):
+    """Singular values of so small a model fall slowly, so that directions are approximate."""
+    paths = kernel_paths(llama_params)
+    factors = gradient_factors(loss_fn, llama_params, dict.fromkeys(paths, RANK), batches, key)
+    exact = exact_gradients(llama_params, batches, paths)
+    assert check_against_svd(factors, exact, angle=0.4, value=5e-2) > 2 * 15
+
+
+def test_one_pass_over_a_quantized_base(llama_params, loss_fn, batches, exact_gradients, key):
+    path = ("layers", "mlp", "down_proj", "kernel")
+    flat = flatten(llama_params)
+    held = quantize(flat[path], "int8")
+    params = unflatten(flat | {path: held})
+    same = unflatten(flat | {path: dequantize(held)})
+    factors = gradient_factors(loss_fn, params, {path: RANK}, batches, key)
+    exact = exact_gradients(same, batches, [path])
+    assert check_against_svd(factors, exact, angle=0.4, value=5e-2) > 2
+
+
+@pytest.mark.parametrize("passes", [1, 4])
+def test_the_backward_pass_is_traced_once(llama_params, loss_fn, batches, key, passes):
+    traces = []
+
+    def counted(params, tokens):
+        traces.append(tokens.shape)
+        return loss_fn(params, tokens)
+
+    path = ("layers", "self_attn", "q_proj", "kernel")
+    for seed in range(3):
+        gradient_factors(
+            counted, llama_params, {path: 2}, batches, jax.random.key(seed), passes=passes
+        )
+    # The power iteration multiplies from the right at random, and by given matrices from each side.
+    assert len(traces) == (1 if passes == 1 else 3)
+
+
+@pytest.mark.parametrize("passes", [0, 3, True])
+def test_impossible_numbers_of_passes_are_rejected(key, passes):
+    loss, params, path = linear_problem(np.ones((4, 3)))
+    with pytest.raises(ValueError, match="passes "):
+        gradient_factors(loss, params, {path: 2}, [1.0], key, passes=passes)
 
 
 @pytest.mark.parametrize(("d_in", "d_out", "rank"), [(5, 9, 5), (9, 5, 4), (6, 6, 1), (30, 20, 3)])
@@ -192,26 +356,23 @@ def test_empty_batches_and_degenerate_gradients_are_rejected(key):
             gradient_factors(loss, params, {path: 2}, [scale], key)
 
 
-def test_matrices_are_factorized_one_at_a_time():
-    # Batched factorizations of several kernels can deadlock on a small CPU.
-    columns = {("layers", name, "kernel"): jnp.ones((3, 8, 4)) for name in ("up_proj", "down_proj")}
+def test_kernels_of_one_shape_are_factorized_together():
+    """A CPU then takes one matrix after another, because batches can deadlock there."""
+    arrays = {
+        ("layers", "q_proj", "kernel"): [jnp.ones((3, 8, 4))],
+        ("layers", "o_proj", "kernel"): [jnp.ones((3, 8, 4))],
+        ("layers", "up_proj", "kernel"): [jnp.ones((3, 6, 4))],
+        ("lm_head", "kernel"): [jnp.ones((8, 4))],
+    }
+    stacks = {path: x[0].shape[:-2] for path, x in arrays.items()}
 
-    def ranks(jaxpr) -> dict[str, set[int]]:
-        found: dict[str, set[int]] = {}
-        for equation in jaxpr.eqns:
-            for inner in jax.tree.leaves(list(equation.params.values())):
-                if hasattr(inner, "jaxpr"):
-                    for name, sizes in ranks(inner.jaxpr).items():
-                        found.setdefault(name, set()).update(sizes)
-            name = equation.primitive.name
-            found.setdefault(name, set()).update(v.aval.ndim for v in equation.invars)
-        return found
+    def bases(arrays):
+        return map_matrices(orthonormal, arrays, stacks=stacks, mesh=None)
 
-    of_qr = ranks(jax.make_jaxpr(sketch_module._orthonormal)(columns).jaxpr)
-    assert of_qr["qr"] == {2}
-    projected = {path: jnp.ones((3, 5, 4)) for path in columns}
-    taken = dict.fromkeys(columns, 2)
-    of_svd = ranks(
-        jax.make_jaxpr(lambda q, p: sketch_module._factors(q, p, taken))(columns, projected).jaxpr
-    )
-    assert of_svd["svd"] == {2}
+    found = bases(arrays)
+    assert {path: x.shape for path, x in found.items()} == {
+        path: x[0].shape for path, x in arrays.items()
+    }
+    lowered = jax.jit(bases).trace(arrays).lower(lowering_platforms=("cpu",)).as_text()
+    calls = re.findall(r"@lapack_sgeqrf_ffi\(.*?-> \(tensor<(\S+)xf32>", lowered)
+    assert sorted(calls) == ["6x4", "8x4"]

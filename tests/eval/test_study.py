@@ -24,6 +24,7 @@ from eval.study.store import Store
 from eval.study.timing import ROUNDS
 from peft_jax.optim import MixingSettings, OptimizerSettings, make_optimizer
 from peft_jax.training import RefusedError, config_files, run
+from peft_jax.training.blueprint import Blueprint
 from peft_jax.training.report.metrics import read_records
 
 WORDS = [f"w{number}" for number in range(20)]
@@ -612,3 +613,46 @@ def test_a_truncated_cell_is_rejected_by_name(study, tmp_path, text):
     store.timing_path(task).write_text(text)
     with pytest.raises(RefusedError, match=r"timing.json is not a study's timing"):
         store.read_timing(task, study.arms)
+
+
+def test_arms_share_the_gradient_of_equal_ranks_on_equal_kernels(study, monkeypatch):
+    """Seeds, batches, passes, ranks and kernels each need a gradient of their own."""
+    task = study.tasks[0]
+    bench = Bench(task, study.arm("low"))
+    estimated = []
+    original = Blueprint.gradient_factors
+
+    def counted(self, key, params, batches):
+        estimated.append((self.config.seed, len(batches), self.init_passes))
+        return original(self, key, params, batches)
+
+    monkeypatch.setattr(Blueprint, "gradient_factors", counted)
+
+    def start(title, seed=1, **method):
+        arm = study.arm(title)
+        # Another name, because the bench keeps one program for an arm.
+        arm = dataclasses.replace(
+            arm, name=f"{title} {sorted(method.items())}", method={**arm.method, **method}
+        )
+        config = task.run_config(arm, learning_rate=1e-2, seed=seed)
+        return bench.initialize(arm, config).trainable["layers"]
+
+    low, both = start("low"), start("both")
+    start("turn")
+    assert len(estimated) == 1
+    found = both["mlp"]["down_proj"]["kernel"]["low_rank"]["a"]
+    np.testing.assert_array_equal(low["mlp"]["down_proj"]["kernel"]["a"], found)
+    start("low", alpha=3.0)
+    assert len(estimated) == 1
+    others = (
+        {"seed": 2},
+        {"init_batches": 2},
+        {"init_passes": 2},
+        {"rank": 1},
+        {"target_modules": "down_proj"},
+    )
+    for count, changes in enumerate(others, 2):
+        start("low", **changes)
+        assert len(estimated) == count, changes
+        start("both", **changes)
+        assert len(estimated) == count, changes

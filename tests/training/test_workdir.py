@@ -5,7 +5,7 @@ import os
 import pytest
 
 from peft_jax.runtime.errors import RefusedError
-from peft_jax.training.workdir import WorkDir
+from peft_jax.training.workdir import WorkDir, compare_configs
 
 
 @pytest.fixture
@@ -50,6 +50,18 @@ def test_link_to_a_folder_is_accepted(tmp_path, config):
     (tmp_path / "real").mkdir()
     (tmp_path / "run").symlink_to(tmp_path / "real")
     assert WorkDir.at(tmp_path / "run").check(config) == []
+
+
+def test_passes_of_the_start_may_differ_only_from_a_record_of_0_1(tiny):
+    """Version 0.1 took six and did not record them; the start is in its checkpoint."""
+    config = tiny(method__name="lora_ga", method__rank=2)
+    record = config.to_mapping()
+    other = tiny(method__name="lora_ga", method__rank=2, method__init_passes=6)
+    with pytest.raises(RefusedError, match=r"method\.init_passes: 1 there, 6 now"):
+        compare_configs(record, other, where="here")
+    del record["method"]["init_passes"]
+    for now in (config, other):
+        assert compare_configs(record, now, where="here") == []
 
 
 @pytest.mark.parametrize("path", ["runs/\udcff", "~nobody-of-that-name/run"])
