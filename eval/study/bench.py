@@ -3,30 +3,27 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jaxtyping import Array, Float
 
 from peft_jax.adapters import AdapterSpec, AdapterState
 from peft_jax.adapters.method import GradientFactors
 from peft_jax.core import Path as TreePath
 from peft_jax.core import Tree
-from peft_jax.data import AnyBatch, DataSettings, EvalData, LabeledBatch, build_data
+from peft_jax.data import AnyBatch, DataSettings, EvalData, build_data
 from peft_jax.data.examples import Example
+from peft_jax.data.totals import RowTotals
 from peft_jax.generation import GenerationSettings, generate
 from peft_jax.hub import load_params
 from peft_jax.models import CausalLM, SequenceClassifier
-from peft_jax.optim import component_values, make_optimizer
 from peft_jax.parallel import on_mesh
 from peft_jax.training import RunConfig, TrainState
 from peft_jax.training.blueprint import Blueprint, draw_blueprint
-from peft_jax.training.classification import classifier_outputs
 from peft_jax.training.evaluate import (
     choice_log_likelihood,
     choice_parts,
@@ -37,7 +34,10 @@ from peft_jax.training.losses import chunked_token_scores
 from peft_jax.training.prepare import prepare, train_head
 from peft_jax.training.program import step_bytes
 
+from .measuring import RowMeasures, calibration, measure_rows
 from .settings import ArmSettings, TaskSettings
+from .trial_optimizer import trial_optimizer
+from .trials import Trial
 
 _OWN_TOKENS = 128
 """Number of tokens of each text that the base model generates."""
@@ -52,11 +52,14 @@ class Measured:
       targets: float64 [n], number of targets of each row.
       measures: Metrics of the recipe over all rows, of an encoder's answers or a language model's
         most likely choices; empty if the task names none.
+      calibration: Expected calibration error, mean confidence and accuracy of the answers: labels,
+        or a language model's likeliest tokens at the targets.
     """
 
     losses: np.ndarray
     targets: np.ndarray
     measures: dict[str, float]
+    calibration: dict[str, float]
 
     @property
     def loss(self) -> float:
@@ -66,10 +69,11 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """Training step of an arm, compiled once for all learning rates and seeds.
+    """Training step of an arm, compiled once for all trials and seeds.
 
     Attributes:
-      blueprint: Program of a run, whose learning rate is part of the state; see `with_rate`.
+      blueprint: Program of a run, whose learning rates are part of the state; see
+        `trial_optimizer`.
       step: Compiled step.
       make_state: Makes the initial state; donates the trainable arrays.
       step_bytes: Memory of a step per device in bytes, as the compiler counts it.
@@ -79,28 +83,6 @@ class Program:
     step: jax.stages.Compiled
     make_state: Callable[[Tree], TrainState]
     step_bytes: int
-
-
-def with_rate(
-    inner: optax.GradientTransformationExtraArgs, rate: float, settled: Collection[str] = ()
-) -> optax.GradientTransformationExtraArgs:
-    """Multiplies the updates of `inner` by a learning rate in the state, a scalar.
-
-    A constant learning rate would need a new compilation for each value. `inner` must be built for
-    a learning rate of 1, which is the last factor of its updates. The components in `settled` have
-    their own rates in `inner`, and keep them.
-    """
-
-    def init(params: Any) -> Any:
-        return {"rate": jnp.asarray(rate, jnp.float32), "inner": inner.init(params)}
-
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        steps, after = inner.update(updates, state["inner"], params, **extra)
-        rates = component_values(steps, dict.fromkeys(settled, 1.0), state["rate"])
-        scaled = jax.tree.map(lambda step, rate: step * rate, steps, rates)
-        return scaled, {"rate": state["rate"], "inner": after}
-
-    return optax.GradientTransformationExtraArgs(init, update)
 
 
 class Bench:
@@ -114,13 +96,12 @@ class Bench:
       task: Settings of the task.
       model: Model, with the head that the task needs.
       tokenizer: Tokenizer of the model.
-      held_out: Rows that learning rates are chosen on, "tuning", and rows of the final
-        measurement, "test".
+      held_out: Rows that trials are chosen on, "tuning", and rows of the final measurement, "test".
     """
 
     def __init__(self, task: TaskSettings, arm: ArmSettings):
         self.task = task
-        config = task.run_config(arm, learning_rate=1.0, seed=0)
+        config = task.run_config(arm, Trial(1.0), seed=0)
         job = prepare(config, say=lambda message: None)
         job.train.close()
         self.model, self.tokenizer, self._folder = job.model, job.tokenizer, job.folder
@@ -133,6 +114,8 @@ class Bench:
             for name, data in self.held_out.items()
         }
         self._batches: dict[int, list[AnyBatch]] = {}
+        self._totals: dict[int, RowTotals] = {}
+        self._blueprints: dict[str, Blueprint] = {}
         self._programs: dict[str, Program] = {}
         self._evaluations: dict[str, Any] = {}
         self._preferences: dict[str, Any] = {}
@@ -152,6 +135,11 @@ class Bench:
                 f" {data.recipe.name!r} are {names}"
             )
 
+    @property
+    def chunk_size(self) -> int:
+        """Number of positions whose logits are held at once."""
+        return self._config.train.loss_chunk
+
     # Data.
 
     def _scored(self, data: EvalData) -> Sequence[Example]:
@@ -165,8 +153,18 @@ class Bench:
         if seed not in self._batches:
             train, _ = self._build(dataclasses.replace(self._config.data, eval_rows=1), seed)
             self._batches[seed] = list(itertools.islice(train, self._steps))
+            self._totals[seed] = train.totals
             train.close()
         return self._batches[seed]
+
+    def steps(self, config: RunConfig) -> int:
+        """Returns the number of steps of a run, which is less for a short tuning run."""
+        return config.train.steps or self._steps
+
+    def totals(self, seed: int) -> RowTotals:
+        """Returns the counts of the training rows of a seed, of those that were looked at."""
+        self.batches(seed)
+        return self._totals[seed]
 
     def _build(self, settings: DataSettings, seed: int) -> tuple[Any, EvalData]:
         return build_data(
@@ -179,7 +177,7 @@ class Bench:
         )
 
     def _test_data(self, config: RunConfig) -> EvalData:
-        # Without packing, a row is one example, as the significance test over examples needs.
+        # Without packing, a row is one example, as the bootstrap over examples needs.
         changes = {"hold_out": None, "packing": False, **self.task.test}
         train, test = self._build(dataclasses.replace(config.data, **changes), 0)
         train.close()
@@ -187,10 +185,13 @@ class Bench:
 
     # Parameters.
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019
     def params(self, seed: int) -> Tree:
-        """Loads the base model's parameters; a new head depends only on the seed."""
-        key = jax.random.fold_in(jax.random.key(seed), 2) if self._new_head else None
+        """Loads the base model's parameters; only a new head depends on the seed."""
+        return self._load(seed if self._new_head else None)
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019
+    def _load(self, head_seed: int | None) -> Tree:
+        key = None if head_seed is None else jax.random.fold_in(jax.random.key(head_seed), 2)
         return load_params(
             self._folder,
             self.model,
@@ -206,7 +207,7 @@ class Bench:
 
     def initialize(self, arm: ArmSettings, config: RunConfig) -> AdapterState:
         """Initializes the adapter as a run of `config` does."""
-        blueprint = self.program(arm, config).blueprint
+        blueprint = self.blueprint(arm, config)
         key = jax.random.fold_in(jax.random.key(config.seed), 0)
         with on_mesh(blueprint.mesh):
             factors = self._gradient_factors(blueprint, config, key)
@@ -230,33 +231,34 @@ class Bench:
 
     # Programs.
 
-    def program(self, arm: ArmSettings, config: RunConfig) -> Program:
-        """Returns the arm's step, compiled once for all learning rates and seeds.
+    def blueprint(self, arm: ArmSettings, config: RunConfig) -> Blueprint:
+        """Returns the arm's program, not compiled, which all trials and seeds share.
 
         Every cell has the dropout of seed 0, because the seed is part of the program.
         """
-        if arm.name not in self._programs:
-            self._programs[arm.name] = self._compile(dataclasses.replace(config, seed=0))
-        return self._programs[arm.name]
+        if arm.name not in self._blueprints:
+            mixing = config.mixing if config.spec.method.branches else None
+            self._blueprints[arm.name] = draw_blueprint(
+                dataclasses.replace(config, seed=0),
+                self.model,
+                self._mesh,
+                spec=self.spec(config),
+                optimizer=trial_optimizer(config.applied_optimizer, self._steps, mixing=mixing),
+            )
+        return self._blueprints[arm.name]
 
-    def _compile(self, config: RunConfig) -> Program:
-        settings = dataclasses.replace(config.applied_optimizer, learning_rate=1.0)
-        mixing = config.mixing if config.spec.method.branches else None
-        inner = make_optimizer(settings, self._steps, mixing=mixing)
-        blueprint = draw_blueprint(
-            config,
-            self.model,
-            self._mesh,
-            spec=self.spec(config),
-            optimizer=with_rate(inner, 1.0, settings.learning_rates),
-        )
-        compiled = blueprint.trace_step().lower().compile()
-        return Program(
-            blueprint=blueprint,
-            step=compiled,
-            make_state=blueprint.jit_make_state(),
-            step_bytes=step_bytes(compiled) or 0,
-        )
+    def program(self, arm: ArmSettings, config: RunConfig) -> Program:
+        """Returns the arm's step, compiled once for all trials and seeds."""
+        if arm.name not in self._programs:
+            blueprint = self.blueprint(arm, config)
+            compiled = blueprint.trace_step().lower().compile()
+            self._programs[arm.name] = Program(
+                blueprint=blueprint,
+                step=compiled,
+                make_state=blueprint.jit_make_state(),
+                step_bytes=step_bytes(compiled) or 0,
+            )
+        return self._programs[arm.name]
 
     # Measuring.
 
@@ -264,30 +266,70 @@ class Bench:
         self, arm: ArmSettings, config: RunConfig, adapter: AdapterState, which: str
     ) -> Measured:
         """Measures the held-out rows "tuning" or "test"."""
-        spec = self.spec(config)
-        frozen = spec.frozen(self.params(config.seed))
-        if arm.name not in self._evaluations:
-            self._evaluations[arm.name] = jax.jit(
-                functools.partial(row_losses, self.model, spec, config.train.loss_chunk)
-            )
-        evaluate = self._evaluations[arm.name]
-        found = [evaluate(frozen, adapter, rows) for rows in self._rows[which]]
-        losses, targets, *outputs = (
-            np.concatenate(parts).astype(np.float64)
-            for parts in zip(*jax.device_get(found), strict=True)
-        )
-        there = targets > 0
-        measures = {}
+        frozen = self.spec(config).frozen(self.params(config.seed))
+        found = self._measured_rows(arm, config, frozen, adapter, self._rows[which])
+        there = found.targets > 0
         data = self.held_out[which]
-        if outputs:
-            recipe = data.recipe
-            answers = [recipe.answer_of(float(x)) for x in outputs[0][there]]
-            measures = recipe.metrics(answers, data.examples)
+        measures = {}
+        if found.answers is not None:
+            answers = [data.recipe.answer_of(float(x)) for x in found.answers[there]]
+            measures = data.recipe.metrics(answers, data.examples)
         elif self.task.metric:
             examples = self._scored(data)
             answers = self._preferred(arm, config, frozen, adapter, which)
             measures = data.recipe.metrics(answers, examples)
-        return Measured(losses=losses[there], targets=targets[there], measures=measures)
+        return Measured(
+            losses=np.asarray(found.losses, np.float64)[there],
+            targets=np.asarray(found.targets, np.float64)[there],
+            measures=measures,
+            calibration=calibration(found.bins),
+        )
+
+    def curve_loss(self, arm: ArmSettings, config: RunConfig, adapter: AdapterState) -> float:
+        """Measures the loss on the task's `curve_rows` first tuning rows, for learning curves."""
+        frozen = self.spec(config).frozen(self.params(config.seed))
+        batches = -(-self.task.curve_rows // config.train.batch_size)
+        found = self._measured_rows(arm, config, frozen, adapter, self._rows["tuning"][:batches])
+        return float(found.losses.sum() / found.targets.sum())
+
+    def base_loss(self) -> float | None:
+        """Measures the base model's loss on the test rows; None if it has no head for them."""
+        if self._new_head:
+            return None
+        params = self.params(0)
+        measure = functools.partial(measure_rows, self.model, chunk_size=self.chunk_size)
+        evaluate = jax.jit(measure)
+        found = [jax.device_get(evaluate(params, rows)) for rows in self._rows["test"]]
+        targets = sum(float(part.targets.sum()) for part in found)
+        return sum(float(part.losses.sum()) for part in found) / targets
+
+    def _measured_rows(
+        self,
+        arm: ArmSettings,
+        config: RunConfig,
+        frozen: Tree,
+        adapter: AdapterState,
+        batches: Sequence[AnyBatch],
+    ) -> RowMeasures:
+        """Returns the measurements of batches, joined into one of numpy arrays."""
+        if arm.name not in self._evaluations:
+            model, spec, chunk = self.model, self.spec(config), config.train.loss_chunk
+            self._evaluations[arm.name] = jax.jit(
+                lambda frozen, adapter, rows: measure_rows(
+                    model, spec.bind(frozen, adapter), rows, chunk_size=chunk
+                )
+            )
+        evaluate = self._evaluations[arm.name]
+        parts = jax.device_get([evaluate(frozen, adapter, rows) for rows in batches])
+        answers = None
+        if parts[0].answers is not None:
+            answers = np.concatenate([part.answers for part in parts])
+        return RowMeasures(
+            losses=np.concatenate([part.losses for part in parts]),
+            targets=np.concatenate([part.targets for part in parts]),
+            answers=answers,
+            bins=np.sum([part.bins for part in parts], axis=0),
+        )
 
     def _preferred(
         self,
@@ -330,33 +372,6 @@ class Bench:
         return self._own(self.spec(config).bind(params, adapter)) - self._own(params)
 
 
-def row_losses(
-    model: Any,
-    spec: AdapterSpec,
-    chunk_size: int,
-    frozen: Tree,
-    adapter: AdapterState,
-    batch: AnyBatch,
-) -> tuple[Float[Array, " rows"], ...]:
-    """Returns each row's summed loss, number of targets and, for a classifier, answer."""
-    bound = spec.bind(frozen, adapter)
-    if isinstance(batch, LabeledBatch):
-        outputs, losses = classifier_outputs(model, bound, batch)
-        values = outputs[:, 0] if model.num_labels == 1 else jnp.argmax(outputs, axis=-1)
-        return losses, batch.loss_mask, values.astype(jnp.float32)
-    hidden, _ = model.hidden_states(
-        bound, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids
-    )
-    scores, _ = chunked_token_scores(
-        hidden.reshape(-1, hidden.shape[-1]),
-        model.head_kernel(bound),
-        batch.targets.reshape(-1),
-        chunk_size=chunk_size,
-    )
-    losses = -scores.reshape(batch.tokens.shape) * batch.loss_mask
-    return losses.sum(axis=-1), batch.loss_mask.sum(axis=-1)
-
-
 def _own_text(bench: Bench, params: Tree) -> Any:
     """Returns a function from parameters to a loss on text that the base model knows."""
     if isinstance(bench.model, CausalLM):
@@ -373,14 +388,19 @@ def _story_loss(bench: Bench, model: CausalLM, params: Tree) -> Any:
     written = generate(model, params, [start] * bench.task.own_texts, settings)
     texts = [np.concatenate([start, one.tokens]) for one in written.completions]
     tokens, segments = _padded(texts)
+    chunk = bench.chunk_size
 
     @jax.jit
     def loss(bound: Tree) -> jax.Array:
-        logits = model(bound, tokens[:, :-1], segment_ids=segments[:, :-1])
-        log_probabilities = jax.nn.log_softmax(logits, axis=-1)
-        chosen = jnp.take_along_axis(log_probabilities, tokens[:, 1:, None], axis=-1)[..., 0]
-        mask = segments[:, 1:].astype(jnp.float32)
-        return -jnp.sum(chosen * mask) / jnp.sum(mask)
+        hidden, _ = model.hidden_states(bound, tokens[:, :-1], segment_ids=segments[:, :-1])
+        scores, _ = chunked_token_scores(
+            hidden.reshape(-1, hidden.shape[-1]),
+            model.head_kernel(bound),
+            tokens[:, 1:].reshape(-1),
+            chunk_size=chunk,
+        )
+        mask = segments[:, 1:].astype(jnp.float32).reshape(-1)
+        return -jnp.sum(scores * mask) / jnp.sum(mask)
 
     return lambda bound: float(loss(bound))
 

@@ -4,8 +4,9 @@ r"""Runs a study, or resumes it, and writes its page.
 
 --config names a file with `get_config(data)`, which returns the settings of a
 study. An arm is a method with its settings. A cell is one run: an arm on a
-task, with a learning rate and a seed. The same command again runs the missing
-cells. Several commands may run at once in one work directory.
+task, with a trial (a learning rate and a scale of the attention) and a seed.
+The same command again runs the missing cells. Several commands may run at once
+in one work directory.
 
 Exit codes: 0 done, or the minutes are over; 1 failed; 2 rejected; 130 stopped
 by Ctrl-C. docs/exit_codes.md has those of all commands.
@@ -46,11 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from .page import write_page
     from .run import run_study
-    from .store import Store
+    from .store import SCRATCH, Store
 
     workdir = given.workdir or Path("runs") / file.stem
     # The cells of an arm share one program, which the first process compiles.
-    jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
+    jax.config.update("jax_compilation_cache_dir", str(workdir / SCRATCH / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     store = Store(workdir)
     study = load_study(file, given.data)
@@ -67,7 +68,7 @@ def make_parser() -> Arguments:
     parser = Arguments("eval.study", description=__doc__)
     add = parser.add_argument
     add("--config", default="", metavar="FILE", help="file of the study, for example study_cpu.py")
-    add("--workdir", type=Path, help="folder of the cells; by default runs/ and the file's name")
+    add("--workdir", type=Path, help="folder of cells/; by default runs/ and the file's name")
     add("--page", type=Path, help="folder of the page; by default page/ in the work directory")
     add(
         "--data",
@@ -76,7 +77,12 @@ def make_parser() -> Arguments:
         help="folder of the data sets and models that the file names; by default they come from the"
         " Hugging Face hub",
     )
-    add("--only", default="", metavar="REGEX", help="run the cells whose TASK/ARM matches")
+    add(
+        "--only",
+        default="",
+        metavar="REGEX",
+        help="run the cells whose TASK/ARM matches; TASK/facts and TASK/timing are names too",
+    )
     add("--minutes", type=float, default=math.inf, help="start no cell after this many minutes")
     add("--page_only", action="store_true", help="write the page of the finished cells; run none")
     return parser

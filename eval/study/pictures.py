@@ -12,44 +12,37 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from peft_jax.runtime.files import atomic_file
-from peft_jax.training.report.plots import STYLE, smooth
+from peft_jax.training.report.plots import STYLE
 
+from .analysis import Entry
 from .cell import Cell
 
 _COLORS = ("#d6604d", "#2166ac", "#1b7837", "#8c8c8c", "#e08214", "#762a83", "#35978f", "#bf812d")
-_SMOOTHED = 16
-"""Inverse of the fraction of its steps that a curve is smoothed over: 9 steps of 150."""
 _DPI = 90
 
-Cells = Mapping[str, Mapping[str, Sequence[Cell]]]
-"""Measured cells by titles of task and arm."""
+Entries = Mapping[str, Mapping[str, Entry]]
+"""Finished entries by titles of task and arm."""
 
 
-def draw_losses(cells: Cells, path: Path, *, seconds: Mapping[str, Mapping[str, float]]) -> None:
-    """Plots the training loss of each method by step and by second, averaged over seeds.
-
-    Args:
-      cells: Measured cells.
-      path: File of the plot.
-      seconds: Seconds per step by titles of task and arm; empty for a task that was not timed.
-    """
-    colors = _colors(cells)
+def draw_curves(entries: Entries, path: Path) -> None:
+    """Plots the held-out loss of each arm by step and by second, averaged over seeds."""
+    colors = _colors(entries)
 
     def draw() -> Figure:
-        figure = Figure(figsize=(9.5, 2.7 * len(cells)), layout="constrained")
-        grid = figure.subplots(len(cells), 2, squeeze=False)
-        for (by_step, by_second), (task, arms) in zip(grid, cells.items(), strict=True):
-            for arm, runs in arms.items():
-                curve = _smoothed(_mean(runs, "train_loss"))
-                steps = np.arange(1, len(curve) + 1)
-                line = {"color": colors[arm], "label": arm, "linewidth": 1.4}
+        figure = Figure(figsize=(9.5, 2.7 * len(entries)), layout="constrained")
+        grid = figure.subplots(len(entries), 2, squeeze=False)
+        for (by_step, by_second), (task, arms) in zip(grid, entries.items(), strict=True):
+            for title, entry in arms.items():
+                steps = np.asarray(entry.cells[0]["curve"]["steps"], float)
+                curve = np.mean([cell["curve"]["losses"] for cell in entry.cells], axis=0)
+                line = {"color": colors[title], "label": title, "linewidth": 1.4}
                 by_step.plot(steps, curve, **line)
-                if seconds[task]:
-                    by_second.plot(steps * seconds[task][arm], curve, **line)
+                if entry.seconds:
+                    by_second.plot(steps * entry.seconds, curve, **line)
             by_step.set_title(task)
-            by_step.set_ylabel("training loss")
+            by_step.set_ylabel("held-out loss")
             by_step.set_xlabel("step")
-            if seconds[task]:
+            if by_second.lines:
                 by_second.set_xlabel("seconds of training")
             else:
                 by_second.set_axis_off()
@@ -61,42 +54,38 @@ def draw_losses(cells: Cells, path: Path, *, seconds: Mapping[str, Mapping[str, 
 
 
 def draw_mixing(cells: Mapping[str, Sequence[Cell]], path: Path) -> None:
-    """Plots λ of each layer by step, averaged over seeds, with one panel per task."""
+    """Plots λ by step, averaged over seeds: the mean and the range over layers, a panel a task."""
 
     def draw() -> Figure:
         figure, panels = _panels(len(cells))
         for panel, (task, runs) in zip(panels, cells.items(), strict=True):
-            found = [np.asarray(run["steps"]["lambda"]["layers"], float) for run in runs]
-            weights = np.mean(found, axis=0)
-            for layer in range(weights.shape[1]):
-                shade = mpl.colormaps["viridis"](layer / max(weights.shape[1] - 1, 1))
-                panel.plot(
-                    _smoothed(weights[:, layer]),
-                    color=shade,
-                    label=f"layer {layer}",
-                    linewidth=1.3,
-                )
+            found = {
+                name: np.mean([run["steps"]["lambda"]["layers"][name] for run in runs], axis=0)
+                for name in ("low", "mean", "high")
+            }
+            steps = _middles(runs[0], len(found["mean"]))
+            panel.fill_between(steps, found["low"], found["high"], color=_COLORS[1], alpha=0.2)
+            panel.plot(steps, found["mean"], color=_COLORS[1], linewidth=1.3)
             panel.set_ylim(0, 1)
             panel.set_title(task, fontsize=9)
             panel.set_xlabel("step")
-            panel.legend(fontsize=7, ncols=2, loc="lower left")
         figure.supylabel("λ, share of the low-rank branch", fontsize="medium")
         return figure
 
     _write(path, draw)
 
 
-def draw_gradients(cells: Cells, path: Path) -> None:
-    """Plots the gradient norm of each method by step, averaged over seeds, one panel per task."""
-    colors = _colors(cells)
+def draw_gradients(entries: Entries, path: Path) -> None:
+    """Plots the gradient norm of each arm by step, averaged over seeds, with a panel per task."""
+    colors = _colors(entries)
 
     def draw() -> Figure:
-        figure, panels = _panels(len(cells))
-        for panel, (task, arms) in zip(panels, cells.items(), strict=True):
-            for arm, runs in arms.items():
-                norms = [np.asarray(run["steps"]["grad_norm"], float) for run in runs]
-                curve = _smoothed(np.mean(norms, axis=0))
-                panel.plot(curve, color=colors[arm], label=arm, linewidth=1.3)
+        figure, panels = _panels(len(entries))
+        for panel, (task, arms) in zip(panels, entries.items(), strict=True):
+            for title, entry in arms.items():
+                norms = np.mean([run["steps"]["grad_norm"] for run in entry.cells], axis=0)
+                steps = _middles(entry.cells[0], len(norms))
+                panel.plot(steps, norms, color=colors[title], label=title, linewidth=1.3)
             panel.set_yscale("log")
             panel.set_title(task, fontsize=9)
             panel.set_xlabel("step")
@@ -107,13 +96,16 @@ def draw_gradients(cells: Cells, path: Path) -> None:
     _write(path, draw)
 
 
-def _smoothed(values: np.ndarray) -> np.ndarray:
-    return smooth(values, max(len(values) // _SMOOTHED, 1))
+def _middles(cell: Cell, parts: int) -> np.ndarray:
+    """Returns the middle step of each part that a cell's series are averaged over."""
+    sizes = [len(part) for part in np.array_split(np.arange(cell["steps"]["taken"]), parts)]
+    ends = np.cumsum(sizes)
+    return ends - (np.asarray(sizes) - 1) / 2
 
 
-def _colors(cells: Cells) -> dict[str, str]:
+def _colors(entries: Entries) -> dict[str, str]:
     """Returns the color of each arm's title, which is the same for all tasks."""
-    arms = dict.fromkeys(arm for task in cells.values() for arm in task)
+    arms = dict.fromkeys(arm for task in entries.values() for arm in task)
     return dict(zip(arms, itertools.cycle(_COLORS), strict=False))
 
 
@@ -137,13 +129,6 @@ def _legend(figure: Figure) -> None:
     columns = min(6, len(found))
     handles, labels = list(found.values()), list(found)
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)
-
-
-def _mean(runs: Sequence[Cell], name: str) -> np.ndarray:
-    """Returns the mean over runs, up to the length of the shortest."""
-    shortest = min(len(run[name]) for run in runs)
-    values = [[np.nan if x is None else x for x in run[name][:shortest]] for run in runs]
-    return np.mean(np.asarray(values, float), axis=0)
 
 
 def _write(path: Path, draw) -> None:

@@ -5,57 +5,35 @@ import functools
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 from .bench import Bench
+from .budget import check_budget
 from .cell import Cell, train_cell
+from .facts import facts_digest, task_facts
 from .settings import ArmSettings, StudySettings, TaskSettings
 from .store import Store
 from .timing import time_arms
+from .trials import Choice, Search, Trial
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Choice:
-    """Chosen learning rate of an arm on a task.
+def search(study: StudySettings, store: Store, task: TaskSettings, arm: ArmSettings) -> Search:
+    """Returns the state of an arm's search for its best trial on a task."""
 
-    Attributes:
-      rate: Learning rate with the lowest loss on the tuning rows.
-      at_edge: Whether it is at an end of the grid, beyond which there may be a better one.
-    """
+    def loss_of(trial: Trial) -> float | None:
+        cell = store.read(task, arm, trial, seed=study.tune_seed, final=False)
+        if cell is None:
+            return None
+        return math.inf if cell["loss"] is None else cell["loss"]
 
-    rate: float
-    at_edge: bool
-
-
-def choose_rate(rates: Sequence[float], cells: Sequence[Cell]) -> Choice | None:
-    """Chooses the learning rate of a finished grid.
-
-    Args:
-      rates: Learning rates of the grid.
-      cells: Cells of the grid, in the order of the rates.
-
-    Returns:
-      The choice; None if all cells diverged.
-    """
-    losses = [math.inf if cell["loss"] is None else cell["loss"] for cell in cells]
-    best = min(range(len(losses)), key=losses.__getitem__)
-    if math.isinf(losses[best]):
-        return None
-    edge = len(losses) > 1 and best in (0, len(losses) - 1)
-    return Choice(rate=rates[best], at_edge=edge)
+    return study.grid(task, arm).search(loss_of)
 
 
 def tuned(
     study: StudySettings, store: Store, task: TaskSettings, arm: ArmSettings
 ) -> Choice | None:
-    """Returns the `Choice` of an arm on a task, or None until its grid is finished."""
-    rates = task.rates(arm)
-    cells = [
-        store.read(task, arm, learning_rate=rate, seed=study.tune_seed, final=False)
-        for rate in rates
-    ]
-    found = [cell for cell in cells if cell is not None]
-    return choose_rate(rates, found) if len(found) == len(cells) else None
+    """Returns the choice of an arm on a task; None until its search is finished."""
+    return search(study, store, task, arm).choice
 
 
 def measured(
@@ -66,16 +44,33 @@ def measured(
     if choice is None:
         return []
     cells = [
-        store.read(task, arm, learning_rate=choice.rate, seed=seed, final=True)
-        for seed in study.seeds
+        store.read(task, arm, choice.trial, seed=seed, final=True) for seed in study.seeds_of(task)
     ]
     return [cell for cell in cells if cell is not None]
 
 
 def count_cells(study: StudySettings) -> int:
-    """Counts the cells of a study."""
-    per_pair = len(study.tasks[0].rates(study.arms[0])) + len(study.seeds)
-    return per_pair * sum(len(study.arms_of(task)) for task in study.tasks)
+    """Counts the cells of a study, without extensions."""
+    return sum(
+        len(study.grid(task, arm).points()) + len(study.seeds_of(task))
+        for task in study.tasks
+        for arm in study.arms_of(task)
+    )
+
+
+def count_finished(study: StudySettings, store: Store) -> int:
+    """Counts the finished cells, without extensions."""
+    total = 0
+    for task in study.tasks:
+        for arm in study.arms_of(task):
+            grid = study.grid(task, arm)
+            total += len(measured(study, store, task, arm))
+            total += sum(
+                store.read(task, arm, grid.trial(point), seed=study.tune_seed, final=False)
+                is not None
+                for point in grid.points()
+            )
+    return total
 
 
 def run_study(
@@ -89,51 +84,65 @@ def run_study(
     """Runs the missing cells of a study.
 
     Several processes may run at once; each takes cells that no other has claimed. Methods come
-    before the hybrid's ablations, an arm's grid before its measured cells, and timing last.
+    before the hybrid's variants, an arm's trials before its measured cells, and timing last.
 
     Args:
       study: Settings of the study.
       store: Store of the cells.
-      only: Regular expression; cells whose "task/arm" it does not match are skipped. The timing of
-        a task has the name "task/timing".
+      only: Regular expression; cells whose "task/arm" it does not match are skipped. The facts of a
+        task have the name "task/facts", and its timing "task/timing".
       until: Time, as of `time.time`, after which no cell starts.
       say: Called with a message about each cell.
 
     Raises:
-      ValueError: `only` is not a regular expression, or matches nothing.
+      ValueError: `only` is not a regular expression, or matches nothing; or the arms at the budget
+        of a task that runs have different sizes.
     """
-    _check_only(study, only)
-    runner = _Runner(study=study, store=store, until=until, say=say)
-    for task, arm in _pairs(study):
-        if re.search(only, f"{task.name}/{arm.name}"):
-            runner.run(task, arm)
+    names = _matching(study, only)
     for task in study.tasks:
-        if re.search(only, f"{task.name}/timing"):
+        if any(name.startswith(f"{task.name}/") for name in names):
+            check_budget(study, task)
+    runner = _Runner(study=study, store=store, until=until, say=say)
+    for task in study.tasks:
+        if f"{task.name}/facts" in names:
+            runner.note(task)
+    # A pass may skip an arm of which another process has the last trial.
+    while True:
+        before = runner.done
+        for task, arm in _pairs(study):
+            if f"{task.name}/{arm.name}" in names:
+                runner.run(task, arm)
+        if runner.done == before:
+            break
+    for task in study.tasks:
+        if f"{task.name}/timing" in names:
             runner.time(task)
 
 
-def _check_only(study: StudySettings, only: str) -> None:
+def _matching(study: StudySettings, only: str) -> set[str]:
+    """Returns the names that a pattern matches: TASK/ARM, TASK/facts and TASK/timing."""
     names = [f"{task.name}/{arm.name}" for task, arm in _pairs(study)]
-    names += [f"{task.name}/timing" for task in study.tasks]
+    names += [f"{task.name}/{what}" for task in study.tasks for what in ("facts", "timing")]
     try:
-        matched = [name for name in names if re.search(only, name)]
+        matched = {name for name in names if re.search(only, name)}
     except re.error as error:
         raise ValueError(
             f"--only is {only!r}, which is not a regular expression: {error}"
         ) from error
     if not matched:
         raise ValueError(
-            f"--only is {only!r}, which matches nothing; names are TASK/ARM or TASK/timing, with"
-            f" the tasks {', '.join(task.name for task in study.tasks)} and the arms"
-            f" {', '.join(arm.name for arm in study.arms)}"
+            f"--only is {only!r}, which matches nothing; names are TASK/ARM, TASK/facts or"
+            f" TASK/timing, with the tasks {', '.join(task.name for task in study.tasks)} and the"
+            f" arms {', '.join(arm.name for arm in study.arms)}"
         )
+    return matched
 
 
 def _pairs(study: StudySettings) -> Iterator[tuple[TaskSettings, ArmSettings]]:
-    for ablation in (False, True):
+    for variant in (False, True):
         for task in study.tasks:
             for arm in study.arms_of(task):
-                if arm.ablation == ablation:
+                if arm.variant == variant:
                     yield task, arm
 
 
@@ -145,17 +154,36 @@ class _Runner:
     store: Store
     until: float
     say: Callable[[str], None]
+    done: int = 0
     _benches: dict[str, Bench] = dataclasses.field(default_factory=dict)
 
     def run(self, task: TaskSettings, arm: ArmSettings) -> None:
         """Runs the missing cells of an arm on a task."""
-        for rate in task.rates(arm):
-            self._fill(task, arm, learning_rate=rate, seed=self.study.tune_seed, final=False)
-        choice = tuned(self.study, self.store, task, arm)
-        if choice is None:
+        tried: set[Trial] = set()
+        while True:
+            state = search(self.study, self.store, task, arm)
+            missing = [trial for trial in state.missing if trial not in tried]
+            if not missing:
+                break
+            for trial in missing:
+                self._fill(task, arm, trial, seed=self.study.tune_seed, final=False)
+            tried.update(missing)
+        if state.choice is None:
             return
-        for seed in self.study.seeds:
-            self._fill(task, arm, learning_rate=choice.rate, seed=seed, final=True)
+        for seed in self.study.seeds_of(task):
+            self._fill(task, arm, state.choice.trial, seed=seed, final=True)
+
+    def note(self, task: TaskSettings) -> None:
+        """Measures the facts of a task, unless this is done."""
+        wanted = facts_digest(self.study, task)
+        if self.store.read_facts(task, wanted) is not None or time.time() > self.until:
+            return
+        with self.store.claim(self.store.facts_path(task)) as mine:
+            if not mine:
+                return
+            facts = task_facts(self._bench(task), self.study.seeds_of(task)[0])
+            self.store.write_facts(task, wanted, facts)
+        self.say(f"{task.name}: counted the rows and measured the base model")
 
     def time(self, task: TaskSettings) -> None:
         """Times the steps of all arms on a task, unless this is done."""
@@ -172,36 +200,25 @@ class _Runner:
 
     def _bench(self, task: TaskSettings) -> Bench:
         if task.name not in self._benches:
-            self._benches[task.name] = Bench(task, self.study.arms[0])
+            self._benches[task.name] = Bench(task, self.study.arms_of(task)[0])
         return self._benches[task.name]
 
     def _fill(
-        self,
-        task: TaskSettings,
-        arm: ArmSettings,
-        *,
-        learning_rate: float,
-        seed: int,
-        final: bool,
+        self, task: TaskSettings, arm: ArmSettings, trial: Trial, *, seed: int, final: bool
     ) -> None:
         """Runs one cell, unless it is finished, another process has it, or the time is over."""
-        read = functools.partial(
-            self.store.read, task, arm, learning_rate=learning_rate, seed=seed, final=final
-        )
+        read = functools.partial(self.store.read, task, arm, trial, seed=seed, final=final)
         if read() is not None or time.time() > self.until:
             return
-        path = self.store.path(task, arm, learning_rate=learning_rate, seed=seed, final=final)
-        with self.store.claim(path) as mine:
+        with self.store.claim(self.store.path(task, arm, trial, seed=seed, final=final)) as mine:
             if not mine or read() is not None:
                 return
-            started = time.time()
-            cell = train_cell(
-                self._bench(task), arm, learning_rate=learning_rate, seed=seed, final=final
-            )
+            cell = train_cell(self._bench(task), arm, trial, seed=seed, final=final)
             self.store.write(task, arm, cell, final=final)
-        kind = f"seed {seed}" if final else "grid"
+        self.done += 1
+        kind = f"seed {seed}" if final else "trial"
         loss = "diverged" if cell["loss"] is None else f"loss {cell['loss']:.4f}"
         self.say(
-            f"{task.name}/{arm.name} {kind} rate {learning_rate:g}: {loss},"
-            f" {time.time() - started:.0f} s"
+            f"{task.name}/{arm.name} {kind} rate {trial.rate:g} x{trial.scale:g}: {loss},"
+            f" {cell['seconds']:.0f} s"
         )

@@ -6,7 +6,11 @@ moved. Fingerprints tell folders of the same name apart.
 
 import functools
 import hashlib
+import os
+import platform
 from pathlib import Path
+
+import jax
 
 from .settings import TaskSettings
 
@@ -32,6 +36,12 @@ def source_of(task: TaskSettings) -> dict[str, str]:
         for what, path, patterns in places
         if path and Path(path).expanduser().is_dir()
     }
+
+
+def machine() -> str:
+    """Returns what a cell was made on, without the machine's name."""
+    device = jax.devices()[0].device_kind
+    return f"{device}, {platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__}"
 
 
 def agree(one: dict[str, str], other: dict[str, str]) -> bool:

@@ -13,6 +13,7 @@ import jax
 from .bench import Bench
 from .cell import Start, make_start
 from .settings import ArmSettings
+from .trials import Trial
 
 ROUNDS = 7
 STEPS = 6
@@ -39,7 +40,7 @@ def time_arms(
     """
     first = bench.batches(seed)[:steps]
     batches = list(itertools.islice(itertools.cycle(first), steps))
-    starts = {arm.name: make_start(bench, arm, learning_rate=_RATE, seed=seed) for arm in arms}
+    starts = {arm.name: make_start(bench, arm, Trial(_RATE), seed=seed) for arm in arms}
     states = {name: start.state for name, start in starts.items()}
     seconds: dict[str, list[float]] = {name: [] for name in starts}
     for turn in range(rounds + 1):

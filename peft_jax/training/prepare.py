@@ -93,7 +93,7 @@ def _prepare(
 ) -> Job:
     folder = find_folder(config.model.path, revision=pinned.model.revision or None)
     on_folder(folder)
-    model = _build_model(folder, config)
+    model = build_base(folder, config)
     if config.model.architecture:
         check_architecture(config.model.architecture, model.config)
     new_head = False
@@ -153,7 +153,7 @@ def _prepare(
     )
 
 
-def _build_model(folder: Path, config: RunConfig) -> Model:
+def build_base(folder: Path, config: RunConfig) -> Model:
     """Builds the model of a checkpoint; an encoder with the head that the recipe needs."""
     hf_config = read_config(folder)
     if not is_encoder(hf_config):
