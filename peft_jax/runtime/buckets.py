@@ -28,6 +28,9 @@ CONTACT_SECONDS = 12.0
 _IN_FLIGHT = 8
 """Largest number of concurrent reads or writes; each holds a whole object in memory."""
 
+_BYTES_IN_FLIGHT = 2**30
+"""Size from which on writes are not concurrent."""
+
 _RETRIES = {"max_retries": 12, "initial_delay": "1s", "max_delay": "32s"}
 """Retries of a request, which last about five minutes."""
 
@@ -232,6 +235,7 @@ class Bucket:
                 files,
                 lambda name: self._store.write(name, files[name].read_bytes()),
                 lambda name, result: None,
+                size=lambda name: files[name].stat().st_size,
                 timeout=timeout,
             )
 
@@ -277,17 +281,25 @@ def _each(
     start: Callable[[str], Any],
     finish: Callable[[str, Any], None],
     *,
+    size: Callable[[str], int] = lambda name: 0,
     timeout: float | None = None,
 ) -> None:
     """Makes a request for each name, a few at a time, and handles the responses in order."""
     waiting: collections.deque[tuple[str, Any]] = collections.deque()
-    for name in names:
-        if len(waiting) >= _IN_FLIGHT:
-            first, request = waiting.popleft()
-            finish(first, request.result(timeout=timeout))
-        waiting.append((name, start(name)))
-    for name, request in waiting:
+
+    def finish_first() -> None:
+        name, request = waiting.popleft()
         finish(name, request.result(timeout=timeout))
+
+    for name in names:
+        while waiting and (
+            len(waiting) >= _IN_FLIGHT
+            or size(name) + sum(size(other) for other, _ in waiting) > _BYTES_IN_FLIGHT
+        ):
+            finish_first()
+        waiting.append((name, start(name)))
+    while waiting:
+        finish_first()
 
 
 @contextlib.contextmanager

@@ -50,6 +50,9 @@ class BucketCheckpoints(Checkpoints):
       asynchronous: As in `Checkpoints`; the copy is part of the writing.
     """
 
+    # Whole files are in memory while they are copied, eight at a time.
+    _file_bytes = 256 * 2**20
+
     def __init__(
         self,
         folder: Path,

@@ -64,6 +64,9 @@ class Checkpoints:
         in the background.
     """
 
+    _file_bytes: int | None = None
+    """Approximate size of Orbax's files; None for Orbax's own."""
+
     def __init__(self, folder: Path, *, keep: int = 3, asynchronous: bool = True):
         if keep < 2:
             raise ValueError(
@@ -118,7 +121,10 @@ class Checkpoints:
             self._checkpointer.save(
                 self._orbax_path(step),
                 args=ocp.args.Composite(
-                    arrays=ocp.args.PyTreeSave(arrays), run=ocp.args.JsonSave(run)
+                    arrays=ocp.args.PyTreeSave(
+                        arrays, ocdbt_target_data_file_size=self._file_bytes
+                    ),
+                    run=ocp.args.JsonSave(run),
                 ),
             )
         if not self._asynchronous:
