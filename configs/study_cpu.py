@@ -181,6 +181,7 @@ def _smol(
     return {
         "name": f"smol_{recipe}",
         "title": f"{title} (SmolLM2-135M)",
+        "model": "SmolLM2-135M-Instruct",
         "config": config,
         "test": {"eval_split": test_split, "eval_rows": 200},
         "grids": _SMOL_GRIDS,
@@ -200,7 +201,9 @@ def _smol(
 def _stories(
     folder: Path | None, recipe: str, title: str, files: str, test_split: str, data: Settings
 ) -> Settings:
-    config = _base(steps=150, batch_size=4, max_length=256, hold_out=256)
+    # Solutions are long in this tokenizer.
+    max_length = 384 if recipe == "gsm8k" else 256
+    config = _base(steps=150, batch_size=4, max_length=max_length, hold_out=256)
     _language(config, folder, "tinystories656K", "raincandy-u/TinyStories-656K", recipe, files)
     config.data.update(data)
     hybrid = _ranks(8, gate_proj=7, up_proj=7, down_proj=7)
@@ -211,6 +214,7 @@ def _stories(
     return {
         "name": f"stories_{recipe}",
         "title": f"{title} (stories model)",
+        "model": "TinyStories-656K",
         "config": config,
         "test": {"eval_split": test_split, "eval_rows": 300},
         "grids": _STORIES_GRIDS,
@@ -250,6 +254,7 @@ def _glue(
     return {
         "name": recipe,
         "title": f"{title} (MiniLM)",
+        "model": "all-MiniLM-L6-v2",
         "config": config,
         "test": {"eval_split": "dev" if folder else "validation", "eval_rows": 500},
         "metric": metric,

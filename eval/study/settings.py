@@ -49,6 +49,8 @@ class TaskSettings:
       curve_rows: Number of the tuning rows whose loss is measured during a measured run.
       curve_points: Number of these measurements, evenly spaced over the steps.
       metric: Name of the recipe's metric for the page; empty: none.
+      model: Name of the model in digests, so that cells of a local copy and of the hub's model are
+        the same; empty: the last part of its path.
       own_text: File with one text per line that the base model knows, to measure forgetting;
         empty: text that a causal base model generates.
       own_texts: Number of these texts.
@@ -70,6 +72,7 @@ class TaskSettings:
     curve_rows: int = 32
     curve_points: int = 10
     metric: str = ""
+    model: str = ""
     own_text: str = ""
     own_texts: int = 64
     about: str = ""
@@ -337,6 +340,7 @@ def digest(config: RunConfig, task: TaskSettings, *, final: bool) -> str:
     # Only the name of a file counts, so that files can be moved.
     for section, name in (("model", "path"), ("data", "path")):
         mapping[section][name] = Path(mapping[section][name]).name
+    mapping["model"]["path"] = task.model or mapping["model"]["path"]
     for name, before in SINCE_THEN.items():
         section, setting = name.split(".")
         if section in mapping and mapping[section].get(setting) == before:

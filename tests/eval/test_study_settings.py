@@ -13,7 +13,7 @@ import pytest
 from ml_collections import ConfigDict
 from small_study import fake_cells, small_study, without_source
 
-from eval.study import settings
+from eval.study import recheck, settings
 from eval.study.budget import TOLERANCE, check_budget, trainable_sizes
 from eval.study.cell import averaged
 from eval.study.command import load_study
@@ -29,6 +29,7 @@ from eval.study.trials import Trial
 from peft_jax.optim import MixingSettings, OptimizerSettings, ScheduleSettings, make_optimizer
 
 COMMITTED = Path(__file__).parents[2] / "configs" / "study_cpu.py"
+COMMITTED_CELLS = Path(__file__).parents[2] / "docs" / "study"
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +193,37 @@ def test_the_committed_arms_meet_the_budget(committed):
         budget = [sizes[arm.name] for arm in committed.arms_of(task) if arm.at_budget]
         assert len(budget) >= 4
         assert max(budget) <= (1 + TOLERANCE) * min(budget)
+
+
+def test_committed_cells_are_of_todays_settings():
+    """Whoever adds a setting with a neutral default names it in `SINCE_THEN`."""
+    files = sorted((COMMITTED_CELLS / "cells").glob("*/*/*.json"))
+    if not files:
+        pytest.skip("no cells are committed yet")
+    # The folder of the data need not exist.
+    study = load_study(COMMITTED, "DATA")
+    store = Store(COMMITTED_CELLS)
+    tasks = {task.name: task for task in study.tasks}
+    for file in files:
+        cell = json.loads(file.read_text(encoding="utf-8"))
+        task, arm = tasks[cell["task"]], study.arm(cell["arm"])
+        trial = Trial(cell["learning_rate"], cell["attention_scale"])
+        final = file.name.startswith("seed-")
+        assert store.read(task, arm, trial, seed=cell["seed"], final=final) is not None, file
+        assert file.stat().st_size <= (10_000 if final else 1_000), file
+    statistics = json.loads((COMMITTED_CELLS / "statistics.json").read_text(encoding="utf-8"))
+    assert recheck.disagreements(COMMITTED_CELLS / "cells", statistics) == []
+
+
+def test_pages_are_made_where_model_and_data_are_not(study, tmp_path):
+    task = dataclasses.replace(study.tasks[0], model="a model")
+    here = dataclasses.replace(study, tasks=(task,))
+    fake_cells(here, tmp_path)
+    config = ConfigDict(task.config.to_dict())
+    config.model.path, config.data.path = "/nowhere/other", "/nowhere/rows"
+    elsewhere = dataclasses.replace(here, tasks=(dataclasses.replace(task, config=config),))
+    text = write_page(elsewhere, Store(tmp_path), tmp_path / "page").read_text()
+    assert "All 18 cells are done." in text
 
 
 # Measurements.
