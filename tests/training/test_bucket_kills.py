@@ -29,10 +29,10 @@ def flags(checkpoint, data):
         "--config.method.target_modules=q_proj,down_proj",
         "--config.method.rank=2",
         "--config.method.dropout=0.1",
-        "--config.train.steps=400",
+        "--config.train.steps=240",
         "--config.train.batch_size=4",
         "--config.train.max_length=16",
-        "--config.checkpoint.every=20",
+        "--config.checkpoint.every=10",
         "--config.evaluate.every=100",
     ]
 
@@ -159,18 +159,18 @@ def test_killed_run_on_other_hosts_equals_an_uninterrupted_one(
             return start(*words, PEFT_JAX_CACHE=cache, **bucket.environment)
 
         killed = host(1, "train.py", *flags, f"--workdir={url}")
-        wait_for_checkpoint(bucket.objects, 60, killed)
+        wait_for_checkpoint(bucket.objects, 20, killed)
         killed.kill()
         finish(killed, -signal.SIGKILL)
         stopped = host(2, "train.py", *flags, f"--workdir={url}")
-        wait_for_checkpoint(bucket.objects, 140, stopped)
+        wait_for_checkpoint(bucket.objects, 80, stopped)
         stopped.terminate()
         _, said = finish(stopped, 143)
         assert "which did not give it back" in said
         assert f"the same command resumes from {url}/checkpoints/" in said
         assert "runs/first/summary.json" not in bucket.objects
         _, said = finish(host(3, "train.py", *flags, f"--workdir={url}"), 0)
-        assert "of 400" in said.partition("resuming from step ")[2]
+        assert "of 240" in said.partition("resuming from step ")[2]
         assert f"{url}/report/README.md" in said
 
         files = {name.removeprefix("runs/first/"): text for name, text in bucket.objects.items()}

@@ -6,6 +6,9 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from rich.console import Console
 from stand_in_bucket import BUCKET, serve
@@ -92,6 +95,37 @@ def test_another_host_resumes_with_the_same_result(tiny, ended, bucket, tmp_path
     for url, text in (("gs", ended.text), ("s3", listener.text)):
         assert f"{url}://{RUN}/report/README.md" in text
         assert "workdirs" not in text
+
+
+def test_checkpoints_have_the_same_form_on_disk(tiny, bucket, tmp_path):
+    """What is copied by hand from the bucket is restored on disk, and the other way round."""
+    for name, content in bucket.objects.items():
+        file = tmp_path / "copy" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    settings = tiny(**CONSTANT).checkpoint
+    folder = WorkDir.at(tmp_path / "copy" / "runs" / "first")
+    with (
+        keep_copy(folder, say=pytest.fail) as copy,
+        copy.checkpoints(settings) as checkpoints,
+    ):
+        assert checkpoints.newest(say=pytest.fail) == 4
+        arrays = {"weights": jnp.arange(6.0)}
+        checkpoints.save(5, arrays, {"step": 5})
+        checkpoints.wait()
+    bucket.objects.clear()
+    for file in folder.path.rglob("*"):
+        if file.is_file():
+            bucket.objects[f"runs/second/{file.relative_to(folder.path)}"] = file.read_bytes()
+    with (
+        keep_copy(WorkDir.at(f"s3://{BUCKET}/runs/second"), say=pytest.fail) as copy,
+        copy.checkpoints(settings) as checkpoints,
+    ):
+        assert checkpoints.newest(say=pytest.fail) == 5
+        weights = arrays["weights"]
+        shape = jax.ShapeDtypeStruct(weights.shape, weights.dtype, sharding=weights.sharding)
+        restored = checkpoints.read_arrays(5, {"weights": shape})
+        np.testing.assert_array_equal(restored["weights"], weights)
 
 
 def test_finished_run_is_known_on_every_host(tiny, bucket, listener):
