@@ -6,11 +6,13 @@ lie block by block already. Activations must be reordered for a batched product 
 takes a CPU longer than the rotation itself.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import AxisType
 from jaxtyping import Array, Float
 
 from kernels_pallas.block_rotation.xla import by_block
@@ -32,12 +34,13 @@ def prefer_rotated_kernel(
     """Returns whether rotating the kernel is faster than rotating `x`, before their product.
 
     It is faster on one CPU with more tokens than columns, and on one GPU with more than half as
-    many. The answer is False if the caller requested an implementation. It is given while a
-    function is traced, for the platform that `target_platform` returns, and affects speed alone.
+    many. Within `jax.shard_map`, the numbers are those of the device's shards. The answer is False
+    if the caller requested an implementation. It is given while a function is traced, for the
+    platform that `target_platform` returns, and affects speed alone.
     """
     tokens = x.size // max(x.shape[-1], 1)
     mesh, platform = jax.sharding.get_abstract_mesh(), target_platform()
-    if not mesh.empty and mesh.size > 1:
+    if any(size > 1 and kind is not AxisType.Manual for size, kind in _axes(mesh)):
         return False
     columns_per_token = COLUMNS_PER_TOKEN.get(platform)
     faster = (
@@ -51,6 +54,11 @@ def prefer_rotated_kernel(
             f" rotates the kernel (fewer than {columns_per_token} columns per token)"
         )
     return faster
+
+
+def _axes(mesh: Any) -> Iterable[tuple[int, AxisType]]:
+    """Returns the size and the type of each axis of a mesh."""
+    return () if mesh.empty else zip(mesh.shape.values(), mesh.axis_types, strict=True)
 
 
 @jax.custom_vjp

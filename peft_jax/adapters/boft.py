@@ -54,6 +54,7 @@ class BOFT(AdapterMethod):
 
     name: ClassVar[str] = "boft"
     learning_rate: ClassVar[float] = 5e-4
+    maps_input: ClassVar[bool] = True
 
     block_size: int = 8
     n_butterfly_factors: int = 2
@@ -138,6 +139,12 @@ class BOFT(AdapterMethod):
         if self.composed_block_size <= MAX_COMPOSED_BLOCK:
             return {"blocks": compose_butterfly(factors), "scale": trainable["scale"]}
         return {"factors": factors, "scale": trainable["scale"]}
+
+    def prepared_axes(self, d_in: str | None, d_out: str | None) -> Axes | None:
+        """Returns axes that shard blocks as the kernel's input."""
+        if self.composed_block_size <= MAX_COMPOSED_BLOCK:
+            return {"blocks": (d_in, None, None), "scale": (d_out,)}
+        return {"factors": (None, d_in, None, None), "scale": (d_out,)}
 
     def project(
         self,

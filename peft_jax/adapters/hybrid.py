@@ -46,6 +46,7 @@ class Hybrid(AdapterMethod):
 
     name: ClassVar[str] = "hybrid"
     learning_rate: ClassVar[float] = 1e-4
+    maps_input: ClassVar[bool] = True
     # Each branch has twice its learning rate as a separate method, because mixing about halves its
     # update. BOFT needs a higher learning rate than LoRA-GA.
     branches: ClassVar[Mapping[str, float]] = MappingProxyType({LOW_RANK: 1.0, ROTATION: 10.0})
@@ -160,6 +161,12 @@ class Hybrid(AdapterMethod):
                 trainable[ROTATION], constant.get(ROTATION, {}), dropout_key=dropout_key
             ),
         }
+
+    def prepared_axes(self, d_in: str | None, d_out: str | None) -> Axes | None:
+        """Returns the axes of each branch."""
+        low = self.low_rank_method.prepared_axes(d_in, d_out)
+        rotation = self.rotation_method.prepared_axes(d_in, d_out)
+        return None if low is None or rotation is None else {LOW_RANK: low, ROTATION: rotation}
 
     def project(
         self,

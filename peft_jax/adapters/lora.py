@@ -89,6 +89,10 @@ class LoRA(AdapterMethod):
         del constant, dropout_key
         return {"a": trainable["a"], "b": self.scale * trainable["b"]}
 
+    def prepared_axes(self, d_in: str | None, d_out: str | None) -> Axes | None:
+        """Returns the axes of both factors."""
+        return {"a": (d_in, None), "b": (None, d_out)}
+
     def project(
         self,
         x: Float[Array, "*batch d_in"],

@@ -85,6 +85,11 @@ class AdapterMethod(TrainingMethod, abc.ABC):
     """Whether `init` is given the kernel itself, as a keyword argument `kernel` [d_in, d_out] in
     float32, as a start from its singular vectors or its norms needs it."""
 
+    maps_input: ClassVar[bool] = False
+    """Whether `project` maps the input before it multiplies by the base kernel. The gradient of the
+    input is then mapped back, which on a mesh should come before its sum over devices: see
+    `peft_jax.parallel.column_products`, which needs `prepared_axes`."""
+
     def for_module(self, module: str, *, rank: int | None, alpha: float | None) -> "AdapterMethod":
         """Returns the method for one module, with that module's rank and alpha.
 
@@ -134,6 +139,15 @@ class AdapterMethod(TrainingMethod, abc.ABC):
         self, trainable: Arrays, constant: Arrays, *, dropout_key: jax.Array | None = None
     ) -> Arrays:
         """Returns the arrays for `project` and `merge`; called once per step before the layers."""
+
+    def prepared_axes(self, d_in: str | None, d_out: str | None) -> Axes | None:
+        """Returns the logical axes of the arrays of `prepare`; None if they are not known."""
+        del d_in, d_out
+        return None
+
+    def local_axes(self, d_in: str, d_out: str) -> Axes | None:
+        """Returns the axes with which `project` runs on a device's columns; see `core.Method`."""
+        return self.prepared_axes(d_in, d_out) if self.maps_input else None
 
     @abc.abstractmethod
     def project(

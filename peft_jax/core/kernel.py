@@ -40,6 +40,13 @@ class Method(Protocol):
     ) -> Float[Array, "*batch d_out"]:
         """Returns the adapted linear map of the activations `x`."""
 
+    def local_axes(self, d_in: str, d_out: str) -> Any:
+        """Returns the logical axes of the arrays, given those of the kernel, or None.
+
+        With them, `project` runs on each device's shard of the columns, with all rows of the
+        kernel. None leaves partitioning to the compiler.
+        """
+
     def merge(self, base: Kernel, arrays: Any) -> Float[Array, "d_in d_out"]:
         """Returns one array equivalent to `project`, for one unstacked kernel."""
 

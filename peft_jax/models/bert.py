@@ -159,7 +159,8 @@ class BertSelfAttention(nnx.Module):
         """Returns the outputs of all heads, concatenated to [B, T, D]."""
         config = self.config
         shape = (*x.shape[:2], config.num_heads, config.head_dim)
-        query, key, value = (f(x).reshape(shape) for f in (self.query, self.key, self.value))
+        maps = Linear.each(x, self.query, self.key, self.value)
+        query, key, value = (y.reshape(shape) for y in maps)
         out = attend(query[:, :, :, None] * config.head_dim**-0.5, key, value)
         return out.reshape(x.shape)
 
@@ -198,7 +199,8 @@ class BertIntermediate(nnx.Module):
 
     def __call__(self, x: Hidden) -> Float[Array, "batch tokens mlp"]:
         """Returns activation(dense(x)), [B, T, F]."""
-        return recomputed(ACTIVATIONS[self.activation])(self.dense(x))
+        (hidden,) = Linear.each(x, self.dense)
+        return recomputed(ACTIVATIONS[self.activation])(hidden)
 
 
 class BertBlock(nnx.Module):

@@ -93,7 +93,8 @@ class BloomAttention(nnx.Module):
         """Returns attention's output [B, T, D], and the layer's updated cache if one is given."""
         config = self.config
         leading = x.shape[:2]
-        fused = self.query_key_value(x).reshape(*leading, config.num_heads, 3, config.head_dim)
+        (fused,) = Linear.each(x, self.query_key_value)
+        fused = fused.reshape(*leading, config.num_heads, 3, config.head_dim)
         query, key, value = (fused[..., i, :] for i in range(3))
         if cache is not None:
             cache = cache.append(key, value)
@@ -114,7 +115,8 @@ class BloomMLP(nnx.Module):
     def __call__(self, x: Hidden) -> Hidden:
         """Returns the MLP's output, [B, T, D]."""
         activation = recomputed(functools.partial(jax.nn.gelu, approximate=True))
-        return self.dense_4h_to_h(activation(self.dense_h_to_4h(x)))
+        (hidden,) = Linear.each(x, self.dense_h_to_4h)
+        return self.dense_4h_to_h(activation(hidden))
 
 
 class BloomBlock(nnx.Module):

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from peft_jax.core import linear
 from peft_jax.core.activation_axes import input_axis
 from peft_jax.core.scopes import part
-from peft_jax.parallel import constrain_features
+from peft_jax.parallel import column_products, constrain_features
 
 
 def parameter(
@@ -60,8 +60,28 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
         """Returns y in the dtype of `x`."""
         with input_axis(self.input_axis):
-            y = constrain_features(linear(x, self.kernel.get_value()), self.features)
+            return self._finish(linear(x, self.kernel.get_value()))
+
+    def _finish(self, y: Float[Array, "*batch d_out"]) -> Float[Array, "*batch d_out"]:
+        """Constrains a product's sharding, and adds the bias."""
+        y = constrain_features(y, self.features)
         return y if self.bias is None else y + self.bias.get_value().astype(y.dtype)
+
+    @staticmethod
+    def each(
+        x: Float[Array, "batch tokens d_in"], *maps: "Linear"
+    ) -> tuple[Float[Array, "batch tokens _"], ...]:
+        """Returns each map of the residual stream, whose tokens are gathered once for all.
+
+        Args:
+          x: Activations of the residual stream.
+          maps: Maps whose columns are sharded.
+        """
+        kernels = [(one.kernel.get_value(), (one.input_axis, one.features)) for one in maps]
+        products = column_products(x, kernels)
+        return tuple(
+            one(x) if y is None else one._finish(y) for one, y in zip(maps, products, strict=True)
+        )
 
 
 class Embedding(nnx.Module):

@@ -125,9 +125,10 @@ class LlamaAttention(nnx.Module):
         """Returns attention's output [B, T, D], and the layer's updated cache if one is given."""
         config = self.config
         leading, group = x.shape[:2], config.num_heads // config.num_kv_heads
-        query = self.q_proj(x).reshape(*leading, config.num_kv_heads, group, config.head_dim)
-        key = self.k_proj(x).reshape(*leading, config.num_kv_heads, config.head_dim)
-        value = self.v_proj(x).reshape(*leading, config.num_kv_heads, config.head_dim)
+        query, key, value = Linear.each(x, self.q_proj, self.k_proj, self.v_proj)
+        query = query.reshape(*leading, config.num_kv_heads, group, config.head_dim)
+        key = key.reshape(*leading, config.num_kv_heads, config.head_dim)
+        value = value.reshape(*leading, config.num_kv_heads, config.head_dim)
         if config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         query = rotate(query, *rotation, scale=config.head_dim**-0.5)
@@ -161,7 +162,7 @@ class LlamaMLP(nnx.Module):
     def __call__(self, x: Hidden) -> Hidden:
         """Returns the MLP's output, [B, T, D]."""
         gated = recomputed(lambda gate, up: jax.nn.silu(gate) * up)
-        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(gated(*Linear.each(x, self.gate_proj, self.up_proj)))
 
 
 class LlamaBlock(nnx.Module):

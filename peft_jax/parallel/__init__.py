@@ -4,6 +4,8 @@
 - [`rules`][peft_jax.parallel.rules]: `LogicalAxisRules`, `sharding_tree`, `batch_sharding`.
 - [`activations`][peft_jax.parallel.activations]: `on_mesh`, the context for tracing programs;
   `constrain`, `over_shards`.
+- [`column_products`][peft_jax.parallel.column_products]: `column_products`, of one input with
+  several kernels.
 """
 
 from peft_jax.parallel.activations import (
@@ -14,6 +16,7 @@ from peft_jax.parallel.activations import (
     over_shards,
     spans,
 )
+from peft_jax.parallel.column_products import column_products
 from peft_jax.parallel.mesh import MESH_AXES, MeshSettings, make_mesh
 from peft_jax.parallel.rules import (
     LogicalAxisRules,
@@ -30,6 +33,7 @@ __all__ = [
     "active_mesh",
     "batch_sharding",
     "check_divides",
+    "column_products",
     "constrain",
     "constrain_features",
     "make_mesh",

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from jaxtyping import Array
 
 from peft_jax.core.activation_axes import ActivationAxes, sharded_activations
@@ -71,10 +71,12 @@ def _active_rules() -> LogicalAxisRules:
 
 
 def active_mesh() -> AbstractMesh | None:
-    """Returns the mesh that shards activations; None without a mesh of several devices."""
+    """Returns the mesh that shards activations; None without several devices, or on a shard."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or not set(MESH_AXES) <= set(mesh.axis_names):
         return None
+    if any(kind is AxisType.Manual for kind in mesh.axis_types):
+        return None  # Within `jax.shard_map`, arrays are one device's own.
     return mesh
 
 
