@@ -15,17 +15,21 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AxisType
 from jaxtyping import Array, Float
 
+from kernels_pallas.block_rotation.matrices import from_matrices, to_matrices
 from kernels_pallas.block_rotation.xla import by_block
 from kernels_pallas.dispatch import log_once, resolve
 from kernels_pallas.target_device import target_platform
 
-COLUMNS_PER_TOKEN = {"cpu": 1, "gpu": 2}
+COLUMNS_PER_TOKEN = {"cpu": 1, "gpu": 2, "tpu": 1}
 """Number of kernel columns per token below which rotating the kernel is faster, by platform.
 
 On a GPU two batched products of blocks then move the kernel and no activations. On an H200 with
 8,192 tokens and a kernel of 4,096 x 14,336, product and gradients take 2.60 ms this way. With the
 tokens rotated by the Pallas kernel they take 2.74 ms (one trial by hand; docs/kernels.md has the
-table)."""
+table). For a TPU it follows from the bytes that the compiled program moves; no TPU was timed."""
+
+_LANES = 128
+"""Size of the matrices that small blocks are multiplied in on a TPU."""
 
 
 def prefer_rotated_kernel(
@@ -33,9 +37,9 @@ def prefer_rotated_kernel(
 ) -> bool:
     """Returns whether rotating the kernel is faster than rotating `x`, before their product.
 
-    It is faster on one CPU with more tokens than columns, and on one GPU with more than half as
-    many. Within `jax.shard_map`, the numbers are those of the device's shards. The answer is False
-    if the caller requested an implementation. It is given while a function is traced, for the
+    It is faster on one CPU or TPU with more tokens than columns, and on one GPU with more than half
+    as many. Within `jax.shard_map`, the numbers are those of the device's shards. The answer is
+    False if the caller requested an implementation. It is given while a function is traced, for the
     platform that `target_platform` returns, and affects speed alone.
     """
     tokens = x.size // max(x.shape[-1], 1)
@@ -85,8 +89,35 @@ def rotated_kernel_product(
 
 def _rotate(blocks: Array, kernel: Array) -> Array:
     """Returns blockdiag(blocks) W, [d_in, d_out] float32."""
+    precision = None
+    if size := _matrix_size(blocks):
+        blocks = to_matrices(blocks, size, kernel.shape[0], blocks.dtype)
+        precision = jax.lax.Precision.HIGH  # by default a TPU would round the blocks to bfloat16
     rows = kernel.reshape(*blocks.shape[:2], kernel.shape[-1]).astype(blocks.dtype)
-    return jnp.matmul(blocks, rows).reshape(kernel.shape)
+    return jnp.matmul(blocks, rows, precision=precision).reshape(kernel.shape)
+
+
+def _overlaps(x: Array, dx: Array, blocks: Array) -> Float[Array, "n B B"]:
+    """Returns the blocks on the diagonal of xᵀ dx, summed over tokens, in float32."""
+    if not (size := _matrix_size(blocks)):
+        return jax.lax.dot_general(
+            by_block(x, blocks),
+            by_block(dx, blocks),
+            (((1,), (1,)), ((0,), (0,))),
+            preferred_element_type=jnp.float32,
+        )
+    x, dx = (a.reshape(-1, a.shape[-1] // size, size) for a in (x, dx))
+    matrices = jax.lax.dot_general(
+        x, dx, (((0,), (0,)), ((1,), (1,))), preferred_element_type=jnp.float32
+    )
+    return from_matrices(matrices, blocks.shape)
+
+
+def _matrix_size(blocks: Array) -> int:
+    """Returns the size of the matrices that hold several blocks on a TPU; 0 for none."""
+    n, size, _ = blocks.shape
+    fits = size < _LANES and _LANES % size == 0 and n * size % _LANES == 0
+    return _LANES if fits and target_platform() == "tpu" else 0
 
 
 def _forward(x: Any, blocks: Any, kernel: Any) -> tuple[Array, tuple[Any, ...]]:
@@ -102,13 +133,7 @@ def _backward(residuals: tuple[Any, ...], dy: Any) -> tuple[Any, ...]:
     rotated = _rotate(blocks, kernel).astype(x.dtype)
     dx = jax.lax.dot_general(dy, rotated, (((dy.ndim - 1,), (1,)), ((), ())))
     # With g the gradient of x R, dblocks = xᵀ g and dx = g Rᵀ, so xᵀ dx = dblocks Rᵀ.
-    overlaps = jax.lax.dot_general(
-        by_block(x, blocks),
-        by_block(dx, blocks),
-        (((1,), (1,)), ((0,), (0,))),
-        preferred_element_type=jnp.float32,
-    )
-    dblocks = jnp.matmul(overlaps, blocks).astype(blocks.dtype)
+    dblocks = jnp.matmul(_overlaps(x, dx, blocks), blocks).astype(blocks.dtype)
     dkernel = None
     if kernel_is_trainable:
         rows, columns = (a.reshape(-1, a.shape[-1]) for a in (x, dy))

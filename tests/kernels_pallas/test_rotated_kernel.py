@@ -13,6 +13,7 @@ from kernels_pallas.block_rotation import (
     reference,
     rotated_kernel_product,
 )
+from kernels_pallas.block_rotation.matrices import to_matrices
 from kernels_pallas.cayley import cayley
 from kernels_pallas.dispatch import use_implementation
 from kernels_pallas.shared_cases import tolerance
@@ -61,6 +62,24 @@ def test_value_and_gradients(batch, blocks, size, columns, dtype):
         assert np.abs(np.asarray(one, np.float64) - other).max() <= allowed, name
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("blocks", "size"), [(16, 16), (64, 2), (20, 16), (3, 128)])
+def test_blocks_packed_into_matrices_give_the_same_result(monkeypatch, blocks, size, dtype):
+    """On a TPU, small blocks that fill matrices of 128 are multiplied in those."""
+    x, dy, rotations, kernel = draw((2, 5), blocks, size, 12, dtype)
+    module = "kernels_pallas.block_rotation.rotated_kernel"
+    monkeypatch.setattr(f"{module}.target_platform", lambda: "tpu")
+    packed = []
+    monkeypatch.setattr(
+        f"{module}.to_matrices", lambda *given: packed.append(given[1]) or to_matrices(*given)
+    )
+    y, transpose = jax.vjp(rotated_kernel_product, x, rotations, kernel)
+    assert bool(packed) == (blocks * size % 128 == 0 and size < 128)
+    for found, wanted in zip((y, *transpose(dy)), expected(x, dy, rotations, kernel), strict=True):
+        allowed = 2 * tolerance(dtype, blocks * size) * np.abs(wanted).max()
+        assert np.abs(np.asarray(found, np.float64) - wanted).max() <= allowed
+
+
 def test_frozen_kernel_has_no_gradient_product():
     x, _, rotations, kernel = draw((30,), 4, 8, 12, jnp.float32)
 
@@ -97,6 +116,24 @@ def test_when_a_rotated_kernel_is_preferred():
         mesh = jax.make_mesh((size,), ("data",), devices=jax.devices()[:size])
         with jax.set_mesh(mesh):
             assert prefer_rotated_kernel(x, narrow) == (size == 1)
+
+
+@pytest.mark.parametrize("columns", [39, 40])
+def test_within_shard_map_the_shards_sizes_count(columns):
+    """A device has 40 tokens here."""
+    preferred = []
+
+    def product(x, kernel):
+        preferred.append(prefer_rotated_kernel(x, kernel))
+        return x @ kernel
+
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows, kernel = jnp.ones((32, 10, 16)), jnp.ones((16, columns))
+    with jax.set_mesh(mesh):
+        jax.shard_map(product, in_specs=(jax.P("data"), jax.P()), out_specs=jax.P("data"))(
+            rows, kernel
+        )
+    assert preferred == [columns < 40]
 
 
 @pytest.mark.parametrize("columns", [8, 400])
