@@ -75,6 +75,7 @@ def test_log_likelihoods_of_whole_texts_match_torch(make_model, torch_model):
     assert found[0] == found[4]
 
 
+@pytest.mark.slow
 def test_one_device_and_eight_agree(loaded, checkpoint, make_model, one_device):
     alone = HarnessModel(load_for_generation(checkpoint), row_sharding=one_device, batch_size=3)
     asked = requests("loglikelihood", PAIRS)

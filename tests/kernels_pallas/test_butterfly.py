@@ -221,7 +221,7 @@ def test_products_of_factors_match_peft(m, n, b):
 
 
 @pytest.mark.parametrize(
-    "chip", ["v5p", *(pytest.param(c, marks=pytest.mark.slow) for c in TOPOLOGIES)]
+    "chip", [pytest.param(c, marks=pytest.mark.slow) for c in ("v5p", *TOPOLOGIES)]
 )
 def test_compiles_with_one_read_and_one_write(tpu, chip):
     tokens, d = 8192, 4096

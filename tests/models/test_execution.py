@@ -114,7 +114,10 @@ def loss_and_gradients(kind, execution):
     return jax.jit(jax.value_and_grad(lambda arrays: loss(bind(arrays))))(arrays)
 
 
-@pytest.mark.parametrize("name", EXECUTIONS)
+@pytest.mark.parametrize(
+    "name",
+    [name if "dots" in name else pytest.param(name, marks=pytest.mark.slow) for name in EXECUTIONS],
+)
 def test_all_execution_settings_give_the_same_loss_and_gradients(name):
     kind, settings = EXECUTIONS[name]
     expected_loss, expected = loss_and_gradients(kind, ExecutionSettings())

@@ -190,6 +190,7 @@ def test_both_forms_of_out_of_memory_errors_are_read():
     assert read_out_of_memory("x RESOURCE_EXHAUSTED: more\nthan that") == "RESOURCE_EXHAUSTED: more"
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_only_adapter_gradients_cross_tpu_slices(tmp_path):
     config = small(

@@ -42,6 +42,7 @@ PAGES = 40 * 512 * 512 * 4 // 4096
 """Each layer's output is kept for the gradient."""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the settings are glibc's")
 def test_settings_avoid_most_page_faults():
     """Compares the kernel's page-fault count of a step with and without the settings.

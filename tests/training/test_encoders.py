@@ -116,6 +116,7 @@ def test_adapter_and_head_are_restored(finished, encoded, encoder):
     assert np.mean(right) == pytest.approx(measured["accuracy"])
 
 
+@pytest.mark.slow
 def test_transformers_loads_the_merged_model(finished, encoder, tmp_path):
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
@@ -133,6 +134,7 @@ def test_transformers_loads_the_merged_model(finished, encoder, tmp_path):
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_regression_reports_correlations(encoded, similar, tmp_path, listener):
     from scipy import stats
 
@@ -276,6 +278,7 @@ def test_invalid_settings_of_an_encoder_are_rejected(changes, named, encoded, tm
         run(encoded(**changes), tmp_path / "run", reporter=listener)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bert", pytest.param("roberta", marks=pytest.mark.slow)])
 def test_peft_loads_the_adapter_with_its_head(kind, bert, tmp_path):
     peft = pytest.importorskip("peft")

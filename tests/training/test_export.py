@@ -19,6 +19,7 @@ TEMPLATE = (
 )
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_only_writes_the_model(tiny, checkpoint, tmp_path, listener):
     settings = {"method.name": "full", "method.target_modules": "all-linear", "train.steps": 2}
     workdir = tmp_path / "run"

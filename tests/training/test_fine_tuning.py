@@ -67,6 +67,7 @@ def test_a_finished_run_returns_its_result_again(tiny, checkpoint, tmp_path, lis
     assert jax.tree.all(jax.tree.map(jnp.array_equal, first.adapter, again.adapter))
 
 
+@pytest.mark.slow
 def test_a_quantized_base_is_recorded(tiny, checkpoint, tmp_path, listener):
     config = tiny()
     model, params = pj.load_model(checkpoint, quantization="int8")

@@ -168,7 +168,9 @@ class StopAt:
         monkeypatch.setattr(TrainData, "__next__", counted)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_run_resumed_after_a_signal_equals_an_uninterrupted_one(
     finished, tiny, tmp_path, monkeypatch, listener, number
 ):
@@ -241,6 +243,7 @@ def test_base_model_is_never_written(finished, checkpoint, tiny, tmp_path):
     assert {p: p.read_bytes() for p in checkpoint.rglob("*") if p.is_file()} == files
 
 
+@pytest.mark.slow
 def test_merged_model_keeps_its_end_tokens(checkpoint, tiny, tmp_path):
     base, ends = tmp_path / "base", '{"eos_token_id": [1, 5]}'
     shutil.copytree(checkpoint, base)
@@ -277,6 +280,7 @@ def test_run_killed_between_checkpoints_resumes(finished, stopped, tiny, listene
     assert untimed(stopped) == untimed(finished[0])
 
 
+@pytest.mark.slow
 def test_missing_initial_metric_is_reported_as_not_measured(stopped, tiny, listener):
     lines = (stopped / "metrics.jsonl").read_text().splitlines()
     kept = [line for line in lines if '"held_out"' not in line]
@@ -334,6 +338,7 @@ def test_unusable_row_can_be_skipped_on_resuming(tiny, data, tmp_path, listener)
     assert untimed(tmp_path / "run") == untimed(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_resuming_with_irrelevant_changes_is_allowed(finished, stopped, tiny, listener):
     run(hybrid(tiny, **{"checkpoint.keep": 5, "logging.every": 2}), stopped, reporter=listener)
     assert "checkpoint.keep was 3 and is 5" in listener.text
@@ -406,6 +411,7 @@ def test_every_method_learns_and_compiles_its_step_once(name, tiny, tmp_path, mo
     assert (tmp_path / "run" / "model").exists() == (name == "full")
 
 
+@pytest.mark.slow
 def test_several_devices_agree_with_one(tiny, tmp_path):
     alone = run(tiny(), tmp_path / "one")
     shared = run(tiny(**{"parallel.devices": 4, "parallel.fsdp": 2}), tmp_path / "four")
@@ -413,6 +419,7 @@ def test_several_devices_agree_with_one(tiny, tmp_path):
     np.testing.assert_allclose(shared["loss_after"], alone["loss_after"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_classification_reports_the_preferred_label(tiny, data, tmp_path):
     config = tiny(
         **{

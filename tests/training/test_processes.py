@@ -141,6 +141,7 @@ def alone(flags, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_two_processes_agree_with_one(flags, alone, tmp_path):
     with Processes(flags(tmp_path / "run"), 2, devices=2) as both:
         ended = both.finish()

@@ -142,6 +142,7 @@ def test_every_method_agrees_on_a_mesh(take_steps, method):
     assert bool(metrics["lambda"]) == (method == "hybrid")
 
 
+@pytest.mark.slow
 def test_outer_mesh_axes_agree(take_steps):
     assert_same(take_steps("full", OUTER), take_steps("full", ONE))
 
@@ -196,7 +197,7 @@ def losses_over_quantized(tiny, workdir, method: str, quantization: str, mesh: d
             *("hybrid", "int8", {"data": 1, "fsdp": 2, "sequence": 2, "tensor": 2}),
             marks=pytest.mark.slow,
         ),
-        ("lora", "nf4", {"data": 1, "fsdp": 4, "tensor": 2}),
+        pytest.param("lora", "nf4", {"data": 1, "fsdp": 4, "tensor": 2}, marks=pytest.mark.slow),
         pytest.param("hybrid", "nf4", {"data": 2, "fsdp": 4}, marks=pytest.mark.slow),
         pytest.param("lora", "int8", {"slice": 2, "tensor": 2}, marks=pytest.mark.slow),
     ],

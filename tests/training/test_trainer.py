@@ -86,8 +86,13 @@ def close(found, expected, atol=2e-5):
         np.testing.assert_allclose(found[path], expected[path], atol=atol, err_msg=str(path))
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize(
+    ("devices", "accumulation"),
+    [
+        (4, 2),
+        *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((1, 1), (1, 2), (4, 1))),
+    ],
+)
 def test_trainer_agrees_with_a_plain_loop(model, params, batches, accumulation, devices):
     spec, optimizer = AdapterSpec(LoRA(rank=2)), optax.adam(1e-2)
     losses, expected = plain_loop(model, params, spec, optimizer, batches)
@@ -240,7 +245,7 @@ def test_trained_parameters_are_copied_from_the_given_ones(model, params, batche
     assert np.any(trained != before["lm_head"]["kernel"])
 
 
-@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+@pytest.mark.parametrize("quantization", ["int8", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_quantized_base_is_sharded_and_trained_on(batches, quantization):
     sizes = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 128}
     model, batches = build_model(CONFIG | sizes), batches[:1]
@@ -266,7 +271,7 @@ def of_some(params):
     "optimizer",
     [
         optax.partition({"a": optax.adam(1e-2), "b": optax.sgd(1e-2)}, of_some),
-        optax.sm3(1e-2),
+        pytest.param(optax.sm3(1e-2), marks=pytest.mark.slow),
     ],
     ids=["partition", "sm3"],
 )
