@@ -155,7 +155,7 @@ def _find_shards(
     if names is None:
         return None
     leaves, structure = jax.tree.flatten(kernel)
-    logical = structure.flatten_up_to(names)
+    logical = jax.tree.leaves(names, is_leaf=lambda node: isinstance(node, tuple))
     shape = (*x.shape[:2], _columns(kernel))
     out = activation_spec(shape, ("batch", "sequence", axes[1]), mesh)
     if not {*over} <= {*as_tuple(out[2])}:
