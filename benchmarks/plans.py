@@ -59,13 +59,29 @@ def _plan(name: str, topology: str, method: str, quantization: str) -> dict[str,
     return plan
 
 
+HEAD = (
+    "method",
+    "GiB a chip",
+    "of full",
+    "TFLOP a step",
+    "of full",
+    "s a step",
+    "times less",
+    "utilization",
+    "products",
+    "memory",
+    "transfers",
+    "hidden",
+)
+"""Columns of a model's table; the last four are seconds."""
+
+
 def rows_of(plans: dict[str, Any]) -> list[list[str]]:
     """Returns the rows of one model's table, each compared with full fine-tuning."""
-    head = ["method", "GiB a chip", "of full", "TFLOP a step", "of full", "s a step", "times less"]
     full = plans["full"]
-    rows = [head]
+    rows = [list(HEAD)]
     for method, plan in plans.items():
-        memory, time_ = plan["memory_a_device"]["total"], plan["estimate"]
+        memory, estimate = plan["memory_a_device"]["total"], plan["estimate"]
         flops = plan["flops_a_step"]["total"]
         own = [method]
         if memory is None:
@@ -74,12 +90,39 @@ def rows_of(plans: dict[str, Any]) -> list[list[str]]:
             whole = full["memory_a_device"]["total"]
             own += [f"{memory / 2**30:.1f}", f"{memory / whole:.0%}" if whole else ""]
         own += [f"{flops / 1e12:,.0f}", f"{flops / full['flops_a_step']['total']:.0%}"]
-        if time_ is None or full["estimate"] is None:
-            own += ["" if time_ is None else f"{time_['seconds']:.2f}", ""]
+        if estimate is None:
+            own += [""] * 7
         else:
-            ratio = full["estimate"]["seconds"] / time_["seconds"]
-            own += [f"{time_['seconds']:.2f}", f"{ratio:.2f}"]
+            seconds, kinds = estimate["seconds"], estimate["by_kind"]
+            whole = full["estimate"] and full["estimate"]["seconds"]
+            own += [
+                f"{seconds:.2f}",
+                f"{whole / seconds:.2f}" if whole else "",
+                f"{estimate['utilization']:.0%}",
+                f"{kinds['products']:.2f}",
+                f"{kinds['memory'] + kinds['elementwise']:.2f}",
+                f"{estimate['transfers_not_hidden']:.2f}",
+                f"{estimate['transfers_hidden']:.2f}",
+            ]
         rows.append(own)
+    return rows
+
+
+def rows_by_part(plans: dict[str, Any]) -> list[list[str]]:
+    """Returns the seconds of each method by part of the model."""
+    times = {
+        method: {part: sum(kinds.values()) for part, kinds in plan["estimate"]["by_part"].items()}
+        for method, plan in plans.items()
+        if plan["estimate"] is not None
+    }
+    longest = {
+        part: max(parts.get(part, 0.0) for parts in times.values())
+        for part in dict.fromkeys(part for parts in times.values() for part in parts)
+    }
+    columns = [part for part in sorted(longest, key=lambda p: -longest[p]) if longest[part] >= 0.01]
+    rows = [["method", *columns]]
+    for method, parts in times.items():
+        rows.append([method, *(f"{parts.get(part, 0.0):.2f}" for part in columns)])
     return rows
 
 
@@ -93,6 +136,8 @@ def main() -> None:
         tokens = f"{one['batch_size']} rows of {one['max_length']} tokens"
         print(f"\n**{one['model']}** on {one['topology']}, {tokens} (configs/{name}.py)\n")
         print(table(rows_of(plans)))
+        print("\nSeconds by part of the model:\n")
+        print(table(rows_by_part(plans)))
 
 
 if __name__ == "__main__":

@@ -205,6 +205,9 @@ def test_only_adapter_gradients_cross_tpu_slices(tmp_path):
     assert 0 < between < 8 * trained + 4096
     sent = [one for one in plan.estimate.timeline.transfers if one.kind == "network"]
     assert sum(one.seconds for one in sent) > 0
+    parts = set(plan.estimate.timeline.by_part())
+    assert parts >= {"embedding", "norm", "attention", "mlp", "low_rank", "loss", "optimizer"}
+    assert plan.estimate.seconds == pytest.approx(sum(plan.estimate.timeline.by_kind().values()))
     text = describe(plan)
     assert "on v5e:2x2*2 (8 chips): slice=2, fsdp=2, tensor=2" in text
     assert "between slices" in text
