@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 _CLOSED = {"v4": 4, "v5p": 4, "tpu7x": 4, "v5e": 16, "v6e": 16}
 """Sizes of an axis that can be closed to a ring are multiples of this, by TPU kind.
@@ -33,7 +34,7 @@ class Network:
       devices_a_slice: Number of consecutive devices of one slice.
     """
 
-    coordinates: np.ndarray
+    coordinates: Int[np.ndarray, "devices axes"]
     sizes: tuple[int, ...]
     rings: tuple[bool, ...]
     per_chip: int

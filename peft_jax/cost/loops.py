@@ -44,7 +44,7 @@ class Counts:
 def count_runs(program: Program) -> Counts:
     """Returns how often each computation of a program runs.
 
-    A conditional counts all its branches. See `schedule` for the time, where the slowest counts.
+    A conditional counts all its branches. In `timeline`, only the slowest one takes time.
     """
     times: dict[str, float] = defaultdict(float)
     iterations: dict[str, float] = defaultdict(float)

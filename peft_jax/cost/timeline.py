@@ -276,23 +276,26 @@ class _Run:
             # Which branch runs is only known at run time, so the slowest counts.
             slowest = max(branches, key=lambda branch: (branch.total, branch.flops))
             self._nest(slowest, 1.0)
-        elif opcode in ("async-update", "send-done", "send"):
-            # Work may be given to a unit that begins only at the update.
-            if opcode == "async-update" and one.operands[0] in self.flying:
-                flight = self.flying.pop(one.operands[0])
-                flight.end = max(flight.end, self.now + flight.seconds)
-                self.flying[one.name] = flight
+        elif opcode == "async-update":
+            # The start only prepares a unit, whose work begins here.
+            start = self.computation.instructions[one.operands[0]]
+            self._start(start, one.name)
+        elif opcode in ("send", "send-done"):
+            # The other side's receive counts.
+            return
         elif opcode.endswith("-done"):
             self._land(one.operands[0])
         elif opcode.endswith("-start") or opcode == "recv":
-            self._start(one)
+            users = self.computation.users.get(one.name, [])
+            if not any(user.opcode == "async-update" for user in users):
+                self._start(one, one.name)
         elif opcode not in FREE:
             self._work(one)
 
     def _work(self, one: Instruction) -> None:
         """Runs an instruction that ends before the next begins."""
         part = part_of(self.program, self.computation, one)
-        products = list(self._products(one))
+        products = list(_products_of(self.program, self.computation, one))
         for product in products:
             self.result.flops += product.flops
         seconds: dict[Kind, float] = {
@@ -360,13 +363,14 @@ class _Run:
         )
         self.result.spend(kind, part, unhidden)
 
-    def _start(self, one: Instruction) -> None:
+    def _start(self, one: Instruction, name: str) -> None:
+        """Starts an asynchronous operation, which ends with the name's "done"."""
         part = part_of(self.program, self.computation, one)
         found = self._collective(one)
         if found is not None:
             taken, lanes = self.clock.transfer_seconds(found)
             kind: Kind = "network" if found.between_slices else "links"
-            self._fly(one.name, kind, part, found, lanes, taken)
+            self._fly(name, kind, part, found, lanes, taken)
             return
         size = float(min((array.bytes for array in one.result[:2]), default=0))
         arrays = list(one.result)
@@ -379,10 +383,10 @@ class _Run:
             arrays += [a for step in inner.instructions.values() for a in step.result]
         if any(array.space == HOST for array in arrays):
             seconds = self.clock.host_seconds(size)
-            self._fly(one.name, "host", part, None, frozenset({"host"}), seconds)
+            self._fly(name, "host", part, None, frozenset({"host"}), seconds)
         else:
             seconds = self.clock.memory_seconds(size)
-            self._fly(one.name, "memory", part, None, frozenset({"memory"}), seconds)
+            self._fly(name, "memory", part, None, frozenset({"memory"}), seconds)
 
     def _fly(
         self,
@@ -438,9 +442,6 @@ class _Run:
         if one.opcode == "custom-call" and '"AllocateBuffer"' in one.attributes:
             return Traffic()
         return count_traffic(self.program, self.computation, one)
-
-    def _products(self, one: Instruction) -> Iterator[Product]:
-        yield from _products_of(self.program, self.computation, one)
 
     def _collective(self, one: Instruction) -> Collective | None:
         """Returns the collective of an instruction, or of what it calls."""
