@@ -168,7 +168,7 @@ def _language(
 def _smol(
     folder: Path | None, recipe: str, title: str, files: str, test_split: str, data: Settings
 ) -> Settings:
-    config = _base(steps=100, batch_size=4, max_length=256, hold_out=64)
+    config = _base(steps=100, batch_size=2, max_length=256, hold_out=48)
     _language(
         config,
         folder,
@@ -183,16 +183,17 @@ def _smol(
         "title": f"{title} (SmolLM2-135M)",
         "model": "SmolLM2-135M-Instruct",
         "config": config,
-        "test": {"eval_split": test_split, "eval_rows": 200},
+        "test": {"eval_split": test_split, "eval_rows": 160},
         "grids": _SMOL_GRIDS,
         "arms": _MAIN,
+        "timed": ("full",),
         "methods": {
             **dict.fromkeys(("lora", "lora_ga"), _ranks(12, gate_proj=11, up_proj=11)),
             "hybrid": _ranks(8, gate_proj=7, up_proj=7),
         },
         "seeds": tuple(range(1, 9)),
         "tune_steps": 33,
-        "curve_rows": 16,
+        "curve_rows": 8,
         "curve_points": 5,
         "own_texts": 16,
     }

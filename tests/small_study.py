@@ -9,6 +9,7 @@ import numpy as np
 from eval.study.facts import facts_digest
 from eval.study.settings import ArmSettings, Roles, StudySettings, TaskSettings, digest
 from eval.study.store import Store
+from eval.study.timing import Timing
 from peft_jax.training import config_files
 
 WORDS = [f"w{number}" for number in range(20)]
@@ -139,7 +140,12 @@ def fake_cells(study, folder, *, losses=None, seed=0, rows=12):
                 per_target = level + by_row + by_seed[number] + noise
                 cell = _final_cell(task, arm, chosen, number, per_target * targets, targets)
                 store.write(task, arm, cell, final=True)
-        store.write_timing(task, study.arms_of(task), {a.name: [0.1] for a in study.arms_of(task)})
+        timed = study.timed_on(task)
+        costs = {
+            arm.name: Timing(rounds=(0.1, 0.2, 0.4), step_bytes=(at + 1) << 20)
+            for at, arm in enumerate(timed)
+        }
+        store.write_timing(task, timed, costs)
         store.write_facts(task, facts_digest(study, task), FACTS)
     return store
 

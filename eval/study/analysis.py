@@ -12,6 +12,7 @@ from .run import measured, tuned
 from .settings import ArmSettings, StudySettings, TaskSettings
 from .statistics import Comparison, compare, holm
 from .store import Store
+from .timing import Timing
 from .trials import Choice
 
 
@@ -77,6 +78,7 @@ class Analysis:
       study: Settings of the study.
       entries: Finished entries by names of task and arm.
       facts: Facts by name of task.
+      timings: Costs of a step by names of task and arm; empty for a task that is not timed.
       contrasts: Finished contrasts by name of task.
       planned: Number of planned contrasts.
     """
@@ -84,6 +86,7 @@ class Analysis:
     study: StudySettings
     entries: Mapping[str, Mapping[str, Entry]]
     facts: Mapping[str, Mapping[str, Any]]
+    timings: Mapping[str, Mapping[str, Timing]]
     contrasts: Mapping[str, Contrast]
     planned: int
 
@@ -127,7 +130,10 @@ class Analysis:
 
 def analyze(study: StudySettings, store: Store) -> Analysis:
     """Reads the cells of a study, and compares its arms."""
-    entries = {task.name: _entries(study, store, task) for task in study.tasks}
+    timings = {
+        task.name: store.read_timing(task, study.timed_on(task)) or {} for task in study.tasks
+    }
+    entries = {task.name: _entries(study, store, task, timings[task.name]) for task in study.tasks}
     facts = {
         task.name: store.read_facts(task, facts_digest(study, task)) or {} for task in study.tasks
     }
@@ -151,6 +157,7 @@ def analyze(study: StudySettings, store: Store) -> Analysis:
         study=study,
         entries=entries,
         facts=facts,
+        timings=timings,
         contrasts={
             name: Contrast(branch=branch, comparison=one, corrected_p=by_task[name])
             for name, (branch, one) in found.items()
@@ -166,20 +173,21 @@ def better_branch(study: StudySettings, entries: Mapping[str, Entry]) -> str | N
     return min(study.roles.branches, key=lambda name: entries[name].choice.loss, default=None)
 
 
-def _entries(study: StudySettings, store: Store, task: TaskSettings) -> dict[str, Entry]:
+def _entries(
+    study: StudySettings, store: Store, task: TaskSettings, timings: Mapping[str, Timing]
+) -> dict[str, Entry]:
     """Returns the entries of a task whose cells are all finished."""
-    timing = store.read_timing(task, study.arms_of(task)) or {}
     found = {}
     for arm in study.arms_of(task):
         choice = tuned(study, store, task, arm)
         cells = measured(study, store, task, arm)
         if choice is not None and len(cells) == len(study.seeds_of(task)):
-            rounds = timing.get(arm.name)
+            timing = timings.get(arm.name)
             found[arm.name] = Entry(
                 arm=arm,
                 choice=choice,
                 cells=cells,
-                seconds=statistics.median(rounds) if rounds else None,
+                seconds=None if timing is None else timing.seconds,
             )
     return found
 

@@ -201,7 +201,7 @@ def _task_facts(analysis: Analysis, task: TaskSettings) -> str:
     }
     text = facts["text"]
     if text["lost"]:
-        symbols = " ".join(text["symbols"])
+        symbols = " ".join(symbol for symbol in text["symbols"] if symbol != "`")
         lost = (
             f" The tokenizer drops or replaces {text['lost']:,} of {text['characters']:,}"
             f" characters of the test rows ({text['lost'] / text['characters']:.1%}), in"
@@ -281,10 +281,11 @@ def _time_sections(analysis: Analysis) -> Iterator[str]:
     references = [name for name in (study.roles.full, study.roles.lora) if name]
     parts = []
     for task in study.tasks:
-        rows = _time_rows(analysis, task, references)
+        here = [n for n in references if n in {arm.name for arm in study.arms_of(task)}]
+        rows = _time_rows(analysis, task, here)
         if rows:
             head = ["arm"]
-            for name in references:
+            for name in here:
                 head += [f"to {study.arm(name).title}: steps", "seconds", "seeds"]
             parts += [f"### {task.title}: time", table(head, rows)]
     if parts:

@@ -187,15 +187,15 @@ class _Runner:
 
     def time(self, task: TaskSettings) -> None:
         """Times the steps of all arms on a task, unless this is done."""
-        arms = self.study.arms_of(task)
+        arms = self.study.timed_on(task)
         read = functools.partial(self.store.read_timing, task, arms)
         if read() is not None or time.time() > self.until:
             return
         with self.store.claim(self.store.timing_path(task)) as mine:
             if not mine or read() is not None:
                 return
-            seconds = time_arms(self._bench(task), arms, seed=self.study.tune_seed)
-            self.store.write_timing(task, arms, seconds)
+            timings = time_arms(self._bench(task), arms, seed=self.study.tune_seed)
+            self.store.write_timing(task, arms, timings)
         self.say(f"{task.name}: timed the steps of {len(arms)} arms")
 
     def _bench(self, task: TaskSettings) -> Bench:

@@ -41,6 +41,8 @@ class TaskSettings:
       attention: Path component of the attention's arrays: "self_attn" in a Llama,
         "self_attention" in BLOOM, "attention" in BERT.
       arms: Names of the arms that run on the task; empty: all.
+      timed: Names of further arms whose steps are timed, and whose memory is counted, without
+        training them: full fine-tuning of a model that is too large for it.
       methods: Settings of `method` on this task by arm, which replace those of the arm, for example
         a `rank_pattern` that meets the budget.
       mixing: Settings of `mixing` on this task, below those of the arm.
@@ -65,6 +67,7 @@ class TaskSettings:
     scales: tuple[float, ...] = (0.25, 1.0, 4.0)
     attention: str = "self_attn"
     arms: tuple[str, ...] = ()
+    timed: tuple[str, ...] = ()
     methods: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     mixing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     seeds: tuple[int, ...] = ()
@@ -253,7 +256,7 @@ class StudySettings:
         if self.extensions < 0:
             raise ValueError(f"extensions is {self.extensions} but must be at least 0")
         for task in self.tasks:
-            for name in (*task.arms, *task.methods):
+            for name in (*task.arms, *task.timed, *task.methods):
                 self.arm(name)
         self._check_trials()
         self._check_roles()
@@ -309,6 +312,11 @@ class StudySettings:
     def arms_of(self, task: TaskSettings) -> tuple[ArmSettings, ...]:
         """Returns the arms that run on a task."""
         return tuple(arm for arm in self.arms if not task.arms or arm.name in task.arms)
+
+    def timed_on(self, task: TaskSettings) -> tuple[ArmSettings, ...]:
+        """Returns the arms whose steps are timed on a task."""
+        arms = self.arms_of(task)
+        return (*arms, *(arm for arm in self.arms if arm.name in task.timed and arm not in arms))
 
     def seeds_of(self, task: TaskSettings) -> tuple[int, ...]:
         """Returns the seeds of the measured cells of a task."""

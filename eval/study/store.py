@@ -1,8 +1,9 @@
 """Stores cells on disk, one JSON file each, so that a study can resume in any order."""
 
 import contextlib
+import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..json_files import invalid_file, read_object
 from .cell import Cell
 from .settings import ArmSettings, TaskSettings, digest
 from .source import agree, machine, source_of
+from .timing import Timing
 from .trials import Trial
 
 _FIELDS = (
@@ -111,19 +113,25 @@ class Store:
 
     def read_timing(
         self, task: TaskSettings, arms: Sequence[ArmSettings]
-    ) -> dict[str, list[float]] | None:
-        """Returns each arm's seconds per step by round; None unless exactly these were timed."""
+    ) -> dict[str, Timing] | None:
+        """Returns each arm's cost of a step; None unless exactly these were timed."""
         file = self.timing_path(task)
         if not file.is_file():
             return None
         timing = read_object(file, "a study's timing", _REMOVE)
-        return timing["seconds"] if timing.get("digests") == _digests(task, arms) else None
+        if timing.get("digests") != _digests(task, arms):
+            return None
+        return {
+            name: Timing(rounds=tuple(one["rounds"]), step_bytes=one["step_bytes"])
+            for name, one in timing["arms"].items()
+        }
 
     def write_timing(
-        self, task: TaskSettings, arms: Sequence[ArmSettings], seconds: dict[str, list[float]]
+        self, task: TaskSettings, arms: Sequence[ArmSettings], timings: Mapping[str, Timing]
     ) -> None:
         """Writes a task's timing, atomically."""
-        timing = {"digests": _digests(task, arms), "machine": machine(), "seconds": seconds}
+        found = {name: dataclasses.asdict(one) for name, one in timings.items()}
+        timing = {"digests": _digests(task, arms), "machine": machine(), "arms": found}
         _write(self.timing_path(task), timing)
 
     @contextlib.contextmanager

@@ -4,7 +4,9 @@ Times from within separate runs would depend on the machine's load at that momen
 exposes all arms to the same changes of the machine's speed.
 """
 
+import dataclasses
 import itertools
+import statistics
 import time
 from collections.abc import Sequence
 
@@ -21,6 +23,24 @@ _RATE = 1e-6
 """Small, so that no arm diverges."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Cost of an arm's step.
+
+    Attributes:
+      rounds: Seconds per step, by round.
+      step_bytes: Memory of the compiled step in bytes.
+    """
+
+    rounds: tuple[float, ...]
+    step_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        """Returns the median seconds per step."""
+        return statistics.median(self.rounds)
+
+
 def time_arms(
     bench: Bench,
     arms: Sequence[ArmSettings],
@@ -28,8 +48,8 @@ def time_arms(
     seed: int,
     rounds: int = ROUNDS,
     steps: int = STEPS,
-) -> dict[str, list[float]]:
-    """Returns each arm's seconds per step, by round.
+) -> dict[str, Timing]:
+    """Returns each arm's cost of a step.
 
     Args:
       bench: Model, data and programs of the task.
@@ -48,7 +68,10 @@ def time_arms(
             states[name], spent = _turn(start, states[name], batches)
             if turn:
                 seconds[name].append(float(f"{spent / steps:.5g}"))
-    return seconds
+    return {
+        name: Timing(rounds=tuple(found), step_bytes=starts[name].program.step_bytes)
+        for name, found in seconds.items()
+    }
 
 
 def _turn(start: Start, state, batches):

@@ -134,7 +134,10 @@ def test_arms_are_timed_in_turns(study, finished):
     (task,) = study.tasks
     seconds = store.read_timing(task, study.arms)
     assert list(seconds) == [arm.name for arm in study.arms]
-    assert all(len(rounds) == ROUNDS and min(rounds) > 0 for rounds in seconds.values())
+    for cost in seconds.values():
+        assert len(cost.rounds) == ROUNDS
+        assert 0 < min(cost.rounds) <= cost.seconds <= max(cost.rounds)
+        assert cost.step_bytes > 1000
     assert store.read_timing(task, study.arms[:2]) is None
 
 

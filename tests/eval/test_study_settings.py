@@ -349,6 +349,20 @@ def test_the_page_states_rows_lost_text_and_open_edges(study, finished, tmp_path
     assert claims.count("**Claimed.**") == claims.count("**To say more.**") == 8
 
 
+def test_an_arm_that_is_only_timed_counts_for_time_and_memory(study, tmp_path):
+    """Its steps cost 0.2 s and 3 MiB, and the hybrid's 2 MiB."""
+    roles = Roles(hybrid="both", branches=("low",), full="turn")
+    task = dataclasses.replace(study.tasks[0], arms=("low", "both"), timed=("turn",))
+    timed = dataclasses.replace(study, tasks=(task,), roles=roles)
+    assert [arm.name for arm in timed.timed_on(task)] == ["low", "both", "turn"]
+    store = fake_cells(timed, tmp_path)
+    text = write_page(timed, store, tmp_path).read_text()
+    assert "| turn |" not in text
+    claims = (tmp_path / "claims.md").read_text()
+    assert "| Words | 0.200 | 0.200 | 1.00× | not trained |" in claims
+    assert "| Words | 2 | 3 | 67% |" in claims
+
+
 def test_a_task_may_have_a_subset_of_the_arms(study, finished, tmp_path):
     few = dataclasses.replace(study.tasks[0], arms=("both", "low"))
     fewer = dataclasses.replace(study, tasks=(few,))
