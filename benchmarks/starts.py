@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="the rows of --recipe")
     parser.add_argument("--recipe", choices=("gsm8k", "flores"), default="gsm8k")
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="0: measure costs only")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--max_length", type=int, default=128)
@@ -202,60 +202,70 @@ def costs(bench: Any, options: argparse.Namespace) -> dict[str, Any]:
         ("step", blueprint.trace_step),
         ("pass", lambda: blueprint.trace_start(rows)),
     ):
-        compiled, seconds = timed(lambda trace=trace: trace().lower().compile())
-        found[name] = {"compile_seconds": seconds, "bytes": step_bytes(compiled)}
+        compiled, spent = timed(_compile, trace)
+        found[name] = {"compile": spent, "bytes": step_bytes(compiled)}
+    found["step"] |= {"warm": time_steps(bench, program)}
     for start in ("one", "six"):
-        _, first = timed(lambda start=start: estimate(bench, options, start, 1))
-        warm = [timed(lambda start=start: estimate(bench, options, start, 1))[1] for _ in range(3)]
-        found[start] = {"first_seconds": first, "seconds": sorted(warm)[1]}
-        found["step"]["seconds"] = step_seconds(bench, options, program)
+        if start in options.starts:
+            _, first = timed(estimate, bench, options, start, 1)
+            found[start] = {"first": first, "warm": timed(estimate, bench, options, start, 1)[1]}
     return found
 
 
-def step_seconds(bench: Any, options: argparse.Namespace, program: Any) -> float:
-    """Returns the median seconds of a warm step."""
-    blueprint, params = program.blueprint, bench.params(1)
-    factors = random_factors(blueprint, __import__("jax").random.key(0))
-    adapter = blueprint.initialize(__import__("jax").random.key(0), params, factors=factors)
-    state = program.make_state(adapter.trainable)
-    frozen = blueprint.spec.frozen(params)
-    seconds = []
-    for batch in bench.batches(1)[:6]:
-        placed = blueprint.placement.put_microbatches(batch, 1)
-        (state, _), spent = timed(
-            lambda state=state, placed=placed: program.step(state, frozen, adapter.constant, placed)
-        )
-        seconds.append(spent)
-    return sorted(seconds[1:])[len(seconds[1:]) // 2]
-
-
-def timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    """Returns the result of a function and the seconds until it is computed."""
+def time_steps(bench: Any, program: Any) -> tuple[float, float]:
+    """Returns the least seconds of a warm step."""
     import jax
 
-    began = time.perf_counter()
-    result = jax.block_until_ready(work())
-    return result, time.perf_counter() - began
+    blueprint, params = program.blueprint, bench.params(1)
+    factors = random_factors(blueprint, jax.random.key(0))
+    adapter = blueprint.initialize(jax.random.key(0), params, factors=factors)
+    state = program.make_state(adapter.trainable)
+    frozen = blueprint.spec.frozen(params)
+    times = []
+    for batch in bench.batches(1)[:4]:
+        placed = blueprint.placement.put_microbatches(batch, 1)
+        (state, _), spent = timed(program.step, state, frozen, adapter.constant, placed)
+        times.append(spent)
+    return min(times[1:])
+
+
+def _compile(trace: Callable[[], Any]) -> Any:
+    return trace().lower().compile()
+
+
+def timed(work: Callable[..., Any], *args: Any) -> tuple[Any, tuple[float, float]]:
+    """Returns the result of a call, and its CPU seconds and seconds.
+
+    CPU seconds are of all threads. They hardly depend on what else the machine does.
+    """
+    import jax
+
+    began, cpu = time.perf_counter(), time.process_time()
+    result = jax.block_until_ready(work(*args))
+    return result, (time.process_time() - cpu, time.perf_counter() - began)
 
 
 def costs_table(found: dict[str, Any]) -> str:
     """Returns the costs as a Markdown table."""
-    step = found["step"]
-    lines = [
-        "| | seconds, warm | steps | first call, s | compilation, s | memory, MiB |",
-        "| --- | --- | --- | --- | --- | --- |",
-        f"| training step | {step['seconds']:.2f} | 1 | | {step['compile_seconds']:.1f} |"
-        f" {step['bytes'] / 2**20:.0f} |",
+    step, one = found["step"], found["pass"]
+    over = f"over {found['microbatches']} microbatches"
+    rows = [
+        ("training step", step["warm"], f"{step['compile'][0]:.1f} | {step['bytes'] / 2**20:.0f}")
     ]
-    for start in ("one", "six"):
-        cost = found[start]
-        rest = f"{found['pass']['compile_seconds']:.1f} | {found['pass']['bytes'] / 2**20:.0f}"
-        lines.append(
-            f"| start, {start} pass{'es' if start == 'six' else ''} over"
-            f" {found['microbatches']} microbatches | {cost['seconds']:.2f} |"
-            f" {cost['seconds'] / step['seconds']:.1f} | {cost['first_seconds']:.1f} |"
-            f" {rest if start == 'one' else '| '} |"
-        )
+    if "one" in found:
+        rest = f"{one['compile'][0]:.1f} | {one['bytes'] / 2**20:.0f}"
+        rows.append((f"start, one pass {over}", found["one"]["warm"], rest))
+    if "six" in found:
+        rows.append((f"start, six passes {over}", found["six"]["warm"], "| "))
+    lines = [
+        "| | CPU s, warm | steps | s | compilation, CPU s | memory, MiB |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, (cpu, seconds), rest in rows:
+        share = cpu / step["warm"][0]
+        lines.append(f"| {name} | {cpu:.2f} | {share:.1f} | {seconds:.2f} | {rest} |")
+    for start in sorted({"one", "six"} & set(found)):
+        lines.append(f"\nfirst call of {start}: {found[start]['first'][0]:.1f} CPU s")
     return "\n".join(lines)
 
 

@@ -94,6 +94,13 @@ def test_run_writes_its_files(finished):
     assert json.loads((workdir / "summary.json").read_text()) == json.loads(json.dumps(summary))
     assert summary["loss_after"] < summary["loss_before"]
     assert summary["steps"] == 6
+    # The first step comes after preparing, loading, initializing and compiling.
+    records = read_records(workdir / "metrics.jsonl")
+    first = next(r for r in records if r["split"] == "train")
+    waited = first["timing"]["seconds_to_first_step"]
+    assert summary["seconds_to_first_step"] == waited
+    spent = summary["seconds"]
+    assert waited > spent["load"] + spent["initialize"] + spent["compile"]
     page = (workdir / "report" / "README.md").read_text()
     assert f"{summary['loss_after']:.5g}" in page
 
