@@ -137,7 +137,9 @@ def _branches(analysis: Analysis, task: TaskSettings) -> list[str] | None:
     planned = analysis.contrasts.get(task.name)
     which = analysis.study.arm(planned.branch).title if planned is not None else ""
     cells = ["not done" if one is None else interval(one) for one in found]
-    return [_count(analysis, task), " / ".join(cells), which]
+    frozen = analysis.compare(task, roles.hybrid, roles.frozen_rotation)
+    control = "not done" if frozen is None else interval(frozen)
+    return [_count(analysis, task), " / ".join(cells), which, control]
 
 
 def _mixing(analysis: Analysis, task: TaskSettings) -> list[str] | None:
@@ -215,9 +217,13 @@ CLAIMS = (
         claimed="The hybrid converges faster and generalizes better than LoRA-GA and BOFT,"
         " consistently over three runs.",
         measure=_branches,
-        head=("seeds, rows", "hybrid − each branch, test loss", "planned contrast"),
+        head=(
+            *("seeds, rows", "hybrid − each branch, test loss", "planned contrast"),
+            "hybrid − itself with a frozen rotation",
+        ),
         reading="All with equally many trainable parameters and equally many tuning runs. Branches"
-        " in the order of the study's settings. Intervals are over seeds and rows; verdicts, with"
+        " in the order of the study's settings. The last column is what training the rotation adds."
+        " Intervals are over seeds and rows; verdicts, with"
         " their correction, are on [the study's page](README.md).",
         more="More seeds: the deviation of one run decides how small a difference can be shown."
         " Larger models and longer runs.",
