@@ -111,12 +111,13 @@ def _time(plan: Plan) -> Iterable[str]:
         f"mostly {estimate.bound_by}; utilization {estimate.utilization:.0%}"
     )
     kinds = [kind for kind, seconds in timeline.by_kind().items() if seconds > 0]
-    yield f"  {'seconds':<12}{'all':>8}" + "".join(f"{kind:>13}" for kind in kinds)
+    unit, factor = ("seconds", 1.0) if estimate.seconds >= 1 else ("ms", 1e3)
+    yield f"  {unit:<12}{'all':>8}" + "".join(f"{kind:>13}" for kind in kinds)
     for name, seconds in (("all", timeline.by_kind()), *timeline.by_part().items()):
         whole = sum(seconds.values())
         if whole >= _LEAST_SHARE * estimate.seconds:
-            row = "".join(f"{seconds[kind]:>13.2f}" for kind in kinds)
-            yield f"  {name:<12}{whole:>8.2f}{row}"
+            row = "".join(f"{seconds[kind] * factor:>13.2f}" for kind in kinds)
+            yield f"  {name:<12}{whole * factor:>8.2f}{row}"
     yield (
         f"  transfers: {timeline.hidden():.3g} s hidden behind other work,"
         f" {timeline.unhidden():.3g} s not"
