@@ -73,7 +73,8 @@ def rotated_kernel_product(
 ) -> Float[Array, "*batch d_out"]:
     """Returns x blockdiag(blocks) W, computed as x (blockdiag(blocks) W).
 
-    The rotated kernel is computed in float32 and rounded once.
+    The rotated kernel is computed in float32 and rounded once. A TPU rounds the blocks to bfloat16
+    first, as in every product of float32 arrays at the default precision.
 
     Args:
       x: Activations [..., d_in] with d_in = n B.
@@ -87,16 +88,16 @@ def rotated_kernel_product(
     return jnp.matmul(x, _rotate(blocks, kernel).astype(x.dtype))
 
 
+@jax.named_scope("rotation")
 def _rotate(blocks: Array, kernel: Array) -> Array:
     """Returns blockdiag(blocks) W, [d_in, d_out] float32."""
-    precision = None
     if size := _matrix_size(blocks):
         blocks = to_matrices(blocks, size, kernel.shape[0], blocks.dtype)
-        precision = jax.lax.Precision.HIGH  # by default a TPU would round the blocks to bfloat16
     rows = kernel.reshape(*blocks.shape[:2], kernel.shape[-1]).astype(blocks.dtype)
-    return jnp.matmul(blocks, rows, precision=precision).reshape(kernel.shape)
+    return jnp.matmul(blocks, rows).reshape(kernel.shape)
 
 
+@jax.named_scope("rotation")
 def _overlaps(x: Array, dx: Array, blocks: Array) -> Float[Array, "n B B"]:
     """Returns the blocks on the diagonal of xᵀ dx, summed over tokens, in float32."""
     if not (size := _matrix_size(blocks)):
@@ -114,10 +115,13 @@ def _overlaps(x: Array, dx: Array, blocks: Array) -> Float[Array, "n B B"]:
 
 
 def _matrix_size(blocks: Array) -> int:
-    """Returns the size of the matrices that hold several blocks on a TPU; 0 for none."""
+    """Returns the size of the matrices that hold blocks on a TPU; 0 for products as elsewhere."""
     n, size, _ = blocks.shape
-    fits = size < _LANES and _LANES % size == 0 and n * size % _LANES == 0
-    return _LANES if fits and target_platform() == "tpu" else 0
+    if target_platform() != "tpu":
+        return 0
+    if size % _LANES == 0:
+        return size
+    return _LANES if _LANES % size == 0 and n * size % _LANES == 0 else 0
 
 
 def _forward(x: Any, blocks: Any, kernel: Any) -> tuple[Array, tuple[Any, ...]]:
