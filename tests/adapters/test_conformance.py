@@ -182,7 +182,7 @@ def test_gradient_agrees_with_finite_differences(adapter_problem: Problem) -> No
         unit = {path: leaf / length}
         # A float32 loss needs a long step for a small slope. A large slope comes with curvature and
         # needs a short step.
-        step = 1e-3 * min(max(1.0, 1.0 / length), 4.0)
+        step = 1e-3 * min(max(0.2, 1.0 / length), 4.0)
         at = {s: float(problem.loss_of(shifted(here, unit, s * step))) for s in (-2, -1, 1, 2)}
         slope = (8 * (at[1] - at[-1]) - (at[2] - at[-2])) / (12 * step)
         np.testing.assert_allclose(slope, length, rtol=2e-3, atol=5e-4, err_msg=str(path))
@@ -227,8 +227,9 @@ def test_bfloat16_agrees_with_float32(problem: Problem) -> None:
     bound = jax.jit(problem.spec.bind)(rounded_params, problem.moved)
     rounded = apply(bound, problem.batch[0].astype(jnp.bfloat16))
     assert rounded.dtype == jnp.bfloat16
-    # A bfloat16 has 8 significant bits, and the network has four products in sequence.
-    assert_close(rounded, exact, 4 * 2**-7)
+    # A bfloat16 has 8 significant bits. The network has two maps in sequence, of up to three
+    # products each: a rotation, the kernel, and a low rank beside it.
+    assert_close(rounded, exact, 6 * 2**-7)
 
 
 def test_sharded_equals_unsharded(problem: Problem) -> None:
