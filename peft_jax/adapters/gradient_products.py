@@ -205,9 +205,6 @@ class _Tap:
         del dropout_key
         return _tapped(self.widths, linear(x, base), x, arrays["sums"], arrays["by"])
 
-    def local_axes(self, d_in: str, d_out: str) -> None:
-        del d_in, d_out
-
     def merge(self, base: Float[Array, "d_in d_out"], arrays: Any) -> Float[Array, "d_in d_out"]:
         del arrays
         return base

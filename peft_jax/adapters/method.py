@@ -146,7 +146,7 @@ class AdapterMethod(TrainingMethod, abc.ABC):
         return None
 
     def local_axes(self, d_in: str, d_out: str) -> Axes | None:
-        """Returns the axes with which `project` runs on a device's columns; see `core.Method`."""
+        """Returns the axes of `prepared_axes` if `project` maps its input; see `ShardedMethod`."""
         return self.prepared_axes(d_in, d_out) if self.maps_input else None
 
     @abc.abstractmethod

@@ -11,7 +11,15 @@
 - [`validation`][peft_jax.core.validation]: range checks of settings.
 """
 
-from peft_jax.core.kernel import LINEAR_OUTPUT, AdaptedKernel, Kernel, Method, dense, linear
+from peft_jax.core.kernel import (
+    LINEAR_OUTPUT,
+    AdaptedKernel,
+    Kernel,
+    Method,
+    ShardedMethod,
+    dense,
+    linear,
+)
 from peft_jax.core.quantized import (
     FORMATS,
     abstract_quantized,
@@ -43,6 +51,7 @@ __all__ = [
     "Kernel",
     "Method",
     "Path",
+    "ShardedMethod",
     "Tree",
     "abstract_quantized",
     "bytes_of",

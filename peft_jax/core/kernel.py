@@ -40,15 +40,20 @@ class Method(Protocol):
     ) -> Float[Array, "*batch d_out"]:
         """Returns the adapted linear map of the activations `x`."""
 
-    def local_axes(self, d_in: str, d_out: str) -> Any:
-        """Returns the logical axes of the arrays, given those of the kernel, or None.
-
-        With them, `project` runs on each device's shard of the columns, with all rows of the
-        kernel. None leaves partitioning to the compiler.
-        """
-
     def merge(self, base: Kernel, arrays: Any) -> Float[Array, "d_in d_out"]:
         """Returns one array equivalent to `project`, for one unstacked kernel."""
+
+
+@runtime_checkable
+class ShardedMethod(Method, Protocol):
+    """Interface of a method whose `project` can run on each device's shard of the columns."""
+
+    def local_axes(self, d_in: str, d_out: str) -> Any:
+        """Returns the logical axes of the arrays, given those of the kernel.
+
+        With them, `project` runs on each device's columns, with all rows of the kernel. None leaves
+        partitioning to the compiler.
+        """
 
 
 @struct.dataclass

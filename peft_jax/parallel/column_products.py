@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from qwix import QArray
 
 from kernels_pallas.layout import use_layout
-from peft_jax.core import LINEAR_OUTPUT, AdaptedKernel, Kernel, linear
+from peft_jax.core import LINEAR_OUTPUT, AdaptedKernel, Kernel, ShardedMethod, linear
 from peft_jax.parallel.activations import LogicalAxes, activation_spec, active_mesh
 from peft_jax.parallel.rules import as_tuple
 
@@ -168,7 +168,8 @@ def _local_axes(kernel: Kernel, axes: tuple[str, str]) -> Any:
     """Returns a kernel of logical axes in place of arrays; None if it cannot run on shards."""
     if not isinstance(kernel, AdaptedKernel) or kernel.dropout_key is not None:
         return None  # One random key would drop the same entries on every device.
-    arrays = kernel.method.local_axes(*axes)
+    method = kernel.method
+    arrays = method.local_axes(*axes) if isinstance(method, ShardedMethod) else None
     if arrays is None:
         return None
     base: Any = axes
