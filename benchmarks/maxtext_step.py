@@ -280,7 +280,7 @@ def main(folder: str) -> None:
         try:
             lowered.compile(compiler_options=options | dump)
             return
-        except Exception as error:
+        except (RuntimeError, ValueError) as error:
             unknown = re.search(r"No such compile option: '(\w+)'", str(error))
             if unknown is None or options.pop(unknown[1], None) is None:
                 raise

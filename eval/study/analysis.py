@@ -56,7 +56,7 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Contrast:
-    """The planned comparison of a task: the hybrid against its better branch.
+    """Planned comparison of a task: the hybrid against its better branch.
 
     Attributes:
       branch: Branch of the hybrid's size with the lower loss on tuning rows.

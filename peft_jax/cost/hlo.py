@@ -89,7 +89,7 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """The operation of the traced program that it comes from; empty if unknown."""
+        """Operation of the traced program that it comes from; empty if unknown."""
         match = _OP_NAME.search(self.attributes)
         return match[1] if match else ""
 
@@ -103,7 +103,7 @@ class Computation:
 
     @functools.cached_property
     def root(self) -> Instruction:
-        """The instruction whose result is the computation's."""
+        """Instruction whose result is the computation's."""
         return next(one for one in self.instructions.values() if one.root)
 
     @functools.cached_property

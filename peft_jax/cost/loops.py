@@ -28,7 +28,7 @@ Value = Any
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """How often the parts of a program run.
+    """Number of runs of each part of a program.
 
     Attributes:
       times: Number of runs of each computation outside of fusions, by name.
@@ -97,7 +97,7 @@ def count_runs(program: Program) -> Counts:
 
 
 class _Elements:
-    """The tuple that a loop's body gets, whose elements are evaluated one by one."""
+    """Tuple that a loop's body gets, whose elements are evaluated one by one."""
 
     def __init__(self, element: Callable[[int], Value]) -> None:
         self.element = element

@@ -35,7 +35,7 @@ HOP = 1e-6
 
 Kind = Literal["products", "elementwise", "memory", "links", "network", "host"]
 KINDS: tuple[Kind, ...] = ("products", "elementwise", "memory", "links", "network", "host")
-"""What the time is spent on; the last three are transfers that nothing hides."""
+"""Kinds of work; the last three are transfers that nothing hides."""
 
 _CALLING = ("fusion", "async-start", "custom-call", "call")
 """Operations that may hold a collective in a computation that they call."""

@@ -149,7 +149,7 @@ class OptimizerSettings:
 
     @property
     def clipping(self) -> GroupClipping | None:
-        """How gradients are clipped; None if they are not."""
+        """Clipping of the gradients; None for none."""
         if self.clip_norm is None:
             return None
         return GroupClipping(self.clip_norm, (LOW_RANK, ROTATION, *self.learning_rates))

@@ -35,7 +35,7 @@ _GATHERED = ("batch", "sequence", None)
 
 @dataclasses.dataclass(frozen=True)
 class _Shards:
-    """How a kernel lies over a mesh.
+    """Layout of a kernel over a mesh.
 
     Attributes:
       leaves: Arrays of the kernel.

@@ -186,7 +186,7 @@ def test_products_agree_with_float64_to_rounding(d_in, d_out, key):
 
 
 def test_a_tap_leaves_the_function_and_its_gradient_alone(key):
-    """The gradient of what comes before a kernel is the one without taps."""
+    """Compares the gradient of what comes before a kernel with that without taps."""
     rng = np.random.default_rng(0)
     first, second = (jnp.asarray(rng.normal(size=(12, 12)), jnp.float32) for _ in range(2))
     params = {"first": {"kernel": first}, "second": {"kernel": second}}
@@ -277,7 +277,7 @@ def test_one_pass_recovers_what_the_sketch_can_hold(d_in, d_out, rank, seed):
 @pytest.mark.parametrize("size", [(300, 200), (200, 300)])
 @pytest.mark.parametrize(("ratio", "sine"), [(0.6, 0.005), (0.8, 0.1)])
 def test_leading_subspaces_of_one_pass_agree_with_the_svd(size, ratio, sine, key):
-    """The slower the singular values fall, the less exact are the directions."""
+    """Expects less exact directions where the singular values fall more slowly."""
     gradient, true_u, true_v = falling(size, ratio)
     loss, params, path = linear_problem(gradient)
     u, s, v = (

@@ -59,7 +59,7 @@ def test_elementwise_operation_takes_its_memory():
 
 
 def test_array_in_on_chip_memory_costs_its_arithmetic_only():
-    """The vector units take 14.3e12 operations/s, and half of that is assumed."""
+    """Assumes half of the 14.3e12 operations/s that the vector units take."""
     body = """  %x = bf16[4096,4096]{1,0:S(1)} bitcast(%a)
   ROOT %c = bf16[4096,4096]{1,0:S(1)} exponential(%x)"""
     found = estimate(body)
