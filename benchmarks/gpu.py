@@ -50,6 +50,7 @@ from peft_jax.models.attention_layout import AttentionLayout
 from peft_jax.models.chunked_attention import chunked_attention
 from peft_jax.models.fused_attention import fused_attention
 from peft_jax.runtime import exits
+from peft_jax.runtime.flags import Arguments
 
 PARTS = ("kernels", "attention", "steps", "generation")
 """Parts of the benchmark, in order."""
@@ -395,16 +396,28 @@ def _judged(
 @exits.command("benchmarks.gpu")
 def main() -> int:
     """Runs the selected parts, and returns 1 if a target is missed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Arguments("benchmarks.gpu", description=__doc__)
+    parser.add_argument(
+        "--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to measure"
     )
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 16384])
-    parser.add_argument("--widths", type=int, nargs="+", default=[4096, 14336])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        nargs="+",
+        default=[256, 16384],
+        help="numbers of tokens of the kernels' activations",
+    )
+    parser.add_argument(
+        "--widths", type=int, nargs="+", default=[4096, 14336], help="their numbers of features"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="rounds, in each of which all take one turn"
+    )
+    parser.add_argument("--repeats", type=int, default=20, help="calls in a turn")
     parser.add_argument("--on_cpu", action="store_true", help="try it out without a GPU")
-    parser.add_argument("--output", type=Path, default=Path("out/bench"))
+    parser.add_argument(
+        "--output", type=Path, default=Path("out/bench"), help="folder of the results"
+    )
     options = parser.parse_args()
     platform, kind = jax.default_backend(), jax.devices()[0].device_kind
     if platform != "gpu" and not options.on_cpu:

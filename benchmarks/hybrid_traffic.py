@@ -7,7 +7,6 @@ the hybrid, with the XLA and the Pallas rotation. It prints the main memory held
 shows whether the hybrid needs its own kernel.
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from kernels_pallas.memory_traffic import read_traffic
 from kernels_pallas.tpu_compiler import TOPOLOGIES, compile_for
 from peft_jax.adapters import make_method
 from peft_jax.runtime import exits
+from peft_jax.runtime.flags import Arguments
 
 METHODS = {
     "LoRA": ("lora", {"rank": 16}),
@@ -68,10 +68,12 @@ def _without_gradient(method: Any) -> Any:
 @exits.command("benchmarks.hybrid_traffic")
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--chip", choices=list(TOPOLOGIES), default="v5p")
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--width", type=int, default=8192)
+    parser = Arguments("benchmarks.hybrid_traffic", description=__doc__)
+    parser.add_argument(
+        "--chip", choices=list(TOPOLOGIES), default="v5p", help="kind of TPU to compile for"
+    )
+    parser.add_argument("--tokens", type=int, default=8192, help="number of tokens")
+    parser.add_argument("--width", type=int, default=8192, help="number of features, in and out")
     options = parser.parse_args()
     x = 2 * options.tokens * options.width
     print(f"{options.chip}, {options.tokens} tokens, d {options.width}; in units of x, {x} bytes\n")

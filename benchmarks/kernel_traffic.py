@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from kernels_pallas.memory_traffic import Program, measure
 from kernels_pallas.tpu_compiler import TOPOLOGIES
 from peft_jax.runtime import exits
+from peft_jax.runtime.flags import Arguments
 
 KERNELS = ("block_rotation", "butterfly", "unitary")
 IMPLEMENTATIONS = ("pallas", "xla")
@@ -30,12 +31,27 @@ Row = dict[str, Any]
 @exits.command("benchmarks.kernel_traffic")
 def main() -> None:
     """Compiles the selected cases and writes the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
-    parser.add_argument("--chips", nargs="+", choices=list(TOPOLOGIES), default=list(TOPOLOGIES))
-    parser.add_argument("--implementations", nargs="+", default=list(IMPLEMENTATIONS))
+    parser = Arguments("benchmarks.kernel_traffic", description=__doc__)
+    parser.add_argument(
+        "--kernels", nargs="+", choices=KERNELS, default=list(KERNELS), help="operations to compile"
+    )
+    parser.add_argument(
+        "--chips",
+        nargs="+",
+        choices=list(TOPOLOGIES),
+        default=list(TOPOLOGIES),
+        help="kinds of TPU to compile for",
+    )
+    parser.add_argument(
+        "--implementations",
+        nargs="+",
+        default=list(IMPLEMENTATIONS),
+        help="implementations to compile",
+    )
     parser.add_argument("--matching", default="", help="only cases with this in their description")
-    parser.add_argument("--output", type=Path, default=Path("out/bench"))
+    parser.add_argument(
+        "--output", type=Path, default=Path("out/bench"), help="folder of the results"
+    )
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     log = options.output / "kernel_traffic.jsonl"

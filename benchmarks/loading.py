@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from peft_jax.runtime import exits
+from peft_jax.runtime.flags import Arguments
 
 GIB = 2**30
 
@@ -45,10 +46,14 @@ LAYER_GIB = 0.406
 @exits.command("benchmarks.loading")
 def main() -> None:
     """Runs everything and prints a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gib", type=float, default=4.0, help="the checkpoint's size, about (4)")
+    parser = Arguments("benchmarks.loading", description=__doc__)
+    parser.add_argument(
+        "--gib", type=float, default=4.0, help="the checkpoint's approximate size in GiB"
+    )
     parser.add_argument("--folder", default=None, help="where the temporary folder is made")
-    parser.add_argument("--output", type=Path, default=Path("out/bench"))
+    parser.add_argument(
+        "--output", type=Path, default=Path("out/bench"), help="folder of the results"
+    )
     parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:

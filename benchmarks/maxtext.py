@@ -1,6 +1,6 @@
 r"""Compares estimated with published speeds of MaxText's training step.
 
-    python -m benchmarks.maxtext --out=out/maxtext
+    python -m benchmarks.maxtext --output=out/maxtext
 
 It compiles a step with MaxText's layout (`benchmarks.maxtext_step`) for the devices of each
 published run, adds up its time, and prints the table of docs/planning.md. Programs that exist as
@@ -14,7 +14,6 @@ AI-Hypercomputer/tpu-recipes at c8cfe2f, training/v5p/Llama3.1-405B-MaxText/READ
 314.530 TFLOP/s and 124.618 tokens/s a device), with its configuration at maxtext's 3eb77db3.
 """
 
-import argparse
 import dataclasses
 import sys
 import time
@@ -25,6 +24,7 @@ from peft_jax.cost import Timeline, estimate_program, find_topology, network_of,
 from peft_jax.plan.compiler import compile_task
 from peft_jax.plan.text import table
 from peft_jax.runtime import exits
+from peft_jax.runtime.flags import Arguments
 
 ASYNC_GATHERS = {
     "xla_tpu_use_tc_device_shape_on_sc": "true",
@@ -277,9 +277,11 @@ def rows_of(folder: Path) -> list[list[str]]:
 @exits.command("benchmarks.maxtext")
 def main() -> None:
     """Compiles missing programs, and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("out/maxtext"))
-    folder = parser.parse_args().out
+    parser = Arguments("benchmarks.maxtext", description=__doc__)
+    parser.add_argument(
+        "--output", type=Path, default=Path("out/maxtext"), help="folder of the results"
+    )
+    folder = parser.parse_args().output
     folder.mkdir(parents=True, exist_ok=True)
     print(table(rows_of(folder)))
 

@@ -1,12 +1,11 @@
 r"""Plans memory and operations of every method on the four large models, without hardware.
 
-    python -m benchmarks.plans --out=out/plans
+    python -m benchmarks.plans --output=out/plans
 
 It plans each configuration with each method on its topology, and prints the tables of
 docs/planning.md. Plans that exist as `out/plans/MODEL-METHOD.json` are not computed again.
 """
 
-import argparse
 import importlib
 import json
 import sys
@@ -18,6 +17,7 @@ from peft_jax.cost import find_topology
 from peft_jax.plan import make_plan
 from peft_jax.plan.text import table
 from peft_jax.runtime import exits
+from peft_jax.runtime.flags import Arguments
 from peft_jax.training import from_config_dict
 
 TOPOLOGIES = {
@@ -129,9 +129,11 @@ def rows_by_part(plans: dict[str, Any]) -> list[list[str]]:
 @exits.command("benchmarks.plans")
 def main() -> None:
     """Computes missing plans, and prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("out/plans"))
-    for name, plans in plan_all(parser.parse_args().out).items():
+    parser = Arguments("benchmarks.plans", description=__doc__)
+    parser.add_argument(
+        "--output", type=Path, default=Path("out/plans"), help="folder of the results"
+    )
+    for name, plans in plan_all(parser.parse_args().output).items():
         one = plans["full"]
         tokens = f"{one['batch_size']} rows of {one['max_length']} tokens"
         print(f"\n**{one['model']}** on {one['topology']}, {tokens} (configs/{name}.py)\n")

@@ -6,7 +6,6 @@ It trains the same adapters on the same batches over the base model in bfloat16,
 prints tables. Losses are held-out losses.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from peft_jax.runtime import exits
+from peft_jax.runtime.flags import Arguments
 
 FORMATS = ("none", "int8", "nf4")
 METHODS = ("lora", "lora_ga", "boft", "unitary", "hybrid")
@@ -30,12 +30,16 @@ LEARNING_RATES = {"lora": 1e-2, "lora_ga": 5e-3, "boft": 2e-2, "unitary": 2e-2, 
 def main() -> None:
     """Runs everything and prints tables."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Arguments("benchmarks.quantization", description=__doc__)
     parser.add_argument("--model", required=True, help="a checkpoint's folder")
     parser.add_argument("--data", required=True, help="GSM8K: a folder with train and test rows")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--output", type=Path, default=Path("out/bench"))
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), help="adapters to train"
+    )
+    parser.add_argument("--steps", type=int, default=100, help="training steps of each")
+    parser.add_argument(
+        "--output", type=Path, default=Path("out/bench"), help="folder of the results"
+    )
     options = parser.parse_args()
     errors = rounding_errors(options.model)
     losses = {

@@ -14,7 +14,6 @@ of summary.json, and all records of metrics.jsonl except timings. The exit code 
 not. --seed determines the moments; what a process does then depends on the machine.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -32,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_jax.runtime import exits
+from peft_jax.runtime.flags import Arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -379,16 +379,21 @@ def _run_reference(bench: Bench) -> tuple[Path, float]:
 @exits.command("benchmarks.reliability")
 def main() -> int:
     """Runs everything and prints two tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=20, help="number of processes to kill (20)")
+    parser = Arguments("benchmarks.reliability", description=__doc__)
+    parser.add_argument("--kills", type=int, default=20, help="number of processes to kill")
+    parser.add_argument("--full_disks", type=int, default=5, help="number of runs on a full disk")
+    parser.add_argument("--seed", type=int, default=0, help="seed of moments and sizes")
+    parser.add_argument("--method", default="lora", help="fine-tuning method")
     parser.add_argument(
-        "--full_disks", type=int, default=5, help="number of runs on a full disk (5)"
+        "--disk",
+        choices=["auto", "tmpfs", "limit"],
+        default="auto",
+        help="what is full: a tmpfs, or a limit of the size of files",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of moments and sizes (0)")
-    parser.add_argument("--method", default="lora", help="fine-tuning method (lora)")
-    parser.add_argument("--disk", choices=["auto", "tmpfs", "limit"], default="auto")
     parser.add_argument("--folder", type=Path, help="folder of the runs (a temporary one)")
-    parser.add_argument("--output", type=Path, default=Path("out/bench"))
+    parser.add_argument(
+        "--output", type=Path, default=Path("out/bench"), help="folder of the results"
+    )
     options = parser.parse_args()
     began = time.monotonic()
     if options.folder is not None:

@@ -14,7 +14,6 @@ time of each counts. The growth of the cost is the slope of log time over log si
 largest sizes.
 """
 
-import argparse
 import json
 import math
 import os
@@ -37,6 +36,7 @@ from kernels_pallas.block_rotation import block_rotation
 from kernels_pallas.butterfly import compose_butterfly
 from kernels_pallas.cayley import cayley
 from peft_jax.runtime import exits
+from peft_jax.runtime.flags import Arguments
 
 BLOCK_SIZE, FACTORS = 8, 2
 COMPOSED = BLOCK_SIZE * 2 ** (FACTORS - 1)
@@ -208,10 +208,16 @@ def draw(times: Times, path: Path) -> None:
 @exits.command("benchmarks.rotation")
 def main() -> None:
     """Times all variants and writes table, plot and numbers."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--least-seconds", type=float, default=0.03, help="of one turn")
-    parser.add_argument("--output", type=Path, default=Path("out/bench"))
+    parser = Arguments("benchmarks.rotation", description=__doc__)
+    parser.add_argument(
+        "--rounds", type=int, default=15, help="rounds, in each of which all take one turn"
+    )
+    parser.add_argument(
+        "--least_seconds", type=float, default=0.03, help="least seconds of one turn"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("out/bench"), help="folder of the results"
+    )
     options = parser.parse_args()
     sizes = {(d, TOKENS_OF_WIDTHS) for d in WIDTHS} | {(WIDTH_OF_TOKENS, t) for t in TOKENS}
     times = time_all(sorted(sizes), rounds=options.rounds, least_seconds=options.least_seconds)

@@ -5,7 +5,6 @@ steps. Each comparison of steps starts two processes, lets both compile and warm
 in turn, so that changes of the machine's speed affect both. The result is the ratio of each pair.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -17,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.compare import ROOT, Comparison, compare, table
 from peft_jax.runtime import exits
+from peft_jax.runtime.flags import Arguments
 
 ROTATION = "rotation"
 OURS, THEIRS = "benchmarks.step_ours", "benchmarks.step_peft"
@@ -35,12 +35,16 @@ COMPARISONS = {
 @exits.command("benchmarks.run")
 def main() -> None:
     """Runs the comparisons and writes their results."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Arguments("benchmarks.run", description=__doc__)
     known = [ROTATION, *COMPARISONS]
-    parser.add_argument("--only", nargs="+", choices=known, default=known)
-    parser.add_argument("--rounds", type=int, default=5, help="pairs per comparison (5)")
-    parser.add_argument("--steps", type=int, default=2, help="steps in each half of a pair (2)")
-    parser.add_argument("--output", type=Path, default=Path("out/bench"))
+    parser.add_argument(
+        "--only", nargs="+", choices=known, default=known, help="comparisons to make"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="pairs per comparison")
+    parser.add_argument("--steps", type=int, default=2, help="steps in each half of a pair")
+    parser.add_argument(
+        "--output", type=Path, default=Path("out/bench"), help="folder of the results"
+    )
     options = parser.parse_args()
     if ROTATION in options.only:
         # Runs in a separate process, so that no other has the threads of both libraries.

@@ -21,6 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from peft_jax.runtime import exits
+from peft_jax.runtime.flags import Arguments
 
 STARTS = ("one", "six", "other", "random")
 """One pass; six passes; one pass over the microbatches after those; random directions."""
@@ -31,18 +32,24 @@ HELD_OUT = 64
 def main() -> None:
     """Measures costs, trains from each start and prints tables."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Arguments("benchmarks.starts", description=__doc__)
     parser.add_argument("--model", required=True, help="a checkpoint's folder")
     parser.add_argument("--data", required=True, help="the rows of --recipe")
-    parser.add_argument("--recipe", choices=("gsm8k", "flores"), default="gsm8k")
-    parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS))
+    parser.add_argument(
+        "--recipe", choices=("gsm8k", "flores"), default="gsm8k", help="data set to train on"
+    )
+    parser.add_argument(
+        "--starts", nargs="+", choices=STARTS, default=list(STARTS), help="starts to compare"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="0: measure costs only")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--max_length", type=int, default=128)
-    parser.add_argument("--rate", type=float, default=5e-4)
+    parser.add_argument("--steps", type=int, default=30, help="training steps from each start")
+    parser.add_argument("--batch_size", type=int, default=4, help="rows per step")
+    parser.add_argument("--max_length", type=int, default=128, help="tokens per row")
+    parser.add_argument("--rate", type=float, default=5e-4, help="learning rate")
     parser.add_argument("--skip_costs", action="store_true", help="compare losses only")
-    parser.add_argument("--output", type=Path, default=Path("out/bench"))
+    parser.add_argument(
+        "--output", type=Path, default=Path("out/bench"), help="folder of the results"
+    )
     options = parser.parse_args()
     bench = load(options)
     found: dict[str, Any] = {"settings": {k: str(v) for k, v in vars(options).items()}}
