@@ -96,6 +96,23 @@ def test_a_setting_is_changed_by_its_flag():
     assert given.values.method.name == "lora"
 
 
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--config.mesh.fsdp=4", "'mesh'; did you mean --config.parallel.fsdp?"),
+        ("--config.trian.own=3", "no section 'trian'; did you mean 'train'?"),
+        ("--config.optimizer.schedul.own=3", "'schedul' in optimizer; did you mean 'schedule'?"),
+        ("--config.model.path.own=3", "model.path is a setting, not a section"),
+        ("--config..=3", "names no setting"),
+    ],
+)
+def test_a_section_that_there_is_not_is_rejected_with_the_nearest(flag, said):
+    parser = config_flags.ConfigArguments("test", description=None)
+    with pytest.raises(RefusedError) as rejected:
+        parser.parse_args(["--config=configs/finetune.py:lora", flag])
+    assert said in str(rejected.value)
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("[!_]*.py")), ids=lambda f: f.name)
 def test_configurations_import_the_library_alone(file):
     nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))

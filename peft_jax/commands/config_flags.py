@@ -79,6 +79,7 @@ class ConfigArguments(Arguments):
             raise
         except Exception as error:
             # A configuration is a program and may raise anything.
+            check_setting_paths(of_config)
             if given.traceback:
                 traceback.print_exc()
             name = f"--config={_take_name(of_config)[0]}"
@@ -156,6 +157,48 @@ def load_config(words: Sequence[str]) -> GivenConfig:
 
     let_flags_win(config, config_flags.get_override_values(values["config"]))
     return GivenConfig(name=name, values=config)
+
+
+def check_setting_paths(words: Sequence[str]) -> None:
+    """Raises RefusedError if a --config.… flag names a section that does not exist.
+
+    ml_collections raises a bare KeyError or TypeError for it.
+
+    Args:
+      words: Words about the configuration, from `split`.
+
+    Raises:
+      RefusedError: A section is missing, or is a setting; the message names the nearest ones.
+    """
+    # Imported here, so that a mistyped flag is rejected before JAX is imported.
+    from peft_jax.core import did_you_mean
+    from peft_jax.training.config import default_config
+
+    for word in words:
+        flag = word.partition("=")[0]
+        path = re.sub(r"^--(no)?config\.?", "", flag)
+        if flag == "--config":
+            continue
+        *sections, setting = path.split(".")
+        if not all([*sections, setting]):
+            raise RefusedError(
+                f"{flag} names no setting; write --config.SECTION.SETTING=VALUE, for example"
+                " --config.train.steps=100"
+            )
+        found: Any = default_config().to_dict()
+        for depth, name in enumerate(sections):
+            above = ".".join(sections[:depth])
+            if name not in found:
+                inside = f" in {above}" if above else ""
+                known = [key for key, value in found.items() if isinstance(value, dict)]
+                meant = " or ".join(settings_near(setting))
+                hint = f"; did you mean {meant}?" if meant else did_you_mean(name, known)
+                raise RefusedError(f"{flag}: there is no section {name!r}{inside}{hint}")
+            found = found[name]
+            if not isinstance(found, dict):
+                raise RefusedError(
+                    f"{flag}: {'.'.join(sections[: depth + 1])} is a setting, not a section"
+                )
 
 
 def _take_name(words: Sequence[str]) -> tuple[str, list[str]]:
