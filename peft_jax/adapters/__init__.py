@@ -19,6 +19,7 @@ from peft_jax.adapters.registry import (
     METHODS,
     make_method,
     method_settings,
+    peft_forms,
     register_installed,
     register_method,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "make_method",
     "merge",
     "method_settings",
+    "peft_forms",
     "register_method",
     "trainable_table",
 ]

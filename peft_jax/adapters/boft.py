@@ -1,5 +1,6 @@
 """Implements BOFT: a product of butterfly-structured rotations of the kernel's input."""
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -19,7 +20,13 @@ from kernels_pallas.block_rotation import (
 from kernels_pallas.butterfly import butterfly_rotation, compose_butterfly
 from kernels_pallas.cayley import cayley
 from peft_jax.adapters.method import AdapterMethod, Arrays, Axes, GradientFactors
-from peft_jax.adapters.peft_form import NoPeftFormError, PeftForm, Shapes
+from peft_jax.adapters.peft_form import (
+    NoPeftFormError,
+    PeftForm,
+    PeftSettings,
+    Shapes,
+    setting,
+)
 from peft_jax.core import LINEAR_OUTPUT, Kernel, linear
 from peft_jax.core.scopes import part
 from peft_jax.core.validation import check_fraction, check_positive_int
@@ -202,23 +209,64 @@ class BOFT(AdapterMethod):
             return None
         return BOFTForm(self) if self.n_butterfly_factors == 1 else ComposedBOFTForm(self)
 
+    @classmethod
+    def peft_forms(cls) -> tuple[type[PeftForm], ...]:
+        """Returns the form of separate factors."""
+        return (BOFTForm,)
 
-BOFT_NAMES = ("boft_R", "boft_s")
+
+BOFT_SETTINGS = PeftSettings(
+    read={"boft_dropout": float},
+    # Block sizes and the number of factors are read from the tensors' shapes.
+    irrelevant=frozenset(
+        {"boft_block_num", "boft_block_size", "boft_n_butterfly_factor", "init_weights"}
+    ),
+    compared=("boft_block_size", "boft_n_butterfly_factor"),
+)
 
 COMPOSED_TOLERANCE = 1e-5
 """Largest error of an entry after PEFT's Cayley transform of a composed rotation."""
 
 
 @dataclasses.dataclass(frozen=True)
-class BOFTForm(PeftForm):
+class _BOFTForm(PeftForm, abc.ABC):
+    """What both forms of BOFT share."""
+
+    method: BOFT
+    peft_type = "BOFT"
+    names = ("boft_R", "boft_s")
+    understood = BOFT_SETTINGS
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any], modules: Mapping[str, Shapes]) -> BOFT:
+        """Returns BOFT with the sizes of the stored tensors.
+
+        Raises:
+          ValueError: Modules have different sizes.
+        """
+        shapes = {shapes["boft_R"]: f"{name}.boft_R" for name, shapes in modules.items()}
+        sizes = {(shape[0], shape[-1]) for shape in shapes}
+        if len(sizes) > 1 or any(len(shape) != 4 for shape in shapes):
+            found = ", ".join(f"{name} {list(shape)}" for shape, name in shapes.items())
+            raise ValueError(
+                f"has rotations of several sizes ({found}), but all modules must have the same"
+                " block size and number of factors"
+            )
+        ((factors, size),) = sizes
+        return BOFT(
+            block_size=size,
+            n_butterfly_factors=factors,
+            dropout=float(setting(config, "boft_dropout", 0.0)),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class BOFTForm(_BOFTForm):
     """`boft_R` [m, d_in / b, b, b] holds the full S, and `boft_s` [d_out, 1] the scale.
 
     PEFT without its CUDA extension supports m = 1 only.
     """
 
-    method: BOFT
-    peft_type = "BOFT"
-    names = BOFT_NAMES
     exact = True
 
     def settings(self) -> dict[str, Any]:
@@ -248,15 +296,12 @@ class BOFTForm(PeftForm):
 
 
 @dataclasses.dataclass(frozen=True)
-class ComposedBOFTForm(PeftForm):
+class ComposedBOFTForm(_BOFTForm):
     """Several factors as one factor, their product M, with blocks of size b 2^(m-1).
 
     Its skew-symmetric blocks are R = (I + M)⁻¹ (I - M), the inverse Cayley transform.
     """
 
-    method: BOFT
-    peft_type = "BOFT"
-    names = BOFT_NAMES
     exact = False
 
     def settings(self) -> dict[str, Any]:

@@ -13,7 +13,14 @@ from jaxtyping import Array, Float
 
 from peft_jax.adapters.low_rank import low_rank_product
 from peft_jax.adapters.method import AdapterMethod, Arrays, Axes, GradientFactors
-from peft_jax.adapters.peft_form import PeftForm, Shapes
+from peft_jax.adapters.peft_form import (
+    NEUTRAL,
+    PeftForm,
+    PeftSettings,
+    Shapes,
+    plain_number,
+    setting,
+)
 from peft_jax.core import Kernel, linear
 from peft_jax.core.scopes import part
 from peft_jax.core.validation import check_fraction, check_positive, check_positive_int
@@ -127,8 +134,58 @@ class LoRA(AdapterMethod):
         """Returns PEFT's form; none for a subclass, which may compute something else."""
         return LoRAForm(self) if type(self) is LoRA else None
 
+    @classmethod
+    def peft_forms(cls) -> tuple[type[PeftForm], ...]:
+        """Returns LoRA's form."""
+        return (LoRAForm,)
 
-LORA_NAMES = ("lora_A.weight", "lora_B.weight")
+
+LORA_SETTINGS = PeftSettings(
+    read={
+        "alpha_pattern": Mapping[str, float],
+        "lora_alpha": float,
+        "lora_dropout": float,
+        "r": int,
+        "rank_pattern": Mapping[str, int],
+        "use_rslora": bool,
+    },
+    # Initialization, and details of settings that are themselves rejected.
+    irrelevant=frozenset(
+        {
+            "corda_config",
+            # Tied weights are read from the tensors.
+            "ensure_weight_tying",
+            "eva_config",
+            "loftq_config",
+            "lora_ga_config",
+            "megatron_core",
+            "qalora_group_size",
+        }
+    ),
+    fixed={
+        "alora_invocation_tokens": NEUTRAL,
+        "arrow_config": NEUTRAL,
+        "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+        "kasa_config": NEUTRAL,
+        "layer_replication": NEUTRAL,
+        "lora_bias": NEUTRAL,
+        "megatron_config": NEUTRAL,
+        "monteclora_config": NEUTRAL,
+        "target_parameters": NEUTRAL,
+        "trainable_token_indices": NEUTRAL,
+        "use_bdlora": NEUTRAL,
+        "use_dora": NEUTRAL,
+        "use_qalora": NEUTRAL,
+        "velora_config": NEUTRAL,
+    },
+    why={
+        "init_lora_weights": (
+            "; this initialization changes the base: save the adapter again in PEFT with"
+            " path_initial_model_for_weight_conversion, which converts it to the unchanged base"
+        ),
+    },
+    compared=("alpha_pattern", "lora_alpha", "r", "rank_pattern", "use_rslora"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,9 +194,16 @@ class LoRAForm(PeftForm):
 
     method: LoRA
     peft_type = "LORA"
-    names = LORA_NAMES
+    names = ("lora_A.weight", "lora_B.weight")
     exact = True
+    understood = LORA_SETTINGS
     patterns = MappingProxyType({"r": "rank_pattern", "lora_alpha": "alpha_pattern"})
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any], modules: Mapping[str, Shapes]) -> LoRA:
+        """Returns LoRA with the rank, alpha and dropout of the configuration."""
+        del modules
+        return LoRA(**lora_settings(config))
 
     def settings(self) -> dict[str, Any]:
         """Returns the rank, the alpha that gives the method's scale, and what is fixed."""
@@ -166,6 +230,11 @@ class LoRAForm(PeftForm):
         return {"a": tensors["lora_A.weight"].T, "b": tensors["lora_B.weight"].T}, {}
 
 
-def plain_number(value: float) -> float | int:
-    """Returns a whole number as an integer, as PEFT's files have it."""
-    return int(value) if float(value).is_integer() else float(value)
+def lora_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns LoRA's settings from PEFT's configuration, with PEFT's defaults."""
+    return {
+        "rank": setting(config, "r", 8),
+        "alpha": float(setting(config, "lora_alpha", 8)),
+        "rank_stabilized": setting(config, "use_rslora", False),
+        "dropout": float(setting(config, "lora_dropout", 0.0)),
+    }

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax.adapters.lora import LoRA, LoRAForm, plain_number
+from peft_jax.adapters.lora import LoRA, LoRAForm
 from peft_jax.adapters.method import Arrays, Axes, GradientFactors
-from peft_jax.adapters.peft_form import PeftForm, Shapes
+from peft_jax.adapters.peft_form import PeftForm, Shapes, plain_number
 from peft_jax.core.validation import check_choice, check_positive
 
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")

@@ -70,6 +70,11 @@ class TrainingMethod:
         """Returns Hugging Face PEFT's form of the arrays; None if PEFT has no such method."""
         return None
 
+    @classmethod
+    def peft_forms(cls) -> tuple[type[PeftForm], ...]:
+        """Returns the forms in which adapters of Hugging Face PEFT are loaded as this method."""
+        return ()
+
     @property
     def has_dropout(self) -> bool:
         """Whether the method uses dropout while training."""

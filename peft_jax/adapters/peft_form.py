@@ -5,15 +5,41 @@ its own module.
 """
 
 import abc
+import dataclasses
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from peft_jax.adapters.method import AdapterMethod
+
 Shapes = dict[str, tuple[int, ...]]
 """Shapes of a module's tensors, by name suffix."""
+
+NEUTRAL: tuple[Any, ...] = (None, False, [], {}, "")
+"""Values that disable a setting."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PeftSettings:
+    """Settings of `adapter_config.json` that a form understands, beside those of every method.
+
+    Attributes:
+      read: Types of the settings that are read, by name.
+      irrelevant: Settings that do not change what a trained adapter computes.
+      fixed: Values of settings that are implemented for these values only.
+      why: Ends of the messages that reject a value of a `fixed` setting.
+      compared: Settings that contradict this library's own configuration if they are changed.
+    """
+
+    read: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    irrelevant: frozenset[str] = frozenset()
+    fixed: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+    why: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    compared: tuple[str, ...] = ()
 
 
 class PeftForm(abc.ABC):
@@ -23,6 +49,7 @@ class PeftForm(abc.ABC):
       peft_type: PEFT's name of the method.
       names: Name suffixes of the tensors.
       exact: Whether `restore` inverts `export` bit for bit.
+      understood: Settings that the form understands.
       patterns: Settings that may differ between modules, and the names under which PEFT's
         configuration has the differences.
     """
@@ -30,7 +57,27 @@ class PeftForm(abc.ABC):
     peft_type: str
     names: tuple[str, ...]
     exact: bool
+    understood: PeftSettings
     patterns: Mapping[str, str] = MappingProxyType({})
+
+    @classmethod
+    def reads(cls, config: Mapping[str, Any]) -> bool:
+        """Returns whether adapters with this configuration have this form."""
+        return bool(config.get("peft_type") == cls.peft_type)
+
+    @classmethod
+    @abc.abstractmethod
+    def read(cls, config: Mapping[str, Any], modules: Mapping[str, Shapes]) -> "AdapterMethod":
+        """Returns the method of a PEFT adapter.
+
+        Args:
+          config: Content of `adapter_config.json`, whose settings are understood.
+          modules: Shapes of the tensors of every adapted module, by the module's name.
+
+        Raises:
+          ValueError: The shapes or the settings fit no method; the message goes on after the
+            adapter's name.
+        """
 
     @abc.abstractmethod
     def settings(self) -> dict[str, Any]:
@@ -51,6 +98,17 @@ class PeftForm(abc.ABC):
     def restore(self, tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Converts PEFT's tensors to the adapter's (trainable, constant) arrays."""
         raise NotImplementedError(f"{type(self).__name__} cannot be restored: it is not exact")
+
+
+def setting(config: Mapping[str, Any], name: str, default: Any) -> Any:
+    """Returns a setting's value, or PEFT's default if it is absent or null."""
+    value = config.get(name)
+    return default if value is None else value
+
+
+def plain_number(value: float) -> float | int:
+    """Returns a whole number as an integer, as PEFT's files have it."""
+    return int(value) if float(value).is_integer() else float(value)
 
 
 class NoPeftFormError(Exception):

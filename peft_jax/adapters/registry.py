@@ -10,6 +10,7 @@ from peft_jax.adapters.hybrid import Hybrid
 from peft_jax.adapters.lora import LoRA
 from peft_jax.adapters.lora_ga import LoRAGA
 from peft_jax.adapters.method import TrainingMethod
+from peft_jax.adapters.peft_form import PeftForm
 from peft_jax.adapters.unitary import Unitary
 from peft_jax.core import did_you_mean
 
@@ -101,3 +102,8 @@ def make_method(name: str, **settings: Any) -> TrainingMethod:
 def method_settings(name: str) -> tuple[str, ...]:
     """Returns the names of a method's settings."""
     return tuple(field.name for field in dataclasses.fields(METHODS[name]))
+
+
+def peft_forms() -> tuple[type[PeftForm], ...]:
+    """Returns the forms in which adapters of Hugging Face PEFT are loaded, of all methods."""
+    return tuple(dict.fromkeys(form for one in METHODS.values() for form in one.peft_forms()))

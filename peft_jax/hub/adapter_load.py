@@ -147,11 +147,11 @@ def _own_arrays(
 
 def _load_peft(folder: FilePath, model: Model, params: Tree) -> tuple[AdapterSpec, AdapterState]:
     config = read_json_object(folder / PEFT_CONFIG)
-    check_peft_config(config, folder / PEFT_CONFIG)
+    form = check_peft_config(config, folder / PEFT_CONFIG)
     what = f"the adapter in {folder}, trained on {config.get('base_model_name_or_path')},"
     stored = _open(folder, PEFT_ARRAYS)
     stored = drop_base_copies(stored, model, params, what=what)
-    spec = read_peft_spec(config, stored, model, params, what=what)
+    spec = read_peft_spec(config, form, stored, model, params, what=what)
     _check_peft_tensors(stored, model, spec, params, what=what)
     return spec, _read_peft_state(stored, model, spec, params)
 
@@ -178,10 +178,11 @@ def _read_peft_state(
     stored: Mapping[str, StoredTensor], model: Model, spec: AdapterSpec, params: Tree
 ) -> AdapterState:
     """Reads the arrays of an adapter in PEFT's form."""
-    targets = spec.targets(params)
+    targets, flat = spec.targets(params), flatten(params)
     arrays = read_arrays(peft_trained_tensors(model, targets, spec.abstract(params)), stored)
     for path in targets.adapted:
-        arrays |= _read_adapted(model, targets, path, stored, np.dtype(spec.dtype))
+        shape = flat[path].shape
+        arrays |= _read_adapted(model, targets, path, shape, stored, np.dtype(spec.dtype))
     return make_state(arrays)
 
 
@@ -202,16 +203,18 @@ def _read_adapted(
     model: Model,
     targets: Targets,
     path: Path,
+    shape: tuple[int, ...],
     stored: Mapping[str, StoredTensor],
     dtype: np.dtype,
 ) -> dict[tuple[str, Path], Any]:
-    """Reads the arrays of one adapted kernel, by tree and path."""
+    """Reads the arrays of one adapted kernel [..., d_in, d_out], by tree and path."""
     form = targets.adapted[path].peft_form()
     assert form is not None
+    names = form.shapes(*shape[-2:])
     layers = []
     for module in modules_of(model, path):
         start = f"{PEFT_PREFIX}{module}."
-        tensors = {name: read_tensor(stored[start + name]) for name in form.names}
+        tensors = {name: read_tensor(stored[start + name]) for name in names}
         layers.append(form.restore(tensors))
     return {
         (tree, (*path, name)): stack(path, [layer[index][name] for layer in layers], dtype)

@@ -1,13 +1,12 @@
 """Writes and checks Hugging Face PEFT's `adapter_config.json`."""
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft_jax.adapters import AdapterSpec, Targets
+from peft_jax.adapters import AdapterSpec, Targets, peft_forms
 from peft_jax.adapters.names import matches_name
-from peft_jax.adapters.peft_form import PeftForm
+from peft_jax.adapters.peft_form import NEUTRAL, PeftForm
 from peft_jax.core import Path as TreePath
 from peft_jax.core import did_you_mean
 from peft_jax.core.typed_settings import convert
@@ -19,25 +18,6 @@ from peft_jax.models.naming import CLASSIFIER
 
 HEAD = "lm_head"
 """Hugging Face's name of the output head."""
-
-NEUTRAL: tuple[Any, ...] = (None, False, [], {}, "")
-"""Values that disable a setting."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Settings:
-    """Settings of one `peft_type`.
-
-    Attributes:
-      read: Settings that are read.
-      irrelevant: Settings that do not change what a trained adapter computes.
-      fixed: Settings implemented for the listed values only.
-    """
-
-    read: frozenset[str]
-    irrelevant: frozenset[str]
-    fixed: Mapping[str, tuple[Any, ...]]
-
 
 _IRRELEVANT = frozenset(
     {
@@ -62,91 +42,16 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "task_type": (None, "CAUSAL_LM", "SEQ_CLS"),
 }
 
-SETTINGS: dict[str, _Settings] = {
-    "LORA": _Settings(
-        read=frozenset(
-            {
-                "alpha_pattern",
-                "lora_alpha",
-                "lora_dropout",
-                "r",
-                "rank_pattern",
-                "use_rslora",
-            }
-        ),
-        # Initialization, and details of settings that are themselves rejected.
-        irrelevant=_IRRELEVANT
-        | {
-            "corda_config",
-            # Tied weights are read from the tensors.
-            "ensure_weight_tying",
-            "eva_config",
-            "loftq_config",
-            "lora_ga_config",
-            "megatron_core",
-            "qalora_group_size",
-        },
-        fixed=_FIXED
-        | {
-            "alora_invocation_tokens": NEUTRAL,
-            "arrow_config": NEUTRAL,
-            "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
-            "kasa_config": NEUTRAL,
-            "layer_replication": NEUTRAL,
-            "lora_bias": NEUTRAL,
-            "megatron_config": NEUTRAL,
-            "monteclora_config": NEUTRAL,
-            "target_parameters": NEUTRAL,
-            "trainable_token_indices": NEUTRAL,
-            "use_bdlora": NEUTRAL,
-            "use_dora": NEUTRAL,
-            "use_qalora": NEUTRAL,
-            "velora_config": NEUTRAL,
-        },
-    ),
-    "BOFT": _Settings(
-        # Block sizes and the number of factors are read from the tensors' shapes.
-        read=frozenset({"boft_dropout"}),
-        irrelevant=_IRRELEVANT
-        | {"boft_block_num", "boft_block_size", "boft_n_butterfly_factor", "init_weights"},
-        fixed=_FIXED,
-    ),
-}
-
-_WHY = {
-    "init_lora_weights": (
-        "; this initialization changes the base: save the adapter again in PEFT with"
-        " path_initial_model_for_weight_conversion, which converts it to the unchanged base"
-    ),
-    "task_type": "; only adapters of causal language models and of classifiers are supported",
-}
+_WHY = {"task_type": "; only adapters of causal language models and of classifiers are supported"}
 
 _TYPES: Mapping[str, Any] = {
-    "alpha_pattern": Mapping[str, float],
     "base_model_name_or_path": str,
-    "boft_dropout": float,
-    "lora_alpha": float,
-    "lora_dropout": float,
     "modules_to_save": tuple[str, ...],
-    "r": int,
-    "rank_pattern": Mapping[str, int],
     "target_modules": str | tuple[str, ...],
-    "use_rslora": bool,
 }
-"""Types of settings that are not null."""
+"""Types of every method's settings that are not null."""
 
-_COMPARED = (
-    "alpha_pattern",
-    "boft_block_size",
-    "boft_n_butterfly_factor",
-    "lora_alpha",
-    "modules_to_save",
-    "peft_type",
-    "r",
-    "rank_pattern",
-    "target_modules",
-    "use_rslora",
-)
+_COMPARED = ("modules_to_save", "peft_type", "target_modules")
 
 
 def write_peft_config(
@@ -208,8 +113,8 @@ def tied_embedding(model: Model, targets: Targets) -> TreePath | None:
     return next((path for path in targets.trained if path[-1] == "embedding"), None)
 
 
-def check_peft_config(config: Mapping[str, Any], file: Path) -> None:
-    """Raises ValueError for a setting that is unknown or not implemented.
+def check_peft_config(config: Mapping[str, Any], file: Path) -> type[PeftForm]:
+    """Checks the content of `adapter_config.json`, and returns the form of the adapter's tensors.
 
     Args:
       config: Content of `adapter_config.json`.
@@ -218,31 +123,32 @@ def check_peft_config(config: Mapping[str, Any], file: Path) -> None:
     Raises:
       ValueError: A setting is unknown or not implemented; the message names it.
     """
-    peft_type = config.get("peft_type")
-    if not isinstance(peft_type, str) or peft_type not in SETTINGS:
+    form = next((form for form in peft_forms() if form.reads(config)), None)
+    if form is None:
+        peft_type = config.get("peft_type")
         raise ValueError(
             f"{file} sets peft_type = {peft_type!r}, which is not implemented"
-            f"{_known_types(peft_type)}"
+            f"{did_you_mean(str(peft_type), {form.peft_type for form in peft_forms()})}"
         )
-    settings = SETTINGS[peft_type]
-    for name, annotation in _TYPES.items():
+    settings = form.understood
+    for name, annotation in {**_TYPES, **settings.read}.items():
         if config.get(name) is not None:
             convert(config[name], annotation, where=f"{file}: {name}")
-    for name in settings.read & {"r", "lora_alpha"}:
+    for name in form.patterns:
         if name in config and config[name] is None:
             raise ValueError(
                 f"{file} sets {name} to null, which PEFT cannot use; set the value that the adapter"
                 " was trained with"
             )
+    fixed, why = {**_FIXED, **settings.fixed}, {**_WHY, **settings.why}
     for name, value in config.items():
-        if name in settings.read or name in settings.irrelevant:
+        if name in settings.read or name in _IRRELEVANT or name in settings.irrelevant:
             continue
-        allowed = settings.fixed.get(name, NEUTRAL)
+        allowed = fixed.get(name, NEUTRAL)
         if not any(value is one or (value == one and type(value) is type(one)) for one in allowed):
-            fault = "not implemented" if name in settings.fixed else "an unknown setting"
-            raise ValueError(
-                f"{file} sets {name} = {value!r}, which is {fault}{_WHY.get(name, '')}"
-            )
+            fault = "not implemented" if name in fixed else "an unknown setting"
+            raise ValueError(f"{file} sets {name} = {value!r}, which is {fault}{why.get(name, '')}")
+    return form
 
 
 def check_unchanged(stored: Mapping[str, Any], written: Mapping[str, Any], file: Path) -> None:
@@ -255,10 +161,10 @@ def check_unchanged(stored: Mapping[str, Any], written: Mapping[str, Any], file:
       written: Content that this library writes for the adapter.
       file: Path of `adapter_config.json`, for messages.
     """
-    check_peft_config(stored, file)
+    form = check_peft_config(stored, file)
     changed = [
         f"{name} is {stored.get(name)!r}, not {written[name]!r}"
-        for name in _COMPARED
+        for name in sorted((*_COMPARED, *form.understood.compared))
         if name in written and _unordered(stored.get(name)) != _unordered(written[name])
     ]
     if changed:
@@ -270,7 +176,3 @@ def check_unchanged(stored: Mapping[str, Any], written: Mapping[str, Any], file:
 
 def _unordered(value: Any) -> Any:
     return sorted(value, key=str) if isinstance(value, list) else value
-
-
-def _known_types(peft_type: Any) -> str:
-    return did_you_mean(str(peft_type), SETTINGS)

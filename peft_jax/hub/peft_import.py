@@ -14,10 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax.adapters import BOFT, AdapterSpec, LoRA
-from peft_jax.adapters.boft import BOFT_NAMES
-from peft_jax.adapters.lora import LORA_NAMES
+from peft_jax.adapters import AdapterSpec
 from peft_jax.adapters.names import matches_name
+from peft_jax.adapters.peft_form import PeftForm
 from peft_jax.core import Path, Tree, flatten, is_stacked, join_path
 from peft_jax.core.patterns import compile_pattern
 from peft_jax.hub.adapter_arrays import listing, modules_of, read_tensor
@@ -27,7 +26,6 @@ from peft_jax.hub.peft_names import PEFT_PREFIX
 from peft_jax.hub.tensors import StoredTensor
 from peft_jax.models import Model
 
-_NAMES = {"LORA": LORA_NAMES, "BOFT": BOFT_NAMES}
 _HEAD_TENSOR = f"{PEFT_PREFIX}{HEAD}.weight"
 
 
@@ -46,6 +44,7 @@ class _Found:
 
 def read_peft_spec(
     config: Mapping[str, Any],
+    form: type[PeftForm],
     stored: Mapping[str, StoredTensor],
     model: Model,
     params: Tree,
@@ -56,6 +55,7 @@ def read_peft_spec(
 
     Args:
       config: Content of `adapter_config.json`, checked by `check_peft_config`.
+      form: Form of the tensors, as `check_peft_config` returns it.
       stored: Tensors by name.
       model: Base model.
       params: Parameters of the base, as arrays or shapes.
@@ -64,7 +64,7 @@ def read_peft_spec(
     Raises:
       ValueError: Tensors do not fit the model, or differ between layers that are stacked here.
     """
-    found = _group_tensors(stored, model, _NAMES[config["peft_type"]], what)
+    found = _group_tensors(stored, model, form.names, what)
     check_tied(model, stored, what=what)
     kernels = [path for path in flatten(params) if path[-1] == "kernel"]
     common: dict[str, Any] = {
@@ -72,11 +72,14 @@ def read_peft_spec(
         "modules_to_save": _short_names(found.trained, flatten(params)),
         "dtype": "bfloat16" if all(t.dtype == "BF16" for t in stored.values()) else "float32",
     }
+    shapes = {
+        module: {end: tensor.shape for end, tensor in tensors.items()}
+        for own in found.adapted.values()
+        for module, tensors in own.items()
+    }
     try:
-        if config["peft_type"] == "BOFT":
-            return AdapterSpec(method=_boft(config, found, what), **common)
-        common |= _patterns(config, found, model, kernels, what)
-        return AdapterSpec(method=_lora(config), **common)
+        common |= _patterns(config, form, found, model, kernels, what)
+        return AdapterSpec(method=form.read(config, shapes), **common)
     except (TypeError, ValueError) as error:
         raise ValueError(str(error) if what in str(error) else f"{what} {error}") from error
 
@@ -232,34 +235,18 @@ def _short_names(chosen: Iterable[Path], everything: Iterable[Path]) -> tuple[st
     return tuple(sorted(names))
 
 
-def _lora(config: Mapping[str, Any]) -> LoRA:
-    return LoRA(
-        rank=_get(config, "r", 8),
-        alpha=float(_get(config, "lora_alpha", 8)),
-        rank_stabilized=_get(config, "use_rslora", False),
-        dropout=float(_get(config, "lora_dropout", 0.0)),
-    )
-
-
-def _get(config: Mapping[str, Any], name: str, default: Any) -> Any:
-    """Returns a setting's value, or PEFT's default if it is absent or null."""
-    value = config.get(name)
-    return default if value is None else value
-
-
 def _patterns(
     config: Mapping[str, Any],
+    form: type[PeftForm],
     found: _Found,
     model: Model,
     kernels: list[Path],
     what: str,
 ) -> dict[str, dict[str, Any]]:
-    """Returns `rank_pattern` and `alpha_pattern`, by module names of this library."""
+    """Returns the form's patterns (`rank_pattern`, …), by module names of this library."""
     patterns: dict[str, dict[str, Any]] = {}
-    for setting, common, kind in (
-        ("rank_pattern", "r", int),
-        ("alpha_pattern", "lora_alpha", float),
-    ):
+    for common, setting in form.patterns.items():
+        kind = form.understood.read[common]
         theirs = config.get(setting) or {}
         patterns[setting] = {}
         for path in found.adapted:
@@ -283,25 +270,3 @@ def _match_pattern(patterns: Mapping[str, Any], module: str) -> Any:
         if compile_pattern(rf"(.*\.)?({key})").fullmatch(module):
             return value
     return None
-
-
-def _boft(config: Mapping[str, Any], found: _Found, what: str) -> BOFT:
-    """Builds the method with the sizes of the stored tensors."""
-    shapes = {
-        f"{module}.boft_R": tensors["boft_R"].shape
-        for own in found.adapted.values()
-        for module, tensors in own.items()
-    }
-    sizes = {(shape[0], shape[-1]) for shape in shapes.values()}
-    if len(sizes) > 1 or any(len(shape) != 4 for shape in shapes.values()):
-        raise ValueError(
-            f"{what} has rotations of several sizes"
-            f" ({listing([f'{name} {list(shape)}' for name, shape in shapes.items()])}), but all"
-            " modules must have the same block size and number of factors"
-        )
-    ((factors, size),) = sizes
-    return BOFT(
-        block_size=size,
-        n_butterfly_factors=factors,
-        dropout=float(_get(config, "boft_dropout", 0.0)),
-    )
