@@ -90,7 +90,7 @@ def _gpu(name: str, flops: float, memory: float, link: float, elementwise: float
 CHIPS: dict[str, Chip] = {
     "TPU v2": _tpu("TPU v2 core", 23e12, 7.48, 350e9, 62e9, clock=0.7e9, per_chip=2),
     "TPU v3": _tpu("TPU v3 core", 61e12, 15.48, 450e9, 82e9, clock=0.94e9, per_chip=2),
-    "TPU v4": _tpu("TPU v4 core", 137.5e12, 15.25, 614e9, 45e9, clock=1.05e9, per_chip=2),
+    "TPU v4": _tpu("TPU v4", 275e12, 30.75, 1228e9, 45e9, clock=1.05e9, cores=2),
     "TPU v5 lite": _tpu("TPU v5e", 197e12, 15.75, 819e9, 45e9, clock=1.5e9, narrow=2.0),
     "TPU v5": _tpu("TPU v5p", 459e12, 95.73, 2765e9, 90e9, clock=1.75e9, cores=2, narrow=2.0),
     "TPU v6 lite": _tpu("TPU v6e", 918e12, 31.24, 1640e9, 90e9, clock=1.75e9, tile=256, narrow=2.0),

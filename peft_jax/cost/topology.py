@@ -46,6 +46,10 @@ TOPOLOGIES: dict[str, tuple[str, ...]] = {
 _LARGEST = {"v4": 4096, "v5e": 256, "v5p": 8960, "v6e": 256, "tpu7x": 9216}
 """Maximum number of chips of one slice, by TPU kind."""
 
+_OPTIONS = {"v4": {"chip_config_name": "megacore"}}
+"""What the description of a TPU kind needs so that its devices are those of a real one: the two
+cores of a v4 chip are one device."""
+
 _MOST_CHIPS = 2**17
 """Maximum number of chips of all slices, above that of any TPU run so far."""
 
@@ -172,7 +176,10 @@ def _describe(kind: str, size: str, slices: int) -> Sequence[jax.Device]:
 
     try:
         return topologies.get_topology_desc(
-            topology_name=f"{kind}:{size}", platform="tpu", num_slices=slices
+            topology_name=f"{kind}:{size}",
+            platform="tpu",
+            num_slices=slices,
+            **_OPTIONS.get(kind, {}),
         ).devices
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]

@@ -20,6 +20,7 @@ needs_libtpu = pytest.mark.skipif(
     ("name", "devices", "chips", "chip"),
     [
         ("v5p:2x2x4", 16, 16, "TPU v5p"),
+        ("v4:2x2x2", 8, 8, "TPU v4"),
         ("v5e:1x1", 1, 1, "TPU v5e"),
         ("tpu7x:2x2x1", 8, 4, "TPU 7x core"),
         ("v5e:2x2*2", 8, 8, "TPU v5e"),
@@ -29,6 +30,13 @@ def test_topology_has_the_named_devices(name, devices, chips, chip):
     topology = find_topology(name)
     assert (len(topology.devices), topology.chips, topology.chip.name) == (devices, chips, chip)
     assert topology.described
+
+
+@needs_libtpu
+@pytest.mark.parametrize("name", ["v4:2x2x2", "v5p:2x2x2", "tpu7x:2x2x1", "v6e:2x4"])
+def test_a_mesh_of_two_axes_is_made_of_described_devices(name):
+    mesh = make_mesh(MeshSettings(fsdp=4, tensor=2), find_topology(name).devices)
+    assert dict(mesh.shape) | {"fsdp": 4, "tensor": 2} == dict(mesh.shape)
 
 
 @needs_libtpu
