@@ -36,9 +36,9 @@ class TargetSettings:
     """Settings that select the modules to adapt and to train in full.
 
     Attributes:
-      target_modules: Modules to adapt: "all-linear" (every linear map but the output head), module
-        names (last parts such as "q_proj" or "mlp.up_proj"), or one regular expression. With
-        `Full`, "all-linear" selects every parameter of the model.
+      target_modules: Modules to adapt: "all-linear" (every linear map but the output head and
+        those of `modules_to_save`), module names (last parts such as "q_proj" or "mlp.up_proj"),
+        or one regular expression. With `Full`, "all-linear" selects every parameter of the model.
       exclude_modules: Names, or one regular expression, of modules to leave out.
       rank_pattern: Ranks of modules by name or regular expression; the first match applies.
       alpha_pattern: Alphas of modules by name or regular expression; the first match applies.
@@ -109,7 +109,11 @@ def find_targets(params: Tree, method: TrainingMethod, settings: TargetSettings)
 
     kernels = {join_path(path[:-1]): path for path in flat if path[-1] == "kernel"}
     if target_modules == ALL_LINEAR:
-        chosen = [module for module in kernels if module.split(".")[0] not in _HEADS]
+        chosen = [
+            module
+            for module in kernels
+            if module.split(".")[0] not in _HEADS and module not in saved
+        ]
     else:
         _reject_embeddings(target_modules, flat)
         chosen = _choose(target_modules, kernels, n_layers, "target_modules")
