@@ -73,6 +73,10 @@ _SIZE: Kind = (
     "a whole number from 1 to 2³¹ - 1",
     lambda value: _is_integer(value) and 1 <= value <= _MAX_SIZE,
 )
+_COUNT: Kind = (
+    "a whole number from 0 to 2³¹ - 1",
+    lambda value: _is_integer(value) and 0 <= value <= _MAX_SIZE,
+)
 _INTEGER: Kind = (
     "a whole number below 2³¹",
     lambda value: _is_integer(value) and abs(value) <= _MAX_SIZE,
@@ -89,12 +93,14 @@ _TOKENS: Kind = (
 _OBJECT: Kind = ("an object", lambda value: isinstance(value, Mapping))
 
 _KINDS: Mapping[str, Kind] = {
-    **dict.fromkeys(("num_hidden_layers", "n_layer"), _LAYERS),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers"), _LAYERS),
     **dict.fromkeys(
         (
             "head_dim", "hidden_size", "intermediate_size", "max_position_embeddings", "n_embed",
             "n_head", "n_inner", "num_attention_heads", "num_key_value_heads", "num_labels",
-            "original_max_position_embeddings", "type_vocab_size", "vocab_size",
+            "original_max_position_embeddings", "vocab_size",
+            # Encoders.
+            "dim", "embedding_size", "hidden_dim", "n_heads",
         ),
         _SIZE,
     ),
@@ -108,6 +114,7 @@ _KINDS: Mapping[str, Kind] = {
         _POSITIVE,
     ),
     "initializer_range": _NOT_NEGATIVE,
+    "type_vocab_size": _COUNT,
     **dict.fromkeys(
         (
             "apply_residual_connection_post_layernorm", "attention_bias", "mlp_bias",
@@ -118,7 +125,9 @@ _KINDS: Mapping[str, Kind] = {
     # Read by transformers along with the tokenizer, and by generation.
     **dict.fromkeys(("bos_token_id", "eos_token_id"), _TOKENS),
     **dict.fromkeys(("dtype", "torch_dtype"), _TEXT),
-    **dict.fromkeys(("hidden_act", "model_type", "problem_type", "rope_type", "type"), _TEXT),
+    **dict.fromkeys(
+        ("activation", "hidden_act", "model_type", "problem_type", "rope_type", "type"), _TEXT
+    ),
     **dict.fromkeys(("architectures", "layer_types"), _TEXTS),
     **dict.fromkeys(("id2label", "rope_parameters", "rope_scaling"), _OBJECT),
 }  # fmt: skip

@@ -1,8 +1,9 @@
-"""Encoders of BERT and RoBERTa with a classification or regression head.
+"""Encoders of BERT, RoBERTa, XLM-RoBERTa and ELECTRA with a classification or regression head.
 
 Axes: B batch, T tokens, D embed, K heads, H head dimension, F feed-forward, C labels.
 
-Source: Devlin et al., 2019, arXiv 1810.04805; Liu et al., 2019, arXiv 1907.11692.
+Source: Devlin et al., 2019, arXiv 1810.04805; Liu et al., 2019, arXiv 1907.11692; Conneau et al.,
+2020, arXiv 1911.02116; Clark et al., 2020, arXiv 2003.10555.
 """
 
 import dataclasses
@@ -16,7 +17,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from peft_jax.core.scopes import part
-from peft_jax.core.validation import check_choice, check_positive, check_positive_int
+from peft_jax.core.validation import (
+    check_choice,
+    check_count,
+    check_positive,
+    check_positive_int,
+)
 from peft_jax.models.attention import make_attention
 from peft_jax.models.attention_layout import Attend, AttentionLayout
 from peft_jax.models.blocks import run_blocks, stack_blocks
@@ -32,8 +38,9 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
 }
-"""Nonlinearities of the feed-forward layer, by their names in transformers."""
+"""Nonlinearities of feed-forward layers and heads, by their names in transformers."""
 
 HEADS = ("pooled", "two_layers")
 
@@ -50,11 +57,14 @@ class BertConfig:
       intermediate_size: F.
       num_positions: Number of rows of the position embedding.
       position_offset: Row of a text's first token. RoBERTa's rows start after its padding id.
-      num_token_types: Number of rows of the token-type embedding.
+      num_token_types: Number of rows of the token-type embedding; 0 for none.
+      embedding_size: Number of features of the embeddings, which a linear map takes to D if they
+        differ (ELECTRA); None for D.
       num_labels: C; 1 for regression.
       head: "pooled" (BERT): the pooler, then one map from the first token. "two_layers"
         (RoBERTa): two maps from the first token, without a pooler.
-      activation: A key of `ACTIVATIONS`.
+      head_activation: Nonlinearity between the two maps, a key of `ACTIVATIONS`.
+      activation: Nonlinearity of the feed-forward layer, a key of `ACTIVATIONS`.
       norm_epsilon: Added to the variance in every norm.
       initializer_range: Initial standard deviation of kernels and embeddings.
 
@@ -70,18 +80,24 @@ class BertConfig:
     num_positions: int
     position_offset: int = 0
     num_token_types: int = 2
+    embedding_size: int | None = None
     num_labels: int = 2
     head: str = "pooled"
+    head_activation: str = "tanh"
     activation: str = "gelu"
     norm_epsilon: float = 1e-12
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size")
-        for name in (*sizes, "num_positions", "num_token_types", "num_labels"):
+        for name in (*sizes, "num_positions", "num_labels"):
             check_positive_int(name, getattr(self, name))
+        if self.embedding_size is not None:
+            check_positive_int("embedding_size", self.embedding_size)
+        check_count("num_token_types", self.num_token_types)
         check_positive("norm_epsilon", self.norm_epsilon)
-        check_choice("activation", self.activation, ACTIVATIONS)
+        for name in ("activation", "head_activation"):
+            check_choice(name, getattr(self, name), ACTIVATIONS)
         check_choice("head", self.head, HEADS)
         if self.hidden_size % self.num_heads:
             raise ValueError(
@@ -98,6 +114,11 @@ class BertConfig:
     def head_dim(self) -> int:
         """H."""
         return self.hidden_size // self.num_heads
+
+    @property
+    def embedding_features(self) -> int:
+        """Number of features of the embeddings, before they are mapped to D."""
+        return self.hidden_size if self.embedding_size is None else self.embedding_size
 
     @property
     def tie_word_embeddings(self) -> bool:
@@ -123,13 +144,14 @@ class BertEmbeddings(nnx.Module):
 
     def __init__(self, config: BertConfig):
         def table(rows: int) -> Embedding:
-            return Embedding(rows, config.hidden_size, stddev=config.initializer_range)
+            return Embedding(rows, config.embedding_features, stddev=config.initializer_range)
 
         self.config = config
         self.word_embeddings = table(config.vocab_size)
         self.position_embeddings = table(config.num_positions)
-        self.token_type_embeddings = table(config.num_token_types)
-        self.LayerNorm = _norm(config)
+        if config.num_token_types:
+            self.token_type_embeddings = table(config.num_token_types)
+        self.LayerNorm = LayerNorm(config.embedding_features, epsilon=config.norm_epsilon)
 
     def __call__(
         self,
@@ -138,10 +160,11 @@ class BertEmbeddings(nnx.Module):
         positions: Int[Array, "batch tokens"],
         dtype: jnp.dtype,
     ) -> Hidden:
-        """Returns the embedded tokens [B, T, D], in `dtype`."""
+        """Returns the embedded tokens [B, T, `embedding_features`], in `dtype`."""
         embedded = self.word_embeddings(tokens, dtype)
         embedded += self.position_embeddings(positions + self.config.position_offset, dtype)
-        embedded += self.token_type_embeddings(token_types, dtype)
+        if self.config.num_token_types:
+            embedded += self.token_type_embeddings(token_types, dtype)
         return self.LayerNorm(embedded)
 
 
@@ -234,15 +257,16 @@ class BertPooler(nnx.Module):
 
 
 class TwoLayerHead(nnx.Module):
-    """RoBERTa's head: a linear map and tanh, then a linear map to the labels."""
+    """RoBERTa's head: a linear map and a nonlinearity, then a linear map to the labels."""
 
     def __init__(self, config: BertConfig):
+        self.activation = config.head_activation
         self.dense = _linear(config, config.hidden_size, config.hidden_size, ("embed", "norm"))
         self.out_proj = _linear(config, config.hidden_size, config.num_labels, ("embed", "norm"))
 
     def __call__(self, first: Float[Array, "batch embed"]) -> Float[Array, "batch labels"]:
         """Returns the logits, [B, C]."""
-        return self.out_proj(jnp.tanh(self.dense(first)))
+        return self.out_proj(ACTIVATIONS[self.activation](self.dense(first)))
 
 
 class Bert(nnx.Module):
@@ -256,6 +280,10 @@ class Bert(nnx.Module):
     def __init__(self, config: BertConfig, execution: ExecutionSettings):
         self.config, self.execution = config, execution
         self.embeddings = BertEmbeddings(config)
+        if config.embedding_features != config.hidden_size:
+            self.embeddings_project = _linear(
+                config, config.embedding_features, config.hidden_size, ("norm", "embed")
+            )
         self.layers = stack_blocks(lambda: BertBlock(config), config.num_layers)
         if config.head == "pooled":
             self.pooler = BertPooler(config)
@@ -281,17 +309,23 @@ class Bert(nnx.Module):
             head_dim=self.config.head_dim,
             execution=self.execution,
         )
+        embedded = self.embeddings(tokens, token_types, positions, self.execution.dtype)
+        if self.config.embedding_features != self.config.hidden_size:
+            embedded = self.embeddings_project(embedded)
         hidden, _ = run_blocks(
             self.layers,
             lambda block, x, cache: (block(x, attend), cache),
-            self.embeddings(tokens, token_types, positions, self.execution.dtype),
+            embedded,
             layers=self.config.num_layers,
             cache=None,
             execution=self.execution,
         )
         return hidden
 
-    def classify(self, hidden: Hidden) -> Float[Array, "batch labels"]:
+    def classify(
+        self, hidden: Hidden, segment_ids: Int[Array, "batch tokens"]
+    ) -> Float[Array, "batch labels"]:
         """Returns the head's output [B, C] from the hidden states of each row's first token."""
+        del segment_ids
         first = hidden[:, 0]
         return self.classifier(self.pooler(first) if self.config.head == "pooled" else first)

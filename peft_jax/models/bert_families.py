@@ -1,10 +1,18 @@
-"""Reads the `config.json` of BERT and RoBERTa."""
+"""Reads the `config.json` of BERT and of the families built like it."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from peft_jax.core.validation import check_positive_int
 from peft_jax.models.attributes import AttributeTable, given, require
-from peft_jax.models.bert import ACTIVATIONS, Bert, BertConfig
+from peft_jax.models.bert import Bert, BertConfig
+from peft_jax.models.encoder_attributes import (
+    IRRELEVANT,
+    OLD_NAMES,
+    position_ids,
+    read_activation,
+    read_labels,
+)
 from peft_jax.models.family import Family
 from peft_jax.models.naming import Naming
 
@@ -26,15 +34,9 @@ _READ = frozenset(
         "vocab_size",
     }
 )
-# Dropout of the base is not applied here, because an adapter has its own. Tied embeddings concern
-# the language-modeling head, which a classifier does not have.
-_IRRELEVANT = frozenset(
-    {
-        "attention_probs_dropout_prob",
-        "classifier_dropout",
-        "hidden_dropout_prob",
-        "tie_word_embeddings",
-    }
+# ELECTRA's head for multiple choice.
+_SUMMARY = frozenset(
+    {"summary_activation", "summary_last_dropout", "summary_type", "summary_use_proj"}
 )
 _FIXED: Mapping[str, tuple[Any, ...]] = {
     "is_decoder": (False,),
@@ -42,12 +44,17 @@ _FIXED: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-def _table(family: str, *classes: str) -> AttributeTable:
+def _table(
+    family: str,
+    *classes: str,
+    read: frozenset[str] = frozenset(),
+    irrelevant: frozenset[str] = frozenset(),
+) -> AttributeTable:
     return AttributeTable(
         family=family,
         architectures=frozenset(classes),
-        read=_READ,
-        irrelevant=_IRRELEVANT,
+        read=_READ | read,
+        irrelevant=IRRELEVANT | irrelevant,
         fixed=_FIXED,
     )
 
@@ -65,6 +72,21 @@ _ROBERTA = _table(
     "RobertaForSequenceClassification",
     "RobertaModel",
 )
+_XLM_ROBERTA = _table(
+    "xlm-roberta",
+    "XLMRobertaForMaskedLM",
+    "XLMRobertaForSequenceClassification",
+    "XLMRobertaModel",
+)
+_ELECTRA = _table(
+    "electra",
+    "ElectraForMaskedLM",
+    "ElectraForPreTraining",
+    "ElectraForSequenceClassification",
+    "ElectraModel",
+    read=frozenset({"embedding_size"}),
+    irrelevant=_SUMMARY,
+)
 
 
 def read_bert(hf_config: Mapping[str, Any]) -> BertConfig:
@@ -74,7 +96,7 @@ def read_bert(hf_config: Mapping[str, Any]) -> BertConfig:
       ValueError: An attribute is missing or unknown.
     """
     _BERT.check(hf_config)
-    return _read(hf_config, head="pooled", position_offset=0, norm_epsilon=1e-12)
+    return _read(hf_config, head="pooled")
 
 
 def read_roberta(hf_config: Mapping[str, Any]) -> BertConfig:
@@ -84,36 +106,41 @@ def read_roberta(hf_config: Mapping[str, Any]) -> BertConfig:
       ValueError: An attribute is missing or unknown.
     """
     _ROBERTA.check(hf_config)
-    offset = given(hf_config, "pad_token_id", 1) + 1
-    return _read(hf_config, head="two_layers", position_offset=offset, norm_epsilon=1e-12)
+    return _read(hf_config, head="two_layers", position_offset=_first_position(hf_config))
 
 
-def count_labels(hf_config: Mapping[str, Any]) -> int:
-    """Returns the number of outputs of the head; transformers' default is 2.
+def read_xlm_roberta(hf_config: Mapping[str, Any]) -> BertConfig:
+    """Reads the configuration of XLM-RoBERTa, RoBERTa's with a vocabulary of 100 languages.
 
-    Example:
-      >>> count_labels({"id2label": {"0": "no", "1": "maybe", "2": "yes"}}), count_labels({})
-      (3, 2)
+    Raises:
+      ValueError: An attribute is missing or unknown.
     """
-    return given(hf_config, "num_labels", len(given(hf_config, "id2label", {})) or 2)
+    _XLM_ROBERTA.check(hf_config)
+    return _read(hf_config, head="two_layers", position_offset=_first_position(hf_config))
 
 
-def _read(
-    hf_config: Mapping[str, Any], *, head: str, position_offset: int, norm_epsilon: float
-) -> BertConfig:
-    labels = count_labels(hf_config)
-    problem = given(hf_config, "problem_type", "")
-    if problem == "multi_label_classification" or (problem == "regression" and labels > 1):
-        raise ValueError(
-            f"config.json sets problem_type = {problem!r} with {labels} labels, but only"
-            " single-label classification and regression with one output are implemented"
-        )
-    activation = given(hf_config, "hidden_act", "gelu")
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"config.json sets hidden_act = {activation!r}, which is not implemented; choose from:"
-            f" {', '.join(ACTIVATIONS)}"
-        )
+def read_electra(hf_config: Mapping[str, Any]) -> BertConfig:
+    """Reads the configuration of ELECTRA, whose embeddings may have fewer features than its blocks.
+
+    Raises:
+      ValueError: An attribute is missing or unknown.
+    """
+    _ELECTRA.check(hf_config)
+    return _read(
+        hf_config,
+        head="two_layers",
+        head_activation="gelu",
+        embedding_size=given(hf_config, "embedding_size", 128),
+    )
+
+
+def _first_position(hf_config: Mapping[str, Any]) -> int:
+    return given(hf_config, "pad_token_id", 1) + 1
+
+
+def _read(hf_config: Mapping[str, Any], **others: Any) -> BertConfig:
+    types = given(hf_config, "type_vocab_size", 2)
+    check_positive_int("type_vocab_size", types)
     return BertConfig(
         vocab_size=require(hf_config, "vocab_size"),
         hidden_size=require(hf_config, "hidden_size"),
@@ -121,18 +148,14 @@ def _read(
         num_heads=require(hf_config, "num_attention_heads"),
         intermediate_size=require(hf_config, "intermediate_size"),
         num_positions=require(hf_config, "max_position_embeddings"),
-        position_offset=position_offset,
-        num_token_types=given(hf_config, "type_vocab_size", 2),
-        num_labels=labels,
-        head=head,
-        activation=activation,
-        norm_epsilon=given(hf_config, "layer_norm_eps", norm_epsilon),
+        num_token_types=types,
+        num_labels=read_labels(hf_config),
+        activation=read_activation(hf_config, "hidden_act"),
+        norm_epsilon=given(hf_config, "layer_norm_eps", 1e-12),
         initializer_range=given(hf_config, "initializer_range", 0.02),
+        **others,
     )
 
-
-_OLD_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
-_POSITION_IDS = r"(bert\.|roberta\.)?embeddings\.position_ids"
 
 BERT = Family(
     model_type="bert",
@@ -140,8 +163,8 @@ BERT = Family(
     read_config=read_bert,
     decoder=Bert,
     naming=Naming(prefix="bert", blocks="encoder.layer"),
-    unused=(r"cls\..*", _POSITION_IDS),
-    old_names=_OLD_NAMES,
+    unused=(r"cls\..*", position_ids("bert")),
+    old_names=OLD_NAMES,
 )
 ROBERTA = Family(
     model_type="roberta",
@@ -149,6 +172,24 @@ ROBERTA = Family(
     read_config=read_roberta,
     decoder=Bert,
     naming=Naming(prefix="roberta", blocks="encoder.layer"),
-    unused=(r"lm_head\..*", r"(roberta\.)?pooler\..*", _POSITION_IDS),
-    old_names=_OLD_NAMES,
+    unused=(r"lm_head\..*", r"(roberta\.)?pooler\..*", position_ids("roberta")),
+    old_names=OLD_NAMES,
+)
+XLM_ROBERTA = Family(
+    model_type="xlm-roberta",
+    architecture="XLMRobertaForSequenceClassification",
+    read_config=read_xlm_roberta,
+    decoder=Bert,
+    naming=ROBERTA.naming,
+    unused=ROBERTA.unused,
+    old_names=OLD_NAMES,
+)
+ELECTRA = Family(
+    model_type="electra",
+    architecture="ElectraForSequenceClassification",
+    read_config=read_electra,
+    decoder=Bert,
+    naming=Naming(prefix="electra", blocks="encoder.layer"),
+    unused=(r"(generator|discriminator)_\w+\..*", position_ids("electra")),
+    old_names=OLD_NAMES,
 )

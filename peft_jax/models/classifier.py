@@ -13,14 +13,17 @@ from jaxtyping import Array, Float, Float32, Int
 
 from peft_jax.core import Path, Tree, did_you_mean
 from peft_jax.models.attributes import check_kind
-from peft_jax.models.bert_families import BERT, ROBERTA, count_labels
+from peft_jax.models.bert_families import BERT, ELECTRA, ROBERTA, XLM_ROBERTA
 from peft_jax.models.causal_lm import default_positions
+from peft_jax.models.distilbert_family import DISTILBERT
+from peft_jax.models.encoder_attributes import count_labels
 from peft_jax.models.execution import ExecutionSettings
 from peft_jax.models.family import Family
 from peft_jax.models.model import Model
-from peft_jax.models.naming import CLASSIFIER
 
-ENCODERS: dict[str, Family] = {family.model_type: family for family in (BERT, ROBERTA)}
+ENCODERS: dict[str, Family] = {
+    family.model_type: family for family in (BERT, DISTILBERT, ELECTRA, ROBERTA, XLM_ROBERTA)
+}
 """Families of encoders by the `model_type` of their `config.json`."""
 
 
@@ -41,14 +44,14 @@ class SequenceClassifier(Model):
     @property
     def head_leaves(self) -> frozenset[Path]:
         """Paths of the leaves that a pretrained encoder lacks: those of the head and the pooler."""
-        return frozenset(path for path in self.hf_names() if path[0] in (CLASSIFIER, "pooler"))
+        heads = (*self.family.naming.heads, "pooler")
+        return frozenset(path for path in self.hf_names() if path[0] in heads)
 
     @property
     def head_modules(self) -> tuple[str, ...]:
         """Names of the head's modules for `modules_to_save`, since the whole head is trainable."""
-        return tuple(
-            sorted({".".join(path[:-1]) for path in self.hf_names() if path[0] == CLASSIFIER})
-        )
+        heads = self.family.naming.heads
+        return tuple(sorted({".".join(path[:-1]) for path in self.hf_names() if path[0] in heads}))
 
     def hidden_states(
         self,
@@ -93,10 +96,12 @@ class SequenceClassifier(Model):
         segment_ids: Int[Array, "batch tokens"] | None = None,
     ) -> Float32[Array, "batch labels"]:
         """Returns each row's logits or predicted value, float32 [B, C]; see `hidden_states`."""
+        if segment_ids is None:
+            segment_ids = jnp.ones_like(tokens)
         hidden = self.hidden_states(
             params, tokens, token_types=token_types, segment_ids=segment_ids
         )
-        return self._bind(params).classify(hidden).astype(jnp.float32)
+        return self._bind(params).classify(hidden, segment_ids).astype(jnp.float32)
 
 
 def is_encoder(hf_config: Mapping[str, Any]) -> bool:

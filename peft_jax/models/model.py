@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
@@ -122,13 +123,12 @@ class Model:
         Attention is sharded by whole heads, so "heads" and "kv_heads" count heads. "vocab" is
         absent: an array whose vocabulary is not divisible is replicated.
         """
-        sizes = {
-            axis: size
-            for path, variable in self._variables.items()
-            for axis, size in zip(
-                variable.axes, variable.get_value().shape[is_stacked(path) :], strict=True
-            )
-        }
+        sizes: dict[str, int] = {}
+        for path, variable in self._variables.items():
+            shape = variable.get_value().shape[is_stacked(path) :]
+            for axis, size in zip(variable.axes, shape, strict=True):
+                # Arrays may name axes of several sizes alike, such as those of a fused map.
+                sizes[axis] = math.gcd(sizes.get(axis, 0), size)
         heads = {"heads": self.config.num_heads, "kv_heads": self.config.num_kv_heads}
         return {axis: sizes[axis] for axis in ("embed", "mlp")} | heads
 

@@ -10,9 +10,6 @@ LM_HEAD = "lm_head"
 CLASSIFIER = "classifier"
 """Name of a classifier's head."""
 
-HEADS = (LM_HEAD, CLASSIFIER)
-"""Modules whose names do not begin with a family's prefix."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HFTensor:
@@ -38,6 +35,7 @@ class Naming:
     Attributes:
       prefix: Prefix of every module except the head: "model", "transformer", "bert".
       blocks: Name of the list of transformer blocks: "layers", "h", "encoder.layer".
+      heads: Modules whose names do not begin with the prefix.
 
     Example:
       >>> naming = Naming(prefix="model", blocks="layers")
@@ -49,6 +47,7 @@ class Naming:
 
     prefix: str
     blocks: str
+    heads: tuple[str, ...] = (LM_HEAD, CLASSIFIER)
 
     def module(self, path: Path, layer: int | str | None = None) -> str:
         """Returns the dotted name of the module that holds the leaf at `path`.
@@ -57,7 +56,7 @@ class Naming:
           ValueError: The leaf is stacked and `layer` is None.
         """
         modules = path[:-1]
-        if modules[0] in HEADS:
+        if modules[0] in self.heads:
             return ".".join(modules)
         if not is_stacked(path):
             return ".".join((self.prefix, *modules))

@@ -123,7 +123,8 @@ def _tokens(blueprint: Blueprint) -> int:
 
 def _inputs(blueprint: Blueprint, path: Path) -> int:
     """Returns a kernel's number of input vectors per step; a classifier's head has one per row."""
-    if isinstance(blueprint.model, SequenceClassifier) and not is_stacked(path):
+    model = blueprint.model
+    if isinstance(model, SequenceClassifier) and path in model.head_leaves:
         return blueprint.config.train.batch_size
     return _tokens(blueprint)
 

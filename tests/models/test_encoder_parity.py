@@ -1,5 +1,7 @@
 """Encoders agree with transformers, and unsupported configurations are rejected."""
 
+import copy
+import dataclasses
 import json
 
 import jax
@@ -7,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from peft_jax.hub import load_classifier
+from peft_jax.core import flatten
+from peft_jax.hub import load_adapter, load_classifier, save_adapter
 from peft_jax.models import ExecutionSettings, build_classifier, build_model
+from peft_jax.parallel import MeshSettings, batch_sharding, make_mesh, on_mesh, sharding_tree
 
 SIZES = {
     "vocab_size": 61,
@@ -18,6 +22,18 @@ SIZES = {
     "num_attention_heads": 4,
     "max_position_embeddings": 24,
 }
+OWN_SIZES = {
+    "DistilBert": {
+        "vocab_size": 61,
+        "dim": 32,
+        "hidden_dim": 48,
+        "n_layers": 2,
+        "n_heads": 4,
+        "max_position_embeddings": 24,
+    }
+}
+"""Sizes of the families that name them differently."""
+
 VARIANTS = {
     "bert": ("Bert", {}),
     "bert three labels": ("Bert", {"num_labels": 3, "hidden_act": "gelu_new"}),
@@ -25,8 +41,16 @@ VARIANTS = {
     "bert one type, wide epsilon": ("Bert", {"type_vocab_size": 1, "layer_norm_eps": 1e-3}),
     "roberta": ("Roberta", {"type_vocab_size": 1, "num_labels": 3}),
     "roberta other padding id": ("Roberta", {"type_vocab_size": 2, "pad_token_id": 4}),
+    "xlm-roberta": ("XLMRoberta", {"type_vocab_size": 1, "num_labels": 3, "layer_norm_eps": 1e-5}),
+    "distilbert": ("DistilBert", {"num_labels": 3}),
+    "distilbert regression": ("DistilBert", {"num_labels": 1, "activation": "relu"}),
+    "electra": ("Electra", {"embedding_size": 16, "num_labels": 3}),
+    "electra base": ("Electra", {"embedding_size": 32}),
 }
-TOLERANCE = 1e-4
+FAMILIES = ("bert", "roberta", "xlm-roberta", "distilbert", "electra")
+"""One variant of every family."""
+
+TOLERANCE = 1e-5
 LENGTHS = np.array([13, 9, 4])
 MASK = np.arange(13)[None, :] < LENGTHS[:, None]
 TYPES = (np.arange(13)[None, :] >= (LENGTHS // 2)[:, None]) & MASK
@@ -40,27 +64,38 @@ class TorchClassifier:
         import transformers
 
         torch.set_num_threads(1)
-        config = getattr(transformers, f"{kind}Config")(**{**SIZES, **settings})
+        sizes = OWN_SIZES.get(kind, SIZES)
+        config = getattr(transformers, f"{kind}Config")(**{**sizes, **settings})
         config._attn_implementation = "eager"
         self.module = getattr(transformers, f"{kind}ForSequenceClassification")(config).eval()
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for name, parameter in self.module.named_parameters():
                 noise = torch.randn(parameter.shape, generator=generator)
-                is_scale = "LayerNorm.weight" in name
+                is_scale = parameter.ndim == 1 and name.endswith("weight")
                 parameter.copy_(1.0 + 0.2 * noise if is_scale else 0.2 * noise)
         self.padding = config.pad_token_id
 
     def logits(self, tokens, types) -> np.ndarray:
         import torch
 
-        arguments = {
-            "input_ids": torch.tensor(tokens, dtype=torch.long),
-            "attention_mask": torch.tensor(MASK, dtype=torch.long),
-            "token_type_ids": torch.tensor(types, dtype=torch.long),
-        }
         with torch.no_grad():
-            return self.module(**arguments).logits.numpy()
+            return self.module(**torch_arguments(self.module, tokens, types)).logits.numpy()
+
+
+def torch_arguments(module, tokens, types) -> dict:
+    """Returns a torch model's arguments; token types only where it has them."""
+    import inspect
+
+    import torch
+
+    arrays = {"input_ids": tokens, "attention_mask": MASK, "token_type_ids": types}
+    accepted = inspect.signature(module.forward).parameters
+    return {
+        name: torch.tensor(np.asarray(array), dtype=torch.long)
+        for name, array in arrays.items()
+        if name in accepted
+    }
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +119,7 @@ def made(tmp_path_factory):
 def rows(theirs, model):
     tokens = np.random.default_rng(0).integers(5, 61, MASK.shape)
     tokens = np.where(MASK, tokens, theirs.padding)
-    types = TYPES if model.config.num_token_types > 1 else np.zeros_like(TYPES)
+    types = TYPES if model.config.num_token_types != 1 else np.zeros_like(TYPES)
     return tokens.astype(np.int32), types.astype(np.int32)
 
 
@@ -168,6 +203,7 @@ def test_chunked_attention_is_bidirectional():
 @pytest.mark.parametrize(
     ("change", "named"),
     [
+        ({"type_vocab_size": 0}, "type_vocab_size"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type"),
         ({"is_decoder": True}, "is_decoder"),
         ({"hidden_act": "mish"}, "hidden_act"),
@@ -184,6 +220,99 @@ def test_unsupported_configurations_raise_with_the_attribute(change, named):
         build_classifier({"model_type": "bert", **SIZES, **change})
 
 
+PUBLISHED = {
+    "xlm-roberta-base": {
+        "architectures": ["XLMRobertaForMaskedLM"],
+        "attention_probs_dropout_prob": 0.1,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.1,
+        "hidden_size": 768,
+        "initializer_range": 0.02,
+        "intermediate_size": 3072,
+        "layer_norm_eps": 1e-05,
+        "max_position_embeddings": 514,
+        "model_type": "xlm-roberta",
+        "num_attention_heads": 12,
+        "num_hidden_layers": 12,
+        "output_past": True,
+        "pad_token_id": 1,
+        "position_embedding_type": "absolute",
+        "transformers_version": "4.17.0.dev0",
+        "type_vocab_size": 1,
+        "use_cache": True,
+        "vocab_size": 250002,
+    },
+    "distilbert-base-uncased-finetuned-sst-2-english": {
+        "activation": "gelu",
+        "architectures": ["DistilBertForSequenceClassification"],
+        "attention_dropout": 0.1,
+        "dim": 768,
+        "dropout": 0.1,
+        "finetuning_task": "sst-2",
+        "hidden_dim": 3072,
+        "id2label": {"0": "NEGATIVE", "1": "POSITIVE"},
+        "initializer_range": 0.02,
+        "label2id": {"NEGATIVE": 0, "POSITIVE": 1},
+        "max_position_embeddings": 512,
+        "model_type": "distilbert",
+        "n_heads": 12,
+        "n_layers": 6,
+        "output_past": True,
+        "pad_token_id": 0,
+        "qa_dropout": 0.1,
+        "seq_classif_dropout": 0.2,
+        "sinusoidal_pos_embds": False,
+        "tie_weights_": True,
+        "vocab_size": 30522,
+    },
+    "electra-small-discriminator": {
+        "architectures": ["ElectraForPreTraining"],
+        "attention_probs_dropout_prob": 0.1,
+        "embedding_size": 128,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.1,
+        "hidden_size": 256,
+        "initializer_range": 0.02,
+        "intermediate_size": 1024,
+        "layer_norm_eps": 1e-12,
+        "max_position_embeddings": 512,
+        "model_type": "electra",
+        "num_attention_heads": 4,
+        "num_hidden_layers": 12,
+        "pad_token_id": 0,
+        "position_embedding_type": "absolute",
+        "summary_activation": "gelu",
+        "summary_last_dropout": 0.1,
+        "summary_type": "first",
+        "summary_use_proj": True,
+        "type_vocab_size": 2,
+        "vocab_size": 30522,
+    },
+}
+"""The attributes of published checkpoints."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations_have_the_tensors_of_transformers(name):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    settings = PUBLISHED[name]
+    config = transformers.AutoConfig.for_model(**settings)
+    with torch.device("meta"):
+        module = transformers.AutoModelForSequenceClassification.from_config(config)
+    wanted = {name: tuple(leaf.shape) for name, leaf in module.named_parameters()}
+    model = build_classifier(settings)
+    found = {}
+    for path, leaf in flatten(model.abstract_params()).items():
+        tensor = model.hf_names()[path]
+        layers = range(leaf.shape[0]) if path[0] == "layers" else (None,)
+        shape = leaf.shape[1:] if path[0] == "layers" else leaf.shape
+        for layer in layers:
+            found[tensor.name(layer)] = shape[::-1] if tensor.transposed else shape
+    assert found == wanted
+
+
 def test_each_builder_rejects_the_other_kind_of_model():
     with pytest.raises(ValueError, match="build_classifier"):
         build_model({"model_type": "bert", **SIZES})
@@ -198,14 +327,14 @@ def test_more_tokens_than_positions_are_rejected(made):
         model(params, jnp.ones((1, 23), jnp.int32))
 
 
-def save_bare(folder, tmp_path, change=lambda tensors: tensors):
+def save_bare(folder, tmp_path, change, architectures=("BertForPreTraining",)):
     """Saves a checkpoint like those of masked language models, with `change` applied."""
     from safetensors.numpy import load_file, save_file
 
     tensors = load_file(folder / "model.safetensors")
     save_file(change(tensors), tmp_path / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
-    config["architectures"] = ["BertForPreTraining"]
+    config["architectures"] = architectures
     (tmp_path / "config.json").write_text(json.dumps(config))
     return tmp_path
 
@@ -254,11 +383,101 @@ def test_a_missing_tensor_of_the_encoder_is_rejected(made, tmp_path):
         load_classifier(bare, head_key=jax.random.key(0))
 
 
-def test_a_saved_classifier_loads_in_transformers(made, tmp_path, relative_error):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_gets_a_new_head(family, made, tmp_path, relative_error):
+    theirs, folder, model, params = made(family)
+    heads = model.family.naming.heads
+
+    def change(tensors):
+        prefix = model.family.naming.prefix + "."
+        return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+    bare = save_bare(folder, tmp_path, change, architectures=None)
+    other, loaded = load_classifier(bare, num_labels=2, head_key=jax.random.key(1))
+    assert loaded["classifier"].keys() == params["classifier"].keys()
+    tokens, types = rows(theirs, model)
+    arguments = {"token_types": jnp.asarray(types), "segment_ids": jnp.asarray(MASK, jnp.int32)}
+    hidden = [
+        np.asarray(jax.jit(one.hidden_states)(its, jnp.asarray(tokens), **arguments))
+        for one, its in ((other, loaded), (model, params))
+    ]
+    np.testing.assert_array_equal(*hidden)
+    assert other.head_modules == model.head_modules
+    assert {name.split(".")[0] for name in other.head_modules} <= {*heads}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_of_lora_agree_with_peft(family, made, tmp_path):
+    """PEFT's adapter loads here, and the gradient of every trainable array agrees."""
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    from safetensors.numpy import load_file
+
+    base, _, model, params = made(family)
+    tokens, types = rows(base, model)
+    labels = np.arange(len(tokens)) % model.num_labels
+    torch.manual_seed(0)
+    heads = sorted({name.split(".")[0] for name in model.head_modules})
+    settings = peft.LoraConfig(
+        r=2,
+        target_modules="all-linear",
+        exclude_modules=rf".*\.?({'|'.join(heads)})(\..*)?",
+        modules_to_save=heads,
+        init_lora_weights=False,
+        task_type="SEQ_CLS",
+    )
+    theirs = peft.get_peft_model(copy.deepcopy(base.module), settings).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    logits = theirs(**torch_arguments(base.module, tokens, types)).logits
+    torch.nn.functional.cross_entropy(logits, torch.tensor(labels)).backward()
+    wanted = {
+        name.replace(".modules_to_save.default", "").replace(".default", ""): leaf.grad.numpy()
+        for name, leaf in theirs.named_parameters()
+        if leaf.requires_grad
+    }
+
+    spec, state = load_adapter(tmp_path / "theirs", model, params)
+
+    def loss(trainable):
+        bound = spec.bind(params, dataclasses.replace(state, trainable=trainable))
+        found = model(
+            bound,
+            jnp.asarray(tokens),
+            token_types=jnp.asarray(types),
+            segment_ids=jnp.asarray(MASK, jnp.int32),
+        )
+        picked = jnp.take_along_axis(jax.nn.log_softmax(found), jnp.asarray(labels)[:, None], 1)
+        return -picked.mean()
+
+    gradient = jax.jit(jax.grad(loss))(state.trainable)
+    # The tensors of an adapter whose arrays are the gradient have PEFT's names.
+    save_adapter(tmp_path / "ours", model, spec, dataclasses.replace(state, trainable=gradient), "")
+    found = load_file(tmp_path / "ours" / "adapter_model.safetensors")
+    assert found.keys() == wanted.keys()
+    for name, expected in wanted.items():
+        largest = np.abs(expected).max()
+        np.testing.assert_allclose(found[name], expected, atol=1e-4 * largest, err_msg=name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sharded_logits_equal_those_of_one_device(family, made, relative_error):
+    _, _, model, params = made(family)
+    tokens = jnp.asarray(np.random.default_rng(1).integers(5, 61, (4, 16)), jnp.int32)
+    segments = (jnp.arange(16) < jnp.asarray([16, 11, 16, 5])[:, None]).astype(jnp.int32)
+    expected = jax.jit(model)(params, tokens, segment_ids=segments)
+    mesh = make_mesh(MeshSettings(data=2, fsdp=2, tensor=2))
+    with on_mesh(mesh):
+        placed = jax.device_put(params, sharding_tree(model.logical_axes(), mesh, shapes=params))
+        rows = jax.device_put((tokens, segments), batch_sharding(mesh))
+        found = jax.jit(model)(placed, rows[0], segment_ids=rows[1])
+    assert relative_error(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES[1:])
+def test_a_saved_classifier_loads_in_transformers(family, made, tmp_path, relative_error):
     transformers = pytest.importorskip("transformers")
     from peft_jax.hub import save_model
 
-    theirs, _, model, params = made("roberta")
+    theirs, _, model, params = made(family)
     save_model(tmp_path, model, params)
     module, info = transformers.AutoModelForSequenceClassification.from_pretrained(
         tmp_path, output_loading_info=True

@@ -1,15 +1,17 @@
 """Tests training, evaluation and export of encoders on GLUE's tasks."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from peft_jax.adapters import AdapterSpec, LoRA, method_settings
 from peft_jax.data import DataSettings, LabeledBatch, build_data, get_recipe
-from peft_jax.hub import load_adapter, load_classifier
+from peft_jax.hub import load_adapter, load_classifier, save_adapter, save_model
 from peft_jax.models import build_classifier
 from peft_jax.parallel import MeshSettings, batch_sharding, make_mesh
 from peft_jax.training import RefusedError, run
@@ -18,6 +20,29 @@ from peft_jax.training.placement import RowPlacement
 
 METHODS = ("full", "lora", "lora_ga", "boft", "unitary", "hybrid")
 SMALL = {"rank": 2, "block_size": 4}
+OWN_SIZES = {
+    "distilbert": {
+        "dim": 32,
+        "hidden_dim": 48,
+        "n_layers": 2,
+        "n_heads": 4,
+        "max_position_embeddings": 32,
+    },
+}
+"""Sizes of the families that name them differently from BERT."""
+
+FAMILIES = ("bert", "roberta", "xlm-roberta", "distilbert", "electra")
+
+
+@pytest.fixture(scope="module")
+def family_config(bert):
+    """Returns a function that returns the configuration of a tiny encoder of any family."""
+
+    def make(kind: str, **settings):
+        sizes = {name: value for name, value in bert.items() if name != "architectures"}
+        return {**OWN_SIZES.get(kind, sizes), "model_type": kind, **settings}
+
+    return make
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +93,45 @@ def finished(encoded, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("finished") / "run"
     settings = {"train.steps": 6, "train.gradient_accumulation": 2, "parallel.devices": 2}
     return workdir, run(encoded("hybrid", **settings), workdir)
+
+
+@pytest.fixture
+def inferences(tmp_path):
+    """Returns XNLI's files in Swahili, whose label is given by the second text."""
+    labels = ("entailment", "neutral", "contradiction")
+    for name, count in (("train", 48), ("dev", 8)):
+        rows = [f"w{n % 7}\tw{n % 3 + 10}\t{labels[n % 3]}" for n in range(count)]
+        (tmp_path / f"{name}-sw.tsv").write_text("\n".join(rows))
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FAMILIES[1:])
+def test_every_family_learns_inferences(
+    kind, family_config, encoder, encoded, inferences, tmp_path, listener
+):
+    """A checkpoint of the bare encoder gets a head for XNLI's three labels."""
+    folder = tmp_path / "base"
+    shutil.copytree(encoder, folder)
+    vocabulary = len((encoder / "vocab.txt").read_text().split())
+    # Larger weights than usual, as in `encoder`: a few steps then suffice.
+    config = family_config(kind, vocab_size=vocabulary, initializer_range=0.2)
+    model = build_classifier(config)
+    save_model(folder, model, model.init_params(jax.random.key(0)))
+    tensors = load_file(folder / "model.safetensors")
+    prefix = model.family.naming.prefix + "."
+    kept = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    changes = {
+        "model.path": str(folder),
+        "data.recipe": "xnli",
+        "data.path": str(inferences),
+        "data.language": "sw",
+    }
+    summary = run(encoded(**changes), tmp_path / "run", reporter=listener)
+    assert "initialized classifier" in listener.text
+    assert summary["labels"] == 3
+    assert summary["after"]["loss"] < 0.5 * summary["before"]["loss"]
 
 
 def held_out(config, encoder):
@@ -279,16 +343,12 @@ def test_invalid_settings_of_an_encoder_are_rejected(changes, named, encoded, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["bert", pytest.param("roberta", marks=pytest.mark.slow)])
-def test_peft_loads_the_adapter_with_its_head(kind, bert, tmp_path):
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_peft_loads_the_adapter_with_its_head(kind, family_config, tmp_path):
     peft = pytest.importorskip("peft")
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    from peft_jax.hub import save_adapter, save_model
-
-    model = build_classifier(
-        {**bert, "model_type": kind, "architectures": None, "vocab_size": 40}, num_labels=3
-    )
+    model = build_classifier(family_config(kind, vocab_size=40), num_labels=3)
     params = model.init_params(jax.random.key(0))
     save_model(tmp_path / "base", model, params)
     spec = AdapterSpec(
