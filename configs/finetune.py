@@ -3,8 +3,8 @@ r"""Fine-tunes any supported checkpoint, on any data, with any method.
     peft-jax train --config=finetune.py:hybrid --workdir=runs/gsm8k \
         --config.model.path=/path/to/checkpoint --config.data.recipe=gsm8k
 
-The argument selects the method: hybrid, lora, lora_ga, boft, unitary or full. After a comma, it
-selects the precision of the base model: `configs/finetune.py:lora,precision=float32` for a CPU.
+The argument selects the method by its name: hybrid, lora, dora, full, … After a comma, it selects
+the precision of the base model: `configs/finetune.py:lora,precision=float32` for a CPU.
 Flags change any setting: `--config.method.rank=16`, `--config.train.learning_rate=1e-4`.
 """
 

@@ -4,8 +4,8 @@
 
 - Models and checkpoints: `load_model`, `load_classifier`, `build_model`, `save_model`,
   `ExecutionSettings`.
-- Methods, each over one kernel: `LoRA`, `LoRAGA`, `BOFT`, `Unitary`, `Hybrid`, `Full`; one of your
-  own: `AdapterMethod`, `register_method`.
+- Methods, each over one kernel: `LoRA`, `DoRA`, `LoRAGA`, `BOFT`, `Unitary`, `Hybrid`, `Full`; one
+  of your own: `AdapterMethod`, `register_method`.
 - Adapters over a whole model: `AdapterSpec` makes and binds an `AdapterState`; `merge`,
   `load_adapter`, `save_adapter`, `export_merged`, `trainable_table`.
 - Data: `dataset` describes rows by `DataSettings`; `build_data` reads them; `Batch` holds one's
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         AdapterMethod,
         AdapterSpec,
         AdapterState,
+        DoRA,
         Full,
         Hybrid,
         LoRA,
@@ -64,6 +65,7 @@ _HOMES = {
         "AdapterMethod",
         "AdapterSpec",
         "AdapterState",
+        "DoRA",
         "Full",
         "Hybrid",
         "LoRA",
@@ -100,6 +102,7 @@ __all__ = [
     "AdapterState",
     "Batch",
     "DataSettings",
+    "DoRA",
     "ExecutionSettings",
     "Full",
     "GenerationSettings",

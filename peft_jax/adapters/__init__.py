@@ -1,6 +1,6 @@
 """Adapts frozen parameter trees with pure functions.
 
-Methods over one kernel: `LoRA`, `LoRAGA`, `BOFT`, `Unitary`, `Hybrid` and `Full`.
+Methods over one kernel: `LoRA`, `DoRA`, `LoRAGA`, `BOFT`, `Unitary`, `Hybrid` and `Full`.
 `AdapterSpec` initializes, binds and merges an `AdapterState` over a model:
 
     spec = AdapterSpec(method=LoRA(rank=8))
@@ -10,6 +10,7 @@ Methods over one kernel: `LoRA`, `LoRAGA`, `BOFT`, `Unitary`, `Hybrid` and `Full
 """
 
 from peft_jax.adapters.boft import BOFT
+from peft_jax.adapters.dora import DoRA
 from peft_jax.adapters.full import Full
 from peft_jax.adapters.hybrid import LOW_RANK, ROTATION, Hybrid
 from peft_jax.adapters.lora import LoRA
@@ -38,6 +39,7 @@ __all__ = [
     "AdapterMethod",
     "AdapterSpec",
     "AdapterState",
+    "DoRA",
     "Full",
     "GradientFactors",
     "Hybrid",

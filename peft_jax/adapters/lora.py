@@ -184,7 +184,7 @@ LORA_SETTINGS = PeftSettings(
             " path_initial_model_for_weight_conversion, which converts it to the unchanged base"
         ),
     },
-    compared=("alpha_pattern", "lora_alpha", "r", "rank_pattern", "use_rslora"),
+    compared=("alpha_pattern", "lora_alpha", "r", "rank_pattern", "use_dora", "use_rslora"),
 )
 
 
@@ -194,10 +194,15 @@ class LoRAForm(PeftForm):
 
     method: LoRA
     peft_type = "LORA"
-    names = ("lora_A.weight", "lora_B.weight")
+    names: ClassVar[tuple[str, ...]] = ("lora_A.weight", "lora_B.weight")
     exact = True
     understood = LORA_SETTINGS
     patterns = MappingProxyType({"r": "rank_pattern", "lora_alpha": "alpha_pattern"})
+
+    @classmethod
+    def reads(cls, config: Mapping[str, Any]) -> bool:
+        """Returns whether the adapter is a LoRA without trainable magnitudes."""
+        return super().reads(config) and not config.get("use_dora")
 
     @classmethod
     def read(cls, config: Mapping[str, Any], modules: Mapping[str, Shapes]) -> LoRA:

@@ -135,6 +135,14 @@ class AdapterMethod(TrainingMethod, abc.ABC):
           gradient: Factors of the kernel's gradient; required if `gradient_rank` is above 0.
         """
 
+    def kernel_constants(self, kernel: Float[Array, "d_in d_out"]) -> Arrays:
+        """Returns the constant arrays that follow from the kernel [d_in, d_out] in float32.
+
+        Files of Hugging Face PEFT lack them, so that they are computed when such a file is loaded.
+        """
+        del kernel
+        return {}
+
     @abc.abstractmethod
     def axes(self, d_in: str | None, d_out: str | None) -> tuple[Axes, Axes]:
         """Returns the logical axes of the arrays of `init`, given those of the kernel."""

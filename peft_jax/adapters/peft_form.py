@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -42,23 +42,28 @@ class PeftSettings:
     compared: tuple[str, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True)
 class PeftForm(abc.ABC):
     """PEFT's form of one method's arrays for one kernel.
 
     Attributes:
+      method: The method.
       peft_type: PEFT's name of the method.
       names: Name suffixes of the tensors.
       exact: Whether `restore` inverts `export` bit for bit.
       understood: Settings that the form understands.
+      scales_bias: Whether PEFT's layer also scales the base's bias, which a kernel has not.
       patterns: Settings that may differ between modules, and the names under which PEFT's
         configuration has the differences.
     """
 
-    peft_type: str
-    names: tuple[str, ...]
-    exact: bool
-    understood: PeftSettings
-    patterns: Mapping[str, str] = MappingProxyType({})
+    method: Any
+    peft_type: ClassVar[str]
+    names: ClassVar[tuple[str, ...]]
+    exact: ClassVar[bool]
+    understood: ClassVar[PeftSettings]
+    patterns: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    scales_bias: ClassVar[bool] = False
 
     @classmethod
     def reads(cls, config: Mapping[str, Any]) -> bool:
@@ -96,8 +101,12 @@ class PeftForm(abc.ABC):
         """
 
     def restore(self, tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Converts PEFT's tensors to the adapter's (trainable, constant) arrays."""
-        raise NotImplementedError(f"{type(self).__name__} cannot be restored: it is not exact")
+        """Converts PEFT's tensors to the adapter's (trainable, constant) arrays.
+
+        Constant arrays that follow from the kernel are left out: see
+        `AdapterMethod.kernel_constants`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot be restored")
 
 
 def setting(config: Mapping[str, Any], name: str, default: Any) -> Any:

@@ -5,6 +5,7 @@ import importlib.metadata
 from typing import Any, TypeVar
 
 from peft_jax.adapters.boft import BOFT
+from peft_jax.adapters.dora import DoRA
 from peft_jax.adapters.full import Full
 from peft_jax.adapters.hybrid import Hybrid
 from peft_jax.adapters.lora import LoRA
@@ -15,7 +16,7 @@ from peft_jax.adapters.unitary import Unitary
 from peft_jax.core import did_you_mean
 
 METHODS: dict[str, type[TrainingMethod]] = {
-    method.name: method for method in (Full, LoRA, LoRAGA, BOFT, Unitary, Hybrid)
+    method.name: method for method in (Full, LoRA, DoRA, LoRAGA, BOFT, Unitary, Hybrid)
 }
 
 

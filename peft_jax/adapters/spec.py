@@ -327,6 +327,22 @@ def _init_function(method: AdapterMethod, shape: tuple[int, int]):
     return make
 
 
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def kernel_constants(method: AdapterMethod, kernel: Kernel, stacked: bool) -> dict[str, jax.Array]:
+    """Returns the constant arrays of a method that follow from a kernel, one layer at a time.
+
+    Args:
+      method: Method of the kernel.
+      kernel: Kernel [d_in, d_out], or stacked [layers, d_in, d_out]; an array or quantized.
+      stacked: Whether the kernel is stacked.
+    """
+
+    def one(kernel: Kernel) -> dict[str, jax.Array]:
+        return method.kernel_constants(dense(kernel).astype(jnp.float32))
+
+    return jax.lax.map(one, kernel) if stacked else one(kernel)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 4, 5), inline=True)
 def _prepare(
     method: AdapterMethod,

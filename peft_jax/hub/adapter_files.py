@@ -8,11 +8,11 @@
 `peft_jax_adapter.json` has digests of the arrays and of the settings that affect the computation.
 PEFT's files have no digests.
 
-A folder of LoRA, LoRA-GA or BOFT loads in `peft.PeftModel.from_pretrained` unchanged. If PEFT's
+A folder of a method that PEFT has loads in `peft.PeftModel.from_pretrained` unchanged. If PEFT's
 format restores every array bit for bit (LoRA, LoRA-GA, BOFT with one factor), it is the only copy.
-For BOFT with several factors, PEFT's files hold a second copy with the factors multiplied. The
-other methods have no PEFT files, and `peft_jax_adapter.json` says why. `export_merged` writes any
-method as an ordinary checkpoint.
+Otherwise PEFT's files hold a second copy, for BOFT with several factors one in which the factors
+are multiplied. The other methods have no PEFT files, and `peft_jax_adapter.json` says why.
+`export_merged` writes any method as an ordinary checkpoint.
 
 Tensors in `peft_jax_adapter.safetensors` are named by module and array, one per layer:
 "model.layers.0.self_attn.q_proj.low_rank.a". The methods' docstrings describe the arrays. Kernels

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from peft_jax.adapters import AdapterSpec, AdapterState, Targets
-from peft_jax.core import Path, Tree, flatten
+from peft_jax.adapters.peft_form import PeftForm
+from peft_jax.adapters.spec import kernel_constants
+from peft_jax.core import Path, Tree, flatten, is_stacked
 from peft_jax.hub.adapter_arrays import (
     ArrayTensors,
     adapted_tensors,
@@ -33,8 +35,13 @@ from peft_jax.hub.adapter_files import (
 from peft_jax.hub.adapter_save import peft_trained_tensors
 from peft_jax.hub.checkpoint import PICKLED
 from peft_jax.hub.fetch import find_folder
-from peft_jax.hub.peft_config import check_peft_config, check_unchanged, write_peft_config
-from peft_jax.hub.peft_import import check_tied, drop_base_copies, read_peft_spec
+from peft_jax.hub.peft_config import (
+    check_peft_config,
+    check_scaled_biases,
+    check_unchanged,
+    write_peft_config,
+)
+from peft_jax.hub.peft_import import base_kernel, check_tied, drop_base_copies, read_peft_spec
 from peft_jax.hub.peft_names import PEFT_PREFIX
 from peft_jax.hub.tensors import StoredTensor, read_header
 from peft_jax.models import Model
@@ -50,9 +57,9 @@ def load_adapter(
 
     Adapters written by `save_adapter` are restored bit for bit, and digests detect arrays or
     settings that were changed. A base of another family or with other weights is logged as a
-    warning. Of Hugging Face PEFT's adapters, LoRA (plain, rank-stabilized, with patterns and
-    modules_to_save) and BOFT are supported; a setting that would change the computation and is not
-    implemented raises ValueError. Nothing is ever unpickled.
+    warning. Of Hugging Face PEFT's adapters, those of the methods with a `PeftForm` are
+    supported; a setting that would change the computation and is not implemented raises ValueError.
+    Nothing is ever unpickled.
 
     Args:
       folder: Folder of the adapter, or its name on the hub.
@@ -97,7 +104,8 @@ def _load_own(folder: FilePath, model: Model, params: Tree) -> tuple[AdapterSpec
     what = f"the adapter in {folder}, trained on {base},"
     stored = _open(folder, _arrays_file(config, spec, model, targets, folder))
     if config["arrays"] == PEFT_ARRAYS:
-        _check_peft_tensors(stored, model, spec, params, what=what)
+        forms = _own_forms(targets)
+        _check_peft_tensors(stored, model, spec, params, forms, what=what)
     else:
         arrays = _own_arrays(model, spec, targets, params)
         check_tensors({name: item.shape for item in arrays for name in item.names}, stored, what)
@@ -108,7 +116,7 @@ def _load_own(folder: FilePath, model: Model, params: Tree) -> tuple[AdapterSpec
         )
     warn_on_base_mismatch(folder, config, model, params)
     if config["arrays"] == PEFT_ARRAYS:
-        return spec, _read_peft_state(stored, model, spec, params)
+        return spec, _read_peft_state(stored, model, spec, params, forms)
     return spec, make_state(read_arrays(arrays, stored))
 
 
@@ -152,12 +160,27 @@ def _load_peft(folder: FilePath, model: Model, params: Tree) -> tuple[AdapterSpe
     stored = _open(folder, PEFT_ARRAYS)
     stored = drop_base_copies(stored, model, params, what=what)
     spec = read_peft_spec(config, form, stored, model, params, what=what)
-    _check_peft_tensors(stored, model, spec, params, what=what)
-    return spec, _read_peft_state(stored, model, spec, params)
+    targets = spec.targets(params)
+    forms = {path: form(method) for path, method in targets.adapted.items()}
+    check_scaled_biases(model, forms, what=what)
+    _check_peft_tensors(stored, model, spec, params, forms, what=what)
+    return spec, _read_peft_state(stored, model, spec, params, forms)
+
+
+def _own_forms(targets: Targets) -> dict[Path, PeftForm]:
+    """Returns the PEFT forms that `save_adapter` writes, by the kernels' paths."""
+    forms = {path: method.peft_form() for path, method in targets.adapted.items()}
+    return {path: form for path, form in forms.items() if form is not None}
 
 
 def _check_peft_tensors(
-    stored: Mapping[str, StoredTensor], model: Model, spec: AdapterSpec, params: Tree, *, what: str
+    stored: Mapping[str, StoredTensor],
+    model: Model,
+    spec: AdapterSpec,
+    params: Tree,
+    forms: Mapping[Path, PeftForm],
+    *,
+    what: str,
 ) -> None:
     """Raises ValueError unless the tensors are exactly those of the adapter in PEFT's form.
 
@@ -168,30 +191,37 @@ def _check_peft_tensors(
     trained = peft_trained_tensors(model, targets, spec.abstract(params))
     wanted = {name: item.shape for item in trained for name in item.names}
     flat = flatten(params)
-    for path in targets.adapted:
-        wanted |= _shapes(model, targets, path, flat[path].shape)
+    for path, form in forms.items():
+        wanted |= _shapes(model, path, form, flat[path].shape)
     check_tensors(wanted, stored, what)
     check_tied(model, stored, what=what)
 
 
 def _read_peft_state(
-    stored: Mapping[str, StoredTensor], model: Model, spec: AdapterSpec, params: Tree
+    stored: Mapping[str, StoredTensor],
+    model: Model,
+    spec: AdapterSpec,
+    params: Tree,
+    forms: Mapping[Path, PeftForm],
 ) -> AdapterState:
     """Reads the arrays of an adapter in PEFT's form."""
     targets, flat = spec.targets(params), flatten(params)
     arrays = read_arrays(peft_trained_tensors(model, targets, spec.abstract(params)), stored)
-    for path in targets.adapted:
-        shape = flat[path].shape
-        arrays |= _read_adapted(model, targets, path, shape, stored, np.dtype(spec.dtype))
+    dtype = np.dtype(spec.dtype)
+    for path, form in forms.items():
+        arrays |= _read_adapted(model, path, form, flat[path].shape, stored, dtype)
+        method = targets.adapted[path]
+        if method.uses_kernel:
+            kernel = base_kernel(model, path, flat[path])
+            for name, array in kernel_constants(method, kernel, is_stacked(path)).items():
+                arrays.setdefault(("constant", (*path, name)), array.astype(dtype))
     return make_state(arrays)
 
 
 def _shapes(
-    model: Model, targets: Targets, path: Path, shape: tuple[int, ...]
+    model: Model, path: Path, form: PeftForm, shape: tuple[int, ...]
 ) -> dict[str, tuple[int, ...]]:
     """Returns the shapes, by name, of the tensors of one adapted kernel [..., d_in, d_out]."""
-    form = targets.adapted[path].peft_form()
-    assert form is not None
     return {
         f"{PEFT_PREFIX}{module}.{name}": size
         for module in modules_of(model, path)
@@ -201,15 +231,13 @@ def _shapes(
 
 def _read_adapted(
     model: Model,
-    targets: Targets,
     path: Path,
+    form: PeftForm,
     shape: tuple[int, ...],
     stored: Mapping[str, StoredTensor],
     dtype: np.dtype,
 ) -> dict[tuple[str, Path], Any]:
     """Reads the arrays of one adapted kernel [..., d_in, d_out], by tree and path."""
-    form = targets.adapted[path].peft_form()
-    assert form is not None
     names = form.shapes(*shape[-2:])
     layers = []
     for module in modules_of(model, path):

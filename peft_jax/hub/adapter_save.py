@@ -24,7 +24,7 @@ from peft_jax.hub.adapter_arrays import (
 from peft_jax.hub.adapter_base import digest_of_origin
 from peft_jax.hub.adapter_digests import digest_arrays
 from peft_jax.hub.adapter_files import ARRAYS, CONFIG, PEFT_ARRAYS, PEFT_CONFIG, write_config
-from peft_jax.hub.peft_config import HEAD, tied_embedding, write_peft_config
+from peft_jax.hub.peft_config import HEAD, check_scaled_biases, tied_embedding, write_peft_config
 from peft_jax.hub.peft_names import PEFT_PREFIX
 from peft_jax.hub.save import MAX_SHARD_BYTES, save_model
 from peft_jax.hub.tensors import TensorToWrite, read_header, write_tensors
@@ -92,7 +92,7 @@ def save_adapter(
     targets = spec.targets(params)
     check_state(state, spec.abstract(params))
     try:
-        form = _check_form(spec, targets, params)
+        form = _check_form(model, spec, targets, params)
         peft_tensors = list(_peft_tensors(model, targets, state, form))
         peft: dict[str, Any] = {"loads": True}
     except NoPeftFormError as error:
@@ -176,7 +176,7 @@ def peft_trained_tensors(model: Model, targets: Targets, state: AdapterState) ->
     ]
 
 
-def _check_form(spec: AdapterSpec, targets: Targets, params: Tree) -> PeftForm:
+def _check_form(model: Model, spec: AdapterSpec, targets: Targets, params: Tree) -> PeftForm:
     """Returns the PEFT form of the method's arrays.
 
     Raises:
@@ -192,6 +192,12 @@ def _check_form(spec: AdapterSpec, targets: Targets, params: Tree) -> PeftForm:
         raise NoPeftFormError(
             f"PEFT has no method {spec.method.name!r}; export the merged model instead"
         )
+    own = {path: method.peft_form() for path, method in targets.adapted.items()}
+    try:
+        forms = {path: form for path, form in own.items() if form is not None}
+        check_scaled_biases(model, forms, what=f"{spec.method.name} here")
+    except ValueError as error:
+        raise NoPeftFormError(str(error)) from error
     if not form.exact:
         size = 0
         for path, leaf in flatten(params).items():
@@ -200,7 +206,7 @@ def _check_form(spec: AdapterSpec, targets: Targets, params: Tree) -> PeftForm:
                 size += layers * nbytes(form.shapes(*leaf.shape[-2:]))
         if size > MAX_COPY_BYTES:
             raise NoPeftFormError(
-                f"its factors multiplied together, as PEFT needs them, are {size / 2**30:.1f} GiB;"
+                f"its tensors in the form that PEFT needs are {size / 2**30:.1f} GiB;"
                 " export the merged model instead"
             )
     return form

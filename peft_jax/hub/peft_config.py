@@ -151,6 +151,30 @@ def check_peft_config(config: Mapping[str, Any], file: Path) -> type[PeftForm]:
     return form
 
 
+def check_scaled_biases(model: Model, forms: Mapping[TreePath, PeftForm], *, what: str) -> None:
+    """Raises ValueError if PEFT's layer scales a bias, which an adapted kernel does not have.
+
+    Args:
+      model: Base model.
+      forms: Forms by the adapted kernels' paths.
+      what: Name of the adapter in messages.
+
+    Raises:
+      ValueError: An adapted module has a bias that PEFT scales.
+    """
+    leaves = model.hf_names()
+    scaled = [
+        ".".join(path[:-1])
+        for path, form in forms.items()
+        if form.scales_bias and (*path[:-1], "bias") in leaves
+    ]
+    if scaled:
+        raise ValueError(
+            f"{what} adapts {', '.join(scaled)}, whose bias PEFT scales too, but an adapted kernel"
+            " here leaves the bias as it is; merge the adapter and use the whole model"
+        )
+
+
 def check_unchanged(stored: Mapping[str, Any], written: Mapping[str, Any], file: Path) -> None:
     """Raises ValueError if PEFT's configuration was changed since it was written.
 

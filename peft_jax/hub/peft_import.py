@@ -13,11 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from qwix import QArray
 
 from peft_jax.adapters import AdapterSpec
 from peft_jax.adapters.names import matches_name
 from peft_jax.adapters.peft_form import PeftForm
-from peft_jax.core import Path, Tree, flatten, is_stacked, join_path
+from peft_jax.core import Kernel, Path, Tree, flatten, is_stacked, join_path
 from peft_jax.core.patterns import compile_pattern
 from peft_jax.hub.adapter_arrays import listing, modules_of, read_tensor
 from peft_jax.hub.load import open_sources
@@ -117,6 +118,22 @@ def drop_base_copies(
                 " base that it was trained on, or merge the adapter in PEFT and load the result"
             )
     return {name: tensor for name, tensor in stored.items() if name not in copies}
+
+
+def base_kernel(model: Model, path: Path, leaf: Any) -> Kernel:
+    """Returns a kernel of the base as arrays, from its files if `leaf` has shapes only.
+
+    Raises:
+      ValueError: There are shapes only, and the model's files are unknown.
+    """
+    if all(isinstance(part, jax.Array) for part in jax.tree.leaves(leaf)):
+        return leaf
+    if not model.origin or isinstance(leaf, QArray):
+        raise ValueError(
+            f"this adapter needs the values of {join_path(path)}, but only its shape is given; give"
+            " the parameters that load_model returns"
+        )
+    return _read_leaf(model, path, leaf)
 
 
 def _read_leaf(model: Model, path: Path, leaf: Any) -> jax.Array:

@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from peft_jax.adapters import BOFT, AdapterSpec, Hybrid, LoRA, LoRAGA
+from peft_jax.adapters import BOFT, AdapterSpec, DoRA, Hybrid, LoRA, LoRAGA
 from peft_jax.core import linear
 
 RATE = 0.25
 LAYERS, D_IN, D_OUT = 2, 16, 6
 METHODS = {
     "lora": (LoRA(rank=3), LoRA(rank=3, dropout=RATE)),
+    "dora": (DoRA(rank=3), DoRA(rank=3, dropout=RATE)),
     "lora_ga": (LoRAGA(rank=3), LoRAGA(rank=3, dropout=RATE)),
     "boft": (BOFT(block_size=4), BOFT(block_size=4, dropout=RATE)),
     "hybrid": (

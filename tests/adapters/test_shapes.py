@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from peft_jax.adapters import (
     BOFT,
     AdapterSpec,
+    DoRA,
     Full,
     GradientFactors,
     Hybrid,
@@ -23,6 +24,7 @@ blocks = st.integers(1, 5).map(lambda n: 2 * n)
 factors = st.integers(1, 4)
 METHODS = {
     "lora": (LoRA, {"rank": ranks, "rank_stabilized": st.booleans()}),
+    "dora": (DoRA, {"rank": ranks}),
     "lora_ga": (LoRAGA, {"rank": ranks, "direction": st.sampled_from(["ArB2r", "random"])}),
     "boft": (BOFT, {"block_size": blocks, "n_butterfly_factors": factors}),
     "unitary": (Unitary, {}),
@@ -50,7 +52,8 @@ def test_shapes_and_dtypes_on_one_kernel(name, data):
     method.check_kernel("it", (d_in, d_out))
 
     def run(key, x, kernel, gradient):
-        trainable, constant = method.init(key, (d_in, d_out), gradient)
+        given = {"kernel": kernel.astype(jnp.float32)} if method.uses_kernel else {}
+        trainable, constant = method.init(key, (d_in, d_out), gradient, **given)
         arrays = method.prepare(trainable, constant, dropout_key=key)
         y = method.project(x, kernel, arrays, dropout_key=key)
         return trainable, constant, y, method.merge(kernel, arrays)

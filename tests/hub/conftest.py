@@ -102,7 +102,10 @@ def tokens() -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def arbitrary_state() -> Callable[..., AdapterState]:
-    """Returns a function that draws random values for all of an adapter's arrays."""
+    """Returns a function that draws random values for all of an adapter's arrays.
+
+    Constant arrays that follow from the base's kernels are computed where its values are given.
+    """
 
     def make(spec: AdapterSpec, params: Tree) -> AdapterState:
         rng = np.random.default_rng(0)
@@ -110,6 +113,10 @@ def arbitrary_state() -> Callable[..., AdapterState]:
         def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
             return jnp.asarray(rng.normal(0.0, 0.3, leaf.shape), leaf.dtype)
 
-        return jax.tree.map(draw, spec.abstract(params))
+        state = jax.tree.map(draw, spec.abstract(params))
+        given = all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params))
+        if given and getattr(spec.method, "uses_kernel", False):
+            return state.replace(constant=spec.init(jax.random.key(0), params).constant)
+        return state
 
     return make

@@ -15,6 +15,7 @@ from peft_jax.adapters import (
     BOFT,
     AdapterSpec,
     AdapterState,
+    DoRA,
     Full,
     Hybrid,
     LoRA,
@@ -48,6 +49,7 @@ SPECS = {
         modules_to_save=("norm", "lm_head", "input_layernorm"),
     ),
     "lora_ga": AdapterSpec(method=LoRAGA(rank=2, direction="ArBr"), modules_to_save=("norm",)),
+    "dora": AdapterSpec(method=DoRA(rank=2), rank_pattern={"q_proj": 1}),
     "boft": AdapterSpec(method=BOFT(block_size=4, n_butterfly_factors=1)),
     "boft two factors": AdapterSpec(method=BOFT(block_size=4)),
     "unitary": AdapterSpec(method=Unitary(), modules_to_save=("lm_head",)),
@@ -58,6 +60,7 @@ SPECS = {
     ),
 }
 IN_PEFT_FORMAT = {"lora", "lora_ga", "boft"}
+COPIED_FOR_PEFT = {"dora", "boft two factors"}
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +113,7 @@ def test_every_method_is_restored_bit_for_bit(
     for_peft = {"adapter_config.json", "adapter_model.safetensors"}
     own = {"peft_jax_adapter.safetensors"}
     files = {"peft_jax_adapter.json"} | (for_peft if name in IN_PEFT_FORMAT else own)
-    files |= for_peft if name == "boft two factors" else set()
+    files |= for_peft if name in COPIED_FOR_PEFT else set()
     assert {file.name for file in tmp_path.iterdir()} == files
     config = json.loads((tmp_path / "peft_jax_adapter.json").read_text())
     assert config["base_model_name_or_path"] == "someone/base"

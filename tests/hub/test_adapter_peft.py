@@ -1,5 +1,6 @@
 """Adapters exchanged with Hugging Face PEFT compute the same there and here."""
 
+import dataclasses
 import json
 import warnings
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from peft_jax.adapters import BOFT, AdapterSpec, Full, Hybrid, LoRA, LoRAGA, Unitary
+from peft_jax.adapters import BOFT, AdapterSpec, DoRA, Full, Hybrid, LoRA, LoRAGA, Unitary
 from peft_jax.hub import export_merged, load_adapter, save_adapter
 
 peft = pytest.importorskip("peft")
@@ -32,6 +33,9 @@ LLAMA_SPECS = {
     ),
     "lora rank-stabilized": AdapterSpec(
         method=LoRA(rank=3, rank_stabilized=True), rank_pattern={"self_attn.k_proj": 5}
+    ),
+    "dora": AdapterSpec(
+        method=DoRA(rank=2), rank_pattern={"q_proj": 3}, modules_to_save=("lm_head",)
     ),
     "lora_ga": AdapterSpec(
         method=LoRAGA(rank=2, alpha=3.0), rank_pattern={"q_proj": 3}, alpha_pattern={"k_proj": 1.0}
@@ -57,6 +61,7 @@ BLOOM_SPECS = {
         modules_to_save=("ln_f", "word_embeddings_layernorm"),
     ),
     "lora_ga": AdapterSpec(method=LoRAGA(rank=2)),
+    "dora": AdapterSpec(method=DoRA(rank=2)),
     "boft": AdapterSpec(method=BOFT(block_size=4, n_butterfly_factors=1)),
     "boft two factors": AdapterSpec(method=BOFT(block_size=4, n_butterfly_factors=2)),
     "lora with trained embedding": AdapterSpec(
@@ -150,6 +155,16 @@ CONFIGS = {
             "init_lora_weights": "gaussian",
         },
     ),
+    "dora": (
+        "llama",
+        "LoraConfig",
+        {"r": 2, "use_dora": True, "rank_pattern": {"q_proj": 3}, "target_modules": "all-linear"},
+    ),
+    "bloom dora": (
+        "bloom",
+        "LoraConfig",
+        {"r": 2, "use_dora": True, "use_rslora": True, "target_modules": LINEAR["bloom"]},
+    ),
     "all-linear": ("llama", "LoraConfig", {"r": 2, "target_modules": "all-linear"}),
     # For these, PEFT also saves a copy of the base's head.
     "lora over the head": (
@@ -224,6 +239,18 @@ def test_peft_adapters_load(name, base, tokens, tmp_path):
     assert_same(found, theirs(module, tokens), base.logits(tokens))
 
 
+def test_norms_of_a_base_that_is_given_by_shapes_are_read_from_its_files(base, tmp_path):
+    base = base("llama")
+    settings = {"r": 2, "use_dora": True, "target_modules": ["q_proj", "lm_head"]}
+    save_with_peft(base, tmp_path, "LoraConfig", settings)
+    _, expected = load_adapter(tmp_path, base.model, base.params)
+    _, found = load_adapter(tmp_path, base.model, base.model.abstract_params())
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    unknown = dataclasses.replace(base.model, origin="")
+    with pytest.raises(ValueError, match=r"values of (lm_head|layers\.self_attn\.q_proj)\.kernel"):
+        load_adapter(tmp_path, unknown, base.model.abstract_params())
+
+
 def test_an_adapter_of_another_head_is_rejected(base, tmp_path):
     base = base("llama")
     settings = {"r": 2, "target_modules": ["lm_head"]}
@@ -251,7 +278,10 @@ def test_a_peft_adapter_is_saved_again_bit_for_bit(base, tmp_path):
 
 
 REJECTED = {
-    "use_dora": ({"use_dora": True}, r"use_dora = True"),
+    "use_qalora": (
+        {"use_qalora": True, "qalora_group_size": 8},
+        r"use_qalora = True",
+    ),
     "bias": ({"bias": "lora_only"}, r"bias = 'lora_only'"),
     "layers": ({"layers_to_transform": [0]}, r"layers_to_transform = \[0\]"),
     "lora_bias": ({"lora_bias": True}, r"lora_bias = True"),

@@ -1,0 +1,137 @@
+"""Tests layers of every method that Hugging Face PEFT has against PEFT's on torch."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from peft_jax.adapters import AdapterMethod, DoRA, LoRA
+from peft_jax.core import AdaptedKernel, linear
+
+peft = pytest.importorskip("peft")
+torch = pytest.importorskip("torch")
+
+D_IN, D_OUT, TOKENS = 12, 8, 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A method and PEFT's configuration of it.
+
+    Attributes:
+      method: The method.
+      config: Name of PEFT's class of settings.
+      settings: Settings that the form's own do not contain.
+      bias: Whether the base has a bias.
+      same_gradients: Whether the form only permutes entries, so that gradients are compared.
+    """
+
+    method: AdapterMethod
+    config: str
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    bias: bool = True
+    same_gradients: bool = True
+
+
+CASES = {
+    "lora": Case(LoRA(rank=3, alpha=5.0), "LoraConfig"),
+    "dora": Case(DoRA(rank=3, alpha=5.0), "LoraConfig"),
+    "dora rank-stabilized": Case(DoRA(rank=2, rank_stabilized=True), "LoraConfig"),
+    "dora without a bias": Case(DoRA(rank=2), "LoraConfig", bias=False),
+}
+
+
+@dataclasses.dataclass
+class Layers:
+    """The same adapted layer here and in PEFT, away from the start."""
+
+    case: Case
+    module: Any
+    kernel: jax.Array
+    bias: np.ndarray
+    trainable: dict[str, jax.Array]
+    constant: dict[str, jax.Array]
+
+    def apply(self, trainable: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        method = self.case.method
+        arrays = method.prepare(trainable, self.constant)
+        return linear(x, AdaptedKernel(base=self.kernel, arrays=arrays, method=method)) + self.bias
+
+
+@pytest.fixture(params=CASES)
+def layers(request: pytest.FixtureRequest, key: jax.Array) -> Layers:
+    case = CASES[request.param]
+    method = case.method
+    kernel = jax.random.normal(jax.random.fold_in(key, 1), (D_IN, D_OUT)) / 2
+    bias = np.arange(D_OUT, dtype=np.float32) if case.bias else np.zeros(D_OUT, np.float32)
+    given = {"kernel": kernel} if method.uses_kernel else {}
+    trainable, constant = method.init(key, (D_IN, D_OUT), **given)
+    trainable = {
+        name: leaf + 0.3 * jax.random.normal(jax.random.fold_in(key, 9 + index), leaf.shape)
+        for index, (name, leaf) in enumerate(trainable.items())
+    }
+    module = torch.nn.Sequential(torch.nn.Linear(D_IN, D_OUT, bias=case.bias))
+    with torch.no_grad():
+        module[0].weight.copy_(torch.tensor(np.asarray(kernel).T))
+        if case.bias:
+            module[0].bias.copy_(torch.tensor(bias))
+    form = method.peft_form()
+    settings = {**form.settings(), **case.settings}
+    adapted = peft.get_peft_model(
+        module, getattr(peft, case.config)(target_modules=["0"], **settings)
+    )
+    arrays = {name: np.asarray(array) for name, array in {**trainable, **constant}.items()}
+    tensors = form.export(arrays)
+    assert {name: tensor.shape for name, tensor in tensors.items()} == form.shapes(D_IN, D_OUT)
+    stored = {
+        f"base_model.model.0.{name}": torch.tensor(np.ascontiguousarray(tensor))
+        for name, tensor in tensors.items()
+    }
+    report = peft.set_peft_model_state_dict(adapted, stored)
+    assert not report.unexpected_keys
+    assert not [key for key in report.missing_keys if adapted.prefix in key]
+    return Layers(case, adapted, kernel, bias, trainable, constant)
+
+
+def test_layer_agrees_with_peft(layers: Layers, key: jax.Array) -> None:
+    x = jax.random.normal(key, (TOKENS, D_IN))
+    found = layers.apply(layers.trainable, x)
+    expected = layers.module(torch.tensor(np.asarray(x))).detach().numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert np.abs(np.asarray(x @ layers.kernel + layers.bias) - expected).max() > 0.1
+
+
+def test_merged_kernel_agrees_with_peft(layers: Layers) -> None:
+    method = layers.case.method
+    merged = method.merge(layers.kernel, method.prepare(layers.trainable, layers.constant))
+    expected = layers.module.merge_and_unload()[0].weight.detach().numpy().T
+    np.testing.assert_allclose(merged, expected, atol=1e-5)
+
+
+def test_gradients_agree_with_peft(layers: Layers, key: jax.Array) -> None:
+    x, cotangent = (
+        jax.random.normal(jax.random.fold_in(key, i), (TOKENS, size))
+        for i, size in enumerate((D_IN, D_OUT))
+    )
+    _, pull = jax.vjp(layers.apply, layers.trainable, x)
+    of_arrays, of_x = pull(cotangent)
+    there = torch.tensor(np.asarray(x), requires_grad=True)
+    layers.module(there).backward(torch.tensor(np.asarray(cotangent)))
+    np.testing.assert_allclose(of_x, there.grad.numpy(), atol=1e-5)
+    if not layers.case.same_gradients:
+        return
+    form = layers.case.method.peft_form()
+    parameters = {
+        name.replace(".default", "").removeprefix("base_model.model.0."): parameter.grad.numpy()
+        for name, parameter in layers.module.named_parameters()
+        if parameter.requires_grad
+    }
+    found = {
+        name: next(value for key, value in parameters.items() if key.startswith(name))
+        for name in form.names
+    }
+    expected, _ = form.restore(found)
+    for name, gradient in of_arrays.items():
+        np.testing.assert_allclose(gradient, expected[name], atol=2e-5, err_msg=name)
