@@ -86,6 +86,10 @@ _NOT_NEGATIVE: Kind = ("a finite number of at least 0", lambda v: _is_finite(v) 
 _BOOL: Kind = ("true or false", lambda value: isinstance(value, bool))
 _TEXT: Kind = ("a string", lambda value: isinstance(value, str))
 _TEXTS: Kind = ("a list of strings", _are_strings)
+_WORDS: Kind = (
+    "a string, or a list of strings",
+    lambda value: isinstance(value, str) or _are_strings(value),
+)
 _TOKENS: Kind = (
     "a token id, or a list of token ids",
     lambda value: all(map(_is_integer, value if isinstance(value, list) else [value])),
@@ -100,11 +104,18 @@ _KINDS: Mapping[str, Kind] = {
             "n_head", "n_inner", "num_attention_heads", "num_key_value_heads", "num_labels",
             "original_max_position_embeddings", "vocab_size",
             # Encoders.
-            "dim", "embedding_size", "hidden_dim", "n_heads",
+            "attention_head_size", "dim", "embedding_size", "hidden_dim", "n_heads",
+            "pooler_hidden_size",
         ),
         _SIZE,
     ),
-    **dict.fromkeys(("max_window_layers", "pad_token_id", "sliding_window"), _INTEGER),
+    **dict.fromkeys(
+        (
+            "max_relative_positions", "max_window_layers", "pad_token_id", "position_buckets",
+            "sliding_window",
+        ),
+        _INTEGER,
+    ),
     **dict.fromkeys(
         (
             "attention_factor", "beta_fast", "beta_slow", "factor", "high_freq_factor",
@@ -118,7 +129,8 @@ _KINDS: Mapping[str, Kind] = {
     **dict.fromkeys(
         (
             "apply_residual_connection_post_layernorm", "attention_bias", "mlp_bias",
-            "tie_word_embeddings", "truncate", "use_sliding_window",
+            "position_biased_input", "relative_attention", "share_att_key", "tie_word_embeddings",
+            "truncate", "use_sliding_window",
         ),
         _BOOL,
     ),
@@ -126,9 +138,14 @@ _KINDS: Mapping[str, Kind] = {
     **dict.fromkeys(("bos_token_id", "eos_token_id"), _TOKENS),
     **dict.fromkeys(("dtype", "torch_dtype"), _TEXT),
     **dict.fromkeys(
-        ("activation", "hidden_act", "model_type", "problem_type", "rope_type", "type"), _TEXT
+        (
+            "activation", "hidden_act", "model_type", "norm_rel_ebd", "pooler_hidden_act",
+            "problem_type", "rope_type", "type",
+        ),
+        _TEXT,
     ),
     **dict.fromkeys(("architectures", "layer_types"), _TEXTS),
+    "pos_att_type": _WORDS,
     **dict.fromkeys(("id2label", "rope_parameters", "rope_scaling"), _OBJECT),
 }  # fmt: skip
 """Accepted values of attributes, for all families."""

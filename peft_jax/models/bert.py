@@ -55,7 +55,7 @@ class BertConfig:
       num_layers: Number of transformer blocks.
       num_heads: K; divides D.
       intermediate_size: F.
-      num_positions: Number of rows of the position embedding.
+      num_positions: Number of rows of the position embedding; 0 for none.
       position_offset: Row of a text's first token. RoBERTa's rows start after its padding id.
       num_token_types: Number of rows of the token-type embedding; 0 for none.
       embedding_size: Number of features of the embeddings, which a linear map takes to D if they
@@ -63,7 +63,7 @@ class BertConfig:
       num_labels: C; 1 for regression.
       head: "pooled" (BERT): the pooler, then one map from the first token. "two_layers"
         (RoBERTa): two maps from the first token, without a pooler.
-      head_activation: Nonlinearity between the two maps, a key of `ACTIVATIONS`.
+      head_activation: Nonlinearity after the head's first map, a key of `ACTIVATIONS`.
       activation: Nonlinearity of the feed-forward layer, a key of `ACTIVATIONS`.
       norm_epsilon: Added to the variance in every norm.
       initializer_range: Initial standard deviation of kernels and embeddings.
@@ -90,11 +90,12 @@ class BertConfig:
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size")
-        for name in (*sizes, "num_positions", "num_labels"):
+        for name in (*sizes, "num_labels"):
             check_positive_int(name, getattr(self, name))
         if self.embedding_size is not None:
             check_positive_int("embedding_size", self.embedding_size)
-        check_count("num_token_types", self.num_token_types)
+        for name in ("num_positions", "num_token_types"):
+            check_count(name, getattr(self, name))
         check_positive("norm_epsilon", self.norm_epsilon)
         for name in ("activation", "head_activation"):
             check_choice(name, getattr(self, name), ACTIVATIONS)
@@ -148,7 +149,8 @@ class BertEmbeddings(nnx.Module):
 
         self.config = config
         self.word_embeddings = table(config.vocab_size)
-        self.position_embeddings = table(config.num_positions)
+        if config.num_positions:
+            self.position_embeddings = table(config.num_positions)
         if config.num_token_types:
             self.token_type_embeddings = table(config.num_token_types)
         self.LayerNorm = LayerNorm(config.embedding_features, epsilon=config.norm_epsilon)
@@ -162,7 +164,8 @@ class BertEmbeddings(nnx.Module):
     ) -> Hidden:
         """Returns the embedded tokens [B, T, `embedding_features`], in `dtype`."""
         embedded = self.word_embeddings(tokens, dtype)
-        embedded += self.position_embeddings(positions + self.config.position_offset, dtype)
+        if self.config.num_positions:
+            embedded += self.position_embeddings(positions + self.config.position_offset, dtype)
         if self.config.num_token_types:
             embedded += self.token_type_embeddings(token_types, dtype)
         return self.LayerNorm(embedded)
@@ -245,15 +248,16 @@ class BertBlock(nnx.Module):
 
 
 class BertPooler(nnx.Module):
-    """BERT's pooler: a linear map and tanh of the first token's state."""
+    """BERT's pooler: a linear map and a nonlinearity of the first token's state."""
 
     def __init__(self, config: BertConfig):
+        self.activation = config.head_activation
         # Both axes are the residual stream's, and one mesh axis can shard only one of them.
         self.dense = _linear(config, config.hidden_size, config.hidden_size, ("embed", "norm"))
 
     def __call__(self, first: Float[Array, "batch embed"]) -> Float[Array, "batch embed"]:
         """Returns the pooled states, [B, D]."""
-        return jnp.tanh(self.dense(first))
+        return ACTIVATIONS[self.activation](self.dense(first))
 
 
 class TwoLayerHead(nnx.Module):

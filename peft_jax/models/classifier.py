@@ -15,6 +15,7 @@ from peft_jax.core import Path, Tree, did_you_mean
 from peft_jax.models.attributes import check_kind
 from peft_jax.models.bert_families import BERT, ELECTRA, ROBERTA, XLM_ROBERTA
 from peft_jax.models.causal_lm import default_positions
+from peft_jax.models.deberta_family import DEBERTA
 from peft_jax.models.distilbert_family import DISTILBERT
 from peft_jax.models.encoder_attributes import count_labels
 from peft_jax.models.execution import ExecutionSettings
@@ -22,7 +23,8 @@ from peft_jax.models.family import Family
 from peft_jax.models.model import Model
 
 ENCODERS: dict[str, Family] = {
-    family.model_type: family for family in (BERT, DISTILBERT, ELECTRA, ROBERTA, XLM_ROBERTA)
+    family.model_type: family
+    for family in (BERT, DEBERTA, DISTILBERT, ELECTRA, ROBERTA, XLM_ROBERTA)
 }
 """Families of encoders by the `model_type` of their `config.json`."""
 

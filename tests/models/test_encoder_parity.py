@@ -34,6 +34,20 @@ OWN_SIZES = {
 }
 """Sizes of the families that name them differently."""
 
+DEBERTA = {
+    "relative_attention": True,
+    "position_buckets": 8,
+    "max_position_embeddings": 12,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "pos_att_type": "p2c|c2p",
+    "layer_norm_eps": 1e-7,
+    "max_relative_positions": -1,
+    "position_biased_input": False,
+    "type_vocab_size": 0,
+}
+"""Attributes of DeBERTa v3, with few buckets: rows here are longer than its distances."""
+
 VARIANTS = {
     "bert": ("Bert", {}),
     "bert three labels": ("Bert", {"num_labels": 3, "hidden_act": "gelu_new"}),
@@ -46,8 +60,22 @@ VARIANTS = {
     "distilbert regression": ("DistilBert", {"num_labels": 1, "activation": "relu"}),
     "electra": ("Electra", {"embedding_size": 16, "num_labels": 3}),
     "electra base": ("Electra", {"embedding_size": 32}),
+    "deberta-v2": ("DebertaV2", DEBERTA | {"num_labels": 3}),
+    "deberta-v2 own maps": ("DebertaV2", DEBERTA | {"share_att_key": False}),
+    "deberta-v2 c2p": (
+        "DebertaV2",
+        DEBERTA | {"share_att_key": False, "pos_att_type": ["c2p"], "norm_rel_ebd": "none"},
+    ),
+    "deberta-v2 p2c": (
+        "DebertaV2",
+        DEBERTA | {"pos_att_type": "p2c", "position_buckets": -1, "max_relative_positions": 9},
+    ),
+    "deberta-v2 regression": (
+        "DebertaV2",
+        DEBERTA | {"type_vocab_size": 2, "num_labels": 1, "pooler_hidden_act": "tanh"},
+    ),
 }
-FAMILIES = ("bert", "roberta", "xlm-roberta", "distilbert", "electra")
+FAMILIES = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "deberta-v2")
 """One variant of every family."""
 
 TOLERANCE = 1e-5
@@ -267,6 +295,32 @@ PUBLISHED = {
         "tie_weights_": True,
         "vocab_size": 30522,
     },
+    "mdeberta-v3-base": {
+        "attention_probs_dropout_prob": 0.1,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.1,
+        "hidden_size": 768,
+        "initializer_range": 0.02,
+        "intermediate_size": 3072,
+        "layer_norm_eps": 1e-07,
+        "max_position_embeddings": 512,
+        "max_relative_positions": -1,
+        "model_type": "deberta-v2",
+        "norm_rel_ebd": "layer_norm",
+        "num_attention_heads": 12,
+        "num_hidden_layers": 12,
+        "pad_token_id": 0,
+        "pooler_dropout": 0,
+        "pooler_hidden_act": "gelu",
+        "pooler_hidden_size": 768,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_biased_input": False,
+        "position_buckets": 256,
+        "relative_attention": True,
+        "share_att_key": True,
+        "type_vocab_size": 0,
+        "vocab_size": 251000,
+    },
     "electra-small-discriminator": {
         "architectures": ["ElectraForPreTraining"],
         "attention_probs_dropout_prob": 0.1,
@@ -311,6 +365,65 @@ def test_published_configurations_have_the_tensors_of_transformers(name):
         for layer in layers:
             found[tensor.name(layer)] = shape[::-1] if tensor.transposed else shape
     assert found == wanted
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"conv_kernel_size": 3}, "conv_kernel_size"),
+        ({"relative_attention": False}, "relative_attention"),
+        ({"relative_attention": None}, "relative_attention"),
+        ({"position_biased_input": True}, "position_biased_input"),
+        ({"position_biased_input": None}, "position_biased_input"),
+        ({"pos_att_type": "c2p|p2p"}, "pos_att_type"),
+        ({"pos_att_type": None}, "pos_att_type"),
+        ({"embedding_size": 16}, "embedding_size"),
+        ({"attention_head_size": 16}, "attention_head_size"),
+        ({"position_buckets": 64}, "num_buckets"),
+    ],
+    ids=str,
+)
+def test_unsupported_debertas_raise_with_the_attribute(change, named):
+    settings = {"model_type": "deberta-v2", **SIZES, **DEBERTA}
+    build_classifier(settings)
+    with pytest.raises(ValueError, match=named):
+        build_classifier(settings | change)
+
+
+def test_attention_that_knows_no_distances_is_rejected():
+    with pytest.raises(ValueError, match="dense"):
+        build_classifier(
+            {"model_type": "deberta-v2", **SIZES, **DEBERTA},
+            ExecutionSettings(attention="chunked"),
+        ).abstract_params()
+
+
+@pytest.mark.parametrize(("buckets", "far"), [(256, 512), (8, 12), (32, 128), (0, 6)])
+def test_buckets_of_distances_are_those_of_transformers(buckets, far):
+    pytest.importorskip("torch")
+    import torch
+    from transformers.models.deberta_v2 import modeling_deberta_v2
+
+    from peft_jax.models.deberta import DebertaConfig, distance_rows
+
+    config = DebertaConfig(
+        vocab_size=9,
+        hidden_size=4,
+        num_layers=1,
+        num_heads=1,
+        intermediate_size=4,
+        num_positions=0,
+        num_buckets=buckets,
+        max_distance=far,
+    )
+    content = torch.zeros(1, 700, 1)
+    theirs = modeling_deberta_v2.build_relative_position(
+        content, content, bucket_size=buckets, max_position=far
+    )[0].numpy()
+    half = buckets or far
+    wanted = np.clip(theirs + half, 0, 2 * half - 1)
+    distances = np.arange(700)[:, None] - np.arange(700)[None, :]
+    np.testing.assert_array_equal(distance_rows(config, 700)[distances + 699], wanted)
 
 
 def test_each_builder_rejects_the_other_kind_of_model():

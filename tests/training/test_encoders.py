@@ -20,7 +20,7 @@ from peft_jax.training.placement import RowPlacement
 
 METHODS = ("full", "lora", "lora_ga", "boft", "unitary", "hybrid")
 SMALL = {"rank": 2, "block_size": 4}
-OWN_SIZES = {
+OWN_ATTRIBUTES = {
     "distilbert": {
         "dim": 32,
         "hidden_dim": 48,
@@ -28,10 +28,23 @@ OWN_SIZES = {
         "n_heads": 4,
         "max_position_embeddings": 32,
     },
+    "deberta-v2": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 32,
+        "relative_attention": True,
+        "position_buckets": 8,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "pos_att_type": "p2c|c2p",
+        "position_biased_input": False,
+    },
 }
-"""Sizes of the families that name them differently from BERT."""
+"""Attributes of the families that need others than BERT."""
 
-FAMILIES = ("bert", "roberta", "xlm-roberta", "distilbert", "electra")
+FAMILIES = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "deberta-v2")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +53,7 @@ def family_config(bert):
 
     def make(kind: str, **settings):
         sizes = {name: value for name, value in bert.items() if name != "architectures"}
-        return {**OWN_SIZES.get(kind, sizes), "model_type": kind, **settings}
+        return {**OWN_ATTRIBUTES.get(kind, sizes), "model_type": kind, **settings}
 
     return make
 
