@@ -111,8 +111,10 @@ def arm_of(passes: int) -> Any:
 
 def program_of(bench: Any, options: argparse.Namespace, start: str, seed: int) -> tuple[Any, Any]:
     """Returns the configuration of a run from a start, and its program."""
+    from eval.study.trials import Trial
+
     arm = arm_of(6 if start == "six" else 1)
-    config = bench.task.run_config(arm, learning_rate=options.rate, seed=seed)
+    config = bench.task.run_config(arm, Trial(options.rate), seed=seed)
     # The step does not depend on the start, so that one is compiled for all.
     return config, bench.program(arm_of(1), config)
 
@@ -165,8 +167,10 @@ def train_seed(bench: Any, options: argparse.Namespace, seed: int) -> dict[str, 
     """Trains from each start on the same batches, and returns the held-out losses."""
     import jax
 
+    from eval.study.trial_optimizer import set_rates
     from peft_jax.adapters import AdapterState
     from peft_jax.parallel import on_mesh
+    from peft_jax.training import TrainState
 
     losses = {}
     for start in options.starts:
@@ -177,11 +181,8 @@ def train_seed(bench: Any, options: argparse.Namespace, seed: int) -> dict[str, 
             key = jax.random.fold_in(jax.random.key(seed), 0)
             adapter = blueprint.initialize(key, params, factors=factors)
         state = program.make_state(adapter.trainable)
-        state = type(state)(
-            step=state.step,
-            trainable=state.trainable,
-            opt_state={**state.opt_state, "rate": jax.numpy.float32(options.rate)},
-        )
+        rates = set_rates(state.opt_state, config.applied_optimizer, bench.steps(config))
+        state = TrainState(step=state.step, trainable=state.trainable, opt_state=rates)
         frozen = blueprint.spec.frozen(params)
         for batch in bench.batches(seed):
             placed = blueprint.placement.put_microbatches(batch, 1)
@@ -305,4 +306,4 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
