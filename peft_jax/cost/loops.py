@@ -6,7 +6,6 @@ integers of a program are evaluated, on device 0, as far as its constants determ
 """
 
 import dataclasses
-import functools
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,9 @@ _LARGEST = 4096
 """Largest number of elements of an array that is evaluated."""
 _MOST_TRIPS = 100_000
 """Number of iterations after which a loop is taken to have an unknown end."""
+
+_CALLS = ("call", "conditional", "async-start")
+"""Instructions besides loops that run other computations."""
 
 Value = Any
 """An array of integers, a tuple of values, or None if the program's constants do not tell."""
@@ -57,11 +59,11 @@ def count_runs(program: Program) -> Counts:
             if one.opcode == "while":
                 starts[one.name] += repeated
                 iterations[one.name] += loop(frame, one, repeated)
-            elif one.opcode in ("call", "conditional", "async-start"):
+            elif one.opcode in _CALLS:
                 for name in one.called():
                     inner = program.computations[name]
                     inputs = one.operands if one.opcode != "conditional" else ()
-                    values = [frame.lazy(operand) for operand in inputs]
+                    values = [_Operand(frame, operand) for operand in inputs]
                     visit(_Frame(program, inner, values), repeated)
 
     def loop(frame: _Frame, one: Instruction, repeated: float) -> float:
@@ -72,7 +74,7 @@ def count_runs(program: Program) -> Counts:
         if trips is None:
             unknown[one.name] = None
             trips = 1
-        nested = any(inner.opcode == "while" for inner in turns.body.instructions.values())
+        nested = _has_loop(program, turns.body)
         done = 0
         while done < trips:
             inside = turns.fresh(done)
@@ -96,6 +98,18 @@ def count_runs(program: Program) -> Counts:
     return Counts(dict(times), trips, tuple(unknown))
 
 
+def _has_loop(program: Program, computation: Computation) -> bool:
+    """Returns whether a computation holds a loop, itself or in a computation that it calls."""
+    return any(
+        one.opcode == "while"
+        or (
+            one.opcode in _CALLS
+            and any(_has_loop(program, program.computations[name]) for name in one.called())
+        )
+        for one in computation.instructions.values()
+    )
+
+
 class _Elements:
     """Tuple that a loop's body gets, whose elements are evaluated one by one."""
 
@@ -103,7 +117,20 @@ class _Elements:
         self.element = element
 
 
-_Input = Callable[[], Value] | _Elements
+class _Operand:
+    """Operand that a called computation gets, which is evaluated when it is asked for."""
+
+    def __init__(self, frame: "_Frame", name: str) -> None:
+        self.frame, self.name = frame, name
+
+    def value(self) -> Value:
+        return self.frame.value(self.name)
+
+    def element(self, index: int) -> Value:
+        return self.frame.element(self.name, index)
+
+
+_Input = _Operand | _Elements
 
 
 class _Frame:
@@ -124,9 +151,6 @@ class _Frame:
         self.varied = False
         self.known: dict[str, Value] = {}
 
-    def lazy(self, name: str) -> Callable[[], Value]:
-        return functools.partial(self.value, name)
-
     def value(self, name: str) -> Value:
         """Returns the value of an instruction; None if the constants do not tell."""
         if name not in self.known:
@@ -139,12 +163,9 @@ class _Frame:
         one = self.computation.instructions[name]
         if one.opcode == "parameter":
             given = self.inputs[int(one.literal)] if self.inputs else None
-            if isinstance(given, _Elements):
-                if self.changing is not None and self.changing(index):
-                    self.varied = True
-                return given.element(index)
-            value = given() if given is not None else None
-            return value[index] if isinstance(value, tuple) else None
+            if self.changing is not None and self.changing(index):
+                self.varied = True
+            return None if given is None else given.element(index)
         if one.opcode == "tuple":
             return self.value(one.operands[index])
         if one.opcode == "while":
@@ -159,7 +180,7 @@ class _Frame:
 
     def _inner(self, one: Instruction) -> "_Frame":
         computation = self.program.computations[one.called()[0]]
-        return _Frame(self.program, computation, [self.lazy(name) for name in one.operands])
+        return _Frame(self.program, computation, [_Operand(self, name) for name in one.operands])
 
     def _evaluate(self, one: Instruction) -> Value:
         if one.opcode == "get-tuple-element":
@@ -167,7 +188,7 @@ class _Frame:
         if one.opcode == "parameter":
             number = int(one.literal)
             given = self.inputs[number] if number < len(self.inputs) else None
-            return None if given is None or isinstance(given, _Elements) else given()
+            return given.value() if isinstance(given, _Operand) else None
         if one.opcode in ("tuple", "while"):
             return None
         # A copy's start also has its operand and a flag as results.
