@@ -29,6 +29,7 @@ class ArrayTensors:
       shape: Shape of each tensor.
       dtype: Dtype of each tensor.
       transposed: Whether the tensors are transposed.
+      first: Number of layers before the first tensor's; their rows are zero.
     """
 
     tree: Literal["trainable", "constant"]
@@ -37,6 +38,7 @@ class ArrayTensors:
     shape: tuple[int, ...]
     dtype: np.dtype
     transposed: bool = False
+    first: int = 0
 
 
 def adapted_tensors(model: Model, targets: Targets, state: AdapterState) -> list[ArrayTensors]:
@@ -83,16 +85,17 @@ def trained_tensors(
     found = []
     for path in targets.trained:
         tensor, array = names[path], leaves[path]
-        layers = range(model.config.num_layers) if is_stacked(path) else (None,)
+        rows = tensor.rows(model.config.num_layers)
         shape = array.shape[1:] if is_stacked(path) else array.shape
         found.append(
             ArrayTensors(
                 tree="trainable",
                 path=path,
-                names=tuple(prefix + tensor.name(layer) for layer in layers),
+                names=tuple(prefix + name for name in rows.values()),
                 shape=shape[::-1] if tensor.transposed else shape,
                 dtype=np.dtype(array.dtype),
                 transposed=tensor.transposed,
+                first=tensor.first,
             )
         )
     return found
@@ -120,7 +123,7 @@ def tensors_to_write(
 
 def _fetch(array: jax.Array, item: ArrayTensors, index: int) -> Callable[[], np.ndarray]:
     def fetch() -> np.ndarray:
-        one = np.asarray(array[index] if is_stacked(item.path) else array)
+        one = np.asarray(array[item.first + index] if is_stacked(item.path) else array)
         return one.T if item.transposed else one
 
     return fetch
@@ -138,6 +141,7 @@ def read_arrays(
         tensors = [read_tensor(stored[name]) for name in item.names]
         if item.transposed:
             tensors = [tensor.T for tensor in tensors]
+        tensors = [np.zeros_like(tensors[0])] * item.first + tensors
         found[item.tree, item.path] = stack(item.path, tensors, item.dtype)
     return found
 

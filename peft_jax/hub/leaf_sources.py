@@ -37,11 +37,13 @@ class StoredLeaf:
       tensors: Tensor of the leaf; one per layer if stacked.
       stacked: Whether the leaf's leading axis is the layer.
       transposed: Whether the files store [out, in] where the leaf is [in, out].
+      first: Number of layers before the first tensor's; their rows are zero.
     """
 
     tensors: Sequence[StoredTensor]
     stacked: bool
     transposed: bool
+    first: int = 0
 
     def read_into(self, target: np.ndarray, ranges: Ranges) -> None:
         """Fills `target` with a range of the leaf; the rest is read only where that is faster."""
@@ -49,7 +51,10 @@ class StoredLeaf:
             self._fill(target, self.tensors[0], ranges)
             return
         for part, layer in zip(target, range(*ranges[0]), strict=True):
-            self._fill(part, self.tensors[layer], ranges[1:])
+            if layer < self.first:
+                part[...] = 0
+            else:
+                self._fill(part, self.tensors[layer - self.first], ranges[1:])
 
     def _fill(self, target: np.ndarray, tensor: StoredTensor, ranges: Ranges) -> None:
         if self.transposed:

@@ -187,7 +187,12 @@ def open_sources(
         return open_converted(folder, model)
     names = model.hf_names()
     return {
-        path: StoredLeaf(tensors, stacked=is_stacked(path), transposed=names[path].transposed)
+        path: StoredLeaf(
+            tensors,
+            stacked=is_stacked(path),
+            transposed=names[path].transposed,
+            first=names[path].first,
+        )
         for path, tensors in match_tensors(
             open_checkpoint(folder), model, new_head=new_head
         ).items()
@@ -236,8 +241,7 @@ def _wanted_names(model: Model, *, bare: bool) -> dict[Path, list[str]]:
     """Returns the names of every leaf's tensors; one per layer if it is stacked."""
     wanted = {}
     for path, tensor in model.hf_names().items():
-        layers = range(model.config.num_layers) if is_stacked(path) else (None,)
-        names = [tensor.name(layer) for layer in layers]
+        names = list(tensor.rows(model.config.num_layers).values())
         if bare:
             names = [name.removeprefix(model.family.naming.prefix + ".") for name in names]
         wanted[path] = names

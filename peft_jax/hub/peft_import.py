@@ -230,7 +230,7 @@ def _check_complete(found: _Found, model: Model, ends: tuple[str, ...], what: st
 
 
 def _check_layers(path: Path, count: int, model: Model, what: str) -> None:
-    layers = model.config.num_layers if is_stacked(path) else 1
+    layers = len(model.hf_names()[path].rows(model.config.num_layers))
     if count != layers:
         raise ValueError(
             f"{what} covers {join_path(path[:-1])} in {count} of {layers} layers, but must cover"

@@ -60,11 +60,10 @@ def _tensors(leaves: dict[Path, Any], model: Model) -> Iterator[TensorToWrite]:
     """Yields the model's tensors in Hugging Face's layout, fetched when they are written."""
     names = model.hf_names()
     for path, leaf in leaves.items():
-        layers = range(leaf.shape[0]) if is_stacked(path) else (None,)
         shape = leaf.shape[1:] if is_stacked(path) else leaf.shape
-        for layer in layers:
+        for layer, name in names[path].rows(model.config.num_layers).items():
             yield TensorToWrite(
-                name=names[path].name(layer),
+                name=name,
                 dtype=np.dtype(leaf.dtype),
                 shape=shape[::-1] if names[path].transposed else shape,
                 fetch=_fetch(leaf, layer, names[path]),

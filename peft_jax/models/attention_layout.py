@@ -28,7 +28,7 @@ class AttentionLayout:
     """Describes which keys each query attends to.
 
     A query attends within its own segment. A causal query attends to no later token, and to none
-    before its sliding window.
+    before its sliding window. Without causal order, the window reaches as far on both sides.
 
     A pytree. Its fields are typed `Any` because JAX also puts placeholders in place of arrays.
 
@@ -40,7 +40,8 @@ class AttentionLayout:
       key_positions: [B, S]; with ALiBi only.
       slopes: [K, G], ALiBi's penalty per token of distance (Press et al., 2022, arXiv
         2108.12409), or None.
-      window: Number of tokens a query attends to, itself included; None for all. Static.
+      window: Number of tokens a query attends to on each side, itself included; None for all.
+        Static.
       is_causal: Whether later tokens are masked. If False, segments are required, because they
         mask the padding. Static.
       packed: Whether a row may hold several segments. False promises one segment per row, padded
@@ -60,12 +61,21 @@ class AttentionLayout:
     cached: bool = struct.field(pytree_node=False, default=False)
 
     @classmethod
-    def bidirectional(cls, segment_ids: Int[Array, "batch tokens"]) -> "AttentionLayout":
-        """Returns an encoder's layout: every token attends to its whole segment."""
+    def bidirectional(
+        cls, segment_ids: Int[Array, "batch tokens"], *, window: int | None = None
+    ) -> "AttentionLayout":
+        """Returns an encoder's layout: every token attends to its whole segment.
+
+        Args:
+          segment_ids: [B, T], 0 for padding.
+          window: Number of tokens that a token attends to on each side, itself included; None for
+            all.
+        """
         return cls(
             query_start=jnp.zeros((), jnp.int32),
             query_segments=segment_ids,
             key_segments=segment_ids,
+            window=window,
             is_causal=False,
         )
 
@@ -147,7 +157,7 @@ def visible(
     distance = query_index[:, None] - key_index[None, :]
     seen = distance >= 0 if layout.is_causal else jnp.ones_like(distance, bool)
     if layout.window is not None:
-        seen &= distance < layout.window
+        seen &= (distance if layout.is_causal else jnp.abs(distance)) < layout.window
     seen = seen[None]
     if query_segments is not None and key_segments is not None:
         seen = seen & (query_segments[:, :, None] == key_segments[:, None, :])

@@ -104,8 +104,8 @@ _KINDS: Mapping[str, Kind] = {
             "n_head", "n_inner", "num_attention_heads", "num_key_value_heads", "num_labels",
             "original_max_position_embeddings", "vocab_size",
             # Encoders.
-            "attention_head_size", "dim", "embedding_size", "hidden_dim", "n_heads",
-            "pooler_hidden_size",
+            "attention_head_size", "dim", "embedding_size", "global_attn_every_n_layers",
+            "hidden_dim", "local_attention", "n_heads", "pooler_hidden_size",
         ),
         _SIZE,
     ),
@@ -121,6 +121,8 @@ _KINDS: Mapping[str, Kind] = {
             "attention_factor", "beta_fast", "beta_slow", "factor", "high_freq_factor",
             "layer_norm_eps", "layer_norm_epsilon", "low_freq_factor", "partial_rotary_factor",
             "rms_norm_eps", "rope_theta",
+            # Encoders.
+            "global_rope_theta", "local_rope_theta", "norm_eps",
         ),
         _POSITIVE,
     ),
@@ -131,6 +133,8 @@ _KINDS: Mapping[str, Kind] = {
             "apply_residual_connection_post_layernorm", "attention_bias", "mlp_bias",
             "position_biased_input", "relative_attention", "share_att_key", "tie_word_embeddings",
             "truncate", "use_sliding_window",
+            # Encoders.
+            "classifier_bias", "norm_bias",
         ),
         _BOOL,
     ),
@@ -141,6 +145,8 @@ _KINDS: Mapping[str, Kind] = {
         (
             "activation", "hidden_act", "model_type", "norm_rel_ebd", "pooler_hidden_act",
             "problem_type", "rope_type", "type",
+            # Encoders.
+            "classifier_activation", "classifier_pooling", "hidden_activation",
         ),
         _TEXT,
     ),

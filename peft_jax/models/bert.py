@@ -318,9 +318,8 @@ class Bert(nnx.Module):
             embedded = self.embeddings_project(embedded)
         hidden, _ = run_blocks(
             self.layers,
-            lambda block, x, cache: (block(x, attend), cache),
+            [lambda block, x, cache: (block(x, attend), cache)] * self.config.num_layers,
             embedded,
-            layers=self.config.num_layers,
             cache=None,
             execution=self.execution,
         )

@@ -4,7 +4,8 @@ L layers, B batch, T tokens, D embed.
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,10 +14,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from peft_jax.core import LINEAR_OUTPUT
+from peft_jax.core import LINEAR_OUTPUT, AdaptedKernel
 from peft_jax.models.cache import KVCache, LayerCache
 from peft_jax.models.chunked_attention import SAVED_NAMES
 from peft_jax.models.execution import ExecutionSettings
+from peft_jax.models.layer_types import Segment, find_segments
 from peft_jax.parallel import constrain_features
 
 Hidden = Float[Array, "batch tokens embed"]
@@ -32,20 +34,22 @@ def stack_blocks(make: Callable[[], nnx.Module], layers: int) -> nnx.Module:
 
 def run_blocks(
     blocks: nnx.Module,
-    run: RunBlock,
+    runs: Sequence[RunBlock],
     hidden: Hidden,
     *,
-    layers: int,
     cache: KVCache | None,
     execution: ExecutionSettings,
 ) -> tuple[Hidden, KVCache | None]:
     """Passes `hidden` through the blocks in order.
 
+    Blocks that are run by the same function are of one type. A scan compiles one period of types,
+    so that a model of any depth compiles a few blocks only.
+
     Args:
       blocks: Stacked blocks.
-      run: Runs one block, given the block, its input and its layer of the cache.
+      runs: For each of the L layers, runs its block, given the block, its input and its layer of
+        the cache.
       hidden: [B, T, D].
-      layers: L.
       cache: Keys and values of earlier tokens, or None. It already holds the positions and
         segments of the new tokens.
       execution: Whether to scan or unroll, and the rematerialization.
@@ -56,7 +60,7 @@ def run_blocks(
     graphdef, stacked = nnx.split(blocks)
     start = jnp.zeros((), jnp.int32) if cache is None else cache.length - hidden.shape[1]
 
-    def body(carry: Any, layer: Any) -> tuple[Any, None]:
+    def body(run: RunBlock, carry: Any, layer: Any) -> tuple[Any, None]:
         hidden, keys_values = carry
         state, index = layer
         hidden = checkpoint_name(constrain_features(hidden, "embed"), _BLOCK_INPUT)
@@ -69,19 +73,92 @@ def run_blocks(
             keys_values = (layer_cache.keys, layer_cache.values)
         return (hidden, keys_values), None
 
-    body = rematerialized(body, execution.remat, inside_scan=execution.scan_layers)
+    def body_of(run: RunBlock, *, alone: bool) -> Callable:
+        own = functools.partial(body, run)
+        return rematerialized(own, execution.remat, inside_scan=alone)
+
     carry = (hidden, None if cache is None else (cache.keys, cache.values))
-    if execution.scan_layers:
-        indices = jnp.arange(layers, dtype=jnp.int32)
-        carry, _ = jax.lax.scan(body, carry, (stacked, indices))
+    segments = find_segments(runs)
+    if not execution.scan_layers:
+        for index, state in enumerate(unstack(stacked, len(runs))):
+            carry, _ = body_of(runs[index], alone=False)(carry, (state, jnp.int32(index)))
+    elif len(segments) == 1 and segments[0].period == 1:
+        indices = jnp.arange(len(runs), dtype=jnp.int32)
+        carry, _ = jax.lax.scan(body_of(runs[0], alone=True), carry, (stacked, indices))
     else:
-        for index, state in enumerate(unstack(stacked, layers)):
-            carry, _ = body(carry, (state, jnp.int32(index)))
+        for segment in segments:
+            own = runs[segment.start : segment.start + segment.period]
+            bodies = [body_of(run, alone=segment.period == 1) for run in own]
+            carry = _scan_segment(bodies, carry, stacked, segment, frozen=cache is not None)
     hidden, keys_values = carry
     if cache is not None and keys_values is not None:
         keys, values = keys_values
         cache = dataclasses.replace(cache, keys=keys, values=values)
     return hidden, cache
+
+
+def _scan_segment(
+    bodies: Sequence[Callable], carry: Any, stacked: Any, segment: Segment, *, frozen: bool
+) -> Any:
+    """Scans the periods of a segment.
+
+    A scan over some of the layers would copy their parameters. So leaves that need no gradient are
+    indexed in place, and only the others are passed to the scan, which sums no gradients of whole
+    leaves.
+
+    Args:
+      bodies: Runs each layer of a period.
+      carry: What a body passes on.
+      stacked: Parameters of all layers.
+      segment: Layers to run.
+      frozen: Whether no leaf needs a gradient.
+    """
+    leaves, treedef = jax.tree.flatten(stacked)
+    in_place = [frozen or one for one in _need_no_gradient(stacked)]
+    count, period = segment.repeats, segment.period
+
+    def periods(leaf: Any) -> Any:
+        return leaf[segment.start : segment.stop].reshape(count, period, *leaf.shape[1:])
+
+    def run_period(carry: Any, scanned: tuple[Any, list[Any]]) -> tuple[Any, None]:
+        first, slices = scanned
+        for place, body in enumerate(bodies):
+            index, own = first + place, iter(slices)
+            state = [
+                jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False)
+                if whole
+                else next(own)[place]
+                for leaf, whole in zip(leaves, in_place, strict=True)
+            ]
+            carry, _ = body(carry, (jax.tree.unflatten(treedef, state), index))
+        return carry, None
+
+    firsts = segment.start + period * jnp.arange(count, dtype=jnp.int32)
+    slices = [periods(leaf) for leaf, whole in zip(leaves, in_place, strict=True) if not whole]
+    return jax.lax.scan(run_period, carry, (firsts, slices))[0]
+
+
+def _need_no_gradient(stacked: Any) -> list[bool]:
+    """Returns for each leaf whether training with adapters keeps it frozen.
+
+    If any kernel is adapted, these are all leaves but the adapters' arrays. A leaf that is trained
+    along with adapters gets its gradient too, though more slowly.
+    """
+    nodes = jax.tree.leaves(stacked, is_leaf=_is_adapted)
+    if not any(map(_is_adapted, nodes)):
+        return [False] * len(jax.tree.leaves(stacked))
+
+    def mark(node: Any) -> Any:
+        if not _is_adapted(node):
+            return jax.tree.map(lambda _: True, node)
+        arrays = jax.tree.map(lambda _: False, node)
+        return dataclasses.replace(arrays, base=mark(node.base))
+
+    return [one for node in nodes for one in jax.tree.leaves(mark(node))]
+
+
+def _is_adapted(node: Any) -> bool:
+    return isinstance(node, AdaptedKernel)
 
 
 def unstack(stacked: Any, layers: int) -> list[Any]:

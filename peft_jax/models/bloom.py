@@ -193,9 +193,8 @@ class Bloom(nnx.Module):
         embedded = self.word_embeddings(tokens, self.execution.dtype)
         hidden, cache = run_blocks(
             self.layers,
-            lambda block, x, layer_cache: block(x, attend, layer_cache),
+            [lambda block, x, layer_cache: block(x, attend, layer_cache)] * self.config.num_layers,
             self.word_embeddings_layernorm(embedded),
-            layers=self.config.num_layers,
             cache=cache,
             execution=self.execution,
         )

@@ -212,10 +212,13 @@ def _scores(
 
 def _key_block_range(blocks: Blocks, layout: AttentionLayout, i: Index) -> tuple[Any, Any]:
     """Returns the range [first, end) of key blocks that query block i attends to."""
-    if not layout.is_causal:
-        return jnp.zeros((), jnp.int32), jnp.full((), blocks.keys, jnp.int32)
     first_query = layout.query_start + i * blocks.query
-    end = jnp.minimum((first_query + blocks.query - 1) // blocks.key + 1, blocks.keys)
+    last_key = first_query + blocks.query - 1
+    if not layout.is_causal:
+        if layout.window is None:
+            return jnp.zeros((), jnp.int32), jnp.full((), blocks.keys, jnp.int32)
+        last_key = last_key + layout.window - 1
+    end = jnp.minimum(last_key // blocks.key + 1, blocks.keys)
     if layout.window is None:
         return jnp.zeros_like(end), end
     return jnp.maximum(first_query - layout.window + 1, 0) // blocks.key, end
@@ -223,10 +226,13 @@ def _key_block_range(blocks: Blocks, layout: AttentionLayout, i: Index) -> tuple
 
 def _query_block_range(blocks: Blocks, layout: AttentionLayout, j: Index) -> tuple[Any, Any]:
     """Returns the range [first, end) of query blocks that attend to key block j."""
-    if not layout.is_causal:
-        return jnp.zeros((), jnp.int32), jnp.full((), blocks.queries, jnp.int32)
     first_key = j * blocks.key - layout.query_start
-    first = jnp.maximum(first_key, 0) // blocks.query
+    first_query = first_key
+    if not layout.is_causal:
+        if layout.window is None:
+            return jnp.zeros((), jnp.int32), jnp.full((), blocks.queries, jnp.int32)
+        first_query = first_key - layout.window + 1
+    first = jnp.maximum(first_query, 0) // blocks.query
     if layout.window is None:
         return first, jnp.full_like(first, blocks.queries)
     last_query = first_key + blocks.key - 1 + layout.window - 1

@@ -21,10 +21,11 @@ from peft_jax.models.encoder_attributes import count_labels
 from peft_jax.models.execution import ExecutionSettings
 from peft_jax.models.family import Family
 from peft_jax.models.model import Model
+from peft_jax.models.modernbert_family import MODERNBERT
 
 ENCODERS: dict[str, Family] = {
     family.model_type: family
-    for family in (BERT, DEBERTA, DISTILBERT, ELECTRA, ROBERTA, XLM_ROBERTA)
+    for family in (BERT, DEBERTA, DISTILBERT, ELECTRA, MODERNBERT, ROBERTA, XLM_ROBERTA)
 }
 """Families of encoders by the `model_type` of their `config.json`."""
 

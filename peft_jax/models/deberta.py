@@ -277,9 +277,9 @@ class Deberta(nnx.Module):
         mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
         hidden, _ = run_blocks(
             self.layers,
-            lambda block, x, cache: (block(x, distances, rows - first, mask), cache),
+            [lambda block, x, cache: (block(x, distances, rows - first, mask), cache)]
+            * self.config.num_layers,
             self.embeddings(tokens, token_types, positions, dtype),
-            layers=self.config.num_layers,
             cache=None,
             execution=self.execution,
         )

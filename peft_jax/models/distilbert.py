@@ -120,9 +120,8 @@ class DistilBert(nnx.Module):
         )
         hidden, _ = run_blocks(
             self.layers,
-            lambda block, x, cache: (block(x, attend), cache),
+            [lambda block, x, cache: (block(x, attend), cache)] * self.config.num_layers,
             self.embeddings(tokens, token_types, positions, self.execution.dtype),
-            layers=self.config.num_layers,
             cache=None,
             execution=self.execution,
         )

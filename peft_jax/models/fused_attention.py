@@ -91,12 +91,19 @@ def fused_attention(layout: AttentionLayout, *, tokens: int, keys: int) -> Atten
             mask=mask,
             scale=1.0,
             is_causal=layout.is_causal,
-            local_window_size=None if layout.window is None else (layout.window - 1, 0),
+            local_window_size=_window(layout),
             implementation="cudnn",
         )
         return out.reshape(query.shape)
 
     return attend
+
+
+def _window(layout: AttentionLayout) -> tuple[int, int] | None:
+    """Returns how many tokens before and after it a query attends to; None for all."""
+    if layout.window is None:
+        return None
+    return layout.window - 1, 0 if layout.is_causal else layout.window - 1
 
 
 def _needs_mask(layout: AttentionLayout) -> bool:

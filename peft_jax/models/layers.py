@@ -137,21 +137,24 @@ class LayerNorm(nnx.Module):
     Args:
       features: Size of the last axis.
       epsilon: Added to the variance.
+      bias: Whether to add a bias.
     """
 
-    def __init__(self, features: int, *, epsilon: float):
+    def __init__(self, features: int, *, epsilon: float, bias: bool = True):
         self.scale = parameter((features,), ("norm",), mean=1.0)
-        self.bias = parameter((features,), ("norm",))
+        self.bias = parameter((features,), ("norm",)) if bias else nnx.data(None)
         self.epsilon = epsilon
 
     @part("norm")
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
         """Returns the normalized `x` in the dtype of `x`, computed in float32."""
-        return recomputed(self._normalize)(x, self.scale.get_value(), self.bias.get_value())
+        bias = None if self.bias is None else self.bias.get_value()
+        return recomputed(self._normalize)(x, self.scale.get_value(), bias)
 
-    def _normalize(self, x: Array, scale: Array, bias: Array) -> Array:
+    def _normalize(self, x: Array, scale: Array, bias: Array | None) -> Array:
         wide = x.astype(jnp.float32)
         wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         wide = wide * jax.lax.rsqrt(variance + self.epsilon)
-        return (wide * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+        scaled = wide * scale.astype(jnp.float32)
+        return (scaled if bias is None else scaled + bias.astype(jnp.float32)).astype(x.dtype)

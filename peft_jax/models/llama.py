@@ -231,9 +231,9 @@ class Llama(nnx.Module):
         rotation = self.config.rotary.tables(positions)
         hidden, cache = run_blocks(
             self.layers,
-            lambda block, x, layer_cache: block(x, rotation, attend, layer_cache),
+            [lambda block, x, layer_cache: block(x, rotation, attend, layer_cache)]
+            * self.config.num_layers,
             self.embed_tokens(tokens, self.execution.dtype),
-            layers=self.config.num_layers,
             cache=cache,
             execution=self.execution,
         )

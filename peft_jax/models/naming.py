@@ -18,14 +18,29 @@ class HFTensor:
     Attributes:
       template: Name of the tensor, with "{layer}" in place of the layer's number if stacked.
       transposed: Whether the file stores [out, in] where the leaf is [in, out].
+      first: First layer that has the tensor. The model does not use the leaf's rows before it.
     """
 
     template: str
     transposed: bool
+    first: int = 0
 
     def name(self, layer: int | None = None) -> str:
         """Returns the tensor's name, for one layer if the leaf is stacked."""
         return self.template.format(layer=layer)
+
+    def rows(self, layers: int) -> dict[int | None, str]:
+        """Returns the names of the tensors of a model of `layers` layers, by row of the leaf.
+
+        Example:
+          >>> HFTensor(template="h.{layer}.ln.weight", transposed=False, first=1).rows(3)
+          {1: 'h.1.ln.weight', 2: 'h.2.ln.weight'}
+          >>> HFTensor(template="ln.weight", transposed=False).rows(3)
+          {None: 'ln.weight'}
+        """
+        if "{layer}" not in self.template:
+            return {None: self.name()}
+        return {layer: self.name(layer) for layer in range(self.first, layers)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,18 +51,20 @@ class Naming:
       prefix: Prefix of every module except the head: "model", "transformer", "bert".
       blocks: Name of the list of transformer blocks: "layers", "h", "encoder.layer".
       heads: Modules whose names do not begin with the prefix.
+      later: Modules of a block that the first block lacks.
 
     Example:
       >>> naming = Naming(prefix="model", blocks="layers")
       >>> naming.module(("layers", "mlp", "up_proj", "kernel"), layer=3)
       'model.layers.3.mlp.up_proj'
       >>> naming.tensor(("lm_head", "kernel"))
-      HFTensor(template='lm_head.weight', transposed=True)
+      HFTensor(template='lm_head.weight', transposed=True, first=0)
     """
 
     prefix: str
     blocks: str
     heads: tuple[str, ...] = (LM_HEAD, CLASSIFIER)
+    later: tuple[str, ...] = ()
 
     def module(self, path: Path, layer: int | str | None = None) -> str:
         """Returns the dotted name of the module that holds the leaf at `path`.
@@ -72,4 +89,5 @@ class Naming:
         module = self.module(path, "{layer}" if is_stacked(path) else None)
         leaf = path[-1]
         suffix = "bias" if leaf == "bias" else "weight"
-        return HFTensor(template=f"{module}.{suffix}", transposed=leaf == "kernel")
+        first = int(is_stacked(path) and path[1] in self.later)
+        return HFTensor(template=f"{module}.{suffix}", transposed=leaf == "kernel", first=first)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from peft_jax.adapters import AdapterSpec, LoRA
 from peft_jax.core import flatten
 from peft_jax.hub import load_adapter, load_classifier, save_adapter
 from peft_jax.models import ExecutionSettings, build_classifier, build_model
@@ -30,9 +32,19 @@ OWN_SIZES = {
         "n_layers": 2,
         "n_heads": 4,
         "max_position_embeddings": 24,
-    }
+    },
+    "ModernBert": {
+        **SIZES,
+        "num_hidden_layers": 5,
+        "local_attention": 6,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "cls_token_id": 1,
+        "sep_token_id": 2,
+    },
 }
-"""Sizes of the families that name them differently."""
+"""Sizes of the families that need others."""
 
 DEBERTA = {
     "relative_attention": True,
@@ -74,8 +86,33 @@ VARIANTS = {
         "DebertaV2",
         DEBERTA | {"type_vocab_size": 2, "num_labels": 1, "pooler_hidden_act": "tanh"},
     ),
+    "modernbert": ("ModernBert", {"num_labels": 3}),
+    "modernbert mean": ("ModernBert", {"classifier_pooling": "mean", "num_labels": 1}),
+    "modernbert biases": (
+        "ModernBert",
+        {
+            "attention_bias": True,
+            "mlp_bias": True,
+            "norm_bias": True,
+            "classifier_bias": True,
+            "classifier_activation": "relu",
+            "hidden_activation": "gelu_pytorch_tanh",
+        },
+    ),
+    "modernbert two types": (
+        "ModernBert",
+        {
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_hidden_layers": 4,
+            "local_attention": 5,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+            },
+        },
+    ),
 }
-FAMILIES = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "deberta-v2")
+FAMILIES = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "deberta-v2", "modernbert")
 """One variant of every family."""
 
 TOLERANCE = 1e-5
@@ -147,7 +184,7 @@ def made(tmp_path_factory):
 def rows(theirs, model):
     tokens = np.random.default_rng(0).integers(5, 61, MASK.shape)
     tokens = np.where(MASK, tokens, theirs.padding)
-    types = TYPES if model.config.num_token_types != 1 else np.zeros_like(TYPES)
+    types = TYPES if getattr(model.config, "num_token_types", 0) != 1 else np.zeros_like(TYPES)
     return tokens.astype(np.int32), types.astype(np.int32)
 
 
@@ -202,15 +239,17 @@ def test_execution_settings_do_not_change_the_logits(execution, made, relative_e
     assert relative_error(ours(other, params, tokens, types), expected) < 1e-5
 
 
-def test_chunked_attention_is_bidirectional():
+@pytest.mark.parametrize("window", [None, 3])
+def test_chunked_attention_is_bidirectional(window):
     from peft_jax.models.attention import dense_attention
     from peft_jax.models.attention_layout import AttentionLayout
     from peft_jax.models.chunked_attention import chunked_attention
 
     query, key, value = jax.random.normal(jax.random.key(0), (3, 2, 11, 2, 4))
     segments = jnp.asarray([[1] * 11, [1] * 7 + [0] * 4], jnp.int32)
-    layout = AttentionLayout.bidirectional(segments)
+    layout = AttentionLayout.bidirectional(segments, window=window)
 
+    @functools.partial(jax.jit, static_argnums=0)
     def outputs(attend):
         def loss(query, key, value):
             out = attend(query[:, :, :, None], key, value)[:, :, :, 0]
@@ -295,6 +334,46 @@ PUBLISHED = {
         "tie_weights_": True,
         "vocab_size": 30522,
     },
+    "ModernBERT-base": {
+        "architectures": ["ModernBertForMaskedLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 50281,
+        "classifier_activation": "gelu",
+        "classifier_bias": False,
+        "classifier_dropout": 0.0,
+        "classifier_pooling": "mean",
+        "cls_token_id": 50281,
+        "decoder_bias": True,
+        "deterministic_flash_attn": False,
+        "embedding_dropout": 0.0,
+        "eos_token_id": 50282,
+        "global_attn_every_n_layers": 3,
+        "global_rope_theta": 160000.0,
+        "gradient_checkpointing": False,
+        "hidden_activation": "gelu",
+        "hidden_size": 768,
+        "initializer_cutoff_factor": 2.0,
+        "initializer_range": 0.02,
+        "intermediate_size": 1152,
+        "layer_norm_eps": 1e-05,
+        "local_attention": 128,
+        "local_rope_theta": 10000.0,
+        "max_position_embeddings": 8192,
+        "mlp_bias": False,
+        "mlp_dropout": 0.0,
+        "model_type": "modernbert",
+        "norm_bias": False,
+        "norm_eps": 1e-05,
+        "num_attention_heads": 12,
+        "num_hidden_layers": 22,
+        "pad_token_id": 50283,
+        "position_embedding_type": "absolute",
+        "sep_token_id": 50282,
+        "tie_word_embeddings": True,
+        "torch_dtype": "float32",
+        "vocab_size": 50368,
+    },
     "mdeberta-v3-base": {
         "attention_probs_dropout_prob": 0.1,
         "hidden_act": "gelu",
@@ -360,10 +439,9 @@ def test_published_configurations_have_the_tensors_of_transformers(name):
     found = {}
     for path, leaf in flatten(model.abstract_params()).items():
         tensor = model.hf_names()[path]
-        layers = range(leaf.shape[0]) if path[0] == "layers" else (None,)
         shape = leaf.shape[1:] if path[0] == "layers" else leaf.shape
-        for layer in layers:
-            found[tensor.name(layer)] = shape[::-1] if tensor.transposed else shape
+        for tensor_name in tensor.rows(model.config.num_layers).values():
+            found[tensor_name] = shape[::-1] if tensor.transposed else shape
     assert found == wanted
 
 
@@ -388,6 +466,37 @@ def test_unsupported_debertas_raise_with_the_attribute(change, named):
     build_classifier(settings)
     with pytest.raises(ValueError, match=named):
         build_classifier(settings | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"layer_types": ["full_attention"]}, "layer_types"),
+        ({"layer_types": ["full_attention", "chunked_attention"]}, "layer_types"),
+        ({"classifier_pooling": "max"}, "classifier_pooling"),
+        ({"hidden_activation": "mish"}, "hidden_activation"),
+        ({"rope_parameters": {"rope_theta": 10.0}}, "rope_theta"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+        ({"attention_type": "flex"}, "attention_type"),
+    ],
+    ids=str,
+)
+def test_unsupported_modernberts_raise_with_the_attribute(change, named):
+    settings = {"model_type": "modernbert", **SIZES}
+    build_classifier(settings)
+    with pytest.raises(ValueError, match=named):
+        build_classifier(settings | change)
+
+
+@pytest.mark.parametrize(
+    "execution", [{"scan_layers": False}, {"remat": "full"}, {"attention": "chunked"}], ids=str
+)
+def test_execution_settings_do_not_change_local_layers(execution, made, relative_error):
+    theirs, _, model, params = made("modernbert")
+    tokens, types = rows(theirs, model)
+    other = model.with_execution(ExecutionSettings(**execution))
+    found = ours(other, params, tokens, types)
+    assert relative_error(found, theirs.logits(tokens, types)) < TOLERANCE
 
 
 def test_attention_that_knows_no_distances_is_rejected():
@@ -517,6 +626,31 @@ def test_every_family_gets_a_new_head(family, made, tmp_path, relative_error):
     np.testing.assert_array_equal(*hidden)
     assert other.head_modules == model.head_modules
     assert {name.split(".")[0] for name in other.head_modules} <= {*heads}
+
+
+def test_a_modernbert_keeps_the_head_of_its_pretraining(made, tmp_path):
+    pytest.importorskip("torch")
+    from transformers import ModernBertForMaskedLM
+
+    _, folder, _, params = made("modernbert")
+    ModernBertForMaskedLM.from_pretrained(folder).save_pretrained(tmp_path)
+    _, loaded = load_classifier(tmp_path, num_labels=2, head_key=jax.random.key(1))
+    assert loaded["classifier"]["kernel"].shape == (32, 2)
+    jax.tree.map(np.testing.assert_array_equal, loaded["head"], params["head"])
+
+
+def test_a_norm_that_the_first_block_lacks_is_trained_and_saved(made, tmp_path):
+    from safetensors.numpy import load_file
+
+    _, _, model, params = made("modernbert")
+    spec = AdapterSpec(method=LoRA(rank=2), modules_to_save=("attn_norm", "classifier"))
+    state = spec.init(jax.random.key(0), params)
+    save_adapter(tmp_path, model, spec, state, "")
+    names = load_file(tmp_path / "adapter_model.safetensors").keys()
+    norms = [name for name in names if "attn_norm" in name]
+    assert norms == [f"base_model.model.model.layers.{n}.attn_norm.weight" for n in range(1, 5)]
+    _, loaded = load_adapter(tmp_path, model, params)
+    assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, loaded, state)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -41,10 +41,19 @@ OWN_ATTRIBUTES = {
         "pos_att_type": "p2c|c2p",
         "position_biased_input": False,
     },
+    "modernbert": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "local_attention": 4,
+        **dict.fromkeys(("pad_token_id", "bos_token_id", "cls_token_id"), 0),
+        **dict.fromkeys(("eos_token_id", "sep_token_id"), 1),
+    },
 }
 """Attributes of the families that need others than BERT."""
 
-FAMILIES = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "deberta-v2")
+FAMILIES = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "deberta-v2", "modernbert")
 
 
 @pytest.fixture(scope="module")

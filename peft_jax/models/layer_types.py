@@ -1,0 +1,58 @@
+"""How types of layers repeat."""
+
+import dataclasses
+from collections.abc import Sequence
+
+_MAX_PERIOD = 32
+"""Largest number of layers in a period; it bounds the work for models of many layers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """Consecutive layers that repeat a period of types.
+
+    Attributes:
+      start: Index of the first layer.
+      period: Number of layers after which the types repeat.
+      repeats: Number of periods.
+    """
+
+    start: int
+    period: int
+    repeats: int
+
+    @property
+    def stop(self) -> int:
+        """Index after the last layer."""
+        return self.start + self.period * self.repeats
+
+
+def find_segments(types: Sequence[object]) -> list[Segment]:
+    """Splits a list into segments, each of which repeats a period.
+
+    From each start, the period that covers most layers is taken, the shortest of equals.
+
+    Example:
+      >>> find_segments("aaaa")
+      [Segment(start=0, period=1, repeats=4)]
+      >>> find_segments("aabaabaa")
+      [Segment(start=0, period=3, repeats=2), Segment(start=6, period=1, repeats=2)]
+    """
+    segments, start = [], 0
+    while start < len(types):
+        longest = min(_MAX_PERIOD, max(1, (len(types) - start) // 2))
+        found = [
+            Segment(start, period, _count_repeats(types, start, period))
+            for period in range(1, longest + 1)
+        ]
+        repeating = [one for one in found if one.repeats > 1 or one.period == 1]
+        segments.append(max(repeating, key=lambda one: (one.stop, -one.period)))
+        start = segments[-1].stop
+    return segments
+
+
+def _count_repeats(types: Sequence[object], start: int, period: int) -> int:
+    end = start + period
+    while end < len(types) and types[end] == types[end - period]:
+        end += 1
+    return (end - start) // period
