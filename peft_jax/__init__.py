@@ -4,16 +4,17 @@
 
 - Models and checkpoints: `load_model`, `load_classifier`, `build_model`, `save_model`,
   `ExecutionSettings`.
-- Methods, each over one kernel: `LoRA`, `DoRA`, `LoRAGA`, `BOFT`, `Unitary`, `Hybrid`, `Full`; one
-  of your own: `AdapterMethod`, `register_method`.
+- Methods, each over one kernel: `LoRA`, `DoRA`, `LoRAFA`, `AdaLoRA`, `LoRAGA`, `PiSSA`, `OLoRA`,
+  `LoHa`, `LoKr`, `MiSS`, `VeRA`, `IA3`, `BOFT`, `OFT`, `HRA`, `Unitary`, `Hybrid`, `Full`; one of
+  your own: `AdapterMethod`, `register_method`.
 - Adapters over a whole model: `AdapterSpec` makes and binds an `AdapterState`; `merge`,
   `load_adapter`, `save_adapter`, `export_merged`, `trainable_table`.
 - Data: `dataset` describes rows by `DataSettings`; `build_data` reads them; `Batch` holds one's
   own.
 - Training in a work directory, with checkpoints and a report: `train`, which returns a
   `TrainingResult`; from settings: `RunConfig`, `run`.
-- Training in memory: `Trainer`, with `Hooks`; `hybrid_mixing` and its `MixingSettings` are optax
-  transformations.
+- Training in memory: `Trainer`, with `Hooks`; `hybrid_mixing` with its `MixingSettings`, and
+  `rank_allocation`, are optax transformations.
 - Planning for devices that need not be there: `make_plan`, of a `RunConfig` and what
   `find_topology` returns.
 - Generation: `generate`, `generate_text`, `GenerationSettings`.
@@ -30,15 +31,26 @@ from peft_jax.version import __version__
 if TYPE_CHECKING:
     from peft_jax.adapters import (
         BOFT,
+        HRA,
+        IA3,
+        OFT,
+        AdaLoRA,
         AdapterMethod,
         AdapterSpec,
         AdapterState,
         DoRA,
         Full,
         Hybrid,
+        LoHa,
+        LoKr,
         LoRA,
+        LoRAFA,
         LoRAGA,
+        MiSS,
+        OLoRA,
+        PiSSA,
         Unitary,
+        VeRA,
         merge,
         register_method,
         trainable_table,
@@ -55,22 +67,33 @@ if TYPE_CHECKING:
         save_model,
     )
     from peft_jax.models import ExecutionSettings, build_model
-    from peft_jax.optim import MixingSettings, hybrid_mixing
+    from peft_jax.optim import MixingSettings, hybrid_mixing, rank_allocation
     from peft_jax.plan import make_plan
     from peft_jax.training import Hooks, RunConfig, Trainer, TrainingResult, run, train
 
 _HOMES = {
     "adapters": (
         "BOFT",
+        "HRA",
+        "IA3",
+        "OFT",
+        "AdaLoRA",
         "AdapterMethod",
         "AdapterSpec",
         "AdapterState",
         "DoRA",
         "Full",
         "Hybrid",
+        "LoHa",
+        "LoKr",
         "LoRA",
+        "LoRAFA",
         "LoRAGA",
+        "MiSS",
+        "OLoRA",
+        "PiSSA",
         "Unitary",
+        "VeRA",
         "merge",
         "register_method",
         "trainable_table",
@@ -87,7 +110,7 @@ _HOMES = {
         "save_model",
     ),
     "models": ("ExecutionSettings", "build_model"),
-    "optim": ("MixingSettings", "hybrid_mixing"),
+    "optim": ("MixingSettings", "hybrid_mixing", "rank_allocation"),
     "plan": ("make_plan",),
     "training": ("Hooks", "RunConfig", "Trainer", "TrainingResult", "run", "train"),
 }
@@ -97,6 +120,10 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "BOFT",
+    "HRA",
+    "IA3",
+    "OFT",
+    "AdaLoRA",
     "AdapterMethod",
     "AdapterSpec",
     "AdapterState",
@@ -108,13 +135,20 @@ __all__ = [
     "GenerationSettings",
     "Hooks",
     "Hybrid",
+    "LoHa",
+    "LoKr",
     "LoRA",
+    "LoRAFA",
     "LoRAGA",
+    "MiSS",
     "MixingSettings",
+    "OLoRA",
+    "PiSSA",
     "RunConfig",
     "Trainer",
     "TrainingResult",
     "Unitary",
+    "VeRA",
     "__version__",
     "build_data",
     "build_model",
@@ -129,6 +163,7 @@ __all__ = [
     "load_model",
     "make_plan",
     "merge",
+    "rank_allocation",
     "register_method",
     "run",
     "save_adapter",

@@ -1,6 +1,7 @@
 """Adapts frozen parameter trees with pure functions.
 
-Methods over one kernel: `LoRA`, `DoRA`, `LoRAGA`, `BOFT`, `Unitary`, `Hybrid` and `Full`.
+Methods over one kernel: `LoRA`, `DoRA`, `LoRAFA`, `AdaLoRA`, `LoRAGA`, `PiSSA`, `OLoRA`, `LoHa`,
+`LoKr`, `MiSS`, `VeRA`, `IA3`, `BOFT`, `OFT`, `HRA`, `Unitary`, `Hybrid` and `Full`.
 `AdapterSpec` initializes, binds and merges an `AdapterState` over a model:
 
     spec = AdapterSpec(method=LoRA(rank=8))
@@ -9,13 +10,22 @@ Methods over one kernel: `LoRA`, `DoRA`, `LoRAGA`, `BOFT`, `Unitary`, `Hybrid` a
     merged = spec.merge(params, state)     # plain arrays again
 """
 
+from peft_jax.adapters.adalora import AdaLoRA
 from peft_jax.adapters.boft import BOFT
 from peft_jax.adapters.dora import DoRA
 from peft_jax.adapters.full import Full
+from peft_jax.adapters.hra import HRA
 from peft_jax.adapters.hybrid import LOW_RANK, ROTATION, Hybrid
+from peft_jax.adapters.ia3 import IA3
+from peft_jax.adapters.loha import LoHa
+from peft_jax.adapters.lokr import LoKr
 from peft_jax.adapters.lora import LoRA
+from peft_jax.adapters.lora_fa import LoRAFA
 from peft_jax.adapters.lora_ga import LoRAGA
+from peft_jax.adapters.lora_start import OLoRA, PiSSA
 from peft_jax.adapters.method import AdapterMethod, GradientFactors, TrainingMethod
+from peft_jax.adapters.miss import MiSS
+from peft_jax.adapters.oft import OFT
 from peft_jax.adapters.registry import (
     METHODS,
     make_method,
@@ -29,13 +39,18 @@ from peft_jax.adapters.spec import AdapterSpec, AdapterState, merge
 from peft_jax.adapters.table import ParameterCount, count_parameters, trainable_table
 from peft_jax.adapters.targets import ALL_LINEAR, Targets, TargetSettings
 from peft_jax.adapters.unitary import Unitary
+from peft_jax.adapters.vera import VeRA
 
 __all__ = [
     "ALL_LINEAR",
     "BOFT",
+    "HRA",
+    "IA3",
     "LOW_RANK",
     "METHODS",
+    "OFT",
     "ROTATION",
+    "AdaLoRA",
     "AdapterMethod",
     "AdapterSpec",
     "AdapterState",
@@ -43,13 +58,20 @@ __all__ = [
     "Full",
     "GradientFactors",
     "Hybrid",
+    "LoHa",
+    "LoKr",
     "LoRA",
+    "LoRAFA",
     "LoRAGA",
+    "MiSS",
+    "OLoRA",
     "ParameterCount",
+    "PiSSA",
     "TargetSettings",
     "Targets",
     "TrainingMethod",
     "Unitary",
+    "VeRA",
     "count_parameters",
     "gradient_factors",
     "make_method",

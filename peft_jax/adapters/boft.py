@@ -352,8 +352,10 @@ _HALF_TURN = (
 
 def _peft_settings(method: BOFT, block_size: int, factors: int) -> dict[str, Any]:
     return {
+        "bias": "none",
         "boft_block_num": 0,
         "boft_block_size": block_size,
         "boft_dropout": method.dropout,
         "boft_n_butterfly_factor": factors,
+        "fan_in_fan_out": False,
     }

@@ -131,16 +131,12 @@ class DoRAForm(LoRAForm):
     """LoRA's tensors and `lora_magnitude_vector` [d_out]; PEFT computes the base's norms."""
 
     method: DoRA
+    marks: ClassVar[Mapping[str, Any]] = {"use_dora": True}
     names = (*LoRAForm.names, "lora_magnitude_vector")
     exact = False
     understood = dataclasses.replace(
         LORA_SETTINGS, fixed={**LORA_SETTINGS.fixed, "use_dora": (True,)}
     )
-
-    @classmethod
-    def reads(cls, config: Mapping[str, Any]) -> bool:
-        """Returns whether the adapter is a DoRA."""
-        return config.get("peft_type") == cls.peft_type and bool(config.get("use_dora"))
 
     @classmethod
     def read(cls, config: Mapping[str, Any], modules: Mapping[str, Shapes]) -> DoRA:

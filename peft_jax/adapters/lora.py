@@ -119,7 +119,16 @@ class LoRA(AdapterMethod):
         if dropout_key is not None and self.dropout > 0:
             kept = jax.random.bernoulli(dropout_key, 1.0 - self.dropout, x.shape)
             x = jnp.where(kept, x / (1.0 - self.dropout), jnp.zeros_like(x))
-        return low_rank_product(x, arrays["a"], arrays["b"])
+        return self.product(x, arrays["a"], arrays["b"])
+
+    def product(
+        self,
+        x: Float[Array, "*batch d_in"],
+        a: Float[Array, "d_in rank"],
+        b: Float[Array, "rank d_out"],
+    ) -> Float[Array, "*batch d_out"]:
+        """Returns (x A) B; its backward pass keeps x for the gradient of A."""
+        return low_rank_product(x, a, b)
 
     def merge(self, base: Float[Array, "d_in d_out"], arrays: Arrays) -> Float[Array, "d_in d_out"]:
         """Returns W + s A B."""
@@ -200,11 +209,6 @@ class LoRAForm(PeftForm):
     patterns = MappingProxyType({"r": "rank_pattern", "lora_alpha": "alpha_pattern"})
 
     @classmethod
-    def reads(cls, config: Mapping[str, Any]) -> bool:
-        """Returns whether the adapter is a LoRA without trainable magnitudes."""
-        return super().reads(config) and not config.get("use_dora")
-
-    @classmethod
     def read(cls, config: Mapping[str, Any], modules: Mapping[str, Shapes]) -> LoRA:
         """Returns LoRA with the rank, alpha and dropout of the configuration."""
         del modules
@@ -213,6 +217,8 @@ class LoRAForm(PeftForm):
     def settings(self) -> dict[str, Any]:
         """Returns the rank, the alpha that gives the method's scale, and what is fixed."""
         return {
+            "bias": "none",
+            "fan_in_fan_out": False,
             "init_lora_weights": True,
             "lora_alpha": plain_number(self.method.alpha),
             "lora_dropout": self.method.dropout,

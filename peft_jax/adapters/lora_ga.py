@@ -2,16 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from peft_jax.adapters.lora import LoRA, LoRAForm
-from peft_jax.adapters.method import Arrays, Axes, GradientFactors
-from peft_jax.adapters.peft_form import PeftForm, Shapes, plain_number
+from peft_jax.adapters.lora_start import StartedForm, StartedLoRA
+from peft_jax.adapters.method import Arrays, GradientFactors
+from peft_jax.adapters.peft_form import PeftForm
 from peft_jax.core.validation import check_choice, check_positive
 
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
@@ -20,13 +18,12 @@ CONVENTIONS = ("authors", "peft")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoRAGA(LoRA):
+class LoRAGA(StartedLoRA):
     """Low-rank adaptation with gradient approximation, y = x W + s ((x A) B - (x A₀) B₀).
 
     A and B are initialized to A₀ = c U[:, :r] and B₀ = c V[:, r:2r]ᵀ. U and V hold the singular
-    vectors of the kernel's gradient G = U S Vᵀ on the first batches. Subtracting A₀ B₀ keeps the
-    initial function unchanged, for any kind of base kernel. Trainable arrays: `a`, `b`. Constant
-    arrays: `a0`, `b0`.
+    vectors of the kernel's gradient G = U S Vᵀ on the first batches. Trainable and constant arrays
+    as in `StartedLoRA`.
 
     Attributes:
       direction: Singular vectors of A and B. "ArB2r": A takes the first r, B the next r. "A2rBr":
@@ -43,7 +40,6 @@ class LoRAGA(LoRA):
     """
 
     name: ClassVar[str] = "lora_ga"
-    no_decay: ClassVar[tuple[str, ...]] = ("a", "b")
     learning_rate: ClassVar[float] = 5e-5
 
     rank_stabilized: bool = True
@@ -112,59 +108,6 @@ class LoRAGA(LoRA):
         chosen = jax.random.permutation(key, 2 * r)[:r]
         return chosen, chosen
 
-    def axes(self, d_in: str | None, d_out: str | None) -> tuple[Axes, Axes]:
-        """Returns axes that shard the constant copies as the trainable arrays."""
-        trainable, _ = super().axes(d_in, d_out)
-        return trainable, {"a0": trainable["a"], "b0": trainable["b"]}
-
-    def prepare(
-        self, trainable: Arrays, constant: Arrays, *, dropout_key: jax.Array | None = None
-    ) -> Arrays:
-        """Returns [A, A₀] and s [B; -B₀], whose product has rank 2 r."""
-        del dropout_key
-        return {
-            "a": jnp.concatenate([trainable["a"], constant["a0"]], axis=1),
-            "b": self.scale * jnp.concatenate([trainable["b"], -constant["b0"]], axis=0),
-        }
-
     def peft_form(self) -> PeftForm | None:
         """Returns PEFT's form; none for a subclass, which may compute something else."""
-        return LoRAGAForm(self) if type(self) is LoRAGA else None
-
-
-@dataclasses.dataclass(frozen=True)
-class LoRAGAForm(LoRAForm):
-    """One LoRA of rank 2 r on the unchanged base: [A, A₀] and [B; -B₀]."""
-
-    method: LoRAGA
-
-    def settings(self) -> dict[str, Any]:
-        """Returns LoRA's settings for twice the rank.
-
-        Alpha is larger by 2, or by √2 where the scale is alpha / √r.
-
-        Example:
-          >>> LoRAGAForm(LoRAGA(rank=4, alpha=8.0, rank_stabilized=False)).settings()["lora_alpha"]
-          16
-        """
-        factor = math.sqrt(2) if self.method.rank_stabilized else 2
-        alpha = plain_number(self.method.alpha * factor)
-        return super().settings() | {"r": 2 * self.method.rank, "lora_alpha": alpha}
-
-    def shapes(self, d_in: int, d_out: int) -> Shapes:
-        """Returns [2 r, d_in] and [d_out, 2 r]."""
-        rank = 2 * self.method.rank
-        return {"lora_A.weight": (rank, d_in), "lora_B.weight": (d_out, rank)}
-
-    def export(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Concatenates the current and the initial factors."""
-        return {
-            "lora_A.weight": np.concatenate([arrays["a"], arrays["a0"]], axis=1).T,
-            "lora_B.weight": np.concatenate([arrays["b"], -arrays["b0"]], axis=0).T,
-        }
-
-    def restore(self, tensors: Mapping[str, np.ndarray]) -> tuple[Arrays, Arrays]:
-        """Splits the tensors into current and initial factors."""
-        a, a0 = np.split(tensors["lora_A.weight"].T, 2, axis=1)
-        b, b0 = np.split(tensors["lora_B.weight"].T, 2, axis=0)
-        return {"a": a, "b": b}, {"a0": a0, "b0": -b0}
+        return StartedForm(self) if type(self) is LoRAGA else None

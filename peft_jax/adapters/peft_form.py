@@ -7,7 +7,7 @@ its own module.
 import abc
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -49,48 +49,77 @@ class PeftForm(abc.ABC):
     Attributes:
       method: The method.
       peft_type: PEFT's name of the method.
+      marks: Settings that tell adapters of this form from others of the same type.
       names: Name suffixes of the tensors.
       exact: Whether `restore` inverts `export` bit for bit.
       understood: Settings that the form understands.
-      scales_bias: Whether PEFT's layer also scales the base's bias, which a kernel has not.
       patterns: Settings that may differ between modules, and the names under which PEFT's
         configuration has the differences.
+      module_lists: Settings that list modules, and the attribute of the method that is true for
+        the listed ones.
     """
 
     method: Any
     peft_type: ClassVar[str]
+    marks: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     names: ClassVar[tuple[str, ...]]
     exact: ClassVar[bool]
     understood: ClassVar[PeftSettings]
     patterns: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    scales_bias: ClassVar[bool] = False
+    module_lists: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     @classmethod
     def reads(cls, config: Mapping[str, Any]) -> bool:
         """Returns whether adapters with this configuration have this form."""
-        return bool(config.get("peft_type") == cls.peft_type)
+        marks = {"peft_type": cls.peft_type, **cls.marks}
+        return all(config.get(name) == value for name, value in marks.items())
 
     @classmethod
-    @abc.abstractmethod
     def read(cls, config: Mapping[str, Any], modules: Mapping[str, Shapes]) -> "AdapterMethod":
         """Returns the method of a PEFT adapter.
 
         Args:
           config: Content of `adapter_config.json`, whose settings are understood.
-          modules: Shapes of the tensors of every adapted module, by the module's name.
+          modules: Shapes of the tensors of every adapted kernel (of one layer), by module.
 
         Raises:
           ValueError: The shapes or the settings fit no method; the message goes on after the
             adapter's name.
         """
+        raise NotImplementedError(f"{cls.__name__} is written only")
+
+    @property
+    def scales_bias(self) -> bool:
+        """Whether PEFT's layer also scales the base's bias, which a kernel does not have."""
+        return False
 
     @abc.abstractmethod
     def settings(self) -> dict[str, Any]:
         """Returns the method's settings in `adapter_config.json`."""
 
+    def shared(self, shapes: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
+        """Returns tensors that all modules share.
+
+        Args:
+          shapes: Shapes [d_in, d_out] of all adapted kernels.
+        """
+        del shapes
+        return {}
+
     @abc.abstractmethod
     def shapes(self, d_in: int, d_out: int) -> Shapes:
         """Returns the shapes of the tensors of a kernel [d_in, d_out]."""
+
+    def accepted_shapes(self, d_in: int, d_out: int, found: Shapes) -> Shapes:
+        """Returns the shapes that tensors of a kernel must have to be restored.
+
+        Args:
+          d_in: Number of inputs.
+          d_out: Number of outputs.
+          found: Shapes of the stored tensors, by which a form may accept smaller ones.
+        """
+        del found
+        return self.shapes(d_in, d_out)
 
     @abc.abstractmethod
     def export(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

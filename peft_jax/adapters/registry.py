@@ -4,19 +4,49 @@ import dataclasses
 import importlib.metadata
 from typing import Any, TypeVar
 
+from peft_jax.adapters.adalora import AdaLoRA
 from peft_jax.adapters.boft import BOFT
 from peft_jax.adapters.dora import DoRA
 from peft_jax.adapters.full import Full
+from peft_jax.adapters.hra import HRA
 from peft_jax.adapters.hybrid import Hybrid
+from peft_jax.adapters.ia3 import IA3
+from peft_jax.adapters.loha import LoHa
+from peft_jax.adapters.lokr import LoKr
 from peft_jax.adapters.lora import LoRA
+from peft_jax.adapters.lora_fa import LoRAFA
 from peft_jax.adapters.lora_ga import LoRAGA
+from peft_jax.adapters.lora_start import OLoRA, PiSSA
 from peft_jax.adapters.method import TrainingMethod
+from peft_jax.adapters.miss import MiSS
+from peft_jax.adapters.oft import OFT
 from peft_jax.adapters.peft_form import PeftForm
 from peft_jax.adapters.unitary import Unitary
+from peft_jax.adapters.vera import VeRA
 from peft_jax.core import did_you_mean
 
 METHODS: dict[str, type[TrainingMethod]] = {
-    method.name: method for method in (Full, LoRA, DoRA, LoRAGA, BOFT, Unitary, Hybrid)
+    method.name: method
+    for method in (
+        Full,
+        LoRA,
+        DoRA,
+        LoRAFA,
+        AdaLoRA,
+        LoRAGA,
+        PiSSA,
+        OLoRA,
+        LoHa,
+        LoKr,
+        MiSS,
+        VeRA,
+        IA3,
+        BOFT,
+        OFT,
+        HRA,
+        Unitary,
+        Hybrid,
+    )
 }
 
 
@@ -80,10 +110,10 @@ def make_method(name: str, **settings: Any) -> TrainingMethod:
     Example:
       >>> make_method("lora", rank=4)
       LoRA(rank=4, alpha=16.0, rank_stabilized=False, dropout=0.0)
-      >>> make_method("lora", block_size=4)
+      >>> make_method("lora", n_butterfly_factors=4)
       Traceback (most recent call last):
         ...
-      ValueError: block_size is not a setting of the method 'lora', but of boft, hybrid
+      ValueError: n_butterfly_factors is not a setting of the method 'lora', but of boft, hybrid
     """
     if name not in METHODS:
         raise ValueError(

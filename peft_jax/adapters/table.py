@@ -87,7 +87,8 @@ def _label(method: Any) -> str:
     rank = f" r={method.rank}" if hasattr(method, "rank") else ""
     blocks = ""
     if hasattr(method, "block_size") and getattr(method, "rotation", "boft") == "boft":
-        blocks = f" b={method.block_size} m={method.n_butterfly_factors}"
+        factors = getattr(method, "n_butterfly_factors", 1)
+        blocks = f" b={method.block_size} m={factors}"
     unitary = " +unitary" if getattr(method, "rotation", "boft") == "unitary" else ""
     return f"{method.name}{rank}{blocks}{unitary}"
 

@@ -192,7 +192,7 @@ def _check_peft_tensors(
     wanted = {name: item.shape for item in trained for name in item.names}
     flat = flatten(params)
     for path, form in forms.items():
-        wanted |= _shapes(model, path, form, flat[path].shape)
+        wanted |= _shapes(model, path, form, flat[path].shape, stored)
     check_tensors(wanted, stored, what)
     check_tied(model, stored, what=what)
 
@@ -211,22 +211,30 @@ def _read_peft_state(
     for path, form in forms.items():
         arrays |= _read_adapted(model, path, form, flat[path].shape, stored, dtype)
         method = targets.adapted[path]
-        if method.uses_kernel:
+        constants = {("constant", (*path, name)) for name in method.axes(None, None)[1]}
+        if constants - arrays.keys():
             kernel = base_kernel(model, path, flat[path])
             for name, array in kernel_constants(method, kernel, is_stacked(path)).items():
-                arrays.setdefault(("constant", (*path, name)), array.astype(dtype))
+                arrays["constant", (*path, name)] = array.astype(dtype)
     return make_state(arrays)
 
 
 def _shapes(
-    model: Model, path: Path, form: PeftForm, shape: tuple[int, ...]
+    model: Model,
+    path: Path,
+    form: PeftForm,
+    shape: tuple[int, ...],
+    stored: Mapping[str, StoredTensor],
 ) -> dict[str, tuple[int, ...]]:
     """Returns the shapes, by name, of the tensors of one adapted kernel [..., d_in, d_out]."""
-    return {
-        f"{PEFT_PREFIX}{module}.{name}": size
-        for module in modules_of(model, path)
-        for name, size in form.shapes(*shape[-2:]).items()
-    }
+    wanted = {}
+    d_in, d_out = shape[-2:]
+    for module in modules_of(model, path):
+        start = f"{PEFT_PREFIX}{module}."
+        found = {name: stored[start + name].shape for name in form.names if start + name in stored}
+        for name, size in form.accepted_shapes(d_in, d_out, found).items():
+            wanted[start + name] = size
+    return wanted
 
 
 def _read_adapted(

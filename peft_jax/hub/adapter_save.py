@@ -2,7 +2,7 @@
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from peft_jax.adapters import AdapterSpec, AdapterState, Targets
 from peft_jax.adapters.peft_form import NoPeftFormError, PeftForm, nbytes
-from peft_jax.core import Tree, flatten, is_stacked
+from peft_jax.core import Path, Tree, flatten, is_stacked, join_path
 from peft_jax.hub.adapter_arrays import (
     ArrayTensors,
     adapted_tensors,
@@ -25,7 +25,7 @@ from peft_jax.hub.adapter_base import digest_of_origin
 from peft_jax.hub.adapter_digests import digest_arrays
 from peft_jax.hub.adapter_files import ARRAYS, CONFIG, PEFT_ARRAYS, PEFT_CONFIG, write_config
 from peft_jax.hub.peft_config import HEAD, check_scaled_biases, tied_embedding, write_peft_config
-from peft_jax.hub.peft_names import PEFT_PREFIX
+from peft_jax.hub.peft_names import PEFT_PREFIX, SHARED_PREFIX
 from peft_jax.hub.save import MAX_SHARD_BYTES, save_model
 from peft_jax.hub.tensors import TensorToWrite, read_header, write_tensors
 from peft_jax.models import Model
@@ -93,7 +93,7 @@ def save_adapter(
     check_state(state, spec.abstract(params))
     try:
         form = _check_form(model, spec, targets, params)
-        peft_tensors = list(_peft_tensors(model, targets, state, form))
+        peft_tensors = list(_peft_tensors(model, targets, params, state, form))
         peft: dict[str, Any] = {"loads": True}
     except NoPeftFormError as error:
         form, peft_tensors = None, []
@@ -193,8 +193,9 @@ def _check_form(model: Model, spec: AdapterSpec, targets: Targets, params: Tree)
             f"PEFT has no method {spec.method.name!r}; export the merged model instead"
         )
     own = {path: method.peft_form() for path, method in targets.adapted.items()}
+    forms = {path: form for path, form in own.items() if form is not None}
+    _check_same_settings(forms)
     try:
-        forms = {path: form for path, form in own.items() if form is not None}
         check_scaled_biases(model, forms, what=f"{spec.method.name} here")
     except ValueError as error:
         raise NoPeftFormError(str(error)) from error
@@ -212,8 +213,21 @@ def _check_form(model: Model, spec: AdapterSpec, targets: Targets, params: Tree)
     return form
 
 
+def _check_same_settings(forms: Mapping[Path, PeftForm]) -> None:
+    """Raises NoPeftFormError if modules differ in a setting that PEFT has only once."""
+    values: dict[str, Any] = {}
+    for path, form in forms.items():
+        for name, value in form.settings().items():
+            if name not in form.patterns and values.setdefault(name, value) != value:
+                raise NoPeftFormError(
+                    f"{join_path(path[:-1])} has {name} = {value!r}, but another module"
+                    f" {values[name]!r}, and PEFT has one value for all; export the merged model"
+                    " instead"
+                )
+
+
 def _peft_tensors(
-    model: Model, targets: Targets, state: AdapterState, form: PeftForm
+    model: Model, targets: Targets, params: Tree, state: AdapterState, form: PeftForm
 ) -> Iterator[TensorToWrite]:
     """Yields the adapter's tensors in PEFT's form.
 
@@ -243,6 +257,15 @@ def _peft_tensors(
                     shape=tensor.shape,
                     fetch=_constant(tensor),
                 )
+    flat = flatten(params)
+    shapes = [flat[path].shape[-2:] for path in targets.adapted]
+    for name, tensor in form.shared(shapes).items():
+        yield TensorToWrite(
+            name=f"{SHARED_PREFIX}{name}",
+            dtype=tensor.dtype,
+            shape=tensor.shape,
+            fetch=_constant(tensor),
+        )
     yield from tensors_to_write(peft_trained_tensors(model, targets, state), state)
 
 

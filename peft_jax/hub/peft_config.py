@@ -82,8 +82,6 @@ def write_peft_config(
         saved = sorted({*saved} - heads | {CLASSIFIER})
     settings = {
         "base_model_name_or_path": base_model_name,
-        "bias": "none",
-        "fan_in_fan_out": False,
         "inference_mode": True,
         "modules_to_save": saved or None,
         "peft_type": form.peft_type,
@@ -91,6 +89,9 @@ def write_peft_config(
         "task_type": "SEQ_CLS" if is_classifier else "CAUSAL_LM",
     }
     settings |= form.settings()
+    for setting, attribute in form.module_lists.items():
+        listed = [path for path, method in targets.adapted.items() if getattr(method, attribute)]
+        settings[setting] = short_names(model, listed, modules, matches_name)
     adapted = [module for path in targets.adapted for module in modules_of(model, path)]
     for setting, pattern in form.patterns.items():
         settings[pattern] = {
@@ -123,13 +124,14 @@ def check_peft_config(config: Mapping[str, Any], file: Path) -> type[PeftForm]:
     Raises:
       ValueError: A setting is unknown or not implemented; the message names it.
     """
-    form = next((form for form in peft_forms() if form.reads(config)), None)
-    if form is None:
+    forms = [form for form in peft_forms() if form.reads(config)]
+    if not forms:
         peft_type = config.get("peft_type")
         raise ValueError(
             f"{file} sets peft_type = {peft_type!r}, which is not implemented"
             f"{did_you_mean(str(peft_type), {form.peft_type for form in peft_forms()})}"
         )
+    form = max(forms, key=lambda form: len(form.marks))
     settings = form.understood
     for name, annotation in {**_TYPES, **settings.read}.items():
         if config.get(name) is not None:

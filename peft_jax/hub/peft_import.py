@@ -74,9 +74,10 @@ def read_peft_spec(
         "dtype": "bfloat16" if all(t.dtype == "BF16" for t in stored.values()) else "float32",
     }
     shapes = {
-        module: {end: tensor.shape for end, tensor in tensors.items()}
-        for own in found.adapted.values()
-        for module, tensors in own.items()
+        join_path(path[:-1]): {
+            end: tensor.shape for end, tensor in next(iter(own.values())).items()
+        }
+        for path, own in found.adapted.items()
     }
     try:
         common |= _patterns(config, form, found, model, kernels, what)

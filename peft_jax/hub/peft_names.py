@@ -9,6 +9,9 @@ from peft_jax.models import Model
 PEFT_PREFIX = "base_model.model."
 """PEFT's prefix of the base's module names."""
 
+SHARED_PREFIX = "base_model."
+"""PEFT's prefix of tensors that belong to no module of the base."""
+
 Matches = Callable[[str, str], bool]
 """Returns whether (a name in the configuration, a module's name) match."""
 

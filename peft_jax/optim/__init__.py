@@ -4,6 +4,7 @@
 - [`components`][peft_jax.optim.components]: `component_values`, `component_products`.
 - [`mixing`][peft_jax.optim.mixing]: `hybrid_mixing`, `MixingSettings`, `mixing_weights`.
 - [`optimizers`][peft_jax.optim.optimizers]: `make_optimizer`, `OptimizerSettings`, `decay_mask`.
+- [`rank_allocation`][peft_jax.optim.rank_allocation]: `rank_allocation`.
 - [`schedules`][peft_jax.optim.schedules]: `make_schedule`, `ScheduleSettings`.
 """
 
@@ -24,6 +25,7 @@ from peft_jax.optim.optimizers import (
     learning_rate_schedule,
     make_optimizer,
 )
+from peft_jax.optim.rank_allocation import RankAllocationState, rank_allocation
 from peft_jax.optim.schedules import SCHEDULES, ScheduleSettings, make_schedule
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "MixingSettings",
     "MixingState",
     "OptimizerSettings",
+    "RankAllocationState",
     "ScheduleSettings",
     "component_products",
     "component_values",
@@ -44,4 +47,5 @@ __all__ = [
     "make_optimizer",
     "make_schedule",
     "mixing_weights",
+    "rank_allocation",
 ]

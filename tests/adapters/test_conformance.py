@@ -14,14 +14,25 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from peft_jax.adapters import (
     BOFT,
+    HRA,
+    IA3,
+    OFT,
+    AdaLoRA,
     AdapterSpec,
     AdapterState,
     DoRA,
     Full,
     Hybrid,
+    LoHa,
+    LoKr,
     LoRA,
+    LoRAFA,
     LoRAGA,
+    MiSS,
+    OLoRA,
+    PiSSA,
     Unitary,
+    VeRA,
 )
 from peft_jax.core import Path, Tree, flatten, linear, unflatten
 from peft_jax.models import quantize_params
@@ -31,8 +42,21 @@ METHODS = {
     "lora": LoRA(rank=2),
     "lora_rank_stabilized": LoRA(rank=2, rank_stabilized=True),
     "dora": DoRA(rank=2),
+    "lora_fa": LoRAFA(rank=2),
+    "adalora": AdaLoRA(rank=3),
     "lora_ga": LoRAGA(rank=2),
     "lora_ga_peft": LoRAGA(rank=2, convention="peft"),
+    "pissa": PiSSA(rank=2),
+    "pissa_randomized": PiSSA(rank=2, iterations=4),
+    "olora": OLoRA(rank=2),
+    "loha": LoHa(rank=2),
+    "lokr": LoKr(rank=2),
+    "miss": MiSS(rank=5),
+    "vera": VeRA(rank=8, d_initial=4.0),
+    "ia3": IA3(feedforward_modules=("down",)),
+    "oft": OFT(block_size=4),
+    "oft_exact_shared": OFT(block_size=4, neumann_terms=0, share_blocks=True),
+    "hra": HRA(rank=4),
     "boft": BOFT(block_size=4, n_butterfly_factors=2),
     "boft_one_factor": BOFT(block_size=3, n_butterfly_factors=1),
     "unitary": Unitary(),
@@ -46,7 +70,10 @@ QUANTIZED = {
     f"{name} on {quantization}": (name, quantization)
     for name, quantization in (
         ("lora", "int8"),
-        *((name, "nf4") for name in ("lora", "dora", "lora_ga", "boft", "unitary", "hybrid")),
+        *(
+            (name, "nf4")
+            for name in ("lora", "dora", "lora_ga", "pissa", "oft", "boft", "unitary", "hybrid")
+        ),
     )
 }
 """Names and quantization formats of methods tested over quantized stacked kernels."""

@@ -5,7 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from peft_jax.adapters import BOFT, AdapterSpec, DoRA, Hybrid, LoRA, LoRAGA
+from peft_jax.adapters import (
+    BOFT,
+    OFT,
+    AdapterSpec,
+    DoRA,
+    Hybrid,
+    LoKr,
+    LoRA,
+    LoRAGA,
+    MiSS,
+    VeRA,
+)
 from peft_jax.core import linear
 
 RATE = 0.25
@@ -14,6 +25,10 @@ METHODS = {
     "lora": (LoRA(rank=3), LoRA(rank=3, dropout=RATE)),
     "dora": (DoRA(rank=3), DoRA(rank=3, dropout=RATE)),
     "lora_ga": (LoRAGA(rank=3), LoRAGA(rank=3, dropout=RATE)),
+    "lokr": (LoKr(rank=1), LoKr(rank=1, dropout=RATE)),
+    "vera": (VeRA(rank=3), VeRA(rank=3, dropout=RATE)),
+    "miss": (MiSS(rank=3), MiSS(rank=3, dropout=RATE)),
+    "oft": (OFT(block_size=4), OFT(block_size=4, dropout=RATE)),
     "boft": (BOFT(block_size=4), BOFT(block_size=4, dropout=RATE)),
     "hybrid": (
         Hybrid(rank=3, block_size=4),

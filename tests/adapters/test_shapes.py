@@ -8,14 +8,25 @@ from hypothesis import strategies as st
 
 from peft_jax.adapters import (
     BOFT,
+    HRA,
+    IA3,
+    OFT,
+    AdaLoRA,
     AdapterSpec,
     DoRA,
     Full,
     GradientFactors,
     Hybrid,
+    LoHa,
+    LoKr,
     LoRA,
+    LoRAFA,
     LoRAGA,
+    MiSS,
+    OLoRA,
+    PiSSA,
     Unitary,
+    VeRA,
 )
 from peft_jax.core import flatten
 
@@ -26,6 +37,17 @@ METHODS = {
     "lora": (LoRA, {"rank": ranks, "rank_stabilized": st.booleans()}),
     "dora": (DoRA, {"rank": ranks}),
     "lora_ga": (LoRAGA, {"rank": ranks, "direction": st.sampled_from(["ArB2r", "random"])}),
+    "lora_fa": (LoRAFA, {"rank": ranks}),
+    "vera": (VeRA, {"rank": ranks}),
+    "adalora": (AdaLoRA, {"rank": ranks}),
+    "pissa": (PiSSA, {"rank": ranks, "iterations": st.integers(0, 2)}),
+    "olora": (OLoRA, {"rank": ranks}),
+    "loha": (LoHa, {"rank": ranks}),
+    "lokr": (LoKr, {"rank": st.just(1), "decompose_factor": st.sampled_from([-1, 2])}),
+    "miss": (MiSS, {"rank": ranks}),
+    "ia3": (IA3, {"scales_input": st.booleans()}),
+    "oft": (OFT, {"block_size": blocks, "share_blocks": st.booleans()}),
+    "hra": (HRA, {"rank": ranks.map(lambda n: 2 * n)}),
     "boft": (BOFT, {"block_size": blocks, "n_butterfly_factors": factors}),
     "unitary": (Unitary, {}),
     "hybrid": (Hybrid, {"rank": ranks, "block_size": blocks, "n_butterfly_factors": factors}),
@@ -44,7 +66,8 @@ def test_shapes_and_dtypes_on_one_kernel(name, data):
     make, choices = METHODS[name]
     method = make(**data.draw(st.fixed_dictionaries(choices)))
     # Every method accepts multiples of its largest block that are at least twice the rank.
-    size = getattr(getattr(method, "rotation_method", method), "composed_block_size", 2)
+    rotation = getattr(method, "rotation_method", method)
+    size = getattr(rotation, "composed_block_size", getattr(rotation, "block_size", 2))
     d_in = size * data.draw(st.integers(-(-18 // size), -(-18 // size) + 2))
     d_out = data.draw(st.integers(18, 23))
     batch = tuple(data.draw(st.lists(st.integers(1, 3), max_size=2)))

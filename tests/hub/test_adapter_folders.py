@@ -13,14 +13,24 @@ import safetensors.numpy
 
 from peft_jax.adapters import (
     BOFT,
+    HRA,
+    IA3,
+    OFT,
+    AdaLoRA,
     AdapterSpec,
     AdapterState,
     DoRA,
     Full,
     Hybrid,
+    LoHa,
+    LoKr,
     LoRA,
+    LoRAFA,
     LoRAGA,
+    MiSS,
+    PiSSA,
     Unitary,
+    VeRA,
 )
 from peft_jax.core import flatten, unflatten
 from peft_jax.hub import load_adapter, load_model, save_adapter
@@ -50,6 +60,17 @@ SPECS = {
     ),
     "lora_ga": AdapterSpec(method=LoRAGA(rank=2, direction="ArBr"), modules_to_save=("norm",)),
     "dora": AdapterSpec(method=DoRA(rank=2), rank_pattern={"q_proj": 1}),
+    "lora_fa": AdapterSpec(method=LoRAFA(rank=2)),
+    "vera": AdapterSpec(method=VeRA(rank=4)),
+    "adalora": AdapterSpec(method=AdaLoRA(rank=2)),
+    "pissa": AdapterSpec(method=PiSSA(rank=2), rank_pattern={"q_proj": 1}),
+    "loha": AdapterSpec(method=LoHa(rank=2), alpha_pattern={"q_proj": 1.0}),
+    "lokr": AdapterSpec(method=LoKr(rank=1)),
+    "miss": AdapterSpec(method=MiSS(rank=3)),
+    "ia3": AdapterSpec(method=IA3(feedforward_modules=("down_proj",))),
+    "oft": AdapterSpec(method=OFT(block_size=4)),
+    "hra": AdapterSpec(method=HRA(rank=2)),
+    "hra of several ranks": AdapterSpec(method=HRA(rank=2), rank_pattern={"q_proj": 4}),
     "boft": AdapterSpec(method=BOFT(block_size=4, n_butterfly_factors=1)),
     "boft two factors": AdapterSpec(method=BOFT(block_size=4)),
     "unitary": AdapterSpec(method=Unitary(), modules_to_save=("lm_head",)),
@@ -59,8 +80,23 @@ SPECS = {
         modules_to_save=("embed_tokens",),
     ),
 }
-IN_PEFT_FORMAT = {"lora", "lora_ga", "boft"}
-COPIED_FOR_PEFT = {"dora", "boft two factors"}
+IN_PEFT_FORMAT = {
+    *(
+        "lora",
+        "lora_fa",
+        "adalora",
+        "lora_ga",
+        "pissa",
+        "loha",
+        "lokr",
+        "miss",
+        "ia3",
+        "oft",
+        "hra",
+        "boft",
+    ),
+}
+COPIED_FOR_PEFT = {"dora", "vera", "boft two factors"}
 
 
 @pytest.fixture(scope="module")

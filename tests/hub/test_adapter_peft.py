@@ -10,7 +10,27 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from peft_jax.adapters import BOFT, AdapterSpec, DoRA, Full, Hybrid, LoRA, LoRAGA, Unitary
+from peft_jax.adapters import (
+    BOFT,
+    HRA,
+    IA3,
+    OFT,
+    AdaLoRA,
+    AdapterSpec,
+    DoRA,
+    Full,
+    Hybrid,
+    LoHa,
+    LoKr,
+    LoRA,
+    LoRAFA,
+    LoRAGA,
+    MiSS,
+    PiSSA,
+    Unitary,
+    VeRA,
+)
+from peft_jax.core import flatten
 from peft_jax.hub import export_merged, load_adapter, save_adapter
 
 peft = pytest.importorskip("peft")
@@ -43,6 +63,21 @@ LLAMA_SPECS = {
     "lora_ga not rank-stabilized": AdapterSpec(
         method=LoRAGA(rank=2, alpha=3.0, rank_stabilized=False), modules_to_save=("lm_head",)
     ),
+    "lora_fa": AdapterSpec(method=LoRAFA(rank=3), rank_pattern={"q_proj": 2}),
+    "vera": AdapterSpec(method=VeRA(rank=32), modules_to_save=("norm",)),
+    "adalora": AdapterSpec(method=AdaLoRA(rank=3), modules_to_save=("norm",)),
+    "pissa": AdapterSpec(method=PiSSA(rank=2), rank_pattern={"q_proj": 3}),
+    "loha": AdapterSpec(
+        method=LoHa(rank=2), rank_pattern={"q_proj": 3}, alpha_pattern={"k_proj": 1.0}
+    ),
+    "lokr": AdapterSpec(method=LoKr(rank=1), modules_to_save=("norm",)),
+    "miss": AdapterSpec(method=MiSS(rank=5)),
+    "ia3": AdapterSpec(
+        method=IA3(feedforward_modules=("down_proj", "o_proj")),
+        target_modules=("k_proj", "v_proj", "o_proj", "down_proj"),
+    ),
+    "oft": AdapterSpec(method=OFT(block_size=4), modules_to_save=("lm_head",)),
+    "hra": AdapterSpec(method=HRA(rank=4)),
     "boft": AdapterSpec(
         method=BOFT(block_size=4, n_butterfly_factors=1), modules_to_save=("lm_head",)
     ),
@@ -55,6 +90,10 @@ LLAMA_SPECS = {
     ),
 }
 BLOOM_SPECS = {
+    "ia3 of inputs": AdapterSpec(
+        method=IA3(feedforward_modules=("dense_4h_to_h",)), target_modules=("dense_4h_to_h",)
+    ),
+    "oft": AdapterSpec(method=OFT(block_size=8, neumann_terms=0)),
     "lora": AdapterSpec(
         method=LoRA(rank=2),
         rank_pattern={"dense": 4},
@@ -165,6 +204,40 @@ CONFIGS = {
         "LoraConfig",
         {"r": 2, "use_dora": True, "use_rslora": True, "target_modules": LINEAR["bloom"]},
     ),
+    "pissa": (
+        "llama",
+        "LoraConfig",
+        {"r": 2, "init_lora_weights": "pissa", "target_modules": LINEAR["llama"]},
+    ),
+    "olora": (
+        "llama",
+        "LoraConfig",
+        {"r": 2, "init_lora_weights": "olora", "use_rslora": True, "target_modules": ["q_proj"]},
+    ),
+    "loha": (
+        "llama",
+        "LoHaConfig",
+        {"r": 2, "rank_pattern": {"q_proj": 3}, "target_modules": LINEAR["llama"]},
+    ),
+    "lokr": ("llama", "LoKrConfig", {"r": 1, "target_modules": LINEAR["llama"]}),
+    "miss": ("llama", "MissConfig", {"r": 5, "target_modules": LINEAR["llama"]}),
+    "ia3": (
+        "llama",
+        "IA3Config",
+        {"target_modules": LINEAR["llama"], "feedforward_modules": ["down_proj"]},
+    ),
+    "oft": ("llama", "OFTConfig", {"oft_block_size": 4, "target_modules": LINEAR["llama"]}),
+    "oft, exact and shared": (
+        "bloom",
+        "OFTConfig",
+        {
+            "oft_block_size": 8,
+            "use_cayley_neumann": False,
+            "block_share": True,
+            "target_modules": LINEAR["bloom"],
+        },
+    ),
+    "hra": ("llama", "HRAConfig", {"r": 4, "target_modules": LINEAR["llama"]}),
     "all-linear": ("llama", "LoraConfig", {"r": 2, "target_modules": "all-linear"}),
     # For these, PEFT also saves a copy of the base's head.
     "lora over the head": (
@@ -251,6 +324,31 @@ def test_norms_of_a_base_that_is_given_by_shapes_are_read_from_its_files(base, t
         load_adapter(tmp_path, unknown, base.model.abstract_params())
 
 
+def test_adalora_with_dropped_directions_loads(base, tokens, tmp_path):
+    base = base("llama")
+    config = peft.AdaLoraConfig(
+        init_r=4, target_r=2, total_step=2, target_modules=LINEAR["llama"], task_type="CAUSAL_LM"
+    )
+    module = peft.get_peft_model(base.copy_of_module(), config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator))
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+    for step in range(3):
+        module.base_model.update_and_allocate(step)
+    ranks = [sum(left) for left in module.peft_config["default"].rank_pattern.values()]
+    assert len(set(ranks)) > 1
+    module.save_pretrained(tmp_path)
+    spec, state = load_adapter(tmp_path, base.model, base.params)
+    assert spec.method == AdaLoRA(rank=4, alpha=8.0)
+    values = [leaf for path, leaf in flatten(state.trainable).items() if path[-1] == "e"]
+    assert sum(int((leaf != 0).sum()) for leaf in values) == sum(ranks)
+    found = base.adapted_logits(tokens, spec, state)
+    assert_same(found, theirs(module, tokens), base.logits(tokens))
+
+
 def test_an_adapter_of_another_head_is_rejected(base, tmp_path):
     base = base("llama")
     settings = {"r": 2, "target_modules": ["lm_head"]}
@@ -286,9 +384,9 @@ REJECTED = {
     "layers": ({"layers_to_transform": [0]}, r"layers_to_transform = \[0\]"),
     "lora_bias": ({"lora_bias": True}, r"lora_bias = True"),
     "tokens": ({"trainable_token_indices": [1]}, r"trainable_token_indices = \[1\]"),
-    "pissa": (
-        {"init_lora_weights": "pissa"},
-        r"init_lora_weights = 'pissa'.*path_initial_model_for_weight_conversion",
+    "randomized pissa": (
+        {"init_lora_weights": "pissa_niter_4"},
+        r"init_lora_weights = 'pissa_niter_4'.*path_initial_model_for_weight_conversion",
     ),
     "rank by layer": (
         {"rank_pattern": {"layers.0.self_attn.q_proj": 3}},
@@ -322,7 +420,7 @@ def test_unknown_peft_settings_and_methods_are_rejected(base, tmp_path):
     for change, message in (
         ({"use_new_trick": True}, r"use_new_trick = True"),
         ({"fan_in_fan_out": True}, r"fan_in_fan_out = True"),
-        ({"peft_type": "IA3"}, r"peft_type = 'IA3'.*BOFT, LORA"),
+        ({"peft_type": "PROMPT_TUNING"}, r"peft_type = 'PROMPT_TUNING'.*BOFT, .*LORA"),
         (
             {"task_type": "FEATURE_EXTRACTION"},
             r"task_type = 'FEATURE_EXTRACTION'",
@@ -341,6 +439,64 @@ def test_different_values_of_a_tied_embedding_and_head_are_rejected(base, tmp_pa
     save_with_peft(base, tmp_path, "LoraConfig", settings)
     with pytest.raises(ValueError, match=r"lm_head and the embedding.*tie_word_embeddings"):
         load_adapter(tmp_path, base.model, base.params)
+
+
+REJECTED_OF_OTHERS = {
+    "ia3 of a bias": (
+        "bloom",
+        "IA3Config",
+        {"target_modules": ["dense"], "feedforward_modules": []},
+        r"layers\.self_attention\.dense, whose bias PEFT scales too",
+    ),
+    "hra": (
+        "llama",
+        "HRAConfig",
+        {"r": 2, "apply_GS": True, "target_modules": ["q_proj"]},
+        r"apply_GS = True.*orthogonalized",
+    ),
+    "oft": (
+        "llama",
+        "OFTConfig",
+        {"oft_block_size": 4, "coft": True, "target_modules": ["q_proj"]},
+        r"coft = True",
+    ),
+    "oft of two terms": (
+        "llama",
+        "OFTConfig",
+        {"oft_block_size": 4, "num_cayley_neumann_terms": 2, "target_modules": ["q_proj"]},
+        r"num_cayley_neumann_terms = 2",
+    ),
+    "miss": (
+        "llama",
+        "MissConfig",
+        {"r": 4, "init_weights": "bat", "target_modules": ["q_proj"]},
+        r"init_weights = 'bat'.*MiSS",
+    ),
+    "lokr": (
+        "llama",
+        "LoKrConfig",
+        {"r": 2, "target_modules": ["q_proj"]},
+        r"lokr_w2, .*match no module",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REJECTED_OF_OTHERS)
+def test_unsupported_settings_of_other_methods_are_rejected(name, base, tmp_path):
+    kind, config_class, settings, message = REJECTED_OF_OTHERS[name]
+    base = base(kind)
+    save_with_peft(base, tmp_path, config_class, settings)
+    with pytest.raises(ValueError, match=message):
+        load_adapter(tmp_path, base.model, base.params)
+
+
+def test_scaled_biases_have_no_peft_form(base, arbitrary_state, tmp_path):
+    base, spec = base("bloom"), AdapterSpec(method=IA3(), target_modules=("dense",))
+    state = arbitrary_state(spec, base.params)
+    save_adapter(tmp_path, base.model, spec, state, base_model_name="someone/base")
+    config = json.loads((tmp_path / "peft_jax_adapter.json").read_text())
+    assert "bias" in config["peft"]["why"]
+    assert not (tmp_path / "adapter_config.json").exists()
 
 
 def test_pickles_are_rejected(base, tmp_path):

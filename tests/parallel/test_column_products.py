@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from peft_jax.adapters import BOFT, Hybrid, LoRA, Unitary
+from peft_jax.adapters import (
+    BOFT,
+    HRA,
+    OFT,
+    Hybrid,
+    LoRA,
+    Unitary,
+)
 from peft_jax.adapters.method import GradientFactors
 from peft_jax.core import AdaptedKernel, flatten, linear
 from peft_jax.core.quantized import quantize
@@ -19,6 +26,8 @@ AXES = (("embed", "heads"), ("embed", "kv_heads"), ("embed", "kv_heads"))
 METHODS = {
     "boft": BOFT(block_size=4, n_butterfly_factors=2),
     "factors": BOFT(block_size=4, n_butterfly_factors=1),
+    "oft": OFT(block_size=4),
+    "hra": HRA(rank=4),
     "hybrid": Hybrid(rank=2, block_size=4),
 }
 

@@ -89,7 +89,10 @@ def test_method_settings_reach_the_method():
         ({"method.rnak": 3}, "method.rnak is not a setting; did you mean 'rank'"),
         ({"method.name": "loar"}, "method.name is 'loar'; did you mean 'lora'"),
         ({"method.name": None}, "method.name must be given; known: full, lora"),
-        ({"method.block_size": 8}, "method.block_size is a setting of boft, hybrid, not of 'lora'"),
+        (
+            {"method.n_butterfly_factors": 3},
+            "method.n_butterfly_factors is a setting of boft, hybrid, not of 'lora'",
+        ),
         ({"method.init_batches": 8}, "method.init_batches is given, but only methods that start"),
         ({"method.rank": "eight"}, "method.rank must be an integer; it is 'eight'"),
         ({"method.rank": 0}, "method: rank must be"),

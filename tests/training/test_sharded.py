@@ -38,6 +38,11 @@ INNER = MeshSettings(data=1, fsdp=2, sequence=2, tensor=2)
 OUTER = MeshSettings(slice=2, data=2, fsdp=2)
 SETTINGS = {
     "lora": {"rank": 2},
+    "loha": {"rank": 2},
+    "lokr": {"rank": 1},
+    "miss": {"rank": 5},
+    "vera": {"rank": 4},
+    "oft": {"block_size": 4},
     "lora_ga": {"rank": 2},
     "boft": {"block_size": 4},
     "hybrid": {"rank": 2, "block_size": 4},
