@@ -38,10 +38,10 @@ demo: $(VENV)/.base
 	$(RUN) -m examples.demo $(ARGS)
 
 test: $(VENV)/.dev
-	$(RUN) -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
+	$(RUN) -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(ARGS)
 
 test-all: $(VENV)/.dev
-	$(RUN) -m pytest -n $(WORKERS) $(ARGS)
+	$(RUN) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .

@@ -251,13 +251,14 @@ def test_more_passes_improve_the_directions(key):
 
 @settings(max_examples=15, deadline=None)
 @given(
-    d_in=st.integers(2, 120),
-    d_out=st.integers(2, 120),
-    rank=st.integers(1, 12),
+    # Each shape compiles a program, so there are few.
+    size=st.sampled_from([(2, 90), (120, 7), (61, 64)]),
+    rank=st.sampled_from([1, 12]),
     seed=st.integers(0, 99),
 )
-def test_one_pass_recovers_what_the_sketch_can_hold(d_in, d_out, rank, seed):
+def test_one_pass_recovers_what_the_sketch_can_hold(size, rank, seed):
     """A gradient whose rank is at most the sketch's width is recovered to rounding."""
+    d_in, d_out = size
     rank = min(rank, d_in, d_out)
     rng = np.random.default_rng(seed)
     gradient = rng.normal(size=(d_in, rank)) @ rng.normal(size=(rank, d_out))

@@ -756,13 +756,14 @@ def test_an_evaluation_without_ratings_fails(server, shared_data, tmp_path, repo
 
 
 def test_missing_ratings_are_reported_in_the_metric(server, shared_data, tmp_path, reporter):
-    answers = iter(["none", *["[[6]]"] * 159])
+    answers = iter(["none", *["[[6]]"] * 3])
     server.answer = lambda body: (200, said(next(answers)), {})
-    result = build(server, shared_data, tmp_path, reporter, workers=1).evaluate(Speaker())
+    job = build(server, shared_data, tmp_path, reporter, limit=2, workers=1)
+    result = job.evaluate(Speaker())
     shown = [(metric.name, metric.variant) for metric in result.metrics[:3]]
     assert shown == [
-        ("rating", "judge: judge-1; 159 of 160 ratings"),
-        ("turn 1", "judge: judge-1; 79 of 80 ratings"),
+        ("rating", "judge: judge-1; 3 of 4 ratings"),
+        ("turn 1", "judge: judge-1; 1 of 2 ratings"),
         ("turn 2", "judge: judge-1"),
     ]
 

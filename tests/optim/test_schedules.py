@@ -53,6 +53,7 @@ def test_first_and_last_learning_rates_are_not_zero():
 def test_warmup_ratio_rounds_up():
     assert ScheduleSettings(warmup_ratio=0.03).warmup(10) == 1
     assert ScheduleSettings(warmup_ratio=0.03).warmup(100) == 3
+    assert ScheduleSettings(warmup_ratio=0.03).warmup(1) == 0
     assert ScheduleSettings(warmup_steps=7).warmup(100) == 7
 
 

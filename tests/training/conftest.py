@@ -12,6 +12,7 @@ from rich.console import Console
 
 from peft_jax.runtime.progress import Reporter
 from peft_jax.training import RunConfig, default_config, from_config_dict
+from peft_jax.training.report import plots
 
 WORDS = [f"w{number}" for number in range(40)]
 
@@ -60,6 +61,14 @@ def compile_quickly():
     yield
     for name, value in before.items():
         jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def empty_pictures():
+    """Leaves the report's pictures empty, because drawing them takes a third of a short run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "_save", lambda figure, path: path.write_bytes(b""))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -47,7 +47,13 @@ def adapter_bytes(workdir):
 
 
 @pytest.fixture(scope="module")
-def finished(tiny, tmp_path_factory):
+def base_files(checkpoint):
+    """Returns the content of the base model's files before any run."""
+    return {p: p.read_bytes() for p in checkpoint.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, base_files, tmp_path_factory):
     """Returns a finished run with the hybrid, dropout, accumulation and evaluations."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
     summary = run(hybrid(tiny), workdir)
@@ -195,18 +201,20 @@ def test_run_resumed_after_a_signal_equals_an_uninterrupted_one(
     assert untimed(workdir) == untimed(reference)
 
 
-def test_epochs_are_trained_resumed_and_reported(tiny, tmp_path, monkeypatch, listener):
-    """Trains one and a half epochs of 40 rows in batches of 10."""
-    settings = {
-        "train.steps": None,
-        "train.epochs": 1.5,
-        "train.batch_size": 10,
-        "data.packing": False,
-        "data.train_rows": 40,
-        "optimizer.schedule.name": "linear",
-        "optimizer.schedule.warmup_ratio": 0.3,
-    }
-    whole = run(tiny(**settings), tmp_path / "whole", reporter=listener)
+EPOCHS = {
+    "train.steps": None,
+    "train.epochs": 1.5,
+    "train.batch_size": 10,
+    "data.packing": False,
+    "data.train_rows": 40,
+    "optimizer.schedule.name": "linear",
+    "optimizer.schedule.warmup_ratio": 0.3,
+}
+"""One and a half epochs of 40 rows in batches of 10."""
+
+
+def test_epochs_are_trained_and_reported(tiny, tmp_path, listener):
+    whole = run(tiny(**EPOCHS), tmp_path / "whole", reporter=listener)
     assert whole["steps"] == 6
     assert whole["data"]["epochs"] == whole["data"]["passes"] == 1.5
     assert whole["data"]["train"]["used"] == 40
@@ -217,11 +225,16 @@ def test_epochs_are_trained_resumed_and_reported(tiny, tmp_path, monkeypatch, li
     np.testing.assert_allclose(rates, expected, rtol=1e-6)
     page = (tmp_path / "whole" / "report" / "README.md").read_text()
     assert "The run makes 1.5 passes over its rows." in page
+
+
+@pytest.mark.slow
+def test_epochs_are_resumed(tiny, tmp_path, monkeypatch, listener):
+    run(tiny(**EPOCHS), tmp_path / "whole")
     with monkeypatch.context() as patch:
         StopAt(patch, 4, signal.SIGTERM)
         with pytest.raises(InterruptedRunError, match="after step 4 of 6"):
-            run(tiny(**settings), tmp_path / "stopped")
-    run(tiny(**settings), tmp_path / "stopped", reporter=listener)
+            run(tiny(**EPOCHS), tmp_path / "stopped")
+    run(tiny(**EPOCHS), tmp_path / "stopped", reporter=listener)
     assert "resuming from step 4 of 6" in listener.text
     stopped, finished = (
         (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes()
@@ -231,6 +244,7 @@ def test_epochs_are_trained_resumed_and_reported(tiny, tmp_path, monkeypatch, li
     assert untimed(tmp_path / "stopped") == untimed(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_run_of_one_step_has_no_warmup(tiny, tmp_path):
     changes = {"train.steps": 1, "optimizer.schedule.warmup_ratio": 0.03}
     run(tiny(**changes), tmp_path / "run")
@@ -238,16 +252,14 @@ def test_run_of_one_step_has_no_warmup(tiny, tmp_path):
     assert record["learning_rate"] == pytest.approx(0.02)
 
 
-def test_base_model_is_never_written(finished, checkpoint, tiny, tmp_path):
-    files = {p: p.read_bytes() for p in checkpoint.rglob("*") if p.is_file()}
+def test_base_model_is_never_written(finished, base_files, checkpoint):
     stored = sum(
         p.stat().st_size
         for p in (finished[0] / "checkpoints").rglob("*")
         if p.is_file() and "arrays" in p.parts
     )
     assert stored > 0
-    run(tiny(), tmp_path / "run")
-    assert {p: p.read_bytes() for p in checkpoint.rglob("*") if p.is_file()} == files
+    assert {p: p.read_bytes() for p in checkpoint.rglob("*") if p.is_file()} == base_files
 
 
 @pytest.mark.slow
@@ -297,6 +309,7 @@ def test_missing_initial_metric_is_reported_as_not_measured(stopped, tiny, liste
     assert "held-out loss: not measured -> " in listener.text
 
 
+@pytest.mark.slow
 def test_damaged_checkpoint_is_skipped(finished, stopped, tiny, listener):
     target = max(
         (p for p in (stopped / "checkpoints" / "4" / "arrays").rglob("*") if p.is_file()),
@@ -327,6 +340,7 @@ def test_resuming_with_other_settings_is_rejected_by_name(stopped, tiny):
     assert "batch_size" not in message
 
 
+@pytest.mark.slow
 def test_unusable_row_can_be_skipped_on_resuming(tiny, data, tmp_path, listener):
     words = tmp_path / "words"
     shutil.copytree(data / "words", words)
@@ -389,10 +403,7 @@ def test_non_finite_loss_names_the_step_and_the_last_good_checkpoint(tiny, tmp_p
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=() if name in ("full", "lora") else pytest.mark.slow)
-        for name in METHODS
-    ],
+    [pytest.param(name, marks=() if name == "full" else pytest.mark.slow) for name in METHODS],
 )
 def test_every_method_learns_and_compiles_its_step_once(name, tiny, tmp_path, monkeypatch):
     steps = []

@@ -16,9 +16,10 @@ import jax
 import numpy as np
 import pytest
 
+from peft_jax.runtime import processes
 from peft_jax.runtime.errors import ExitCode, RefusedError
 from peft_jax.runtime.processes import PeerMonitor, ProcessSettings
-from peft_jax.training import placement, processes
+from peft_jax.training import placement
 from peft_jax.training.report.metrics import read_records
 
 ROOT = Path(__file__).parents[2]

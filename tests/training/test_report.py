@@ -9,6 +9,11 @@ from peft_jax.training.report.page import write_report
 from peft_jax.training.report.plots import _lambda_rows, draw_all, smooth
 
 
+@pytest.fixture(scope="module", autouse=True)
+def empty_pictures():
+    """Draws the pictures, which these tests look at."""
+
+
 def records(layers: int = 3, steps: int = 12, groups=("layers",)) -> list[dict]:
     """Returns records in which λ of group g, layer l at step s is (g + l + s) / 100."""
     made = [{"step": 0, "split": "held_out", "loss": 3.0, "targets": 10}]

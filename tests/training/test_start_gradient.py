@@ -85,14 +85,21 @@ def products(factors) -> dict[tuple[str, ...], np.ndarray]:
     }
 
 
-@pytest.mark.parametrize("passes", [1, 4])
-@pytest.mark.parametrize("mesh", [INNER, OUTER], ids=["inner", "outer"])
+@pytest.mark.parametrize(
+    ("mesh", "passes"),
+    [
+        pytest.param(INNER, 1, id="inner-1"),
+        pytest.param(INNER, 4, id="inner-4", marks=pytest.mark.slow),
+        pytest.param(OUTER, 1, id="outer-1", marks=pytest.mark.slow),
+        pytest.param(OUTER, 4, id="outer-4", marks=pytest.mark.slow),
+    ],
+)
 def test_factors_on_a_mesh_agree_with_one_device(draw, mesh, passes):
     changes = {"method.init_passes": passes}
     alone = products(factors_of(draw(ONE, **changes)))
-    found = factors_of(draw(mesh, **changes))
+    found = products(factors_of(draw(mesh, **changes)))
     for path, expected in alone.items():
-        error = np.linalg.norm(products(found)[path] - expected) / np.linalg.norm(expected)
+        error = np.linalg.norm(found[path] - expected) / np.linalg.norm(expected)
         assert error < 1e-3, path
 
 
@@ -147,7 +154,11 @@ def test_programs_of_one_shape_share_the_compiled_pass(draw, monkeypatch):
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize(("method", "mesh"), [("lora_ga", ONE), ("hybrid", INNER)], ids=str)
+@pytest.mark.parametrize(
+    ("method", "mesh"),
+    [("lora_ga", ONE), pytest.param("hybrid", INNER, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_the_pass_needs_no_more_memory_than_a_step(draw, method, mesh):
     """Holds for microbatches of the step, which both hold the activations of."""
     blueprint = draw(
