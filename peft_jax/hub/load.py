@@ -308,6 +308,9 @@ def _used_tensors(checkpoint: Checkpoint, model: Model) -> dict[str, StoredTenso
         for old, new in model.family.old_names:
             if name.endswith(old):
                 name = name.removesuffix(old) + new
+        for old, new in model.family.old_prefixes:
+            if name.startswith(old):
+                name = new + name.removeprefix(old)
         found[name] = tensor
     return found
 

@@ -24,6 +24,8 @@ _IRRELEVANT = frozenset(
         "auto_mapping",
         "base_model_name_or_path",
         "exclude_modules",
+        # How PEFT finds the base's kernels stored, which the checkpoint's family says here.
+        "fan_in_fan_out",
         "inference_mode",
         "peft_type",
         "peft_version",
@@ -36,7 +38,6 @@ _IRRELEVANT = frozenset(
 )
 _FIXED: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
-    "fan_in_fan_out": NEUTRAL,
     "layers_pattern": NEUTRAL,
     "layers_to_transform": NEUTRAL,
     "task_type": (None, "CAUSAL_LM", "SEQ_CLS"),
@@ -89,6 +90,8 @@ def write_peft_config(
         "task_type": "SEQ_CLS" if is_classifier else "CAUSAL_LM",
     }
     settings |= form.settings()
+    if "fan_in_fan_out" in settings:
+        settings["fan_in_fan_out"] = model.family.naming.conv1d
     for setting, attribute in form.module_lists.items():
         listed = [path for path, method in targets.adapted.items() if getattr(method, attribute)]
         settings[setting] = short_names(model, listed, modules, matches_name)

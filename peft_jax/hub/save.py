@@ -3,6 +3,8 @@
 Tensors are fetched and written one at a time, so the host holds only one copy of one tensor.
 """
 
+import dataclasses
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path as FilePath
 from typing import Any
@@ -16,6 +18,8 @@ from peft_jax.hub.tensors import TensorToWrite, write_tensors
 from peft_jax.models import HFTensor, Model
 from peft_jax.runtime.files import write_json
 
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
 MAX_SHARD_BYTES = 5_000_000_000
 """Largest size of a file of weights, unless a single tensor is larger."""
 
@@ -24,6 +28,8 @@ def save_model(
     folder: str | FilePath, model: Model, params: Tree, *, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
     """Writes `config.json` and safetensors that transformers loads, in the parameters' dtype.
+
+    Of a model that also reads images, the language model is written alone.
 
     Each file is written atomically. `config.json`, which loading requires, is written last. The
     tokenizer is not written.
@@ -43,6 +49,7 @@ def save_model(
     for path, leaf in leaves.items():
         if isinstance(leaf, AdaptedKernel):
             raise ValueError(f"{join_path(path)} has an adapter bound to it; merge it first")
+    model = _language_model_alone(model)
     tensors = list(_tensors(leaves, model))
     shards = _split(tensors, max_shard_bytes)
     # Removed first: an interrupted save must not leave an index that disagrees with its files.
@@ -54,6 +61,16 @@ def save_model(
         (folder / WEIGHTS).unlink(missing_ok=True)
         _write_shards(folder, shards)
     write_json(folder / CONFIG, _config(model, leaves))
+
+
+def _language_model_alone(model: Model) -> Model:
+    """Returns the model as one of a family without other parts, if it has any."""
+    family, whole = model.family, model.hf_config
+    if family.alone is None:
+        return model
+    shared = {name: whole[name] for name in _TOKEN_IDS if name in whole}
+    config = shared | whole[family.text_part] | {"model_type": family.alone.model_type}
+    return dataclasses.replace(model, family=family.alone, hf_json=json.dumps(config))
 
 
 def _tensors(leaves: dict[Path, Any], model: Model) -> Iterator[TensorToWrite]:

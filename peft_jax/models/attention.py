@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,8 @@ from peft_jax.models.attention_layout import (
 from peft_jax.models.chunked_attention import chunked_attention
 from peft_jax.models.execution import ExecutionSettings
 from peft_jax.models.fused_attention import fused_attention, why_not_fused
+from peft_jax.models.layers import recomputed
+from peft_jax.models.logit_rule import soft_cap
 from peft_jax.parallel import active_mesh, over_shards, spans
 
 Scores = Float32[Array, "batch kv_heads tokens group keys"]
@@ -181,8 +183,17 @@ def dense_attention(layout: AttentionLayout, *, tokens: int, keys: int) -> Atten
     seen = visible(layout, query_index, key_index, layout.query_segments, layout.key_segments)
     mask = jnp.where(seen, 0.0, MASKED).astype(jnp.float32)[:, None, :, None, :]
 
+    def score(query: Queries, key: Keys) -> Scores:
+        return jnp.einsum("btkgh,bskh->bktgs", query, key, preferred_element_type=jnp.float32)
+
+    def capped_score(query: Queries, key: Keys) -> Scores:
+        return soft_cap(score(query, key), cast(float, layout.score_cap))
+
+    # The gradient of the cap needs the scores, which the backward pass computes again.
+    scores_of = score if layout.score_cap is None else recomputed(capped_score)
+
     def attend(query: Queries, key: Keys, value: Keys) -> Queries:
-        scores = jnp.einsum("btkgh,bskh->bktgs", query, key, preferred_element_type=jnp.float32)
+        scores = scores_of(query, key)
         bias = alibi(layout, layout.query_positions, layout.key_positions)
         if bias is not None:
             scores += bias

@@ -42,6 +42,7 @@ class AttentionLayout:
         2108.12409), or None.
       window: Number of tokens a query attends to on each side, itself included; None for all.
         Static.
+      score_cap: Soft cap of the scores; None for none. Static.
       is_causal: Whether later tokens are masked. If False, segments are required, because they
         mask the padding. Static.
       packed: Whether a row may hold several segments. False promises one segment per row, padded
@@ -56,6 +57,7 @@ class AttentionLayout:
     key_positions: Any = None
     slopes: Any = None
     window: int | None = struct.field(pytree_node=False, default=None)
+    score_cap: float | None = struct.field(pytree_node=False, default=None)
     is_causal: bool = struct.field(pytree_node=False, default=True)
     packed: bool = struct.field(pytree_node=False, default=True)
     cached: bool = struct.field(pytree_node=False, default=False)
@@ -87,6 +89,7 @@ class AttentionLayout:
         *,
         window: int | None = None,
         packed: bool = True,
+        score_cap: float | None = None,
     ) -> "AttentionLayout":
         """Returns a decoder's layout.
 
@@ -95,6 +98,7 @@ class AttentionLayout:
           cache: Cache that already holds these tokens' positions and segments, or None.
           window: Number of tokens a query attends to, itself included; None for all.
           packed: Whether a row may hold several segments.
+          score_cap: Soft cap of the scores; None for none.
 
         Raises:
           ValueError: A cache is given without `segment_ids`.
@@ -110,6 +114,7 @@ class AttentionLayout:
             query_segments=segment_ids,
             key_segments=key_segments,
             window=window,
+            score_cap=score_cap,
             packed=packed,
             cached=cache is not None,
         )

@@ -82,6 +82,14 @@ _INTEGER: Kind = (
     lambda value: _is_integer(value) and abs(value) <= _MAX_SIZE,
 )
 _POSITIVE: Kind = ("a finite number above 0", lambda value: _is_finite(value) and value > 0)
+_FACTORS: Kind = (
+    "a list of finite numbers above 0",
+    lambda value: isinstance(value, list) and all(_is_finite(v) and v > 0 for v in value),
+)
+_FLAGS: Kind = (
+    "a list of 0 and 1",
+    lambda value: isinstance(value, list) and all(_is_integer(v) and v in (0, 1) for v in value),
+)
 _NOT_NEGATIVE: Kind = ("a finite number of at least 0", lambda v: _is_finite(v) and v >= 0)
 _BOOL: Kind = ("true or false", lambda value: isinstance(value, bool))
 _TEXT: Kind = ("a string", lambda value: isinstance(value, str))
@@ -101,8 +109,9 @@ _KINDS: Mapping[str, Kind] = {
     **dict.fromkeys(
         (
             "head_dim", "hidden_size", "intermediate_size", "max_position_embeddings", "n_embed",
-            "n_head", "n_inner", "num_attention_heads", "num_key_value_heads", "num_labels",
-            "original_max_position_embeddings", "vocab_size",
+            "n_embd", "n_head", "n_inner", "n_positions", "no_rope_layer_interval",
+            "num_attention_heads", "num_key_value_heads", "num_labels",
+            "original_max_position_embeddings", "sliding_window_pattern", "vocab_size",
             # Encoders.
             "attention_head_size", "dim", "embedding_size", "global_attn_every_n_layers",
             "hidden_dim", "local_attention", "n_heads", "pooler_hidden_size",
@@ -120,19 +129,23 @@ _KINDS: Mapping[str, Kind] = {
         (
             "attention_factor", "beta_fast", "beta_slow", "factor", "high_freq_factor",
             "layer_norm_eps", "layer_norm_epsilon", "low_freq_factor", "partial_rotary_factor",
-            "rms_norm_eps", "rope_theta",
+            "attention_multiplier", "attn_logit_softcapping", "embedding_multiplier",
+            "final_logit_softcapping", "logits_scaling", "mscale", "mscale_all_dim",
+            "query_pre_attn_scalar", "residual_multiplier", "rms_norm_eps", "rope_local_base_freq",
+            "rope_theta", "rotary_emb_base", "rotary_pct",
             # Encoders.
             "global_rope_theta", "local_rope_theta", "norm_eps",
         ),
         _POSITIVE,
     ),
+    **dict.fromkeys(("long_factor", "short_factor"), _FACTORS),
     "initializer_range": _NOT_NEGATIVE,
     "type_vocab_size": _COUNT,
     **dict.fromkeys(
         (
             "apply_residual_connection_post_layernorm", "attention_bias", "mlp_bias",
-            "position_biased_input", "relative_attention", "share_att_key", "tie_word_embeddings",
-            "truncate", "use_sliding_window",
+            "position_biased_input", "relative_attention", "scale_attn_weights", "share_att_key",
+            "tie_word_embeddings", "truncate", "use_parallel_residual", "use_sliding_window",
             # Encoders.
             "classifier_bias", "norm_bias",
         ),
@@ -143,16 +156,17 @@ _KINDS: Mapping[str, Kind] = {
     **dict.fromkeys(("dtype", "torch_dtype"), _TEXT),
     **dict.fromkeys(
         (
-            "activation", "hidden_act", "model_type", "norm_rel_ebd", "pooler_hidden_act",
-            "problem_type", "rope_type", "type",
+            "activation", "activation_function", "hidden_act", "hidden_activation", "model_type",
+            "norm_rel_ebd", "pooler_hidden_act", "problem_type", "rope_type", "type",
             # Encoders.
-            "classifier_activation", "classifier_pooling", "hidden_activation",
+            "classifier_activation", "classifier_pooling",
         ),
         _TEXT,
     ),
     **dict.fromkeys(("architectures", "layer_types"), _TEXTS),
+    "no_rope_layers": _FLAGS,
     "pos_att_type": _WORDS,
-    **dict.fromkeys(("id2label", "rope_parameters", "rope_scaling"), _OBJECT),
+    **dict.fromkeys(("id2label", "rope_parameters", "rope_scaling", "text_config"), _OBJECT),
 }  # fmt: skip
 """Accepted values of attributes, for all families."""
 

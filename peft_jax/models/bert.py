@@ -7,11 +7,8 @@ Source: Devlin et al., 2019, arXiv 1810.04805; Liu et al., 2019, arXiv 1907.1169
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -23,6 +20,7 @@ from peft_jax.core.validation import (
     check_positive,
     check_positive_int,
 )
+from peft_jax.models.activations import ACTIVATIONS
 from peft_jax.models.attention import make_attention
 from peft_jax.models.attention_layout import Attend, AttentionLayout
 from peft_jax.models.blocks import run_blocks, stack_blocks
@@ -30,17 +28,6 @@ from peft_jax.models.execution import ExecutionSettings
 from peft_jax.models.layers import Embedding, LayerNorm, Linear, recomputed
 
 Hidden = Float[Array, "batch tokens embed"]
-
-ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
-    "tanh": jnp.tanh,
-}
-"""Nonlinearities of feed-forward layers and heads, by their names in transformers."""
 
 HEADS = ("pooled", "two_layers")
 

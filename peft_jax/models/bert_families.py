@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from peft_jax.core.validation import check_positive_int
+from peft_jax.models.activations import read_activation
 from peft_jax.models.attributes import AttributeTable, given, require
 from peft_jax.models.bert import Bert, BertConfig
 from peft_jax.models.encoder_attributes import (
     IRRELEVANT,
     OLD_NAMES,
     position_ids,
-    read_activation,
     read_labels,
 )
 from peft_jax.models.family import Family

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
 from kernels_pallas.dispatch import use_implementation
-from peft_jax.core import Kernel, Tree, linear
+from peft_jax.core import Kernel, Tree
 from peft_jax.models.cache import KVCache
+from peft_jax.models.logit_rule import PRODUCTS, LogitRule, head_products
 from peft_jax.models.model import Model
 
 
@@ -70,15 +71,16 @@ class CausalLM(Model):
         """Returns the head, [D, V]; if tied, the transposed embedding."""
         return self._bind(params).head_kernel()
 
+    @property
+    def logit_rule(self) -> LogitRule:
+        """Computes logits from the products of the head; plain unless the family has a rule."""
+        return getattr(self.config, "logit_rule", PRODUCTS)
+
     def logits(
         self, params: Tree, hidden: Float[Array, "*batch embed"]
     ) -> Float32[Array, "*batch vocab"]:
         """Returns the logits of hidden states, in float32."""
-        kernel = self.head_kernel(params)
-        if isinstance(kernel, jax.Array):
-            kernel = kernel.astype(hidden.dtype)
-            return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
-        return linear(hidden, kernel).astype(jnp.float32)
+        return self.logit_rule(head_products(hidden, self.head_kernel(params)))
 
     def __call__(
         self,

@@ -27,6 +27,7 @@ from peft_jax.models.attention_layout import (
     alibi,
     visible,
 )
+from peft_jax.models.logit_rule import soft_cap
 
 LogSums = Float32[Array, "batch kv_heads tokens group"]
 Index = Int[Array, ""] | int
@@ -159,6 +160,10 @@ def _attention_backward(blocks: Blocks, residuals: Any, grad_out: Queries) -> tu
             grad_value += _matmul("bktgs,btkgh->bskh", weights, grad_out_i)
             grad_weights = _matmul("btkgh,bskh->bktgs", grad_out_i, value_j)
             grad_scores = weights * (grad_weights - means_i[..., None])
+            if layout.score_cap is not None:
+                # A masked score is far below the cap, where the slope is zero.
+                share = jnp.maximum(scores / layout.score_cap, -1.0)
+                grad_scores *= 1.0 - jnp.square(share)
             grad_key += _matmul("bktgs,btkgh->bskh", grad_scores, query_i)
             update = _matmul("bktgs,bskh->btkgh", grad_scores, key_j)
             update += _take(grad_query, i, blocks.query)
@@ -197,6 +202,8 @@ def _scores(
         return None if array is None else _take(array, j, blocks.key)
 
     scores = _matmul("btkgh,bskh->bktgs", query, key)
+    if layout.score_cap is not None:
+        scores = soft_cap(scores, layout.score_cap)
     bias = alibi(layout, take_queries(layout.query_positions), take_keys(layout.key_positions))
     if bias is not None:
         scores += bias

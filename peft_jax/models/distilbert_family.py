@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from peft_jax.models.activations import read_activation
 from peft_jax.models.attributes import AttributeTable, given, require
 from peft_jax.models.bert import BertConfig
 from peft_jax.models.distilbert import DistilBert
@@ -10,7 +11,6 @@ from peft_jax.models.encoder_attributes import (
     IRRELEVANT,
     OLD_NAMES,
     position_ids,
-    read_activation,
     read_labels,
 )
 from peft_jax.models.family import Family

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from peft_jax.models.attributes import given
-from peft_jax.models.bert import ACTIVATIONS
 
 IRRELEVANT = frozenset(
     {
@@ -54,23 +53,3 @@ def read_labels(hf_config: Mapping[str, Any]) -> int:
             " single-label classification and regression with one output are implemented"
         )
     return labels
-
-
-def read_activation(hf_config: Mapping[str, Any], name: str, default: str = "gelu") -> str:
-    """Returns the name of a nonlinearity.
-
-    Args:
-      hf_config: The parsed `config.json`.
-      name: Name of the attribute.
-      default: Value where the attribute is absent.
-
-    Raises:
-      ValueError: The nonlinearity is not implemented.
-    """
-    activation = given(hf_config, name, default)
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"config.json sets {name} = {activation!r}, which is not implemented; choose from:"
-            f" {', '.join(ACTIVATIONS)}"
-        )
-    return activation

@@ -77,6 +77,10 @@ class Family:
       unused: Regular expressions of tensors that checkpoints may hold but the model ignores, such
         as pretraining heads.
       old_names: (old suffix, new suffix) of tensors that old checkpoints name differently.
+      old_prefixes: (old prefix, new prefix) of such tensors.
+      text_part: Attribute of `config.json` that describes the language model; empty if all of the
+        file does.
+      alone: Family of the language model alone, as which models are saved; None for this one.
     """
 
     model_type: str
@@ -86,3 +90,6 @@ class Family:
     naming: Naming
     unused: tuple[str, ...] = ()
     old_names: tuple[tuple[str, str], ...] = ()
+    old_prefixes: tuple[tuple[str, str], ...] = ()
+    text_part: str = ""
+    alone: "Family | None" = None

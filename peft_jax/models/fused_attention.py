@@ -60,6 +60,8 @@ def why_not_fused(
         )
     if layout.slopes is not None:
         return "it does not support ALiBi"
+    if layout.score_cap is not None:
+        return "it does not support a soft cap of the scores"
     if layout.cached or tokens != keys:
         return "it does not support keys from a cache"
     if _needs_mask(layout) and tokens > MAX_MASKED_TOKENS:

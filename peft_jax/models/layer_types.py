@@ -1,10 +1,33 @@
-"""How types of layers repeat."""
+"""Types of decoder layers, and how equal ones repeat."""
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TypeVar
+
+from peft_jax.core.validation import check_positive_int
+from peft_jax.models.rope import RotarySettings
+
+_Item = TypeVar("_Item")
 
 _MAX_PERIOD = 32
 """Largest number of layers in a period; it bounds the work for models of many layers."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerType:
+    """What differs between the layers of one decoder; their parameters have equal shapes.
+
+    Attributes:
+      window: Number of tokens that a token attends to, itself included; None for all.
+      rotary: Rotary embedding of queries and keys; None for none.
+    """
+
+    window: int | None = None
+    rotary: RotarySettings | None = None
+
+    def __post_init__(self) -> None:
+        if self.window is not None:
+            check_positive_int("sliding_window", self.window)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,3 +79,15 @@ def _count_repeats(types: Sequence[object], start: int, period: int) -> int:
     while end < len(types) and types[end] == types[end - period]:
         end += 1
     return (end - start) // period
+
+
+def shortest_cycle(types: Sequence[_Item]) -> tuple[_Item, ...]:
+    """Returns the shortest beginning whose repetition gives the list.
+
+    Example:
+      >>> shortest_cycle("aabaabaa")
+      ('a', 'a', 'b')
+    """
+    return next(
+        tuple(types[:size]) for size in range(1, len(types) + 1) if types[size:] == types[:-size]
+    )

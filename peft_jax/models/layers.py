@@ -111,11 +111,12 @@ class RMSNorm(nnx.Module):
     Args:
       features: Size of the last axis.
       epsilon: Added to the mean square.
+      offset: Number added to the stored scale.
     """
 
-    def __init__(self, features: int, *, epsilon: float):
-        self.scale = parameter((features,), ("norm",), mean=1.0)
-        self.epsilon = epsilon
+    def __init__(self, features: int, *, epsilon: float, offset: float = 0.0):
+        self.scale = parameter((features,), ("norm",), mean=1.0 - offset)
+        self.epsilon, self.offset = epsilon, offset
 
     @part("norm")
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
@@ -126,7 +127,8 @@ class RMSNorm(nnx.Module):
         wide = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         wide = wide * jax.lax.rsqrt(mean_square + self.epsilon)
-        return (wide * scale.astype(jnp.float32)).astype(x.dtype)
+        scale = scale.astype(jnp.float32)
+        return (wide * (scale + self.offset if self.offset else scale)).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):

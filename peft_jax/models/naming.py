@@ -52,6 +52,7 @@ class Naming:
       blocks: Name of the list of transformer blocks: "layers", "h", "encoder.layer".
       heads: Modules whose names do not begin with the prefix.
       later: Modules of a block that the first block lacks.
+      conv1d: Whether the blocks' kernels are stored [in, out], as transformers' `Conv1D` has them.
 
     Example:
       >>> naming = Naming(prefix="model", blocks="layers")
@@ -65,6 +66,7 @@ class Naming:
     blocks: str
     heads: tuple[str, ...] = (LM_HEAD, CLASSIFIER)
     later: tuple[str, ...] = ()
+    conv1d: bool = False
 
     def module(self, path: Path, layer: int | str | None = None) -> str:
         """Returns the dotted name of the module that holds the leaf at `path`.
@@ -90,4 +92,5 @@ class Naming:
         leaf = path[-1]
         suffix = "bias" if leaf == "bias" else "weight"
         first = int(is_stacked(path) and path[1] in self.later)
-        return HFTensor(template=f"{module}.{suffix}", transposed=leaf == "kernel", first=first)
+        transposed = leaf == "kernel" and not (self.conv1d and is_stacked(path))
+        return HFTensor(template=f"{module}.{suffix}", transposed=transposed, first=first)

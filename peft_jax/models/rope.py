@@ -99,10 +99,14 @@ class YarnScaling:
     Attributes:
       factor: Ratio of the new context length to the original one.
       original_max_position_embeddings: Context length of pretraining, in tokens.
-      attention_factor: Multiplier of cosines and sines; None for the paper's 0.1 ln(factor) + 1.
+      attention_factor: Multiplier of cosines and sines; None for the paper's 0.1 ln(factor) + 1,
+        or for the quotient that `mscale` and `mscale_all_dim` give.
       beta_fast: Pairs with more turns than this over the original context are kept.
       beta_slow: Pairs with fewer turns than this are fully interpolated.
       truncate: Whether to round the ends of the ramp outwards to whole pairs.
+      mscale: With `mscale_all_dim`, the factor is (0.1 mscale ln(factor) + 1) divided by the same
+        with `mscale_all_dim`.
+      mscale_all_dim: See `mscale`.
 
     Source: Peng et al., 2023, arXiv 2309.00071, section 3.2 and eq. 21-23.
     """
@@ -113,6 +117,8 @@ class YarnScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"):
@@ -142,15 +148,77 @@ class YarnScaling:
         """Multiplier of cosines and sines."""
         if self.attention_factor is not None:
             return self.attention_factor
-        return 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+        if self.mscale and self.mscale_all_dim:
+            return self._mscale(self.mscale) / self._mscale(self.mscale_all_dim)
+        return self._mscale(1.0)
+
+    def _mscale(self, weight: float) -> float:
+        return 0.1 * weight * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
 
 
-Scaling = LinearScaling | Llama3Scaling | YarnScaling
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LongRopeScaling:
+    """LongRoPE: divides each frequency by a factor of its own, of one set for each length.
+
+    Attributes:
+      short_factor: Divisors for rows within the original context, one for each pair.
+      long_factor: Divisors for longer rows.
+      original_max_position_embeddings: Context length of pretraining, in tokens.
+      factor: Ratio of the new context length to the original one.
+      attention_factor: Multiplier of cosines and sines; None for
+        sqrt(1 + ln(factor) / ln(original)).
+
+    Source: Ding et al., 2024, arXiv 2402.13753, with the two sets of Phi-3.
+    """
+
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+    original_max_position_embeddings: int
+    factor: float
+    attention_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("original_max_position_embeddings", "factor"):
+            check_positive(name, getattr(self, name))
+        for name in ("short_factor", "long_factor"):
+            for value in getattr(self, name):
+                check_positive(name, value)
+        if len(self.short_factor) != len(self.long_factor):
+            raise ValueError(
+                f"short_factor has {len(self.short_factor)} numbers, but must have as many as"
+                f" long_factor = {len(self.long_factor)}"
+            )
+
+    def scale(self, frequencies: Frequencies, theta: float) -> Frequencies:
+        """Returns the frequencies of rows within the original context, in radians per token."""
+        del theta
+        return frequencies / np.asarray(self.short_factor)
+
+    def scale_long(self, frequencies: Frequencies) -> Frequencies:
+        """Returns the frequencies of longer rows, in radians per token."""
+        return frequencies / np.asarray(self.long_factor)
+
+    @property
+    def magnitude(self) -> float:
+        """Multiplier of cosines and sines."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.factor <= 1:
+            return 1.0
+        return math.sqrt(
+            1 + math.log(self.factor) / math.log(self.original_max_position_embeddings)
+        )
+
+
+_ORIGINAL = "original_max_position_embeddings"
+
+Scaling = LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling
 
 _SCALINGS: dict[str, type[Scaling]] = {
     "linear": LinearScaling,
     "llama3": Llama3Scaling,
     "yarn": YarnScaling,
+    "longrope": LongRopeScaling,
 }
 
 
@@ -159,8 +227,8 @@ class RotarySettings:
     """Settings of a rotary embedding.
 
     Attributes:
-      head_dim: H; even.
-      theta: Base; pair i is rotated by theta^(-2i/H) radians per token.
+      head_dim: Number of a head's features that are rotated, the first ones; even. Usually H.
+      theta: Base; pair i is rotated by theta^(-2i/head_dim) radians per token.
       scaling: Scaling of the frequencies to a longer context, or None.
     """
 
@@ -175,6 +243,13 @@ class RotarySettings:
                 f"head_dim is {self.head_dim}, but must be even: rotary embeddings pair a head's"
                 " features"
             )
+        if isinstance(self.scaling, LongRopeScaling):
+            found = len(self.scaling.short_factor)
+            if found != self.head_dim // 2:
+                raise ValueError(
+                    f"short_factor has {found} numbers, but must have one for each of the"
+                    f" {self.head_dim // 2} pairs of rotated features"
+                )
 
     def frequencies(self) -> Frequencies:
         """Returns the scaled frequency of each pair, in radians per token, in float64.
@@ -183,15 +258,32 @@ class RotarySettings:
           >>> RotarySettings(head_dim=4, theta=100.0).frequencies()
           array([1. , 0.1])
         """
-        pairs = np.arange(self.head_dim // 2, dtype=np.float64)
-        frequencies = self.theta ** (-2.0 * pairs / self.head_dim)
+        frequencies = self._unscaled()
         return frequencies if self.scaling is None else self.scaling.scale(frequencies, self.theta)
 
+    def _unscaled(self) -> Frequencies:
+        pairs = np.arange(self.head_dim // 2, dtype=np.float64)
+        return self.theta ** (-2.0 * pairs / self.head_dim)
+
     def tables(
-        self, positions: Int[Array, "batch tokens"]
+        self, positions: Int[Array, "batch tokens"], *, slots: int | None = None
     ) -> tuple[Float32[Array, "batch tokens pairs"], Float32[Array, "batch tokens pairs"]]:
-        """Returns cosines and sines [B, T, H/2], times the scaling's magnitude."""
+        """Returns cosines and sines [B, T, head_dim/2], times the scaling's magnitude.
+
+        LongRoPE's set of factors is chosen for all rows at once: the long one if a position lies
+        beyond the original context. With a cache, it is the long one if the cache has more slots
+        than the original context has tokens, so that all keys are rotated by the same angles.
+
+        Args:
+          positions: [B, T].
+          slots: Number of slots of the cache; None without one.
+        """
         frequencies = jnp.asarray(self.frequencies(), jnp.float32)
+        if isinstance(self.scaling, LongRopeScaling):
+            long = jnp.asarray(self.scaling.scale_long(self._unscaled()), jnp.float32)
+            length = jnp.max(positions) + 1 if slots is None else slots
+            is_long = length > self.scaling.original_max_position_embeddings
+            frequencies = jnp.where(is_long, long, frequencies)
         angles = positions.astype(jnp.float32)[..., None] * frequencies
         magnitude = jnp.float32(1.0 if self.scaling is None else self.scaling.magnitude)
         cosines, sines = jax.lax.platform_dependent(
@@ -218,12 +310,20 @@ def rotate(
     *,
     scale: float = 1.0,
 ) -> Float[Array, "batch tokens *heads head_dim"]:
-    """Rotates features i and i + H/2 of every head by their pair's angle, and scales them."""
-    axes = tuple(range(2, x.ndim - 1))
+    """Rotates features of every head by their pair's angle, and scales all features.
+
+    With P pairs, the first 2 P features are rotated, i along with i + P.
+    """
+    axes, pairs = tuple(range(2, x.ndim - 1)), cosines.shape[-1]
     cosines, sines = jnp.expand_dims(cosines, axes), jnp.expand_dims(sines, axes)
-    first, second = jnp.split(x.astype(jnp.float32) * scale, 2, axis=-1)
+    first, second, *rest = jnp.split(x.astype(jnp.float32) * scale, _ends(x, pairs), axis=-1)
     turned = (first * cosines - second * sines, second * cosines + first * sines)
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    return jnp.concatenate((*turned, *rest), axis=-1).astype(x.dtype)
+
+
+def _ends(x: Array, pairs: int) -> list[int]:
+    """Returns where to split a head: after the first features of the pairs, and the second."""
+    return [pairs] if x.shape[-1] == 2 * pairs else [pairs, 2 * pairs]
 
 
 ROTARY_ATTRIBUTES = frozenset(
@@ -239,7 +339,13 @@ ROTARY_ATTRIBUTES = frozenset(
 """Attributes of `config.json` that `read_rotary` reads."""
 
 
-def read_rotary(hf_config: Mapping[str, Any], *, head_dim: int) -> RotarySettings:
+def read_rotary(
+    hf_config: Mapping[str, Any],
+    *,
+    head_dim: int,
+    default_theta: float = 10000.0,
+    default_part: float | None = None,
+) -> RotarySettings:
     """Reads the rotary embedding from a `config.json` of transformers 4 or 5.
 
     transformers 5 writes `rope_parameters`, which holds `rope_type` and `rope_theta`. Earlier
@@ -248,11 +354,69 @@ def read_rotary(hf_config: Mapping[str, Any], *, head_dim: int) -> RotarySetting
     Args:
       hf_config: The parsed `config.json`.
       head_dim: H.
+      default_theta: Base where none is given.
+      default_part: Part of a head's features that is rotated where none is given; None if the
+        family rotates all features.
 
     Raises:
       ValueError: The rope type is not implemented, or one of its parameters is missing or
         unknown.
     """
+    parameters = _joined_parameters(hf_config)
+    nested = [name for name, value in parameters.items() if isinstance(value, Mapping)]
+    if nested:
+        raise ValueError(
+            f"config.json's rope_parameters differ by layer type ({', '.join(nested)}), which is"
+            " not implemented"
+        )
+    theta = given(hf_config, "rope_theta", default_theta)
+    return _read_parameters(parameters, hf_config, head_dim, theta, default_part)
+
+
+def read_rotary_by_type(
+    hf_config: Mapping[str, Any], *, head_dim: int, thetas: Mapping[str, float]
+) -> dict[str, RotarySettings]:
+    """Reads the rotary embedding of each type of layer, as Gemma 3 has them.
+
+    transformers 5 writes `rope_parameters` by type. Earlier versions write `rope_theta` and
+    `rope_scaling` for full attention, and `rope_local_base_freq` for sliding attention.
+
+    Args:
+      hf_config: The parsed `config.json`.
+      head_dim: H.
+      thetas: Base of each type where none is given.
+
+    Raises:
+      ValueError: As `read_rotary`, or the parameters are not given by type.
+    """
+    bases = {
+        "full_attention": given(hf_config, "rope_theta", thetas["full_attention"]),
+        "sliding_attention": given(hf_config, "rope_local_base_freq", thetas["sliding_attention"]),
+    }
+    by_type: dict[str, Any] = {"full_attention": hf_config.get("rope_scaling")}
+    check_kind(hf_config, "rope_scaling")
+    if hf_config.get("rope_parameters") is not None:
+        check_kind(hf_config, "rope_parameters")
+        by_type = {**by_type, **hf_config["rope_parameters"]}
+    for name, value in by_type.items():
+        if name not in bases or not isinstance(value, Mapping | None):
+            raise ValueError(
+                f"config.json's rope_parameters set {name} = {value!r}, but must have parameters"
+                f" for {' and '.join(bases)}"
+            )
+    return {
+        name: _read_parameters(
+            {key: value for key, value in (by_type.get(name) or {}).items() if value is not None},
+            hf_config,
+            head_dim,
+            theta,
+            None,
+        )
+        for name, theta in bases.items()
+    }
+
+
+def _joined_parameters(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("rope_parameters", "rope_scaling"):
         check_kind(hf_config, name)
     new, old = (hf_config.get(name) or {} for name in ("rope_parameters", "rope_scaling"))
@@ -260,27 +424,34 @@ def read_rotary(hf_config: Mapping[str, Any], *, head_dim: int) -> RotarySetting
         raise ValueError(
             f"config.json sets rope_parameters = {new!r} and rope_scaling = {old!r}, which disagree"
         )
-    parameters = {name: value for name, value in (new or old).items() if value is not None}
-    nested = [name for name, value in parameters.items() if isinstance(value, Mapping)]
-    if nested:
-        raise ValueError(
-            f"config.json's rope_parameters differ by layer type ({', '.join(nested)}), which is"
-            " not implemented"
-        )
+    return {name: value for name, value in (new or old).items() if value is not None}
+
+
+def _read_parameters(
+    parameters: dict[str, Any],
+    hf_config: Mapping[str, Any],
+    head_dim: int,
+    default_theta: float,
+    default_part: float | None,
+) -> RotarySettings:
     for name in ("rope_theta", "partial_rotary_factor", "rope_type", "type"):
         check_kind(parameters, name, where="config.json's rope parameters set")
-    theta = parameters.pop("rope_theta", given(hf_config, "rope_theta", 10000.0))
-    partial = parameters.pop(
-        "partial_rotary_factor", given(hf_config, "partial_rotary_factor", 1.0)
+    theta = parameters.pop("rope_theta", default_theta)
+    part = parameters.pop(
+        "partial_rotary_factor", given(hf_config, "partial_rotary_factor", default_part or 1.0)
     )
-    if partial != 1.0:
+    if part != 1.0 and default_part is None:
         raise ValueError(
-            f"config.json sets partial_rotary_factor = {partial!r}, but only 1.0 is implemented"
+            f"config.json sets partial_rotary_factor = {part!r}, but only 1.0 is implemented"
+        )
+    if part > 1.0:
+        raise ValueError(
+            f"config.json sets partial_rotary_factor = {part!r}, but must have at most 1.0"
         )
     old_type = parameters.pop("type", "default")
     kind = parameters.pop("rope_type", old_type)
     return RotarySettings(
-        head_dim=head_dim,
+        head_dim=int(head_dim * part),
         theta=float(theta),
         scaling=_read_scaling(kind, parameters, hf_config),
     )
@@ -298,15 +469,10 @@ def _read_scaling(
             f"config.json sets the rope type {kind!r}, which is not implemented"
             f"{did_you_mean(kind, ('default', *_SCALINGS))}"
         )
-    if "original_max_position_embeddings" in known:
-        original = given(
-            hf_config,
-            "original_max_position_embeddings",
-            parameters.get(
-                "original_max_position_embeddings", hf_config.get("max_position_embeddings")
-            ),
-        )
-        parameters = {**parameters, "original_max_position_embeddings": original}
+    if _ORIGINAL in known:
+        written = parameters.get(_ORIGINAL, hf_config.get("max_position_embeddings"))
+        original = given(hf_config, _ORIGINAL, written)
+        parameters = {**parameters, _ORIGINAL: original}
     for name, value in parameters.items():
         if name not in known:
             raise ValueError(
@@ -317,6 +483,13 @@ def _read_scaling(
         return None
     for name in parameters:
         check_kind(parameters, name, where="config.json's rope parameters set")
+    if kind == "longrope" and parameters[_ORIGINAL] is not None:
+        longest = given(hf_config, "max_position_embeddings", parameters[_ORIGINAL])
+        parameters.setdefault("factor", longest / parameters[_ORIGINAL])
+    parameters = {
+        name: tuple(map(float, value)) if isinstance(value, list) else value
+        for name, value in parameters.items()
+    }
     settings = _SCALINGS[kind]
     required = {
         field.name

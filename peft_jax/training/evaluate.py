@@ -190,6 +190,7 @@ def token_sums(
         model.head_kernel(params),
         batch.targets.reshape(-1),
         chunk_size=chunk_size,
+        logit_rule=model.logit_rule,
     )
     mask = batch.loss_mask.reshape(-1)
     return -jnp.sum(scores * mask), jnp.sum(right.astype(jnp.float32) * mask), jnp.sum(mask)

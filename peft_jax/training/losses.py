@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from peft_jax.core import AdaptedKernel, Kernel, linear
+from peft_jax.core import AdaptedKernel, Kernel
+from peft_jax.models.logit_rule import PRODUCTS, LogitRule, head_products
 
 _Gradients = tuple[Any, tuple[Any, ...], Any]
 """Gradients of hidden states, head leaves and weights; None for those that need none."""
@@ -30,10 +31,12 @@ def chunked_cross_entropy(
     weights: Float[Array, " tokens"],
     *,
     chunk_size: int,
+    logit_rule: LogitRule = PRODUCTS,
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     """Returns the cross-entropy summed over tokens, and the sum of their weights.
 
-    The loss is Σ_i w_i (log Σ_v exp z_iv - z_i,target) with z = hidden · head_kernel in float32.
+    The loss is Σ_i w_i (log Σ_v exp z_iv - z_i,target). The logits z are float32, computed from
+    hidden · head_kernel by the model's rule.
     The pass that computes the loss also computes its gradient with respect to a chunk's logits,
     w (softmax z - onehot), and from it the gradients of the hidden states and of trainable head
     leaves. Gradients that are not needed are not computed: a frozen head costs one product forward
@@ -51,6 +54,7 @@ def chunked_cross_entropy(
       targets: Token to predict at each position, in [0, V); ignored where the weight is 0.
       weights: Weight of each position; 0 excludes it.
       chunk_size: Maximum number of positions whose logits are held at once, over all devices.
+      logit_rule: Computes logits from the products of the head (`CausalLM.logit_rule`).
 
     Returns:
       Sum of weighted losses in nats and sum of weights, both float32 []. The mean is their
@@ -72,6 +76,7 @@ def chunked_cross_entropy(
     weights = weights.astype(jnp.float32)
     loss = _summed_loss(
         treedef,
+        logit_rule,
         _strided(hidden, count),
         tuple(leaves),
         _strided(targets, count),
@@ -86,6 +91,7 @@ def chunked_token_scores(
     targets: Int[Array, " tokens"],
     *,
     chunk_size: int,
+    logit_rule: LogitRule = PRODUCTS,
 ) -> tuple[Float32[Array, " tokens"], Bool[Array, " tokens"]]:
     """Returns the log-probability of every target and whether it is the likeliest token.
 
@@ -94,6 +100,7 @@ def chunked_token_scores(
       head_kernel: Kernel [D, V], or an `AdaptedKernel` over one.
       targets: Token at each position, in [0, V).
       chunk_size: Maximum number of positions whose logits are held at once.
+      logit_rule: Computes logits from the products of the head (`CausalLM.logit_rule`).
 
     Returns:
       Log-probabilities in nats, float32 [N], and whether the target has the largest logit,
@@ -114,7 +121,7 @@ def chunked_token_scores(
 
     def score(carry: None, chunk: tuple[Array, Array, Array]) -> tuple[None, Any]:
         index, h, t = chunk
-        logits = _logits(h, _with_chunk_dropout(head_kernel, index))
+        logits = logit_rule(head_products(h, _with_chunk_dropout(head_kernel, index)))
         log_normalizer, at_target = _normalizer_and_target(logits, t)
         return carry, (at_target - log_normalizer, jnp.argmax(logits, axis=-1).astype(t.dtype) == t)
 
@@ -151,13 +158,6 @@ def _with_chunk_dropout(kernel: Kernel, index: Array) -> Kernel:
     )
 
 
-def _logits(hidden: Array, kernel: Kernel) -> Array:
-    """Returns logits [C, V] in float32, accumulated in float32 if the kernel is one array."""
-    if isinstance(kernel, AdaptedKernel):
-        return linear(hidden, kernel).astype(jnp.float32)
-    return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
-
-
 def _normalizer_and_target(logits: Array, targets: Array) -> tuple[Array, Array]:
     """Returns log Σ exp z and the target's z, [C] each.
 
@@ -173,14 +173,20 @@ def _is_target(logits: Array, targets: Array) -> Array:
     return jax.lax.broadcasted_iota(targets.dtype, logits.shape, 1) == targets[:, None]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _summed_loss(
-    treedef: Any, hidden: Array, leaves: tuple[Any, ...], targets: Array, weights: Array
+    treedef: Any,
+    rule: LogitRule,
+    hidden: Array,
+    leaves: tuple[Any, ...],
+    targets: Array,
+    weights: Array,
 ) -> Array:
     """Returns the weighted sum of losses, without saving anything for a gradient.
 
     Args:
       treedef: Structure of the head's kernel; static.
+      rule: Computes logits from products; static.
       hidden: States [K, C, D].
       leaves: Leaves of the head's kernel.
       targets: Targets [K, C].
@@ -190,9 +196,8 @@ def _summed_loss(
 
     def add(total: Array, chunk: tuple[Array, Array, Array, Array]) -> tuple[Array, None]:
         index, h, t, w = chunk
-        log_normalizer, at_target = _normalizer_and_target(
-            _logits(h, _with_chunk_dropout(kernel, index)), t
-        )
+        logits = rule(head_products(h, _with_chunk_dropout(kernel, index)))
+        log_normalizer, at_target = _normalizer_and_target(logits, t)
         return total + jnp.sum(w * (log_normalizer - at_target)), None
 
     chunks = (jnp.arange(hidden.shape[0]), hidden, targets, weights)
@@ -200,7 +205,12 @@ def _summed_loss(
 
 
 def _summed_loss_forward(
-    treedef: Any, hidden: Any, leaves: tuple[Any, ...], targets: Any, weights: Any
+    treedef: Any,
+    rule: LogitRule,
+    hidden: Any,
+    leaves: tuple[Any, ...],
+    targets: Any,
+    weights: Any,
 ) -> tuple[Array, _Gradients]:
     """Returns the loss, and as residuals its gradients.
 
@@ -216,14 +226,18 @@ def _summed_loss_forward(
     def add(carry: Any, chunk: tuple[Array, Array, Array, Array]) -> tuple[Any, Any]:
         total, learned_sums = carry
         index, h, t, w = chunk
-        logits, pull_back = _logits_and_pull_back(
+        products, pull_back = _products_and_pull_back(
             h, learned, lambda learned: kernel_with(learned, index)
         )
+        logits = rule(products)
         log_normalizer, at_target = _normalizer_and_target(logits, t)
         losses = log_normalizer - at_target
         probabilities = jnp.exp(logits - log_normalizer[:, None])
         onehot = _is_target(logits, t).astype(jnp.float32)
-        of_hidden, of_learned = pull_back((probabilities - onehot) * w[:, None])
+        of_products = (probabilities - onehot) * w[:, None]
+        if not rule.is_identity:
+            of_products *= rule.slope(logits)
+        of_hidden, of_learned = pull_back(of_products)
         learned_sums = jax.tree.map(
             lambda total, one: total + one.astype(jnp.float32), learned_sums, of_learned
         )
@@ -242,9 +256,11 @@ def _summed_loss_forward(
     return total, (of_hidden, of_leaves, of_weights)
 
 
-def _summed_loss_backward(treedef: Any, gradients: _Gradients, cotangent: Array) -> tuple[Any, ...]:
+def _summed_loss_backward(
+    treedef: Any, rule: LogitRule, gradients: _Gradients, cotangent: Array
+) -> tuple[Any, ...]:
     """Returns the gradients of the forward pass times the cotangent of the loss."""
-    del treedef
+    del treedef, rule
 
     def scale(gradient: Array) -> Array:
         return (gradient.astype(jnp.float32) * cotangent).astype(gradient.dtype)
@@ -256,17 +272,17 @@ def _summed_loss_backward(treedef: Any, gradients: _Gradients, cotangent: Array)
 _summed_loss.defvjp(_summed_loss_forward, _summed_loss_backward, symbolic_zeros=True)
 
 
-def _logits_and_pull_back(
+def _products_and_pull_back(
     h: Array, learned: tuple[Array, ...], kernel_with: Callable[[tuple[Array, ...]], Kernel]
 ) -> tuple[Array, Callable[[Array], tuple[Array, tuple[Array, ...]]]]:
-    """Returns logits [C, V], and the map from their gradient to those of `h` and `learned`.
+    """Returns products [C, V], and the map from their gradient to those of `h` and `learned`.
 
     For a plain array the map is explicit, so that both products accumulate in float32 with operands
     in the dtype of `h`, as the forward product does.
     """
     kernel = kernel_with(learned)
     if isinstance(kernel, AdaptedKernel):
-        return jax.vjp(lambda h, learned: _logits(h, kernel_with(learned)), h, learned)
+        return jax.vjp(lambda h, learned: head_products(h, kernel_with(learned)), h, learned)
 
     def pull_back(gradient: Array) -> tuple[Array, tuple[Array, ...]]:
         g = gradient.astype(h.dtype)
@@ -276,4 +292,4 @@ def _logits_and_pull_back(
         of_kernel = jnp.matmul(h.T, g, preferred_element_type=jnp.float32)
         return of_hidden.astype(h.dtype), (of_kernel,)
 
-    return _logits(h, kernel), pull_back
+    return head_products(h, kernel), pull_back

@@ -113,7 +113,7 @@ def _prepare(
     tokenizer = load_tokenizer(folder, chat_template=config.data.chat_template)
     _check_vocabulary(tokenizer, model, folder)
     _check_positions(config, model)
-    context = model.hf_config.get("max_position_embeddings")
+    context = getattr(model.config, "max_positions", None)
     if context is not None and config.train.max_length > context:
         say(
             f"train.max_length is {config.train.max_length}, but the model was trained with texts "
@@ -176,11 +176,12 @@ def train_head(spec: AdapterSpec, model: Model) -> AdapterSpec:
 
 
 def _check_positions(config: RunConfig, model: Model) -> None:
-    """Rejects rows longer than a classifier's learned positions."""
-    if isinstance(model, SequenceClassifier) and config.train.max_length > model.max_tokens:
+    """Rejects rows longer than the model's learned positions, if it has any."""
+    limit = getattr(model.config, "max_tokens", None)
+    if limit is not None and config.train.max_length > limit:
         raise ValueError(
             f"train.max_length is {config.train.max_length}, but the model only has positions for"
-            f" {model.max_tokens} tokens"
+            f" {limit} tokens"
         )
 
 

@@ -86,6 +86,7 @@ def summed_loss(
         batch.targets.reshape(-1),
         batch.loss_mask.reshape(-1),
         chunk_size=chunk_size,
+        logit_rule=model.logit_rule,
     )
 
 

@@ -419,7 +419,6 @@ def test_unknown_peft_settings_and_methods_are_rejected(base, tmp_path):
     config = json.loads(file.read_text())
     for change, message in (
         ({"use_new_trick": True}, r"use_new_trick = True"),
-        ({"fan_in_fan_out": True}, r"fan_in_fan_out = True"),
         ({"peft_type": "PROMPT_TUNING"}, r"peft_type = 'PROMPT_TUNING'.*BOFT, .*LORA"),
         (
             {"task_type": "FEATURE_EXTRACTION"},

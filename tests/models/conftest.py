@@ -1,5 +1,6 @@
 """Tiny random transformers models, and the same models loaded here."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,14 @@ LLAMA = {
 }
 """Dimensions of the tiny models of the Llama family."""
 
+GPT2 = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 BLOOM = {"vocab_size": 61, "hidden_size": 32, "n_layer": 2, "n_head": 4}
+
+CONFIGS = {"Gemma3": "Gemma3Text"}
+"""Names of configurations that differ from those of their models."""
+
+MODULES = {"GPT2": "GPT2LMHeadModel"}
+"""Names of models that do not end in ForCausalLM."""
 
 
 class TorchModel:
@@ -31,10 +39,13 @@ class TorchModel:
 
         # Threads slow down models this small.
         torch.set_num_threads(1)
-        config = getattr(transformers, f"{kind}Config")(**settings)
+        # transformers adds to the rope parameters it is given.
+        settings = copy.deepcopy(settings)
+        config = getattr(transformers, f"{CONFIGS.get(kind, kind)}Config")(**settings)
         config._attn_implementation = "eager"
         generator = torch.Generator().manual_seed(0)
-        self.module = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+        make = getattr(transformers, MODULES.get(kind, f"{kind}ForCausalLM"))
+        self.module = make(config).eval()
         with torch.no_grad():
             for name, parameter in self.module.named_parameters():
                 noise = torch.randn(parameter.shape, generator=generator)
@@ -67,7 +78,7 @@ def pair(tmp_path_factory) -> Callable:
     def make(kind: str, **settings):
         from peft_jax.hub import load_model
 
-        settings = {**(BLOOM if kind == "Bloom" else LLAMA), **settings}
+        settings = {**{"Bloom": BLOOM, "GPT2": GPT2}.get(kind, LLAMA), **settings}
         key = (kind, repr(sorted(settings.items())))
         if key not in made:
             theirs = TorchModel(kind, settings)

@@ -102,6 +102,7 @@ QWEN2 = LLAMA | {"model_type": "qwen2", "num_key_value_heads": 2}
         {"use_sliding_window": True, "max_window_layers": 0},
         {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0},
         {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
+        {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
         {"use_sliding_window": True, "sliding_window": 4, "layer_types": ["full_attention"] * 2},
         {"use_sliding_window": True, "sliding_window": 4, "layer_types": ["sliding_attention"] * 2},
     ],
@@ -111,8 +112,9 @@ def test_qwen_sliding_windows_equal_those_of_transformers(model_type, changes):
     transformers = pytest.importorskip("transformers")
     settings = LLAMA | {"num_key_value_heads": 2, "head_dim": 4} | changes
     theirs = transformers.AutoConfig.for_model(**settings | {"model_type": model_type})
-    kinds = set(theirs.layer_types)
-    assert len(kinds) == 1
-    window = theirs.sliding_window if kinds == {"sliding_attention"} else None
+    windows = [
+        theirs.sliding_window if kind == "sliding_attention" else None
+        for kind in theirs.layer_types
+    ]
     model = build_model(settings | {"model_type": model_type})
-    assert model.config.sliding_window == window
+    assert [layer.window for layer in model.config.layers] == windows

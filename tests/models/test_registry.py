@@ -9,6 +9,7 @@ import pytest
 
 from peft_jax.core import flatten
 from peft_jax.models import build_model
+from peft_jax.models.architectures import find_architecture
 from peft_jax.models.rope import Llama3Scaling, RotarySettings, YarnScaling
 
 LLAMA = {
@@ -20,6 +21,11 @@ LLAMA = {
     "num_attention_heads": 2,
 }
 BLOOM = {"model_type": "bloom", "vocab_size": 32, "hidden_size": 8, "n_layer": 2, "n_head": 2}
+
+NEOX = {"model_type": "gpt_neox", "rotary_pct": 1.0}
+GEMMA3 = LLAMA | {"model_type": "gemma3_text", "head_dim": 4}
+FACTORS = {"short_factor": [1.0, 2.0, 3.0], "long_factor": [1.0, 2.0, 3.0]}
+LONGROPE = {"type": "longrope", "original_max_position_embeddings": 8} | FACTORS
 
 # The config.json of each model on the hub.
 LLAMA_3_1_8B = {
@@ -133,6 +139,29 @@ BLOOM_560M = {
 }
 
 
+PYTHIA_6_9B = {
+    "model_type": "gpt_neox",
+    "vocab_size": 50432,
+    "hidden_size": 4096,
+    "intermediate_size": 16384,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+}
+GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": 50257,
+    "n_embd": 768,
+    "n_layer": 12,
+    "n_head": 12,
+    "n_positions": 1024,
+    "activation_function": "gelu_new",
+    "attn_pdrop": 0.1,
+    "n_ctx": 1024,
+    "summary_type": "cls_index",
+}
+
+
 def parameters(model):
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.abstract_params()))
 
@@ -152,8 +181,25 @@ def test_published_configurations_have_the_published_parameter_counts(config, co
     assert parameters(build_model(config)) == count
 
 
+# The counts come from the model cards, and of Gemma 3 without the vision tower.
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        (find_architecture("gemma-2-27b"), 27_227_128_320),
+        (find_architecture("gemma-3-27b"), 27_009_346_304),
+        (find_architecture("olmo-2-7b"), 7_298_617_344),
+        (find_architecture("phi-4"), 14_659_507_200),
+        (PYTHIA_6_9B, 6_857_302_016),
+        (GPT2, 124_439_808),
+    ],
+    ids=["gemma-2-27b", "gemma-3-27b", "olmo-2-7b", "phi-4", "pythia-6.9b", "gpt2"],
+)
+def test_published_dimensions_have_the_published_parameter_counts(config, count):
+    assert parameters(build_model(config)) == count
+
+
 def test_llama_3_rotary_scaling_is_read_from_both_formats():
-    old = build_model(LLAMA_3_1_8B).config.rotary
+    old = build_model(LLAMA_3_1_8B).config.layers[0].rotary
     assert old == RotarySettings(
         head_dim=128,
         theta=500000.0,
@@ -167,20 +213,20 @@ def test_llama_3_rotary_scaling_is_read_from_both_formats():
     new = dict(LLAMA_3_1_8B)
     new["rope_parameters"] = {**new.pop("rope_scaling"), "rope_theta": new.pop("rope_theta")}
     new["dtype"] = new.pop("torch_dtype")
-    assert build_model(new).config.rotary == old
+    assert build_model(new).config.layers[0].rotary == old
 
 
 def test_yarn_reads_its_original_length_from_max_position_embeddings():
     scaling = {"type": "yarn", "factor": 4.0}
-    rotary = build_model(LLAMA | {"rope_scaling": scaling, "max_position_embeddings": 64})
+    model = build_model(LLAMA | {"rope_scaling": scaling, "max_position_embeddings": 64})
     expected = YarnScaling(factor=4.0, original_max_position_embeddings=64)
-    assert rotary.config.rotary.scaling == expected
+    assert model.config.layers[0].rotary.scaling == expected
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type = 'gpt2'"),
+        ({"model_type": "gptj"}, "model_type = 'gptj'"),
         ({"model_type": "lama"}, "did you mean 'llama'"),
         ({"model_type": "x", "auto_map": {"AutoModel": "m.M"}}, "auto_map"),
         ({}, "model_type = None"),
@@ -207,10 +253,19 @@ def test_yarn_reads_its_original_length_from_max_position_embeddings():
             LLAMA | {"rope_parameters": {"factor": 2.0}, "rope_scaling": {"factor": 3.0}},
             "rope_parameters = .* rope_scaling =",
         ),
-        (
-            LLAMA | {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1},
-            "full_attention, sliding_attention",
-        ),
+        (GEMMA3 | {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
+        (GEMMA3 | {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
+        (GEMMA3 | {"layer_types": ["chunked_attention"] * 2}, "'chunked_attention'"),
+        (GEMMA3 | {"sliding_window": None}, "sliding_window is null"),
+        (GEMMA3 | {"rope_parameters": {"rope_type": "default"}}, "rope_type = 'default'"),
+        (LLAMA | {"model_type": "olmo2", "clip_qkv": 8.0}, "clip_qkv = 8.0"),
+        (LLAMA | {"model_type": "phi3", "attention_bias": True}, "attention_bias = True"),
+        (LLAMA | {"model_type": "phi3", "partial_rotary_factor": 2.0}, "at most 1.0"),
+        (LLAMA | {"model_type": "phi3", "rope_scaling": LONGROPE}, "short_factor has 3"),
+        (LLAMA | NEOX | {"hidden_act": "mish"}, "hidden_act = 'mish'"),
+        (LLAMA | {"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers of 1"),
+        (GPT2 | {"n_head": 5}, "n_head = 5"),
+        (GPT2 | {"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx = True"),
         (BLOOM | {"hidden_dropout": 0.1}, "hidden_dropout = 0.1"),
         (BLOOM | {"n_inner": 16}, "n_inner = 16"),
         (BLOOM | {"n_head": 3}, "hidden_size .*num_heads = 3"),

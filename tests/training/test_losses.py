@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from peft_jax.adapters import LoRA
 from peft_jax.core import AdaptedKernel
+from peft_jax.models.logit_rule import LogitRule
 from peft_jax.training.losses import chunked_cross_entropy, chunked_token_scores
 
 
@@ -64,6 +65,40 @@ def test_loss_and_gradients_agree_with_numpy(tokens, chunk_size):
     np.testing.assert_allclose(loss, wanted[0], rtol=1e-6)
     for found, expected in zip(gradients, wanted[1:], strict=True):
         np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-6)
+
+
+RULES = {"cap": (1.0, 2.0), "divisor": (4.0, None), "both": (0.5, 3.0)}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_loss_gradients_and_scores_follow_the_logit_rule(rule):
+    hidden, head, targets, weights = problem()
+    divisor, cap = RULES[rule]
+    rule = LogitRule(divisor=divisor, cap=cap)
+
+    def logits_of(hidden, head):
+        scaled = hidden @ head / divisor
+        return scaled if cap is None else cap * jnp.tanh(scaled / cap)
+
+    def reference(hidden, head):
+        log_probabilities = jax.nn.log_softmax(logits_of(hidden, head))
+        chosen = jnp.take_along_axis(log_probabilities, targets[:, None], axis=1)[:, 0]
+        return -jnp.sum(chosen * weights)
+
+    def chunked(hidden, head):
+        return chunked_cross_entropy(hidden, head, targets, weights, chunk_size=7, logit_rule=rule)[
+            0
+        ]
+
+    for found, expected in zip(
+        jax.tree.leaves(jax.value_and_grad(chunked, argnums=(0, 1))(hidden, head)),
+        jax.tree.leaves(jax.value_and_grad(reference, argnums=(0, 1))(hidden, head)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-6)
+    scores, _ = chunked_token_scores(hidden, head, targets, chunk_size=7, logit_rule=rule)
+    expected = jax.nn.log_softmax(logits_of(hidden, head))[jnp.arange(24), targets]
+    np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-6)
 
 
 @hypothesis.given(

@@ -1,0 +1,227 @@
+"""The decoder that families of language models share: embedding, blocks, final norm, head.
+
+A family's file names its block and norm, and states what differs from this one; `decoder_parts` has
+the parts that blocks are composed of. Layers of several types (sliding and full attention, say)
+have parameters of equal shapes, and differ by their `LayerType` only.
+
+Axes: B batch, T tokens, D embed, K key-value heads, G query heads per key-value head, H head
+dimension, V vocab.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int
+
+from peft_jax.core import Kernel
+from peft_jax.core.validation import check_positive, check_positive_int
+from peft_jax.models.attention import make_attention
+from peft_jax.models.attention_layout import Attend, AttentionLayout
+from peft_jax.models.blocks import run_blocks, stack_blocks
+from peft_jax.models.cache import KVCache
+from peft_jax.models.execution import ExecutionSettings
+from peft_jax.models.layer_types import LayerType
+from peft_jax.models.layers import Embedding, Linear
+from peft_jax.models.logit_rule import PRODUCTS, LogitRule
+
+Hidden = Float[Array, "batch tokens embed"]
+Rotation = tuple[Float32[Array, "batch tokens pairs"], Float32[Array, "batch tokens pairs"]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Architecture that all families have; a family may add fields.
+
+    Attributes:
+      vocab_size: V.
+      hidden_size: D.
+      intermediate_size: Number of features of the MLP.
+      num_layers: Number of transformer blocks.
+      num_heads: Number of query heads, K G.
+      num_kv_heads: K; divides `num_heads`.
+      head_dim: H; need not be D / num_heads.
+      norm_epsilon: Added to the mean square, or to the variance, in every norm.
+      max_positions: Longest context of pretraining, in tokens.
+      layer_types: Types of the layers, repeated in order until there are `num_layers`.
+      tie_word_embeddings: Whether the head is the transposed embedding.
+      score_scale: Multiplier of attention's scores; None for 1/sqrt(H).
+      score_cap: Soft cap of attention's scores; None for none.
+      logit_rule: Computes logits from the products of the head.
+      initializer_range: Initial standard deviation of kernels and embeddings.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_epsilon: float
+    max_positions: int
+    layer_types: tuple[LayerType, ...]
+    tie_word_embeddings: bool = False
+    score_scale: float | None = None
+    score_cap: float | None = None
+    logit_rule: LogitRule = PRODUCTS
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "max_positions",
+        ):
+            check_positive_int(name, getattr(self, name))
+        check_positive("norm_epsilon", self.norm_epsilon)
+        for name in ("score_scale", "score_cap"):
+            if getattr(self, name) is not None:
+                check_positive(name, getattr(self, name))
+        if not self.layer_types:
+            raise ValueError("layer_types is empty, but must have at least one type")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads is {self.num_heads}, but must be a multiple of num_kv_heads ="
+                f" {self.num_kv_heads}"
+            )
+
+    @property
+    def layers(self) -> tuple[LayerType, ...]:
+        """Type of every layer."""
+        count = len(self.layer_types)
+        return tuple(self.layer_types[layer % count] for layer in range(self.num_layers))
+
+    @property
+    def query_scale(self) -> float:
+        """Multiplier of queries."""
+        return self.head_dim**-0.5 if self.score_scale is None else self.score_scale
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What a block of one type needs besides its input; computed once for all its layers.
+
+    Attributes:
+      attend: Attention, with the type's window.
+      rotation: Cosines and sines of the type's rotary embedding, or None.
+    """
+
+    attend: Attend
+    rotation: Rotation | None
+
+
+class Decoder(nnx.Module):
+    """Embedding, blocks, final norm and head.
+
+    A family is a subclass that sets `block` and `make_norm`, which take its configuration. Where
+    its checkpoints differ, it sets the names of the embedding and of the final norm.
+
+    Args:
+      config: Architecture.
+      execution: Execution settings.
+    """
+
+    block: type[Any]
+    embedding_name = "embed_tokens"
+    norm_name = "norm"
+
+    def __init__(self, config: DecoderConfig, execution: ExecutionSettings):
+        self.config, self.execution = config, execution
+        stddev = config.initializer_range
+        embedding = Embedding(config.vocab_size, config.hidden_size, stddev=stddev)
+        setattr(self, self.embedding_name, embedding)
+        self.layers = stack_blocks(lambda: self.block(config), config.num_layers)
+        setattr(self, self.norm_name, self.make_norm(config))
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(
+                config.hidden_size,
+                config.vocab_size,
+                axes=("embed", "vocab"),
+                bias=False,
+                stddev=stddev,
+            )
+
+    @staticmethod
+    def make_norm(config: DecoderConfig) -> nnx.Module:
+        """Returns the final norm."""
+        raise NotImplementedError
+
+    def embed(
+        self, tokens: Int[Array, "batch tokens"], positions: Int[Array, "batch tokens"]
+    ) -> Hidden:
+        """Returns the first block's input, in the compute dtype."""
+        del positions
+        return getattr(self, self.embedding_name)(tokens, self.execution.dtype)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch tokens"],
+        positions: Int[Array, "batch tokens"],
+        segment_ids: Int[Array, "batch tokens"] | None,
+        cache: KVCache | None,
+        packed: bool,
+    ) -> tuple[Hidden, KVCache | None]:
+        """Returns the hidden states after the final norm, and the updated cache if one is given."""
+        around = self._surroundings(positions, segment_ids, cache, packed)
+        runs = {
+            kind: lambda block, x, layer_cache, own=own: block(x, own, layer_cache)
+            for kind, own in around.items()
+        }
+        hidden, cache = run_blocks(
+            self.layers,
+            [runs[kind] for kind in self.config.layers],
+            self.embed(tokens, positions),
+            cache=cache,
+            execution=self.execution,
+        )
+        return getattr(self, self.norm_name)(hidden), cache
+
+    def _surroundings(
+        self,
+        positions: Int[Array, "batch tokens"],
+        segment_ids: Int[Array, "batch tokens"] | None,
+        cache: KVCache | None,
+        packed: bool,
+    ) -> dict[LayerType, Surroundings]:
+        """Returns the surroundings of each type; equal windows and rotations are shared."""
+        config, tokens = self.config, positions.shape[1]
+        kinds = tuple(dict.fromkeys(config.layers))
+        attends = {
+            window: make_attention(
+                AttentionLayout.causal(
+                    segment_ids, cache, window=window, packed=packed, score_cap=config.score_cap
+                ),
+                tokens=tokens,
+                keys=tokens if cache is None else cache.slots,
+                head_dim=config.head_dim,
+                execution=self.execution,
+            )
+            for window in dict.fromkeys(kind.window for kind in kinds)
+        }
+        slots = None if cache is None else cache.slots
+        rotations = {
+            rotary: None if rotary is None else rotary.tables(positions, slots=slots)
+            for rotary in dict.fromkeys(kind.rotary for kind in kinds)
+        }
+        return {
+            kind: Surroundings(attend=attends[kind.window], rotation=rotations[kind.rotary])
+            for kind in kinds
+        }
+
+    def head_kernel(self) -> Kernel:
+        """Returns the head, [embed, vocab]; if tied, the transposed embedding."""
+        if self.config.tie_word_embeddings:
+            return getattr(self, self.embedding_name).embedding.get_value().T
+        return self.lm_head.kernel.get_value()
+
+
+def scaled(x: Float[Array, "*shape"], factor: float) -> Float[Array, "*shape"]:
+    """Returns `x` times a number, in the dtype of `x`, multiplied in float32."""
+    return (x.astype(jnp.float32) * factor).astype(x.dtype)

@@ -1,0 +1,354 @@
+"""Each family of decoders agrees with transformers and PEFT, in every variant of its settings.
+
+Checked are logits (with padding, packing, offsets, windows shorter and longer than a row), decoding
+with a cache, gradients of a LoRA adapter, saved models, sharding and execution settings.
+"""
+
+import copy
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from peft_jax.core import flatten
+from peft_jax.hub import load_adapter, load_model, save_model
+from peft_jax.models import ExecutionSettings
+from peft_jax.parallel import LogicalAxisRules, MeshSettings, make_mesh, on_mesh, sharding_tree
+from peft_jax.training.losses import chunked_cross_entropy
+
+GQA = {"num_key_value_heads": 2}
+LLAMA = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+SMALL_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+GEMMA = GQA | SMALL_IDS | {"head_dim": 16}
+GEMMA2 = GEMMA | {"num_hidden_layers": 5, "sliding_window": 5, "query_pre_attn_scalar": 24}
+GEMMA3 = GEMMA2 | {"num_hidden_layers": 8, "sliding_window_pattern": 3}
+SMOLLM3 = GQA | SMALL_IDS | {"num_hidden_layers": 6, "no_rope_layer_interval": 2}
+GRANITE = GQA | {
+    "attention_multiplier": 0.3,
+    "embedding_multiplier": 6.0,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 4.0,
+}
+OLMO2 = GQA | SMALL_IDS
+PHI3 = SMALL_IDS | {"num_key_value_heads": 4}
+ORIGINAL = "original_max_position_embeddings"
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.5, 2.0, 3.0],
+    "long_factor": [1.5, 4.0, 8.0, 16.0],
+}
+LONGROPE_HALF = LONGROPE | {"short_factor": [1.0, 2.0], "long_factor": [2.0, 9.0]}
+GLOBAL_LINEAR = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+
+# The first variant of a family is checked in all respects.
+VARIANTS = {
+    "gemma": ("Gemma", GEMMA | {"hidden_act": "gelu_pytorch_tanh"}),
+    "gemma one kv head": ("Gemma", GEMMA | {"num_key_value_heads": 1, "head_dim": 8}),
+    "gemma2": ("Gemma2", GEMMA2),
+    "gemma2 long window": ("Gemma2", GEMMA2 | {"sliding_window": 40}),
+    "gemma2 biased, untied": (
+        "Gemma2",
+        GEMMA2 | {"attention_bias": True, "tie_word_embeddings": False, "num_hidden_layers": 4},
+    ),
+    "gemma2 uncapped": (
+        "Gemma2",
+        GEMMA2 | {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+    ),
+    "gemma2 low caps": (
+        "Gemma2",
+        GEMMA2 | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    ),
+    "gemma3": ("Gemma3", GEMMA3),
+    "gemma3 long window": ("Gemma3", GEMMA3 | {"sliding_window": 40}),
+    "gemma3 linear": ("Gemma3", GEMMA3 | {"rope_parameters": GLOBAL_LINEAR}),
+    "gemma3 whole periods": ("Gemma3", GEMMA3 | {"num_hidden_layers": 6}),
+    "gemma3 capped logits": ("Gemma3", GEMMA3 | {"final_logit_softcapping": 8.0}),
+    "gemma3 all sliding": ("Gemma3", GEMMA3 | {"layer_types": ["sliding_attention"] * 8}),
+    "granite": ("Granite", GRANITE),
+    "granite biased, tied": (
+        "Granite",
+        GRANITE | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    ),
+    "granite plain": ("Granite", GQA),
+    "olmo2": ("Olmo2", OLMO2),
+    "olmo2 biased, tied": (
+        "Olmo2",
+        OLMO2 | {"attention_bias": True, "tie_word_embeddings": True, "rope_theta": 500000.0},
+    ),
+    "olmo2 all heads": ("Olmo2", SMALL_IDS),
+    "smollm3": ("SmolLM3", SMOLLM3),
+    "smollm3 all rotated": ("SmolLM3", SMOLLM3 | {"no_rope_layers": [1] * 6}),
+    "smollm3 irregular": ("SmolLM3", SMOLLM3 | {"no_rope_layers": [1, 0, 0, 1, 1, 0]}),
+    "smollm3 windowed": ("SmolLM3", SMOLLM3 | {"use_sliding_window": True, "sliding_window": 5}),
+    "smollm3 biased, untied": (
+        "SmolLM3",
+        SMOLLM3 | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
+    ),
+    "phi3": ("Phi3", PHI3),
+    "phi3 grouped, windowed": ("Phi3", PHI3 | GQA | {"sliding_window": 5}),
+    "phi3 long window, tied": (
+        "Phi3",
+        PHI3 | {"sliding_window": 40, "tie_word_embeddings": True},
+    ),
+    "phi3 partial": ("Phi3", PHI3 | {"rope_parameters": {"partial_rotary_factor": 0.5}}),
+    "phi3 short rope": ("Phi3", PHI3 | {"rope_parameters": LONGROPE} | {ORIGINAL: 64}),
+    "phi3 long rope": ("Phi3", PHI3 | {"rope_parameters": LONGROPE} | {ORIGINAL: 4}),
+    "phi3 partial long rope": (
+        "Phi3",
+        PHI3
+        | {"rope_parameters": LONGROPE_HALF | {"partial_rotary_factor": 0.5}}
+        | {ORIGINAL: 4, "tie_word_embeddings": True},
+    ),
+    "gpt_neox": ("GPTNeoX", SMALL_IDS),
+    "gpt_neox sequential": (
+        "GPTNeoX",
+        SMALL_IDS | {"use_parallel_residual": False, "rotary_pct": 1.0},
+    ),
+    "gpt_neox unbiased, tied": (
+        "GPTNeoX",
+        SMALL_IDS
+        | {"attention_bias": False, "tie_word_embeddings": True, "hidden_act": "gelu_fast"}
+        | {"rotary_emb_base": 500.0},
+    ),
+    "gpt2": ("GPT2", SMALL_IDS),
+    "gpt2 untied, inner": (
+        "GPT2",
+        SMALL_IDS | {"tie_word_embeddings": False, "n_inner": 48, "activation_function": "relu"},
+    ),
+    "gpt2 unscaled": ("GPT2", SMALL_IDS | {"scale_attn_weights": False, "n_layer": 1}),
+    "qwen2 mixed": (
+        "Qwen2",
+        GQA
+        | {"num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 4}
+        | {"max_window_layers": 2},
+    ),
+}
+FIRST = list({kind: name for name, (kind, _) in reversed(VARIANTS.items())}.values())
+TOLERANCE = 1e-5
+
+
+def fast(names, *quick):
+    """Marks all but a few variants slow."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.fixture
+def variant(pair):
+    """Returns a function that makes a variant, here and in transformers."""
+    return lambda name: pair(VARIANTS[name][0], **VARIANTS[name][1])
+
+
+INDEX, LENGTHS = np.arange(13)[None, :], np.array([13, 9, 4])[:, None]
+ROWS = {
+    "whole": (np.ones((3, 13), bool), 0),
+    "padded left, offset": (INDEX >= 13 - LENGTHS, 11),
+    "padded right": (INDEX < LENGTHS, 0),
+}
+
+
+@pytest.mark.parametrize("name", fast(VARIANTS, *FIRST))
+def test_logits_agree_with_transformers(name, variant, tokens, relative_error):
+    theirs, model, params = variant(name)
+    forward = jax.jit(model)
+
+    def ours(positions, segment_ids):
+        positions, segment_ids = (
+            jnp.broadcast_to(jnp.asarray(array, jnp.int32), tokens.shape)
+            for array in (positions, segment_ids)
+        )
+        return np.asarray(forward(params, tokens, positions=positions, segment_ids=segment_ids))
+
+    for case, (mask, offset) in ROWS.items():
+        positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0) + offset
+        expected = theirs.logits(tokens, mask=mask, positions=positions)
+        found = ours(positions, mask)
+        assert relative_error(found[mask], expected[mask]) < TOLERANCE, case
+    found = ours(np.r_[0:5, 0:6, 0:2], np.repeat([1, 2, 0], [5, 6, 2]))
+    for segment in (slice(0, 5), slice(5, 11)):
+        expected = theirs.logits(tokens[:, segment])
+        assert relative_error(found[:, segment], expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", fast(VARIANTS, "gemma3"))
+def test_decoding_with_a_cache_agrees_with_transformers(name, variant, tokens, relative_error):
+    theirs, model, params = variant(name)
+    lengths = np.array([8, 5, 1])
+    mask = jnp.asarray(np.arange(8) >= 8 - lengths[:, None], jnp.int32)
+
+    @jax.jit
+    def decode(params, tokens):
+        cache = model.init_cache(3, 16)
+        hidden, cache = model.hidden_states(params, tokens[:, :8], segment_ids=mask, cache=cache)
+
+        def step(cache, token):
+            hidden, cache = model.hidden_states(params, token[:, None], cache=cache)
+            return cache, hidden[:, 0]
+
+        _, steps = jax.lax.scan(step, cache, tokens[:, 8:].T)
+        return model.logits(params, jnp.concatenate([hidden, jnp.swapaxes(steps, 0, 1)], axis=1))
+
+    logits = decode(params, tokens)
+    for row, length in enumerate(lengths):
+        expected = theirs.logits(tokens[row : row + 1, 8 - length :])[0]
+        assert relative_error(logits[row, 8 - length :], expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", fast(FIRST, "gemma2", "gpt2"))
+def test_saved_models_load_in_transformers(name, variant, tokens, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    theirs, model, params = variant(name)
+    save_model(tmp_path, model, params)
+    theirs_again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    expected, found = theirs.module.state_dict(), theirs_again.state_dict()
+    assert type(theirs_again) is type(theirs.module)
+    assert found.keys() == expected.keys()
+    assert all((found[key] == expected[key]).all() for key in expected)
+    again, read = load_model(tmp_path)
+    assert again == model
+    assert jax.tree.all(jax.tree.map(np.array_equal, read, params))
+
+
+@pytest.mark.parametrize("name", fast(FIRST, "gemma2"))
+def test_gradients_of_an_adapter_agree_with_peft(name, variant, tokens, relative_error, tmp_path):
+    pytest.importorskip("peft")
+    torch = pytest.importorskip("torch")
+    theirs, model, params = variant(name)
+    adapter = peft_adapter(copy.deepcopy(theirs.module), tmp_path)
+    inputs = torch.tensor(np.asarray(tokens), dtype=torch.long)
+    adapter(input_ids=inputs, labels=inputs).loss.backward()
+    expected = {
+        parameter.removesuffix(".default.weight").replace(".default", ""): value.grad.numpy()
+        for parameter, value in adapter.named_parameters()
+        if value.requires_grad
+    }
+    spec, state = load_adapter(tmp_path, model, params)
+
+    @jax.jit
+    @jax.grad
+    def gradient(trainable):
+        bound = spec.bind(params, dataclasses.replace(state, trainable=trainable))
+        hidden, _ = model.hidden_states(bound, tokens)
+        loss, count = chunked_cross_entropy(
+            hidden[:, :-1].reshape(-1, hidden.shape[-1]),
+            model.head_kernel(bound),
+            tokens[:, 1:].reshape(-1),
+            jnp.ones(tokens[:, 1:].size),
+            chunk_size=12,
+            logit_rule=model.logit_rule,
+        )
+        return loss / count
+
+    found = {}
+    for path, stacked in flatten(gradient(state.trainable)).items():
+        kernel, leaf = path[: path.index("kernel") + 1], path[-1]
+        for layer, one in enumerate(stacked):
+            module = model.module_name(kernel, layer)
+            end = {"a": "lora_A", "b": "lora_B"}[leaf]
+            found[f"base_model.model.{module}.{end}"] = np.asarray(one).T
+    assert found.keys() == {name.removesuffix(".weight") for name in expected}
+    for key, value in expected.items():
+        assert relative_error(found[key.removesuffix(".weight")], value) < 1e-4, key
+
+
+def peft_adapter(module, folder):
+    """Returns PEFT's LoRA adapter on all linear maps, with random values, and saves it."""
+    import peft
+    import torch
+
+    settings = peft.LoraConfig(r=2, lora_alpha=3, target_modules="all-linear")
+    adapter = peft.get_peft_model(module, settings)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    adapter.save_pretrained(folder)
+    return adapter
+
+
+EXECUTIONS = {
+    "unrolled": {"scan_layers": False},
+    "chunked": {"attention": "chunked", "remat": "full"},
+    "dots": {"remat": "dots"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("name", FIRST)
+def test_execution_settings_leave_logits_and_gradients_the_same(
+    name, execution, variant, tokens, relative_error
+):
+    _, model, params = variant(name)
+    other = model.with_execution(ExecutionSettings(**EXECUTIONS[execution]))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(model, params):
+        def loss(params):
+            return jnp.mean(jnp.square(model(params, tokens)))
+
+        return jax.value_and_grad(loss)(params)
+
+    for found, expected in zip(
+        *(jax.tree.leaves(run(one, params)) for one in (other, model)), strict=True
+    ):
+        assert relative_error(found, expected) < 1e-4
+
+
+@pytest.mark.parametrize("name", fast(FIRST, "gemma3"))
+def test_sharded_and_unsharded_logits_agree(name, variant, tokens, relative_error):
+    _, model, params = variant(name)
+    rows = jnp.concatenate([tokens, tokens[:1]])[:, :12]
+    expected = jax.jit(model)(params, rows)
+    mesh, rules = make_mesh(MeshSettings(data=2, fsdp=2, tensor=2)), LogicalAxisRules()
+    shardings = sharding_tree(model.logical_axes(), mesh, rules, model.abstract_params())
+    with on_mesh(mesh, rules):
+        found = jax.jit(model)(jax.device_put(params, shardings), rows)
+    assert relative_error(found, expected) < TOLERANCE
+
+
+@pytest.mark.slow
+def test_the_language_model_of_a_gemma3_with_images_loads_and_saves(tokens, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    torch = pytest.importorskip("torch")
+    text = LLAMA | GEMMA3 | {"num_hidden_layers": 3}
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "image_size": 8}
+    config = transformers.Gemma3Config(
+        text_config=text,
+        vision_config=vision | {"num_attention_heads": 1, "patch_size": 4},
+        mm_tokens_per_image=1,
+        image_token_index=60,
+    )
+    module = transformers.Gemma3ForConditionalGeneration(config).eval()
+    module.save_pretrained(tmp_path / "whole")
+    rows = torch.tensor(np.asarray(tokens) % 60, dtype=torch.long)
+
+    def theirs(module):
+        with torch.no_grad():
+            return module(input_ids=rows).logits.numpy()
+
+    model, params = load_model(tmp_path / "whole")
+    found = jax.jit(model)(params, tokens % 60)
+    np.testing.assert_allclose(found, theirs(module), atol=1e-5)
+    save_model(tmp_path / "alone", model, params)
+    alone = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "alone")
+    assert type(alone) is transformers.Gemma3ForCausalLM
+    np.testing.assert_array_equal(theirs(alone), theirs(module))
+
+    settings = peft.LoraConfig(r=2, target_modules=r".*language_model.*(q_proj|up_proj)")
+    peft.get_peft_model(module, settings).save_pretrained(tmp_path / "adapter")
+    spec, _ = load_adapter(tmp_path / "adapter", model, params)
+    assert spec.target_modules == ("q_proj", "up_proj")
