@@ -73,10 +73,10 @@ def test_nf4_levels_are_quantiles_of_the_normal_distribution():
 @given(data=st.data())
 def test_every_weight_is_rounded_to_the_nearest_value(quantization, data):
     d_in = data.draw(st.sampled_from([8, 24, 64, 100, 192]))
-    d_out = data.draw(st.integers(1, 5))
+    d_out = data.draw(st.sampled_from([1, 5]))  # each shape compiles
     seed = data.draw(st.integers(0, 2**16))
     kernel = np.random.default_rng(seed).normal(size=(d_in, d_out)).astype(np.float32)
-    q = quantize(jnp.asarray(kernel), quantization)
+    q = jax.jit(quantize, static_argnums=1)(jnp.asarray(kernel), quantization)
     assert q.scale.shape == scale_shape((d_in, d_out)) == (d_in // tile_rows(d_in), d_out)
     scale = np.repeat(np.asarray(q.scale), tile_rows(d_in), axis=0)
     all_values = (
@@ -89,7 +89,8 @@ def test_every_weight_is_rounded_to_the_nearest_value(quantization, data):
         )[:, 0]
     )
     best = np.abs(kernel[..., None] - scale[..., None] * all_values).min(axis=-1)
-    np.testing.assert_allclose(np.abs(np.asarray(dequantize(q)) - kernel), best, atol=2e-6)
+    found = np.asarray(jax.jit(dequantize)(q))
+    np.testing.assert_allclose(np.abs(found - kernel), best, atol=2e-6)
 
 
 @pytest.mark.parametrize("quantization", FORMATS)

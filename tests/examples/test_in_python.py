@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import optax
+import pytest
 
 from examples import own_loop, pairwise_loss
 from peft_jax.models import build_model
@@ -16,6 +17,7 @@ def test_pairwise_loss_makes_the_better_answer_likelier():
     assert np.mean(losses[-5:]) < 0.4
 
 
+@pytest.mark.slow
 def test_custom_loop_keeps_the_best_adapter():
     losses, merged = own_loop.train()
     assert min(losses) < 0.5 * losses[0]

@@ -55,7 +55,10 @@ def errors(found: list, case: Case) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("case", ["one piece, no padding of rows", "one row"])
+@pytest.mark.parametrize(
+    "case",
+    ["one piece, no padding of rows", pytest.param("one row", marks=pytest.mark.slow)],
+)
 def test_value_and_gradients(case):
     found = direct(KERNEL_CASES[case], F32)
     assert max(errors(found, KERNEL_CASES[case]).values()) < 1e-6
