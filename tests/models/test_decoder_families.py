@@ -39,6 +39,7 @@ GRANITE = GQA | {
     "logits_scaling": 4.0,
 }
 OLMO2 = GQA | SMALL_IDS
+OLMO3 = OLMO2 | {"num_hidden_layers": 6, "sliding_window": 5}
 PHI3 = SMALL_IDS | {"num_key_value_heads": 4}
 ORIGINAL = "original_max_position_embeddings"
 LONGROPE = {
@@ -47,6 +48,16 @@ LONGROPE = {
     "long_factor": [1.5, 4.0, 8.0, 16.0],
 }
 LONGROPE_HALF = LONGROPE | {"short_factor": [1.0, 2.0], "long_factor": [2.0, 9.0]}
+GLOBAL_YARN = {
+    "full_attention": {
+        "rope_type": "yarn",
+        "rope_theta": 500.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "beta_fast": 4.0,
+    },
+    "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+}
 GLOBAL_LINEAR = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
@@ -88,6 +99,9 @@ VARIANTS = {
         OLMO2 | {"attention_bias": True, "tie_word_embeddings": True, "rope_theta": 500000.0},
     ),
     "olmo2 all heads": ("Olmo2", SMALL_IDS),
+    "olmo3": ("Olmo3", OLMO3),
+    "olmo3 long window": ("Olmo3", OLMO3 | {"sliding_window": 40}),
+    "olmo3 yarn": ("Olmo3", OLMO3 | {"rope_parameters": GLOBAL_YARN}),
     "smollm3": ("SmolLM3", SMOLLM3),
     "smollm3 all rotated": ("SmolLM3", SMOLLM3 | {"no_rope_layers": [1] * 6}),
     "smollm3 irregular": ("SmolLM3", SMOLLM3 | {"no_rope_layers": [1, 0, 0, 1, 1, 0]}),
