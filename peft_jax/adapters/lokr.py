@@ -32,7 +32,7 @@ class LoKr(AdapterMethod):
     """Kronecker product, y = x W + s x (C ⊗ A B) with s = alpha / rank.
 
     d_in = p q and d_out = k m are split into factors near their square roots: C is [p, k], A is
-    [q, r] and B is [r, m]. An input is read as a matrix X [p, q], and x (C ⊗ A B) as Cᵀ X A B, so
+    [q, r] and B is [r, m]. An input is read as a matrix X [p, q], and x (C ⊗ A B) as Cᵀ X (A B), so
     that no array of the kernel's size is formed. Trainable arrays: `c`, initially zero, and `a`,
     `b`, initially uniform within ±1/√r and ±1/√q.
 
@@ -99,9 +99,10 @@ class LoKr(AdapterMethod):
     def prepare(
         self, trainable: Arrays, constant: Arrays, *, dropout_key: jax.Array | None = None
     ) -> Arrays:
-        """Returns s C, A and B."""
+        """Returns s C and A B, which is about √d_in by √d_out."""
         del constant, dropout_key
-        return {**trainable, "c": self.scale * trainable["c"]}
+        second = jnp.matmul(trainable["a"], trainable["b"], precision=HIGHEST)
+        return {"c": self.scale * trainable["c"], "second": second}
 
     def project(
         self,
@@ -111,7 +112,7 @@ class LoKr(AdapterMethod):
         *,
         dropout_key: jax.Array | None = None,
     ) -> Float[Array, "*batch d_out"]:
-        """Returns x W + s Cᵀ X A B."""
+        """Returns x W + s Cᵀ X (A B)."""
         return linear(x, base) + self._kronecker_product(x, arrays, dropout_key)
 
     @part("low_rank")
@@ -121,15 +122,17 @@ class LoKr(AdapterMethod):
         if dropout_key is not None and self.dropout > 0:
             kept = jax.random.bernoulli(dropout_key, 1.0 - self.dropout, x.shape)
             x = jnp.where(kept, x / (1.0 - self.dropout), jnp.zeros_like(x))
-        c, a, b = (arrays[name].astype(x.dtype) for name in ("c", "a", "b"))
-        matrix = x.reshape(*x.shape[:-1], c.shape[0], a.shape[0])
-        inner = jnp.einsum("...pr,pk->...kr", jnp.matmul(matrix, a), c)
-        return jnp.matmul(inner, b).reshape(*x.shape[:-1], -1)
+        c, second = (arrays[name].astype(x.dtype) for name in ("c", "second"))
+        matrix = x.reshape(*x.shape[:-1], c.shape[0], second.shape[0])
+        inner = jnp.einsum("...pq,pk->...kq", matrix, c)
+        # A copy for each of the k rows, so that the gradient is summed over rows last. Where a mesh
+        # shards them, one contraction over tokens and rows gave a wrong gradient.
+        copies = jnp.broadcast_to(second, (c.shape[1], *second.shape))
+        return jnp.einsum("...kq,kqm->...km", inner, copies).reshape(*x.shape[:-1], -1)
 
     def merge(self, base: Float[Array, "d_in d_out"], arrays: Arrays) -> Float[Array, "d_in d_out"]:
         """Returns W + s C ⊗ A B."""
-        c, a, b = (arrays[name].astype(jnp.float32) for name in ("c", "a", "b"))
-        second = jnp.matmul(a, b, precision=HIGHEST)
+        c, second = (arrays[name].astype(jnp.float32) for name in ("c", "second"))
         return base.astype(jnp.float32) + jnp.kron(c, second)
 
     def peft_form(self) -> PeftForm | None:

@@ -92,7 +92,8 @@ def take_steps(tiny):
         def draw(path, leaf):
             """The start: away from zero, where an adapter of zeros would have no gradient."""
             small = 0.1 * random.standard_normal(leaf.shape)
-            return (small + ("scale" in path)).astype(np.float32)
+            positive = "scale" in path or path[-1] == "norm"
+            return (small + positive).astype(np.float32)
 
         def place(shapes):
             flat = {path: draw(path, leaf) for path, leaf in flatten(shapes).items()}
