@@ -12,7 +12,8 @@
 - Data: `dataset` describes rows by `DataSettings`; `build_data` reads them; `Batch` holds one's
   own.
 - Training in a work directory, with checkpoints and a report: `train`, which returns a
-  `TrainingResult`; from settings: `RunConfig`, `run`.
+  `TrainingResult`; from settings: `RunConfig`, `run`. `export_adapter` writes the result for PEFT,
+  transformers and vLLM.
 - Training in memory: `Trainer`, with `Hooks`; `hybrid_mixing` with its `MixingSettings`, and
   `rank_allocation`, are optax transformations.
 - Planning for devices that need not be there: `make_plan`, of a `RunConfig` and what
@@ -69,7 +70,15 @@ if TYPE_CHECKING:
     from peft_jax.models import ExecutionSettings, build_model
     from peft_jax.optim import MixingSettings, hybrid_mixing, rank_allocation
     from peft_jax.plan import make_plan
-    from peft_jax.training import Hooks, RunConfig, Trainer, TrainingResult, run, train
+    from peft_jax.training import (
+        Hooks,
+        RunConfig,
+        Trainer,
+        TrainingResult,
+        export_adapter,
+        run,
+        train,
+    )
 
 _HOMES = {
     "adapters": (
@@ -112,7 +121,15 @@ _HOMES = {
     "models": ("ExecutionSettings", "build_model"),
     "optim": ("MixingSettings", "hybrid_mixing", "rank_allocation"),
     "plan": ("make_plan",),
-    "training": ("Hooks", "RunConfig", "Trainer", "TrainingResult", "run", "train"),
+    "training": (
+        "Hooks",
+        "RunConfig",
+        "Trainer",
+        "TrainingResult",
+        "export_adapter",
+        "run",
+        "train",
+    ),
 }
 """By subpackage, the names that are offered here."""
 
@@ -153,6 +170,7 @@ __all__ = [
     "build_data",
     "build_model",
     "dataset",
+    "export_adapter",
     "export_merged",
     "find_topology",
     "generate",

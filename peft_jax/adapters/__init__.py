@@ -20,6 +20,7 @@ from peft_jax.adapters.ia3 import IA3
 from peft_jax.adapters.loha import LoHa
 from peft_jax.adapters.lokr import LoKr
 from peft_jax.adapters.lora import LoRA
+from peft_jax.adapters.lora_approximation import LoRAApproximation, approximate_by_lora
 from peft_jax.adapters.lora_fa import LoRAFA
 from peft_jax.adapters.lora_ga import LoRAGA
 from peft_jax.adapters.lora_start import OLoRA, PiSSA
@@ -61,6 +62,7 @@ __all__ = [
     "LoHa",
     "LoKr",
     "LoRA",
+    "LoRAApproximation",
     "LoRAFA",
     "LoRAGA",
     "MiSS",
@@ -72,6 +74,7 @@ __all__ = [
     "TrainingMethod",
     "Unitary",
     "VeRA",
+    "approximate_by_lora",
     "count_parameters",
     "gradient_factors",
     "make_method",

@@ -139,6 +139,12 @@ class LoRA(AdapterMethod):
         a, b = arrays["a"].astype(jnp.float32), arrays["b"].astype(jnp.float32)
         return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
+    def low_rank_factors(
+        self, arrays: Arrays
+    ) -> tuple[Float[Array, "d_in rank"], Float[Array, "rank d_out"]] | None:
+        """Returns A and s B; None for a subclass that projects otherwise."""
+        return (arrays["a"], arrays["b"]) if type(self).project is LoRA.project else None
+
     def peft_form(self) -> PeftForm | None:
         """Returns PEFT's form; none for a subclass, which may compute something else."""
         return LoRAForm(self) if type(self) is LoRA else None

@@ -176,3 +176,14 @@ class AdapterMethod(TrainingMethod, abc.ABC):
     @abc.abstractmethod
     def merge(self, base: Float[Array, "d_in d_out"], arrays: Arrays) -> Float[Array, "d_in d_out"]:
         """Returns one float32 kernel that is equivalent to `project`."""
+
+    def low_rank_factors(
+        self, arrays: Arrays
+    ) -> tuple[Float[Array, "d_in rank"], Float[Array, "rank d_out"]] | None:
+        """Returns A and B if `project` computes x W + (x A) B; None for other methods.
+
+        Args:
+          arrays: Result of `prepare`.
+        """
+        del arrays
+        return None

@@ -31,7 +31,7 @@ COMMANDS = {
     "study": _Command("eval.study.command", "compare methods on tasks, and write a page"),
     "convert": _Command("peft_jax.convert", "convert a checkpoint for many hosts"),
     "export": _Command(
-        "peft_jax.commands.export", "write an adapter as a merged model, or for PEFT"
+        "peft_jax.commands.export", "write an adapter as a merged model, for PEFT, or as a LoRA"
     ),
     "settings": _Command("peft_jax.settings", "print the settings of a run, with their defaults"),
 }

@@ -38,6 +38,8 @@ MAX_COPY_BYTES = 4 * 2**30
 
 _METADATA = {"format": "pt"}
 
+_INSTEAD = "write a LoRA near it (peft-jax export --format=lora), or the merged model"
+
 
 def save_adapter(
     folder: str | FilePath,
@@ -189,9 +191,7 @@ def _check_form(model: Model, spec: AdapterSpec, targets: Targets, params: Tree)
         )
     form = spec.method.peft_form()
     if form is None:
-        raise NoPeftFormError(
-            f"PEFT has no method {spec.method.name!r}; export the merged model instead"
-        )
+        raise NoPeftFormError(f"PEFT has no method {spec.method.name!r}; {_INSTEAD}")
     own = {path: method.peft_form() for path, method in targets.adapted.items()}
     forms = {path: form for path, form in own.items() if form is not None}
     _check_same_settings(forms)
@@ -207,8 +207,7 @@ def _check_form(model: Model, spec: AdapterSpec, targets: Targets, params: Tree)
                 size += layers * nbytes(form.shapes(*leaf.shape[-2:]))
         if size > MAX_COPY_BYTES:
             raise NoPeftFormError(
-                f"its tensors in the form that PEFT needs are {size / 2**30:.1f} GiB;"
-                " export the merged model instead"
+                f"its tensors in the form that PEFT needs are {size / 2**30:.1f} GiB; {_INSTEAD}"
             )
     return form
 

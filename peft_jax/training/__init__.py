@@ -4,6 +4,7 @@
 - [`fine_tuning`][peft_jax.training.fine_tuning]: `train`, a run from Python.
 - [`loop`][peft_jax.training.loop]: `run`, which trains from a configuration.
 - [`prepare`][peft_jax.training.prepare]: everything a run needs, checked before it begins.
+- [`adapter_formats`][peft_jax.training.adapter_formats]: `export_adapter`, for other tools.
 - [`trainer`][peft_jax.training.trainer]: `Trainer`, training in memory from Python.
 - [`program`][peft_jax.training.program]: `StepProgram`, the program of a step, as shapes.
 - [`step`][peft_jax.training.step]: `TrainStep`, one optimizer step.
@@ -17,6 +18,7 @@ from peft_jax.runtime.errors import (
     NonFiniteError,
     RefusedError,
 )
+from peft_jax.training.adapter_formats import Exported, export_adapter
 from peft_jax.training.config import RunConfig, default_config, from_config_dict
 from peft_jax.training.fine_tuning import TrainingResult, train
 from peft_jax.training.loop import run
@@ -26,6 +28,7 @@ from peft_jax.training.trainer import Hooks, Trainer
 
 __all__ = [
     "BadDataError",
+    "Exported",
     "Hooks",
     "InterruptedRunError",
     "LossFn",
@@ -37,6 +40,7 @@ __all__ = [
     "Trainer",
     "TrainingResult",
     "default_config",
+    "export_adapter",
     "from_config_dict",
     "run",
     "train",

@@ -145,12 +145,18 @@ class Evaluator:
 AnyEvaluator = Evaluator | ClassifierEvaluator
 
 
-def make_evaluator(job: Job) -> AnyEvaluator:
-    """Returns the evaluator of a run's model."""
+def make_evaluator(job: Job, *, spec: AdapterSpec | None = None) -> AnyEvaluator:
+    """Returns the evaluator of a run's model.
+
+    Args:
+      job: Job of the run.
+      spec: Specification of another adapter to evaluate; None for the run's.
+    """
+    spec = job.spec if spec is None else spec
     if isinstance(job.model, SequenceClassifier):
         return ClassifierEvaluator(
             job.model,
-            job.spec,
+            spec,
             job.held_out,
             placement=job.placement,
             microbatches=job.config.train.gradient_accumulation,
@@ -158,7 +164,7 @@ def make_evaluator(job: Job) -> AnyEvaluator:
     assert isinstance(job.model, CausalLM)
     return Evaluator(
         job.model,
-        job.spec,
+        spec,
         job.held_out,
         placement=job.placement,
         microbatches=job.config.train.gradient_accumulation,

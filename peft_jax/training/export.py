@@ -7,6 +7,7 @@ import jax
 from peft_jax.adapters import AdapterState
 from peft_jax.core import Tree
 from peft_jax.hub import export_merged, save_adapter
+from peft_jax.hub.model_card import ModelCard, write_card
 from peft_jax.runtime.files import atomic_folder, remove_unfinished
 from peft_jax.training.config import RunConfig
 from peft_jax.training.prepare import Job
@@ -76,4 +77,12 @@ def _export_model(job: Job, folder: WorkDir, frozen: Tree, adapter: AdapterState
         job.tokenizer.save_pretrained(temporary)
         if (job.folder / _GENERATION_CONFIG).is_file():
             shutil.copyfile(job.folder / _GENERATION_CONFIG, temporary / _GENERATION_CONFIG)
+        card = ModelCard(
+            kind="model",
+            base=job.config.model.path,
+            base_folder=job.folder,
+            spec=job.spec,
+            run=job.config.to_mapping(),
+        )
+        write_card(temporary, card)
     remove_unfinished(folder.model)
