@@ -8,7 +8,9 @@
   `LoHa`, `LoKr`, `MiSS`, `VeRA`, `IA3`, `BOFT`, `OFT`, `HRA`, `Unitary`, `Hybrid`, `Full`; one of
   your own: `AdapterMethod`, `register_method`.
 - Adapters over a whole model: `AdapterSpec` makes and binds an `AdapterState`; `merge`,
-  `load_adapter`, `save_adapter`, `export_merged`, `trainable_table`.
+  `load_adapter`, `save_adapter`, `export_merged`, `trainable_table`. Several over one model:
+  `bind_adapters`, `stack_adapters`, `combine_adapters`. Any method as a LoRA:
+  `approximate_by_lora`.
 - Data: `dataset` describes rows by `DataSettings`; `build_data` reads them; `Batch` holds one's
   own.
 - Training in a work directory, with checkpoints and a report: `train`, which returns a
@@ -52,8 +54,12 @@ if TYPE_CHECKING:
         PiSSA,
         Unitary,
         VeRA,
+        approximate_by_lora,
+        bind_adapters,
+        combine_adapters,
         merge,
         register_method,
+        stack_adapters,
         trainable_table,
     )
     from peft_jax.cost import find_topology
@@ -103,8 +109,12 @@ _HOMES = {
         "PiSSA",
         "Unitary",
         "VeRA",
+        "approximate_by_lora",
+        "bind_adapters",
+        "combine_adapters",
         "merge",
         "register_method",
+        "stack_adapters",
         "trainable_table",
     ),
     "cost": ("find_topology",),
@@ -167,8 +177,11 @@ __all__ = [
     "Unitary",
     "VeRA",
     "__version__",
+    "approximate_by_lora",
+    "bind_adapters",
     "build_data",
     "build_model",
+    "combine_adapters",
     "dataset",
     "export_adapter",
     "export_merged",
@@ -186,6 +199,7 @@ __all__ = [
     "run",
     "save_adapter",
     "save_model",
+    "stack_adapters",
     "train",
     "trainable_table",
 ]

@@ -8,10 +8,16 @@ Methods over one kernel: `LoRA`, `DoRA`, `LoRAFA`, `AdaLoRA`, `LoRAGA`, `PiSSA`,
     state = spec.init(key, params)         # small arrays for the selected kernels
     bound = spec.bind(params, state)       # the same tree, with an AdaptedKernel at each of them
     merged = spec.merge(params, state)     # plain arrays again
+
+`bind_adapters` switches and stacks several adapters over one base. `stack_adapters` lets each row
+of a batch use its own, and `combine_adapters` makes one of them. `approximate_by_lora` converts an
+adapter of any method.
 """
 
 from peft_jax.adapters.adalora import AdaLoRA
 from peft_jax.adapters.boft import BOFT
+from peft_jax.adapters.by_row import StackedAdapters, stack_adapters
+from peft_jax.adapters.combine import COMBINATION_TYPES, combine_adapters
 from peft_jax.adapters.dora import DoRA
 from peft_jax.adapters.full import Full
 from peft_jax.adapters.hra import HRA
@@ -35,6 +41,7 @@ from peft_jax.adapters.registry import (
     register_installed,
     register_method,
 )
+from peft_jax.adapters.several import bind_adapters
 from peft_jax.adapters.sketch import gradient_factors
 from peft_jax.adapters.spec import AdapterSpec, AdapterState, merge
 from peft_jax.adapters.table import ParameterCount, count_parameters, trainable_table
@@ -45,6 +52,7 @@ from peft_jax.adapters.vera import VeRA
 __all__ = [
     "ALL_LINEAR",
     "BOFT",
+    "COMBINATION_TYPES",
     "HRA",
     "IA3",
     "LOW_RANK",
@@ -69,12 +77,15 @@ __all__ = [
     "OLoRA",
     "ParameterCount",
     "PiSSA",
+    "StackedAdapters",
     "TargetSettings",
     "Targets",
     "TrainingMethod",
     "Unitary",
     "VeRA",
     "approximate_by_lora",
+    "bind_adapters",
+    "combine_adapters",
     "count_parameters",
     "gradient_factors",
     "make_method",
@@ -82,6 +93,7 @@ __all__ = [
     "method_settings",
     "peft_forms",
     "register_method",
+    "stack_adapters",
     "trainable_table",
 ]
 

@@ -33,6 +33,7 @@ COMMANDS = {
     "export": _Command(
         "peft_jax.commands.export", "write an adapter as a merged model, for PEFT, or as a LoRA"
     ),
+    "combine": _Command("peft_jax.commands.combine", "combine several adapters into one LoRA"),
     "settings": _Command("peft_jax.settings", "print the settings of a run, with their defaults"),
 }
 """Commands by name. Each module has a function `main` that takes the rest of the line."""

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Int32
 
+from peft_jax.adapters import StackedAdapters
 from peft_jax.core import Tree
 from peft_jax.data.encode import Encoder
 from peft_jax.data.examples import Conversation, Example, prompt_and_completion
@@ -69,6 +70,8 @@ def generate_text(
     *,
     row_sharding: jax.sharding.NamedSharding | None = None,
     split_special_tokens: bool = False,
+    adapters: StackedAdapters | None = None,
+    row_adapters: Sequence[str | None] = (),
 ) -> GeneratedText:
     """Continues texts, examples or conversations.
 
@@ -84,6 +87,8 @@ def generate_text(
       row_sharding: See `generate`.
       split_special_tokens: Tokenize control tokens as plain text in texts, and in messages that are
         not the assistant's. Use it for untrusted text. The training data has the same setting.
+      adapters: See `generate`.
+      row_adapters: See `generate`.
 
     Raises:
       ValueError: `generate` rejects an argument, there is no chat template for a conversation, or
@@ -95,7 +100,14 @@ def generate_text(
     encoder = Encoder(tokenizer, max_length=1, split_special_tokens=split_special_tokens)
     tokens = [encoder.prompt_ids(_as_example(prompt, encoder)) for prompt in prompts]
     return generate_text_from_tokens(
-        model, params, tokenizer, tokens, settings, row_sharding=row_sharding
+        model,
+        params,
+        tokenizer,
+        tokens,
+        settings,
+        row_sharding=row_sharding,
+        adapters=adapters,
+        row_adapters=row_adapters,
     )
 
 
@@ -107,6 +119,8 @@ def generate_text_from_tokens(
     settings: GenerationSettings | None = None,
     *,
     row_sharding: jax.sharding.NamedSharding | None = None,
+    adapters: StackedAdapters | None = None,
+    row_adapters: Sequence[str | None] = (),
 ) -> GeneratedText:
     """Continues tokenized prompts; see `generate_text` for arguments and errors."""
     settings = settings or GenerationSettings()
@@ -125,6 +139,8 @@ def generate_text_from_tokens(
         settings,
         find_stop=find_stop if strings else None,
         row_sharding=row_sharding,
+        adapters=adapters,
+        row_adapters=row_adapters,
     )
     completions = tuple(
         TextCompletion(

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Int32, UInt32
 
+from peft_jax.adapters import StackedAdapters
 from peft_jax.core import Tree
 from peft_jax.generation.buckets import PaddedPrompts, length_bucket
 from peft_jax.generation.decoding import Controls, DecodeState, read_prompts, write_tokens
@@ -66,6 +67,8 @@ def generate(
     *,
     find_stop: FindStop | None = None,
     row_sharding: jax.sharding.NamedSharding | None = None,
+    adapters: StackedAdapters | None = None,
+    row_adapters: Sequence[str | None] = (),
 ) -> Generated:
     """Continues tokenized prompts on the device.
 
@@ -83,13 +86,16 @@ def generate(
       row_sharding: Sharding of batch rows over the parameters' devices, see
         `peft_jax.parallel.batch_sharding`. None: every device computes all rows. Only for a single
         process.
+      adapters: Adapters of which each prompt uses one; `params` are then those of the base.
+      row_adapters: Name of each prompt's adapter, or None for the base alone.
 
     Returns:
       The continuations, without their prompts.
 
     Raises:
       ValueError: A prompt is empty, fills the model's context, or has tokens outside the
-        vocabulary; or an end token is outside the vocabulary.
+        vocabulary; an end token is outside the vocabulary; or `row_adapters` does not name an
+        adapter for each prompt.
       FloatingPointError: The logits are not finite.
 
     Example:
@@ -107,6 +113,7 @@ def generate(
     if settings.eos_ids is None:
         settings = dataclasses.replace(settings, eos_ids=end_tokens(model))
     rows = [_as_tokens(index, prompt, model) for index, prompt in enumerate(prompts)]
+    numbers = _adapter_numbers(adapters, row_adapters, len(rows))
     row_keys = _row_keys(rows, settings.seed)
     by_length = sorted(range(len(rows)), key=lambda index: len(rows[index]), reverse=True)
     completions: dict[int, Completion] = {}
@@ -115,7 +122,7 @@ def generate(
         indices = by_length[start : start + settings.batch_size]
         found, spent = _generate_batch(
             model,
-            params,
+            params if adapters is None else _ByRow(adapters, params, numbers[indices]),
             {index: rows[index] for index in indices},
             row_keys[indices],
             settings,
@@ -170,9 +177,39 @@ def _row_keys(rows: Sequence[np.ndarray], seed: int) -> UInt32[np.ndarray, "rows
     return keys
 
 
+@dataclasses.dataclass(frozen=True)
+class _ByRow:
+    """Parameters of the base, with adapters for the rows of a batch, int32 [rows]."""
+
+    adapters: StackedAdapters
+    params: Tree
+    numbers: Int32[np.ndarray, " rows"]
+
+    def bind(self, rows: int) -> Tree:
+        """Returns the parameters for a batch that is padded to a number of rows."""
+        padding = (0, rows - len(self.numbers))
+        return self.adapters.bind(self.params, jax.device_put(np.pad(self.numbers, padding)))
+
+
+def _adapter_numbers(
+    adapters: StackedAdapters | None, names: Sequence[str | None], prompts: int
+) -> Int32[np.ndarray, " prompts"]:
+    """Returns the number of each prompt's adapter; empty without adapters."""
+    if adapters is None:
+        if names:
+            raise ValueError(f"row_adapters is {list(names)}, but adapters is None; give both")
+        return np.zeros(0, np.int32)
+    if len(names) != prompts:
+        raise ValueError(
+            f"row_adapters has {len(names)} names, but there are {prompts} prompts; name an adapter"
+            " for each, or None for the base alone"
+        )
+    return adapters.rows(names)
+
+
 def _generate_batch(
     model: CausalLM,
-    params: Tree,
+    params: Tree | _ByRow,
     prompts: dict[int, np.ndarray],
     row_keys: UInt32[np.ndarray, "rows 2"],
     settings: GenerationSettings,
@@ -183,6 +220,8 @@ def _generate_batch(
     put_rows = functools.partial(jax.device_put, device=row_sharding)
     padded = PaddedPrompts.of(list(prompts.values()), multiple=_parts(row_sharding))
     filling = (0, len(padded.empty) - len(prompts))
+    if isinstance(params, _ByRow):
+        params = params.bind(len(padded.empty))
     limits = np.pad(_limits(list(prompts.values()), model, settings), filling)
     controls = Controls(
         sampling=None if settings.greedy else Sampling.of(settings, model.config.vocab_size),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_jax.core import FORMATS, Tree
-from peft_jax.hub.adapter_files import CONFIG
+from peft_jax.hub.adapter_files import CONFIG, PEFT_CONFIG
 from peft_jax.hub.converted import MANIFEST, WEIGHTS, is_converted
 from peft_jax.hub.digests import sample_tensors
 from peft_jax.models import Model, quantization_of
@@ -47,6 +47,31 @@ def digest_of_origin(model: Model) -> str | None:
     except (OSError, ValueError) as error:
         _log.warning("the weights in %s can no longer be read: %s", model.origin, error)
         return None
+
+
+def check_same_base(folders: Mapping[str, Path]) -> None:
+    """Raises ValueError if adapters were trained on different bases.
+
+    The bases' digests are compared where they are recorded, and otherwise the bases' names.
+
+    Args:
+      folders: Folders of the adapters, by the names to use in messages.
+
+    Raises:
+      ValueError: Two bases differ; the message names the adapters and the bases.
+    """
+    seen: dict[str, tuple[str, Mapping[str, Any]]] = {}
+    for name, folder in folders.items():
+        file = folder / (CONFIG if (folder / CONFIG).is_file() else PEFT_CONFIG)
+        config = read_json_object(file)
+        kind = "base_digest" if config.get("base_digest") else "base_model_name_or_path"
+        other, found = seen.setdefault(kind, (name, config))
+        if found.get(kind) != config.get(kind):
+            bases = [one.get("base_model_name_or_path") for one in (found, config)]
+            raise ValueError(
+                f"{other} was trained on {bases[0]} and {name} on {bases[1]}, whose {kind} differ"
+                f" ({found.get(kind)} and {config.get(kind)}); adapters of one base go together"
+            )
 
 
 def recorded_quantization(folder: Path) -> str | None:

@@ -25,6 +25,8 @@ def vllm_note(config: Mapping[str, Any]) -> str:
     """
     if config["peft_type"] != "LORA":
         reason, instead = f"it has no {config['peft_type']}", "--format=lora writes a LoRA near it"
+    elif config.get("use_dora"):
+        reason, instead = "it has no DoRA", "--format=lora writes a LoRA near it"
     elif saved := config.get("modules_to_save"):
         reason, instead = f"{', '.join(saved)} is trained in full", "serve the merged model"
     elif config.get("rank_pattern") or config.get("alpha_pattern"):

@@ -142,8 +142,9 @@ def export_adapter(
       for every method. `generation_config.json` of the base is copied.
     - "peft": an adapter for Hugging Face PEFT, if PEFT has the method.
     - "lora": the LoRA adapter of `rank` that is nearest to an adapter of any method, for PEFT and
-      vLLM; see [`approximate_by_lora`][peft_jax.adapters.approximate_by_lora]. If `source` is a
-      run, the loss on its held-out rows is measured before and after.
+      vLLM; see
+      [`approximate_by_lora`][peft_jax.adapters.lora_approximation.approximate_by_lora]. If `source`
+      is a run, the loss on its held-out rows is measured before and after.
 
     The base model is loaded without quantization.
 
