@@ -279,10 +279,23 @@ def _check_ranks(combination_type: str, path: Path, members: Sequence[_Member]) 
 
 def _selection(members: Sequence[_Member], paths: Sequence[Path]) -> dict[str, Any]:
     """Returns the settings that select the modules of all adapters."""
-    settings = [(m.spec.target_modules, m.spec.exclude_modules) for m in members]
+    names = ("target_modules", "exclude_modules", "layers_to_transform")
+    settings = [tuple(getattr(member.spec, name) for name in names) for member in members]
     if all(one == settings[0] for one in settings):
-        return dict(zip(("target_modules", "exclude_modules"), settings[0], strict=True))
-    return {"target_modules": tuple(join_path(path[:-1]) for path in paths)}
+        return dict(zip(names, settings[0], strict=True))
+    modules: list[str] = []
+    for path in paths:
+        module = join_path(path[:-1])
+        own = [member.targets for member in members if path in member.targets.adapted]
+        if any(path not in targets.by_layer for targets in own):
+            modules.append(module)
+            continue
+        modules += [
+            module.replace(".", f".{layer}.", 1)
+            for layer, methods in enumerate(zip(*(t.by_layer[path] for t in own), strict=True))
+            if any(method is not None for method in methods)
+        ]
+    return {"target_modules": tuple(modules)}
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5, 6))

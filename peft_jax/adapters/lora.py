@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -24,6 +24,9 @@ from peft_jax.adapters.peft_form import (
 from peft_jax.core import Kernel, linear
 from peft_jax.core.scopes import part
 from peft_jax.core.validation import check_fraction, check_positive, check_positive_int
+
+_FACTORS = ("a", "b", "a0", "b0")
+"""Names of arrays that hold factors."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,8 @@ class LoRA(AdapterMethod):
 
     name: ClassVar[str] = "lora"
     learning_rate: ClassVar[float] = 2e-4
+    by_layer: ClassVar[bool] = True
+    """Whether layers may differ. It is not inherited, because factors may mean something else."""
 
     rank: int = 8
     alpha: float = 16.0
@@ -74,6 +79,60 @@ class LoRA(AdapterMethod):
                 f" [{shape[0]}, {shape[1]}] needs a rank of at most {min(shape)}; set it with"
                 " rank_pattern"
             )
+
+    def check_layers(self, module: str, methods: Sequence[AdapterMethod | None]) -> None:
+        """Raises ValueError for subclasses that do not set `by_layer` themselves."""
+        if not vars(type(self)).get("by_layer", False):
+            raise ValueError(
+                f"{self.name} needs the same settings in all layers, but {module} differs between"
+                " layers; name modules without layer numbers"
+            )
+
+    def start_layers(
+        self, trainable: Arrays, constant: Arrays, methods: Sequence[AdapterMethod | None]
+    ) -> tuple[Arrays, Arrays]:
+        """Sets the columns of A and the rows of B to zero that a layer does not have."""
+        mask = (self._gains(methods) != 0).astype(np.float32)
+
+        def cut(arrays: Arrays) -> Arrays:
+            masks = {"a": mask[:, None, :], "b": mask[:, :, None]}
+            return {
+                name: array * masks[name[0]] if name in _FACTORS else array
+                for name, array in arrays.items()
+            }
+
+        return cut(trainable), cut(constant)
+
+    def hold_layers(
+        self, trainable: Arrays, constant: Arrays, methods: Sequence[AdapterMethod | None]
+    ) -> tuple[Arrays, Arrays]:
+        """Multiplies B by each layer's share of this method's scale, and by zero beyond its rank.
+
+        The factors of a layer of smaller rank are padded. Zeros get no gradient and stay zero.
+        """
+        trainable, constant = super().hold_layers(trainable, constant, methods)
+        gains = self._gains(methods)[:, :, None]
+
+        def scale(arrays: Arrays) -> Arrays:
+            return {
+                name: array * gains.astype(array.dtype) if name in ("b", "b0") else array
+                for name, array in arrays.items()
+            }
+
+        return scale(trainable), scale(constant)
+
+    def _gains(self, methods: Sequence[AdapterMethod | None]) -> np.ndarray:
+        """Returns the layers' scales relative to this method's, by column, [layers, rank]."""
+        gains = np.zeros((len(methods), self.rank), np.float32)
+        for layer, method in enumerate(methods):
+            if isinstance(method, LoRA):
+                gains[layer, : method.rank] = method.scale / self.scale
+        return gains
+
+    def neutral(self, shape: tuple[int, int]) -> tuple[Arrays, Arrays]:
+        """Returns zeros."""
+        d_in, d_out = shape
+        return {"a": jnp.zeros((d_in, self.rank)), "b": jnp.zeros((self.rank, d_out))}, {}
 
     def init(
         self, key: jax.Array, shape: tuple[int, int], gradient: GradientFactors | None = None
@@ -239,8 +298,12 @@ class LoRAForm(PeftForm):
         return {"lora_A.weight": (rank, d_in), "lora_B.weight": (d_out, rank)}
 
     def export(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Transposes the factors."""
-        return {"lora_A.weight": arrays["a"].T, "lora_B.weight": arrays["b"].T}
+        """Transposes the factors, without padding beyond the rank."""
+        rank = self.method.rank
+        return {
+            "lora_A.weight": arrays["a"][:, :rank].T,
+            "lora_B.weight": arrays["b"][:rank].T,
+        }
 
     def restore(self, tensors: Mapping[str, np.ndarray]) -> tuple[Arrays, Arrays]:
         """Transposes the tensors."""

@@ -111,6 +111,7 @@ def approximate_by_lora(
         LoRA(rank=rank, alpha=float(rank)),
         target_modules=spec.target_modules,
         exclude_modules=spec.exclude_modules,
+        layers_to_transform=spec.layers_to_transform,
         modules_to_save=spec.modules_to_save,
     )
     targets = lora.targets(params)

@@ -41,6 +41,7 @@ class LoRAGA(StartedLoRA):
 
     name: ClassVar[str] = "lora_ga"
     learning_rate: ClassVar[float] = 5e-5
+    by_layer: ClassVar[bool] = True
 
     rank_stabilized: bool = True
     direction: str = "ArB2r"
@@ -94,6 +95,11 @@ class LoRAGA(StartedLoRA):
         else:
             a, b = c * a, c * b
         return {"a": a, "b": b}, {"a0": a, "b0": b}
+
+    def neutral(self, shape: tuple[int, int]) -> tuple[Arrays, Arrays]:
+        """Returns zeros."""
+        zeros, _ = super().neutral(shape)
+        return zeros, {"a0": zeros["a"], "b0": zeros["b"]}
 
     def _directions(self, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns the columns of U for A and the columns of V for B."""

@@ -207,9 +207,11 @@ class StartedForm(LoRAForm):
 
     def export(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Concatenates the current and the initial factors."""
+        r = self.method.rank
+        a, b, a0, b0 = (arrays[name] for name in ("a", "b", "a0", "b0"))
         return {
-            "lora_A.weight": np.concatenate([arrays["a"], arrays["a0"]], axis=1).T,
-            "lora_B.weight": np.concatenate([arrays["b"], -arrays["b0"]], axis=0).T,
+            "lora_A.weight": np.concatenate([a[:, :r], a0[:, :r]], axis=1).T,
+            "lora_B.weight": np.concatenate([b[:r], -b0[:r]], axis=0).T,
         }
 
     def restore(self, tensors: Mapping[str, np.ndarray]) -> tuple[Arrays, Arrays]:

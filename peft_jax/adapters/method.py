@@ -11,11 +11,13 @@ A method is a frozen dataclass of settings. Its functions act on one kernel [d_i
 
 import abc
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from peft_jax.adapters.peft_form import PeftForm
@@ -120,6 +122,55 @@ class AdapterMethod(TrainingMethod, abc.ABC):
 
     def check_kernel(self, module: str, shape: tuple[int, int]) -> None:
         """Raises ValueError, naming `module`, if a kernel [d_in, d_out] cannot be adapted."""
+
+    def check_layers(self, module: str, methods: Sequence["AdapterMethod | None"]) -> None:
+        """Raises ValueError, naming `module`, if layers cannot have these methods.
+
+        Args:
+          module: Dotted name of the module.
+          methods: Method of each layer, or None where it is not adapted. This method is the widest.
+        """
+        if other := next((one for one in methods if one is not None and one != self), None):
+            raise ValueError(
+                f"{self.name} has the same settings in all layers, but {module} has {self} and"
+                f" {other}; give rank_pattern and alpha_pattern without layer numbers"
+            )
+        if self.uses_kernel:
+            raise ValueError(
+                f"{self.name} starts from the kernels and adapts all layers, but {module} is"
+                " adapted in some only; name modules without layer numbers"
+            )
+
+    def start_layers(
+        self, trainable: Arrays, constant: Arrays, methods: Sequence["AdapterMethod | None"]
+    ) -> tuple[Arrays, Arrays]:
+        """Returns the initial arrays [layers, ...] of layers that differ; see `check_layers`."""
+        del methods
+        return trainable, constant
+
+    def hold_layers(
+        self, trainable: Arrays, constant: Arrays, methods: Sequence["AdapterMethod | None"]
+    ) -> tuple[Arrays, Arrays]:
+        """Returns the arrays [layers, ...] for `prepare` of layers that differ.
+
+        Layers that are not adapted get no gradient, so that they keep their initial arrays, with
+        which they compute what the base does.
+        """
+        adapted = np.array([one is not None for one in methods])
+
+        def hold(array: jax.Array) -> jax.Array:
+            mask = adapted.reshape(-1, *[1] * (array.ndim - 1))
+            return jnp.where(mask, array, jax.lax.stop_gradient(array))
+
+        return jax.tree.map(hold, trainable), constant
+
+    def neutral(self, shape: tuple[int, int]) -> tuple[Arrays, Arrays]:
+        """Returns arrays with which an adapted kernel computes what the base kernel does.
+
+        Args:
+          shape: Kernel shape (d_in, d_out).
+        """
+        return self.init(jax.random.key(0), shape)
 
     @abc.abstractmethod
     def init(

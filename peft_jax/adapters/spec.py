@@ -198,6 +198,8 @@ class AdapterSpec(TargetSettings):
                     jax.vmap(make) if kernel is None else functools.partial(jax.lax.map, make)
                 )
                 learned, fixed = over_layers((keys, factors.get(path), kernel))
+            if path in targets.by_layer:
+                learned, fixed = method.start_layers(learned, fixed, targets.by_layer[path])
             trainable[path] = jax.tree.map(lambda a: a.astype(dtype), learned)
             for name, array in flatten(fixed).items():
                 constant[(*path, *name)] = array.astype(dtype)
@@ -241,9 +243,10 @@ class AdapterSpec(TargetSettings):
                 key = jax.random.fold_in(dropout_key, zlib.crc32(join_path(path).encode()))
                 if is_stacked(path):
                     key = jax.random.split(key, kernel_shape(flat[path])[0])
-            arrays = _prepare(
-                method, learned[path], fixed.get(path, {}), key, is_stacked(path), recompute
-            )
+            own, constant = learned[path], fixed.get(path, {})
+            if path in targets.by_layer:
+                own, constant = method.hold_layers(own, constant, targets.by_layer[path])
+            arrays = _prepare(method, own, constant, key, is_stacked(path), recompute)
             flat[path] = AdaptedKernel(
                 base=flat[path], arrays=arrays, dropout_key=key, method=method
             )

@@ -9,7 +9,8 @@ from qwix import QArray
 
 from peft_jax.adapters.gradient_products import kernel_shape
 from peft_jax.adapters.spec import AdapterSpec, AdapterState
-from peft_jax.core import Tree, flatten, is_stacked, join_path
+from peft_jax.adapters.targets import Targets
+from peft_jax.core import Path, Tree, flatten, is_stacked, join_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,9 @@ def count_parameters(spec: AdapterSpec, params: Tree, state: AdapterState) -> Pa
       params: Model parameters, including leaves trained in full; arrays or shapes.
       state: State of the adapter; arrays or shapes.
     """
-    trainable = _size(state.trainable)
+    targets = spec.targets(params)
+    padding = sum(_padding(targets, path, params, state) for path in targets.by_layer)
+    trainable = _size(state.trainable) - padding
     return ParameterCount(trainable, _size(spec.frozen(params)) + trainable)
 
 
@@ -65,8 +68,9 @@ def trainable_table(spec: AdapterSpec, params: Tree, state: AdapterState) -> str
         one = list(shape[1:] if is_stacked(path) else shape)
         kernels = f"{shape[0]} x {one}" if is_stacked(path) else str(one)
         name = join_path(path[:-1] if path in targets.adapted else path)
-        method = _label(targets.adapted[path]) if path in targets.adapted else "full"
-        rows.append((name, kernels, method, f"{_size(learned[path]):,}"))
+        method = _label(targets, path) if path in targets.adapted else "full"
+        size = _size(learned[path]) - _padding(targets, path, params, state)
+        rows.append((name, kernels, method, f"{size:,}"))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [
         "  ".join(
@@ -83,14 +87,35 @@ def trainable_table(spec: AdapterSpec, params: Tree, state: AdapterState) -> str
     return "\n".join(lines)
 
 
-def _label(method: Any) -> str:
+def _padding(targets: Targets, path: Path, params: Tree, state: AdapterState) -> int:
+    """Returns the number of entries that no layer has, where layers differ."""
+    if path not in targets.by_layer:
+        return 0
+    whole = flatten(state.trainable, is_leaf=lambda at, _: at == path)[path]
+    d_in, d_out = kernel_shape(flatten(params)[path])[-2:]
+    return _size(whole) - sum(
+        _size(jax.eval_shape(lambda method=method: method.neutral((d_in, d_out))[0]))
+        for method in targets.by_layer[path]
+        if method is not None
+    )
+
+
+def _label(targets: Targets, path: Path) -> str:
+    method: Any = targets.adapted[path]
+    layers = ""
+    if path in targets.by_layer:
+        methods = targets.by_layer[path]
+        count = sum(one is not None for one in methods)
+        different = len({one for one in methods if one is not None}) > 1
+        layers = f" in {count} of {len(methods)} layers" if count < len(methods) else ""
+        layers += " (largest)" if different else ""
     rank = f" r={method.rank}" if hasattr(method, "rank") else ""
     blocks = ""
     if hasattr(method, "block_size") and getattr(method, "rotation", "boft") == "boft":
         factors = getattr(method, "n_butterfly_factors", 1)
         blocks = f" b={method.block_size} m={factors}"
     unitary = " +unitary" if getattr(method, "rotation", "boft") == "unitary" else ""
-    return f"{method.name}{rank}{blocks}{unitary}"
+    return f"{method.name}{rank}{blocks}{unitary}{layers}"
 
 
 def _size(tree: Any) -> int:

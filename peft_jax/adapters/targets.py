@@ -8,7 +8,13 @@ from qwix import QArray
 
 from peft_jax.adapters.gradient_products import kernel_shape
 from peft_jax.adapters.method import AdapterMethod, TrainingMethod
-from peft_jax.adapters.names import matches_name, matches_pattern, select_modules
+from peft_jax.adapters.names import (
+    layers_of_name,
+    layers_of_pattern,
+    matches_name,
+    select_layers,
+    select_modules,
+)
 from peft_jax.core import Path, Tree, flatten, is_stacked, join_path
 from peft_jax.core.validation import check_positive, check_positive_int
 
@@ -23,12 +29,19 @@ class Targets:
     """Leaves of a model that an `AdapterSpec` trains.
 
     Attributes:
-      adapted: Methods by path of the adapted kernel.
+      adapted: Methods by path of the adapted kernel; of layers that differ, the widest one.
       trained: Paths of leaves trained in full, without an adapter.
+      by_layer: Methods of each layer, or None where it is not adapted, by path of the kernels whose
+        layers differ.
     """
 
     adapted: dict[Path, AdapterMethod]
     trained: tuple[Path, ...]
+    by_layer: dict[Path, tuple[AdapterMethod | None, ...]] = dataclasses.field(default_factory=dict)
+
+    def layers(self, path: Path, count: int) -> tuple[AdapterMethod | None, ...]:
+        """Returns the methods of `count` layers of an adapted kernel."""
+        return self.by_layer.get(path, (self.adapted[path],) * count)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,15 +51,20 @@ class TargetSettings:
     Attributes:
       target_modules: Modules to adapt: "all-linear" (every linear map but the output head and
         those of `modules_to_save`), module names (last parts such as "q_proj" or "mlp.up_proj"),
-        or one regular expression. With `Full`, "all-linear" selects every parameter of the model.
+        or one regular expression. Names with a layer number ("layers.0.mlp.up_proj") select that
+        layer alone. With `Full`, "all-linear" selects every parameter of the model.
       exclude_modules: Names, or one regular expression, of modules to leave out.
-      rank_pattern: Ranks of modules by name or regular expression; the first match applies.
-      alpha_pattern: Alphas of modules by name or regular expression; the first match applies.
+      layers_to_transform: Numbers of the layers to adapt, from 0; empty for all of them. With it,
+        modules outside the layers are not adapted.
+      rank_pattern: Ranks of modules by name or regular expression, also with layer numbers; the
+        first match applies.
+      alpha_pattern: Alphas of modules in the same form.
       modules_to_save: Names of modules to train in full.
     """
 
     target_modules: str | tuple[str, ...] = ALL_LINEAR
     exclude_modules: str | tuple[str, ...] = ()
+    layers_to_transform: tuple[int, ...] = ()
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
@@ -63,6 +81,12 @@ class TargetSettings:
             )
         if self.target_modules == ():
             raise ValueError("target_modules is empty; name modules, or give 'all-linear'")
+        object.__setattr__(self, "layers_to_transform", tuple(self.layers_to_transform))
+        for layer in self.layers_to_transform:
+            if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+                raise ValueError(
+                    f"layers_to_transform has {layer!r}; it must be layer numbers from 0"
+                )
         for pattern, rank in self.rank_pattern.items():
             check_positive_int(f"rank_pattern[{pattern!r}]", rank)
         for pattern, alpha in self.alpha_pattern.items():
@@ -89,12 +113,16 @@ def find_targets(params: Tree, method: TrainingMethod, settings: TargetSettings)
     leaves = _leaves_by_module(flat)
     saved = _choose(modules_to_save, leaves, n_layers, "modules_to_save") if modules_to_save else []
     if not isinstance(method, AdapterMethod):
+        if settings.layers_to_transform:
+            raise ValueError(
+                "layers_to_transform must be empty, because full fine-tuning trains stacked layers"
+            )
         if rank_pattern or alpha_pattern:
             raise ValueError(
                 "rank_pattern and alpha_pattern must be empty, because full fine-tuning has no"
                 " ranks"
             )
-        chosen = _without(
+        whole = _without(
             list(leaves)
             if target_modules == ALL_LINEAR
             else _choose(target_modules, leaves, n_layers, "target_modules"),
@@ -102,43 +130,127 @@ def find_targets(params: Tree, method: TrainingMethod, settings: TargetSettings)
             leaves,
             n_layers,
         )
-        modules = sorted({*chosen, *saved})
+        modules = sorted({*whole, *saved})
         trained = tuple(path for module in modules for path in leaves[module])
         _reject_quantized(trained, flat)
         return Targets({}, trained)
 
     kernels = {join_path(path[:-1]): path for path in flat if path[-1] == "kernel"}
+    every = {m: tuple(range(n_layers)) if is_stacked(p) else (0,) for m, p in kernels.items()}
     if target_modules == ALL_LINEAR:
-        chosen = [
-            module
-            for module in kernels
+        chosen = {
+            module: layers
+            for module, layers in every.items()
             if module.split(".")[0] not in _HEADS and module not in saved
-        ]
+        }
     else:
         _reject_embeddings(target_modules, flat)
-        chosen = _choose(target_modules, kernels, n_layers, "target_modules")
-    chosen = _without(chosen, exclude_modules, kernels, n_layers)
+        chosen = select_layers(target_modules, kernels, n_layers=n_layers, setting="target_modules")
+    if exclude_modules:
+        excluded = select_layers(
+            exclude_modules, kernels, n_layers=n_layers, setting="exclude_modules"
+        )
+        chosen = _less(chosen, excluded)
+        if not chosen:
+            raise ValueError(f"exclude_modules {exclude_modules!r} leaves nothing to train")
+    if settings.layers_to_transform:
+        chosen = _in_layers(chosen, settings.layers_to_transform, kernels, n_layers)
     if both := sorted(set(chosen) & set(saved)):
         raise ValueError(
             f"{', '.join(both)} is in both target_modules and modules_to_save; remove it from one"
             " of them"
         )
-    _check_patterns(rank_pattern, "rank_pattern", chosen, n_layers)
-    _check_patterns(alpha_pattern, "alpha_pattern", chosen, n_layers)
+    ranks = _values(rank_pattern, "rank_pattern", chosen, n_layers)
+    alphas = _values(alpha_pattern, "alpha_pattern", chosen, n_layers)
     method.check_modules(chosen)
-    adapted = {}
-    for module in chosen:
-        own = method.for_module(
-            module,
-            rank=_first_match(rank_pattern, module, n_layers),
-            alpha=_first_match(alpha_pattern, module, n_layers),
-        )
-        d_in, d_out = kernel_shape(flat[kernels[module]])[-2:]
-        own.check_kernel(module, (d_in, d_out))
-        adapted[kernels[module]] = own
+    adapted, by_layer = {}, {}
+    for module, layers in chosen.items():
+        path = kernels[module]
+        d_in, d_out = kernel_shape(flat[path])[-2:]
+        own: list[AdapterMethod | None] = [None] * len(every[module])
+        for layer in layers:
+            one = method.for_module(
+                module, rank=ranks.get((module, layer)), alpha=alphas.get((module, layer))
+            )
+            one.check_kernel(module, (d_in, d_out))
+            own[layer] = one
+        different = [one for one in own if one is not None]
+        adapted[path] = max(different, key=lambda one: getattr(one, "rank", 0))
+        if None in own or any(one != different[0] for one in different):
+            adapted[path].check_layers(module, own)
+            by_layer[path] = tuple(own)
     trained = tuple(path for module in sorted(saved) for path in leaves[module])
     _reject_quantized(trained, flat)
-    return Targets(adapted, trained)
+    return Targets(adapted, trained, by_layer)
+
+
+def _less(
+    chosen: Mapping[str, tuple[int, ...]], excluded: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Returns the layers of modules that are not excluded."""
+    left = {
+        module: tuple(layer for layer in layers if layer not in excluded.get(module, ()))
+        for module, layers in chosen.items()
+    }
+    return {module: layers for module, layers in left.items() if layers}
+
+
+def _in_layers(
+    chosen: Mapping[str, tuple[int, ...]],
+    wanted: Collection[int],
+    kernels: Mapping[str, Path],
+    n_layers: int,
+) -> dict[str, tuple[int, ...]]:
+    """Returns the wanted layers of stacked modules.
+
+    Raises:
+      ValueError: There is no such layer, or nothing is left.
+    """
+    if beyond := [layer for layer in wanted if layer >= n_layers]:
+        raise ValueError(
+            f"layers_to_transform has {beyond[0]}, but the model's layers are 0 to {n_layers - 1}"
+        )
+    left = {
+        module: tuple(layer for layer in layers if layer in wanted)
+        for module, layers in chosen.items()
+        if is_stacked(kernels[module])
+    }
+    found = {module: layers for module, layers in left.items() if layers}
+    if not found:
+        raise ValueError(f"layers_to_transform {list(wanted)} leaves nothing to adapt")
+    return found
+
+
+def _values(
+    patterns: Mapping[str, Any],
+    setting: str,
+    chosen: Mapping[str, tuple[int, ...]],
+    n_layers: int,
+) -> dict[tuple[str, int], Any]:
+    """Returns the value of the first pattern that matches, by module and layer.
+
+    Raises:
+      ValueError: A pattern matches none of the adapted modules.
+    """
+    found: dict[tuple[str, int], Any] = {}
+    for pattern, value in patterns.items():
+        matched = False
+        for module, layers in chosen.items():
+            try:
+                of_pattern = layers_of_name(pattern, module, n_layers=n_layers) or (
+                    layers_of_pattern(pattern, module, n_layers=n_layers)
+                )
+            except ValueError as error:
+                raise ValueError(f"{setting}: {error}") from error
+            for layer in set(of_pattern) & set(layers):
+                matched = True
+                found.setdefault((module, layer), value)
+        if not matched:
+            raise ValueError(
+                f"{setting} has {pattern!r}, which matches none of the adapted modules"
+                f" {', '.join(chosen)}"
+            )
+    return found
 
 
 def _leaves_by_module(flat: Mapping[Path, Any]) -> dict[str, list[Path]]:
@@ -186,26 +298,3 @@ def _reject_embeddings(targets: str | Collection[str], flat: Mapping[Path, Any])
                 f"target_modules has {name!r}, which is an embedding and not a linear map; train it"
                 " with modules_to_save"
             )
-
-
-def _check_patterns(
-    patterns: Mapping[str, Any], setting: str, modules: Collection[str], n_layers: int
-) -> None:
-    for pattern in patterns:
-        try:
-            found = any(_matches(pattern, module, n_layers) for module in modules)
-        except ValueError as error:
-            raise ValueError(f"{setting}: {error}") from error
-        if not found:
-            raise ValueError(
-                f"{setting} has {pattern!r}, which matches none of the adapted modules"
-                f" {', '.join(modules)}"
-            )
-
-
-def _matches(pattern: str, module: str, n_layers: int) -> bool:
-    return matches_name(pattern, module) or matches_pattern(pattern, module, n_layers=n_layers)
-
-
-def _first_match(patterns: Mapping[str, Any], module: str, n_layers: int) -> Any:
-    return next((v for pattern, v in patterns.items() if _matches(pattern, module, n_layers)), None)

@@ -50,6 +50,9 @@ _SPEC_FIELDS = tuple(
     field.name for field in dataclasses.fields(AdapterSpec) if field.name != "method"
 )
 
+_LATER_FIELDS = frozenset({"layers_to_transform"})
+"""Settings that adapters of earlier versions do not have."""
+
 
 def write_config(
     spec: AdapterSpec,
@@ -121,7 +124,7 @@ def check_settings_digest(config: Mapping[str, Any], file: Path) -> str | None:
 def _digested_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings that affect what an adapter computes."""
     names = ("method", *_SPEC_FIELDS, "arrays", "quantization")
-    return {name: config.get(name) for name in names}
+    return {name: config.get(name) for name in names if name in config or name not in _LATER_FIELDS}
 
 
 def read_spec(config: Mapping[str, Any], file: Path) -> AdapterSpec:
@@ -142,13 +145,14 @@ def read_spec(config: Mapping[str, Any], file: Path) -> AdapterSpec:
             f" {config.get('peft_jax_version')}), but peft_jax {__version__} reads version"
             f" {FORMAT_VERSION}"
         )
-    missing = [name for name in ("method", "arrays", *_SPEC_FIELDS) if name not in config]
+    needed = [name for name in _SPEC_FIELDS if name not in _LATER_FIELDS]
+    missing = [name for name in ("method", "arrays", *needed) if name not in config]
     if missing:
         raise ValueError(f"{file} lacks {', '.join(missing)}{did_you_mean(missing[0], config)}")
     if not isinstance(config["method"], Mapping):
         raise ValueError(f"{file}: method must be an object; it is {config['method']!r}")
     try:
-        given = {name: config[name] for name in _SPEC_FIELDS}
+        given = {name: config[name] for name in _SPEC_FIELDS if name in config}
         return from_mapping(AdapterSpec, {"method": _read_method(config["method"]), **given})
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error

@@ -1,13 +1,13 @@
 """Loads adapters saved by this library or by Hugging Face PEFT."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
 import numpy as np
 
-from peft_jax.adapters import AdapterSpec, AdapterState, Targets
+from peft_jax.adapters import AdapterMethod, AdapterSpec, AdapterState, Targets
 from peft_jax.adapters.peft_form import PeftForm
 from peft_jax.adapters.spec import kernel_constants
 from peft_jax.core import Path, Tree, flatten, is_stacked
@@ -46,6 +46,9 @@ from peft_jax.hub.peft_names import PEFT_PREFIX
 from peft_jax.hub.tensors import StoredTensor, read_header
 from peft_jax.models import Model
 from peft_jax.runtime.files import read_json_object
+
+LayerForms = Mapping[Path, tuple[PeftForm | None, ...]]
+"""PEFT forms of each layer's tensors, or None for layers without, by the kernels' paths."""
 
 _log = logging.getLogger(__name__)
 
@@ -104,7 +107,7 @@ def _load_own(folder: FilePath, model: Model, params: Tree) -> tuple[AdapterSpec
     what = f"the adapter in {folder}, trained on {base},"
     stored = _open(folder, _arrays_file(config, spec, model, targets, folder))
     if config["arrays"] == PEFT_ARRAYS:
-        forms = _own_forms(targets)
+        forms = _layer_forms(model, targets, _own_form)
         _check_peft_tensors(stored, model, spec, params, forms, what=what)
     else:
         arrays = _own_arrays(model, spec, targets, params)
@@ -161,16 +164,32 @@ def _load_peft(folder: FilePath, model: Model, params: Tree) -> tuple[AdapterSpe
     stored = drop_base_copies(stored, model, params, what=what)
     spec = read_peft_spec(config, form, stored, model, params, what=what)
     targets = spec.targets(params)
-    forms = {path: form(method) for path, method in targets.adapted.items()}
-    check_scaled_biases(model, forms, what=what)
+    check_scaled_biases(
+        model, {path: form(method) for path, method in targets.adapted.items()}, what=what
+    )
+    forms = _layer_forms(model, targets, form)
     _check_peft_tensors(stored, model, spec, params, forms, what=what)
     return spec, _read_peft_state(stored, model, spec, params, forms)
 
 
-def _own_forms(targets: Targets) -> dict[Path, PeftForm]:
-    """Returns the PEFT forms that `save_adapter` writes, by the kernels' paths."""
-    forms = {path: method.peft_form() for path, method in targets.adapted.items()}
-    return {path: form for path, form in forms.items() if form is not None}
+def _layer_forms(
+    model: Model, targets: Targets, make: Callable[[AdapterMethod], PeftForm]
+) -> LayerForms:
+    """Returns the forms of each layer's tensors, or None where a layer is not adapted."""
+    return {
+        path: tuple(
+            None if method is None else make(method)
+            for method in targets.layers(path, len(modules_of(model, path)))
+        )
+        for path in targets.adapted
+    }
+
+
+def _own_form(method: AdapterMethod) -> PeftForm:
+    """Returns the PEFT form that `save_adapter` writes."""
+    form = method.peft_form()
+    assert form is not None
+    return form
 
 
 def _check_peft_tensors(
@@ -178,7 +197,7 @@ def _check_peft_tensors(
     model: Model,
     spec: AdapterSpec,
     params: Tree,
-    forms: Mapping[Path, PeftForm],
+    forms: LayerForms,
     *,
     what: str,
 ) -> None:
@@ -191,8 +210,8 @@ def _check_peft_tensors(
     trained = peft_trained_tensors(model, targets, spec.abstract(params))
     wanted = {name: item.shape for item in trained for name in item.names}
     flat = flatten(params)
-    for path, form in forms.items():
-        wanted |= _shapes(model, path, form, flat[path].shape, stored)
+    for path, own in forms.items():
+        wanted |= _shapes(model, path, own, flat[path].shape, stored)
     check_tensors(wanted, stored, what)
     check_tied(model, stored, what=what)
 
@@ -202,15 +221,15 @@ def _read_peft_state(
     model: Model,
     spec: AdapterSpec,
     params: Tree,
-    forms: Mapping[Path, PeftForm],
+    forms: LayerForms,
 ) -> AdapterState:
     """Reads the arrays of an adapter in PEFT's form."""
     targets, flat = spec.targets(params), flatten(params)
     arrays = read_arrays(peft_trained_tensors(model, targets, spec.abstract(params)), stored)
     dtype = np.dtype(spec.dtype)
-    for path, form in forms.items():
-        arrays |= _read_adapted(model, path, form, flat[path].shape, stored, dtype)
+    for path, own in forms.items():
         method = targets.adapted[path]
+        arrays |= _read_adapted(model, path, own, method, flat[path].shape, stored, dtype)
         constants = {("constant", (*path, name)) for name in method.axes(None, None)[1]}
         if constants - arrays.keys():
             kernel = base_kernel(model, path, flat[path])
@@ -222,14 +241,16 @@ def _read_peft_state(
 def _shapes(
     model: Model,
     path: Path,
-    form: PeftForm,
+    forms: Sequence[PeftForm | None],
     shape: tuple[int, ...],
     stored: Mapping[str, StoredTensor],
 ) -> dict[str, tuple[int, ...]]:
     """Returns the shapes, by name, of the tensors of one adapted kernel [..., d_in, d_out]."""
     wanted = {}
     d_in, d_out = shape[-2:]
-    for module in modules_of(model, path):
+    for module, form in zip(modules_of(model, path), forms, strict=True):
+        if form is None:
+            continue
         start = f"{PEFT_PREFIX}{module}."
         found = {name: stored[start + name].shape for name in form.names if start + name in stored}
         for name, size in form.accepted_shapes(d_in, d_out, found).items():
@@ -240,23 +261,43 @@ def _shapes(
 def _read_adapted(
     model: Model,
     path: Path,
-    form: PeftForm,
+    forms: Sequence[PeftForm | None],
+    method: AdapterMethod,
     shape: tuple[int, ...],
     stored: Mapping[str, StoredTensor],
     dtype: np.dtype,
 ) -> dict[tuple[str, Path], Any]:
-    """Reads the arrays of one adapted kernel [..., d_in, d_out], by tree and path."""
-    names = form.shapes(*shape[-2:])
+    """Reads the arrays of one adapted kernel [..., d_in, d_out], by tree and path.
+
+    Arrays of layers that are not adapted are neutral, and those of smaller rank end with zeros.
+    """
+    d_in, d_out = shape[-2:]
+    neutral = [flatten(tree) for tree in method.neutral((d_in, d_out))] if None in forms else []
     layers = []
-    for module in modules_of(model, path):
+    for module, form in zip(modules_of(model, path), forms, strict=True):
+        if form is None:
+            layers.append(
+                [{name[0]: np.asarray(x) for name, x in tree.items()} for tree in neutral]
+            )
+            continue
         start = f"{PEFT_PREFIX}{module}."
+        names = form.shapes(d_in, d_out)
         tensors = {name: read_tensor(stored[start + name]) for name in names}
-        layers.append(form.restore(tensors))
+        layers.append(list(form.restore(tensors)))
     return {
-        (tree, (*path, name)): stack(path, [layer[index][name] for layer in layers], dtype)
+        (tree, (*path, name)): stack(path, _pad([one[index][name] for one in layers]), dtype)
         for index, tree in enumerate(("trainable", "constant"))
         for name in layers[0][index]
     }
+
+
+def _pad(arrays: list[np.ndarray]) -> list[np.ndarray]:
+    """Pads arrays with zeros at the end of each axis to the largest of their shapes."""
+    shape = np.max([array.shape for array in arrays], axis=0)
+    return [
+        np.pad(array, [(0, most - size) for most, size in zip(shape, array.shape, strict=True)])
+        for array in arrays
+    ]
 
 
 def _open(folder: FilePath, name: str) -> dict[str, StoredTensor]:

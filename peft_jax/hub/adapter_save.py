@@ -237,13 +237,17 @@ def _peft_tensors(
         flatten(tree, is_leaf=lambda path, _: path in targets.adapted)
         for tree in (state.trainable, state.constant)
     ]
-    for path, method in targets.adapted.items():
-        own = method.peft_form()
-        assert own is not None
+    for path in targets.adapted:
         arrays = {
             name: np.asarray(array) for tree in trees for name, array in tree.get(path, {}).items()
         }
-        for index, module in enumerate(modules_of(model, path)):
+        modules = modules_of(model, path)
+        methods = targets.layers(path, len(modules))
+        for index, (module, method) in enumerate(zip(modules, methods, strict=True)):
+            if method is None:
+                continue
+            own = method.peft_form()
+            assert own is not None
             one = {name: array[index] for name, array in arrays.items()}
             try:
                 tensors = own.export(one if is_stacked(path) else arrays)

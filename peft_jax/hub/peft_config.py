@@ -1,6 +1,6 @@
 """Writes and checks Hugging Face PEFT's `adapter_config.json`."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +31,15 @@ _IRRELEVANT = frozenset(
         "peft_version",
         "revision",
         "runtime_config",
-        # Which modules are adapted is read from the tensors' names.
+        # Which modules and layers are adapted is read from the tensors' names.
+        "layers_pattern",
+        "layers_to_transform",
         "modules_to_save",
         "target_modules",
     }
 )
 _FIXED: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
-    "layers_pattern": NEUTRAL,
-    "layers_to_transform": NEUTRAL,
     "task_type": (None, "CAUSAL_LM", "SEQ_CLS"),
 }
 
@@ -86,7 +86,7 @@ def write_peft_config(
         "inference_mode": True,
         "modules_to_save": saved or None,
         "peft_type": form.peft_type,
-        "target_modules": short_names(model, list(targets.adapted), modules, matches_name),
+        "target_modules": _target_modules(model, targets, modules),
         "task_type": "SEQ_CLS" if is_classifier else "CAUSAL_LM",
     }
     settings |= form.settings()
@@ -95,15 +95,47 @@ def write_peft_config(
     for setting, attribute in form.module_lists.items():
         listed = [path for path, method in targets.adapted.items() if getattr(method, attribute)]
         settings[setting] = short_names(model, listed, modules, matches_name)
-    adapted = [module for path in targets.adapted for module in modules_of(model, path)]
     for setting, pattern in form.patterns.items():
-        settings[pattern] = {
-            name: own.settings()[setting]
-            for path, method in targets.adapted.items()
-            if (own := method.peft_form()) and own.settings()[setting] != settings[setting]
-            for name in short_names(model, [path], adapted, matches_name)
-        }
+        settings[pattern] = _pattern(model, targets, setting, settings[setting])
     return settings
+
+
+def _target_modules(model: Model, targets: Targets, modules: Collection[str]) -> list[str]:
+    """Returns short names of modules in all layers, and full names of modules in some."""
+    some = {
+        path
+        for path, methods in targets.by_layer.items()
+        if any(method is None for method in methods)
+    }
+    whole = [path for path in targets.adapted if path not in some]
+    names = short_names(model, whole, modules, matches_name)
+    for path in sorted(some):
+        names += [
+            module
+            for module, method in zip(modules_of(model, path), targets.by_layer[path], strict=True)
+            if method is not None
+        ]
+    return names
+
+
+def _pattern(model: Model, targets: Targets, setting: str, common: Any) -> dict[str, Any]:
+    """Returns the values of a setting that differ from the common one, by module."""
+    adapted = [module for path in targets.adapted for module in modules_of(model, path)]
+    found: dict[str, Any] = {}
+    for path in targets.adapted:
+        own = modules_of(model, path)
+        methods = targets.layers(path, len(own))
+        values = {
+            module: form.settings()[setting]
+            for module, method in zip(own, methods, strict=True)
+            if method is not None and (form := method.peft_form())
+        }
+        if len(values) == len(own) and len(set(values.values())) == 1:
+            values = dict.fromkeys(
+                short_names(model, [path], adapted, matches_name), values[own[0]]
+            )
+        found |= {module: value for module, value in values.items() if value != common}
+    return found
 
 
 def tied_embedding(model: Model, targets: Targets) -> TreePath | None:

@@ -1,8 +1,7 @@
 """Reads an adapter specification from the tensors and settings of a Hugging Face PEFT adapter.
 
-PEFT selects single modules by patterns. Here layers are stacked, and an adapter covers all of
-them. So the adapted modules are read from the tensors' names, and adapters that differ between
-layers raise ValueError.
+PEFT selects single modules by patterns. Here layers are stacked. The adapted modules and layers are
+read from the tensors' names, so that patterns mean what they do in PEFT.
 """
 
 import dataclasses
@@ -63,13 +62,14 @@ def read_peft_spec(
       what: Name of the adapter in messages.
 
     Raises:
-      ValueError: Tensors do not fit the model, or differ between layers that are stacked here.
+      ValueError: Tensors do not fit the model, or a module is trained in full in some layers only.
     """
+    _check_numbers(config, model, what)
     found = _group_tensors(stored, model, form.names, what)
     check_tied(model, stored, what=what)
     kernels = [path for path in flatten(params) if path[-1] == "kernel"]
     common: dict[str, Any] = {
-        "target_modules": _short_names(found.adapted, kernels),
+        **_targets(found, model, kernels),
         "modules_to_save": _short_names(found.trained, flatten(params)),
         "dtype": "bfloat16" if all(t.dtype == "BF16" for t in stored.values()) else "float32",
     }
@@ -216,7 +216,7 @@ def _group_tensors(
 
 
 def _check_complete(found: _Found, model: Model, ends: tuple[str, ...], what: str) -> None:
-    for path, own in found.adapted.items():
+    for own in found.adapted.values():
         missing = [
             f"{module}.{end}"
             for module, tensors in own.items()
@@ -225,7 +225,6 @@ def _check_complete(found: _Found, model: Model, ends: tuple[str, ...], what: st
         ]
         if missing:
             raise ValueError(f"{what} lacks {listing(missing)}")
-        _check_layers(path, len(own), model, what)
     for path, count in found.trained.items():
         _check_layers(path, count, model, what)
 
@@ -234,9 +233,42 @@ def _check_layers(path: Path, count: int, model: Model, what: str) -> None:
     layers = len(model.hf_names()[path].rows(model.config.num_layers))
     if count != layers:
         raise ValueError(
-            f"{what} covers {join_path(path[:-1])} in {count} of {layers} layers, but must cover"
-            " all of them, because layers are stacked"
+            f"{what} trains {join_path(path[:-1])} in full in {count} of {layers} layers, but must"
+            " train all of them, because layers are stacked"
         )
+
+
+def _check_numbers(config: Mapping[str, Any], model: Model, what: str) -> None:
+    """Rejects numbers of layers that the model does not have."""
+    layers = config.get("layers_to_transform")
+    numbers = [layers] if isinstance(layers, int) else layers or []
+    if beyond := [number for number in numbers if number >= model.config.num_layers]:
+        raise ValueError(
+            f"{what} sets layers_to_transform = {layers!r}, but the model's layers are 0 to"
+            f" {model.config.num_layers - 1}, without {beyond[0]}"
+        )
+
+
+def _targets(found: _Found, model: Model, kernels: list[Path]) -> dict[str, tuple[Any, ...]]:
+    """Returns `target_modules`, and `layers_to_transform` if all modules have the same layers."""
+    layers = {
+        path: tuple(layer for layer, module in enumerate(modules_of(model, path)) if module in own)
+        for path, own in found.adapted.items()
+    }
+    some = {path for path, own in layers.items() if len(own) < len(modules_of(model, path))}
+    if some and all(map(is_stacked, layers)) and len(set(layers.values())) == 1:
+        return {
+            "target_modules": _short_names(found.adapted, kernels),
+            "layers_to_transform": next(iter(layers.values())),
+        }
+    whole = _short_names([path for path in layers if path not in some], kernels)
+    single = [_layer_name(path, layer) for path in sorted(some) for layer in layers[path]]
+    return {"target_modules": (*whole, *single)}
+
+
+def _layer_name(path: Path, layer: int) -> str:
+    """Returns the name of one layer's module: "layers.0.mlp.up_proj"."""
+    return join_path(path[:-1]).replace(".", f".{layer}.", 1)
 
 
 def _short_names(chosen: Iterable[Path], everything: Iterable[Path]) -> tuple[str, ...]:
@@ -267,17 +299,19 @@ def _patterns(
         kind = form.understood.read[common]
         theirs = config.get(setting) or {}
         patterns[setting] = {}
-        for path in found.adapted:
-            values = {_match_pattern(theirs, module) for module in modules_of(model, path)}
-            if len(values) > 1:
-                raise ValueError(
-                    f"{what} sets {setting} to different values for layers of"
-                    f" {join_path(path[:-1])}, but all layers must have the same value, because"
-                    " they are stacked"
-                )
-            (value,) = values
-            if value is not None and value != config.get(common):
-                patterns[setting][_short_names([path], kernels)[0]] = kind(value)
+        for path, modules in found.adapted.items():
+            values = {
+                _layer_name(path, layer): _match_pattern(theirs, module)
+                for layer, module in enumerate(modules_of(model, path))
+                if module in modules
+            }
+            if len(set(values.values())) == 1:
+                values = {_short_names([path], kernels)[0]: next(iter(values.values()))}
+            patterns[setting] |= {
+                name: kind(value)
+                for name, value in values.items()
+                if value is not None and value != config.get(common)
+            }
     return patterns
 
 

@@ -67,6 +67,7 @@ def _check_same(given: AdapterSpec, wanted: AdapterSpec, params: Tree, *, where:
     faults = _other_settings(given.method, wanted.method) or [
         *_other_modules(theirs, ours),
         *_other_kernels(theirs, ours),
+        *_other_layers(theirs, ours),
     ]
     if faults:
         raise RefusedError(
@@ -109,6 +110,21 @@ def _other_kernels(theirs: Targets, ours: Targets) -> list[str]:
         for path in sorted(set(theirs.adapted) & set(ours.adapted))
         for fault in _other_settings(theirs.adapted[path], ours.adapted[path])
     ][:_NAMED_AT_MOST]
+
+
+def _other_layers(theirs: Targets, ours: Targets) -> list[str]:
+    """Returns the modules whose layers differ between two targets, as text."""
+    faults = []
+    for path in sorted({*theirs.by_layer, *ours.by_layer} & {*theirs.adapted} & {*ours.adapted}):
+        count = len(theirs.by_layer.get(path) or ours.by_layer[path])
+        pairs = zip(theirs.layers(path, count), ours.layers(path, count), strict=True)
+        if any(
+            (given is None) != (wanted is None)
+            or (given is not None and _other_settings(given, wanted))
+            for given, wanted in pairs
+        ):
+            faults.append(f"the layers of {join_path(path[:-1])} are not the adapter's")
+    return faults
 
 
 def _listing(paths: set[Path]) -> str:

@@ -381,20 +381,11 @@ REJECTED = {
         r"use_qalora = True",
     ),
     "bias": ({"bias": "lora_only"}, r"bias = 'lora_only'"),
-    "layers": ({"layers_to_transform": [0]}, r"layers_to_transform = \[0\]"),
     "lora_bias": ({"lora_bias": True}, r"lora_bias = True"),
     "tokens": ({"trainable_token_indices": [1]}, r"trainable_token_indices = \[1\]"),
     "randomized pissa": (
         {"init_lora_weights": "pissa_niter_4"},
         r"init_lora_weights = 'pissa_niter_4'.*path_initial_model_for_weight_conversion",
-    ),
-    "rank by layer": (
-        {"rank_pattern": {"layers.0.self_attn.q_proj": 3}},
-        r"rank_pattern .*layers\.self_attn\.q_proj",
-    ),
-    "modules by layer": (
-        {"target_modules": r".*layers\.0\.self_attn\.q_proj"},
-        r"layers\.self_attn\.q_proj in 1 of 2 layers",
     ),
     "embedding": (
         {"target_modules": ["q_proj", "embed_tokens"]},

@@ -83,6 +83,7 @@ def test_run_starts_from_a_peft_adapter(tiny, of_peft, started, tmp_path):
             r"the adapter adapts layers\.mlp\.down_proj\.kernel",
         ),
         ({"method.rank_pattern": {"q_proj": 4}}, r"at layers\.self_attn\.q_proj method\.rank is 4"),
+        ({"method.layers_to_transform": (1,)}, r"the layers of layers\.mlp\.down_proj are not"),
         ({"adapter.path": "/no/such/folder"}, "adapter.path: there is no folder /no/such/folder"),
     ],
 )
