@@ -17,7 +17,8 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 from qwix import QArray
 
-from peft_jax.core.quantized import dequantize, quantized_product
+from peft_jax.core.integer_products import integer_product
+from peft_jax.core.quantized import dequantize, format_of, quantized_product
 
 LINEAR_OUTPUT = "linear output"
 """Checkpoint name of a linear map's output, for rematerialization policies."""
@@ -86,6 +87,8 @@ def linear(x: Float[Array, "*batch d_in"], kernel: Kernel) -> Float[Array, "*bat
     if isinstance(kernel, AdaptedKernel):
         return kernel.method.project(x, kernel.base, kernel.arrays, dropout_key=kernel.dropout_key)
     if isinstance(kernel, QArray):
+        if format_of(kernel) == "w8a8":
+            return checkpoint_name(integer_product(x, kernel), LINEAR_OUTPUT)
         return quantized_product(x, kernel)
     return checkpoint_name(_product(x, kernel.astype(x.dtype)), LINEAR_OUTPUT)
 

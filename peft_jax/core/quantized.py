@@ -8,6 +8,8 @@ can quantize, hold and multiply by a shard of a kernel without the rest.
 - "nf4": one of the 16 levels of the 4-bit normal float, times the scale (Dettmers et al., 2023,
   arXiv 2305.14314, appendix E). Accelerators pack two values into a byte. On a CPU each value takes
   a byte, because compiled CPU programs reject four-bit arguments.
+- "w8a8": integers as in "int8", with one scale for all rows of a column. Products run on integers
+  (`peft_jax.core.integer_products`), for which activations are rounded too.
 
 Weights are rounded against the scale as stored, in the dtype of the kernel, so that rounding the
 scale adds no further error.
@@ -26,7 +28,7 @@ from qwix import QArray
 from peft_jax.core.trees import Path, is_stacked
 from peft_jax.core.validation import check_choice
 
-FORMATS = ("none", "int8", "nf4")
+FORMATS = ("none", "int8", "nf4", "w8a8")
 """Storage formats of a frozen kernel; "none" is a plain array."""
 
 TILE = 64
@@ -53,11 +55,11 @@ _NF4 = (
     0.7229568362236023,
     1.0,
 )
-_STORED = {"int8": jnp.int8, "nf4": jnp.uint4}
+_STORED = {"int8": jnp.int8, "nf4": jnp.uint4, "w8a8": jnp.int8}
 """Dtypes of quantized values on accelerators."""
 
-_QTYPE = {"int8": jnp.dtype(jnp.int8), "nf4": "nf4"}
-_LARGEST = {"int8": 127.0, "nf4": 1.0}
+_QTYPE = {"int8": jnp.dtype(jnp.int8), "nf4": "nf4", "w8a8": "w8a8"}
+_LARGEST = {"int8": 127.0, "nf4": 1.0, "w8a8": 127.0}
 
 
 def is_quantized_leaf(path: Path) -> bool:
@@ -75,17 +77,23 @@ def is_quantized_leaf(path: Path) -> bool:
     return is_stacked(path) and path[-1] == "kernel"
 
 
-def tile_rows(d_in: int) -> int:
-    """Returns the number of rows that share a scale: the largest divisor of `d_in` up to 64.
+def tile_rows(d_in: int, quantization: str) -> int:
+    """Returns the number of rows that share a scale.
+
+    It is the largest divisor of `d_in` up to 64; for "w8a8", all rows.
 
     Raises:
       ValueError: Fewer than 8 rows would share a scale, so that scales would take as much memory
         as weights.
 
     Example:
-      >>> [tile_rows(d_in) for d_in in (4096, 11008, 100, 24)]
+      >>> [tile_rows(d_in, "int8") for d_in in (4096, 11008, 100, 24)]
       [64, 64, 50, 24]
+      >>> tile_rows(4096, "w8a8")
+      4096
     """
+    if quantization == "w8a8":
+        return d_in
     tile = next(rows for rows in range(min(TILE, d_in), 0, -1) if d_in % rows == 0)
     if tile < min(_LEAST_TILE, d_in):
         raise ValueError(
@@ -95,13 +103,13 @@ def tile_rows(d_in: int) -> int:
     return tile
 
 
-def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+def scale_shape(shape: tuple[int, ...], quantization: str) -> tuple[int, ...]:
     """Returns the scales' shape [..., tiles, d_out] for a kernel [..., d_in, d_out].
 
     Raises:
       ValueError: `tile_rows` rejects d_in.
     """
-    return (*shape[:-2], shape[-2] // tile_rows(shape[-2]), shape[-1])
+    return (*shape[:-2], shape[-2] // tile_rows(shape[-2], quantization), shape[-1])
 
 
 def quantize(kernel: Float[Array, "*stack d_in d_out"], quantization: str) -> QArray:
@@ -109,7 +117,7 @@ def quantize(kernel: Float[Array, "*stack d_in d_out"], quantization: str) -> QA
 
     Args:
       kernel: Kernel [..., d_in, d_out], float32 or bfloat16. The scales have its dtype.
-      quantization: "int8" or "nf4".
+      quantization: "int8", "nf4" or "w8a8".
 
     Returns:
       A `QArray` of values [..., d_in, d_out] and scales [..., tiles, d_out]. `qwix.dequantize`
@@ -127,14 +135,14 @@ def quantize(kernel: Float[Array, "*stack d_in d_out"], quantization: str) -> QA
       True
     """
     check_choice("quantization", quantization, FORMATS[1:])
-    scale = _scales(kernel, _LARGEST[quantization]).astype(kernel.dtype)
+    scale = _scales(kernel, quantization).astype(kernel.dtype)
     # A tile of zeros works with any scale but zero, by which it would be divided.
     scale = jnp.where(scale == 0, jnp.ones_like(scale), scale)
     parts = kernel.astype(jnp.float32) / _by_row(scale.astype(jnp.float32), kernel.shape[-2])
-    if quantization == "int8":
-        values = jnp.clip(jnp.round(parts), -127, 127)
-    else:
+    if quantization == "nf4":
         values = _nearest_level(parts)
+    else:
+        values = jnp.clip(jnp.round(parts), -127, 127)
     held = storage_dtype(quantization, jax.default_backend())
     return QArray(values.astype(held), scale, None, _QTYPE[quantization])
 
@@ -179,7 +187,7 @@ def abstract_quantized(
 
     Args:
       kernel: Shape and dtype of the dense kernel.
-      quantization: "int8" or "nf4".
+      quantization: "int8", "nf4" or "w8a8".
       platform: Platform of the devices that hold the kernel. Default: an accelerator.
 
     Raises:
@@ -188,7 +196,7 @@ def abstract_quantized(
     check_choice("quantization", quantization, FORMATS[1:])
     return QArray(
         jax.ShapeDtypeStruct(kernel.shape, storage_dtype(quantization, platform)),
-        jax.ShapeDtypeStruct(scale_shape(kernel.shape), kernel.dtype),
+        jax.ShapeDtypeStruct(scale_shape(kernel.shape, quantization), kernel.dtype),
         None,
         _QTYPE[quantization],
     )
@@ -197,17 +205,19 @@ def abstract_quantized(
 def quantized_axes(axes: tuple[str | None, ...], quantization: str) -> QArray:
     """Returns the logical axes of a quantized kernel's values and scales.
 
-    A tile is a group of adjacent rows, so tiles are sharded as rows are.
+    A tile is a group of adjacent rows, so tiles are sharded as rows are. One scale for all rows is
+    not sharded along them.
 
     Args:
       axes: Logical axes of the dense kernel.
-      quantization: "int8" or "nf4".
+      quantization: "int8", "nf4" or "w8a8".
     """
-    return QArray(axes, axes, None, _QTYPE[quantization])
+    of_scales = (*axes[:-2], None, axes[-1]) if quantization == "w8a8" else axes
+    return QArray(axes, of_scales, None, _QTYPE[quantization])
 
 
 def format_of(kernel: QArray) -> str:
-    """Returns the format of a quantized kernel: "int8" or "nf4".
+    """Returns the format of a quantized kernel: "int8", "nf4" or "w8a8".
 
     Example:
       >>> format_of(quantize(jnp.ones((8, 2)), "int8"))
@@ -232,12 +242,12 @@ def bytes_of(tree: Any) -> int:
     return sum(one(leaf) for leaf in jax.tree.leaves(tree))
 
 
-def _scales(kernel: Array, largest: float) -> Array:
-    """Returns each tile's largest magnitude divided by `largest`, float32 [..., tiles, d_out]."""
+def _scales(kernel: Array, quantization: str) -> Array:
+    """Returns scales, float32 [..., tiles, d_out], with which values fill the format's range."""
     *stack, d_in, d_out = kernel.shape
-    rows = tile_rows(d_in)
+    rows = tile_rows(d_in, quantization)
     tiles = jnp.abs(kernel.astype(jnp.float32)).reshape(*stack, d_in // rows, rows, d_out)
-    return jnp.max(tiles, axis=-2) / largest
+    return jnp.max(tiles, axis=-2) / _LARGEST[quantization]
 
 
 def _by_row(scale: Array, d_in: int) -> Array:

@@ -81,8 +81,8 @@ class Model:
 
         Args:
           dtype: Parameter dtype; for quantized kernels, the dtype of their scales.
-          quantization: Storage format of the blocks' kernels: "none", "int8" or "nf4". Quantized
-            leaves are `qwix.QArray`s.
+          quantization: Storage format of the blocks' kernels: "none", "int8", "nf4" or "w8a8".
+            Quantized leaves are `qwix.QArray`s.
           platform: Platform of the devices that hold them; see `abstract_quantized`.
 
         Raises:
@@ -214,7 +214,7 @@ def quantize_params(params: Tree, quantization: str) -> Tree:
 
     Args:
       params: Parameters, as arrays.
-      quantization: "none", "int8" or "nf4".
+      quantization: "none", "int8", "nf4" or "w8a8".
 
     Raises:
       ValueError: The format is unknown, or a kernel cannot be quantized.
@@ -231,7 +231,7 @@ def quantize_params(params: Tree, quantization: str) -> Tree:
 
 
 def quantization_of(params: Tree) -> str:
-    """Returns the storage format of the kernels in `params`: "none", "int8" or "nf4"."""
+    """Returns the storage format of the kernels in `params`, such as "nf4"; "none" for arrays."""
     return next(
         (format_of(leaf) for leaf in flatten(params).values() if isinstance(leaf, QArray)), "none"
     )

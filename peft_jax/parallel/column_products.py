@@ -24,7 +24,15 @@ from jaxtyping import Array, Float
 from qwix import QArray
 
 from kernels_pallas.layout import use_layout
-from peft_jax.core import LINEAR_OUTPUT, AdaptedKernel, Kernel, ShardedMethod, linear
+from peft_jax.core import (
+    LINEAR_OUTPUT,
+    AdaptedKernel,
+    Kernel,
+    ShardedMethod,
+    format_of,
+    linear,
+    quantized_axes,
+)
 from peft_jax.parallel.activations import LogicalAxes, activation_spec, active_mesh
 from peft_jax.parallel.rules import as_tuple
 
@@ -174,7 +182,7 @@ def _local_axes(kernel: Kernel, axes: tuple[str, str]) -> Any:
         return None
     base: Any = axes
     if isinstance(kernel.base, QArray):
-        base = QArray(axes, axes, None, kernel.base.qtype)
+        base = quantized_axes(axes, format_of(kernel.base))
     elif isinstance(kernel.base, AdaptedKernel):
         base = _local_axes(kernel.base, axes)
     return None if base is None else dataclasses.replace(kernel, base=base, arrays=arrays)

@@ -13,7 +13,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from peft_jax.core import abstract_quantized, bytes_of, dequantize, linear, quantize
 from peft_jax.core.quantized import scale_shape, tile_rows
 
-FORMATS = ("int8", "nf4")
+FORMATS = ("int8", "nf4", "w8a8")
+TILED = ("int8", "nf4")
 
 
 def random_kernel(shape, dtype=jnp.float32):
@@ -33,7 +34,7 @@ def test_qwix_dequantizes_our_kernels(quantization, dtype):
     np.testing.assert_array_equal(dequantize(q), qwix.dequantize(q))
 
 
-@pytest.mark.parametrize("quantization", FORMATS)
+@pytest.mark.parametrize("quantization", TILED)
 def test_error_does_not_exceed_that_of_qwix(quantization):
     kernel = random_kernel((128, 64), jnp.bfloat16)
     # qwix relies on implicit promotion.
@@ -77,11 +78,12 @@ def test_every_weight_is_rounded_to_the_nearest_value(quantization, data):
     seed = data.draw(st.integers(0, 2**16))
     kernel = np.random.default_rng(seed).normal(size=(d_in, d_out)).astype(np.float32)
     q = jax.jit(quantize, static_argnums=1)(jnp.asarray(kernel), quantization)
-    assert q.scale.shape == scale_shape((d_in, d_out)) == (d_in // tile_rows(d_in), d_out)
-    scale = np.repeat(np.asarray(q.scale), tile_rows(d_in), axis=0)
+    assert q.scale.shape == scale_shape((d_in, d_out), quantization)
+    assert q.scale.shape == (d_in // tile_rows(d_in, quantization), d_out)
+    scale = np.repeat(np.asarray(q.scale), tile_rows(d_in, quantization), axis=0)
     all_values = (
         np.arange(-127, 128)
-        if quantization == "int8"
+        if quantization != "nf4"
         else np.asarray(
             dequantize(
                 qwix.QArray(jnp.arange(16, dtype=jnp.uint4)[:, None], jnp.ones((1, 1)), None, "nf4")
@@ -99,7 +101,7 @@ def test_zeros_stay_zeros(quantization):
     np.testing.assert_array_equal(dequantize(q), 0.0)
 
 
-@pytest.mark.parametrize("quantization", FORMATS)
+@pytest.mark.parametrize("quantization", TILED)
 def test_product_and_gradient_equal_those_of_the_dense_kernel(quantization):
     q = quantize(random_kernel((128, 24)), quantization)
     x = random_kernel((5, 128))
@@ -113,7 +115,7 @@ def test_product_and_gradient_equal_those_of_the_dense_kernel(quantization):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("quantization", FORMATS)
+@pytest.mark.parametrize("quantization", TILED)
 @pytest.mark.parametrize("spec", [("a", "b"), ("b", "a"), (("a", "b"), None), (None, ("b", "a"))])
 def test_sharded_kernel_is_dequantized_without_a_gather(quantization, spec):
     mesh = jax.make_mesh((4, 2), ("a", "b"))
@@ -132,6 +134,7 @@ def test_bytes_of_dense_and_quantized_kernels():
     assert bytes_of(kernel) == 2 * kernel.size
     assert bytes_of(abstract_quantized(kernel, "int8")) == kernel.size + scales
     assert bytes_of(abstract_quantized(kernel, "nf4")) == kernel.size // 2 + scales
+    assert bytes_of(abstract_quantized(kernel, "w8a8")) == kernel.size + 4 * 64 * 2
 
 
 def test_kernel_without_a_tile_size_is_rejected():

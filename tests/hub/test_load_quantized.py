@@ -40,7 +40,7 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+@pytest.mark.parametrize("quantization", ["int8", "nf4", "w8a8"])
 def test_loading_quantizes_only_the_kernels_of_blocks(saved, quantization, dtype):
     folder, params = saved
     model, loaded = load_model(folder, dtype=dtype, quantization=quantization)
@@ -54,6 +54,8 @@ def test_loading_quantizes_only_the_kernels_of_blocks(saved, quantization, dtype
 
 # 192 and 320 rows are 3 and 5 tiles. Shards in 2, 4 and 8 end inside tiles, and the scales are
 # replicated.
+# One scale of "w8a8" is for all rows.
+@pytest.mark.parametrize("quantization", ["nf4", "w8a8"])
 @pytest.mark.parametrize(
     "mesh",
     [
@@ -65,19 +67,19 @@ def test_loading_quantizes_only_the_kernels_of_blocks(saved, quantization, dtype
     ],
     ids=str,
 )
-def test_sharded_loading_gives_the_same_values(saved, mesh, monkeypatch):
+def test_sharded_loading_gives_the_same_values(saved, mesh, quantization, monkeypatch):
     monkeypatch.setattr(leaf_loading, "_PIECE", 64 * 40 * 4)  # A few tiles at a time.
     folder, params = saved
 
     def shardings(model):
         return sharding_tree(
-            model.logical_axes("nf4"),
+            model.logical_axes(quantization),
             make_mesh(MeshSettings(**{"data": 1} | mesh)),
-            shapes=model.abstract_params("float32", "nf4"),
+            shapes=model.abstract_params("float32", quantization),
         )
 
-    model, loaded = load_model(folder, quantization="nf4", sharding=shardings)
-    assert_same(loaded, quantize_params(params, "nf4"))
+    model, loaded = load_model(folder, quantization=quantization, sharding=shardings)
+    assert_same(loaded, quantize_params(params, quantization))
     for leaf, sharding in zip(
         jax.tree.leaves(loaded), jax.tree.leaves(shardings(model)), strict=True
     ):
