@@ -21,6 +21,9 @@ def main() -> None:
     # Signals to a run's process group are handled by the run, which may still need rows.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    # A process that profiles itself may ignore or block it, and this one inherits that.
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     _limit_memory(memory)
     for line in sys.stdin.buffer:
         try:

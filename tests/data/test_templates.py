@@ -113,6 +113,21 @@ def test_unusable_templates_raise_with_their_path(
     assert time.monotonic() - began < 100
 
 
+def test_an_endless_template_ends_in_a_process_that_ignores_the_profiler_signal(
+    make_template, impatient, monkeypatch
+):
+    """A child inherits ignored and blocked signals; profilers ignore this one."""
+    monkeypatch.setattr(render_module, "_current", None)
+    before = signal.signal(signal.SIGPROF, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPROF})
+    try:
+        with pytest.raises(ValueError, match="does not end within"):
+            make_template("{{ 10 ** (10 ** 10) }}")
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
+        signal.signal(signal.SIGPROF, before)
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
