@@ -75,7 +75,7 @@ def settings_reference() -> tuple[Section, ...]:
       >>> rows["checkpoint.every"].type, rows["checkpoint.every"].default
       ('integer', '100')
       >>> rows["method.block_size"].methods
-      ('boft', 'hybrid')
+      ('boft', 'oft', 'hybrid')
     """
     return tuple(section for section in _sections(RunConfig, "") if section.settings)
 
