@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -77,6 +77,17 @@ QUANTIZED = {
     )
 }
 """Names and quantization formats of methods tested over quantized stacked kernels."""
+VARIANTS = {
+    "lora_rank_stabilized",
+    "lora_ga_peft",
+    "pissa_randomized",
+    "oft_exact_shared",
+    "boft_one_factor",
+    "hybrid_random_start",
+    "hybrid_some_unitary",
+    *(name for name in QUANTIZED if name not in ("lora on int8", "hybrid on nf4")),
+}
+"""Names whose kind another name covers in the fast suite."""
 DETACHED = ("dora",)
 """Methods that take a part of their function as a constant in the gradient, as their paper does."""
 
@@ -168,12 +179,19 @@ def make_problem(name: str, modules_to_save: tuple[str, ...] = ()) -> Problem:
     )
 
 
-@pytest.fixture(params=[*METHODS, *QUANTIZED])
+def marked(names: Iterable[str]) -> list[Any]:
+    """Marks variants as slow."""
+    return [
+        pytest.param(name, marks=pytest.mark.slow) if name in VARIANTS else name for name in names
+    ]
+
+
+@pytest.fixture(params=marked([*METHODS, *QUANTIZED]))
 def problem(request: pytest.FixtureRequest) -> Problem:
     return make_problem(request.param)
 
 
-@pytest.fixture(params=[*ADAPTERS, *QUANTIZED])
+@pytest.fixture(params=marked([*ADAPTERS, *QUANTIZED]))
 def adapter_problem(request: pytest.FixtureRequest) -> Problem:
     return make_problem(request.param)
 
