@@ -97,7 +97,7 @@ def encoded(tiny, encoder, data):
     [m if m == "lora" else pytest.param(m, marks=pytest.mark.slow) for m in METHODS],
 )
 def test_every_method_learns_a_classification(method, encoded, tmp_path, listener):
-    rate = {"full": 0.003, "lora_ga": 0.005}.get(method, 0.02)
+    rate = {"full": 0.003, "lora_ga": 0.005, "hybrid": 0.005}.get(method, 0.02)
     config = encoded(method, **{"train.learning_rate": rate})
     summary = run(config, tmp_path / "run", reporter=listener)
     assert "initialized classifier.bias, classifier.kernel" in listener.text
