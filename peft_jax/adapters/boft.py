@@ -230,7 +230,7 @@ COMPOSED_TOLERANCE = 1e-5
 
 @dataclasses.dataclass(frozen=True)
 class _BOFTForm(PeftForm, abc.ABC):
-    """What both forms of BOFT share."""
+    """Defines what both forms of BOFT share."""
 
     method: BOFT
     peft_type = "BOFT"

@@ -47,8 +47,8 @@ _LARGEST = {"v4": 4096, "v5e": 256, "v5p": 8960, "v6e": 256, "tpu7x": 9216}
 """Maximum number of chips of one slice, by TPU kind."""
 
 _OPTIONS = {"v4": {"chip_config_name": "megacore"}}
-"""What the description of a TPU kind needs so that its devices are those of a real one: the two
-cores of a v4 chip are one device."""
+"""Options of a TPU kind's description. With these, the two cores of a v4 chip are one device, as on
+a real one."""
 
 _MOST_CHIPS = 2**17
 """Maximum number of chips of all slices, above that of any TPU run so far."""
