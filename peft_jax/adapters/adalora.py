@@ -86,10 +86,6 @@ class AdaLoRA(LoRA):
             "b": self.scale * trainable["e"][:, None] * trainable["b"],
         }
 
-    def peft_form(self) -> PeftForm | None:
-        """Returns PEFT's form; none for a subclass, which may compute something else."""
-        return AdaLoRAForm(self) if type(self) is AdaLoRA else None
-
     @classmethod
     def peft_forms(cls) -> tuple[type[PeftForm], ...]:
         """Returns the form of AdaLoRA."""

@@ -116,10 +116,6 @@ class DoRA(LoRA):
         norm = jnp.linalg.norm(kernel, axis=0)
         return kernel * (arrays["magnitude"].astype(jnp.float32) / norm)
 
-    def peft_form(self) -> PeftForm | None:
-        """Returns PEFT's form; none for a subclass, which may compute something else."""
-        return DoRAForm(self) if type(self) is DoRA else None
-
     @classmethod
     def peft_forms(cls) -> tuple[type[PeftForm], ...]:
         """Returns LoRA's form with magnitudes."""

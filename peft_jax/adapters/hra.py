@@ -97,10 +97,6 @@ class HRA(AdapterMethod):
         rows = jnp.matmul(arrays["t"], kernel, precision=HIGHEST)
         return kernel + jnp.matmul(arrays["u"], rows, precision=HIGHEST)
 
-    def peft_form(self) -> PeftForm | None:
-        """Returns PEFT's form; none for a subclass, which may compute something else."""
-        return HRAForm(self) if type(self) is HRA else None
-
     @classmethod
     def peft_forms(cls) -> tuple[type[PeftForm], ...]:
         """Returns the form of HRA."""

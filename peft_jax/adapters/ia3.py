@@ -105,10 +105,6 @@ class IA3(AdapterMethod):
         factors = arrays["l"].astype(jnp.float32)
         return base.astype(jnp.float32) * (factors[:, None] if self.scales_input else factors)
 
-    def peft_form(self) -> PeftForm | None:
-        """Returns PEFT's form; none for a subclass, which may compute something else."""
-        return IA3Form(self) if type(self) is IA3 else None
-
     @classmethod
     def peft_forms(cls) -> tuple[type[PeftForm], ...]:
         """Returns the form of (IA)³."""

@@ -64,10 +64,6 @@ class LoHa(LoRA):
         pairs = self.rank**2
         return {"a": a.reshape(-1, pairs), "b": self.scale * b.reshape(pairs, -1)}
 
-    def peft_form(self) -> PeftForm | None:
-        """Returns PEFT's form; none for a subclass, which may compute something else."""
-        return LoHaForm(self) if type(self) is LoHa else None
-
     @classmethod
     def peft_forms(cls) -> tuple[type[PeftForm], ...]:
         """Returns the form of LoHa."""

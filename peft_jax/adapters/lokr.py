@@ -11,7 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from peft_jax.adapters.method import AdapterMethod, Arrays, Axes, GradientFactors
+from peft_jax.adapters.method import (
+    AdapterMethod,
+    Arrays,
+    Axes,
+    GradientFactors,
+    drop_inputs,
+)
 from peft_jax.adapters.peft_form import (
     NEUTRAL,
     PeftForm,
@@ -119,9 +125,7 @@ class LoKr(AdapterMethod):
     def _kronecker_product(
         self, x: Float[Array, "*batch d_in"], arrays: Arrays, dropout_key: jax.Array | None
     ) -> Float[Array, "*batch d_out"]:
-        if dropout_key is not None and self.dropout > 0:
-            kept = jax.random.bernoulli(dropout_key, 1.0 - self.dropout, x.shape)
-            x = jnp.where(kept, x / (1.0 - self.dropout), jnp.zeros_like(x))
+        x = drop_inputs(x, self.dropout, dropout_key)
         c, second = (arrays[name].astype(x.dtype) for name in ("c", "second"))
         matrix = x.reshape(*x.shape[:-1], c.shape[0], second.shape[0])
         inner = jnp.einsum("...pq,pk->...kq", matrix, c)
@@ -134,10 +138,6 @@ class LoKr(AdapterMethod):
         """Returns W + s C ⊗ A B."""
         c, second = (arrays[name].astype(jnp.float32) for name in ("c", "second"))
         return base.astype(jnp.float32) + jnp.kron(c, second)
-
-    def peft_form(self) -> PeftForm | None:
-        """Returns PEFT's form; none for a subclass, which may compute something else."""
-        return LoKrForm(self) if type(self) is LoKr else None
 
     @classmethod
     def peft_forms(cls) -> tuple[type[PeftForm], ...]:

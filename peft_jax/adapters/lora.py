@@ -12,7 +12,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from peft_jax.adapters.low_rank import low_rank_product
-from peft_jax.adapters.method import AdapterMethod, Arrays, Axes, GradientFactors
+from peft_jax.adapters.method import (
+    AdapterMethod,
+    Arrays,
+    Axes,
+    GradientFactors,
+    drop_inputs,
+)
 from peft_jax.adapters.peft_form import (
     NEUTRAL,
     PeftForm,
@@ -175,9 +181,7 @@ class LoRA(AdapterMethod):
         self, x: Float[Array, "*batch d_in"], arrays: Arrays, *, dropout_key: jax.Array | None
     ) -> Float[Array, "*batch d_out"]:
         """Returns the adapter's own term, (x A)(s B)."""
-        if dropout_key is not None and self.dropout > 0:
-            kept = jax.random.bernoulli(dropout_key, 1.0 - self.dropout, x.shape)
-            x = jnp.where(kept, x / (1.0 - self.dropout), jnp.zeros_like(x))
+        x = drop_inputs(x, self.dropout, dropout_key)
         return self.product(x, arrays["a"], arrays["b"])
 
     def product(
@@ -203,10 +207,6 @@ class LoRA(AdapterMethod):
     ) -> tuple[Float[Array, "d_in rank"], Float[Array, "rank d_out"]] | None:
         """Returns A and s B; None for a subclass that projects otherwise."""
         return (arrays["a"], arrays["b"]) if type(self).project is LoRA.project else None
-
-    def peft_form(self) -> PeftForm | None:
-        """Returns PEFT's form; none for a subclass, which may compute something else."""
-        return LoRAForm(self) if type(self) is LoRA else None
 
     @classmethod
     def peft_forms(cls) -> tuple[type[PeftForm], ...]:

@@ -69,8 +69,13 @@ class TrainingMethod:
         return 0
 
     def peft_form(self) -> PeftForm | None:
-        """Returns Hugging Face PEFT's form of the arrays; None if PEFT has no such method."""
-        return None
+        """Returns Hugging Face PEFT's form of the arrays; None if PEFT has no such method.
+
+        It is the first of the class's own `peft_forms`. A subclass may compute something else, so
+        that it inherits none.
+        """
+        forms = type(self).peft_forms() if "peft_forms" in vars(type(self)) else ()
+        return forms[0](self) if forms else None
 
     @classmethod
     def peft_forms(cls) -> tuple[type[PeftForm], ...]:
@@ -238,3 +243,19 @@ class AdapterMethod(TrainingMethod, abc.ABC):
         """
         del arrays
         return None
+
+
+def drop_inputs(
+    x: Float[Array, "*batch d_in"], rate: float, key: jax.Array | None
+) -> Float[Array, "*batch d_in"]:
+    """Returns inputs of which some are zero, and the others larger by 1 / (1 - rate).
+
+    Args:
+      x: Inputs of a kernel.
+      rate: Probability that an input is dropped.
+      key: Random key; None outside of training, which drops nothing.
+    """
+    if key is None or rate == 0.0:
+        return x
+    kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(kept, x / (1.0 - rate), jnp.zeros_like(x))

@@ -9,7 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from peft_jax.adapters.method import AdapterMethod, Arrays, Axes, GradientFactors
+from peft_jax.adapters.method import (
+    AdapterMethod,
+    Arrays,
+    Axes,
+    GradientFactors,
+    drop_inputs,
+)
 from peft_jax.adapters.peft_form import PeftForm, PeftSettings, Shapes, setting
 from peft_jax.core import Kernel, linear
 from peft_jax.core.scopes import part
@@ -86,9 +92,7 @@ class MiSS(AdapterMethod):
     def _folded_product(
         self, x: Float[Array, "*batch d_in"], arrays: Arrays, dropout_key: jax.Array | None
     ) -> Float[Array, "*batch d_out"]:
-        if dropout_key is not None and self.dropout > 0:
-            kept = jax.random.bernoulli(dropout_key, 1.0 - self.dropout, x.shape)
-            x = jnp.where(kept, x / (1.0 - self.dropout), jnp.zeros_like(x))
+        x = drop_inputs(x, self.dropout, dropout_key)
         padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % self.rank)])
         groups = padded.reshape(*x.shape[:-1], -1, self.rank)
         folded = jnp.sum(groups, axis=-2, dtype=jnp.float32).astype(x.dtype)
@@ -101,10 +105,6 @@ class MiSS(AdapterMethod):
         return (
             base.astype(jnp.float32) + jnp.tile(arrays["d"].astype(jnp.float32), (groups, 1))[:d_in]
         )
-
-    def peft_form(self) -> PeftForm | None:
-        """Returns PEFT's form; none for a subclass, which may compute something else."""
-        return MiSSForm(self) if type(self) is MiSS else None
 
     @classmethod
     def peft_forms(cls) -> tuple[type[PeftForm], ...]:

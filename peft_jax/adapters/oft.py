@@ -138,10 +138,6 @@ class OFT(AdapterMethod):
         blocks = arrays["blocks"]
         return jnp.broadcast_to(blocks, (d_in // self.block_size, *blocks.shape[1:]))
 
-    def peft_form(self) -> PeftForm | None:
-        """Returns PEFT's form; none for a subclass, which may compute something else."""
-        return OFTForm(self) if type(self) is OFT else None
-
     @classmethod
     def peft_forms(cls) -> tuple[type[PeftForm], ...]:
         """Returns the form of OFT."""

@@ -10,7 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from peft_jax.adapters.method import AdapterMethod, Arrays, Axes, GradientFactors
+from peft_jax.adapters.method import (
+    AdapterMethod,
+    Arrays,
+    Axes,
+    GradientFactors,
+    drop_inputs,
+)
 from peft_jax.adapters.peft_form import PeftForm, Shapes
 from peft_jax.core import Kernel, linear
 from peft_jax.core.scopes import part
@@ -99,9 +105,7 @@ class VeRA(AdapterMethod):
     def _projected(
         self, x: Float[Array, "*batch d_in"], arrays: Arrays, dropout_key: jax.Array | None
     ) -> Float[Array, "*batch d_out"]:
-        if dropout_key is not None and self.dropout > 0:
-            kept = jax.random.bernoulli(dropout_key, 1.0 - self.dropout, x.shape)
-            x = jnp.where(kept, x / (1.0 - self.dropout), jnp.zeros_like(x))
+        x = drop_inputs(x, self.dropout, dropout_key)
         a, b = self.projections(x.shape[-1], arrays["b"].shape[0])
         inner = linear(x, a) * arrays["d"].astype(x.dtype)
         return linear(inner, b) * arrays["b"].astype(x.dtype)
