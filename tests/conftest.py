@@ -1,6 +1,7 @@
 """Settings every test runs under: eight virtual devices, strict dtypes, checked array types."""
 
 import atexit
+import gc
 import logging
 import os
 import shutil
@@ -56,6 +57,23 @@ hypothesis.settings.load_profile("any machine")
 
 # Looking for doctests in them would import several modules by the one name.
 collect_ignore_glob = ["conftest.py", "*/conftest.py"]
+
+
+_MOST_MEMORY_MAPS = 16_000
+"""A quarter of the number that Linux allows a process by default (`vm.max_map_count`)."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _free_compiled_programs() -> Iterator[None]:
+    """Frees compiled programs after a module, once they take many memory maps.
+
+    Each compiled object has three. Beyond the limit of a process, the compiler crashes.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > _MOST_MEMORY_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
