@@ -32,6 +32,8 @@ class ExecutionSettings:
         where there is no Pallas kernel. "auto" uses Pallas where there is a kernel for the platform
         and the shapes, else XLA, and logs why. "interpret" interprets the TPU kernels, very slowly,
         for debugging.
+      async_collectives: Whether collectives run behind other work on TPUs whose compiler leaves
+        them synchronous by default, v5p and v6e. That takes memory. It changes nothing elsewhere.
 
     Raises:
       ValueError: A value is unknown; the message suggests near matches.
@@ -46,14 +48,16 @@ class ExecutionSettings:
     scan_layers: bool = True
     attention: str = "auto"
     kernels: str = "auto"
+    async_collectives: bool = True
 
     def __post_init__(self) -> None:
         check_choice("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
         check_choice("remat", self.remat, REMAT)
         check_choice("attention", self.attention, ATTENTION)
         check_choice("kernels", self.kernels, IMPLEMENTATIONS)
-        if not isinstance(self.scan_layers, bool):
-            raise ValueError(f"scan_layers must be True or False, but is {self.scan_layers!r}")
+        for name in ("scan_layers", "async_collectives"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, but is {value!r}")
 
     @property
     def dtype(self) -> jnp.dtype:

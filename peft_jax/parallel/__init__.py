@@ -6,6 +6,8 @@
   `constrain`, `over_shards`.
 - [`column_products`][peft_jax.parallel.column_products]: `column_products`, of one input with
   several kernels.
+- [`async_collectives`][peft_jax.parallel.async_collectives]: `async_collective_options`, compiler
+  options for transfers behind products.
 """
 
 from peft_jax.parallel.activations import (
@@ -16,6 +18,7 @@ from peft_jax.parallel.activations import (
     over_shards,
     spans,
 )
+from peft_jax.parallel.async_collectives import async_collective_options
 from peft_jax.parallel.column_products import column_products
 from peft_jax.parallel.mesh import MESH_AXES, MeshSettings, make_mesh
 from peft_jax.parallel.rules import (
@@ -31,6 +34,7 @@ __all__ = [
     "LogicalAxisRules",
     "MeshSettings",
     "active_mesh",
+    "async_collective_options",
     "batch_sharding",
     "check_divides",
     "column_products",

@@ -52,6 +52,11 @@ PROGRAM = "peft-jax"
 OURS = ("peft_jax", "eval", "kernels_pallas", "configs", "examples", "__main__")
 """Packages whose `ValueError`s are messages to the user."""
 
+_LESS_MEMORY = (
+    "a larger train.gradient_accumulation, execution.remat=full or, on TPUs,"
+    " execution.async_collectives=false need less"
+)
+
 _LONGEST_MESSAGE = 4000
 
 _OS_ERROR_CODE = re.compile(r"\[os_error_code='(\d+)'")
@@ -208,7 +213,7 @@ def _explain_jax_error(error: Exception) -> Ending | None:
             int(ExitCode.REFUSED),
         )
     if text.startswith("RESOURCE_EXHAUSTED"):
-        return Ending(f"out of device memory ({text})", int(ExitCode.FAILED))
+        return Ending(f"out of device memory ({text}); {_LESS_MEMORY}", int(ExitCode.FAILED))
     if text.startswith(("Unable to initialize backend", "Unknown backend")):
         return Ending(f"{text}; JAX_PLATFORMS=cpu works everywhere", int(ExitCode.REFUSED))
     return None

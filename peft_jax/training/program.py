@@ -21,6 +21,7 @@ from peft_jax.models import Model
 from peft_jax.optim import GroupClipping
 from peft_jax.parallel import (
     LogicalAxisRules,
+    async_collective_options,
     batch_sharding,
     check_divides,
     on_mesh,
@@ -122,10 +123,12 @@ class StepProgram:
     def jit_step(self, step: TrainStep) -> Any:
         """Returns the jitted step; call or trace it inside `on_mesh(self.mesh)`."""
         everywhere = jax.NamedSharding(self.mesh, jax.P())
+        transfers = self.model.execution.async_collectives
         return jax.jit(
             step,
             donate_argnums=0,
             out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, self.state), everywhere),
+            compiler_options=async_collective_options(self.mesh) if transfers else None,
         )
 
     def trace(self, batch: Any) -> jax.stages.Traced:
