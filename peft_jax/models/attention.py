@@ -30,6 +30,7 @@ from peft_jax.models.execution import ExecutionSettings
 from peft_jax.models.fused_attention import fused_attention, why_not_fused
 from peft_jax.models.layers import recomputed
 from peft_jax.models.logit_rule import soft_cap
+from peft_jax.models.splash_attention import splash_attention, why_not_splash
 from peft_jax.parallel import active_mesh, over_shards, spans
 
 Scores = Float32[Array, "batch kv_heads tokens group keys"]
@@ -108,26 +109,30 @@ def make_attention(
     Raises:
       ValueError: `execution.attention` is "fused" and the fused kernel cannot be used.
     """
-    if spans(tokens, "sequence"):
-        why_not: str | None = 'the tokens of a row are sharded along "sequence"'
-    else:
-        why_not = why_not_fused(
-            layout,
-            platform=target_platform(),
-            dtype=execution.dtype,
-            head_dim=head_dim,
-            tokens=tokens,
-            keys=keys,
-        )
+    why_not, fused = _fused_kernel(layout, tokens, keys, head_dim, execution.dtype)
     name = choose_attention(execution.attention, tokens=tokens, keys=keys, why_not_fused=why_not)
     _log_once(
         f"attention of {tokens} tokens to {keys} keys: {name}"
         + (f", because the fused kernel cannot be used: {why_not}" if why_not else "")
     )
-    make = _MAKERS[name]
+    make = fused if name == "fused" else _MAKERS[name]
     if active_mesh() is None:
         return part("scores")(make(layout, tokens=tokens, keys=keys))
     return part("scores")(_sharded(make, layout, tokens=tokens, keys=keys))
+
+
+def _fused_kernel(
+    layout: AttentionLayout, tokens: int, keys: int, head_dim: int, dtype: jnp.dtype
+) -> tuple[str | None, Callable[..., Attend]]:
+    """Returns why the platform's fused kernel cannot be used, None if it can, and the kernel."""
+    on_tpu = target_platform() == "tpu"
+    kernel = splash_attention if on_tpu else fused_attention
+    if spans(tokens, "sequence"):
+        return 'the tokens of a row are sharded along "sequence"', kernel
+    sizes = {"dtype": dtype, "head_dim": head_dim, "tokens": tokens, "keys": keys}
+    if on_tpu:
+        return why_not_splash(layout, **sizes), kernel
+    return why_not_fused(layout, platform=target_platform(), **sizes), kernel
 
 
 @functools.lru_cache(maxsize=1024)
@@ -232,5 +237,4 @@ _softmax.defvjp(_softmax_forward, _softmax_backward)
 _MAKERS: dict[str, Callable[..., Attend]] = {
     "dense": dense_attention,
     "chunked": chunked_attention,
-    "fused": fused_attention,
 }

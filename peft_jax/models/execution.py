@@ -25,9 +25,10 @@ class ExecutionSettings:
       scan_layers: Whether to compile one block and scan it over the layers (`jax.lax.scan`).
         Unrolled blocks take longer to compile.
       attention: "dense" stores all scores. "chunked" stores one block of scores at a time and
-        recomputes them in the backward pass. "fused" is cuDNN's kernel, for GPUs and 16-bit
-        activations. "auto" is fused where that is supported, else dense for short rows and chunked
-        for long ones (`peft_jax.models.attention.choose_attention`). The choice is logged once.
+        recomputes them in the backward pass. "fused" is cuDNN's kernel on GPUs and JAX's splash
+        kernel on TPUs, for 16-bit activations. "auto" is fused where that is supported, else dense
+        for short rows and chunked for long ones (`peft_jax.models.attention.choose_attention`). The
+        choice is logged once.
       kernels: Implementation of adapters' rotations. "xla" runs anywhere. "pallas" raises an error
         where there is no Pallas kernel. "auto" uses Pallas where there is a kernel for the platform
         and the shapes, else XLA, and logs why. "interpret" interprets the TPU kernels, very slowly,
