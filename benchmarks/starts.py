@@ -137,7 +137,7 @@ def estimate(bench: Any, options: argparse.Namespace, start: str, seed: int) -> 
     if start == "random":
         return random_factors(blueprint, key)
     with on_mesh(blueprint.mesh):
-        return blueprint.gradient_factors(
+        return blueprint.start_factors(
             key, bench.params(seed), blueprint.init_microbatches(batches)
         )
 
@@ -152,7 +152,7 @@ def random_factors(blueprint: Any, key: Any) -> dict[Any, Any]:
 
     factors = {}
     flat = flatten(blueprint.params)
-    for index, (path, rank) in enumerate(blueprint.spec.gradient_ranks(blueprint.params).items()):
+    for index, (path, rank) in enumerate(blueprint.spec.start_ranks(blueprint.params).items()):
         *stack, d_in, d_out = flat[path].shape
         left, right = jax.random.split(jax.random.fold_in(key, index))
         factors[path] = GradientFactors(

@@ -4,9 +4,10 @@
 
 - Models and checkpoints: `load_model`, `load_classifier`, `build_model`, `save_model`,
   `ExecutionSettings`.
-- Methods, each over one kernel: `LoRA`, `DoRA`, `LoRAFA`, `AdaLoRA`, `LoRAGA`, `PiSSA`, `OLoRA`,
-  `LoHa`, `LoKr`, `MiSS`, `VeRA`, `IA3`, `BOFT`, `OFT`, `HRA`, `Unitary`, `Hybrid`, `Full`; one of
-  your own: `AdapterMethod`, `register_method`.
+- Methods, each over one kernel: `LoRA`, `DoRA`, `LoRAFA`, `AdaLoRA`, `LoRAGA`, `LoRAOne`,
+  `EVA` (with `redistribute_ranks`), `PiSSA`, `OLoRA`, `LoHa`, `LoKr`, `MiSS`, `VeRA`, `IA3`,
+  `BOFT`, `OFT`, `HRA`, `Unitary`, `Hybrid`, `Full`; one of your own: `AdapterMethod`,
+  `register_method`.
 - Adapters over a whole model: `AdapterSpec` makes and binds an `AdapterState`; `merge`,
   `load_adapter`, `save_adapter`, `export_merged`, `trainable_table`. Several over one model:
   `bind_adapters`, `stack_adapters`, `combine_adapters`. Any method as a LoRA:
@@ -34,6 +35,7 @@ from peft_jax.version import __version__
 if TYPE_CHECKING:
     from peft_jax.adapters import (
         BOFT,
+        EVA,
         HRA,
         IA3,
         OFT,
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
         LoRA,
         LoRAFA,
         LoRAGA,
+        LoRAOne,
         MiSS,
         OLoRA,
         PiSSA,
@@ -58,6 +61,7 @@ if TYPE_CHECKING:
         bind_adapters,
         combine_adapters,
         merge,
+        redistribute_ranks,
         register_method,
         stack_adapters,
         trainable_table,
@@ -89,6 +93,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "adapters": (
         "BOFT",
+        "EVA",
         "HRA",
         "IA3",
         "OFT",
@@ -104,6 +109,7 @@ _HOMES = {
         "LoRA",
         "LoRAFA",
         "LoRAGA",
+        "LoRAOne",
         "MiSS",
         "OLoRA",
         "PiSSA",
@@ -113,6 +119,7 @@ _HOMES = {
         "bind_adapters",
         "combine_adapters",
         "merge",
+        "redistribute_ranks",
         "register_method",
         "stack_adapters",
         "trainable_table",
@@ -147,6 +154,7 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "BOFT",
+    "EVA",
     "HRA",
     "IA3",
     "OFT",
@@ -167,6 +175,7 @@ __all__ = [
     "LoRA",
     "LoRAFA",
     "LoRAGA",
+    "LoRAOne",
     "MiSS",
     "MixingSettings",
     "OLoRA",
@@ -195,6 +204,7 @@ __all__ = [
     "make_plan",
     "merge",
     "rank_allocation",
+    "redistribute_ranks",
     "register_method",
     "run",
     "save_adapter",

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.adapters import AdapterSpec, AdapterState
-from peft_jax.adapters.method import GradientFactors
+from peft_jax.adapters.method import StartFactors
 from peft_jax.core import Path as TreePath
 from peft_jax.core import Tree
 from peft_jax.data import AnyBatch, DataSettings, EvalData, build_data
@@ -119,7 +119,7 @@ class Bench:
         self._programs: dict[str, Program] = {}
         self._evaluations: dict[str, Any] = {}
         self._preferences: dict[str, Any] = {}
-        self._factors: dict[Hashable, dict[TreePath, GradientFactors]] = {}
+        self._factors: dict[Hashable, dict[TreePath, StartFactors]] = {}
         self._own: Any = None
         self._check_metric()
 
@@ -210,21 +210,22 @@ class Bench:
         blueprint = self.blueprint(arm, config)
         key = jax.random.fold_in(jax.random.key(config.seed), 0)
         with on_mesh(blueprint.mesh):
-            factors = self._gradient_factors(blueprint, config, key)
+            factors = self._start_factors(blueprint, config, key)
             return blueprint.initialize(key, self.params(config.seed), factors=factors)
 
-    def _gradient_factors(
+    def _start_factors(
         self, blueprint: Blueprint, config: RunConfig, key: jax.Array
-    ) -> dict[TreePath, GradientFactors]:
-        """Estimates gradients; arms with the same ranks on the same kernels share them."""
-        ranks = blueprint.spec.gradient_ranks(blueprint.params)
+    ) -> dict[TreePath, StartFactors]:
+        """Estimates what adapters start from, once for the same ranks on the same kernels."""
+        ranks = blueprint.spec.start_ranks(blueprint.params)
         if not ranks:
             return {}
-        start = (config.seed, config.init_batches, config.init_passes)
+        of_inputs = blueprint.spec.method.input_rank > 0
+        start = (config.seed, config.init_batches, config.init_passes, of_inputs)
         place = (*start, frozenset(ranks.items()))
         if place not in self._factors:
             batches = self.batches(config.seed)[: blueprint.init_batches]
-            self._factors[place] = blueprint.gradient_factors(
+            self._factors[place] = blueprint.start_factors(
                 key, self.params(config.seed), blueprint.init_microbatches(batches)
             )
         return self._factors[place]

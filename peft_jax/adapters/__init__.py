@@ -1,8 +1,8 @@
 """Adapts frozen parameter trees with pure functions.
 
-Methods over one kernel: `LoRA`, `DoRA`, `LoRAFA`, `AdaLoRA`, `LoRAGA`, `PiSSA`, `OLoRA`, `LoHa`,
-`LoKr`, `MiSS`, `VeRA`, `IA3`, `BOFT`, `OFT`, `HRA`, `Unitary`, `Hybrid` and `Full`.
-`AdapterSpec` initializes, binds and merges an `AdapterState` over a model:
+Methods over one kernel: `LoRA`, `DoRA`, `LoRAFA`, `AdaLoRA`, `LoRAGA`, `LoRAOne`, `EVA`, `PiSSA`,
+`OLoRA`, `LoHa`, `LoKr`, `MiSS`, `VeRA`, `IA3`, `BOFT`, `OFT`, `HRA`, `Unitary`, `Hybrid` and
+`Full`. `AdapterSpec` initializes, binds and merges an `AdapterState` over a model:
 
     spec = AdapterSpec(method=LoRA(rank=8))
     state = spec.init(key, params)         # small arrays for the selected kernels
@@ -19,20 +19,24 @@ from peft_jax.adapters.boft import BOFT
 from peft_jax.adapters.by_row import StackedAdapters, stack_adapters
 from peft_jax.adapters.combine import COMBINATION_TYPES, combine_adapters
 from peft_jax.adapters.dora import DoRA
+from peft_jax.adapters.eva import EVA
 from peft_jax.adapters.full import Full
 from peft_jax.adapters.hra import HRA
 from peft_jax.adapters.hybrid import LOW_RANK, ROTATION, Hybrid
 from peft_jax.adapters.ia3 import IA3
+from peft_jax.adapters.input_sketch import input_factors
 from peft_jax.adapters.loha import LoHa
 from peft_jax.adapters.lokr import LoKr
 from peft_jax.adapters.lora import LoRA
 from peft_jax.adapters.lora_approximation import LoRAApproximation, approximate_by_lora
 from peft_jax.adapters.lora_fa import LoRAFA
 from peft_jax.adapters.lora_ga import LoRAGA
+from peft_jax.adapters.lora_one import LoRAOne
 from peft_jax.adapters.lora_start import OLoRA, PiSSA
-from peft_jax.adapters.method import AdapterMethod, GradientFactors, TrainingMethod
+from peft_jax.adapters.method import AdapterMethod, GradientFactors, InputFactors, TrainingMethod
 from peft_jax.adapters.miss import MiSS
 from peft_jax.adapters.oft import OFT
+from peft_jax.adapters.redistribute import redistribute_ranks
 from peft_jax.adapters.registry import (
     METHODS,
     make_method,
@@ -53,6 +57,7 @@ __all__ = [
     "ALL_LINEAR",
     "BOFT",
     "COMBINATION_TYPES",
+    "EVA",
     "HRA",
     "IA3",
     "LOW_RANK",
@@ -67,12 +72,14 @@ __all__ = [
     "Full",
     "GradientFactors",
     "Hybrid",
+    "InputFactors",
     "LoHa",
     "LoKr",
     "LoRA",
     "LoRAApproximation",
     "LoRAFA",
     "LoRAGA",
+    "LoRAOne",
     "MiSS",
     "OLoRA",
     "ParameterCount",
@@ -88,10 +95,12 @@ __all__ = [
     "combine_adapters",
     "count_parameters",
     "gradient_factors",
+    "input_factors",
     "make_method",
     "merge",
     "method_settings",
     "peft_forms",
+    "redistribute_ranks",
     "register_method",
     "stack_adapters",
     "trainable_table",

@@ -1,4 +1,4 @@
-"""Multiplies by the gradients of kernels, in backward passes that never form them.
+"""Multiplies by the gradients of kernels, and by the moments of their inputs, without forming them.
 
 A tap on a kernel y = x W leaves y unchanged. In the backward pass it sees x and dy, with which the
 gradient is G = xᵀ dy summed over tokens, and computes products with thin matrices P and Q:
@@ -8,12 +8,16 @@ gradient is G = xᵀ dy summed over tokens, and computes products with thin matr
 They are the gradients of a low-rank term (x A) B with A = [0 | Q] and B = [Pᵀ; 0], which itself is
 zero and need not be computed. So both come from one backward pass, with the memory of LoRA. No
 array has the size of G, the base may be sharded or quantized, and microbatches accumulate.
+
+The same pass gives sums over the inputs that count, layer by layer:
+
+    inputs = Σ x (xᵀ P)        mean = Σ x        count = (Σ 1, Σ ‖x‖²)
 """
 
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,15 +25,25 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from qwix import QArray
 
+from peft_jax.adapters.factorize import AnyMesh
 from peft_jax.core import AdaptedKernel, Kernel, Path, Tree, flatten, join_path, linear, unflatten
 
 LossFn = Callable[[Tree, Any], Float[Array, ""]]
-"""Loss of (parameters with bound kernels, one batch)."""
+"""Loss of (parameters with bound kernels, one batch). Of a loss with a function `counted`, which
+returns a mask [rows, positions] of a batch, only the inputs at those positions count."""
 
 RIGHT = "right"
 """Side of the products G P [d_in, k]."""
 LEFT = "left"
 """Side of the products Qᵀ G [l, d_out]."""
+INPUTS = "inputs"
+"""Side of the sums Σ x (xᵀ P) [d_in, k]."""
+MEAN = "mean"
+"""Side of the sums Σ x [d_in]."""
+COUNT = "count"
+"""Side of the number of inputs and the sum of their squares [2]."""
+
+OF_INPUTS = (INPUTS, MEAN, COUNT)
 
 Sums = dict[str, dict[Path, jax.Array]]
 """Products by side and kernel path, stacked as the kernels."""
@@ -58,8 +72,14 @@ class Site:
 
     def shape(self, side: str) -> tuple[int, ...]:
         """Returns the shape of the products of one side."""
-        matrix = (self.d_in, self.right) if side == RIGHT else (self.left, self.d_out)
-        return (*self.stack, *matrix)
+        of_one = {
+            RIGHT: (self.d_in, self.right),
+            LEFT: (self.left, self.d_out),
+            INPUTS: (self.d_in, self.right),
+            MEAN: (self.d_in,),
+            COUNT: (2,),
+        }[side]
+        return (*self.stack, *of_one)
 
     def keys(self, key: jax.Array, side: str) -> jax.Array:
         """Returns the random keys of one side's matrices, stacked as the kernel."""
@@ -83,12 +103,36 @@ class Site:
 
     def side_sharding(self, side: str) -> jax.NamedSharding | None:
         """Returns the sharding of the products of one side."""
-        return self.sharding_of((-2, None) if side == RIGHT else (None, -1))
+        axes: dict[str, tuple[int | None, ...]] = {
+            RIGHT: (-2, None),
+            LEFT: (None, -1),
+            INPUTS: (-2, None),
+            MEAN: (-2,),
+            COUNT: (None,),
+        }
+        return self.sharding_of(axes[side])
+
+
+def stacks_of(sites: Sequence[Site]) -> dict[Path, tuple[int, ...]]:
+    """Returns the leading axes of kernels by path."""
+    return {site.path: site.stack for site in sites}
+
+
+def mesh_of(sites: Sequence[Site]) -> AnyMesh | None:
+    """Returns the mesh that the kernels are sharded over; None on one device."""
+    shardings = [site.sharding for site in sites if site.sharding is not None]
+    return shardings[0].mesh if shardings else None
 
 
 def constrain(array: jax.Array, sharding: jax.NamedSharding | None) -> jax.Array:
     """Constrains an array to a sharding, if there is one."""
     return array if sharding is None else jax.lax.with_sharding_constraint(array, sharding)
+
+
+def replicate(array: jax.Array, sites: Sequence[Site]) -> jax.Array:
+    """Constrains an array to be whole on all devices, so that each process can read it."""
+    mesh = mesh_of(sites)
+    return constrain(array, None if mesh is None else jax.NamedSharding(mesh, jax.P()))
 
 
 def kernel_shape(kernel: Kernel) -> tuple[int, ...]:
@@ -130,6 +174,36 @@ def zero_sums(*, sites: tuple[Site, ...], sides: tuple[str, ...]) -> Sums:
     }
 
 
+def sum_products(
+    loss_fn: LossFn,
+    params: Tree,
+    batches: Sequence[Any],
+    key: jax.Array,
+    *,
+    sites: tuple[Site, ...],
+    sides: tuple[str, ...],
+    given: Mapping[str, Mapping[Path, jax.Array]],
+) -> Sums:
+    """Returns the products of several batches; see `add_products`."""
+    total = zero_sums(sites=sites, sides=sides)
+    for batch in batches:
+        total = add_products(total, given, key, params, batch, loss_fn=loss_fn, sites=sites)
+    return total
+
+
+def abstract_sums(*, sites: tuple[Site, ...], sides: tuple[str, ...]) -> dict[str, dict[Path, Any]]:
+    """Returns the shapes and shardings of `zero_sums`."""
+    return {
+        side: {
+            site.path: jax.ShapeDtypeStruct(
+                site.shape(side), jnp.float32, sharding=site.side_sharding(side)
+            )
+            for site in sites
+        }
+        for side in sides
+    }
+
+
 @functools.partial(jax.jit, static_argnames=("loss_fn", "sites"), donate_argnames="total")
 def add_products(
     total: Sums,
@@ -141,14 +215,15 @@ def add_products(
     loss_fn: LossFn,
     sites: tuple[Site, ...],
 ) -> Sums:
-    """Adds the products with the gradients on one batch, in one backward pass.
+    """Adds the products of one batch, in one backward pass.
 
     It is compiled once for a loss function and the shapes of parameters and batches.
 
     Args:
       total: Products so far, of the sides that are wanted; its buffers are donated.
-      given: P [..., d_out, k] or Q [..., d_in, l] by side and path. A side that is not given is
-        multiplied by `random_matrix` of `Site.keys`, which is drawn layer by layer.
+      given: P [..., d_out, k], Q [..., d_in, l], or P [..., d_in, k] of the inputs, by side and
+        path. A side that is not given is multiplied by `random_matrix` of `Site.keys`, which is
+        drawn layer by layer.
       key: Random key.
       params: Parameters.
       batch: Batch.
@@ -158,18 +233,22 @@ def add_products(
     Returns:
       The new products.
     """
+    counted = loss_fn.counted(batch) if hasattr(loss_fn, "counted") and COUNT in total else None
 
     def loss(sums: Sums) -> Float[Array, ""]:
         flat = flatten(params)
         for site in sites:
-            matrices = {
+            by = {
                 side: given[side][site.path] if side in given else site.keys(key, side)
-                for side in sums
+                for side in (RIGHT, LEFT, INPUTS)
+                if side in sums
             }
+            if counted is not None:
+                by[COUNT] = jnp.broadcast_to(counted, (*site.stack, *counted.shape))
             flat[site.path] = AdaptedKernel(
                 base=flat[site.path],
-                arrays={"sums": {side: sums[side][site.path] for side in sums}, "by": matrices},
-                method=_Tap(widths=((RIGHT, site.right), (LEFT, site.left))),
+                arrays={"sums": {side: sums[side][site.path] for side in sums}, "by": by},
+                method=_Tap(site),
             )
         return loss_fn(unflatten(flat), batch)
 
@@ -186,13 +265,9 @@ def add_products(
 
 @dataclasses.dataclass(frozen=True)
 class _Tap:
-    """Method of a kernel that computes what its base does, and multiplies by the gradient.
+    """Method of a kernel that computes what its base does, and multiplies by the gradient."""
 
-    Attributes:
-      widths: Pairs of a side and its number of columns.
-    """
-
-    widths: tuple[tuple[str, int], ...]
+    site: Site
 
     def project(
         self,
@@ -203,7 +278,14 @@ class _Tap:
         dropout_key: jax.Array | None = None,
     ) -> Float[Array, "*batch d_out"]:
         del dropout_key
-        return _tapped(self.widths, linear(x, base), x, arrays["sums"], arrays["by"])
+        counted = arrays["by"].get(COUNT)
+        if counted is not None and counted.shape != x.shape[:-1]:
+            raise ValueError(
+                f"the inputs of {join_path(self.site.path[:-1])} are {list(x.shape[:-1])} in a"
+                f" batch of {list(counted.shape)} positions, so that padding cannot be left out;"
+                " exclude the module"
+            )
+        return _tapped(self.site, linear(x, base), x, arrays["sums"], arrays["by"])
 
     def merge(self, base: Float[Array, "d_in d_out"], arrays: Any) -> Float[Array, "d_in d_out"]:
         del arrays
@@ -211,30 +293,35 @@ class _Tap:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _tapped(widths: Any, y: jax.Array, x: jax.Array, sums: Any, by: Any) -> jax.Array:
-    """Returns `y`; the gradient of `sums` are the products with xᵀ dy."""
-    del widths, x, sums, by
+def _tapped(site: Site, y: jax.Array, x: jax.Array, sums: Any, by: Any) -> jax.Array:
+    """Returns `y`; the gradient of `sums` are the products."""
+    del site, x, sums, by
     return y
 
 
-def _forward(widths: Any, y: jax.Array, x: jax.Array, sums: Any, by: Any) -> tuple[jax.Array, Any]:
-    del widths, sums
-    return y, (x, by)
+def _forward(site: Site, y: jax.Array, x: jax.Array, sums: Any, by: Any) -> tuple[jax.Array, Any]:
+    del site
+    return y, (x, by, dict.fromkeys(sums))
 
 
-def _backward(widths: Any, kept: Any, dy: jax.Array) -> tuple[Any, ...]:
-    x, by = kept
-    sizes = dict(widths)
+def _backward(site: Site, kept: Any, dy: jax.Array) -> tuple[Any, ...]:
+    x, by, sides = kept
     tokens = tuple(range(x.ndim - 1))
     found = {}
-    if RIGHT in by:
-        inner = _times(dy, _matrix(by[RIGHT], dy.shape[-1], sizes[RIGHT]))
-        # As in `low_rank_product`: a CPU would otherwise transpose x, which is large.
-        transposed = _contract(inner, x, tokens)
-        found[RIGHT] = jax.lax.optimization_barrier(transposed).T
-    if LEFT in by:
-        inner = _times(x, _matrix(by[LEFT], x.shape[-1], sizes[LEFT]))
+    if RIGHT in sides:
+        inner = _times(dy, _matrix(by[RIGHT], dy.shape[-1], site.right))
+        found[RIGHT] = _transposed(inner, x, tokens)
+    if LEFT in sides:
+        inner = _times(x, _matrix(by[LEFT], x.shape[-1], site.left))
         found[LEFT] = _contract(inner, dy, tokens)
+    if COUNT in sides:
+        counted = by.get(COUNT, jnp.ones(x.shape[:-1], jnp.bool))
+        x = jnp.where(counted[..., None], x, jnp.zeros_like(x))
+        inner = _times(x, _matrix(by[INPUTS], x.shape[-1], site.right))
+        found[INPUTS] = _transposed(inner, x, tokens)
+        found[MEAN] = jnp.sum(x, tokens, jnp.float32)
+        energy = jnp.sum(jnp.square(x.astype(jnp.float32)))
+        found[COUNT] = jnp.stack([jnp.sum(counted, dtype=jnp.float32), energy])
     return dy, None, found, None
 
 
@@ -258,3 +345,9 @@ def _contract(inner: jax.Array, x: jax.Array, tokens: tuple[int, ...]) -> jax.Ar
     return jax.lax.dot_general(
         inner, x, ((tokens, tokens), ((), ())), preferred_element_type=jnp.float32
     )
+
+
+def _transposed(inner: jax.Array, x: jax.Array, tokens: tuple[int, ...]) -> jax.Array:
+    """Returns xᵀ inner summed over tokens, in float32."""
+    # As in `low_rank_product`: a CPU would otherwise transpose x, which is large.
+    return jax.lax.optimization_barrier(_contract(inner, x, tokens)).T

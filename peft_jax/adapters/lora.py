@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -80,11 +80,15 @@ class LoRA(AdapterMethod):
     def check_kernel(self, module: str, shape: tuple[int, int]) -> None:
         """Raises ValueError if the rank exceeds both sides of the kernel."""
         if self.rank > max(shape):
-            raise ValueError(
-                f"rank is {self.rank}, but {self.name} on the kernel of {module}"
-                f" [{shape[0]}, {shape[1]}] needs a rank of at most {min(shape)}; set it with"
-                " rank_pattern"
-            )
+            self.reject_rank(module, shape, most=min(shape))
+
+    def reject_rank(self, module: str, shape: tuple[int, int], *, most: int) -> NoReturn:
+        """Raises ValueError: the rank on a kernel [d_in, d_out] may be `most` at most."""
+        raise ValueError(
+            f"rank is {self.rank}, but {self.name} on the kernel of {module}"
+            f" [{shape[0]}, {shape[1]}] needs a rank of at most {most}; set it with rank_pattern,"
+            " or exclude the module"
+        )
 
     def check_layers(self, module: str, methods: Sequence[AdapterMethod | None]) -> None:
         """Raises ValueError for subclasses that do not set `by_layer` themselves."""

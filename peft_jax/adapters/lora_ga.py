@@ -64,11 +64,7 @@ class LoRAGA(StartedLoRA):
     def check_kernel(self, module: str, shape: tuple[int, int]) -> None:
         """Raises ValueError if the gradient has fewer than 2 r singular directions."""
         if 2 * self.rank > min(shape):
-            raise ValueError(
-                f"rank is {self.rank}, but {self.name} on the kernel of {module}"
-                f" [{shape[0]}, {shape[1]}] needs a rank of at most {min(shape) // 2}; set it with"
-                " rank_pattern, or exclude the module"
-            )
+            self.reject_rank(module, shape, most=min(shape) // 2)
 
     def init(
         self, key: jax.Array, shape: tuple[int, int], gradient: GradientFactors | None = None

@@ -61,11 +61,7 @@ class _FromKernel(StartedLoRA, abc.ABC):
     def check_kernel(self, module: str, shape: tuple[int, int]) -> None:
         """Raises ValueError if the kernel has fewer than r singular directions."""
         if self.rank > min(shape):
-            raise ValueError(
-                f"rank is {self.rank}, but {self.name} on the kernel of {module}"
-                f" [{shape[0]}, {shape[1]}] needs a rank of at most {min(shape)}; set it with"
-                " rank_pattern"
-            )
+            self.reject_rank(module, shape, most=min(shape))
 
     def init(
         self,

@@ -44,6 +44,24 @@ class GradientFactors(NamedTuple):
     v: Float[Array, "*stack d_out k"]
 
 
+class InputFactors(NamedTuple):
+    """Leading principal components of a kernel's inputs, in float32.
+
+    Attributes:
+      v: Components [d_in, k], as orthonormal columns.
+      variance: Variances of the inputs along them [k], in descending order.
+      total: Total variance of the inputs, the trace of their covariance.
+    """
+
+    v: Float[Array, "*stack d_in k"]
+    variance: Float[Array, "*stack k"]
+    total: Float[Array, "*stack"]
+
+
+StartFactors = GradientFactors | InputFactors
+"""What an adapter starts from, estimated on the first batches."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingMethod:
     """Base class of fine-tuning methods: an `AdapterMethod`, or `Full`.
@@ -67,6 +85,19 @@ class TrainingMethod:
     def gradient_rank(self) -> int:
         """Number of singular directions of the gradient that `init` needs; 0 for none."""
         return 0
+
+    @property
+    def input_rank(self) -> int:
+        """Number of principal components of the inputs that `init` needs; 0 for none.
+
+        It is then given `InputFactors`, as a keyword argument `inputs`.
+        """
+        return 0
+
+    @property
+    def start_rank(self) -> int:
+        """Number of directions, of the gradient or of the inputs, that `init` needs."""
+        return self.gradient_rank or self.input_rank
 
     def peft_form(self) -> PeftForm | None:
         """Returns Hugging Face PEFT's form of the arrays; None if PEFT has no such method.
@@ -96,6 +127,9 @@ class AdapterMethod(TrainingMethod, abc.ABC):
     uses_kernel: ClassVar[bool] = False
     """Whether `init` is given the kernel itself, as a keyword argument `kernel` [d_in, d_out] in
     float32, as a start from its singular vectors or its norms needs it."""
+
+    steps_at_start: ClassVar[bool] = False
+    """Whether the adapted kernel begins one step along the gradient, and not as the base kernel."""
 
     maps_input: ClassVar[bool] = False
     """Whether `project` maps the input before it multiplies by the base kernel. The gradient of the
@@ -183,7 +217,8 @@ class AdapterMethod(TrainingMethod, abc.ABC):
     ) -> tuple[Arrays, Arrays]:
         """Returns the initial arrays for one kernel: (trainable, constant), float32.
 
-        With them, the adapted kernel computes what the base kernel does, up to rounding.
+        With them, the adapted kernel computes what the base kernel does, up to rounding, unless
+        `steps_at_start` says otherwise.
 
         Args:
           key: Random key.

@@ -56,6 +56,18 @@ def matches_pattern(pattern: str, module: str, *, n_layers: int = 1) -> bool:
     return matched > 0
 
 
+def layer_name(module: str, layer: int) -> str:
+    """Returns the name of one layer's module.
+
+    Example:
+      >>> layer_name("layers.mlp.up_proj", 3), layer_name("lm_head", 0)
+      ('layers.3.mlp.up_proj', 'lm_head')
+    """
+    if not module.startswith(f"{STACKED}."):
+        return module
+    return module.replace(".", f".{layer}.", 1)
+
+
 def layers_of_pattern(pattern: str, module: str, *, n_layers: int) -> tuple[int, ...]:
     r"""Returns the layers of a module whose names a regular expression matches as a whole.
 

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from peft_jax.adapters.adalora import AdaLoRA
 from peft_jax.adapters.boft import BOFT
 from peft_jax.adapters.dora import DoRA
+from peft_jax.adapters.eva import EVA
 from peft_jax.adapters.full import Full
 from peft_jax.adapters.hra import HRA
 from peft_jax.adapters.hybrid import Hybrid
@@ -16,6 +17,7 @@ from peft_jax.adapters.lokr import LoKr
 from peft_jax.adapters.lora import LoRA
 from peft_jax.adapters.lora_fa import LoRAFA
 from peft_jax.adapters.lora_ga import LoRAGA
+from peft_jax.adapters.lora_one import LoRAOne
 from peft_jax.adapters.lora_start import OLoRA, PiSSA
 from peft_jax.adapters.method import TrainingMethod
 from peft_jax.adapters.miss import MiSS
@@ -34,6 +36,8 @@ METHODS: dict[str, type[TrainingMethod]] = {
         LoRAFA,
         AdaLoRA,
         LoRAGA,
+        LoRAOne,
+        EVA,
         PiSSA,
         OLoRA,
         LoHa,

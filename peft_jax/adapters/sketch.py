@@ -18,19 +18,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from peft_jax.adapters.factorize import HIGHEST, AnyMesh, map_matrices, orthonormal, triplets
+from peft_jax.adapters.factorize import HIGHEST, map_matrices, orthonormal, triplets
 from peft_jax.adapters.gradient_products import (
     LEFT,
     RIGHT,
     LossFn,
     Site,
     Sums,
+    abstract_sums,
     add_products,
     constrain,
     kernel_shape,
     kernel_sharding,
+    mesh_of,
     random_matrix,
-    zero_sums,
+    replicate,
+    stacks_of,
+    sum_products,
 )
 from peft_jax.adapters.method import GradientFactors
 from peft_jax.core import Path, Tree, flatten, join_path
@@ -89,10 +93,7 @@ def gradient_factors(
     taken = tuple(ranks[site.path] for site in sites)
 
     def products(sides: tuple[str, ...], given: Sums) -> Sums:
-        total = zero_sums(sites=sites, sides=sides)
-        for batch in batches:
-            total = add_products(total, given, key, params, batch, loss_fn=loss_fn, sites=sites)
-        return total
+        return sum_products(loss_fn, params, batches, key, sites=sites, sides=sides, given=given)
 
     if passes == 1:
         sums = products((RIGHT, LEFT), {})
@@ -153,7 +154,7 @@ def _bases(
     columns = {
         path: [x if side == RIGHT else jnp.swapaxes(x, -1, -2)] for path, x in products.items()
     }
-    found = map_matrices(orthonormal, columns, stacks=_stacks(sites), mesh=_mesh(sites))
+    found = map_matrices(orthonormal, columns, stacks=stacks_of(sites), mesh=mesh_of(sites))
     axis = -2 if side == RIGHT else -1
     return {
         site.path: constrain(found[site.path], site.sharding_of((axis, None))) for site in sites
@@ -170,7 +171,7 @@ def _project(
 ) -> tuple[dict[Path, GradientFactors], Float[Array, " kernels"]]:
     """Returns the triplets of Q (Qᵀ G), and the least of each kernel's largest singular values."""
     arrays = {path: [basis[path], projected[path]] for path in basis}
-    found = map_matrices(triplets, arrays, stacks=_stacks(sites), mesh=_mesh(sites))
+    found = map_matrices(triplets, arrays, stacks=stacks_of(sites), mesh=mesh_of(sites))
     return _leading(found, sites, ranks)
 
 
@@ -198,7 +199,7 @@ def _reconstruct(
     arrays = {
         site.path: [right[site.path], left[site.path], site.keys(key, LEFT)] for site in sites
     }
-    found = map_matrices(of_one, arrays, stacks=_stacks(sites), mesh=_mesh(sites))
+    found = map_matrices(of_one, arrays, stacks=stacks_of(sites), mesh=mesh_of(sites))
     return _leading(found, sites, ranks)
 
 
@@ -217,20 +218,7 @@ def _leading(
             v=constrain(v, site.sharding_of((-1, None))),
         )
     largest = jnp.stack([jnp.min(factors[site.path].s[..., 0]) for site in sites])
-    if (mesh := _mesh(sites)) is not None:
-        # Each process reads it.
-        largest = jax.lax.with_sharding_constraint(largest, jax.NamedSharding(mesh, jax.P()))
-    return factors, largest
-
-
-def _stacks(sites: tuple[Site, ...]) -> dict[Path, tuple[int, ...]]:
-    return {site.path: site.stack for site in sites}
-
-
-def _mesh(sites: tuple[Site, ...]) -> AnyMesh | None:
-    """Returns the mesh that the kernels are sharded over; None on one device."""
-    shardings = [site.sharding for site in sites if site.sharding is not None]
-    return shardings[0].mesh if shardings else None
+    return factors, replicate(largest, sites)
 
 
 def _check_finite(sites: tuple[Site, ...], largest: np.ndarray) -> None:
@@ -258,14 +246,6 @@ def trace_pass(
     """
     sites = sites_of(params, ranks, passes=passes)
     sides = (RIGHT, LEFT) if passes == 1 else (RIGHT,)
-    total = {
-        side: {
-            site.path: jax.ShapeDtypeStruct(
-                site.shape(side), jnp.float32, sharding=site.side_sharding(side)
-            )
-            for site in sites
-        }
-        for side in sides
-    }
+    total = abstract_sums(sites=sites, sides=sides)
     key = jax.eval_shape(lambda: jax.random.key(0))
     return add_products.trace(total, {}, key, params, batch, loss_fn=loss_fn, sites=sites)

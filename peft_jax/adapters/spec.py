@@ -12,7 +12,14 @@ from flax import struct
 from qwix import QArray
 
 from peft_jax.adapters.gradient_products import LossFn, kernel_shape
-from peft_jax.adapters.method import AdapterMethod, GradientFactors, TrainingMethod
+from peft_jax.adapters.input_sketch import input_factors
+from peft_jax.adapters.method import (
+    AdapterMethod,
+    GradientFactors,
+    InputFactors,
+    StartFactors,
+    TrainingMethod,
+)
 from peft_jax.adapters.sketch import gradient_factors
 from peft_jax.adapters.targets import Targets, TargetSettings, find_targets
 from peft_jax.core import (
@@ -94,28 +101,30 @@ class AdapterSpec(TargetSettings):
         loss_fn: LossFn | None = None,
         batches: Sequence[Any] | None = None,
         passes: int = 1,
-        factors: Mapping[Path, GradientFactors] | None = None,
+        factors: Mapping[Path, StartFactors] | None = None,
     ) -> AdapterState:
         """Returns the initial arrays, with which the model computes what the base model does.
+
+        Methods with `steps_at_start` compute what the model does after a first step.
 
         Args:
           key: Random key. A module's arrays depend on the key and the module's name only.
           params: The model's parameters.
-          loss_fn: Loss of (parameters, batch), for methods that start from gradients.
-          batches: First batches, for methods that start from gradients.
-          passes: Number of backward passes over them; see `gradient_factors`.
-          factors: Result of `gradient_factors`, if known already.
+          loss_fn: Loss of (parameters, batch), for methods that start from gradients or inputs.
+          batches: First batches, for methods that start from gradients or inputs.
+          passes: Number of passes over them; see `gradient_factors` and `input_factors`.
+          factors: Result of `start_factors`, if known already.
 
         Raises:
-          ValueError: As `targets`; or a method needs gradients, and no loss or batches are given.
+          ValueError: As `targets`; or a method needs batches, and no loss or batches are given.
         """
         if factors is None:
-            factors = self.gradient_factors(
+            factors = self.start_factors(
                 key, params, loss_fn=loss_fn, batches=batches, passes=passes
             )
         return self._init(key, params, self.targets(params), factors)
 
-    def gradient_factors(
+    def start_factors(
         self,
         key: jax.Array,
         params: Tree,
@@ -123,44 +132,49 @@ class AdapterSpec(TargetSettings):
         loss_fn: LossFn | None = None,
         batches: Sequence[Any] | None = None,
         passes: int = 1,
-    ) -> dict[Path, GradientFactors]:
-        """Estimates the gradients that adapters start along; empty if the method needs none.
+    ) -> dict[Path, StartFactors]:
+        """Estimates the gradients or the inputs that adapters start from; empty without a need.
 
-        They depend on the method through its ranks only, so specifications with the same ranks on
-        the same kernels may share them. Arguments and errors are those of `init`.
+        They depend on what they are of and on the ranks only, so specifications with the same ranks
+        on the same kernels may share them. Arguments and errors are those of `init`.
         """
-        ranks = self.gradient_ranks(params)
+        ranks = self.start_ranks(params)
         if not ranks:
             return {}
+        what = "inputs" if self.method.input_rank else "gradient"
         if loss_fn is None or not batches:
             raise ValueError(
-                f"{self.method.name} starts from the gradient on the first batches; give"
+                f"{self.method.name} starts from the {what} on the first batches; give"
                 " loss_fn and batches"
             )
-        sketch_key = jax.random.fold_in(key, zlib.crc32(b"gradient sketch"))
-        return gradient_factors(loss_fn, params, ranks, batches, sketch_key, passes=passes)
+        sketch_key = jax.random.fold_in(key, zlib.crc32(f"{what} sketch".encode()))
+        estimate: Any = input_factors if self.method.input_rank else gradient_factors
+        return estimate(loss_fn, params, ranks, batches, sketch_key, passes=passes)
 
-    def gradient_ranks(self, params: Tree) -> dict[Path, int]:
-        """Returns the numbers of singular directions that adapters start along, by kernel path.
+    def start_ranks(self, params: Tree) -> dict[Path, int]:
+        """Returns the numbers of directions that adapters start along, by kernel path.
 
         Args:
           params: The model's parameters, arrays or shapes.
         """
         adapted = self.targets(params).adapted
-        return {path: m.gradient_rank for path, m in adapted.items() if m.gradient_rank}
+        return {path: m.start_rank for path, m in adapted.items() if m.start_rank}
 
     def abstract(self, params: Tree) -> AdapterState:
-        """Returns the shapes and dtypes of the arrays of `init`, without a gradient."""
+        """Returns the shapes and dtypes of the arrays of `init`, without batches."""
         targets = self.targets(params)
-        factors = {}
+        factors: dict[Path, StartFactors] = {}
         for path, method in targets.adapted.items():
-            if k := method.gradient_rank:
+            if k := method.start_rank:
                 *stack, d_in, d_out = kernel_shape(flatten(params)[path])
-                shapes = ((d_in, k), (k,), (d_out, k))
+                of_inputs = ((d_in, k), (k,), ())
+                of_gradient = ((d_in, k), (k,), (d_out, k))
                 arrays: list[Any] = [
-                    jax.ShapeDtypeStruct((*stack, *shape), jnp.float32) for shape in shapes
+                    jax.ShapeDtypeStruct((*stack, *shape), jnp.float32)
+                    for shape in (of_inputs if method.input_rank else of_gradient)
                 ]
-                factors[path] = GradientFactors(*arrays)
+                kind = InputFactors if method.input_rank else GradientFactors
+                factors[path] = kind(*arrays)
         key = jax.eval_shape(lambda: jax.random.key(0))
         flat = flatten(params)
         used = [*targets.trained, *(path for path, m in targets.adapted.items() if m.uses_kernel)]
@@ -178,7 +192,7 @@ class AdapterSpec(TargetSettings):
         key: jax.Array,
         params: Tree,
         targets: Targets,
-        factors: Mapping[Path, GradientFactors],
+        factors: Mapping[Path, StartFactors],
     ) -> AdapterState:
         flat = flatten(params)
         dtype = jnp.dtype(self.dtype)
@@ -320,12 +334,15 @@ def merge(params: Tree, spec: AdapterSpec, state: AdapterState) -> Tree:
 
 
 def _init_function(method: AdapterMethod, shape: tuple[int, int]):
-    def make(given: tuple[jax.Array, GradientFactors | None, Kernel | None]):
-        key, gradient, kernel = given
+    def make(given: tuple[jax.Array, StartFactors | None, Kernel | None]):
+        key, factors, kernel = given
         extra: dict[str, Any] = {}
         if kernel is not None:
             extra["kernel"] = dense(kernel).astype(jnp.float32)
-        return method.init(key, shape, gradient, **extra)
+        if isinstance(factors, InputFactors):
+            extra["inputs"] = factors
+            factors = None
+        return method.init(key, shape, factors, **extra)
 
     return make
 

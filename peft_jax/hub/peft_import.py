@@ -15,7 +15,7 @@ import numpy as np
 from qwix import QArray
 
 from peft_jax.adapters import AdapterSpec
-from peft_jax.adapters.names import matches_name
+from peft_jax.adapters.names import layer_name, matches_name
 from peft_jax.adapters.peft_form import PeftForm
 from peft_jax.core import Kernel, Path, Tree, flatten, is_stacked, join_path
 from peft_jax.core.patterns import compile_pattern
@@ -262,13 +262,10 @@ def _targets(found: _Found, model: Model, kernels: list[Path]) -> dict[str, tupl
             "layers_to_transform": next(iter(layers.values())),
         }
     whole = _short_names([path for path in layers if path not in some], kernels)
-    single = [_layer_name(path, layer) for path in sorted(some) for layer in layers[path]]
+    single = [
+        layer_name(join_path(path[:-1]), layer) for path in sorted(some) for layer in layers[path]
+    ]
     return {"target_modules": (*whole, *single)}
-
-
-def _layer_name(path: Path, layer: int) -> str:
-    """Returns the name of one layer's module: "layers.0.mlp.up_proj"."""
-    return join_path(path[:-1]).replace(".", f".{layer}.", 1)
 
 
 def _short_names(chosen: Iterable[Path], everything: Iterable[Path]) -> tuple[str, ...]:
@@ -301,7 +298,7 @@ def _patterns(
         patterns[setting] = {}
         for path, modules in found.adapted.items():
             values = {
-                _layer_name(path, layer): _match_pattern(theirs, module)
+                layer_name(join_path(path[:-1]), layer): _match_pattern(theirs, module)
                 for layer, module in enumerate(modules_of(model, path))
                 if module in modules
             }

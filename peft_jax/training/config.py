@@ -257,10 +257,11 @@ class RunConfig:
       model: The checkpoint.
       execution: How the model is computed.
       spec: The method, and the modules it applies to.
-      init_batches: Number of microbatches from which LoRA-GA, and the hybrid's low-rank branch,
-        estimate the gradient that they start along. Training then begins at the first batch again.
-      init_passes: Number of backward passes over those microbatches: 1, or 2 and 2 more for each
-        power iteration, which estimates the gradient's directions more closely.
+      init_batches: Number of microbatches from which LoRA-GA, LoRA-One, and the hybrid's low-rank
+        branch estimate the gradient that they start along, and EVA the inputs' components. Training
+        then begins at the first batch again.
+      init_passes: Number of passes over those microbatches: 1, or 2 and 2 more for each power
+        iteration, which estimates the directions more closely.
       adapter: The adapter to start from, instead of a new one.
       mixing: Weights of the hybrid's branches; for other methods it must be left alone.
       data: Source of the rows.
@@ -534,10 +535,10 @@ def _read_method(given: Mapping[str, Any]) -> tuple[AdapterSpec, dict[str, int]]
     for key, default in START_SETTINGS.items():
         wanted = rest.pop(key, None)
         start[key] = default if wanted is None else convert(wanted, int, where=f"method.{key}")
-        if start[key] != default and not method.gradient_rank:
+        if start[key] != default and not method.start_rank:
             raise ValueError(
-                f"method.{key} is given, but only methods that start along a gradient use it,"
-                f" and {name!r} does not"
+                f"method.{key} is given, but only methods that start from the first batches use"
+                f" it, and {name!r} does not"
             )
     return from_mapping(AdapterSpec, {"method": method, **rest}, where="method"), start
 

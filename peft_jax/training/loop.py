@@ -283,12 +283,14 @@ class _Run:
         return make(jax.random.fold_in(jax.random.key(self._config.seed), 1))
 
     def _initialize(self, params: Tree) -> AdapterState:
-        """Initializes the adapter, from the gradient if the method needs it."""
+        """Initializes the adapter, from the gradient or the inputs if the method needs them."""
         batches = None
-        if self._config.spec.method.gradient_rank:
+        method = self._config.spec.method
+        if method.start_rank:
             batches = self._first_microbatches()
+            what = "inputs" if method.input_rank else "gradient"
             self._reporter.say(
-                f"initializing the adapter from the gradient of {len(batches)} microbatches"
+                f"initializing the adapter from the {what} of {len(batches)} microbatches"
             )
         key = jax.random.fold_in(jax.random.key(self._config.seed), 0)
         return self._job.initialize(key, params, batches)

@@ -14,9 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from peft_jax.adapters import AdapterSpec, AdapterState, GradientFactors
+from peft_jax.adapters import AdapterSpec, AdapterState
+from peft_jax.adapters.input_sketch import trace_inputs
+from peft_jax.adapters.method import StartFactors
 from peft_jax.adapters.sketch import trace_pass
 from peft_jax.core import Path, Tree, flatten, unflatten
+from peft_jax.data import Batch, LabeledBatch
 from peft_jax.models import Model
 from peft_jax.optim import GroupClipping
 from peft_jax.parallel import (
@@ -76,7 +79,7 @@ class StepProgram:
       packed: Whether rows may have several segments.
       loss_fn: Custom loss; None for the model's own.
       clipping: The optimizer's clipping, for the metrics; None if unknown.
-      init_passes: Number of backward passes of `gradient_factors`.
+      init_passes: Number of passes of `start_factors`.
     """
 
     model: Model
@@ -142,12 +145,12 @@ class StepProgram:
                 self.state, self.frozen, self.constant, batch
             )
 
-    def gradient_factors(
+    def start_factors(
         self, key: jax.Array, params: Tree, batches: Sequence[Any]
-    ) -> dict[Path, GradientFactors]:
-        """Returns the gradient factors that initialize adapters; empty if no method needs them.
+    ) -> dict[Path, StartFactors]:
+        """Returns the factors that initialize adapters; empty if the method needs none.
 
-        Programs with equal models, ranks and batch shapes share one compiled backward pass.
+        Programs with equal models, ranks and batch shapes share one compiled pass.
 
         Args:
           key: Random key.
@@ -156,13 +159,13 @@ class StepProgram:
         """
         share = np.float32(1.0 / self._weight(batches))
         placed = [(self.placement.put(rows), share) for rows in batches]
-        return self.spec.gradient_factors(
+        return self.spec.start_factors(
             key, params, loss_fn=self.start_loss, batches=placed, passes=self.init_passes
         )
 
     @property
     def start_loss(self) -> "StartLoss":
-        """Loss whose gradient initializes adapters."""
+        """Loss whose gradient, or whose kernels' inputs, initialize adapters."""
         return StartLoss(
             model=self.model,
             chunk_size=self.chunk_size,
@@ -171,22 +174,22 @@ class StepProgram:
         )
 
     def trace_start(self, rows: Any) -> jax.stages.Traced:
-        """Traces a backward pass of `gradient_factors`; lower and compile the result.
+        """Traces a pass of `start_factors`; lower and compile the result.
 
         Args:
           rows: One microbatch as shapes with shardings, leaves [rows, ...].
 
         Raises:
-          ValueError: The method does not start from the gradient.
+          ValueError: The method does not start from batches.
         """
-        ranks = self.spec.gradient_ranks(self.params)
+        ranks = self.spec.start_ranks(self.params)
         if not ranks:
-            raise ValueError(f"{self.spec.method.name} does not start from the gradient")
-        share = jax.ShapeDtypeStruct((), jnp.float32)
+            raise ValueError(f"{self.spec.method.name} does not start from batches")
+        batch = (rows, jax.ShapeDtypeStruct((), jnp.float32))
         with on_mesh(self.mesh):
-            return trace_pass(
-                self.start_loss, self.params, ranks, (rows, share), passes=self.init_passes
-            )
+            if self.spec.method.input_rank:
+                return trace_inputs(self.start_loss, self.params, ranks, batch)
+            return trace_pass(self.start_loss, self.params, ranks, batch, passes=self.init_passes)
 
     def initialize(
         self,
@@ -194,21 +197,21 @@ class StepProgram:
         params: Tree,
         batches: Sequence[Any] | None = None,
         *,
-        factors: Mapping[Path, GradientFactors] | None = None,
+        factors: Mapping[Path, StartFactors] | None = None,
     ) -> AdapterState:
         """Initializes the adapter's arrays, sharded over the devices.
 
         Args:
           key: Random key.
           params: Model parameters.
-          batches: Microbatches for methods that initialize from the gradient.
-          factors: Result of `gradient_factors` for the batches, if it is known already.
+          batches: Microbatches for methods that initialize from them.
+          factors: Result of `start_factors` for the batches, if it is known already.
 
         Raises:
-          ValueError: The method needs the gradient, and no batches are given.
+          ValueError: The method needs batches, and none are given.
         """
         if factors is None and batches is not None:
-            factors = self.gradient_factors(key, params, batches)
+            factors = self.start_factors(key, params, batches)
         adapter = self.spec.init(key, params, factors=factors)
         # Constants may share buffers with trainable arrays, which the first step donates.
         constant = jax.tree.map(jnp.copy, unflatten(flatten(adapter.constant)))
@@ -286,6 +289,18 @@ class StartLoss:
                 self.model, bound, rows, chunk_size=self.chunk_size, packed=self.packed
             )
         return total * share
+
+    def counted(self, batch: tuple[Any, jax.Array]) -> jax.Array | None:
+        """Returns a mask of the positions that the loss is about; None for all.
+
+        Those are the positions with a target or, in a classifier, the tokens of rows with a label.
+        """
+        rows, _ = batch
+        if isinstance(rows, Batch):
+            return rows.loss_mask > 0
+        if isinstance(rows, LabeledBatch):
+            return (rows.segment_ids > 0) & (rows.loss_mask > 0)[:, None]
+        return None
 
 
 def place_rows(mesh: jax.sharding.Mesh) -> RowPlacement:

@@ -71,7 +71,7 @@ class Trainer:
       mesh: Mesh of devices. Default: all devices, with batch rows sharded over them.
       seed: Seed of the adapter's initialization and of dropout.
       init_passes: Number of backward passes over the batches of `initialize`; see
-        `peft_jax.adapters.gradient_factors`.
+        `peft_jax.adapters.gradient_factors` and `peft_jax.adapters.input_factors`.
 
     Raises:
       ValueError: `gradient_accumulation` or `chunk_size` is not a positive integer, or

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from peft_jax.adapters import (
     BOFT,
+    EVA,
     HRA,
     IA3,
     OFT,
@@ -17,11 +18,13 @@ from peft_jax.adapters import (
     Full,
     GradientFactors,
     Hybrid,
+    InputFactors,
     LoHa,
     LoKr,
     LoRA,
     LoRAFA,
     LoRAGA,
+    LoRAOne,
     MiSS,
     OLoRA,
     PiSSA,
@@ -37,6 +40,8 @@ METHODS = {
     "lora": (LoRA, {"rank": ranks, "rank_stabilized": st.booleans()}),
     "dora": (DoRA, {"rank": ranks}),
     "lora_ga": (LoRAGA, {"rank": ranks, "direction": st.sampled_from(["ArB2r", "random"])}),
+    "lora_one": (LoRAOne, {"rank": ranks}),
+    "eva": (EVA, {"rank": ranks}),
     "lora_fa": (LoRAFA, {"rank": ranks}),
     "vera": (VeRA, {"rank": ranks}),
     "adalora": (AdaLoRA, {"rank": ranks}),
@@ -74,20 +79,23 @@ def test_shapes_and_dtypes_on_one_kernel(name, data):
     dtype = data.draw(st.sampled_from([jnp.float32, jnp.bfloat16]))
     method.check_kernel("it", (d_in, d_out))
 
-    def run(key, x, kernel, gradient):
+    def run(key, x, kernel, gradient, inputs):
         given = {"kernel": kernel.astype(jnp.float32)} if method.uses_kernel else {}
+        if method.input_rank:
+            given["inputs"] = inputs
         trainable, constant = method.init(key, (d_in, d_out), gradient, **given)
         arrays = method.prepare(trainable, constant, dropout_key=key)
         y = method.project(x, kernel, arrays, dropout_key=key)
         return trainable, constant, y, method.merge(kernel, arrays)
 
-    k = max(method.gradient_rank, 1)
+    k = max(method.start_rank, 1)
     trainable, constant, y, merged = jax.eval_shape(
         run,
         jax.eval_shape(lambda: jax.random.key(0)),
         struct(*batch, d_in, dtype=dtype),
         struct(d_in, d_out, dtype=dtype),
         GradientFactors(struct(d_in, k), struct(k), struct(d_out, k)),
+        InputFactors(struct(d_in, k), struct(k), struct()),
     )
     assert (y.shape, y.dtype) == ((*batch, d_out), dtype)
     assert (merged.shape, merged.dtype) == ((d_in, d_out), jnp.float32)

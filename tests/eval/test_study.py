@@ -196,7 +196,7 @@ def test_the_sketch_of_the_gradient_is_drawn_by_the_seed(study, bench):
     params = bench.params(1)
     blueprint = bench.blueprint(arm, config)
     batches = blueprint.init_microbatches(bench.batches(1)[: blueprint.init_batches])
-    found = [blueprint.gradient_factors(jax.random.key(seed), params, batches) for seed in (1, 2)]
+    found = [blueprint.start_factors(jax.random.key(seed), params, batches) for seed in (1, 2)]
     kernels = [jax.tree.leaves(factors) for factors in found]
     assert any(not np.allclose(a, b, atol=1e-7) for a, b in zip(*kernels, strict=True))
 
@@ -388,13 +388,13 @@ def test_arms_share_the_gradient_of_equal_ranks_on_equal_kernels(study, monkeypa
     task = study.tasks[0]
     bench = Bench(task, study.arm("low"))
     estimated = []
-    original = Blueprint.gradient_factors
+    original = Blueprint.start_factors
 
     def counted(self, key, params, batches):
         estimated.append((self.config.seed, len(batches), self.init_passes))
         return original(self, key, params, batches)
 
-    monkeypatch.setattr(Blueprint, "gradient_factors", counted)
+    monkeypatch.setattr(Blueprint, "start_factors", counted)
 
     def start(title, seed=1, **method):
         arm = study.arm(title)

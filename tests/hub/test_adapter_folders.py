@@ -13,6 +13,7 @@ import safetensors.numpy
 
 from peft_jax.adapters import (
     BOFT,
+    EVA,
     HRA,
     IA3,
     OFT,
@@ -27,6 +28,7 @@ from peft_jax.adapters import (
     LoRA,
     LoRAFA,
     LoRAGA,
+    LoRAOne,
     MiSS,
     PiSSA,
     Unitary,
@@ -61,6 +63,8 @@ SPECS = {
     "lora_ga": AdapterSpec(method=LoRAGA(rank=2, direction="ArBr"), modules_to_save=("norm",)),
     "dora": AdapterSpec(method=DoRA(rank=2), rank_pattern={"q_proj": 1}),
     "lora_fa": AdapterSpec(method=LoRAFA(rank=2)),
+    "lora_one": AdapterSpec(method=LoRAOne(rank=2)),
+    "eva": AdapterSpec(method=EVA(rank=2)),
     "vera": AdapterSpec(method=VeRA(rank=4)),
     "adalora": AdapterSpec(method=AdaLoRA(rank=2)),
     "pissa": AdapterSpec(method=PiSSA(rank=2), rank_pattern={"q_proj": 1}),
@@ -84,6 +88,8 @@ IN_PEFT_FORMAT = {
     *(
         "lora",
         "lora_fa",
+        "lora_one",
+        "eva",
         "adalora",
         "lora_ga",
         "pissa",

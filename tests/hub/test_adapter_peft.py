@@ -12,6 +12,7 @@ import safetensors.numpy
 
 from peft_jax.adapters import (
     BOFT,
+    EVA,
     HRA,
     IA3,
     OFT,
@@ -25,6 +26,7 @@ from peft_jax.adapters import (
     LoRA,
     LoRAFA,
     LoRAGA,
+    LoRAOne,
     MiSS,
     PiSSA,
     Unitary,
@@ -64,6 +66,8 @@ LLAMA_SPECS = {
         method=LoRAGA(rank=2, alpha=3.0, rank_stabilized=False), modules_to_save=("lm_head",)
     ),
     "lora_fa": AdapterSpec(method=LoRAFA(rank=3), rank_pattern={"q_proj": 2}),
+    "lora_one": AdapterSpec(method=LoRAOne(rank=2)),
+    "eva": AdapterSpec(method=EVA(rank=2), rank_pattern={"q_proj": 3}),
     "vera": AdapterSpec(method=VeRA(rank=32), modules_to_save=("norm",)),
     "adalora": AdapterSpec(method=AdaLoRA(rank=3), modules_to_save=("norm",)),
     "pissa": AdapterSpec(method=PiSSA(rank=2), rank_pattern={"q_proj": 3}),

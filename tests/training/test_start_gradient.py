@@ -72,7 +72,7 @@ def random_params(blueprint):
 
 def factors_of(blueprint, seed: int = 1):
     with on_mesh(blueprint.mesh):
-        return blueprint.gradient_factors(
+        return blueprint.start_factors(
             jax.random.key(seed), random_params(blueprint), microbatches(blueprint)
         )
 
@@ -173,7 +173,7 @@ def test_the_pass_needs_no_more_memory_than_a_step(draw, method, mesh):
 
 def test_a_method_without_a_gradient_has_no_pass(draw):
     blueprint = draw(ONE, **{"method.name": "lora"})
-    with pytest.raises(ValueError, match="lora does not start from the gradient"):
+    with pytest.raises(ValueError, match="lora does not start from batches"):
         blueprint.trace_start(abstract_rows(blueprint))
 
 
