@@ -6,8 +6,8 @@
   `ExecutionSettings`.
 - Methods, each over one kernel: `LoRA`, `DoRA`, `LoRAFA`, `AdaLoRA`, `LoRAGA`, `LoRAOne`,
   `EVA` (with `redistribute_ranks`), `PiSSA`, `OLoRA`, `LoHa`, `LoKr`, `MiSS`, `VeRA`, `IA3`,
-  `BOFT`, `OFT`, `HRA`, `Unitary`, `Hybrid`, `Full`; one of your own: `AdapterMethod`,
-  `register_method`.
+  `BOFT`, `OFT`, `HRA`, `Unitary`, `Hybrid`; `LNTuning`, `Full`; one of your own:
+  `AdapterMethod`, `register_method`.
 - Adapters over a whole model: `AdapterSpec` makes and binds an `AdapterState`; `merge`,
   `load_adapter`, `save_adapter`, `export_merged`, `trainable_table`. Several over one model:
   `bind_adapters`, `stack_adapters`, `combine_adapters`. Any method as a LoRA:
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         DoRA,
         Full,
         Hybrid,
+        LNTuning,
         LoHa,
         LoKr,
         LoRA,
@@ -104,6 +105,7 @@ _HOMES = {
         "DoRA",
         "Full",
         "Hybrid",
+        "LNTuning",
         "LoHa",
         "LoKr",
         "LoRA",
@@ -170,6 +172,7 @@ __all__ = [
     "GenerationSettings",
     "Hooks",
     "Hybrid",
+    "LNTuning",
     "LoHa",
     "LoKr",
     "LoRA",

@@ -1,8 +1,9 @@
 """Adapts frozen parameter trees with pure functions.
 
 Methods over one kernel: `LoRA`, `DoRA`, `LoRAFA`, `AdaLoRA`, `LoRAGA`, `LoRAOne`, `EVA`, `PiSSA`,
-`OLoRA`, `LoHa`, `LoKr`, `MiSS`, `VeRA`, `IA3`, `BOFT`, `OFT`, `HRA`, `Unitary`, `Hybrid` and
-`Full`. `AdapterSpec` initializes, binds and merges an `AdapterState` over a model:
+`OLoRA`, `LoHa`, `LoKr`, `MiSS`, `VeRA`, `IA3`, `BOFT`, `OFT`, `HRA`, `Unitary` and `Hybrid`.
+`LNTuning` and `Full` train the model's own leaves. `AdapterSpec` initializes, binds and merges an
+`AdapterState` over a model:
 
     spec = AdapterSpec(method=LoRA(rank=8))
     state = spec.init(key, params)         # small arrays for the selected kernels
@@ -25,6 +26,7 @@ from peft_jax.adapters.hra import HRA
 from peft_jax.adapters.hybrid import LOW_RANK, ROTATION, Hybrid
 from peft_jax.adapters.ia3 import IA3
 from peft_jax.adapters.input_sketch import input_factors
+from peft_jax.adapters.ln_tuning import LNTuning
 from peft_jax.adapters.loha import LoHa
 from peft_jax.adapters.lokr import LoKr
 from peft_jax.adapters.lora import LoRA
@@ -73,6 +75,7 @@ __all__ = [
     "GradientFactors",
     "Hybrid",
     "InputFactors",
+    "LNTuning",
     "LoHa",
     "LoKr",
     "LoRA",

@@ -102,6 +102,7 @@ class AdaLoRAForm(PeftForm):
 
     method: AdaLoRA
     peft_type = "ADALORA"
+    only_bias = "lora_only"
     names = ("lora_A", "lora_B", "lora_E")
     exact = True
     understood = PeftSettings(

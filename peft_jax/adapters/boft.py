@@ -234,6 +234,7 @@ class _BOFTForm(PeftForm, abc.ABC):
 
     method: BOFT
     peft_type = "BOFT"
+    only_bias = "boft_only"
     names = ("boft_R", "boft_s")
     understood = BOFT_SETTINGS
 

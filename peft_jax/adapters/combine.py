@@ -185,7 +185,7 @@ def _members(params: Tree, adapters: Adapters, weights: Mapping[str, float]) -> 
             saved = ", ".join(sorted({join_path(path[:-1]) for path in targets.trained}))
             raise ValueError(
                 f"adapter {name!r} trains {saved} in full, and only adapted modules can be"
-                " combined; combine adapters without modules_to_save"
+                " combined; combine adapters without modules_to_save and bias"
             )
         found.append(
             _Member(

@@ -109,6 +109,7 @@ class HRAForm(PeftForm):
 
     method: HRA
     peft_type = "HRA"
+    only_bias = "hra_only"
     names = ("hra_u",)
     exact = True
     understood = PeftSettings(

@@ -272,6 +272,7 @@ class LoRAForm(PeftForm):
 
     method: LoRA
     peft_type = "LORA"
+    only_bias = "lora_only"
     names: ClassVar[tuple[str, ...]] = ("lora_A.weight", "lora_B.weight")
     exact = True
     understood = LORA_SETTINGS

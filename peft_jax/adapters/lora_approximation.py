@@ -102,9 +102,9 @@ def approximate_by_lora(
       >>> found.errors["mlp"] < 1e-3
       True
     """
-    if spec.method.trains_base:
+    if not isinstance(spec.method, AdapterMethod):
         raise ValueError(
-            f"the method {spec.method.name!r} trains whole kernels, whose difference is not an"
+            f"the method {spec.method.name!r} trains whole leaves, whose difference is not an"
             " adapter's; export the merged model"
         )
     lora = AdapterSpec(
@@ -113,6 +113,7 @@ def approximate_by_lora(
         exclude_modules=spec.exclude_modules,
         layers_to_transform=spec.layers_to_transform,
         modules_to_save=spec.modules_to_save,
+        bias=spec.bias,
     )
     targets = lora.targets(params)
     key = jax.random.key(seed)

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from peft_jax.adapters.peft_form import PeftForm
-from peft_jax.core import Kernel
+from peft_jax.core import Kernel, Path
 
 Arrays = dict[str, Any]
 """An adapter's arrays on one kernel, by name; nested by branch for the hybrid."""
@@ -98,6 +98,11 @@ class TrainingMethod:
     def start_rank(self) -> int:
         """Number of directions, of the gradient or of the inputs, that `init` needs."""
         return self.gradient_rank or self.input_rank
+
+    def trains_module(self, leaves: Sequence[Path]) -> bool:
+        """Returns whether a method that trains whole leaves may train those of a module."""
+        del leaves
+        return True
 
     def peft_form(self) -> PeftForm | None:
         """Returns Hugging Face PEFT's form of the arrays; None if PEFT has no such method.

@@ -118,6 +118,7 @@ class MiSSForm(PeftForm):
 
     method: MiSS
     peft_type = "MISS"
+    only_bias = "MiSS_only"
     names = ("miss_block",)
     exact = True
     understood = PeftSettings(

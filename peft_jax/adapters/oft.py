@@ -160,6 +160,7 @@ class OFTForm(PeftForm):
 
     method: OFT
     peft_type = "OFT"
+    only_bias = "oft_only"
     names = ("oft_R.weight",)
     exact = True
     understood = PeftSettings(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 if TYPE_CHECKING:
-    from peft_jax.adapters.method import AdapterMethod
+    from peft_jax.adapters.method import TrainingMethod
 
 Shapes = dict[str, tuple[int, ...]]
 """Shapes of a module's tensors, by name suffix."""
@@ -53,6 +53,10 @@ class PeftForm(abc.ABC):
       names: Name suffixes of the tensors.
       exact: Whether `restore` inverts `export` bit for bit.
       understood: Settings that the form understands.
+      only_bias: Value of the setting `bias` that trains the biases of the adapted modules; empty
+        for types without that setting.
+      copies: Name of the copy of a module that PEFT trains in place of the module itself; empty for
+        methods that add tensors.
       patterns: Settings that may differ between modules, and the names under which PEFT's
         configuration has the differences.
       module_lists: Settings that list modules, and the attribute of the method that is true for
@@ -65,6 +69,8 @@ class PeftForm(abc.ABC):
     names: ClassVar[tuple[str, ...]]
     exact: ClassVar[bool]
     understood: ClassVar[PeftSettings]
+    only_bias: ClassVar[str] = ""
+    copies: ClassVar[str] = ""
     patterns: ClassVar[Mapping[str, str]] = MappingProxyType({})
     module_lists: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
@@ -75,7 +81,7 @@ class PeftForm(abc.ABC):
         return all(config.get(name) == value for name, value in marks.items())
 
     @classmethod
-    def read(cls, config: Mapping[str, Any], modules: Mapping[str, Shapes]) -> "AdapterMethod":
+    def read(cls, config: Mapping[str, Any], modules: Mapping[str, Shapes]) -> "TrainingMethod":
         """Returns the method of a PEFT adapter.
 
         Args:
@@ -87,6 +93,12 @@ class PeftForm(abc.ABC):
             adapter's name.
         """
         raise NotImplementedError(f"{cls.__name__} is written only")
+
+    @classmethod
+    def name_in_copy(cls, name: str) -> str:
+        """Returns the name of a module's tensor in the copy that PEFT trains."""
+        module, _, tensor = name.rpartition(".")
+        return f"{module}.{cls.copies}.{tensor}"
 
     @property
     def scales_bias(self) -> bool:

@@ -12,6 +12,7 @@ from peft_jax.adapters.full import Full
 from peft_jax.adapters.hra import HRA
 from peft_jax.adapters.hybrid import Hybrid
 from peft_jax.adapters.ia3 import IA3
+from peft_jax.adapters.ln_tuning import LNTuning
 from peft_jax.adapters.loha import LoHa
 from peft_jax.adapters.lokr import LoKr
 from peft_jax.adapters.lora import LoRA
@@ -31,6 +32,7 @@ METHODS: dict[str, type[TrainingMethod]] = {
     method.name: method
     for method in (
         Full,
+        LNTuning,
         LoRA,
         DoRA,
         LoRAFA,

@@ -16,10 +16,13 @@ from peft_jax.adapters.names import (
     select_modules,
 )
 from peft_jax.core import Path, Tree, flatten, is_stacked, join_path
-from peft_jax.core.validation import check_positive, check_positive_int
+from peft_jax.core.validation import check_choice, check_positive, check_positive_int
 
 ALL_LINEAR = "all-linear"
 """Selects every linear map but the output head, as in Hugging Face PEFT."""
+
+BIASES = ("none", "all", "adapted")
+"""Which biases are trained: none, all of the model's, or those of the adapted modules."""
 
 _HEADS = ("lm_head", "classifier")
 
@@ -31,6 +34,8 @@ class Targets:
     Attributes:
       adapted: Methods by path of the adapted kernel; of layers that differ, the widest one.
       trained: Paths of leaves trained in full, without an adapter.
+      biases: Those of `trained` that `bias` selects.
+      selected: Those of `trained` that `target_modules` selects.
       by_layer: Methods of each layer, or None where it is not adapted, by path of the kernels whose
         layers differ.
     """
@@ -38,6 +43,8 @@ class Targets:
     adapted: dict[Path, AdapterMethod]
     trained: tuple[Path, ...]
     by_layer: dict[Path, tuple[AdapterMethod | None, ...]] = dataclasses.field(default_factory=dict)
+    biases: tuple[Path, ...] = ()
+    selected: tuple[Path, ...] = ()
 
     def layers(self, path: Path, count: int) -> tuple[AdapterMethod | None, ...]:
         """Returns the methods of `count` layers of an adapted kernel."""
@@ -52,7 +59,8 @@ class TargetSettings:
       target_modules: Modules to adapt: "all-linear" (every linear map but the output head and
         those of `modules_to_save`), module names (last parts such as "q_proj" or "mlp.up_proj"),
         or one regular expression. Names with a layer number ("layers.0.mlp.up_proj") select that
-        layer alone. With `Full`, "all-linear" selects every parameter of the model.
+        layer alone. With `Full`, "all-linear" selects every parameter of the model, and with
+        `LNTuning` every norm.
       exclude_modules: Names, or one regular expression, of modules to leave out.
       layers_to_transform: Numbers of the layers to adapt, from 0; empty for all of them. With it,
         modules outside the layers are not adapted.
@@ -60,6 +68,8 @@ class TargetSettings:
         first match applies.
       alpha_pattern: Alphas of modules in the same form.
       modules_to_save: Names of modules to train in full.
+      bias: Biases to train beside the adapters: "none", "all" of the model's, or those of the
+        "adapted" modules.
     """
 
     target_modules: str | tuple[str, ...] = ALL_LINEAR
@@ -68,6 +78,7 @@ class TargetSettings:
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
+    bias: str = "none"
 
     def __post_init__(self) -> None:
         for setting in ("target_modules", "exclude_modules", "modules_to_save"):
@@ -79,6 +90,7 @@ class TargetSettings:
                 "modules_to_save must be a list of names, but is the string"
                 f" {self.modules_to_save!r}"
             )
+        check_choice("bias", self.bias, BIASES)
         if self.target_modules == ():
             raise ValueError("target_modules is empty; name modules, or give 'all-linear'")
         object.__setattr__(self, "layers_to_transform", tuple(self.layers_to_transform))
@@ -115,25 +127,31 @@ def find_targets(params: Tree, method: TrainingMethod, settings: TargetSettings)
     if not isinstance(method, AdapterMethod):
         if settings.layers_to_transform:
             raise ValueError(
-                "layers_to_transform must be empty, because full fine-tuning trains stacked layers"
+                f"layers_to_transform must be empty, because {method.name} trains stacked layers"
+            )
+        if settings.bias != "none":
+            raise ValueError(
+                f"bias must be 'none', because {method.name} trains whole modules, but is"
+                f" {settings.bias!r}"
             )
         if rank_pattern or alpha_pattern:
             raise ValueError(
-                "rank_pattern and alpha_pattern must be empty, because full fine-tuning has no"
-                " ranks"
+                f"rank_pattern and alpha_pattern must be empty, because {method.name} has no ranks"
             )
-        whole = _without(
-            list(leaves)
-            if target_modules == ALL_LINEAR
-            else _choose(target_modules, leaves, n_layers, "target_modules"),
-            exclude_modules,
-            leaves,
-            n_layers,
-        )
-        modules = sorted({*whole, *saved})
-        trained = tuple(path for module in modules for path in leaves[module])
+        possible = [name for name, paths in leaves.items() if method.trains_module(paths)]
+        picked = possible
+        if target_modules != ALL_LINEAR:
+            picked = _choose(target_modules, leaves, n_layers, "target_modules")
+            if others := sorted(set(picked) - set(possible)):
+                raise ValueError(
+                    f"target_modules selects {', '.join(others)}, which {method.name} does not"
+                    f" train; it trains {', '.join(sorted(possible))}"
+                )
+        whole = _without(picked, exclude_modules, leaves, n_layers)
+        selected = tuple(path for module in sorted(whole) for path in leaves[module])
+        trained = tuple(path for module in sorted({*whole, *saved}) for path in leaves[module])
         _reject_quantized(trained, flat)
-        return Targets({}, trained)
+        return Targets({}, trained, selected=selected)
 
     kernels = {join_path(path[:-1]): path for path in flat if path[-1] == "kernel"}
     every = {m: tuple(range(n_layers)) if is_stacked(p) else (0,) for m, p in kernels.items()}
@@ -180,8 +198,38 @@ def find_targets(params: Tree, method: TrainingMethod, settings: TargetSettings)
             adapted[path].check_layers(module, own)
             by_layer[path] = tuple(own)
     trained = tuple(path for module in sorted(saved) for path in leaves[module])
+    biases = _biases(settings.bias, flat, adapted, by_layer, trained)
     _reject_quantized(trained, flat)
-    return Targets(adapted, trained, by_layer)
+    return Targets(adapted, (*trained, *biases), by_layer, biases)
+
+
+def _biases(
+    which: str,
+    flat: Mapping[Path, Any],
+    adapted: Mapping[Path, AdapterMethod],
+    by_layer: Mapping[Path, tuple[AdapterMethod | None, ...]],
+    trained: Collection[Path],
+) -> tuple[Path, ...]:
+    """Returns the biases to train beside the adapters, without those that are trained already.
+
+    Raises:
+      ValueError: There are none, or a module is adapted in some layers only.
+    """
+    if which == "none":
+        return ()
+    every = [path for path in flat if path[-1] == "bias"]
+    if which == "adapted":
+        every = [path for path in every if (*path[:-1], "kernel") in adapted]
+        for path in every:
+            if None in by_layer.get((*path[:-1], "kernel"), ()):
+                raise ValueError(
+                    f"bias is 'adapted', but {join_path(path[:-1])} is adapted in some layers only,"
+                    " and stacked biases are trained in all; give bias 'all'"
+                )
+    if not every:
+        whose = "the model has" if which == "all" else "the adapted modules have"
+        raise ValueError(f"bias is {which!r}, but {whose} no biases; give 'none'")
+    return tuple(path for path in every if path not in trained)
 
 
 def _less(

@@ -151,6 +151,7 @@ class VeRAForm(PeftForm):
 
     method: VeRA
     peft_type = "VERA"
+    only_bias = "vera_only"
     names = ("vera_lambda_b", "vera_lambda_d")
     exact = False
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from peft_jax.adapters import AdapterMethod, AdapterSpec, AdapterState, Targets
+from peft_jax.adapters import AdapterMethod, AdapterSpec, AdapterState, Targets, TrainingMethod
 from peft_jax.adapters.peft_form import PeftForm
 from peft_jax.adapters.spec import kernel_constants
 from peft_jax.core import Path, Tree, flatten, is_stacked
@@ -185,7 +185,7 @@ def _layer_forms(
     }
 
 
-def _own_form(method: AdapterMethod) -> PeftForm:
+def _own_form(method: TrainingMethod) -> PeftForm:
     """Returns the PEFT form that `save_adapter` writes."""
     form = method.peft_form()
     assert form is not None
@@ -207,7 +207,7 @@ def _check_peft_tensors(
       ValueError: Tensors are missing, unexpected or wrongly shaped; the message names them.
     """
     targets = spec.targets(params)
-    trained = peft_trained_tensors(model, targets, spec.abstract(params))
+    trained = peft_trained_tensors(model, targets, spec.abstract(params), _own_form(spec.method))
     wanted = {name: item.shape for item in trained for name in item.names}
     flat = flatten(params)
     for path, own in forms.items():
@@ -225,7 +225,8 @@ def _read_peft_state(
 ) -> AdapterState:
     """Reads the arrays of an adapter in PEFT's form."""
     targets, flat = spec.targets(params), flatten(params)
-    arrays = read_arrays(peft_trained_tensors(model, targets, spec.abstract(params)), stored)
+    trained = peft_trained_tensors(model, targets, spec.abstract(params), _own_form(spec.method))
+    arrays = read_arrays(trained, stored)
     dtype = np.dtype(spec.dtype)
     for path, own in forms.items():
         method = targets.adapted[path]

@@ -164,18 +164,43 @@ def export_merged(
     save_model(folder, model, merged, max_shard_bytes=max_shard_bytes)
 
 
-def peft_trained_tensors(model: Model, targets: Targets, state: AdapterState) -> list[ArrayTensors]:
+def peft_trained_tensors(
+    model: Model, targets: Targets, state: AdapterState, form: PeftForm
+) -> list[ArrayTensors]:
     """Returns the tensors of the fully trainable leaves, with PEFT's names.
 
     A trainable embedding that is tied to the head is listed under both names.
     """
-    found = trained_tensors(model, targets, state, prefix=PEFT_PREFIX)
+
+    def names(item: ArrayTensors) -> tuple[str, ...]:
+        if item.path in targets.biases:
+            return _bias_names(model, targets, item)
+        if item.path in targets.selected:
+            return tuple(map(form.name_in_copy, item.names))
+        return item.names
+
+    found = [
+        dataclasses.replace(item, names=names(item))
+        for item in trained_tensors(model, targets, state, prefix=PEFT_PREFIX)
+    ]
     tied = tied_embedding(model, targets)
     return found + [
         dataclasses.replace(item, names=(f"{PEFT_PREFIX}{HEAD}.weight",))
         for item in found
         if item.path == tied
     ]
+
+
+def _bias_names(model: Model, targets: Targets, item: ArrayTensors) -> tuple[str, ...]:
+    """Returns PEFT's names of a bias, which lies in the base's layer where that is adapted."""
+    kernel = (*item.path[:-1], "kernel")
+    if kernel not in targets.adapted:
+        return item.names
+    methods = targets.layers(kernel, len(item.names))
+    return tuple(
+        name if method is None else f"{name.removesuffix('.bias')}.base_layer.bias"
+        for name, method in zip(item.names, methods, strict=True)
+    )
 
 
 def _check_form(model: Model, spec: AdapterSpec, targets: Targets, params: Tree) -> PeftForm:
@@ -192,6 +217,11 @@ def _check_form(model: Model, spec: AdapterSpec, targets: Targets, params: Tree)
     form = spec.method.peft_form()
     if form is None:
         raise NoPeftFormError(f"PEFT has no method {spec.method.name!r}; {_INSTEAD}")
+    if targets.biases and not form.only_bias:
+        raise NoPeftFormError(
+            f"PEFT trains no biases with {form.peft_type}, but bias is {spec.bias!r}; export the"
+            " merged model"
+        )
     own = {path: method.peft_form() for path, method in targets.adapted.items()}
     forms = {path: form for path, form in own.items() if form is not None}
     _check_same_settings(forms)
@@ -269,7 +299,7 @@ def _peft_tensors(
             shape=tensor.shape,
             fetch=_constant(tensor),
         )
-    yield from tensors_to_write(peft_trained_tensors(model, targets, state), state)
+    yield from tensors_to_write(peft_trained_tensors(model, targets, state, form), state)
 
 
 def _constant(tensor: np.ndarray) -> Callable[[], np.ndarray]:

@@ -39,7 +39,6 @@ _IRRELEVANT = frozenset(
     }
 )
 _FIXED: dict[str, tuple[Any, ...]] = {
-    "bias": ("none",),
     "task_type": (None, "CAUSAL_LM", "SEQ_CLS"),
 }
 
@@ -52,7 +51,7 @@ _TYPES: Mapping[str, Any] = {
 }
 """Types of every method's settings that are not null."""
 
-_COMPARED = ("modules_to_save", "peft_type", "target_modules")
+_COMPARED = ("bias", "modules_to_save", "peft_type", "target_modules")
 
 
 def write_peft_config(
@@ -68,15 +67,16 @@ def write_peft_config(
       base_model_name: Path of the base, or its name on the hub.
     """
     modules = all_modules(model)
-    saved = short_names(model, targets.trained, modules, matches_saved)
+    whole = [path for path in targets.trained if path not in (*targets.biases, *targets.selected)]
+    saved = short_names(model, whole, modules, matches_saved)
     if tied_embedding(model, targets):
         saved.append(HEAD)
     is_classifier = isinstance(model, SequenceClassifier)
-    if is_classifier and any(path[0] == CLASSIFIER for path in targets.trained):
+    if is_classifier and any(path[0] == CLASSIFIER for path in whole):
         # PEFT saves a classifier's head as one module, even if it has several layers.
         heads = {
             name
-            for path in targets.trained
+            for path in whole
             if path[0] == CLASSIFIER
             for name in short_names(model, [path], modules, matches_saved)
         }
@@ -90,6 +90,8 @@ def write_peft_config(
         "task_type": "SEQ_CLS" if is_classifier else "CAUSAL_LM",
     }
     settings |= form.settings()
+    if targets.biases:
+        settings["bias"] = "all" if spec.bias == "all" else form.only_bias
     if "fan_in_fan_out" in settings:
         settings["fan_in_fan_out"] = model.family.naming.conv1d
     for setting, attribute in form.module_lists.items():
@@ -108,7 +110,7 @@ def _target_modules(model: Model, targets: Targets, modules: Collection[str]) ->
         if any(method is None for method in methods)
     }
     whole = [path for path in targets.adapted if path not in some]
-    names = short_names(model, whole, modules, matches_name)
+    names = short_names(model, [*whole, *targets.selected], modules, matches_name)
     for path in sorted(some):
         names += [
             module
@@ -177,7 +179,8 @@ def check_peft_config(config: Mapping[str, Any], file: Path) -> type[PeftForm]:
                 f"{file} sets {name} to null, which PEFT cannot use; set the value that the adapter"
                 " was trained with"
             )
-    fixed, why = {**_FIXED, **settings.fixed}, {**_WHY, **settings.why}
+    biases = ("none", "all", form.only_bias) if form.only_bias else ("none",)
+    fixed, why = {**_FIXED, "bias": biases, **settings.fixed}, {**_WHY, **settings.why}
     for name, value in config.items():
         if name in settings.read or name in _IRRELEVANT or name in settings.irrelevant:
             continue

@@ -36,10 +36,12 @@ class _Found:
     Attributes:
       adapted: Tensors by the kernel's path, the module's name and the suffix of their own name.
       trained: Number of tensors of each fully trainable leaf.
+      selected: Those of `trained` that the method itself trains.
     """
 
     adapted: dict[Path, dict[str, dict[str, StoredTensor]]]
     trained: dict[Path, int]
+    selected: set[Path]
 
 
 def read_peft_spec(
@@ -65,12 +67,16 @@ def read_peft_spec(
       ValueError: Tensors do not fit the model, or a module is trained in full in some layers only.
     """
     _check_numbers(config, model, what)
-    found = _group_tensors(stored, model, form.names, what)
+    found = _group_tensors(stored, model, form, what)
     check_tied(model, stored, what=what)
     kernels = [path for path in flatten(params) if path[-1] == "kernel"]
+    biases = _biases(found) if _bias(config) != "none" else set()
     common: dict[str, Any] = {
-        **_targets(found, model, kernels),
-        "modules_to_save": _short_names(found.trained, flatten(params)),
+        **_targets(found, model, kernels, flatten(params)),
+        "modules_to_save": _short_names(
+            found.trained.keys() - biases - found.selected, flatten(params)
+        ),
+        "bias": _bias(config) if biases else "none",
         "dtype": "bfloat16" if all(t.dtype == "BF16" for t in stored.values()) else "float32",
     }
     shapes = {
@@ -180,26 +186,37 @@ def check_tied(model: Model, stored: Mapping[str, StoredTensor], *, what: str) -
 
 
 def _group_tensors(
-    stored: Mapping[str, StoredTensor], model: Model, ends: tuple[str, ...], what: str
+    stored: Mapping[str, StoredTensor], model: Model, form: type[PeftForm], what: str
 ) -> _Found:
     """Groups stored tensors by module.
 
     Raises:
       ValueError: A tensor matches no module of the model, or a module or layer lacks a tensor.
     """
-    modules, leaves = {}, {}
+    ends = form.names
+    modules: dict[str, tuple[Path, str]] = {}
+    leaves: dict[str, Path] = {}
+    selected: dict[str, Path] = {}
     for path, hf_name in model.hf_names().items():
         for layer, module in enumerate(modules_of(model, path)):
-            leaves[PEFT_PREFIX + hf_name.name(layer)] = path
+            name = PEFT_PREFIX + hf_name.name(layer)
+            leaves[name] = path
+            if form.copies:
+                selected[form.name_in_copy(name)] = path
             if path[-1] == "kernel":
                 modules[PEFT_PREFIX + module] = (path, module)
-    found = _Found({}, {})
+            if path[-1] == "bias":
+                leaves[f"{PEFT_PREFIX}{module}.base_layer.bias"] = path
+    found = _Found({}, {}, set())
     unknown = []
     for name, tensor in stored.items():
         end = next((end for end in ends if name.endswith(f".{end}")), "")
         of = modules.get(name.removesuffix(f".{end}")) if end else None
         if of:
             found.adapted.setdefault(of[0], {}).setdefault(of[1], {})[end] = tensor
+        elif name in selected:
+            found.selected.add(selected[name])
+            found.trained[selected[name]] = found.trained.get(selected[name], 0) + 1
         elif name in leaves:
             found.trained[leaves[name]] = found.trained.get(leaves[name], 0) + 1
         elif not (name == _HEAD_TENSOR and model.config.tie_word_embeddings):
@@ -209,10 +226,22 @@ def _group_tensors(
             f"{what} does not fit this {model.family.model_type} model: it has {listing(unknown)},"
             " which match no module"
         )
-    if not found.adapted:
-        raise ValueError(f"{what} has no tensors of an adapted kernel")
+    if not found.adapted and not found.selected:
+        raise ValueError(f"{what} has no tensors of an adapted module")
     _check_complete(found, model, ends, what)
     return found
+
+
+def _bias(config: Mapping[str, Any]) -> str:
+    """Returns which biases an adapter trains, by this library's name."""
+    value = config.get("bias") or "none"
+    return value if value in ("none", "all") else "adapted"
+
+
+def _biases(found: _Found) -> set[Path]:
+    """Returns the trained biases of modules that are not trained as a whole."""
+    whole = {path[:-1] for path in found.trained if path[-1] != "bias"}
+    return {path for path in found.trained if path[-1] == "bias" and path[:-1] not in whole}
 
 
 def _check_complete(found: _Found, model: Model, ends: tuple[str, ...], what: str) -> None:
@@ -249,8 +278,12 @@ def _check_numbers(config: Mapping[str, Any], model: Model, what: str) -> None:
         )
 
 
-def _targets(found: _Found, model: Model, kernels: list[Path]) -> dict[str, tuple[Any, ...]]:
+def _targets(
+    found: _Found, model: Model, kernels: list[Path], everything: Iterable[Path]
+) -> dict[str, tuple[Any, ...]]:
     """Returns `target_modules`, and `layers_to_transform` if all modules have the same layers."""
+    if found.selected:
+        return {"target_modules": _short_names(found.selected, everything)}
     layers = {
         path: tuple(layer for layer, module in enumerate(modules_of(model, path)) if module in own)
         for path, own in found.adapted.items()

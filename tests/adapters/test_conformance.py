@@ -24,6 +24,7 @@ from peft_jax.adapters import (
     DoRA,
     Full,
     Hybrid,
+    LNTuning,
     LoHa,
     LoKr,
     LoRA,
@@ -41,6 +42,7 @@ from peft_jax.models import quantize_params
 
 METHODS = {
     "full": Full(),
+    "ln_tuning": LNTuning(),
     "lora": LoRA(rank=2),
     "lora_rank_stabilized": LoRA(rank=2, rank_stabilized=True),
     "dora": DoRA(rank=2),
@@ -69,7 +71,7 @@ METHODS = {
     "hybrid_unitary": Hybrid(rank=2, rotation="unitary"),
     "hybrid_some_unitary": Hybrid(rank=2, block_size=4, unitary_modules=("down",)),
 }
-ADAPTERS = [name for name in METHODS if name != "full"]
+ADAPTERS = [name for name in METHODS if name not in ("full", "ln_tuning")]
 QUANTIZED = {
     f"{name} on {quantization}": (name, quantization)
     for name, quantization in (

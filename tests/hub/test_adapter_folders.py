@@ -23,6 +23,7 @@ from peft_jax.adapters import (
     DoRA,
     Full,
     Hybrid,
+    LNTuning,
     LoHa,
     LoKr,
     LoRA,
@@ -51,6 +52,7 @@ LLAMA = {
 BLOOM = {"model_type": "bloom", "vocab_size": 29, "hidden_size": 16, "n_head": 4, "n_layer": 3}
 SPECS = {
     "full": AdapterSpec(method=Full()),
+    "ln_tuning": AdapterSpec(method=LNTuning(), exclude_modules=("norm",)),
     "full of some": AdapterSpec(method=Full(), target_modules=("norm", "q_proj")),
     "lora": AdapterSpec(
         method=LoRA(rank=2, alpha=3.0, dropout=0.1),
@@ -89,6 +91,7 @@ IN_PEFT_FORMAT = {
         "lora",
         "lora_fa",
         "lora_one",
+        "ln_tuning",
         "eva",
         "adalora",
         "lora_ga",

@@ -384,7 +384,7 @@ REJECTED = {
         {"use_qalora": True, "qalora_group_size": 8},
         r"use_qalora = True",
     ),
-    "bias": ({"bias": "lora_only"}, r"bias = 'lora_only'"),
+    "bias": ({"bias": "boft_only"}, r"bias = 'boft_only'"),
     "lora_bias": ({"lora_bias": True}, r"lora_bias = True"),
     "tokens": ({"trainable_token_indices": [1]}, r"trainable_token_indices = \[1\]"),
     "randomized pissa": (
