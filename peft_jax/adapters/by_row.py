@@ -11,6 +11,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int32
 
 from kernels_pallas.target_device import target_platform
+from peft_jax.adapters.gradient_products import has_stack
 from peft_jax.adapters.several import Adapters, find_adapters
 from peft_jax.core import (
     AdaptedKernel,
@@ -19,7 +20,6 @@ from peft_jax.core import (
     Tree,
     did_you_mean,
     flatten,
-    is_stacked,
     join_path,
     linear,
     unflatten,
@@ -132,7 +132,7 @@ class StackedAdapters:
         factors = flatten(self.factors, is_leaf=lambda _, node: "a" in node)
         for path, arrays in factors.items():
             numbers = jnp.asarray(rows)
-            if is_stacked(path):
+            if has_stack(flat[path]):
                 numbers = jnp.broadcast_to(numbers, (arrays["a"].shape[0], len(numbers)))
             flat[path] = AdaptedKernel(
                 base=flat[path], arrays={**arrays, "rows": numbers}, method=LowRankByRow()
@@ -185,7 +185,9 @@ def stack_adapters(params: Tree, adapters: Adapters) -> StackedAdapters:
         bound = flatten(spec.bind(params, state))
         for path, method in targets.adapted.items():
             read = (
-                jax.vmap(method.low_rank_factors) if is_stacked(path) else method.low_rank_factors
+                jax.vmap(method.low_rank_factors)
+                if has_stack(bound[path])
+                else method.low_rank_factors
             )
             factors = read(bound[path].arrays)
             if factors is None:

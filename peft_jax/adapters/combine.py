@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from peft_jax.adapters.factorize import HIGHEST, triplets
+from peft_jax.adapters.gradient_products import has_stack, kernel_shape
 from peft_jax.adapters.lora import LoRA
 from peft_jax.adapters.method import AdapterMethod
 from peft_jax.adapters.several import Adapters, find_adapters
@@ -23,7 +24,7 @@ from peft_jax.adapters.task_arithmetic import (
     keep_random,
     weighted_sum,
 )
-from peft_jax.core import Kernel, Path, Tree, dense, flatten, is_stacked, join_path, unflatten
+from peft_jax.core import Kernel, Path, Tree, dense, flatten, join_path, unflatten
 from peft_jax.core.validation import check_choice, check_positive_int
 
 FACTOR_TYPES = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -157,10 +158,10 @@ def combine_adapters(
             flat[path] if combination_type in SVD_TYPES else None,
             tuple(kernel.arrays for kernel in kernels),
             jnp.array([member.weight for member in own], jnp.float32),
-            jax.random.split(key, flat[path].shape[0]) if is_stacked(path) else key,
+            jax.random.split(key, kernel_shape(flat[path])[0]) if has_stack(flat[path]) else key,
             tuple(kernel.method for kernel in kernels),
             rule,
-            is_stacked(path),
+            has_stack(flat[path]),
         )
         trainable[path] = {"a": a, "b": b}
     spec = AdapterSpec(LoRA(rank=rule.rank, alpha=float(rule.rank)), **_selection(members, paths))
@@ -219,7 +220,7 @@ def _ranks(member: _Member) -> dict[Path, int] | None:
     ranks = {}
     for path, method in member.targets.adapted.items():
         arrays = member.bound[path].arrays
-        if is_stacked(path):
+        if has_stack(member.bound[path]):
             arrays = jax.eval_shape(lambda tree: jax.tree.map(lambda x: x[0], tree), arrays)
         factors = jax.eval_shape(method.low_rank_factors, arrays)
         if factors is None:

@@ -140,6 +140,11 @@ def kernel_shape(kernel: Kernel) -> tuple[int, ...]:
     return kernel_shape(kernel.base) if isinstance(kernel, AdaptedKernel) else tuple(kernel.shape)
 
 
+def has_stack(kernel: Kernel) -> bool:
+    """Returns whether a kernel of any kind is a stack [layers, d_in, d_out]."""
+    return len(kernel_shape(kernel)) > 2
+
+
 def kernel_sharding(kernel: Kernel) -> jax.NamedSharding | None:
     """Returns the sharding of a kernel of any kind over a mesh; None on one device."""
     if isinstance(kernel, AdaptedKernel):

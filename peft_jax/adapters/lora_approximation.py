@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from peft_jax.adapters.factorize import orthonormal, triplets
-from peft_jax.adapters.gradient_products import kernel_shape
+from peft_jax.adapters.gradient_products import has_stack, kernel_shape
 from peft_jax.adapters.lora import LoRA
 from peft_jax.adapters.method import AdapterMethod
 from peft_jax.adapters.spec import AdapterSpec, AdapterState
@@ -20,7 +20,6 @@ from peft_jax.core import (
     Path,
     Tree,
     flatten,
-    is_stacked,
     join_path,
     linear,
     unflatten,
@@ -135,9 +134,10 @@ def _factorize(kernel: AdaptedKernel, path: Path, rank: int, key: jax.Array) -> 
     """Factorizes the difference of one kernel, stacked or not."""
     key = jax.random.fold_in(key, zlib.crc32(join_path(path).encode()))
     shape = kernel_shape(kernel.base)
-    keys = jax.random.split(key, shape[0]) if is_stacked(path) else key
+    stacked = has_stack(kernel)
+    keys = jax.random.split(key, shape[0]) if stacked else key
     with jax.default_matmul_precision("highest"):
-        return _factorize_layers(kernel, keys, shape[-2:], rank, is_stacked(path))
+        return _factorize_layers(kernel, keys, shape[-2:], rank, stacked)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))

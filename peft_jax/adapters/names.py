@@ -1,8 +1,9 @@
 """Selects modules by name or regular expression.
 
-A module's name is its dotted path in the parameter tree. It has no layer number, because layers are
+A module's name is its dotted path in the parameter tree. It has no layer number if layers are
 stacked: "layers.self_attn.q_proj". Names and regular expressions may also match Hugging Face names
-with a layer number: "model.layers.0.self_attn.q_proj".
+with a layer number: "model.layers.0.self_attn.q_proj". A model without stacked layers has zero of
+them, and its names are taken as they are.
 """
 
 import re
@@ -43,7 +44,7 @@ def matches_pattern(pattern: str, module: str, *, n_layers: int = 1) -> bool:
       True
     """
     matches = compile_pattern(pattern).fullmatch
-    if not module.startswith(f"{STACKED}."):
+    if not _is_stacked(module, n_layers):
         names = (module, f"model.{module}", f"transformer.{module}")
         return any(matches(name) for name in names)
     matched = len(layers_of_pattern(pattern, module, n_layers=n_layers))
@@ -86,8 +87,8 @@ def layers_of_pattern(pattern: str, module: str, *, n_layers: int) -> tuple[int,
       (0, 1)
     """
     matches = compile_pattern(pattern).fullmatch
-    if not module.startswith(f"{STACKED}."):
-        return (0,) if matches_pattern(pattern, module) else ()
+    if not _is_stacked(module, n_layers):
+        return (0,) if matches_pattern(pattern, module, n_layers=n_layers) else ()
     found = [
         tuple(layer for layer, name in enumerate(names) if matches(name))
         for names in zip(*_numbered(module, n_layers), strict=True)
@@ -112,7 +113,7 @@ def layers_of_name(name: str, module: str, *, n_layers: int) -> tuple[int, ...]:
       >>> layers_of_name("layers.1.self_attn.q_proj", "layers.self_attn.q_proj", n_layers=2)
       (1,)
     """
-    if not module.startswith(f"{STACKED}."):
+    if not _is_stacked(module, n_layers):
         return (0,) if matches_name(name, module) else ()
     if matches_name(name, module):
         return tuple(range(n_layers))
@@ -121,6 +122,10 @@ def layers_of_name(name: str, module: str, *, n_layers: int) -> tuple[int, ...]:
         for layer, names in enumerate(_numbered(module, n_layers))
         if any(matches_name(name, one) for one in names)
     )
+
+
+def _is_stacked(module: str, n_layers: int) -> bool:
+    return n_layers > 0 and module.startswith(f"{STACKED}.")
 
 
 def _numbered(module: str, n_layers: int) -> list[tuple[str, ...]]:
@@ -178,7 +183,7 @@ def select_layers(
 
 def _near(name: str, modules: Iterable[str], n_layers: int) -> str:
     """Returns the nearest names for a message, and the layers there are if one is named."""
-    if re.search(r"\.\d+\.", name.replace("\\", "")):
+    if n_layers and re.search(r"\.\d+\.", name.replace("\\", "")):
         return f"; the model's layers are 0 to {n_layers - 1}"
     return did_you_mean(name, _last_parts(modules))
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 from qwix import QArray
 
-from peft_jax.adapters.gradient_products import LossFn, kernel_shape
+from peft_jax.adapters.gradient_products import LossFn, has_stack, kernel_shape
 from peft_jax.adapters.input_sketch import input_factors
 from peft_jax.adapters.method import (
     AdapterMethod,
@@ -29,7 +29,6 @@ from peft_jax.core import (
     Tree,
     dense,
     flatten,
-    is_stacked,
     join_path,
     unflatten,
 )
@@ -245,22 +244,22 @@ class AdapterSpec(TargetSettings):
           A tree for `model(...)`. Its base arrays are the same objects.
         """
         flat = flatten(params)
-        learned = _by_leaf(state.trainable, self._leaf_paths(state))
-        for path in learned:
-            if path[-1] != "kernel" or not isinstance(learned[path], Mapping):
-                flat[path] = learned[path]
+        learned = _by_leaf(state.trainable, flat)
+        for path, own in learned.items():
+            if not isinstance(own, Mapping):
+                flat[path] = own
         targets = self.targets(unflatten(flat))
         fixed = _by_leaf(state.constant, targets.adapted)
         for path, method in targets.adapted.items():
-            key = None
+            key, stacked = None, has_stack(flat[path])
             if dropout_key is not None:
                 key = jax.random.fold_in(dropout_key, zlib.crc32(join_path(path).encode()))
-                if is_stacked(path):
+                if stacked:
                     key = jax.random.split(key, kernel_shape(flat[path])[0])
             own, constant = learned[path], fixed.get(path, {})
             if path in targets.by_layer:
                 own, constant = method.hold_layers(own, constant, targets.by_layer[path])
-            arrays = _prepare(method, own, constant, key, is_stacked(path), recompute)
+            arrays = _prepare(method, own, constant, key, stacked, recompute)
             flat[path] = AdaptedKernel(
                 base=flat[path], arrays=arrays, dropout_key=key, method=method
             )
@@ -268,6 +267,8 @@ class AdapterSpec(TargetSettings):
 
     def merge(self, params: Tree, state: AdapterState) -> Tree:
         """Returns plain parameters that compute what the adapted model does.
+
+        It may be called under `jax.jit`. Values are not known there, so that none is rejected.
 
         Args:
           params: The model's parameters. Kernels that were adapted before are merged too.
@@ -285,12 +286,13 @@ class AdapterSpec(TargetSettings):
         trained = set(self.targets(unflatten(merged)).trained)
         for path, leaf in merged.items():
             if isinstance(leaf, AdaptedKernel):
-                merged[path] = _merge(leaf, is_stacked(path))
+                merged[path] = _merge(leaf, has_stack(leaf))
             elif isinstance(leaf, QArray):
                 merged[path] = _dense(leaf)
             elif path not in trained:
                 continue
-            if not bool(jnp.isfinite(merged[path]).all()):
+            finite = jnp.isfinite(merged[path]).all()
+            if not isinstance(finite, jax.core.Tracer) and not finite:
                 raise ValueError(
                     f"{join_path(path[:-1])} merges to values that are not finite; the adapter (or"
                     " the base) holds NaN or infinity there, and nothing was merged"
@@ -315,14 +317,6 @@ class AdapterSpec(TargetSettings):
             if flatten(fixed):
                 constant[path] = _prefix_axes(fixed, tuple(stack))
         return AdapterState(trainable=unflatten(trainable), constant=unflatten(constant))
-
-    def _leaf_paths(self, state: AdapterState) -> set[Path]:
-        """Returns the paths of the model's leaves that the adapter's arrays belong to."""
-        paths = set()
-        for path in flatten(state.trainable):
-            end = path.index("kernel") + 1 if "kernel" in path else len(path)
-            paths.add(path[:end])
-        return paths
 
 
 def merge(params: Tree, spec: AdapterSpec, state: AdapterState) -> Tree:

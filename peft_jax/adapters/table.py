@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from qwix import QArray
 
-from peft_jax.adapters.gradient_products import kernel_shape
+from peft_jax.adapters.gradient_products import has_stack, kernel_shape
 from peft_jax.adapters.spec import AdapterSpec, AdapterState
 from peft_jax.adapters.targets import Targets
 from peft_jax.core import Path, Tree, flatten, is_stacked, join_path
@@ -65,8 +65,9 @@ def trainable_table(spec: AdapterSpec, params: Tree, state: AdapterState) -> str
     rows = [("module", "kernels", "method", "trainable")]
     for path in paths:
         shape = kernel_shape(flat[path])
-        one = list(shape[1:] if is_stacked(path) else shape)
-        kernels = f"{shape[0]} x {one}" if is_stacked(path) else str(one)
+        stacked = is_stacked(path) or (path in targets.adapted and has_stack(flat[path]))
+        one = list(shape[1:] if stacked else shape)
+        kernels = f"{shape[0]} x {one}" if stacked else str(one)
         name = join_path(path[:-1] if path in targets.adapted else path)
         method = _label(targets, path) if path in targets.adapted else "full"
         size = _size(learned[path]) - _padding(targets, path, params, state)

@@ -15,7 +15,7 @@ from peft_jax.adapters.names import (
     select_layers,
     select_modules,
 )
-from peft_jax.core import Path, Tree, flatten, is_stacked, join_path
+from peft_jax.core import TABLE, Path, Tree, flatten, is_stacked, join_path
 from peft_jax.core.validation import check_choice, check_positive, check_positive_int
 
 ALL_LINEAR = "all-linear"
@@ -121,7 +121,7 @@ def find_targets(params: Tree, method: TrainingMethod, settings: TargetSettings)
     rank_pattern, alpha_pattern = settings.rank_pattern, settings.alpha_pattern
     modules_to_save = settings.modules_to_save
     flat = flatten(params)
-    n_layers = next((kernel_shape(v)[0] for path, v in flat.items() if is_stacked(path)), 1)
+    n_layers = next((kernel_shape(v)[0] for path, v in flat.items() if is_stacked(path)), 0)
     leaves = _leaves_by_module(flat)
     saved = _choose(modules_to_save, leaves, n_layers, "modules_to_save") if modules_to_save else []
     if not isinstance(method, AdapterMethod):
@@ -153,13 +153,19 @@ def find_targets(params: Tree, method: TrainingMethod, settings: TargetSettings)
         _reject_quantized(trained, flat)
         return Targets({}, trained, selected=selected)
 
-    kernels = {join_path(path[:-1]): path for path in flat if path[-1] == "kernel"}
+    kernels = {
+        join_path(path[:-1]): path
+        for path, leaf in flat.items()
+        if path[-1] in ("kernel", TABLE) and len(kernel_shape(leaf)) > 1
+    }
     every = {m: tuple(range(n_layers)) if is_stacked(p) else (0,) for m, p in kernels.items()}
     if target_modules == ALL_LINEAR:
         chosen = {
             module: layers
             for module, layers in every.items()
-            if module.split(".")[0] not in _HEADS and module not in saved
+            if module.split(".")[0] not in _HEADS
+            and module not in saved
+            and kernels[module][-1] != TABLE
         }
     else:
         _reject_embeddings(target_modules, flat)
@@ -254,6 +260,11 @@ def _in_layers(
     Raises:
       ValueError: There is no such layer, or nothing is left.
     """
+    if not n_layers:
+        raise ValueError(
+            f"layers_to_transform is {list(wanted)}, but this model's layers are not stacked; name"
+            " their modules with target_modules"
+        )
     if beyond := [layer for layer in wanted if layer >= n_layers]:
         raise ValueError(
             f"layers_to_transform has {beyond[0]}, but the model's layers are 0 to {n_layers - 1}"

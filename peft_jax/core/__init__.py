@@ -34,6 +34,7 @@ from peft_jax.core.quantized import (
 from peft_jax.core.suggest import did_you_mean
 from peft_jax.core.trees import (
     STACKED,
+    TABLE,
     Path,
     Tree,
     flatten,
@@ -47,6 +48,7 @@ __all__ = [
     "FORMATS",
     "LINEAR_OUTPUT",
     "STACKED",
+    "TABLE",
     "AdaptedKernel",
     "Kernel",
     "Method",

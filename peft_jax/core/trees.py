@@ -19,6 +19,10 @@ STACKED = "layers"
 """The root key whose leaves are stacked over transformer blocks: [layers, ...]."""
 
 
+TABLE = "table"
+"""The last key of an embedding table that can be adapted; other tables are called "embedding"."""
+
+
 def is_stacked(path: Path) -> bool:
     """Returns whether the leading axis of the leaf at `path` is the transformer block index."""
     return path[0] == STACKED

@@ -12,7 +12,7 @@ from peft_jax.adapters import AdapterState, Targets
 from peft_jax.core import Path, flatten, is_stacked, join_path, unflatten
 from peft_jax.hub.finite import check_finite
 from peft_jax.hub.tensors import StoredTensor, TensorToWrite
-from peft_jax.models import Model
+from peft_jax.models import TrainableModel
 
 MAX_LISTED = 8
 """Largest number of names that a message lists."""
@@ -41,7 +41,9 @@ class ArrayTensors:
     first: int = 0
 
 
-def adapted_tensors(model: Model, targets: Targets, state: AdapterState) -> list[ArrayTensors]:
+def adapted_tensors(
+    model: TrainableModel, targets: Targets, state: AdapterState
+) -> list[ArrayTensors]:
     """Describes the tensors of adapted kernels' arrays, in this library's format.
 
     Args:
@@ -53,8 +55,9 @@ def adapted_tensors(model: Model, targets: Targets, state: AdapterState) -> list
     trees: tuple[Literal["trainable", "constant"], ...] = ("trainable", "constant")
     for tree in trees:
         for path, array in flatten(getattr(state, tree)).items():
-            leaf = path[: path.index("kernel") + 1] if "kernel" in path else path
-            if leaf not in targets.adapted:
+            starts = (path[:end] for end in range(1, len(path)))
+            leaf = next((start for start in starts if start in targets.adapted), None)
+            if leaf is None:
                 continue
             rest = ".".join(path[len(leaf) :])
             found.append(
@@ -70,7 +73,7 @@ def adapted_tensors(model: Model, targets: Targets, state: AdapterState) -> list
 
 
 def trained_tensors(
-    model: Model, targets: Targets, state: AdapterState, *, prefix: str = ""
+    model: TrainableModel, targets: Targets, state: AdapterState, *, prefix: str = ""
 ) -> list[ArrayTensors]:
     """Describes the tensors of fully trainable leaves, named as in the base's checkpoint.
 
@@ -85,7 +88,7 @@ def trained_tensors(
     found = []
     for path in targets.trained:
         tensor, array = names[path], leaves[path]
-        rows = tensor.rows(model.config.num_layers)
+        rows = tensor.rows(model.num_layers)
         shape = array.shape[1:] if is_stacked(path) else array.shape
         found.append(
             ArrayTensors(
@@ -101,11 +104,11 @@ def trained_tensors(
     return found
 
 
-def modules_of(model: Model, path: Path) -> list[str]:
+def modules_of(model: TrainableModel, path: Path) -> list[str]:
     """Returns the Hugging Face names of a leaf's modules; one per layer if it is stacked."""
     if not is_stacked(path):
         return [model.module_name(path)]
-    return [model.module_name(path, layer) for layer in range(model.config.num_layers)]
+    return [model.module_name(path, layer) for layer in range(model.num_layers)]
 
 
 def tensors_to_write(
