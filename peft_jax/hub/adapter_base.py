@@ -9,7 +9,7 @@ from peft_jax.core import FORMATS, Tree
 from peft_jax.hub.adapter_files import CONFIG, PEFT_CONFIG
 from peft_jax.hub.converted import MANIFEST, WEIGHTS, is_converted
 from peft_jax.hub.digests import sample_tensors
-from peft_jax.models import Model, quantization_of
+from peft_jax.models import TrainableModel, quantization_of
 from peft_jax.runtime.files import read_json_object
 
 _log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def base_digest(folder: Path) -> str | None:
     return weights if isinstance(weights, str) else None
 
 
-def digest_of_origin(model: Model) -> str | None:
+def digest_of_origin(model: TrainableModel) -> str | None:
     """Returns the digest of the weights that a model's parameters were read from.
 
     Returns:
@@ -95,7 +95,7 @@ def recorded_quantization(folder: Path) -> str | None:
 
 
 def warn_on_base_mismatch(
-    folder: Path, config: Mapping[str, Any], model: Model, params: Tree
+    folder: Path, config: Mapping[str, Any], model: TrainableModel, params: Tree
 ) -> None:
     """Logs a warning if an adapter is loaded onto another base than it was trained on.
 
@@ -106,8 +106,8 @@ def warn_on_base_mismatch(
       params: Parameters of the base, as arrays or shapes.
     """
     trained_on = f"{config.get('base_model_name_or_path')} ({config.get('model_type')})"
-    here = f"{model.origin or 'this model'} ({model.family.model_type})"
-    if config.get("model_type") != model.family.model_type:
+    here = f"{model.origin or 'this model'} ({model.model_type})"
+    if config.get("model_type") != model.model_type:
         _log.warning(
             "the adapter in %s was trained on %s but is loaded onto %s, a model of another family",
             folder,

@@ -44,7 +44,7 @@ from peft_jax.hub.peft_config import (
 from peft_jax.hub.peft_import import base_kernel, check_tied, drop_base_copies, read_peft_spec
 from peft_jax.hub.peft_names import PEFT_PREFIX
 from peft_jax.hub.tensors import StoredTensor, read_header
-from peft_jax.models import Model
+from peft_jax.models import Model, TrainableModel
 from peft_jax.runtime.files import read_json_object
 
 LayerForms = Mapping[Path, tuple[PeftForm | None, ...]]
@@ -54,7 +54,7 @@ _log = logging.getLogger(__name__)
 
 
 def load_adapter(
-    folder: str | FilePath, model: Model, params: Tree
+    folder: str | FilePath, model: TrainableModel, params: Tree
 ) -> tuple[AdapterSpec, AdapterState]:
     """Loads an adapter from a folder or from the Hugging Face hub.
 
@@ -81,11 +81,23 @@ def load_adapter(
     if (folder / CONFIG).is_file():
         return _load_own(folder, model, params)
     if (folder / PEFT_CONFIG).is_file():
-        return _load_peft(folder, model, params)
+        return _load_peft(folder, _check_names(model, folder), params)
     raise ValueError(f"{folder} holds no adapter: it has neither {CONFIG} nor {PEFT_CONFIG}")
 
 
-def _load_own(folder: FilePath, model: Model, params: Tree) -> tuple[AdapterSpec, AdapterState]:
+def _check_names(model: TrainableModel, folder: FilePath) -> Model:
+    """Returns the model if it has the names of modules that files of PEFT have."""
+    if not isinstance(model, Model):
+        raise ValueError(
+            f"the adapter in {folder} is in Hugging Face PEFT's format, which names the modules of"
+            f" a model of transformers, but this model is {model.model_type}"
+        )
+    return model
+
+
+def _load_own(
+    folder: FilePath, model: TrainableModel, params: Tree
+) -> tuple[AdapterSpec, AdapterState]:
     file = folder / CONFIG
     config = read_json_object(file)
     spec = read_spec(config, file)
@@ -102,13 +114,14 @@ def _load_own(folder: FilePath, model: Model, params: Tree) -> tuple[AdapterSpec
     except ValueError as error:
         raise ValueError(
             f"the adapter in {folder} was trained on {base} and does not fit this"
-            f" {model.family.model_type} model: {error}"
+            f" {model.model_type} model: {error}"
         ) from error
     what = f"the adapter in {folder}, trained on {base},"
     stored = _open(folder, _arrays_file(config, spec, model, targets, folder))
     if config["arrays"] == PEFT_ARRAYS:
-        forms = _layer_forms(model, targets, _own_form)
-        _check_peft_tensors(stored, model, spec, params, forms, what=what)
+        named = _check_names(model, folder)
+        forms = _layer_forms(named, targets, _own_form)
+        _check_peft_tensors(stored, named, spec, params, forms, what=what)
     else:
         arrays = _own_arrays(model, spec, targets, params)
         check_tensors({name: item.shape for item in arrays for name in item.names}, stored, what)
@@ -119,12 +132,16 @@ def _load_own(folder: FilePath, model: Model, params: Tree) -> tuple[AdapterSpec
         )
     warn_on_base_mismatch(folder, config, model, params)
     if config["arrays"] == PEFT_ARRAYS:
-        return spec, _read_peft_state(stored, model, spec, params, forms)
+        return spec, _read_peft_state(stored, named, spec, params, forms)
     return spec, make_state(read_arrays(arrays, stored))
 
 
 def _arrays_file(
-    config: Mapping[str, Any], spec: AdapterSpec, model: Model, targets: Targets, folder: FilePath
+    config: Mapping[str, Any],
+    spec: AdapterSpec,
+    model: TrainableModel,
+    targets: Targets,
+    folder: FilePath,
 ) -> str:
     """Returns the name of the file with the arrays of this library's adapter.
 
@@ -138,18 +155,19 @@ def _arrays_file(
         raise ValueError(
             f"{file} sets arrays = {config['arrays']!r}; it must be {ARRAYS!r} or {PEFT_ARRAYS!r}"
         )
+    named = _check_names(model, folder)
     form = spec.method.peft_form()
     if form is None or not form.exact:
         raise ValueError(
             f"{file} sets arrays = {PEFT_ARRAYS!r}; for {spec.method.name!r} it must be {ARRAYS!r}"
         )
-    written = write_peft_config(model, spec, targets, form, base_model_name="")
+    written = write_peft_config(named, spec, targets, form, base_model_name="")
     check_unchanged(read_json_object(folder / PEFT_CONFIG), written, folder / PEFT_CONFIG)
     return PEFT_ARRAYS
 
 
 def _own_arrays(
-    model: Model, spec: AdapterSpec, targets: Targets, params: Tree
+    model: TrainableModel, spec: AdapterSpec, targets: Targets, params: Tree
 ) -> list[ArrayTensors]:
     """Returns the tensors of all arrays, in this library's format."""
     abstract = spec.abstract(params)

@@ -28,7 +28,7 @@ from peft_jax.hub.peft_config import HEAD, check_scaled_biases, tied_embedding, 
 from peft_jax.hub.peft_names import PEFT_PREFIX, SHARED_PREFIX
 from peft_jax.hub.save import MAX_SHARD_BYTES, save_model
 from peft_jax.hub.tensors import TensorToWrite, read_header, write_tensors
-from peft_jax.models import Model
+from peft_jax.models import Model, TrainableModel
 from peft_jax.runtime.files import atomic_folder, write_json
 
 FILES = (CONFIG, ARRAYS, PEFT_CONFIG, PEFT_ARRAYS)
@@ -43,7 +43,7 @@ _INSTEAD = "write a LoRA near it (peft-jax export --format=lora), or the merged 
 
 def save_adapter(
     folder: str | FilePath,
-    model: Model,
+    model: TrainableModel,
     spec: AdapterSpec,
     state: AdapterState,
     base_model_name: str,
@@ -93,13 +93,16 @@ def save_adapter(
     params = model.abstract_params()
     targets = spec.targets(params)
     check_state(state, spec.abstract(params))
+    form, peft_tensors, settings = None, [], {}
     try:
+        if not isinstance(model, Model):
+            raise NoPeftFormError(f"PEFT adapts models of transformers, not {model.model_type}")
         form = _check_form(model, spec, targets, params)
         peft_tensors = list(_peft_tensors(model, targets, params, state, form))
+        settings = write_peft_config(model, spec, targets, form, base_model_name=base_model_name)
         peft: dict[str, Any] = {"loads": True}
     except NoPeftFormError as error:
-        form, peft_tensors = None, []
-        peft = {"loads": False, "why": str(error)}
+        form, peft = None, {"loads": False, "why": str(error)}
     exact = form is not None and form.exact
     arrays_in = PEFT_ARRAYS if exact else ARRAYS
 
@@ -107,9 +110,6 @@ def save_adapter(
         _keep_other_files(folder, temporary)
         if form is not None:
             write_tensors(temporary / PEFT_ARRAYS, peft_tensors, _METADATA)
-            settings = write_peft_config(
-                model, spec, targets, form, base_model_name=base_model_name
-            )
             write_json(temporary / PEFT_CONFIG, settings)
         if not exact:
             arrays = [
@@ -120,7 +120,7 @@ def save_adapter(
             write_tensors(temporary / ARRAYS, tensors, _METADATA)
         config = write_config(
             spec,
-            model_type=model.family.model_type,
+            model_type=model.model_type,
             base_model_name=base_model_name,
             arrays_in=arrays_in,
             arrays_digest=digest_arrays(read_header(temporary / arrays_in)),

@@ -20,7 +20,6 @@ from peft_jax.core import (
     Path,
     Tree,
     abstract_quantized,
-    did_you_mean,
     flatten,
     format_of,
     is_quantized_leaf,
@@ -34,6 +33,7 @@ from peft_jax.core.validation import check_choice
 from peft_jax.models.execution import ExecutionSettings
 from peft_jax.models.family import Family, ModelConfig
 from peft_jax.models.naming import HFTensor
+from peft_jax.models.trainable import TrainableModel, raise_leaf_mismatch
 
 _Model = TypeVar("_Model", bound="Model")
 
@@ -42,7 +42,7 @@ _MAX_DRAW = 2**27
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Model:
+class Model(TrainableModel):
     """A static, hashable description of a model, computed by Flax NNX modules.
 
     Parameters are nested dictionaries of arrays, kept outside the model. The leaves of transformer
@@ -64,6 +64,16 @@ class Model:
     execution: ExecutionSettings
     hf_json: str = dataclasses.field(repr=False, compare=False)
     origin: str = dataclasses.field(default="", repr=False, compare=False)
+
+    @property
+    def model_type(self) -> str:
+        """`model_type` of the model's `config.json`."""
+        return self.family.model_type
+
+    @property
+    def num_layers(self) -> int:
+        """Number of transformer blocks."""
+        return self.config.num_layers
 
     @property
     def hf_config(self) -> dict[str, Any]:
@@ -171,26 +181,6 @@ class Model:
         """
         return self.family.naming.module(path, layer)
 
-    def check_params(self, params: Tree, quantization: str = "none") -> None:
-        """Raises ValueError unless the leaves have this model's names and shapes.
-
-        Args:
-          params: Parameters, as arrays or shapes.
-          quantization: See `abstract_params`.
-
-        Raises:
-          ValueError: A leaf is missing, unknown or of another shape.
-        """
-        expected, found = flatten(self.abstract_params(quantization=quantization)), flatten(params)
-        if found.keys() != expected.keys():
-            _raise_leaf_mismatch(set(found), set(expected))
-        for path, leaf in found.items():
-            if tuple(leaf.shape) != tuple(expected[path].shape):
-                raise ValueError(
-                    f"the parameters do not fit the model: {'.'.join(path)} has shape"
-                    f" {list(leaf.shape)}, but must have shape {list(expected[path].shape)}"
-                )
-
     @property
     def _variables(self) -> dict[Path, nnx.Variable]:
         return _template(self.family, self.config, self.execution)[1]
@@ -204,7 +194,7 @@ class Model:
         graphdef, variables = _template(self.family, self.config, self.execution)
         leaves = flatten(params)
         if leaves.keys() != variables.keys():
-            _raise_leaf_mismatch(set(leaves), set(variables))
+            raise_leaf_mismatch(set(leaves), set(variables))
         state = {path: variable.replace(leaves[path]) for path, variable in variables.items()}
         return nnx.merge(graphdef, nnx.State(unflatten(state)))
 
@@ -278,16 +268,3 @@ def _groups(variables: dict[Path, nnx.Variable], size: int) -> Iterator[dict[Pat
             group, total = {}, variable.get_value().size
         group[path] = variable
     yield group
-
-
-def _raise_leaf_mismatch(found: set[Path], expected: set[Path]) -> None:
-    missing = sorted(".".join(path) for path in expected - found)
-    unknown = sorted(".".join(path) for path in found - expected)
-    parts = []
-    if missing:
-        parts.append(f"missing: {', '.join(missing)}")
-    if unknown:
-        parts.append(
-            f"unknown: {', '.join(unknown)}{did_you_mean(unknown[0], missing) if missing else ''}"
-        )
-    raise ValueError(f"the parameters do not fit the model; {'; '.join(parts)}")

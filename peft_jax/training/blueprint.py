@@ -23,10 +23,12 @@ class Blueprint(StepProgram):
     """Program of a run; it holds no large arrays.
 
     Attributes:
+      model: Model to train, which a run reads from a checkpoint or a configuration.
       config: Configuration of the run.
       steps: Number of optimizer steps, which the schedule spans.
     """
 
+    model: Model
     config: RunConfig
     steps: int
 

@@ -20,7 +20,7 @@ from peft_jax.adapters.method import StartFactors
 from peft_jax.adapters.sketch import trace_pass
 from peft_jax.core import Path, Tree, flatten, unflatten
 from peft_jax.data import Batch, LabeledBatch
-from peft_jax.models import Model
+from peft_jax.models import TrainableModel
 from peft_jax.optim import GroupClipping
 from peft_jax.parallel import (
     LogicalAxisRules,
@@ -82,7 +82,7 @@ class StepProgram:
       init_passes: Number of passes of `start_factors`.
     """
 
-    model: Model
+    model: TrainableModel
     spec: AdapterSpec
     params: Tree
     constant: Tree
@@ -274,7 +274,7 @@ class StartLoss:
       loss_fn: Custom loss; None for the model's own.
     """
 
-    model: Model
+    model: TrainableModel
     chunk_size: int
     packed: bool
     loss_fn: LossFn | None
@@ -319,7 +319,7 @@ class Layout:
 
 
 def lay_out(
-    model: Model,
+    model: TrainableModel,
     spec: AdapterSpec,
     optimizer: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,

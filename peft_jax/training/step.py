@@ -13,7 +13,7 @@ from peft_jax.adapters import LOW_RANK, ROTATION, AdapterSpec, AdapterState
 from peft_jax.core import Path, Tree, flatten, is_stacked
 from peft_jax.core.scopes import part
 from peft_jax.data import AnyBatch, LabeledBatch
-from peft_jax.models import Model
+from peft_jax.models import TrainableModel
 from peft_jax.optim import GroupClipping, mixing_weights
 from peft_jax.parallel import constrain
 from peft_jax.training.classification import classifier_outputs
@@ -114,7 +114,7 @@ class TrainStep:
       traces: Number of times the step has been traced.
     """
 
-    model: Model
+    model: TrainableModel
     spec: AdapterSpec
     optimizer: optax.GradientTransformation
     learning_rate: Callable[[Any], Any] | None

@@ -22,7 +22,7 @@ from peft_jax.adapters.sketch import check_passes
 from peft_jax.core import Tree, flatten
 from peft_jax.core.validation import check_count, check_positive_int
 from peft_jax.data import Batch, LabeledBatch
-from peft_jax.models import Model, SequenceClassifier, quantization_of
+from peft_jax.models import Model, SequenceClassifier, TrainableModel, quantization_of
 from peft_jax.parallel import MeshSettings, make_mesh, on_mesh
 from peft_jax.training.program import StepProgram, Training, lay_out, place_rows
 from peft_jax.training.step import LossFn, Metrics, TrainStep, call_loss, summed_loss
@@ -94,7 +94,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: Model,
+        model: TrainableModel,
         spec: AdapterSpec,
         optimizer: optax.GradientTransformation,
         *,
@@ -109,6 +109,11 @@ class Trainer:
         check_positive_int("gradient_accumulation", gradient_accumulation)
         check_positive_int("chunk_size", chunk_size)
         check_passes("init_passes", init_passes)
+        if loss_fn is None and not isinstance(model, Model):
+            raise ValueError(
+                f"loss_fn is None, but {model.model_type} has no loss of its own; give loss_fn, a"
+                " function of (model, params, batch)"
+            )
         self.model, self.spec, self.optimizer = model, spec, optimizer
         self._loss_fn = loss_fn
         self._accumulation = gradient_accumulation
@@ -369,6 +374,7 @@ class Trainer:
                 f"a batch must be a {wanted.__name__} without a custom loss_fn, but is a"
                 f" {type(batch).__name__}"
             )
+        assert isinstance(self.model, Model)
         size = self.model.config.vocab_size
         _check_range("tokens", batch.tokens, size, "model.config.vocab_size")
         if isinstance(batch, Batch) and isinstance(batch.loss_mask, np.ndarray):
