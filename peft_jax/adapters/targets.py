@@ -15,11 +15,23 @@ from peft_jax.adapters.names import (
     select_layers,
     select_modules,
 )
-from peft_jax.core import TABLE, Path, Tree, flatten, is_stacked, join_path
+from peft_jax.core import (
+    TABLE,
+    Path,
+    Tree,
+    flatten,
+    is_experts,
+    is_router,
+    is_stacked,
+    join_path,
+)
 from peft_jax.core.validation import check_choice, check_positive, check_positive_int
 
 ALL_LINEAR = "all-linear"
-"""Selects every linear map but the output head, as in Hugging Face PEFT."""
+"""Selects every linear map but the output head, experts and their routers.
+
+Hugging Face PEFT's "all-linear" adapts the experts and routers of some families too.
+"""
 
 BIASES = ("none", "all", "adapted")
 """Which biases are trained: none, all of the model's, or those of the adapted modules."""
@@ -56,11 +68,11 @@ class TargetSettings:
     """Settings that select the modules to adapt and to train in full.
 
     Attributes:
-      target_modules: Modules to adapt: "all-linear" (every linear map but the output head and
-        those of `modules_to_save`), module names (last parts such as "q_proj" or "mlp.up_proj"),
-        or one regular expression. Names with a layer number ("layers.0.mlp.up_proj") select that
-        layer alone. With `Full`, "all-linear" selects every parameter of the model, and with
-        `LNTuning` every norm.
+      target_modules: Modules to adapt: "all-linear" (every linear map but the output head, experts
+        with their router and those of `modules_to_save`), module names (last parts such as "q_proj"
+        or "mlp.up_proj"), or one regular expression. Names with a layer number
+        ("layers.0.mlp.up_proj") select that layer alone. With `Full`, "all-linear" selects every
+        parameter of the model, and with `LNTuning` every norm.
       exclude_modules: Names, or one regular expression, of modules to leave out.
       layers_to_transform: Numbers of the layers to adapt, from 0; empty for all of them. With it,
         modules outside the layers are not adapted.
@@ -166,10 +178,12 @@ def find_targets(params: Tree, method: TrainingMethod, settings: TargetSettings)
             if module.split(".")[0] not in _HEADS
             and module not in saved
             and kernels[module][-1] != TABLE
+            and not _is_of_mixture(kernels[module])
         }
     else:
         _reject_embeddings(target_modules, flat)
         chosen = select_layers(target_modules, kernels, n_layers=n_layers, setting="target_modules")
+        _reject_mixtures(chosen, kernels)
     if exclude_modules:
         excluded = select_layers(
             exclude_modules, kernels, n_layers=n_layers, setting="exclude_modules"
@@ -344,6 +358,23 @@ def _reject_quantized(trained: Collection[Path], flat: Mapping[Path, Any]) -> No
         raise ValueError(
             f"{', '.join(quantized)} cannot be trained in full, because it is quantized: adapt it,"
             ' exclude it, or load the base model with quantization "none"'
+        )
+
+
+def _is_of_mixture(path: Path) -> bool:
+    """Returns whether a kernel belongs to a mixture of experts, or to its router."""
+    return is_experts(path) or is_router(path)
+
+
+def _reject_mixtures(chosen: Iterable[str], kernels: Mapping[str, Path]) -> None:
+    """Rejects experts and routers, which have no adapters."""
+    of_mixture = [module for module in chosen if _is_of_mixture(kernels[module])]
+    if of_mixture:
+        others = [module for module, path in kernels.items() if not _is_of_mixture(path)]
+        names = sorted({name.rsplit(".", 1)[-1] for name in others if is_stacked(kernels[name])})
+        raise ValueError(
+            f"target_modules selects {', '.join(of_mixture)}, but experts and routers cannot be"
+            f" adapted; name {', '.join(names)}, or train a router in full with modules_to_save"
         )
 
 

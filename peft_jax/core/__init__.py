@@ -3,6 +3,7 @@
 - [`activation_axes`][peft_jax.core.activation_axes]: mesh axes that shard activations.
 - [`typed_settings`][peft_jax.core.typed_settings]: mappings to frozen dataclasses and back.
 - [`kernel`][peft_jax.core.kernel]: `AdaptedKernel`, `linear`.
+- [`grouped`][peft_jax.core.grouped]: `grouped_linear`, by the kernel of each row's group.
 - [`patterns`][peft_jax.core.patterns]: users' regular expressions, matched with a time limit.
 - [`quantized`][peft_jax.core.quantized]: frozen kernels in 8 or 4 bits, `quantize`, `dequantize`.
 - [`trees`][peft_jax.core.trees]: nested dictionaries of arrays as flat paths, and back.
@@ -11,6 +12,7 @@
 - [`validation`][peft_jax.core.validation]: range checks of settings.
 """
 
+from peft_jax.core.grouped import grouped_linear
 from peft_jax.core.kernel import (
     LINEAR_OUTPUT,
     AdaptedKernel,
@@ -38,6 +40,8 @@ from peft_jax.core.trees import (
     Path,
     Tree,
     flatten,
+    is_experts,
+    is_router,
     is_stacked,
     join_path,
     names_of,
@@ -62,7 +66,10 @@ __all__ = [
     "did_you_mean",
     "flatten",
     "format_of",
+    "grouped_linear",
+    "is_experts",
     "is_quantized_leaf",
+    "is_router",
     "is_stacked",
     "join_path",
     "linear",

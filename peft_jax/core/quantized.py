@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from qwix import QArray
 
-from peft_jax.core.trees import Path, is_stacked
+from peft_jax.core.trees import Path, is_router, is_stacked
 from peft_jax.core.validation import check_choice
 
 FORMATS = ("none", "int8", "nf4", "w8a8")
@@ -65,8 +65,9 @@ _LARGEST = {"int8": 127.0, "nf4": 1.0, "w8a8": 127.0}
 def is_quantized_leaf(path: Path) -> bool:
     """Returns whether the leaf at `path` can be quantized: only linear maps of transformer blocks.
 
-    Embeddings, the output head, norms and biases stay dense. They are a small part of a large
-    model, and rounding the head would affect every logit.
+    Embeddings, the output head, norms, biases and the routers of experts stay dense. They are a
+    small part of a large model. Rounding the head would affect every logit, and rounding a router
+    the choice of experts.
 
     Example:
       >>> is_quantized_leaf(("layers", "mlp", "up_proj", "kernel"))
@@ -74,7 +75,7 @@ def is_quantized_leaf(path: Path) -> bool:
       >>> is_quantized_leaf(("lm_head", "kernel"))
       False
     """
-    return is_stacked(path) and path[-1] == "kernel"
+    return is_stacked(path) and path[-1] == "kernel" and not is_router(path)
 
 
 def tile_rows(d_in: int, quantization: str) -> int:
@@ -134,7 +135,7 @@ def quantize(kernel: Float[Array, "*stack d_in d_out"], quantization: str) -> QA
       >>> bool(jnp.max(jnp.abs(dequantize(q) - kernel)) <= jnp.max(q.scale) / 2 * 1.001)
       True
     """
-    check_choice("quantization", quantization, FORMATS[1:])
+    _check_format(kernel.shape, quantization)
     scale = _scales(kernel, quantization).astype(kernel.dtype)
     # A tile of zeros works with any scale but zero, by which it would be divided.
     scale = jnp.where(scale == 0, jnp.ones_like(scale), scale)
@@ -193,7 +194,7 @@ def abstract_quantized(
     Raises:
       ValueError: `quantize` would reject the kernel.
     """
-    check_choice("quantization", quantization, FORMATS[1:])
+    _check_format(kernel.shape, quantization)
     return QArray(
         jax.ShapeDtypeStruct(kernel.shape, storage_dtype(quantization, platform)),
         jax.ShapeDtypeStruct(scale_shape(kernel.shape, quantization), kernel.dtype),
@@ -240,6 +241,15 @@ def bytes_of(tree: Any) -> int:
         return math.ceil(math.prod(leaf.shape) * bits / 8)
 
     return sum(one(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def _check_format(shape: tuple[int, ...], quantization: str) -> None:
+    check_choice("quantization", quantization, FORMATS[1:])
+    if quantization == "w8a8" and len(shape) > 3:
+        raise ValueError(
+            "kernels of experts cannot be quantized as w8a8, because their products have no integer"
+            " form; use int8 or nf4"
+        )
 
 
 def _scales(kernel: Array, quantization: str) -> Array:

@@ -28,6 +28,26 @@ def is_stacked(path: Path) -> bool:
     return path[0] == STACKED
 
 
+def is_experts(path: Path) -> bool:
+    """Returns whether the leaf at `path` belongs to experts: [layers, experts, ...].
+
+    Example:
+      >>> is_experts(("layers", "mlp", "experts", "down_proj", "kernel"))
+      True
+    """
+    return "experts" in path
+
+
+def is_router(path: Path) -> bool:
+    """Returns whether the leaf at `path` belongs to the router of a mixture of experts.
+
+    Example:
+      >>> is_router(("layers", "mlp", "gate", "kernel")), is_router(("layers", "mlp", "gate_proj"))
+      (True, False)
+    """
+    return path[1:2] == ("mlp",) and path[2:3] in (("gate",), ("router",))
+
+
 def join_path(path: Path) -> str:
     """Returns a path as one dotted string: "layers.mlp.up_proj.kernel"."""
     return ".".join(path)

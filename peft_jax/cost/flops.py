@@ -72,6 +72,9 @@ def _count_equation(equation: Any) -> FlopCount:
     if name == "while":
         body = count_jaxpr(params["body_jaxpr"].jaxpr)
         return body + FlopCount(flops=0.0, unknown_loops=1)
+    if name == "cond" and params.get("branches_platforms") is not None:
+        # Platforms compute the same in forms of their own; the last branch is that of accelerators.
+        return count_jaxpr(params["branches"][-1].jaxpr)
     if name == "cond":
         # Which branch runs is only known at run time, so the most expensive one counts.
         return max(
@@ -118,6 +121,16 @@ def _dot_general(equation: Any) -> float:
     return 2.0 * math.prod(equation.outvars[0].aval.shape) * summed
 
 
+def _ragged_dot(equation: Any) -> float:
+    """Counts two operations per multiply-add of a row with its own group's kernel."""
+    rows, other = (variable.aval.shape for variable in equation.invars[:2])
+    numbers = equation.params["ragged_dot_dimension_numbers"]
+    (contracting, _), _ = numbers.dot_dimension_numbers
+    if tuple(contracting) == tuple(numbers.lhs_ragged_dimensions):
+        return 2.0 * math.prod(rows) * other[-1]
+    return 2.0 * rows[0] * math.prod(other[1:])
+
+
 def _fft(equation: Any) -> float:
     """Counts 5 n log2 n for a complex transform of length n, as the textbook algorithm takes."""
     n = math.prod(equation.params["fft_lengths"])
@@ -141,6 +154,7 @@ def _cholesky(equation: Any) -> float:
 
 _FORMULAS: dict[str, Callable[[Any], float]] = {
     "dot_general": _dot_general,
+    "ragged_dot_general": _ragged_dot,
     "fft": _fft,
     "lu": _lu,
     "triangular_solve": _triangular_solve,

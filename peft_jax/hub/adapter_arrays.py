@@ -95,7 +95,7 @@ def trained_tensors(
                 tree="trainable",
                 path=path,
                 names=tuple(prefix + name for name in rows.values()),
-                shape=shape[::-1] if tensor.transposed else shape,
+                shape=(*shape[:-2], shape[-1], shape[-2]) if tensor.transposed else shape,
                 dtype=np.dtype(array.dtype),
                 transposed=tensor.transposed,
                 first=tensor.first,
@@ -127,7 +127,7 @@ def tensors_to_write(
 def _fetch(array: jax.Array, item: ArrayTensors, index: int) -> Callable[[], np.ndarray]:
     def fetch() -> np.ndarray:
         one = np.asarray(array[item.first + index] if is_stacked(item.path) else array)
-        return one.T if item.transposed else one
+        return one.swapaxes(-1, -2) if item.transposed else one
 
     return fetch
 
@@ -143,7 +143,7 @@ def read_arrays(
     for item in arrays:
         tensors = [read_tensor(stored[name]) for name in item.names]
         if item.transposed:
-            tensors = [tensor.T for tensor in tensors]
+            tensors = [tensor.swapaxes(-1, -2) for tensor in tensors]
         tensors = [np.zeros_like(tensors[0])] * item.first + tensors
         found[item.tree, item.path] = stack(item.path, tensors, item.dtype)
     return found

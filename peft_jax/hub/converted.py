@@ -44,8 +44,8 @@ _ARRAYS = "arrays/"
 _PROGRESS = "converting/"
 _SETTINGS = f"{_PROGRESS}settings.json"
 
-_CHUNK = (1, 256, 8192)
-"""Largest chunk of a stacked kernel, by axis: 4 MiB in bfloat16."""
+_CHUNK = (1, 1, 256, 8192)
+"""Largest chunk of the stacked kernels of experts, by axis: 4 MiB in bfloat16."""
 
 _PIECE = 64 * 2**20
 """Number of bytes copied at once, approximately."""
@@ -313,16 +313,16 @@ def _copy(source: LeafSource, array: ts.TensorStore, part: Ranges, dtype: str) -
 
 
 def _layers(shape: tuple[int, ...]) -> Iterator[Ranges]:
-    """Yields ranges along a leaf's leading axis: one per layer of a kernel, else the whole leaf."""
+    """Yields ranges along a leaf's leading axis: one per layer of kernels, else the whole leaf."""
     rest = tuple((0, size) for size in shape[1:])
-    step = 1 if len(shape) == 3 else shape[0]
+    step = 1 if len(shape) >= 3 else shape[0]
     for start in range(0, shape[0], step):
         yield ((start, start + step), *rest)
 
 
 def _pieces(ranges: Ranges, itemsize: int) -> Iterator[Ranges]:
     """Splits a range into pieces of about `_PIECE` bytes, aligned to chunks."""
-    if len(ranges) == 3:
+    if len(ranges) >= 3:
         first, last = ranges[0]
         for layer in range(first, last):
             for piece in _pieces(ranges[1:], itemsize):
@@ -331,11 +331,11 @@ def _pieces(ranges: Ranges, itemsize: int) -> Iterator[Ranges]:
     (first, last), *others = ranges
     row_bytes = itemsize * math.prod(stop - start for start, stop in others)
     step = max(1, _PIECE // max(1, row_bytes))
-    step = max(_CHUNK[1], step - step % _CHUNK[1])
+    step = max(_CHUNK[-2], step - step % _CHUNK[-2])
     start = first
     while start < last:
         # Pieces end at chunk boundaries, so that no chunk is written twice.
-        stop = min(last, (start + step) - (start + step) % _CHUNK[1])
+        stop = min(last, (start + step) - (start + step) % _CHUNK[-2])
         yield ((start, stop), *others)
         start = stop
 

@@ -4,6 +4,7 @@ Every device's shard is read separately, so a process reads and holds its own sh
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -82,8 +83,8 @@ def _quantize_part(
     A tile that extends beyond the shard is read whole, since its scale depends on all of it.
     """
     tile = leaf.shape[-2] // leaf.scale.shape[-2]
-    layers, rows, columns = values
-    tiles = scales[1]
+    *stack, rows, columns = values
+    tiles = scales[-2]
     dtype = leaf.scale.dtype
     at_once = max(1, _PIECE // (tile * (columns[1] - columns[0]) * dtype.itemsize))
     held = (
@@ -91,17 +92,18 @@ def _quantize_part(
         jnp.zeros(_shape(scales), dtype, device=device),
     )
     first, last = min(rows[0] // tile, tiles[0]), max(-(-rows[1] // tile), tiles[1])
-    for layer in range(*layers):
+    for at in itertools.product(*(range(*axis) for axis in stack)):
+        place = tuple(one - start for one, (start, _) in zip(at, stack, strict=True))
         for begin in range(first, last, at_once):
             end = min(begin + at_once, last)
-            part = ((layer, layer + 1), (begin * tile, end * tile), columns)
+            part = (*((one, one + 1) for one in at), (begin * tile, end * tile), columns)
             piece = jax.device_put(_read(source, part, dtype), device)
-            wanted_rows = _intersect(rows, part[1])
+            wanted_rows = _intersect(rows, part[-2])
             wanted_tiles = _intersect(tiles, (begin, end))
             held = _write(
                 *held,
                 piece,
-                layer - layers[0],
+                place,
                 wanted_rows[0] - rows[0],
                 wanted_tiles[0] - tiles[0],
                 rows=(wanted_rows[0] - begin * tile, wanted_rows[1] - begin * tile),
@@ -120,7 +122,7 @@ def _write(
     values: jax.Array,
     scales: jax.Array,
     piece: jax.Array,
-    layer: jax.Array,
+    place: tuple[jax.Array, ...],
     row: jax.Array,
     tile: jax.Array,
     *,
@@ -130,8 +132,8 @@ def _write(
 ) -> tuple[jax.Array, jax.Array]:
     """Quantizes a piece and writes its wanted rows and tiles into `values` and `scales`."""
     q = quantize(piece, quantization)
-    values = jax.lax.dynamic_update_slice(values, q.qvalue[:, slice(*rows)], (layer, row, 0))
-    scales = jax.lax.dynamic_update_slice(scales, q.scale[:, slice(*tiles)], (layer, tile, 0))
+    values = jax.lax.dynamic_update_slice(values, q.qvalue[..., slice(*rows), :], (*place, row, 0))
+    scales = jax.lax.dynamic_update_slice(scales, q.scale[..., slice(*tiles), :], (*place, tile, 0))
     return values, scales
 
 

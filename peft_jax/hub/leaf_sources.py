@@ -1,6 +1,7 @@
 """Reads ranges of a parameter leaf from a checkpoint."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
@@ -59,8 +60,44 @@ class StoredLeaf:
     def _fill(self, target: np.ndarray, tensor: StoredTensor, ranges: Ranges) -> None:
         if self.transposed:
             target, ranges = target.T, ranges[::-1]
-        (first, last), *others = ranges
-        columns = slice(*others[0]) if others else None
-        for rows, values in tensor.pieces(slice(first, last), columns):
-            check_finite(values, target.dtype, name=tensor.name, where=str(tensor.file))
-            target[rows.start - first : rows.stop - first] = values
+        _fill(target, tensor, ranges)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredExperts:
+    """Kernels [layers, experts, in, out] of which each expert has tensors of its own, [out, in].
+
+    Attributes:
+      tensors: Tensors by layer, expert and part.
+      experts: Number of experts.
+      joined: Number of parts whose outputs are joined.
+    """
+
+    tensors: Sequence[StoredTensor]
+    experts: int
+    joined: int
+
+    def read_into(self, target: np.ndarray, ranges: Ranges) -> None:
+        """Fills `target` with a range of the leaf."""
+        layers, experts, rows, columns = ranges
+        width = self.tensors[0].shape[0]
+        for layer, expert, part in itertools.product(
+            range(*layers), range(*experts), range(self.joined)
+        ):
+            start = max(columns[0], part * width)
+            stop = min(columns[1], (part + 1) * width)
+            if start < stop:
+                own = target[layer - layers[0], expert - experts[0]]
+                tensor = self.tensors[(layer * self.experts + expert) * self.joined + part]
+                within = (start - part * width, stop - part * width)
+                _fill(own[:, start - columns[0] : stop - columns[0]].T, tensor, (within, rows))
+
+
+def _fill(target: np.ndarray, tensor: StoredTensor, ranges: Ranges) -> None:
+    """Fills `target` with a range of a tensor."""
+    (first, last), *others = ranges
+    columns, further = (slice(*others[0]), others[1:]) if others else (None, [])
+    within = (slice(None), slice(None), *(slice(*one) for one in further))
+    for rows, values in tensor.pieces(slice(first, last), columns):
+        check_finite(values, target.dtype, name=tensor.name, where=str(tensor.file))
+        target[rows.start - first : rows.stop - first] = values[within] if further else values

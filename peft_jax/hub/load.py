@@ -15,18 +15,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax.core import Path, Tree, did_you_mean, flatten, is_stacked, unflatten
+from peft_jax.core import Path, Tree, did_you_mean, flatten, is_experts, is_stacked, unflatten
 from peft_jax.cost.memory import check_fits
 from peft_jax.hub.adapter_arrays import MAX_LISTED, listing
 from peft_jax.hub.checkpoint import Checkpoint, open_checkpoint, read_config
 from peft_jax.hub.converted import is_converted, open_converted, warn_on_dtype
 from peft_jax.hub.fetch import find_folder
 from peft_jax.hub.leaf_loading import load_leaf
-from peft_jax.hub.leaf_sources import LeafSource, StoredLeaf
+from peft_jax.hub.leaf_sources import LeafSource, StoredExperts, StoredLeaf
 from peft_jax.hub.tensors import StoredTensor
 from peft_jax.models import (
     CausalLM,
     ExecutionSettings,
+    HFTensor,
     Model,
     SequenceClassifier,
     build_classifier,
@@ -186,23 +187,23 @@ def open_sources(
     if is_converted(folder):
         return open_converted(folder, model)
     names = model.hf_names()
-    return {
-        path: StoredLeaf(
-            tensors,
-            stacked=is_stacked(path),
-            transposed=names[path].transposed,
-            first=names[path].first,
-        )
-        for path, tensors in match_tensors(
-            open_checkpoint(folder), model, new_head=new_head
-        ).items()
-    }
+    found = match_tensors(open_checkpoint(folder), model, new_head=new_head)
+    return {path: _source(names[path], path, tensors, model) for path, tensors in found.items()}
+
+
+def _source(name: HFTensor, path: Path, tensors: list[StoredTensor], model: Model) -> LeafSource:
+    if is_experts(path) and name.stored:
+        experts = flatten(model.abstract_params())[path].shape[1]
+        return StoredExperts(tensors, experts=experts, joined=len(name.stored))
+    return StoredLeaf(
+        tensors, stacked=is_stacked(path), transposed=name.transposed, first=name.first
+    )
 
 
 def match_tensors(
     checkpoint: Checkpoint, model: Model, *, new_head: bool = False
 ) -> dict[Path, list[StoredTensor]]:
-    """Returns the stored tensors of every leaf; one per layer if it is stacked.
+    """Returns the stored tensors of every leaf, in the order of `HFTensor.stored_names`.
 
     Args:
       checkpoint: Open checkpoint.
@@ -238,10 +239,11 @@ def match_tensors(
 
 
 def _wanted_names(model: Model, *, bare: bool) -> dict[Path, list[str]]:
-    """Returns the names of every leaf's tensors; one per layer if it is stacked."""
+    """Returns the names of every leaf's tensors, in the order of `HFTensor.stored_names`."""
     wanted = {}
+    shapes = {path: leaf.shape for path, leaf in flatten(model.abstract_params()).items()}
     for path, tensor in model.hf_names().items():
-        names = list(tensor.rows(model.config.num_layers).values())
+        names = [name for _, name in tensor.stored_names(shapes[path])]
         if bare:
             names = [name.removeprefix(model.family.naming.prefix + ".") for name in names]
         wanted[path] = names
@@ -290,13 +292,10 @@ def _check_shapes(sources: dict[Path, list[StoredTensor]], model: Model) -> None
 
 
 def _stored_shapes(model: Model) -> dict[Path, tuple[int, ...]]:
-    """Returns the stored shape of every leaf, for one layer if it is stacked."""
+    """Returns the shape of every leaf's tensors."""
     names = model.hf_names()
-    shapes = {
-        path: leaf.shape[1:] if is_stacked(path) else leaf.shape
-        for path, leaf in flatten(model.abstract_params()).items()
-    }
-    return {p: shape[::-1] if names[p].transposed else shape for p, shape in shapes.items()}
+    leaves = flatten(model.abstract_params())
+    return {path: names[path].stored_shape(leaf.shape) for path, leaf in leaves.items()}
 
 
 def _used_tensors(checkpoint: Checkpoint, model: Model) -> dict[str, StoredTensor]:

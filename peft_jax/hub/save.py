@@ -12,10 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from peft_jax.core import AdaptedKernel, Path, Tree, flatten, is_stacked, join_path
+from peft_jax.core import AdaptedKernel, Path, Tree, flatten, join_path
 from peft_jax.hub.checkpoint import CONFIG, INDEX, WEIGHTS
 from peft_jax.hub.tensors import TensorToWrite, write_tensors
-from peft_jax.models import HFTensor, Model
+from peft_jax.models import Model
+from peft_jax.models.naming import Index
 from peft_jax.runtime.files import write_json
 
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -77,22 +78,22 @@ def _tensors(leaves: dict[Path, Any], model: Model) -> Iterator[TensorToWrite]:
     """Yields the model's tensors in Hugging Face's layout, fetched when they are written."""
     names = model.hf_names()
     for path, leaf in leaves.items():
-        shape = leaf.shape[1:] if is_stacked(path) else leaf.shape
-        for layer, name in names[path].rows(model.config.num_layers).items():
+        shape = names[path].stored_shape(leaf.shape)
+        for index, name in names[path].stored_names(leaf.shape):
             yield TensorToWrite(
                 name=name,
                 dtype=np.dtype(leaf.dtype),
-                shape=shape[::-1] if names[path].transposed else shape,
-                fetch=_fetch(leaf, layer, names[path]),
+                shape=shape,
+                fetch=_fetch(leaf, index, transposed=names[path].transposed),
             )
 
 
 def _fetch(
-    leaf: jax.Array | np.ndarray, layer: int | None, tensor: HFTensor
+    leaf: jax.Array | np.ndarray, index: Index, *, transposed: bool
 ) -> Callable[[], np.ndarray]:
     def fetch() -> np.ndarray:
-        array = np.asarray(leaf if layer is None else leaf[layer])
-        return array.T if tensor.transposed else array
+        array = np.asarray(leaf[index])
+        return array.swapaxes(-1, -2) if transposed else array
 
     return fetch
 

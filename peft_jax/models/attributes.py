@@ -112,6 +112,8 @@ _KINDS: Mapping[str, Kind] = {
             "n_embd", "n_head", "n_inner", "n_positions", "no_rope_layer_interval",
             "num_attention_heads", "num_key_value_heads", "num_labels",
             "original_max_position_embeddings", "sliding_window_pattern", "vocab_size",
+            # Experts.
+            "moe_intermediate_size", "num_experts", "num_experts_per_tok", "num_local_experts",
             # Encoders.
             "attention_head_size", "dim", "embedding_size", "global_attn_every_n_layers",
             "hidden_dim", "local_attention", "n_heads", "pooler_hidden_size",
@@ -144,8 +146,9 @@ _KINDS: Mapping[str, Kind] = {
     **dict.fromkeys(
         (
             "apply_residual_connection_post_layernorm", "attention_bias", "mlp_bias",
-            "position_biased_input", "relative_attention", "scale_attn_weights", "share_att_key",
-            "tie_word_embeddings", "truncate", "use_parallel_residual", "use_sliding_window",
+            "norm_topk_prob", "position_biased_input", "relative_attention", "scale_attn_weights",
+            "share_att_key", "tie_word_embeddings", "truncate", "use_parallel_residual",
+            "use_sliding_window",
             # Encoders.
             "classifier_bias", "norm_bias",
         ),

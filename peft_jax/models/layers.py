@@ -21,13 +21,13 @@ from peft_jax.parallel import column_products, constrain_features
 
 
 def parameter(
-    shape: tuple[int, ...], axes: tuple[str, ...], *, mean: float = 0.0, stddev: float = 0.0
+    shape: tuple[int, ...], axes: tuple[str | None, ...], *, mean: float = 0.0, stddev: float = 0.0
 ) -> nnx.Param:
     """Returns a parameter annotated with logical axes and its initial normal distribution.
 
     Args:
       shape: Shape of the array.
-      axes: Logical name of each axis.
+      axes: Logical name of each axis; None for one that is never sharded.
       mean: Mean of the initial distribution.
       stddev: Standard deviation of the initial distribution; 0 for a constant.
     """

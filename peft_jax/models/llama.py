@@ -68,7 +68,12 @@ class LlamaBlock(nnx.Module):
         self.input_layernorm = Llama.make_norm(config)
         self.self_attn = LlamaAttention(config)
         self.post_attention_layernorm = Llama.make_norm(config)
-        self.mlp = GatedMLP(config, bias=config.mlp_bias)
+        self.mlp = self.make_mlp(config)
+
+    @staticmethod
+    def make_mlp(config: LlamaConfig) -> nnx.Module:
+        """Returns the MLP."""
+        return GatedMLP(config, bias=config.mlp_bias)
 
     def __call__(
         self, x: Hidden, around: Surroundings, cache: LayerCache | None

@@ -22,6 +22,7 @@ from peft_jax.core import (
     abstract_quantized,
     flatten,
     format_of,
+    is_experts,
     is_quantized_leaf,
     is_stacked,
     join_path,
@@ -114,7 +115,8 @@ class Model(TrainableModel):
     def logical_axes(self, quantization: str = "none") -> Tree:
         """Returns the logical name of every axis of every parameter.
 
-        The names are "layers", "vocab", "embed", "heads", "kv_heads", "mlp" and "norm".
+        The names are "layers", "vocab", "embed", "heads", "kv_heads", "mlp", "experts" and "norm",
+        or None for an axis that is never sharded.
 
         Args:
           quantization: See `abstract_params`; the tree has the same structure.
@@ -140,7 +142,17 @@ class Model(TrainableModel):
                 # Arrays may name axes of several sizes alike, such as those of a fused map.
                 sizes[axis] = math.gcd(sizes.get(axis, 0), size)
         heads = {"heads": self.config.num_heads, "kv_heads": self.config.num_kv_heads}
-        return {axis: sizes[axis] for axis in ("embed", "mlp")} | heads
+        return {axis: sizes[axis] for axis in ("embed", "mlp", "experts") if axis in sizes} | heads
+
+    def active_share(self, path: Path) -> float:
+        """Returns the share of the leaf at `path` that a token's products use.
+
+        It is below one for experts, of which a token chooses a few.
+        """
+        routing = getattr(self.config, "routing", None)
+        if routing is None or not is_experts(path):
+            return 1.0
+        return routing.experts_per_token / routing.num_experts
 
     def init_params(
         self, key: jax.Array, dtype: Any = jnp.float32, quantization: str = "none"

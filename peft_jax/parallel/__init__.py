@@ -8,6 +8,7 @@
   several kernels.
 - [`async_collectives`][peft_jax.parallel.async_collectives]: `async_collective_options`, compiler
   options for transfers behind products.
+- [`expert_shards`][peft_jax.parallel.expert_shards]: `mix_experts`, over experts on a mesh.
 """
 
 from peft_jax.parallel.activations import (
@@ -20,6 +21,7 @@ from peft_jax.parallel.activations import (
 )
 from peft_jax.parallel.async_collectives import async_collective_options
 from peft_jax.parallel.column_products import column_products
+from peft_jax.parallel.expert_shards import mix_experts
 from peft_jax.parallel.mesh import MESH_AXES, MeshSettings, make_mesh
 from peft_jax.parallel.rules import (
     LogicalAxisRules,
@@ -41,6 +43,7 @@ __all__ = [
     "constrain",
     "constrain_features",
     "make_mesh",
+    "mix_experts",
     "on_mesh",
     "over_shards",
     "shard_further",

@@ -43,6 +43,7 @@ class LogicalAxisRules:
       heads: Features of all query heads.
       kv_heads: Features of all key-value heads.
       mlp: Hidden features of the feed-forward.
+      experts: Experts of a mixture; see `peft_jax.parallel.expert_shards`.
       norm: Scale and bias of a norm.
 
     Raises:
@@ -58,6 +59,7 @@ class LogicalAxisRules:
     heads: MeshAxes = "tensor"
     kv_heads: MeshAxes = "tensor"
     mlp: MeshAxes = "tensor"
+    experts: MeshAxes = "tensor"
     norm: MeshAxes = None
 
     def __post_init__(self) -> None:

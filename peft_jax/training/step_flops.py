@@ -130,14 +130,19 @@ def _inputs(blueprint: Blueprint, path: Path) -> int:
 
 
 def _base(blueprint: Blueprint) -> float:
-    """Counts two or three products of each kernel: 2 x kernel size x tokens each."""
+    """Counts two or three products of each kernel: 2 x kernel size x tokens each.
+
+    Of experts' kernels, only those count that a token chooses.
+    """
     flat = flatten(blueprint.params)
     trained = set(blueprint.spec.targets(blueprint.params).trained)
     flops = 0.0
     for path, leaf in flat.items():
         if path[-1] == "kernel" or _is_tied_head(blueprint, path):
             products = 3 if path in trained else 2
-            flops += 2.0 * math.prod(kernel_shape(leaf)) * products * _inputs(blueprint, path)
+            active = blueprint.model.active_share(path)
+            size = active * math.prod(kernel_shape(leaf))
+            flops += 2.0 * size * products * _inputs(blueprint, path)
     return flops
 
 

@@ -40,6 +40,12 @@ GRANITE = GQA | {
 }
 OLMO2 = GQA | SMALL_IDS
 OLMO3 = OLMO2 | {"num_hidden_layers": 6, "sliding_window": 5}
+MIXTRAL = GQA | {"num_local_experts": 4}
+QWEN3_MOE = (
+    GQA
+    | {"head_dim": 8, "num_experts": 6, "num_experts_per_tok": 3}
+    | {"moe_intermediate_size": 16}
+)
 PHI3 = SMALL_IDS | {"num_key_value_heads": 4}
 ORIGINAL = "original_max_position_embeddings"
 LONGROPE = {
@@ -93,6 +99,22 @@ VARIANTS = {
         GRANITE | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
     ),
     "granite plain": ("Granite", GQA),
+    "mixtral": ("Mixtral", MIXTRAL),
+    "mixtral windowed, tied": (
+        "Mixtral",
+        MIXTRAL | {"sliding_window": 5, "tie_word_embeddings": True, "rope_theta": 500.0},
+    ),
+    "mixtral one expert": ("Mixtral", MIXTRAL | {"num_experts_per_tok": 1}),
+    "mixtral all experts": ("Mixtral", MIXTRAL | {"num_experts_per_tok": 4}),
+    "qwen3_moe": ("Qwen3Moe", QWEN3_MOE),
+    "qwen3_moe normalized, biased": (
+        "Qwen3Moe",
+        QWEN3_MOE | {"norm_topk_prob": True, "attention_bias": True},
+    ),
+    "qwen3_moe windowed, tied": (
+        "Qwen3Moe",
+        QWEN3_MOE | {"use_sliding_window": True, "sliding_window": 4, "tie_word_embeddings": True},
+    ),
     "olmo2": ("Olmo2", OLMO2),
     "olmo2 biased, tied": (
         "Olmo2",
@@ -149,6 +171,8 @@ VARIANTS = {
         | {"max_window_layers": 2},
     ),
 }
+MIXTURES = ("mixtral", "qwen3_moe")
+"""Families with experts, on which "all-linear" differs from PEFT's."""
 FIRST = list({kind: name for name, (kind, _) in reversed(VARIANTS.items())}.values())
 TOLERANCE = 1e-5
 
@@ -239,7 +263,8 @@ def test_gradients_of_an_adapter_agree_with_peft(name, variant, tokens, relative
     pytest.importorskip("peft")
     torch = pytest.importorskip("torch")
     theirs, model, params = variant(name)
-    adapter = peft_adapter(copy.deepcopy(theirs.module), tmp_path)
+    modules = ["q_proj", "k_proj", "v_proj", "o_proj"] if name in MIXTURES else "all-linear"
+    adapter = peft_adapter(copy.deepcopy(theirs.module), tmp_path, modules)
     inputs = torch.tensor(np.asarray(tokens), dtype=torch.long)
     adapter(input_ids=inputs, labels=inputs).loss.backward()
     expected = {
@@ -276,12 +301,12 @@ def test_gradients_of_an_adapter_agree_with_peft(name, variant, tokens, relative
         assert relative_error(found[key.removesuffix(".weight")], value) < 1e-4, key
 
 
-def peft_adapter(module, folder):
-    """Returns PEFT's LoRA adapter on all linear maps, with random values, and saves it."""
+def peft_adapter(module, folder, modules):
+    """Returns PEFT's LoRA adapter on some linear maps, with random values, and saves it."""
     import peft
     import torch
 
-    settings = peft.LoraConfig(r=2, lora_alpha=3, target_modules="all-linear")
+    settings = peft.LoraConfig(r=2, lora_alpha=3, target_modules=modules)
     adapter = peft.get_peft_model(module, settings)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
