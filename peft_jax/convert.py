@@ -26,8 +26,9 @@ from peft_jax.hub.adapter_base import base_digest
 from peft_jax.hub.checkpoint import INDEX, open_checkpoint
 from peft_jax.hub.converted import check_output, convert, is_converted, local_folder
 from peft_jax.hub.fetch import FETCHED
-from peft_jax.hub.leaf_sources import LeafSource, StoredLeaf
+from peft_jax.hub.leaf_sources import LeafSource, StoredExperts, StoredLeaf
 from peft_jax.hub.load import open_sources
+from peft_jax.hub.mxfp4 import PackedExperts
 from peft_jax.models import build_model
 from peft_jax.runtime import exits
 from peft_jax.runtime.flags import Arguments
@@ -99,12 +100,8 @@ def convert_checkpoint(
 
 def _stored_dtypes(leaves: Mapping[Path, LeafSource]) -> set[str]:
     """Returns the stored dtypes of the leaves, by safetensors' names."""
-    return {
-        tensor.dtype
-        for leaf in leaves.values()
-        if isinstance(leaf, StoredLeaf)
-        for tensor in leaf.tensors
-    }
+    stored = (StoredLeaf, StoredExperts, PackedExperts)
+    return {name for leaf in leaves.values() if isinstance(leaf, stored) for name in leaf.dtypes}
 
 
 def _small_files(folder: FilePath) -> dict[str, bytes]:

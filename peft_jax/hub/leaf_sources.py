@@ -46,6 +46,11 @@ class StoredLeaf:
     transposed: bool
     first: int = 0
 
+    @property
+    def dtypes(self) -> set[str]:
+        """Safetensors' names of the stored dtypes."""
+        return {tensor.dtype for tensor in self.tensors}
+
     def read_into(self, target: np.ndarray, ranges: Ranges) -> None:
         """Fills `target` with a range of the leaf; the rest is read only where that is faster."""
         if not self.stacked:
@@ -76,6 +81,11 @@ class StoredExperts:
     tensors: Sequence[StoredTensor]
     experts: int
     joined: int
+
+    @property
+    def dtypes(self) -> set[str]:
+        """Safetensors' names of the stored dtypes."""
+        return {tensor.dtype for tensor in self.tensors}
 
     def read_into(self, target: np.ndarray, ranges: Ranges) -> None:
         """Fills `target` with a range of the leaf."""

@@ -7,7 +7,7 @@ read.
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -23,6 +23,7 @@ from peft_jax.hub.converted import is_converted, open_converted, warn_on_dtype
 from peft_jax.hub.fetch import find_folder
 from peft_jax.hub.leaf_loading import load_leaf
 from peft_jax.hub.leaf_sources import LeafSource, StoredExperts, StoredLeaf
+from peft_jax.hub.mxfp4 import BLOCKS, PackedExperts, packed_names, packed_shape
 from peft_jax.hub.tensors import StoredTensor
 from peft_jax.models import (
     CausalLM,
@@ -192,6 +193,8 @@ def open_sources(
 
 
 def _source(name: HFTensor, path: Path, tensors: list[StoredTensor], model: Model) -> LeafSource:
+    if tensors[0].name.endswith(BLOCKS):
+        return PackedExperts(tensors)
     if is_experts(path) and name.stored:
         experts = flatten(model.abstract_params())[path].shape[1]
         return StoredExperts(tensors, experts=experts, joined=len(name.stored))
@@ -217,7 +220,7 @@ def match_tensors(
     prefix = model.family.naming.prefix + "."
     # Checkpoints of the bare decoder, such as BLOOM's, omit the prefix.
     bare = not any(name.startswith(prefix) for name in tensors)
-    wanted = _wanted_names(model, bare=bare)
+    wanted = _wanted_names(model, tensors, bare=bare)
     if model.config.tie_word_embeddings:
         _drop_tied_head(tensors, _embedding_name(wanted))
     for path in _absent_head(wanted, tensors, model):
@@ -238,14 +241,22 @@ def match_tensors(
     return sources
 
 
-def _wanted_names(model: Model, *, bare: bool) -> dict[Path, list[str]]:
-    """Returns the names of every leaf's tensors, in the order of `HFTensor.stored_names`."""
+def _wanted_names(model: Model, stored: Collection[str], *, bare: bool) -> dict[Path, list[str]]:
+    """Returns the names of every leaf's tensors, in the order of `HFTensor.stored_names`.
+
+    Args:
+      model: Model to load.
+      stored: Names of the tensors in the checkpoint. Kernels of experts may be packed in it.
+      bare: Whether they lack the prefix.
+    """
     wanted = {}
     shapes = {path: leaf.shape for path, leaf in flatten(model.abstract_params()).items()}
     for path, tensor in model.hf_names().items():
         names = [name for _, name in tensor.stored_names(shapes[path])]
         if bare:
             names = [name.removeprefix(model.family.naming.prefix + ".") for name in names]
+        if is_experts(path):
+            names = [one for name in names for one in packed_names(name, stored)]
         wanted[path] = names
     return wanted
 
@@ -281,11 +292,17 @@ def _equal(one: StoredTensor, other: StoredTensor) -> bool:
 
 def _check_shapes(sources: dict[Path, list[StoredTensor]], model: Model) -> None:
     shapes = _stored_shapes(model)
+
+    def required(path: Path, tensor: StoredTensor) -> tuple[int, ...]:
+        shape = shapes[path]
+        return packed_shape(tensor.name, shape) if is_experts(path) else shape
+
     wrong = [
-        f"{tensor.name} has {list(tensor.shape)}, but config.json requires {list(shapes[path])}"
+        f"{tensor.name} has {list(tensor.shape)}, but config.json requires"
+        f" {list(required(path, tensor))}"
         for path, tensors in sources.items()
         for tensor in tensors
-        if tensor.shape != shapes[path]
+        if tensor.shape != required(path, tensor)
     ]
     if wrong:
         raise ValueError(f"tensors of the wrong shape: {listing(wrong)}")

@@ -125,7 +125,9 @@ def _write_shards(folder: FilePath, shards: list[list[TensorToWrite]]) -> None:
 def _config(model: Model, leaves: dict[Path, Any]) -> dict[str, Any]:
     """Returns the model's `config.json` with the dtype of the parameters."""
     config = {"architectures": [model.family.architecture], **model.hf_config}
-    config.pop("auto_map", None)
+    # Parameters are written as they are, whatever format they were read from.
+    for name in ("auto_map", "quantization_config"):
+        config.pop(name, None)
     dtypes = {str(leaf.dtype) for leaf in leaves.values()}
     if len(dtypes) == 1:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtypes.pop()

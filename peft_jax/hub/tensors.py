@@ -72,7 +72,10 @@ class StoredTensor:
         return DTYPES[self.dtype]
 
     def pieces(
-        self, rows: slice | None = None, columns: slice | None = None
+        self,
+        rows: slice | None = None,
+        columns: slice | None = None,
+        dtype: np.dtype | None = None,
     ) -> Iterator[tuple[slice, np.ndarray]]:
         """Reads the tensor along its leading axis, in pieces of about 32 MiB.
 
@@ -80,6 +83,7 @@ class StoredTensor:
           rows: Range of the leading axis, a slice without step; all by default.
           columns: Range of the second axis, a slice without step; all by default. If it covers at
             most half of long rows, only those bytes are read from the file.
+          dtype: Dtype of the stored values; None for `numpy_dtype`.
 
         Yields:
           The slice along the leading axis, and its values [rows, columns, ...].
@@ -87,7 +91,8 @@ class StoredTensor:
         if not self.shape:
             raise ValueError(f"{self.name} in {self.file} is a scalar, but must have an axis")
         first, last, _ = (rows or slice(None)).indices(self.shape[0])
-        row_bytes = self.numpy_dtype.itemsize * math.prod(self.shape[1:])
+        dtype = self.numpy_dtype if dtype is None else dtype
+        row_bytes = dtype.itemsize * math.prod(self.shape[1:])
         left, width, inside = 0, self.shape[1:2], slice(None)
         if columns is not None:
             left, right, _ = columns.indices(self.shape[1])
@@ -97,11 +102,11 @@ class StoredTensor:
             else:
                 left, width, inside = 0, self.shape[1:2], slice(left, right)
         shape = (*width, *self.shape[2:])
-        step = max(1, _PIECE // max(self.numpy_dtype.itemsize * math.prod(shape), 1))
+        step = max(1, _PIECE // max(dtype.itemsize * math.prod(shape), 1))
         with self.file.open("rb", buffering=0) as stream:
             for begin in range(first, last, step):
                 end = min(begin + step, last)
-                piece = np.empty((end - begin, *shape), self.numpy_dtype)
+                piece = np.empty((end - begin, *shape), dtype)
                 start = self.start + begin * row_bytes + left
                 _read_rows(stream.fileno(), piece, start, row_bytes, self.file)
                 yield slice(begin, end), piece[:, inside] if columns is not None else piece

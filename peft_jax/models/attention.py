@@ -22,6 +22,7 @@ from peft_jax.models.attention_layout import (
     AttentionLayout,
     Keys,
     Queries,
+    Sinks,
     alibi,
     visible,
 )
@@ -96,8 +97,8 @@ def make_attention(
     """Returns the attention function of all layers.
 
     It maps queries [B, T, K, G, H], already scaled by 1/sqrt(H), keys [B, S, K, H] and values
-    [B, S, K, H] to outputs [B, T, K, G, H]. Everything that depends on the layout alone is computed
-    here, once.
+    [B, S, K, H] to outputs [B, T, K, G, H]. If the layout has sinks, it takes them too, [K, G].
+    Everything that depends on the layout alone is computed here, once.
 
     Args:
       layout: Which keys each query attends to.
@@ -150,7 +151,9 @@ def _sharded(
     """
     query_axes, key_axes = spans(tokens, "sequence"), spans(keys, "sequence")
 
-    def local(query: Queries, key: Keys, value: Keys, start: Any, *arrays: Any) -> Queries:
+    def local(
+        query: Queries, key: Keys, value: Keys, sinks: Sinks | None, start: Any, *arrays: Any
+    ) -> Queries:
         if key_axes:
             key, value = (jax.lax.all_gather(x, key_axes, axis=1, tiled=True) for x in (key, value))
         if query_axes:
@@ -158,17 +161,20 @@ def _sharded(
         own = dataclasses.replace(
             layout, query_start=start, **dict(zip(_LAYOUT_AXES, arrays, strict=True))
         )
-        return make(own, tokens=query.shape[1], keys=key.shape[1])(query, key, value)
+        attend = make(own, tokens=query.shape[1], keys=key.shape[1])
+        return attend(query, key, value) if sinks is None else attend(query, key, value, sinks)
 
-    def attend(query: Queries, key: Keys, value: Keys) -> Queries:
+    def attend(query: Queries, key: Keys, value: Keys, sinks: Sinks | None = None) -> Queries:
         kv_spec = ("batch", "sequence", "kv_heads", None)
+        arrays = (getattr(layout, name) for name in _LAYOUT_AXES)
         return over_shards(
             local,
-            (query, key, value, layout.query_start, *(getattr(layout, n) for n in _LAYOUT_AXES)),
+            (query, key, value, sinks, layout.query_start, *arrays),
             (
                 ("batch", "sequence", "kv_heads", None, None),
                 kv_spec,
                 kv_spec,
+                ("kv_heads", None),
                 (),
                 *_LAYOUT_AXES.values(),
             ),
@@ -197,12 +203,15 @@ def dense_attention(layout: AttentionLayout, *, tokens: int, keys: int) -> Atten
     # The gradient of the cap needs the scores, which the backward pass computes again.
     scores_of = score if layout.score_cap is None else recomputed(capped_score)
 
-    def attend(query: Queries, key: Keys, value: Keys) -> Queries:
+    def attend(query: Queries, key: Keys, value: Keys, sinks: Sinks | None = None) -> Queries:
         scores = scores_of(query, key)
         bias = alibi(layout, layout.query_positions, layout.key_positions)
         if bias is not None:
             scores += bias
-        weights = _softmax(scores + mask, value.dtype)
+        if sinks is None:
+            weights = _softmax(scores + mask, value.dtype)
+        else:
+            weights = _softmax_with_sinks(scores + mask, sinks, value.dtype)
         # einsum would transpose the weights, which are the largest array here.
         mixed = jax.lax.dot_general(weights, value, (((4,), (1,)), ((0, 1), (0, 2))))
         return jnp.swapaxes(mixed, 1, 2)
@@ -232,6 +241,46 @@ def _softmax_backward(dtype: jnp.dtype, weights: Weights, gradient: Weights) -> 
 
 
 _softmax.defvjp(_softmax_forward, _softmax_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _softmax_with_sinks(scores: Scores, sinks: Sinks, dtype: jnp.dtype) -> Weights:
+    """Returns the softmax over the keys and a head's sink, without the sink's own weight.
+
+    The backward pass saves the result and the sinks' weights.
+    """
+    return _with_sinks(scores, sinks, dtype)[0]
+
+
+def _with_sinks(
+    scores: Scores, sinks: Sinks, dtype: jnp.dtype
+) -> tuple[Weights, Float32[Array, "batch kv_heads tokens group 1"]]:
+    """Returns the weights of the keys, and those of the sinks."""
+    sinks = sinks[:, None, :, None]
+    largest = jnp.maximum(scores.max(axis=-1, keepdims=True), sinks)
+    unnormalized, of_sinks = jnp.exp(scores - largest), jnp.exp(sinks - largest)
+    inverse = 1.0 / (unnormalized.sum(axis=-1, keepdims=True) + of_sinks)
+    return (unnormalized * inverse).astype(dtype), of_sinks * inverse
+
+
+def _with_sinks_forward(
+    scores: Scores, sinks: Sinks, dtype: jnp.dtype
+) -> tuple[Weights, tuple[Weights, Array]]:
+    weights, of_sinks = _with_sinks(scores, sinks, dtype)
+    return weights, (weights, of_sinks)
+
+
+def _with_sinks_backward(
+    dtype: jnp.dtype, kept: tuple[Weights, Array], gradient: Weights
+) -> tuple[Scores, Sinks]:
+    weights, of_sinks = kept
+    (of_scores,) = _softmax_backward(dtype, weights, gradient)
+    product = weights.astype(jnp.float32) * gradient.astype(jnp.float32)
+    mean = product.sum(axis=-1, keepdims=True)
+    return of_scores, -jnp.sum(of_sinks * mean, axis=(0, 2, 4))
+
+
+_softmax_with_sinks.defvjp(_with_sinks_forward, _with_sinks_backward)
 
 
 _MAKERS: dict[str, Callable[..., Attend]] = {

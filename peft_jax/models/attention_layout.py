@@ -17,7 +17,9 @@ from peft_jax.models.cache import KVCache
 
 Queries = Float[Array, "batch tokens kv_heads group head_dim"]
 Keys = Float[Array, "batch keys kv_heads head_dim"]
-Attend = Callable[[Queries, Keys, Keys], Queries]
+Sinks = Float32[Array, "kv_heads group"]
+Attend = Callable[..., Queries]
+"""Maps queries, keys, values and, if the layout has them, sinks to outputs."""
 
 MASKED = -1e30
 """Score of a masked key; finite, so that a fully masked row is not NaN."""
@@ -43,6 +45,7 @@ class AttentionLayout:
       window: Number of tokens a query attends to on each side, itself included; None for all.
         Static.
       score_cap: Soft cap of the scores; None for none. Static.
+      sinks: Whether each head has a sink, a score that belongs to no key. Static.
       is_causal: Whether later tokens are masked. If False, segments are required, because they
         mask the padding. Static.
       packed: Whether a row may hold several segments. False promises one segment per row, padded
@@ -58,6 +61,7 @@ class AttentionLayout:
     slopes: Any = None
     window: int | None = struct.field(pytree_node=False, default=None)
     score_cap: float | None = struct.field(pytree_node=False, default=None)
+    sinks: bool = struct.field(pytree_node=False, default=False)
     is_causal: bool = struct.field(pytree_node=False, default=True)
     packed: bool = struct.field(pytree_node=False, default=True)
     cached: bool = struct.field(pytree_node=False, default=False)
@@ -90,6 +94,7 @@ class AttentionLayout:
         window: int | None = None,
         packed: bool = True,
         score_cap: float | None = None,
+        sinks: bool = False,
     ) -> "AttentionLayout":
         """Returns a decoder's layout.
 
@@ -99,6 +104,7 @@ class AttentionLayout:
           window: Number of tokens a query attends to, itself included; None for all.
           packed: Whether a row may hold several segments.
           score_cap: Soft cap of the scores; None for none.
+          sinks: Whether each head has a sink.
 
         Raises:
           ValueError: A cache is given without `segment_ids`.
@@ -115,6 +121,7 @@ class AttentionLayout:
             key_segments=key_segments,
             window=window,
             score_cap=score_cap,
+            sinks=sinks,
             packed=packed,
             cached=cache is not None,
         )

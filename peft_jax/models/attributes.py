@@ -134,7 +134,7 @@ _KINDS: Mapping[str, Kind] = {
             "attention_multiplier", "attn_logit_softcapping", "embedding_multiplier",
             "final_logit_softcapping", "logits_scaling", "mscale", "mscale_all_dim",
             "query_pre_attn_scalar", "residual_multiplier", "rms_norm_eps", "rope_local_base_freq",
-            "rope_theta", "rotary_emb_base", "rotary_pct",
+            "rope_theta", "rotary_emb_base", "rotary_pct", "swiglu_alpha", "swiglu_limit",
             # Encoders.
             "global_rope_theta", "local_rope_theta", "norm_eps",
         ),
@@ -169,7 +169,10 @@ _KINDS: Mapping[str, Kind] = {
     **dict.fromkeys(("architectures", "layer_types"), _TEXTS),
     "no_rope_layers": _FLAGS,
     "pos_att_type": _WORDS,
-    **dict.fromkeys(("id2label", "rope_parameters", "rope_scaling", "text_config"), _OBJECT),
+    **dict.fromkeys(
+        ("id2label", "quantization_config", "rope_parameters", "rope_scaling", "text_config"),
+        _OBJECT,
+    ),
 }  # fmt: skip
 """Accepted values of attributes, for all families."""
 

@@ -24,6 +24,7 @@ from peft_jax.models.attention_layout import (
     AttentionLayout,
     Keys,
     Queries,
+    Sinks,
     alibi,
     visible,
 )
@@ -74,10 +75,10 @@ def chunked_attention(
         key_positions=_pad(layout.key_positions, key_padding),
     )
 
-    def attend(query: Queries, key: Keys, value: Keys) -> Queries:
+    def attend(query: Queries, key: Keys, value: Keys, sinks: Sinks | None = None) -> Queries:
         query = _pad(query, query_padding)
         key, value = _pad(key, key_padding), _pad(value, key_padding)
-        return _attention(blocks, query, key, value, padded)[:, :tokens]
+        return _attention(blocks, query, key, value, padded, sinks)[:, :tokens]
 
     return attend
 
@@ -94,23 +95,38 @@ def _pad(array: Any, count: int) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(
-    blocks: Blocks, query: Queries, key: Keys, value: Keys, layout: AttentionLayout
+    blocks: Blocks,
+    query: Queries,
+    key: Keys,
+    value: Keys,
+    layout: AttentionLayout,
+    sinks: Sinks | None,
 ) -> Queries:
-    return _forward(blocks, query, key, value, layout)[0]
+    return _forward(blocks, query, key, value, layout, sinks)[0]
 
 
 def _attention_forward(
-    blocks: Blocks, query: Queries, key: Keys, value: Keys, layout: AttentionLayout
+    blocks: Blocks,
+    query: Queries,
+    key: Keys,
+    value: Keys,
+    layout: AttentionLayout,
+    sinks: Sinks | None,
 ) -> tuple[Queries, Any]:
-    out, log_sums = _forward(blocks, query, key, value, layout)
+    out, log_sums = _forward(blocks, query, key, value, layout, sinks)
     out, log_sums = map(checkpoint_name, (out, log_sums), SAVED_NAMES)
-    return out, (query, key, value, layout, out, log_sums)
+    return out, (query, key, value, layout, sinks, out, log_sums)
 
 
 def _forward(
-    blocks: Blocks, query: Queries, key: Keys, value: Keys, layout: AttentionLayout
+    blocks: Blocks,
+    query: Queries,
+    key: Keys,
+    value: Keys,
+    layout: AttentionLayout,
+    sinks: Sinks | None,
 ) -> tuple[Queries, LogSums]:
-    """Returns attention's output and the log of every query's softmax sum."""
+    """Returns attention's output and the log of every query's softmax sum, its sink included."""
 
     def query_block(_: None, i: Index) -> tuple[None, Any]:
         query_i = _take(query, i, blocks.query)
@@ -127,11 +143,13 @@ def _forward(
 
         batch, tokens, kv_heads, group, head_dim = query_i.shape
         shape = (batch, kv_heads, tokens, group)
-        start = (
-            jnp.full(shape, -jnp.inf, jnp.float32),
-            jnp.zeros(shape, jnp.float32),
-            jnp.zeros((*shape, head_dim), jnp.float32),
-        )
+        if sinks is None:
+            largest, total = jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros(shape, jnp.float32)
+        else:
+            # The sum begins with the sink, whose value is zero.
+            largest = jnp.broadcast_to(sinks[:, None, :], shape)
+            total = jnp.ones(shape, jnp.float32)
+        start = (largest, total, jnp.zeros((*shape, head_dim), jnp.float32))
         first, end = _key_block_range(blocks, layout, i)
         largest, total, out = jax.lax.fori_loop(first, end, key_block, start)
         out = (out / total[..., None]).astype(query.dtype)
@@ -144,7 +162,7 @@ def _forward(
 
 def _attention_backward(blocks: Blocks, residuals: Any, grad_out: Queries) -> tuple:
     """Returns the gradients of queries, keys and values, computed one block of keys at a time."""
-    query, key, value, layout, out, log_sums = residuals
+    query, key, value, layout, sinks, out, log_sums = residuals
     # The gradient of a softmax subtracts its mean under the weights, which is <dO, O>.
     means = jnp.einsum("btkgh,btkgh->bktg", grad_out, out, preferred_element_type=jnp.float32)
 
@@ -182,7 +200,12 @@ def _attention_backward(blocks: Blocks, residuals: Any, grad_out: Queries) -> tu
         jnp.zeros(query.shape, jnp.float32),
         jnp.arange(blocks.keys, dtype=jnp.int32),
     )
-    return grad_query.astype(query.dtype), _join(grad_key, 1), _join(grad_value, 1), None
+    grad_sinks = None
+    if sinks is not None:
+        of_sinks = jnp.exp(sinks[:, None, :] - log_sums)
+        grad_sinks = -jnp.sum(of_sinks * means, axis=(0, 2))
+    grads = (grad_query.astype(query.dtype), _join(grad_key, 1), _join(grad_value, 1))
+    return *grads, None, grad_sinks
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

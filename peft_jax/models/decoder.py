@@ -48,6 +48,7 @@ class DecoderConfig:
       tie_word_embeddings: Whether the head is the transposed embedding.
       score_scale: Multiplier of attention's scores; None for 1/sqrt(H).
       score_cap: Soft cap of attention's scores; None for none.
+      attention_sinks: Whether each head has a sink, a score that belongs to no token.
       logit_rule: Computes logits from the products of the head.
       initializer_range: Initial standard deviation of kernels and embeddings.
     """
@@ -65,6 +66,7 @@ class DecoderConfig:
     tie_word_embeddings: bool = False
     score_scale: float | None = None
     score_cap: float | None = None
+    attention_sinks: bool = False
     logit_rule: LogitRule = PRODUCTS
     initializer_range: float = 0.02
 
@@ -196,7 +198,12 @@ class Decoder(nnx.Module):
         attends = {
             window: make_attention(
                 AttentionLayout.causal(
-                    segment_ids, cache, window=window, packed=packed, score_cap=config.score_cap
+                    segment_ids,
+                    cache,
+                    window=window,
+                    packed=packed,
+                    score_cap=config.score_cap,
+                    sinks=config.attention_sinks,
                 ),
                 tokens=tokens,
                 keys=tokens if cache is None else cache.slots,

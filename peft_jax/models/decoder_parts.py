@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from peft_jax.core.scopes import part
+from peft_jax.models.attention_layout import Keys as AllKeys
 from peft_jax.models.cache import LayerCache
 from peft_jax.models.decoder import DecoderConfig, Hidden, Surroundings, scaled
 from peft_jax.models.layers import Linear, recomputed
@@ -32,7 +33,7 @@ class Attention(nnx.Module):
     """Grouped-query attention with rotary positions (Ainslie et al., 2023, arXiv 2305.13245).
 
     A subclass may norm the queries and keys, or compute them by one fused map, in `project`. It may
-    give the output map another name.
+    give sinks to attention in `attend`, and the output map another name.
 
     Args:
       config: Architecture.
@@ -78,6 +79,10 @@ class Attention(nnx.Module):
             value.reshape(*leading, config.num_kv_heads, config.head_dim),
         )
 
+    def attend(self, around: Surroundings, query: Queries, key: AllKeys, value: AllKeys) -> Queries:
+        """Returns attention's output of each head, to all keys of the cache if there is one."""
+        return around.attend(query, key, value)
+
     @part("attention")
     def __call__(
         self, x: Hidden, around: Surroundings, cache: LayerCache | None
@@ -93,7 +98,7 @@ class Attention(nnx.Module):
         if cache is not None:
             cache = cache.append(key, value)
             key, value = cache.read(x.dtype)
-        out = around.attend(query, key, value)
+        out = self.attend(around, query, key, value)
         return getattr(self, self.output_name)(out.reshape(*x.shape[:2], -1)), cache
 
 

@@ -62,6 +62,8 @@ def why_not_fused(
         return "it does not support ALiBi"
     if layout.score_cap is not None:
         return "it does not support a soft cap of the scores"
+    if layout.sinks:
+        return "it does not support sinks"
     if layout.cached or tokens != keys:
         return "it does not support keys from a cache"
     if _needs_mask(layout) and tokens > MAX_MASKED_TOKENS:

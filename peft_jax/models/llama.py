@@ -63,10 +63,12 @@ class LlamaAttention(Attention):
 class LlamaBlock(nnx.Module):
     """One transformer block: attention, then the MLP, each after a norm and added to its input."""
 
+    attention: type[LlamaAttention] = LlamaAttention
+
     def __init__(self, config: LlamaConfig):
         self.residual_scale = config.residual_scale
         self.input_layernorm = Llama.make_norm(config)
-        self.self_attn = LlamaAttention(config)
+        self.self_attn = self.attention(config)
         self.post_attention_layernorm = Llama.make_norm(config)
         self.mlp = self.make_mlp(config)
 

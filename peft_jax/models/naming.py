@@ -14,6 +14,9 @@ CLASSIFIER = "classifier"
 Index = tuple[int | slice, ...]
 """Part of a leaf, along its leading axes."""
 
+_OWN_NAMES = ("bias", "sinks")
+"""Leaves whose tensors have their name; those of others are called "weight"."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HFTensor:
@@ -152,7 +155,7 @@ class Naming:
             # The modules of experts are parameters of one module in transformers.
             name = module if leaf == "kernel" else f"{module}_{leaf}"
         else:
-            name = f"{module}.{'bias' if leaf == 'bias' else 'weight'}"
+            name = f"{module}.{leaf if leaf in _OWN_NAMES else 'weight'}"
         stored = dict(self.stored).get(".".join(path[1:-1]), ()) if leaf == "kernel" else ()
         block = f"{self.prefix}.{self.blocks}.{{layer}}"
         return HFTensor(

@@ -13,6 +13,7 @@ from peft_jax.models.family import Family
 from peft_jax.models.gemma_families import GEMMA, GEMMA2, GEMMA3, GEMMA3_WITH_IMAGES
 from peft_jax.models.gpt2_family import GPT2_FAMILY
 from peft_jax.models.gpt_neox_family import GPT_NEOX
+from peft_jax.models.gpt_oss_family import GPT_OSS
 from peft_jax.models.llama_families import GRANITE, LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3
 from peft_jax.models.moe_families import MIXTRAL, QWEN3_MOE
 from peft_jax.models.olmo_families import OLMO2, OLMO3
@@ -21,8 +22,8 @@ from peft_jax.models.phi3_family import PHI3
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        *(BLOOM, GEMMA, GEMMA2, GEMMA3, GEMMA3_WITH_IMAGES, GPT2_FAMILY, GPT_NEOX, GRANITE),
-        *(LLAMA, MISTRAL, MIXTRAL, OLMO2, OLMO3, PHI3, QWEN2, QWEN3, QWEN3_MOE, SMOLLM3),
+        *(BLOOM, GEMMA, GEMMA2, GEMMA3, GEMMA3_WITH_IMAGES, GPT2_FAMILY, GPT_NEOX, GPT_OSS),
+        *(GRANITE, LLAMA, MISTRAL, MIXTRAL, OLMO2, OLMO3, PHI3, QWEN2, QWEN3, QWEN3_MOE, SMOLLM3),
     )
 }
 """Families by the `model_type` of their `config.json`."""

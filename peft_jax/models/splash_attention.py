@@ -51,6 +51,8 @@ def why_not_splash(
         return f"the head dimension must be a multiple of 64, but is {head_dim}"
     if layout.slopes is not None:
         return "it does not support ALiBi"
+    if layout.sinks:
+        return "it does not support sinks"
     if layout.cached or tokens != keys:
         return "it does not support keys from a cache"
     if tokens % _LANES:

@@ -154,3 +154,33 @@ def test_auto_prefers_fused_else_decides_by_the_number_of_scores():
     assert choose_attention("chunked", tokens=2, keys=2, why_not_fused=None) == "chunked"
     with pytest.raises(ValueError, match=r"attention='fused'.*it needs a GPU"):
         choose_attention("fused", tokens=2, keys=2, **on_cpu)
+
+
+@pytest.mark.parametrize("case", ["window", "segments", "cache"])
+@pytest.mark.parametrize("make", [dense_attention, chunked_attention], ids=["dense", "chunked"])
+def test_sinks_take_part_in_the_softmax_without_a_value(make, case):
+    sizes = {name: CASES[case][name] for name in ("tokens", "keys")}
+    arrays, layout, bias = make_case(**CASES[case])
+    blocks = {} if make is dense_attention else {"block": 8}
+    generator = np.random.default_rng(1)
+    arrays = as_float32((*arrays, 2.0 * generator.normal(size=(K, G))))
+    weights = jnp.asarray(generator.normal(size=arrays[0].shape), jnp.float32)
+
+    def written_out(query, key, value, sinks):
+        scores = jnp.einsum("btkgh,bskh->bkgts", query, key) + jnp.asarray(bias, jnp.float32)
+        sink = jnp.broadcast_to(sinks[None, :, :, None, None], (*scores.shape[:-1], 1))
+        joined = jax.nn.softmax(jnp.concatenate([scores, sink], axis=-1), axis=-1)
+        return jnp.einsum("bkgts,bskh->btkgh", joined[..., :-1], value)
+
+    def with_gradients(attend):
+        def loss(*arrays):
+            out = attend(*arrays)
+            return jnp.sum(weights * out), out
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True))(*arrays)
+
+    found = with_gradients(make(layout, **sizes, **blocks))
+    for one, other in zip(
+        jax.tree.leaves(found), jax.tree.leaves(with_gradients(written_out)), strict=True
+    ):
+        np.testing.assert_allclose(one, other, atol=2e-5)

@@ -46,6 +46,15 @@ QWEN3_MOE = (
     | {"head_dim": 8, "num_experts": 6, "num_experts_per_tok": 3}
     | {"moe_intermediate_size": 16}
 )
+GPT_OSS = MIXTRAL | {"head_dim": 16, "num_hidden_layers": 4, "sliding_window": 5}
+NEAR_YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 4.0,
+    "truncate": False,
+    "rope_theta": 500.0,
+}
 PHI3 = SMALL_IDS | {"num_key_value_heads": 4}
 ORIGINAL = "original_max_position_embeddings"
 LONGROPE = {
@@ -115,6 +124,17 @@ VARIANTS = {
         "Qwen3Moe",
         QWEN3_MOE | {"use_sliding_window": True, "sliding_window": 4, "tie_word_embeddings": True},
     ),
+    "gpt_oss": ("GptOss", GPT_OSS),
+    "gpt_oss long window": ("GptOss", GPT_OSS | {"sliding_window": 40}),
+    "gpt_oss near yarn, tied": (
+        "GptOss",
+        GPT_OSS | {"rope_parameters": NEAR_YARN, "tie_word_embeddings": True},
+    ),
+    "gpt_oss clamped": ("GptOss", GPT_OSS | {"swiglu_alpha": 3.0, "swiglu_limit": 0.5}),
+    "gpt_oss unbiased, all full": (
+        "GptOss",
+        GPT_OSS | {"attention_bias": False, "layer_types": ["full_attention"] * 4},
+    ),
     "olmo2": ("Olmo2", OLMO2),
     "olmo2 biased, tied": (
         "Olmo2",
@@ -171,7 +191,7 @@ VARIANTS = {
         | {"max_window_layers": 2},
     ),
 }
-MIXTURES = ("mixtral", "qwen3_moe")
+MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss")
 """Families with experts, on which "all-linear" differs from PEFT's."""
 FIRST = list({kind: name for name, (kind, _) in reversed(VARIANTS.items())}.values())
 TOLERANCE = 1e-5
