@@ -1,7 +1,6 @@
 """Settings every test runs under: eight virtual devices, strict dtypes, checked array types."""
 
 import atexit
-import gc
 import logging
 import os
 import shutil
@@ -48,6 +47,7 @@ import pytest
 from stand_in import make_stand_in
 
 from kernels_pallas import dispatch
+from peft_jax.runtime.compiled_programs import free_compiled_programs
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -59,21 +59,11 @@ hypothesis.settings.load_profile("any machine")
 collect_ignore_glob = ["conftest.py", "*/conftest.py"]
 
 
-_MOST_MEMORY_MAPS = 16_000
-"""A quarter of the number that Linux allows a process by default (`vm.max_map_count`)."""
-
-
 @pytest.fixture(scope="module", autouse=True)
-def _free_compiled_programs() -> Iterator[None]:
-    """Frees compiled programs after a module, once they take many memory maps.
-
-    Each compiled object has three. Beyond the limit of a process, the compiler crashes.
-    """
+def _free_programs() -> Iterator[None]:
+    """Frees the compiled programs of earlier modules before the compiler would crash."""
     yield
-    maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > _MOST_MEMORY_MAPS:
-        jax.clear_caches()
-        gc.collect()
+    free_compiled_programs()
 
 
 @pytest.fixture

@@ -7,6 +7,8 @@ import re
 import time
 from collections.abc import Callable, Iterator
 
+from peft_jax.runtime.compiled_programs import free_compiled_programs
+
 from .bench import Bench
 from .budget import check_budget
 from .cell import Cell, train_cell
@@ -112,6 +114,7 @@ def run_study(
         for task, arm in _pairs(study):
             if f"{task.name}/{arm.name}" in names:
                 runner.run(task, arm)
+                free_compiled_programs()
         if runner.done == before:
             break
     for task in study.tasks:
