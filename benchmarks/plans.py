@@ -2,12 +2,14 @@ r"""Plans memory and operations of every method on the four large models, withou
 
     python -m benchmarks.plans --output=out/plans
 
-It plans each configuration with each method on its topology, and prints the tables of
-docs/planning.md. Plans that exist as `out/plans/MODEL-METHOD.json` are not computed again.
+It plans each configuration with each method on its topology, in the configuration's layout for the
+method, and prints the tables of docs/planning.md. Plans that exist as `out/plans/MODEL-ROW.json`
+are not computed again.
 """
 
 import importlib
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -27,33 +29,50 @@ TOPOLOGIES = {
     "hybrid_7b": "v5e:4x4",
 }
 METHODS = ("full", "lora", "lora_ga", "boft", "unitary", "hybrid")
-QUANTIZED = {"hybrid_405b": ("hybrid", "nf4")}
-"""Methods that are also planned over a quantized base model, by configuration."""
+
+Settings = dict[str, str | int]
+
+RECOMPUTED: Settings = {"execution.remat": "full", "train.gradient_accumulation": 1}
+"""The layout that needs the least memory of those that gather weights once."""
+
+FURTHER: dict[str, dict[str, tuple[str, Settings]]] = {
+    "hybrid_405b": {
+        "hybrid, remat full": ("hybrid", RECOMPUTED),
+        "hybrid, base in w8a8": ("hybrid", {"model.quantization": "w8a8"}),
+        "hybrid, base in nf4": ("hybrid", {"model.quantization": "nf4"}),
+    },
+    "hybrid_70b": {"hybrid, remat full": ("hybrid", RECOMPUTED)},
+}
+"""Rows besides the methods', by configuration: a method and settings that replace its own."""
 
 
-def plan_all(folder: Path) -> dict[str, dict[str, Any]]:
-    """Returns the plans by configuration and method; each is saved as soon as it is computed."""
+def plan_all(folder: Path, only: str = "") -> dict[str, dict[str, Any]]:
+    """Returns the plans by configuration and row; each is saved as soon as it is computed.
+
+    Args:
+      folder: Folder of the plans.
+      only: Regular expression; rows whose "configuration/row" it does not match are skipped.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     plans: dict[str, dict[str, Any]] = {}
     for name, topology in TOPOLOGIES.items():
-        rows = [(method, method, "none") for method in METHODS]
-        if name in QUANTIZED:
-            method, quantization = QUANTIZED[name]
-            rows.append((f"{method}, base in {quantization}", method, quantization))
-        for row, method, quantization in rows:
-            file = folder / f"{name}-{method}-{quantization}.json"
+        rows: dict[str, tuple[str, Settings]] = {method: (method, {}) for method in METHODS}
+        for row, (method, settings) in (rows | FURTHER.get(name, {})).items():
+            if not re.search(only, f"{name}/{row}"):
+                continue
+            file = folder / f"{name}-{row.replace(', ', '-').replace(' ', '_')}.json"
             if not file.is_file():
-                plan = _plan(name, topology, method, quantization)
+                plan = _plan(name, topology, method, settings)
                 file.write_text(json.dumps(plan, indent=2), encoding="utf-8")
             plans.setdefault(name, {})[row] = json.loads(file.read_text(encoding="utf-8"))
     return plans
 
 
-def _plan(name: str, topology: str, method: str, quantization: str) -> dict[str, Any]:
+def _plan(name: str, topology: str, method: str, settings: Settings) -> dict[str, Any]:
     started = time.perf_counter()
     module = importlib.import_module(f"configs.{name}")
     config = module.get_config(f"method={method}")
-    config.model.quantization = quantization
+    config.update_from_flattened_dict(settings)
     plan = make_plan(from_config_dict(config), find_topology(topology)).to_mapping()
     plan["planning_seconds"] = round(time.perf_counter() - started, 1)
     return plan
@@ -61,6 +80,8 @@ def _plan(name: str, topology: str, method: str, quantization: str) -> dict[str,
 
 HEAD = (
     "method",
+    "remat",
+    "microbatches",
     "GiB a chip",
     "of full",
     "TFLOP a step",
@@ -78,23 +99,24 @@ HEAD = (
 
 def rows_of(plans: dict[str, Any]) -> list[list[str]]:
     """Returns the rows of one model's table, each compared with full fine-tuning."""
-    full = plans["full"]
+    full = plans.get("full")
     rows = [list(HEAD)]
     for method, plan in plans.items():
         memory, estimate = plan["memory_a_device"]["total"], plan["estimate"]
         flops = plan["flops_a_step"]["total"]
-        own = [method]
+        own = [method, plan["remat"], str(plan["gradient_accumulation"])]
         if memory is None:
             own += ["does not fit", ""]
         else:
-            whole = full["memory_a_device"]["total"]
+            whole = full and full["memory_a_device"]["total"]
             own += [f"{memory / 2**30:.1f}", f"{memory / whole:.0%}" if whole else ""]
-        own += [f"{flops / 1e12:,.0f}", f"{flops / full['flops_a_step']['total']:.0%}"]
+        whole = full and full["flops_a_step"]["total"]
+        own += [f"{flops / 1e12:,.0f}", f"{flops / whole:.0%}" if whole else ""]
         if estimate is None:
             own += [""] * 7
         else:
             seconds, kinds = estimate["seconds"], estimate["by_kind"]
-            whole = full["estimate"] and full["estimate"]["seconds"]
+            whole = full and full["estimate"] and full["estimate"]["seconds"]
             own += [
                 f"{seconds:.2f}",
                 f"{whole / seconds:.2f}" if whole else "",
@@ -133,8 +155,15 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("out/plans"), help="folder of the results"
     )
-    for name, plans in plan_all(parser.parse_args().output).items():
-        one = plans["full"]
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="PATTERN",
+        help='rows to plan, as "hybrid_405b/(full|hybrid)$"',
+    )
+    given = parser.parse_args()
+    for name, plans in plan_all(given.output, given.only).items():
+        one = next(iter(plans.values()))
         tokens = f"{one['batch_size']} rows of {one['max_length']} tokens"
         print(f"\n**{one['model']}** on {one['topology']}, {tokens} (configs/{name}.py)\n")
         print(table(rows_of(plans)))

@@ -23,8 +23,10 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.path = "QuixiAI/Wizard-Vicuna-30B-Uncensored"
     config.model.architecture = "wizard-vicuna-30b"
     config.train.batch_size = 64
-    config.train.gradient_accumulation = 1
     config.train.max_length = 2048
     config.parallel.fsdp = 8
     config.parallel.tensor = 4
+    # The fastest layouts that fit (docs/planning.md).
+    config.execution.remat = "dots" if options.method == "full" else "none"
+    config.train.gradient_accumulation = 1 if options.method == "full" else 2
     return config

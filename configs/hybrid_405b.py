@@ -22,8 +22,10 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.path = "meta-llama/Llama-3.1-405B-Instruct"
     config.model.architecture = "llama-3.1-405b"
     config.train.batch_size = 64
-    config.train.gradient_accumulation = 1
     config.train.max_length = 4096
     config.parallel.fsdp = 16
     config.parallel.tensor = 8
+    # The fastest layouts that fit (docs/planning.md).
+    config.execution.remat = "dots" if options.method == "full" else "none"
+    config.train.gradient_accumulation = 4
     return config

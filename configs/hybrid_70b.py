@@ -22,8 +22,10 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.path = "meta-llama/Llama-3.3-70B-Instruct"
     config.model.architecture = "llama-3.3-70b"
     config.train.batch_size = 64
-    config.train.gradient_accumulation = 1
     config.train.max_length = 4096
     config.parallel.fsdp = 16
     config.parallel.tensor = 4
+    # The fastest layout that fits, for all methods (docs/planning.md).
+    config.execution.remat = "none"
+    config.train.gradient_accumulation = 2
     return config

@@ -22,7 +22,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.path = "bigscience/bloomz-7b1"
     config.model.architecture = "bloomz-7b1"
     config.train.batch_size = 64
-    config.train.gradient_accumulation = 2
     config.train.max_length = 2048
     config.parallel.fsdp = 16
+    # The fastest layouts that fit (docs/planning.md).
+    config.execution.remat = "full" if options.method == "full" else "dots"
+    config.train.gradient_accumulation = 2 if options.method == "full" else 4
     return config
