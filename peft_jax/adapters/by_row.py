@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int32
 
 from kernels_pallas.target_device import target_platform
 from peft_jax.adapters.gradient_products import has_stack
-from peft_jax.adapters.several import Adapters, find_adapters
+from peft_jax.adapters.several import Adapters, find_adapters, reject_experts
 from peft_jax.core import (
     AdaptedKernel,
     Kernel,
@@ -182,6 +182,7 @@ def stack_adapters(params: Tree, adapters: Adapters) -> StackedAdapters:
                 f"adapter {name!r} trains {saved} in full, and rows can differ in adapted modules"
                 " only"
             )
+        reject_experts(name, targets.adapted, "rows cannot differ in them")
         bound = flatten(spec.bind(params, state))
         for path, method in targets.adapted.items():
             read = (

@@ -14,7 +14,7 @@ from peft_jax.adapters.factorize import HIGHEST, triplets
 from peft_jax.adapters.gradient_products import has_stack, kernel_shape
 from peft_jax.adapters.lora import LoRA
 from peft_jax.adapters.method import AdapterMethod
-from peft_jax.adapters.several import Adapters, find_adapters
+from peft_jax.adapters.several import Adapters, find_adapters, reject_experts
 from peft_jax.adapters.spec import AdapterSpec, AdapterState
 from peft_jax.adapters.targets import Targets
 from peft_jax.adapters.task_arithmetic import (
@@ -188,6 +188,7 @@ def _members(params: Tree, adapters: Adapters, weights: Mapping[str, float]) -> 
                 f"adapter {name!r} trains {saved} in full, and only adapted modules can be"
                 " combined; combine adapters without modules_to_save and bias"
             )
+        reject_experts(name, targets.adapted, "factors of experts cannot be combined")
         found.append(
             _Member(
                 name=name,

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from peft_jax.adapters.low_rank import low_rank_product
 from peft_jax.adapters.method import (
@@ -27,7 +27,7 @@ from peft_jax.adapters.peft_form import (
     plain_number,
     setting,
 )
-from peft_jax.core import Kernel, linear
+from peft_jax.core import Kernel, grouped_linear, linear
 from peft_jax.core.scopes import part
 from peft_jax.core.validation import check_fraction, check_positive, check_positive_int
 
@@ -90,6 +90,16 @@ class LoRA(AdapterMethod):
             " or exclude the module"
         )
 
+    def check_experts(self, module: str) -> None:
+        """Raises ValueError for dropout, for starts from gradients, and for other projections."""
+        if type(self).project is not LoRA.project or self.start_rank:
+            super().check_experts(module)
+        if self.dropout:
+            raise ValueError(
+                f"dropout is {self.dropout}, but must be 0 for experts such as {module}, as in"
+                " Hugging Face PEFT; set it to 0, or leave experts out"
+            )
+
     def check_layers(self, module: str, methods: Sequence[AdapterMethod | None]) -> None:
         """Raises ValueError for subclasses that do not set `by_layer` themselves."""
         if not vars(type(self)).get("by_layer", False):
@@ -105,9 +115,8 @@ class LoRA(AdapterMethod):
         mask = (self._gains(methods) != 0).astype(np.float32)
 
         def cut(arrays: Arrays) -> Arrays:
-            masks = {"a": mask[:, None, :], "b": mask[:, :, None]}
             return {
-                name: array * masks[name[0]] if name in _FACTORS else array
+                name: array * _by_layer(mask, array, name) if name in _FACTORS else array
                 for name, array in arrays.items()
             }
 
@@ -121,11 +130,13 @@ class LoRA(AdapterMethod):
         The factors of a layer of smaller rank are padded. Zeros get no gradient and stay zero.
         """
         trainable, constant = super().hold_layers(trainable, constant, methods)
-        gains = self._gains(methods)[:, :, None]
+        gains = self._gains(methods)
 
         def scale(arrays: Arrays) -> Arrays:
             return {
-                name: array * gains.astype(array.dtype) if name in ("b", "b0") else array
+                name: array * _by_layer(gains, array, name).astype(array.dtype)
+                if name in ("b", "b0")
+                else array
                 for name, array in arrays.items()
             }
 
@@ -180,6 +191,22 @@ class LoRA(AdapterMethod):
         """Returns x W + (x A)(s B)."""
         return linear(x, base) + self.low_rank(x, arrays, dropout_key=dropout_key)
 
+    def project_groups(
+        self,
+        x: Float[Array, "rows d_in"],
+        base: Kernel,
+        arrays: Arrays,
+        sizes: Int[Array, " groups"],
+    ) -> Float[Array, "rows d_out"]:
+        """Returns x W_g + (x A_g)(s B_g), with factors of each group, by three grouped products."""
+        return grouped_linear(x, base, sizes) + self._low_rank_of_groups(x, arrays, sizes)
+
+    @part("low_rank")
+    def _low_rank_of_groups(
+        self, x: Float[Array, "rows d_in"], arrays: Arrays, sizes: Int[Array, " groups"]
+    ) -> Float[Array, "rows d_out"]:
+        return grouped_linear(grouped_linear(x, arrays["a"], sizes), arrays["b"], sizes)
+
     @part("low_rank")
     def low_rank(
         self, x: Float[Array, "*batch d_in"], arrays: Arrays, *, dropout_key: jax.Array | None
@@ -218,6 +245,15 @@ class LoRA(AdapterMethod):
         return (LoRAForm,)
 
 
+def _by_layer(
+    values: Float[np.ndarray, "layers rank"], array: Array, name: str
+) -> Float[np.ndarray, "..."]:
+    """Returns values of each layer and column, shaped to multiply A or B [layers, …]."""
+    layers, rank = values.shape
+    ones = [1] * (array.ndim - 3)
+    return values.reshape(layers, *ones, *((1, rank) if name[0] == "a" else (rank, 1)))
+
+
 LORA_SETTINGS = PeftSettings(
     read={
         "alpha_pattern": Mapping[str, float],
@@ -238,6 +274,8 @@ LORA_SETTINGS = PeftSettings(
             "lora_ga_config",
             "megatron_core",
             "qalora_group_size",
+            # Read from the tensors' names, as target_modules is.
+            "target_parameters",
         }
     ),
     fixed={
@@ -249,7 +287,6 @@ LORA_SETTINGS = PeftSettings(
         "lora_bias": NEUTRAL,
         "megatron_config": NEUTRAL,
         "monteclora_config": NEUTRAL,
-        "target_parameters": NEUTRAL,
         "trainable_token_indices": NEUTRAL,
         "use_bdlora": NEUTRAL,
         "use_dora": NEUTRAL,
@@ -262,7 +299,10 @@ LORA_SETTINGS = PeftSettings(
             " path_initial_model_for_weight_conversion, which converts it to the unchanged base"
         ),
     },
-    compared=("alpha_pattern", "lora_alpha", "r", "rank_pattern", "use_dora", "use_rslora"),
+    compared=(
+        *("alpha_pattern", "lora_alpha", "r", "rank_pattern", "target_parameters", "use_dora"),
+        "use_rslora",
+    ),
 )
 
 

@@ -11,10 +11,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from peft_jax.adapters.factorize import orthonormal, triplets
-from peft_jax.adapters.gradient_products import has_stack, kernel_shape
+from peft_jax.adapters.gradient_products import kernel_shape
 from peft_jax.adapters.lora import LoRA
 from peft_jax.adapters.method import AdapterMethod
 from peft_jax.adapters.spec import AdapterSpec, AdapterState
+from peft_jax.adapters.stacks import one_by_one, over_stack
 from peft_jax.core import (
     AdaptedKernel,
     Path,
@@ -133,23 +134,22 @@ def approximate_by_lora(
 def _factorize(kernel: AdaptedKernel, path: Path, rank: int, key: jax.Array) -> _Factors:
     """Factorizes the difference of one kernel, stacked or not."""
     key = jax.random.fold_in(key, zlib.crc32(join_path(path).encode()))
-    shape = kernel_shape(kernel.base)
-    stacked = has_stack(kernel)
-    keys = jax.random.split(key, shape[0]) if stacked else key
+    *stack, d_in, d_out = kernel_shape(kernel)
+    keys = jax.random.split(key, tuple(stack)) if stack else key
     with jax.default_matmul_precision("highest"):
-        return _factorize_layers(kernel, keys, shape[-2:], rank, stacked)
+        return _factorize_all(kernel, keys, (d_in, d_out), rank, len(stack))
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _factorize_layers(
-    kernel: AdaptedKernel, keys: jax.Array, shape: tuple[int, int], rank: int, stacked: bool
+def _factorize_all(
+    kernel: AdaptedKernel, keys: jax.Array, shape: tuple[int, int], rank: int, depth: int
 ) -> _Factors:
     def factorize(given: tuple[AdaptedKernel, jax.Array]) -> _Factors:
         one, key = given
         return _factorize_one(one, key, shape, rank)
 
-    # One layer at a time, so that one layer's sketch is all that is held beside the results.
-    return jax.lax.map(factorize, (kernel, keys)) if stacked else factorize((kernel, keys))
+    # One at a time, so that one kernel's sketch is all that is held beside the results.
+    return over_stack(one_by_one, factorize, depth)((kernel, keys))
 
 
 def _factorize_one(

@@ -167,6 +167,16 @@ class AdapterMethod(TrainingMethod, abc.ABC):
     def check_kernel(self, module: str, shape: tuple[int, int]) -> None:
         """Raises ValueError, naming `module`, if a kernel [d_in, d_out] cannot be adapted."""
 
+    def check_experts(self, module: str) -> None:
+        """Raises ValueError, naming `module`, if kernels of experts cannot be adapted.
+
+        A method that can adapt them has `project_groups`, see `GroupedMethod`.
+        """
+        raise ValueError(
+            f"{module} belongs to experts, which {self.name} cannot adapt; lora, lora_fa, pissa,"
+            ' olora, loha and adalora can, and target_modules="all-linear" leaves experts out'
+        )
+
     def check_layers(self, module: str, methods: Sequence["AdapterMethod | None"]) -> None:
         """Raises ValueError, naming `module`, if layers cannot have these methods.
 

@@ -1,9 +1,9 @@
 """Binds adapters by name over one base, whose arrays are held once."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from peft_jax.adapters.spec import AdapterSpec, AdapterState
-from peft_jax.core import Path, Tree, did_you_mean, flatten, join_path
+from peft_jax.core import Path, Tree, did_you_mean, flatten, is_experts, join_path
 
 Adapters = Mapping[str, tuple[AdapterSpec, AdapterState]]
 """Adapters by name: their specifications and arrays, as `load_adapter` returns them."""
@@ -84,6 +84,22 @@ def find_adapters(params: Tree, adapters: Adapters, names: tuple[str, ...]) -> A
         _check_fits(name, params, spec, state)
         found[name] = spec, state
     return found
+
+
+def reject_experts(name: str, adapted: Iterable[Path], fault: str) -> None:
+    """Raises ValueError if an adapter adapts experts.
+
+    Args:
+      name: Name of the adapter.
+      adapted: Paths of its adapted kernels.
+      fault: What cannot be done with it: "cannot be …".
+    """
+    of_experts = [join_path(path[:-1]) for path in adapted if is_experts(path)]
+    if of_experts:
+        raise ValueError(
+            f"adapter {name!r} adapts the experts {', '.join(of_experts)}, and {fault}; merge it,"
+            " or use adapters of the attention"
+        )
 
 
 def _check_fits(name: str, params: Tree, spec: AdapterSpec, state: AdapterState) -> None:

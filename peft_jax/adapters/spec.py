@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 from qwix import QArray
 
-from peft_jax.adapters.gradient_products import LossFn, has_stack, kernel_shape
+from peft_jax.adapters.gradient_products import LossFn, kernel_shape
 from peft_jax.adapters.input_sketch import input_factors
 from peft_jax.adapters.method import (
     AdapterMethod,
@@ -21,6 +21,7 @@ from peft_jax.adapters.method import (
     TrainingMethod,
 )
 from peft_jax.adapters.sketch import gradient_factors
+from peft_jax.adapters.stacks import one_by_one, over_stack
 from peft_jax.adapters.targets import Targets, TargetSettings, find_targets
 from peft_jax.core import (
     AdaptedKernel,
@@ -29,6 +30,7 @@ from peft_jax.core import (
     Tree,
     dense,
     flatten,
+    is_experts,
     join_path,
     unflatten,
 )
@@ -205,12 +207,11 @@ class AdapterSpec(TargetSettings):
             if not stack:
                 learned, fixed = make((module_key, factors.get(path), kernel))
             else:
-                keys = jax.random.split(module_key, stack[0])
-                # One layer at a time where whole kernels are held in float32.
-                over_layers = (
-                    jax.vmap(make) if kernel is None else functools.partial(jax.lax.map, make)
-                )
-                learned, fixed = over_layers((keys, factors.get(path), kernel))
+                keys = jax.random.split(module_key, tuple(stack))
+                # One kernel at a time where whole kernels are held in float32.
+                over = jax.vmap if kernel is None else one_by_one
+                make_all = over_stack(over, make, len(stack))
+                learned, fixed = make_all((keys, factors.get(path), kernel))
             if path in targets.by_layer:
                 learned, fixed = method.start_layers(learned, fixed, targets.by_layer[path])
             trainable[path] = jax.tree.map(lambda a: a.astype(dtype), learned)
@@ -251,15 +252,16 @@ class AdapterSpec(TargetSettings):
         targets = self.targets(unflatten(flat))
         fixed = _by_leaf(state.constant, targets.adapted)
         for path, method in targets.adapted.items():
-            key, stacked = None, has_stack(flat[path])
-            if dropout_key is not None:
+            key, depth = None, len(kernel_shape(flat[path])) - 2
+            # Experts are adapted without dropout only.
+            if dropout_key is not None and not is_experts(path):
                 key = jax.random.fold_in(dropout_key, zlib.crc32(join_path(path).encode()))
-                if stacked:
+                if depth:
                     key = jax.random.split(key, kernel_shape(flat[path])[0])
             own, constant = learned[path], fixed.get(path, {})
             if path in targets.by_layer:
                 own, constant = method.hold_layers(own, constant, targets.by_layer[path])
-            arrays = _prepare(method, own, constant, key, stacked, recompute)
+            arrays = _prepare(method, own, constant, key, depth, recompute)
             flat[path] = AdaptedKernel(
                 base=flat[path], arrays=arrays, dropout_key=key, method=method
             )
@@ -286,7 +288,7 @@ class AdapterSpec(TargetSettings):
         trained = set(self.targets(unflatten(merged)).trained)
         for path, leaf in merged.items():
             if isinstance(leaf, AdaptedKernel):
-                merged[path] = _merge(leaf, has_stack(leaf))
+                merged[path] = _merge(leaf, len(kernel_shape(leaf)) - 2)
             elif isinstance(leaf, QArray):
                 merged[path] = _dense(leaf)
             elif path not in trained:
@@ -363,27 +365,31 @@ def _prepare(
     learned: Any,
     fixed: Any,
     key: jax.Array | None,
-    stacked: bool,
+    depth: int,
     recompute: bool,
 ):
+    """Returns the arrays of `AdapterMethod.prepare`, for all kernels of `depth` leading axes."""
+
     def prepare(learned: Any, fixed: Any, key: jax.Array | None):
         if key is not None:
             key = jax.random.fold_in(key, 1)  # the key itself drops activations
         return method.prepare(learned, fixed, dropout_key=key)
 
-    prepare_all = jax.vmap(prepare) if stacked else prepare
+    prepare_all = over_stack(jax.vmap, prepare, depth)
     return (jax.checkpoint(prepare_all) if recompute else prepare_all)(learned, fixed, key)
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _merge(kernel: AdaptedKernel, stacked: bool) -> jax.Array:
+def _merge(kernel: AdaptedKernel, depth: int) -> jax.Array:
+    """Returns the merged kernels of `depth` leading axes."""
+
     def merge(kernel: AdaptedKernel) -> jax.Array:
         nested = isinstance(kernel.base, AdaptedKernel)
         base = merge(kernel.base) if nested else dense(kernel.base)
         return kernel.method.merge(base, kernel.arrays).astype(base.dtype)
 
-    # One layer at a time, so that one layer's float32 copy is all that is held beside the result.
-    return jax.lax.map(merge, kernel) if stacked else merge(kernel)
+    # One at a time, so that one kernel's float32 copy is all that is held beside the result.
+    return over_stack(one_by_one, merge, depth)(kernel)
 
 
 _dense = jax.jit(dense)

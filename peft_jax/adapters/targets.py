@@ -183,7 +183,6 @@ def find_targets(params: Tree, method: TrainingMethod, settings: TargetSettings)
     else:
         _reject_embeddings(target_modules, flat)
         chosen = select_layers(target_modules, kernels, n_layers=n_layers, setting="target_modules")
-        _reject_mixtures(chosen, kernels)
     if exclude_modules:
         excluded = select_layers(
             exclude_modules, kernels, n_layers=n_layers, setting="exclude_modules"
@@ -210,6 +209,8 @@ def find_targets(params: Tree, method: TrainingMethod, settings: TargetSettings)
             one = method.for_module(
                 module, rank=ranks.get((module, layer)), alpha=alphas.get((module, layer))
             )
+            if is_experts(path):
+                one.check_experts(module)
             one.check_kernel(module, (d_in, d_out))
             own[layer] = one
         different = [one for one in own if one is not None]
@@ -364,18 +365,6 @@ def _reject_quantized(trained: Collection[Path], flat: Mapping[Path, Any]) -> No
 def _is_of_mixture(path: Path) -> bool:
     """Returns whether a kernel belongs to a mixture of experts, or to its router."""
     return is_experts(path) or is_router(path)
-
-
-def _reject_mixtures(chosen: Iterable[str], kernels: Mapping[str, Path]) -> None:
-    """Rejects experts and routers, which have no adapters."""
-    of_mixture = [module for module in chosen if _is_of_mixture(kernels[module])]
-    if of_mixture:
-        others = [module for module, path in kernels.items() if not _is_of_mixture(path)]
-        names = sorted({name.rsplit(".", 1)[-1] for name in others if is_stacked(kernels[name])})
-        raise ValueError(
-            f"target_modules selects {', '.join(of_mixture)}, but experts and routers cannot be"
-            f" adapted; name {', '.join(names)}, or train a router in full with modules_to_save"
-        )
 
 
 def _reject_embeddings(targets: str | Collection[str], flat: Mapping[Path, Any]) -> None:

@@ -12,7 +12,7 @@
 - [`validation`][peft_jax.core.validation]: range checks of settings.
 """
 
-from peft_jax.core.grouped import grouped_linear
+from peft_jax.core.grouped import GroupedMethod, grouped_linear
 from peft_jax.core.kernel import (
     LINEAR_OUTPUT,
     AdaptedKernel,
@@ -54,6 +54,7 @@ __all__ = [
     "STACKED",
     "TABLE",
     "AdaptedKernel",
+    "GroupedMethod",
     "Kernel",
     "Method",
     "Path",

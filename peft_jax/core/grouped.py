@@ -9,7 +9,7 @@ Axes: M rows, E groups.
 """
 
 import functools
-from typing import Any
+from typing import Any, Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,25 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 from qwix import QArray
 
-from peft_jax.core.kernel import LINEAR_OUTPUT, Kernel
+from peft_jax.core.kernel import LINEAR_OUTPUT, AdaptedKernel, Kernel
 from peft_jax.core.quantized import dequantize
 
 _BLOCKS = (8, 128)
 """Smallest and largest number of rows that a CPU multiplies at once."""
+
+
+@runtime_checkable
+class GroupedMethod(Protocol):
+    """Interface of an adapter method that can be bound to the kernels of groups."""
+
+    def project_groups(
+        self,
+        x: Float[Array, "rows d_in"],
+        base: Kernel,
+        arrays: Any,
+        sizes: Int[Array, " groups"],
+    ) -> Float[Array, "rows d_out"]:
+        """Returns the adapted linear maps; `base` and `arrays` have a leading axis of groups."""
 
 
 def grouped_linear(
@@ -32,8 +46,8 @@ def grouped_linear(
 
     Args:
       x: Rows [M, in], sorted by group.
-      kernel: Kernels [E, in, out]: an array, which is cast to the dtype of `x`, or a quantized
-        array.
+      kernel: Kernels [E, in, out]: an array, a quantized array or an `AdaptedKernel`. An array is
+        cast to the dtype of `x`.
       sizes: Number of rows of each group, [E].
 
     Returns:
@@ -44,6 +58,9 @@ def grouped_linear(
       >>> grouped_linear(jnp.ones((3, 2)), kernels, jnp.array([1, 2])).tolist()
       [[1.0, 1.0], [10.0, 10.0], [10.0, 10.0]]
     """
+    if isinstance(kernel, AdaptedKernel):
+        method = cast(GroupedMethod, kernel.method)
+        return method.project_groups(x, kernel.base, kernel.arrays, sizes)
     if isinstance(kernel, QArray):
         return _quantized_product(x, kernel, sizes)
     return checkpoint_name(_product(x, kernel.astype(x.dtype), sizes), LINEAR_OUTPUT)

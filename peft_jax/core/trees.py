@@ -35,7 +35,7 @@ def is_experts(path: Path) -> bool:
       >>> is_experts(("layers", "mlp", "experts", "down_proj", "kernel"))
       True
     """
-    return "experts" in path
+    return is_stacked(path) and "experts" in path
 
 
 def is_router(path: Path) -> bool:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from peft_jax.adapters import AdapterMethod, AdapterSpec, AdapterState, Targets, TrainingMethod
-from peft_jax.adapters.peft_form import PeftForm
+from peft_jax.adapters.peft_form import NoPeftFormError, PeftForm
 from peft_jax.adapters.spec import kernel_constants
-from peft_jax.core import Path, Tree, flatten, is_stacked
+from peft_jax.core import Path, Tree, flatten, is_experts, is_stacked, join_path
 from peft_jax.hub.adapter_arrays import (
     ArrayTensors,
     adapted_tensors,
@@ -41,6 +41,7 @@ from peft_jax.hub.peft_config import (
     check_unchanged,
     write_peft_config,
 )
+from peft_jax.hub.peft_experts import form_of_leaf, wrappers
 from peft_jax.hub.peft_import import base_kernel, check_tied, drop_base_copies, read_peft_spec
 from peft_jax.hub.peft_names import PEFT_PREFIX
 from peft_jax.hub.tensors import StoredTensor, read_header
@@ -120,7 +121,7 @@ def _load_own(
     stored = _open(folder, _arrays_file(config, spec, model, targets, folder))
     if config["arrays"] == PEFT_ARRAYS:
         named = _check_names(model, folder)
-        forms = _layer_forms(named, targets, _own_form)
+        forms = _layer_forms(named, targets, params, _own_form)
         _check_peft_tensors(stored, named, spec, params, forms, what=what)
     else:
         arrays = _own_arrays(model, spec, targets, params)
@@ -185,18 +186,22 @@ def _load_peft(folder: FilePath, model: Model, params: Tree) -> tuple[AdapterSpe
     check_scaled_biases(
         model, {path: form(method) for path, method in targets.adapted.items()}, what=what
     )
-    forms = _layer_forms(model, targets, form)
+    try:
+        forms = _layer_forms(model, targets, params, form)
+    except NoPeftFormError as error:
+        raise ValueError(f"{what} cannot be loaded: {error}") from error
     _check_peft_tensors(stored, model, spec, params, forms, what=what)
     return spec, _read_peft_state(stored, model, spec, params, forms)
 
 
 def _layer_forms(
-    model: Model, targets: Targets, make: Callable[[AdapterMethod], PeftForm]
+    model: Model, targets: Targets, params: Tree, make: Callable[[AdapterMethod], PeftForm]
 ) -> LayerForms:
     """Returns the forms of each layer's tensors, or None where a layer is not adapted."""
+    flat = flatten(params)
     return {
         path: tuple(
-            None if method is None else make(method)
+            None if method is None else form_of_leaf(make(method), path, flat[path].shape)
             for method in targets.layers(path, len(modules_of(model, path)))
         )
         for path in targets.adapted
@@ -229,7 +234,7 @@ def _check_peft_tensors(
     wanted = {name: item.shape for item in trained for name in item.names}
     flat = flatten(params)
     for path, own in forms.items():
-        wanted |= _shapes(model, path, own, flat[path].shape, stored)
+        wanted |= _shapes(wrappers(model, path, forms), own, flat[path].shape, stored)
     check_tensors(wanted, stored, what)
     check_tied(model, stored, what=what)
 
@@ -248,9 +253,16 @@ def _read_peft_state(
     dtype = np.dtype(spec.dtype)
     for path, own in forms.items():
         method = targets.adapted[path]
-        arrays |= _read_adapted(model, path, own, method, flat[path].shape, stored, dtype)
+        modules = wrappers(model, path, forms)
+        arrays |= _read_adapted(modules, path, own, method, flat[path].shape, stored, dtype)
         constants = {("constant", (*path, name)) for name in method.axes(None, None)[1]}
         if constants - arrays.keys():
+            if is_experts(path):
+                raise ValueError(
+                    f"the start of the adapter of {join_path(path[:-1])} is computed from the"
+                    " base's kernels, which is not implemented for experts; convert the adapter in"
+                    " PEFT with path_initial_model_for_weight_conversion"
+                )
             kernel = base_kernel(model, path, flat[path])
             for name, array in kernel_constants(method, kernel, is_stacked(path)).items():
                 arrays["constant", (*path, name)] = array.astype(dtype)
@@ -258,8 +270,7 @@ def _read_peft_state(
 
 
 def _shapes(
-    model: Model,
-    path: Path,
+    modules: Sequence[str],
     forms: Sequence[PeftForm | None],
     shape: tuple[int, ...],
     stored: Mapping[str, StoredTensor],
@@ -267,7 +278,7 @@ def _shapes(
     """Returns the shapes, by name, of the tensors of one adapted kernel [..., d_in, d_out]."""
     wanted = {}
     d_in, d_out = shape[-2:]
-    for module, form in zip(modules_of(model, path), forms, strict=True):
+    for module, form in zip(modules, forms, strict=True):
         if form is None:
             continue
         start = f"{PEFT_PREFIX}{module}."
@@ -278,7 +289,7 @@ def _shapes(
 
 
 def _read_adapted(
-    model: Model,
+    modules: Sequence[str],
     path: Path,
     forms: Sequence[PeftForm | None],
     method: AdapterMethod,
@@ -293,7 +304,7 @@ def _read_adapted(
     d_in, d_out = shape[-2:]
     neutral = [flatten(tree) for tree in method.neutral((d_in, d_out))] if None in forms else []
     layers = []
-    for module, form in zip(modules_of(model, path), forms, strict=True):
+    for module, form in zip(modules, forms, strict=True):
         if form is None:
             layers.append(
                 [{name[0]: np.asarray(x) for name, x in tree.items()} for tree in neutral]

@@ -17,7 +17,6 @@ from peft_jax.hub.adapter_arrays import (
     ArrayTensors,
     adapted_tensors,
     check_state,
-    modules_of,
     tensors_to_write,
     trained_tensors,
 )
@@ -25,6 +24,7 @@ from peft_jax.hub.adapter_base import digest_of_origin
 from peft_jax.hub.adapter_digests import digest_arrays
 from peft_jax.hub.adapter_files import ARRAYS, CONFIG, PEFT_ARRAYS, PEFT_CONFIG, write_config
 from peft_jax.hub.peft_config import HEAD, check_scaled_biases, tied_embedding, write_peft_config
+from peft_jax.hub.peft_experts import check_all_layers, form_of_leaf, wrappers
 from peft_jax.hub.peft_names import PEFT_PREFIX, SHARED_PREFIX
 from peft_jax.hub.save import MAX_SHARD_BYTES, save_model
 from peft_jax.hub.tensors import TensorToWrite, read_header, write_tensors
@@ -222,6 +222,7 @@ def _check_form(model: Model, spec: AdapterSpec, targets: Targets, params: Tree)
             f"PEFT trains no biases with {form.peft_type}, but bias is {spec.bias!r}; export the"
             " merged model"
         )
+    check_all_layers(targets)
     own = {path: method.peft_form() for path, method in targets.adapted.items()}
     forms = {path: form for path, form in own.items() if form is not None}
     _check_same_settings(forms)
@@ -263,6 +264,7 @@ def _peft_tensors(
     Raises:
       NoPeftFormError: A module's arrays have no such form.
     """
+    flat = flatten(params)
     trees = [
         flatten(tree, is_leaf=lambda path, _: path in targets.adapted)
         for tree in (state.trainable, state.constant)
@@ -271,13 +273,14 @@ def _peft_tensors(
         arrays = {
             name: np.asarray(array) for tree in trees for name, array in tree.get(path, {}).items()
         }
-        modules = modules_of(model, path)
+        modules = wrappers(model, path, targets.adapted)
         methods = targets.layers(path, len(modules))
         for index, (module, method) in enumerate(zip(modules, methods, strict=True)):
             if method is None:
                 continue
-            own = method.peft_form()
-            assert own is not None
+            of_kernel = method.peft_form()
+            assert of_kernel is not None
+            own = form_of_leaf(of_kernel, path, flat[path].shape)
             one = {name: array[index] for name, array in arrays.items()}
             try:
                 tensors = own.export(one if is_stacked(path) else arrays)
@@ -290,7 +293,6 @@ def _peft_tensors(
                     shape=tensor.shape,
                     fetch=_constant(tensor),
                 )
-    flat = flatten(params)
     shapes = [flat[path].shape[-2:] for path in targets.adapted]
     for name, tensor in form.shared(shapes).items():
         yield TensorToWrite(

@@ -8,10 +8,11 @@ from peft_jax.adapters import AdapterSpec, Targets, peft_forms
 from peft_jax.adapters.names import matches_name
 from peft_jax.adapters.peft_form import NEUTRAL, PeftForm
 from peft_jax.core import Path as TreePath
-from peft_jax.core import did_you_mean
+from peft_jax.core import did_you_mean, is_experts, is_router
 from peft_jax.core.typed_settings import convert
 from peft_jax.hub.adapter_arrays import modules_of
 from peft_jax.hub.adapter_files import CONFIG
+from peft_jax.hub.peft_experts import parameter_name, target_parameters
 from peft_jax.hub.peft_names import all_modules, matches_saved, short_names
 from peft_jax.models import Model, SequenceClassifier
 from peft_jax.models.naming import CLASSIFIER
@@ -92,6 +93,8 @@ def write_peft_config(
     settings |= form.settings()
     if targets.biases:
         settings["bias"] = "all" if spec.bias == "all" else form.only_bias
+    if parameters := target_parameters(targets):
+        settings["target_parameters"] = parameters
     if "fan_in_fan_out" in settings:
         settings["fan_in_fan_out"] = model.family.naming.conv1d
     for setting, attribute in form.module_lists.items():
@@ -109,7 +112,8 @@ def _target_modules(model: Model, targets: Targets, modules: Collection[str]) ->
         for path, methods in targets.by_layer.items()
         if any(method is None for method in methods)
     }
-    whole = [path for path in targets.adapted if path not in some]
+    as_modules = [path for path in targets.adapted if not (is_experts(path) or is_router(path))]
+    whole = [path for path in as_modules if path not in some]
     names = short_names(model, [*whole, *targets.selected], modules, matches_name)
     for path in sorted(some):
         names += [
@@ -136,7 +140,11 @@ def _pattern(model: Model, targets: Targets, setting: str, common: Any) -> dict[
             values = dict.fromkeys(
                 short_names(model, [path], adapted, matches_name), values[own[0]]
             )
-        found |= {module: value for module, value in values.items() if value != common}
+        found |= {
+            parameter_name(path, module): value
+            for module, value in values.items()
+            if value != common
+        }
     return found
 
 

@@ -17,11 +17,12 @@ from qwix import QArray
 from peft_jax.adapters import AdapterSpec
 from peft_jax.adapters.names import layer_name, matches_name
 from peft_jax.adapters.peft_form import PeftForm
-from peft_jax.core import Kernel, Path, Tree, flatten, is_stacked, join_path
+from peft_jax.core import Kernel, Path, Tree, flatten, is_experts, is_stacked, join_path
 from peft_jax.core.patterns import compile_pattern
 from peft_jax.hub.adapter_arrays import listing, modules_of, read_tensor
 from peft_jax.hub.load import open_sources
 from peft_jax.hub.peft_config import HEAD
+from peft_jax.hub.peft_experts import adapted_experts, parameter_name, wrappers
 from peft_jax.hub.peft_names import PEFT_PREFIX
 from peft_jax.hub.tensors import StoredTensor
 from peft_jax.models import Model
@@ -67,7 +68,7 @@ def read_peft_spec(
       ValueError: Tensors do not fit the model, or a module is trained in full in some layers only.
     """
     _check_numbers(config, model, what)
-    found = _group_tensors(stored, model, form, what)
+    found = _group_tensors(stored, model, form, config, what)
     check_tied(model, stored, what=what)
     kernels = [path for path in flatten(params) if path[-1] == "kernel"]
     biases = _biases(found) if _bias(config) != "none" else set()
@@ -186,7 +187,11 @@ def check_tied(model: Model, stored: Mapping[str, StoredTensor], *, what: str) -
 
 
 def _group_tensors(
-    stored: Mapping[str, StoredTensor], model: Model, form: type[PeftForm], what: str
+    stored: Mapping[str, StoredTensor],
+    model: Model,
+    form: type[PeftForm],
+    config: Mapping[str, Any],
+    what: str,
 ) -> _Found:
     """Groups stored tensors by module.
 
@@ -194,6 +199,7 @@ def _group_tensors(
       ValueError: A tensor matches no module of the model, or a module or layer lacks a tensor.
     """
     ends = form.names
+    experts = adapted_experts(config, stored, model.hf_names())
     modules: dict[str, tuple[Path, str]] = {}
     leaves: dict[str, Path] = {}
     selected: dict[str, Path] = {}
@@ -203,10 +209,11 @@ def _group_tensors(
             leaves[name] = path
             if form.copies:
                 selected[form.name_in_copy(name)] = path
-            if path[-1] == "kernel":
-                modules[PEFT_PREFIX + module] = (path, module)
             if path[-1] == "bias":
                 leaves[f"{PEFT_PREFIX}{module}.base_layer.bias"] = path
+        if path[-1] == "kernel" and (path in experts or not is_experts(path)):
+            names = zip(wrappers(model, path, experts), modules_of(model, path), strict=True)
+            modules |= {PEFT_PREFIX + wrapper: (path, module) for wrapper, module in names}
     found = _Found({}, {}, set())
     unknown = []
     for name, tensor in stored.items():
@@ -331,7 +338,9 @@ def _patterns(
         patterns[setting] = {}
         for path, modules in found.adapted.items():
             values = {
-                layer_name(join_path(path[:-1]), layer): _match_pattern(theirs, module)
+                layer_name(join_path(path[:-1]), layer): _match_pattern(
+                    theirs, parameter_name(path, module)
+                )
                 for layer, module in enumerate(modules_of(model, path))
                 if module in modules
             }

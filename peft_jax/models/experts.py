@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
-from peft_jax.core import Kernel, grouped_linear, linear
+from peft_jax.core import AdaptedKernel, Kernel, grouped_linear, linear
 from peft_jax.core.scopes import part
 from peft_jax.core.validation import check_positive_int
 from peft_jax.models.decoder import DecoderConfig, Hidden
@@ -97,7 +97,13 @@ class GroupedLinear(nnx.Module):
     def leaf_axes(self) -> list[LogicalAxes]:
         """Returns the logical axes of each leaf of `arrays`."""
         kernel, bias = self.arrays()
-        found = [self.axes] * len(jax.tree.leaves(kernel))
+        of_adapters: list[LogicalAxes] = []
+        while isinstance(kernel, AdaptedKernel):
+            # The leaves of a node are those of its base, then its own, sharded by expert.
+            own = jax.tree.leaves(kernel.arrays)
+            of_adapters[:0] = [(self.axes[0], *[None] * (array.ndim - 1)) for array in own]
+            kernel = kernel.base
+        found = [self.axes] * len(jax.tree.leaves(kernel)) + of_adapters
         return found if bias is None else [*found, (self.axes[0], None)]
 
 

@@ -191,8 +191,8 @@ VARIANTS = {
         | {"max_window_layers": 2},
     ),
 }
-MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss")
-"""Families with experts, on which "all-linear" differs from PEFT's."""
+PARAMETERS = {"gpt_oss": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.router.weight"]}
+"""Parameters that PEFT adapts if they are named."""
 FIRST = list({kind: name for name, (kind, _) in reversed(VARIANTS.items())}.values())
 TOLERANCE = 1e-5
 
@@ -283,8 +283,7 @@ def test_gradients_of_an_adapter_agree_with_peft(name, variant, tokens, relative
     pytest.importorskip("peft")
     torch = pytest.importorskip("torch")
     theirs, model, params = variant(name)
-    modules = ["q_proj", "k_proj", "v_proj", "o_proj"] if name in MIXTURES else "all-linear"
-    adapter = peft_adapter(copy.deepcopy(theirs.module), tmp_path, modules)
+    adapter = peft_adapter(copy.deepcopy(theirs.module), tmp_path, PARAMETERS.get(name, []))
     inputs = torch.tensor(np.asarray(tokens), dtype=torch.long)
     adapter(input_ids=inputs, labels=inputs).loss.backward()
     expected = {
@@ -312,21 +311,32 @@ def test_gradients_of_an_adapter_agree_with_peft(name, variant, tokens, relative
     found = {}
     for path, stacked in flatten(gradient(state.trainable)).items():
         kernel, leaf = path[: path.index("kernel") + 1], path[-1]
-        for layer, one in enumerate(stacked):
+        for layer, one in enumerate(np.asarray(stacked)):
             module = model.module_name(kernel, layer)
+            if "experts" in kernel:
+                module, _, parameter = module.rpartition(".")
+                module += ".base_layer" if parameter == "gate_up_proj" else ""
+                # [experts, d_in, r] to [r experts, d_in], and [experts, r, d_out] to [d_out, …].
+                one = one.swapaxes(1, 2).reshape(-1, one.shape[1]).T if leaf == "a" else one
+                one = one.T.reshape(one.shape[-1], -1).T if leaf == "b" else one
             end = {"a": "lora_A", "b": "lora_B"}[leaf]
-            found[f"base_model.model.{module}.{end}"] = np.asarray(one).T
+            found[f"base_model.model.{module}.{end}"] = one.T
     assert found.keys() == {name.removesuffix(".weight") for name in expected}
     for key, value in expected.items():
         assert relative_error(found[key.removesuffix(".weight")], value) < 1e-4, key
 
 
-def peft_adapter(module, folder, modules):
-    """Returns PEFT's LoRA adapter on some linear maps, with random values, and saves it."""
+def peft_adapter(module, folder, parameters):
+    """Returns PEFT's LoRA adapter with random values, and saves it.
+
+    It adapts all linear maps and some parameters. PEFT itself adds those of Mixtral and Qwen3 MoE.
+    """
     import peft
     import torch
 
-    settings = peft.LoraConfig(r=2, lora_alpha=3, target_modules=modules)
+    settings = peft.LoraConfig(
+        r=2, lora_alpha=3, target_modules="all-linear", target_parameters=parameters
+    )
     adapter = peft.get_peft_model(module, settings)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
