@@ -8,6 +8,8 @@
   `EVA` (with `redistribute_ranks`), `PiSSA`, `OLoRA`, `LoHa`, `LoKr`, `MiSS`, `VeRA`, `IA3`,
   `BOFT`, `OFT`, `HRA`, `Unitary`, `Hybrid`; `LNTuning`, `Full`; one of your own:
   `AdapterMethod`, `register_method`.
+- Flax modules of your own: `adapt` makes a model of a Linen or an NNX module, whose code stays as
+  it is.
 - Adapters over a whole model: `AdapterSpec` makes and binds an `AdapterState`; `merge`,
   `load_adapter`, `save_adapter`, `export_merged`, `trainable_table`. Several over one model:
   `bind_adapters`, `stack_adapters`, `combine_adapters`. Any method as a LoRA:
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
     )
     from peft_jax.cost import find_topology
     from peft_jax.data import Batch, DataSettings, build_data, dataset
+    from peft_jax.flax_models import adapt
     from peft_jax.generation import GenerationSettings, generate, generate_text
     from peft_jax.hub import (
         export_merged,
@@ -128,6 +131,7 @@ _HOMES = {
     ),
     "cost": ("find_topology",),
     "data": ("Batch", "DataSettings", "build_data", "dataset"),
+    "flax_models": ("adapt",),
     "generation": ("GenerationSettings", "generate", "generate_text"),
     "hub": (
         "export_merged",
@@ -189,6 +193,7 @@ __all__ = [
     "Unitary",
     "VeRA",
     "__version__",
+    "adapt",
     "approximate_by_lora",
     "bind_adapters",
     "build_data",
