@@ -6,7 +6,7 @@
   `ExecutionSettings`.
 - Methods, each over one kernel: `LoRA`, `DoRA`, `LoRAFA`, `AdaLoRA`, `LoRAGA`, `LoRAOne`,
   `EVA` (with `redistribute_ranks`), `PiSSA`, `OLoRA`, `LoHa`, `LoKr`, `MiSS`, `VeRA`, `IA3`,
-  `BOFT`, `OFT`, `HRA`, `Unitary`, `Hybrid`; `LNTuning`, `Full`; one of your own:
+  `BOFT`, `OFT`, `HRA`, `Unitary`, `Hybrid`; `TrainableTokens`, `LNTuning`, `Full`; your own:
   `AdapterMethod`, `register_method`.
 - Flax modules of your own: `adapt` makes a model of a Linen or an NNX module, whose code stays as
   it is.
@@ -58,6 +58,7 @@ if TYPE_CHECKING:
         MiSS,
         OLoRA,
         PiSSA,
+        TrainableTokens,
         Unitary,
         VeRA,
         approximate_by_lora,
@@ -118,6 +119,7 @@ _HOMES = {
         "MiSS",
         "OLoRA",
         "PiSSA",
+        "TrainableTokens",
         "Unitary",
         "VeRA",
         "approximate_by_lora",
@@ -188,6 +190,7 @@ __all__ = [
     "OLoRA",
     "PiSSA",
     "RunConfig",
+    "TrainableTokens",
     "Trainer",
     "TrainingResult",
     "Unitary",

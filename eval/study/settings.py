@@ -20,7 +20,11 @@ _TRAINING = 3
 differently, so that older cells are not taken for today's. 2: branches are clipped apart, and
 evidence is taken before their rates. 3: trials have a scale of the attention."""
 
-SINCE_THEN: Mapping[str, Any] = {"execution.async_collectives": True, "method.bias": "none"}
+SINCE_THEN: Mapping[str, Any] = {
+    "execution.async_collectives": True,
+    "method.bias": "none",
+    "method.trainable_token_indices": [],
+}
 """Settings added after cells were committed, by dotted name, with the value that means what was
 done before. A setting with that value is not part of a digest, so that the cells stay valid."""
 

@@ -2,8 +2,8 @@
 
 Methods over one kernel: `LoRA`, `DoRA`, `LoRAFA`, `AdaLoRA`, `LoRAGA`, `LoRAOne`, `EVA`, `PiSSA`,
 `OLoRA`, `LoHa`, `LoKr`, `MiSS`, `VeRA`, `IA3`, `BOFT`, `OFT`, `HRA`, `Unitary` and `Hybrid`.
-`LNTuning` and `Full` train the model's own leaves. `AdapterSpec` initializes, binds and merges an
-`AdapterState` over a model:
+`TrainableTokens` trains rows of an embedding. `LNTuning` and `Full` train the model's own leaves.
+`AdapterSpec` initializes, binds and merges an `AdapterState` over a model:
 
     spec = AdapterSpec(method=LoRA(rank=8))
     state = spec.init(key, params)         # small arrays for the selected kernels
@@ -51,7 +51,8 @@ from peft_jax.adapters.several import bind_adapters
 from peft_jax.adapters.sketch import gradient_factors
 from peft_jax.adapters.spec import AdapterSpec, AdapterState, merge
 from peft_jax.adapters.table import ParameterCount, count_parameters, trainable_table
-from peft_jax.adapters.targets import ALL_LINEAR, Targets, TargetSettings
+from peft_jax.adapters.target_settings import ALL_LINEAR, Targets, TargetSettings
+from peft_jax.adapters.trainable_tokens import TrainableTokens
 from peft_jax.adapters.unitary import Unitary
 from peft_jax.adapters.vera import VeRA
 
@@ -90,6 +91,7 @@ __all__ = [
     "StackedAdapters",
     "TargetSettings",
     "Targets",
+    "TrainableTokens",
     "TrainingMethod",
     "Unitary",
     "VeRA",

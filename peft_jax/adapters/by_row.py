@@ -185,6 +185,11 @@ def stack_adapters(params: Tree, adapters: Adapters) -> StackedAdapters:
         reject_experts(name, targets.adapted, "rows cannot differ in them")
         bound = flatten(spec.bind(params, state))
         for path, method in targets.adapted.items():
+            if method.maps_tokens:
+                raise ValueError(
+                    f"adapter {name!r} adapts the embedding {join_path(path[:-1])}, and rows can"
+                    " differ in linear maps only"
+                )
             read = (
                 jax.vmap(method.low_rank_factors)
                 if has_stack(bound[path])

@@ -16,7 +16,7 @@ from peft_jax.adapters.lora import LoRA
 from peft_jax.adapters.method import AdapterMethod
 from peft_jax.adapters.several import Adapters, find_adapters, reject_experts
 from peft_jax.adapters.spec import AdapterSpec, AdapterState
-from peft_jax.adapters.targets import Targets
+from peft_jax.adapters.target_settings import Targets
 from peft_jax.adapters.task_arithmetic import (
     SignMethod,
     disjoint_mean,
@@ -24,6 +24,7 @@ from peft_jax.adapters.task_arithmetic import (
     keep_random,
     weighted_sum,
 )
+from peft_jax.adapters.trainable_tokens import TrainableTokens
 from peft_jax.core import Kernel, Path, Tree, dense, flatten, join_path, unflatten
 from peft_jax.core.validation import check_choice, check_positive_int
 
@@ -182,6 +183,11 @@ def _members(params: Tree, adapters: Adapters, weights: Mapping[str, float]) -> 
         if spec.method.trains_base:
             raise ValueError(f"adapter {name!r} is fully fine-tuned and cannot be combined")
         targets = spec.targets(params)
+        if any(isinstance(method, TrainableTokens) for method in targets.adapted.values()):
+            raise ValueError(
+                f"adapter {name!r} replaces rows of the embedding, which cannot be combined; merge"
+                " it"
+            )
         if targets.trained:
             saved = ", ".join(sorted({join_path(path[:-1]) for path in targets.trained}))
             raise ValueError(

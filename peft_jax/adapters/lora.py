@@ -261,6 +261,7 @@ LORA_SETTINGS = PeftSettings(
         "lora_dropout": float,
         "r": int,
         "rank_pattern": Mapping[str, int],
+        "trainable_token_indices": tuple[int, ...] | Mapping[str, tuple[int, ...]],
         "use_rslora": bool,
     },
     # Initialization, and details of settings that are themselves rejected.
@@ -287,7 +288,6 @@ LORA_SETTINGS = PeftSettings(
         "lora_bias": NEUTRAL,
         "megatron_config": NEUTRAL,
         "monteclora_config": NEUTRAL,
-        "trainable_token_indices": NEUTRAL,
         "use_bdlora": NEUTRAL,
         "use_dora": NEUTRAL,
         "use_qalora": NEUTRAL,
@@ -301,6 +301,7 @@ LORA_SETTINGS = PeftSettings(
     },
     compared=(
         *("alpha_pattern", "lora_alpha", "r", "rank_pattern", "target_parameters", "use_dora"),
+        "trainable_token_indices",
         "use_rslora",
     ),
 )

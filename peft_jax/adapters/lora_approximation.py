@@ -16,6 +16,7 @@ from peft_jax.adapters.lora import LoRA
 from peft_jax.adapters.method import AdapterMethod
 from peft_jax.adapters.spec import AdapterSpec, AdapterState
 from peft_jax.adapters.stacks import one_by_one, over_stack
+from peft_jax.adapters.trainable_tokens import TokensBesideAdapters
 from peft_jax.core import (
     AdaptedKernel,
     Path,
@@ -102,10 +103,10 @@ def approximate_by_lora(
       >>> found.errors["mlp"] < 1e-3
       True
     """
-    if not isinstance(spec.method, AdapterMethod):
+    if not isinstance(spec.method, AdapterMethod) or spec.method.maps_tokens:
         raise ValueError(
-            f"the method {spec.method.name!r} trains whole leaves, whose difference is not an"
-            " adapter's; export the merged model"
+            f"the method {spec.method.name!r} trains whole leaves or rows, whose difference is"
+            " not an adapter's; export the merged model"
         )
     lora = AdapterSpec(
         LoRA(rank=rank, alpha=float(rank)),
@@ -113,6 +114,7 @@ def approximate_by_lora(
         exclude_modules=spec.exclude_modules,
         layers_to_transform=spec.layers_to_transform,
         modules_to_save=spec.modules_to_save,
+        trainable_token_indices=spec.trainable_token_indices,
         bias=spec.bias,
     )
     targets = lora.targets(params)
@@ -121,7 +123,11 @@ def approximate_by_lora(
     trainable = {path: leaf.astype(lora.dtype) for path, leaf in trainable.items()}
     errors = {}
     bound = flatten(spec.bind(params, state))
-    for path in targets.adapted:
+    own = flatten(state.trainable, is_leaf=lambda path, _: path in targets.adapted)
+    for path, method in targets.adapted.items():
+        if isinstance(method, TokensBesideAdapters):
+            trainable[path] = jax.tree.map(lambda leaf: leaf.astype(lora.dtype), own[path])
+            continue
         factors = _factorize(bound[path], path, rank, key)
         trainable[path] = {"a": factors.a, "b": factors.b}
         norm, error = (np.asarray(x, np.float64).sum() for x in (factors.norm, factors.error))

@@ -136,6 +136,10 @@ class AdapterMethod(TrainingMethod, abc.ABC):
     steps_at_start: ClassVar[bool] = False
     """Whether the adapted kernel begins one step along the gradient, and not as the base kernel."""
 
+    maps_tokens: ClassVar[bool] = False
+    """Whether the kernel is an embedding [vocab, embed]; the method then has the functions of
+    `peft_jax.core.kernel.TableMethod`, and is given the embedding itself as `kernel`."""
+
     maps_input: ClassVar[bool] = False
     """Whether `project` maps the input before it multiplies by the base kernel. The gradient of the
     input is then mapped back, which on a mesh should come before its sum over devices: see

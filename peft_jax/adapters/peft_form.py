@@ -55,6 +55,8 @@ class PeftForm(abc.ABC):
       understood: Settings that the form understands.
       only_bias: Value of the setting `bias` that trains the biases of the adapted modules; empty
         for types without that setting.
+      saves_modules: Whether the type has the setting `modules_to_save`.
+      of_tables: Whether it is the form of embeddings.
       copies: Name of the copy of a module that PEFT trains in place of the module itself; empty for
         methods that add tensors.
       patterns: Settings that may differ between modules, and the names under which PEFT's
@@ -70,6 +72,8 @@ class PeftForm(abc.ABC):
     exact: ClassVar[bool]
     understood: ClassVar[PeftSettings]
     only_bias: ClassVar[str] = ""
+    saves_modules: ClassVar[bool] = True
+    of_tables: ClassVar[bool] = False
     copies: ClassVar[str] = ""
     patterns: ClassVar[Mapping[str, str]] = MappingProxyType({})
     module_lists: ClassVar[Mapping[str, str]] = MappingProxyType({})

@@ -24,6 +24,7 @@ from peft_jax.adapters.method import TrainingMethod
 from peft_jax.adapters.miss import MiSS
 from peft_jax.adapters.oft import OFT
 from peft_jax.adapters.peft_form import PeftForm
+from peft_jax.adapters.trainable_tokens import TrainableTokens
 from peft_jax.adapters.unitary import Unitary
 from peft_jax.adapters.vera import VeRA
 from peft_jax.core import did_you_mean
@@ -33,6 +34,7 @@ METHODS: dict[str, type[TrainingMethod]] = {
     for method in (
         Full,
         LNTuning,
+        TrainableTokens,
         LoRA,
         DoRA,
         LoRAFA,

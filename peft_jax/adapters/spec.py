@@ -22,7 +22,8 @@ from peft_jax.adapters.method import (
 )
 from peft_jax.adapters.sketch import gradient_factors
 from peft_jax.adapters.stacks import one_by_one, over_stack
-from peft_jax.adapters.targets import Targets, TargetSettings, find_targets
+from peft_jax.adapters.target_settings import Targets, TargetSettings
+from peft_jax.adapters.targets import find_targets
 from peft_jax.core import (
     AdaptedKernel,
     Kernel,
@@ -334,7 +335,9 @@ def _init_function(method: AdapterMethod, shape: tuple[int, int]):
         key, factors, kernel = given
         extra: dict[str, Any] = {}
         if kernel is not None:
-            extra["kernel"] = dense(kernel).astype(jnp.float32)
+            # Of an embedding, a method takes the rows that it needs.
+            of_table = method.maps_tokens
+            extra["kernel"] = kernel if of_table else dense(kernel).astype(jnp.float32)
         if isinstance(factors, InputFactors):
             extra["inputs"] = factors
             factors = None

@@ -9,7 +9,7 @@ from qwix import QArray
 
 from peft_jax.adapters.gradient_products import has_stack, kernel_shape
 from peft_jax.adapters.spec import AdapterSpec, AdapterState
-from peft_jax.adapters.targets import Targets
+from peft_jax.adapters.target_settings import Targets
 from peft_jax.core import Path, Tree, flatten, is_stacked, join_path
 
 

@@ -1,6 +1,5 @@
 """Selects the leaves of a model that are adapted, or trained in full."""
 
-import dataclasses
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -11,11 +10,15 @@ from peft_jax.adapters.method import AdapterMethod, TrainingMethod
 from peft_jax.adapters.names import (
     layers_of_name,
     layers_of_pattern,
-    matches_name,
     select_layers,
     select_modules,
 )
+from peft_jax.adapters.tables import method_of_table
+from peft_jax.adapters.target_settings import ALL_LINEAR, Targets, TargetSettings
+from peft_jax.adapters.trainable_tokens import TokensBesideAdapters
 from peft_jax.core import (
+    EMBEDDING,
+    KERNEL,
     TABLE,
     Path,
     Tree,
@@ -25,96 +28,8 @@ from peft_jax.core import (
     is_stacked,
     join_path,
 )
-from peft_jax.core.validation import check_choice, check_positive, check_positive_int
-
-ALL_LINEAR = "all-linear"
-"""Selects every linear map but the output head, experts and their routers.
-
-Hugging Face PEFT's "all-linear" adapts the experts and routers of some families too.
-"""
-
-BIASES = ("none", "all", "adapted")
-"""Which biases are trained: none, all of the model's, or those of the adapted modules."""
 
 _HEADS = ("lm_head", "classifier")
-
-
-@dataclasses.dataclass(frozen=True)
-class Targets:
-    """Leaves of a model that an `AdapterSpec` trains.
-
-    Attributes:
-      adapted: Methods by path of the adapted kernel; of layers that differ, the widest one.
-      trained: Paths of leaves trained in full, without an adapter.
-      biases: Those of `trained` that `bias` selects.
-      selected: Those of `trained` that `target_modules` selects.
-      by_layer: Methods of each layer, or None where it is not adapted, by path of the kernels whose
-        layers differ.
-    """
-
-    adapted: dict[Path, AdapterMethod]
-    trained: tuple[Path, ...]
-    by_layer: dict[Path, tuple[AdapterMethod | None, ...]] = dataclasses.field(default_factory=dict)
-    biases: tuple[Path, ...] = ()
-    selected: tuple[Path, ...] = ()
-
-    def layers(self, path: Path, count: int) -> tuple[AdapterMethod | None, ...]:
-        """Returns the methods of `count` layers of an adapted kernel."""
-        return self.by_layer.get(path, (self.adapted[path],) * count)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TargetSettings:
-    """Settings that select the modules to adapt and to train in full.
-
-    Attributes:
-      target_modules: Modules to adapt: "all-linear" (every linear map but the output head, experts
-        with their router and those of `modules_to_save`), module names (last parts such as "q_proj"
-        or "mlp.up_proj"), or one regular expression. Names with a layer number
-        ("layers.0.mlp.up_proj") select that layer alone. With `Full`, "all-linear" selects every
-        parameter of the model, and with `LNTuning` every norm.
-      exclude_modules: Names, or one regular expression, of modules to leave out.
-      layers_to_transform: Numbers of the layers to adapt, from 0; empty for all of them. With it,
-        modules outside the layers are not adapted.
-      rank_pattern: Ranks of modules by name or regular expression, also with layer numbers; the
-        first match applies.
-      alpha_pattern: Alphas of modules in the same form.
-      modules_to_save: Names of modules to train in full.
-      bias: Biases to train beside the adapters: "none", "all" of the model's, or those of the
-        "adapted" modules.
-    """
-
-    target_modules: str | tuple[str, ...] = ALL_LINEAR
-    exclude_modules: str | tuple[str, ...] = ()
-    layers_to_transform: tuple[int, ...] = ()
-    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    modules_to_save: tuple[str, ...] = ()
-    bias: str = "none"
-
-    def __post_init__(self) -> None:
-        for setting in ("target_modules", "exclude_modules", "modules_to_save"):
-            value = getattr(self, setting)
-            if not isinstance(value, str):
-                object.__setattr__(self, setting, tuple(value))
-        if isinstance(self.modules_to_save, str):
-            raise ValueError(
-                "modules_to_save must be a list of names, but is the string"
-                f" {self.modules_to_save!r}"
-            )
-        check_choice("bias", self.bias, BIASES)
-        if self.target_modules == ():
-            raise ValueError("target_modules is empty; name modules, or give 'all-linear'")
-        object.__setattr__(self, "layers_to_transform", tuple(self.layers_to_transform))
-        for layer in self.layers_to_transform:
-            if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
-                raise ValueError(
-                    f"layers_to_transform has {layer!r}; it must be layer numbers from 0"
-                )
-        for pattern, rank in self.rank_pattern.items():
-            check_positive_int(f"rank_pattern[{pattern!r}]", rank)
-        for pattern, alpha in self.alpha_pattern.items():
-            check_positive(f"alpha_pattern[{pattern!r}]", alpha)
 
 
 def find_targets(params: Tree, method: TrainingMethod, settings: TargetSettings) -> Targets:
@@ -141,10 +56,11 @@ def find_targets(params: Tree, method: TrainingMethod, settings: TargetSettings)
             raise ValueError(
                 f"layers_to_transform must be empty, because {method.name} trains stacked layers"
             )
-        if settings.bias != "none":
+        if settings.bias != "none" or settings.trainable_token_indices:
             raise ValueError(
-                f"bias must be 'none', because {method.name} trains whole modules, but is"
-                f" {settings.bias!r}"
+                f"bias must be 'none' and trainable_token_indices empty, because {method.name}"
+                f" trains whole modules, but they are {settings.bias!r} and"
+                f" {settings.trainable_token_indices}"
             )
         if rank_pattern or alpha_pattern:
             raise ValueError(
@@ -165,23 +81,28 @@ def find_targets(params: Tree, method: TrainingMethod, settings: TargetSettings)
         _reject_quantized(trained, flat)
         return Targets({}, trained, selected=selected)
 
+    tables = {join_path(path[:-1]): path for path in flat if path[-1] == EMBEDDING}
     kernels = {
         join_path(path[:-1]): path
         for path, leaf in flat.items()
-        if path[-1] in ("kernel", TABLE) and len(kernel_shape(leaf)) > 1
+        if path[-1] in (KERNEL, TABLE) and len(kernel_shape(leaf)) > 1
+    } | tables
+    every: dict[str, tuple[int, ...]] = {
+        m: tuple(range(n_layers)) if is_stacked(p) else (0,) for m, p in kernels.items()
     }
-    every = {m: tuple(range(n_layers)) if is_stacked(p) else (0,) for m, p in kernels.items()}
-    if target_modules == ALL_LINEAR:
+    chosen: dict[str, tuple[int, ...]]
+    if target_modules == ALL_LINEAR and method.maps_tokens:
+        chosen = {_only_table(tables): (0,)}
+    elif target_modules == ALL_LINEAR:
         chosen = {
             module: layers
             for module, layers in every.items()
             if module.split(".")[0] not in _HEADS
-            and module not in saved
+            and module not in (*saved, *tables)
             and kernels[module][-1] != TABLE
             and not _is_of_mixture(kernels[module])
         }
     else:
-        _reject_embeddings(target_modules, flat)
         chosen = select_layers(target_modules, kernels, n_layers=n_layers, setting="target_modules")
     if exclude_modules:
         excluded = select_layers(
@@ -211,6 +132,13 @@ def find_targets(params: Tree, method: TrainingMethod, settings: TargetSettings)
             )
             if is_experts(path):
                 one.check_experts(module)
+            if module in tables:
+                one = method_of_table(one, module)
+            elif one.maps_tokens:
+                raise ValueError(
+                    f"target_modules selects {module}, but {method.name} is for embeddings:"
+                    f" {', '.join(tables)}"
+                )
             one.check_kernel(module, (d_in, d_out))
             own[layer] = one
         different = [one for one in own if one is not None]
@@ -218,6 +146,17 @@ def find_targets(params: Tree, method: TrainingMethod, settings: TargetSettings)
         if None in own or any(one != different[0] for one in different):
             adapted[path].check_layers(module, own)
             by_layer[path] = tuple(own)
+    if tokens := settings.trainable_token_indices:
+        module = _only_table(tables)
+        if module in (*chosen, *saved):
+            raise ValueError(
+                f"trainable_token_indices trains rows of {module}, which target_modules or"
+                " modules_to_save select too; remove it from one of them"
+            )
+        beside = TokensBesideAdapters(token_indices=tokens)
+        rows, features = kernel_shape(flat[tables[module]])
+        beside.check_kernel(module, (rows, features))
+        adapted[tables[module]] = beside
     trained = tuple(path for module in sorted(saved) for path in leaves[module])
     biases = _biases(settings.bias, flat, adapted, by_layer, trained)
     _reject_quantized(trained, flat)
@@ -367,13 +306,16 @@ def _is_of_mixture(path: Path) -> bool:
     return is_experts(path) or is_router(path)
 
 
-def _reject_embeddings(targets: str | Collection[str], flat: Mapping[Path, Any]) -> None:
-    if isinstance(targets, str):
-        return
-    embeddings = {join_path(path[:-1]) for path in flat if path[-1] == "embedding"}
-    for name in targets:
-        if any(matches_name(name, module) for module in embeddings):
-            raise ValueError(
-                f"target_modules has {name!r}, which is an embedding and not a linear map; train it"
-                " with modules_to_save"
-            )
+def _only_table(tables: Mapping[str, Path]) -> str:
+    """Returns the module of a model's embedding.
+
+    Raises:
+      ValueError: There is none, or there are several.
+    """
+    if len(tables) != 1:
+        found = f"the embeddings {', '.join(tables)}" if tables else "no embedding"
+        raise ValueError(
+            f"the model has {found}, but trainable tokens need one; name it in target_modules of"
+            " the method trainable_tokens"
+        )
+    return next(iter(tables))

@@ -2,7 +2,7 @@
 
 - [`activation_axes`][peft_jax.core.activation_axes]: mesh axes that shard activations.
 - [`typed_settings`][peft_jax.core.typed_settings]: mappings to frozen dataclasses and back.
-- [`kernel`][peft_jax.core.kernel]: `AdaptedKernel`, `linear`.
+- [`kernel`][peft_jax.core.kernel]: `AdaptedKernel`, `linear`, `take_rows`.
 - [`grouped`][peft_jax.core.grouped]: `grouped_linear`, by the kernel of each row's group.
 - [`patterns`][peft_jax.core.patterns]: users' regular expressions, matched with a time limit.
 - [`quantized`][peft_jax.core.quantized]: frozen kernels in 8 or 4 bits, `quantize`, `dequantize`.
@@ -21,6 +21,7 @@ from peft_jax.core.kernel import (
     ShardedMethod,
     dense,
     linear,
+    take_rows,
 )
 from peft_jax.core.quantized import (
     FORMATS,
@@ -35,6 +36,8 @@ from peft_jax.core.quantized import (
 )
 from peft_jax.core.suggest import did_you_mean
 from peft_jax.core.trees import (
+    EMBEDDING,
+    KERNEL,
     STACKED,
     TABLE,
     Path,
@@ -49,7 +52,9 @@ from peft_jax.core.trees import (
 )
 
 __all__ = [
+    "EMBEDDING",
     "FORMATS",
+    "KERNEL",
     "LINEAR_OUTPUT",
     "STACKED",
     "TABLE",
@@ -78,5 +83,6 @@ __all__ = [
     "quantize",
     "quantized_axes",
     "storage_dtype",
+    "take_rows",
     "unflatten",
 ]

@@ -7,14 +7,15 @@ slices under `jax.lax.scan`, shards under `jax.jit`, differentiates and checkpoi
 does. Nodes also nest: an adapter over an adapted or a quantized kernel needs no new code.
 """
 
-from typing import Any, Protocol, runtime_checkable
+import dataclasses
+from typing import Any, Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from qwix import QArray
 
 from peft_jax.core.integer_products import integer_product
@@ -72,6 +73,61 @@ class AdaptedKernel:
     arrays: Any
     dropout_key: jax.Array | None = None
     method: Method = struct.field(pytree_node=False, default=None)
+
+    @property
+    def T(self) -> "AdaptedKernel":  # noqa: N802
+        """The transposed table of an embedding, as a kernel [embed, vocab] for a tied head."""
+        return AdaptedKernel(
+            base=self.base.T, arrays=self.arrays, method=_TransposedMethod(self.method)
+        )
+
+
+@runtime_checkable
+class TableMethod(Method, Protocol):
+    """Interface of the method of an adapted embedding, whose kernel is a table [vocab, embed]."""
+
+    def lookup(
+        self, tokens: Int[Array, "*batch"], base: Kernel, arrays: Any
+    ) -> Float[Array, "*batch embed"]:
+        """Returns rows of the adapted table, in its base's dtype."""
+
+    def transposed_project(
+        self, x: Float[Array, "*batch embed"], base: Kernel, arrays: Any
+    ) -> Float[Array, "*batch vocab"]:
+        """Returns the product with the transposed table, given the base's transposed table."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _TransposedMethod:
+    """Method of a tied head, over an adapted embedding."""
+
+    of_table: Any
+
+    def project(
+        self,
+        x: Float[Array, "*batch embed"],
+        base: Kernel,
+        arrays: Any,
+        *,
+        dropout_key: jax.Array | None = None,
+    ) -> Float[Array, "*batch vocab"]:
+        del dropout_key
+        return self.of_table.transposed_project(x, base, arrays)
+
+    def merge(self, base: Float[Array, "embed vocab"], arrays: Any) -> Float[Array, "embed vocab"]:
+        return self.of_table.merge(base.T, arrays).T
+
+
+def take_rows(table: Kernel, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch embed"]:
+    """Returns rows of an embedding's table [vocab, embed], in the table's dtype.
+
+    Args:
+      table: An array, or an `AdaptedKernel` over one.
+      tokens: Numbers of rows.
+    """
+    if isinstance(table, AdaptedKernel):
+        return cast(TableMethod, table.method).lookup(tokens, table.base, table.arrays)
+    return jnp.take(table, tokens, axis=0)
 
 
 def linear(x: Float[Array, "*batch d_in"], kernel: Kernel) -> Float[Array, "*batch d_out"]:

@@ -18,9 +18,14 @@ Tree = dict[str, Any]
 STACKED = "layers"
 """The root key whose leaves are stacked over transformer blocks: [layers, ...]."""
 
+KERNEL = "kernel"
+"""The last key of a kernel, which linear maps multiply by."""
+
+EMBEDDING = "embedding"
+"""The last key of an embedding [vocab, embed], which is looked up by `take_rows`."""
 
 TABLE = "table"
-"""The last key of an embedding table that can be adapted; other tables are called "embedding"."""
+"""The last key of an embedding that any method can adapt, because it is multiplied as a kernel."""
 
 
 def is_stacked(path: Path) -> bool:

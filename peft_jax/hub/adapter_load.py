@@ -38,11 +38,13 @@ from peft_jax.hub.fetch import find_folder
 from peft_jax.hub.peft_config import (
     check_peft_config,
     check_scaled_biases,
+    check_tied_tables,
     check_unchanged,
     write_peft_config,
 )
+from peft_jax.hub.peft_copies import base_kernel, drop_base_copies, drop_tied_tokens
 from peft_jax.hub.peft_experts import form_of_leaf, wrappers
-from peft_jax.hub.peft_import import base_kernel, check_tied, drop_base_copies, read_peft_spec
+from peft_jax.hub.peft_import import check_tied, read_peft_spec
 from peft_jax.hub.peft_names import PEFT_PREFIX
 from peft_jax.hub.tensors import StoredTensor, read_header
 from peft_jax.models import Model, TrainableModel
@@ -122,7 +124,8 @@ def _load_own(
     if config["arrays"] == PEFT_ARRAYS:
         named = _check_names(model, folder)
         forms = _layer_forms(named, targets, params, _own_form)
-        _check_peft_tensors(stored, named, spec, params, forms, what=what)
+        tensors = drop_tied_tokens(stored, named, what=what)
+        _check_peft_tensors(tensors, named, spec, params, forms, what=what)
     else:
         arrays = _own_arrays(model, spec, targets, params)
         check_tensors({name: item.shape for item in arrays for name in item.names}, stored, what)
@@ -181,13 +184,19 @@ def _load_peft(folder: FilePath, model: Model, params: Tree) -> tuple[AdapterSpe
     what = f"the adapter in {folder}, trained on {config.get('base_model_name_or_path')},"
     stored = _open(folder, PEFT_ARRAYS)
     stored = drop_base_copies(stored, model, params, what=what)
+    stored = drop_tied_tokens(stored, model, what=what)
     spec = read_peft_spec(config, form, stored, model, params, what=what)
     targets = spec.targets(params)
+
+    def make(method: AdapterMethod) -> PeftForm:
+        return _own_form(method) if method.maps_tokens else form(method)
+
     check_scaled_biases(
-        model, {path: form(method) for path, method in targets.adapted.items()}, what=what
+        model, {path: make(method) for path, method in targets.adapted.items()}, what=what
     )
+    check_tied_tables(model, targets, what=what)
     try:
-        forms = _layer_forms(model, targets, params, form)
+        forms = _layer_forms(model, targets, params, make)
     except NoPeftFormError as error:
         raise ValueError(f"{what} cannot be loaded: {error}") from error
     _check_peft_tensors(stored, model, spec, params, forms, what=what)

@@ -12,6 +12,7 @@ import numpy as np
 
 from peft_jax.adapters import AdapterSpec, AdapterState, Targets
 from peft_jax.adapters.peft_form import NoPeftFormError, PeftForm, nbytes
+from peft_jax.adapters.trainable_tokens import TrainableTokensForm
 from peft_jax.core import Path, Tree, flatten, is_stacked, join_path
 from peft_jax.hub.adapter_arrays import (
     ArrayTensors,
@@ -23,7 +24,13 @@ from peft_jax.hub.adapter_arrays import (
 from peft_jax.hub.adapter_base import digest_of_origin
 from peft_jax.hub.adapter_digests import digest_arrays
 from peft_jax.hub.adapter_files import ARRAYS, CONFIG, PEFT_ARRAYS, PEFT_CONFIG, write_config
-from peft_jax.hub.peft_config import HEAD, check_scaled_biases, tied_embedding, write_peft_config
+from peft_jax.hub.peft_config import (
+    HEAD,
+    check_scaled_biases,
+    check_tied_tables,
+    tied_embedding,
+    write_peft_config,
+)
 from peft_jax.hub.peft_experts import check_all_layers, form_of_leaf, wrappers
 from peft_jax.hub.peft_names import PEFT_PREFIX, SHARED_PREFIX
 from peft_jax.hub.save import MAX_SHARD_BYTES, save_model
@@ -217,6 +224,14 @@ def _check_form(model: Model, spec: AdapterSpec, targets: Targets, params: Tree)
     form = spec.method.peft_form()
     if form is None:
         raise NoPeftFormError(f"PEFT has no method {spec.method.name!r}; {_INSTEAD}")
+    if spec.trainable_token_indices and "trainable_token_indices" not in form.understood.read:
+        raise NoPeftFormError(
+            f"PEFT trains no tokens beside {form.peft_type}; export the merged model"
+        )
+    if targets.trained and not form.saves_modules:
+        raise NoPeftFormError(
+            f"PEFT trains no modules beside {form.peft_type}; export the merged model"
+        )
     if targets.biases and not form.only_bias:
         raise NoPeftFormError(
             f"PEFT trains no biases with {form.peft_type}, but bias is {spec.bias!r}; export the"
@@ -228,6 +243,7 @@ def _check_form(model: Model, spec: AdapterSpec, targets: Targets, params: Tree)
     _check_same_settings(forms)
     try:
         check_scaled_biases(model, forms, what=f"{spec.method.name} here")
+        check_tied_tables(model, targets, what=f"{spec.method.name} here")
     except ValueError as error:
         raise NoPeftFormError(str(error)) from error
     if not form.exact:
@@ -287,12 +303,15 @@ def _peft_tensors(
             except NoPeftFormError as error:
                 raise NoPeftFormError(f"{module}: {error}") from error
             for name, tensor in tensors.items():
-                yield TensorToWrite(
-                    name=f"{PEFT_PREFIX}{module}.{name}",
-                    dtype=tensor.dtype,
-                    shape=tensor.shape,
-                    fetch=_constant(tensor),
-                )
+                # PEFT's head has a copy of trained tokens, if it is tied to the embedding.
+                copied = name in TrainableTokensForm.names and model.config.tie_word_embeddings
+                for place in (module, HEAD) if copied else (module,):
+                    yield TensorToWrite(
+                        name=f"{PEFT_PREFIX}{place}.{name}",
+                        dtype=tensor.dtype,
+                        shape=tensor.shape,
+                        fetch=_constant(tensor),
+                    )
     shapes = [flat[path].shape[-2:] for path in targets.adapted]
     for name, tensor in form.shared(shapes).items():
         yield TensorToWrite(

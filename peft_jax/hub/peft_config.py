@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from peft_jax.adapters import AdapterSpec, Targets, peft_forms
+from peft_jax.adapters.lora_table import LoRATable
 from peft_jax.adapters.names import matches_name
 from peft_jax.adapters.peft_form import NEUTRAL, PeftForm
+from peft_jax.adapters.trainable_tokens import TokensBesideAdapters, TokensBesideForm
 from peft_jax.core import Path as TreePath
-from peft_jax.core import did_you_mean, is_experts, is_router
+from peft_jax.core import did_you_mean, is_experts, is_router, join_path
 from peft_jax.core.typed_settings import convert
 from peft_jax.hub.adapter_arrays import modules_of
 from peft_jax.hub.adapter_files import CONFIG
@@ -85,12 +87,15 @@ def write_peft_config(
     settings = {
         "base_model_name_or_path": base_model_name,
         "inference_mode": True,
-        "modules_to_save": saved or None,
         "peft_type": form.peft_type,
         "target_modules": _target_modules(model, targets, modules),
         "task_type": "SEQ_CLS" if is_classifier else "CAUSAL_LM",
     }
+    if form.saves_modules:
+        settings["modules_to_save"] = saved or None
     settings |= form.settings()
+    if tokens := [m for m in targets.adapted.values() if isinstance(m, TokensBesideAdapters)]:
+        settings |= TokensBesideForm(tokens[0]).settings()
     if targets.biases:
         settings["bias"] = "all" if spec.bias == "all" else form.only_bias
     if parameters := target_parameters(targets):
@@ -112,7 +117,12 @@ def _target_modules(model: Model, targets: Targets, modules: Collection[str]) ->
         for path, methods in targets.by_layer.items()
         if any(method is None for method in methods)
     }
-    as_modules = [path for path in targets.adapted if not (is_experts(path) or is_router(path))]
+    as_modules = [
+        path
+        for path, method in targets.adapted.items()
+        if not (is_experts(path) or is_router(path))
+        and not isinstance(method, TokensBesideAdapters)
+    ]
     whole = [path for path in as_modules if path not in some]
     names = short_names(model, [*whole, *targets.selected], modules, matches_name)
     for path in sorted(some):
@@ -134,9 +144,9 @@ def _pattern(model: Model, targets: Targets, setting: str, common: Any) -> dict[
         values = {
             module: form.settings()[setting]
             for module, method in zip(own, methods, strict=True)
-            if method is not None and (form := method.peft_form())
+            if method is not None and (form := method.peft_form()) and setting in form.settings()
         }
-        if len(values) == len(own) and len(set(values.values())) == 1:
+        if values and len(values) == len(own) and len(set(values.values())) == 1:
             values = dict.fromkeys(
                 short_names(model, [path], adapted, matches_name), values[own[0]]
             )
@@ -220,6 +230,31 @@ def check_scaled_biases(model: Model, forms: Mapping[TreePath, PeftForm], *, wha
         raise ValueError(
             f"{what} adapts {', '.join(scaled)}, whose bias PEFT scales too, but an adapted kernel"
             " here leaves the bias as it is; merge the adapter and use the whole model"
+        )
+
+
+def check_tied_tables(model: Model, targets: Targets, *, what: str) -> None:
+    """Raises ValueError if LoRA is on an embedding that is tied to the head.
+
+    PEFT then adapts the lookup alone, and merges into both. Here both are adapted.
+
+    Args:
+      model: Base model.
+      targets: Targets of the adapter.
+      what: Name of the adapter in messages.
+
+    Raises:
+      ValueError: It is.
+    """
+    tied = [
+        join_path(path[:-1])
+        for path, method in targets.adapted.items()
+        if isinstance(method, LoRATable)
+    ]
+    if tied and model.config.tie_word_embeddings:
+        raise ValueError(
+            f"{what} adapts {', '.join(tied)}, which config.json ties to the head: PEFT adapts the"
+            " lookup alone, but merges into both; merge the adapter and use the whole model"
         )
 
 

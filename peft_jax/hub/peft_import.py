@@ -6,21 +6,27 @@ read from the tensors' names, so that patterns mean what they do in PEFT.
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from pathlib import Path as FilePath
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from qwix import QArray
 
 from peft_jax.adapters import AdapterSpec
 from peft_jax.adapters.names import layer_name, matches_name
 from peft_jax.adapters.peft_form import PeftForm
-from peft_jax.core import Kernel, Path, Tree, flatten, is_experts, is_stacked, join_path
+from peft_jax.adapters.tables import form_of_table
+from peft_jax.adapters.trainable_tokens import TokensBesideForm
+from peft_jax.core import (
+    EMBEDDING,
+    KERNEL,
+    Path,
+    Tree,
+    flatten,
+    is_experts,
+    is_stacked,
+    join_path,
+)
 from peft_jax.core.patterns import compile_pattern
 from peft_jax.hub.adapter_arrays import listing, modules_of, read_tensor
-from peft_jax.hub.load import open_sources
 from peft_jax.hub.peft_config import HEAD
 from peft_jax.hub.peft_experts import adapted_experts, parameter_name, wrappers
 from peft_jax.hub.peft_names import PEFT_PREFIX
@@ -70,13 +76,14 @@ def read_peft_spec(
     _check_numbers(config, model, what)
     found = _group_tensors(stored, model, form, config, what)
     check_tied(model, stored, what=what)
-    kernels = [path for path in flatten(params) if path[-1] == "kernel"]
+    kernels = [path for path in flatten(params) if path[-1] in (KERNEL, EMBEDDING)]
     biases = _biases(found) if _bias(config) != "none" else set()
     common: dict[str, Any] = {
         **_targets(found, model, kernels, flatten(params)),
         "modules_to_save": _short_names(
             found.trained.keys() - biases - found.selected, flatten(params)
         ),
+        "trainable_token_indices": _tokens(config),
         "bias": _bias(config) if biases else "none",
         "dtype": "bfloat16" if all(t.dtype == "BF16" for t in stored.values()) else "float32",
     }
@@ -91,81 +98,6 @@ def read_peft_spec(
         return AdapterSpec(method=form.read(config, shapes), **common)
     except (TypeError, ValueError) as error:
         raise ValueError(str(error) if what in str(error) else f"{what} {error}") from error
-
-
-def drop_base_copies(
-    stored: Mapping[str, StoredTensor], model: Model, params: Tree, *, what: str
-) -> dict[str, StoredTensor]:
-    """Drops the copies of base weights that PEFT saves along with an adapted head.
-
-    Args:
-      stored: Tensors of a PEFT adapter, by name.
-      model: Base model.
-      params: Parameters of the base. If they are shapes only, the base's files are read when the
-        model's origin is known.
-      what: Name of the adapter in messages.
-
-    Raises:
-      ValueError: A copy differs from the base.
-    """
-    leaves = flatten(params)
-    copies = {
-        f"{PEFT_PREFIX}{module}.base_layer.weight": (path, layer)
-        for path in leaves
-        if path[-1] == "kernel"
-        for layer, module in enumerate(modules_of(model, path))
-    }
-    for name in stored.keys() & copies.keys():
-        path, layer = copies[name]
-        leaf = leaves[path]
-        if not isinstance(leaf, jax.Array) and model.origin:
-            leaf = _read_leaf(model, path, leaf)
-        if not _is_copy(stored[name], leaf, layer if is_stacked(path) else None):
-            raise ValueError(
-                f"{what} contains {name}, which differs from the base's {join_path(path)}; load the"
-                " base that it was trained on, or merge the adapter in PEFT and load the result"
-            )
-    return {name: tensor for name, tensor in stored.items() if name not in copies}
-
-
-def base_kernel(model: Model, path: Path, leaf: Any) -> Kernel:
-    """Returns a kernel of the base as arrays, from its files if `leaf` has shapes only.
-
-    Raises:
-      ValueError: There are shapes only, and the model's files are unknown.
-    """
-    if all(isinstance(part, jax.Array) for part in jax.tree.leaves(leaf)):
-        return leaf
-    if not model.origin or isinstance(leaf, QArray):
-        raise ValueError(
-            f"this adapter needs the values of {join_path(path)}, but only its shape is given; give"
-            " the parameters that load_model returns"
-        )
-    return _read_leaf(model, path, leaf)
-
-
-def _read_leaf(model: Model, path: Path, leaf: Any) -> jax.Array:
-    """Reads a leaf of the base from its files, in the dtype of `leaf`."""
-    whole = np.empty(leaf.shape, leaf.dtype)
-    source = open_sources(FilePath(model.origin), model)[path]
-    source.read_into(whole, tuple((0, size) for size in leaf.shape))
-    return jnp.asarray(whole)
-
-
-def _is_copy(tensor: StoredTensor, leaf: Any, layer: int | None) -> bool:
-    """Returns whether a stored [out, in] equals a kernel [in, out], in the kernel's dtype."""
-    shape = leaf.shape if layer is None else leaf.shape[1:]
-    if tensor.shape != shape[::-1]:
-        return False
-    if not isinstance(leaf, jax.Array):
-        return True
-    kernel = leaf if layer is None else leaf[layer]
-    values = read_tensor(tensor).T.astype(kernel.dtype)
-    # Each process compares its own shards.
-    return all(
-        np.array_equal(np.asarray(shard.data), values[shard.index])
-        for shard in kernel.addressable_shards
-    )
 
 
 def check_tied(model: Model, stored: Mapping[str, StoredTensor], *, what: str) -> None:
@@ -198,7 +130,12 @@ def _group_tensors(
     Raises:
       ValueError: A tensor matches no module of the model, or a module or layer lacks a tensor.
     """
-    ends = form.names
+    table = form_of_table(form)
+    ends = {
+        KERNEL: () if form.of_tables else form.names,
+        EMBEDDING: table.names if table else (),
+    }
+    every = [end for own in ends.values() for end in own]
     experts = adapted_experts(config, stored, model.hf_names())
     modules: dict[str, tuple[Path, str]] = {}
     leaves: dict[str, Path] = {}
@@ -211,22 +148,29 @@ def _group_tensors(
                 selected[form.name_in_copy(name)] = path
             if path[-1] == "bias":
                 leaves[f"{PEFT_PREFIX}{module}.base_layer.bias"] = path
-        if path[-1] == "kernel" and (path in experts or not is_experts(path)):
+        if path[-1] in ends and (path in experts or not is_experts(path)):
             names = zip(wrappers(model, path, experts), modules_of(model, path), strict=True)
             modules |= {PEFT_PREFIX + wrapper: (path, module) for wrapper, module in names}
+    # These are read by the tokens of the configuration.
+    beside = {
+        f"{module}.{end}"
+        for module, (path, _) in modules.items()
+        for end in TokensBesideForm.names
+        if path[-1] == EMBEDDING
+    }
     found = _Found({}, {}, set())
     unknown = []
     for name, tensor in stored.items():
-        end = next((end for end in ends if name.endswith(f".{end}")), "")
+        end = next((end for end in every if name.endswith(f".{end}")), "")
         of = modules.get(name.removesuffix(f".{end}")) if end else None
-        if of:
+        if of and end in ends[of[0][-1]]:
             found.adapted.setdefault(of[0], {}).setdefault(of[1], {})[end] = tensor
         elif name in selected:
             found.selected.add(selected[name])
             found.trained[selected[name]] = found.trained.get(selected[name], 0) + 1
         elif name in leaves:
             found.trained[leaves[name]] = found.trained.get(leaves[name], 0) + 1
-        elif not (name == _HEAD_TENSOR and model.config.tie_word_embeddings):
+        elif name not in beside and not (name == _HEAD_TENSOR and model.config.tie_word_embeddings):
             unknown.append(name)
     if unknown:
         raise ValueError(
@@ -237,6 +181,12 @@ def _group_tensors(
         raise ValueError(f"{what} has no tensors of an adapted module")
     _check_complete(found, model, ends, what)
     return found
+
+
+def _tokens(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Returns the tokens that are trained beside adapters, which PEFT may list by module."""
+    given = config.get("trainable_token_indices") or ()
+    return tuple(next(iter(given.values())) if isinstance(given, Mapping) else given)
 
 
 def _bias(config: Mapping[str, Any]) -> str:
@@ -251,12 +201,14 @@ def _biases(found: _Found) -> set[Path]:
     return {path for path in found.trained if path[-1] == "bias" and path[:-1] not in whole}
 
 
-def _check_complete(found: _Found, model: Model, ends: tuple[str, ...], what: str) -> None:
-    for own in found.adapted.values():
+def _check_complete(
+    found: _Found, model: Model, ends: Mapping[str, tuple[str, ...]], what: str
+) -> None:
+    for path, own in found.adapted.items():
         missing = [
             f"{module}.{end}"
             for module, tensors in own.items()
-            for end in ends
+            for end in ends[path[-1]]
             if end not in tensors
         ]
         if missing:

@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from peft_jax.core import take_rows
 from peft_jax.core.scopes import part
 from peft_jax.core.validation import check_count, check_positive_int
 from peft_jax.models.attention_layout import MASKED
@@ -121,7 +122,8 @@ class DistanceEmbedding(nnx.Module):
 
     def __call__(self, first: int, end: int, dtype: jnp.dtype) -> Distances:
         """Returns the embeddings of rows [first, end), [1, R, D] in `dtype`."""
-        rows = self.rel_embeddings.embedding.get_value()[None, first:end].astype(dtype)
+        table = self.rel_embeddings.embedding.get_value()
+        rows = take_rows(table, jnp.arange(first, end))[None].astype(dtype)
         return self.LayerNorm(rows) if self.config.norm_distances else rows
 
 

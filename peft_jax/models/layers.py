@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from peft_jax.core import linear
+from peft_jax.core import linear, take_rows
 from peft_jax.core.activation_axes import input_axis
 from peft_jax.core.scopes import part
 from peft_jax.parallel import column_products, constrain_features
@@ -101,7 +101,7 @@ class Embedding(nnx.Module):
         self, tokens: Int[Array, "batch tokens"], dtype: jnp.dtype
     ) -> Float[Array, "batch tokens embed"]:
         """Returns the embeddings of `tokens` in `dtype`."""
-        rows = jnp.take(self.embedding.get_value(), tokens, axis=0)
+        rows = take_rows(self.embedding.get_value(), tokens)
         return constrain_features(rows.astype(dtype), "embed")
 
 

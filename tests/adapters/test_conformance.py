@@ -34,16 +34,19 @@ from peft_jax.adapters import (
     MiSS,
     OLoRA,
     PiSSA,
+    TrainableTokens,
     Unitary,
     VeRA,
 )
-from peft_jax.core import Path, Tree, flatten, linear, unflatten
+from peft_jax.core import Path, Tree, flatten, linear, take_rows, unflatten
 from peft_jax.models import quantize_params
 
 METHODS = {
     "full": Full(),
     "ln_tuning": LNTuning(),
     "lora": LoRA(rank=2),
+    "lora_on_embedding": LoRA(rank=2),
+    "trainable_tokens": TrainableTokens(token_indices=(5, 1, 2, 3, 4)),
     "lora_rank_stabilized": LoRA(rank=2, rank_stabilized=True),
     "dora": DoRA(rank=2),
     "lora_fa": LoRAFA(rank=2),
@@ -97,16 +100,21 @@ VARIANTS = {
 DETACHED = ("dora",)
 """Methods that take a part of their function as a constant in the gradient, as their paper does."""
 
-LAYERS, WIDTH, HIDDEN, OUT = 3, 24, 48, 8
+TARGETS = {"lora_on_embedding": ("up", "embed")}
+"""Modules that a method adapts, where they are not all linear maps."""
+
+LAYERS, WIDTH, HIDDEN, OUT, VOCAB, ROWS = 3, 24, 48, 8, 6, 32
+TOKENS = np.arange(ROWS) % VOCAB
 
 
 def make_params(key: jax.Array, dtype: Any = jnp.float32) -> Tree:
-    keys = jax.random.split(key, 4)
+    keys = jax.random.split(key, 5)
 
     def kernel(key: jax.Array, *shape: int) -> dict[str, jax.Array]:
         return {"kernel": (jax.random.normal(key, shape) / np.sqrt(shape[-2])).astype(dtype)}
 
     return {
+        "embed": {"embedding": jax.random.normal(keys[4], (VOCAB, WIDTH)).astype(dtype)},
         "layers": {
             "up": kernel(keys[0], LAYERS, WIDTH, HIDDEN),
             "down": kernel(keys[1], LAYERS, HIDDEN, WIDTH),
@@ -123,6 +131,7 @@ def apply(params: Tree, x: jax.Array, *, scan: bool = True) -> jax.Array:
         hidden = jnp.tanh(linear(x * layer["norm"]["scale"].astype(x.dtype), layer["up"]["kernel"]))
         return x + linear(hidden, layer["down"]["kernel"]), None
 
+    x = x + take_rows(params["embed"]["embedding"], jnp.asarray(TOKENS)).astype(x.dtype)
     if scan:
         x, _ = jax.lax.scan(block, x, params["layers"])
     else:
@@ -161,9 +170,13 @@ def make_problem(name: str, modules_to_save: tuple[str, ...] = ()) -> Problem:
     key = jax.random.key(0)
     name, quantization = QUANTIZED.get(name, (name, "none"))
     params = quantize_params(make_params(jax.random.fold_in(key, 1)), quantization)
-    x = jax.random.normal(jax.random.fold_in(key, 2), (32, WIDTH))
+    x = jax.random.normal(jax.random.fold_in(key, 2), (ROWS, WIDTH))
     batch = (x, apply(make_params(jax.random.fold_in(key, 3)), x))
-    spec = AdapterSpec(method=METHODS[name], modules_to_save=modules_to_save)
+    spec = AdapterSpec(
+        method=METHODS[name],
+        target_modules=TARGETS.get(name, "all-linear"),
+        modules_to_save=modules_to_save,
+    )
     start = spec.init(jax.random.fold_in(key, 4), params, loss_fn=loss, batches=[batch])
     leaves, tree = jax.tree.flatten(start.trainable)
     moved = [
@@ -278,7 +291,7 @@ def test_merged_and_bound_agree(problem: Problem) -> None:
 def test_merge_rejects_nan(adapter_problem: Problem) -> None:
     problem = adapter_problem
     bad = jax.tree.map(lambda a: a.at[(0,) * a.ndim].set(jnp.nan), problem.start.trainable)
-    with pytest.raises(ValueError, match=r"layers\.(up|down) .*finite"):
+    with pytest.raises(ValueError, match=r"(layers\.(up|down)|embed) .*finite"):
         problem.spec.merge(problem.params, problem.start.replace(trainable=bad))
 
 

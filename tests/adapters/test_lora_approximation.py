@@ -90,5 +90,5 @@ def test_an_untrained_adapter_has_no_error(llama_params):
 
 def test_what_is_no_adapter_is_rejected(llama_params):
     spec = AdapterSpec(Full())
-    with pytest.raises(ValueError, match="'full' trains whole leaves"):
+    with pytest.raises(ValueError, match="'full' trains whole leaves or rows"):
         approximate_by_lora(spec, llama_params, spec.abstract(llama_params), rank=2)

@@ -386,14 +386,9 @@ REJECTED = {
     ),
     "bias": ({"bias": "boft_only"}, r"bias = 'boft_only'"),
     "lora_bias": ({"lora_bias": True}, r"lora_bias = True"),
-    "tokens": ({"trainable_token_indices": [1]}, r"trainable_token_indices = \[1\]"),
     "randomized pissa": (
         {"init_lora_weights": "pissa_niter_4"},
         r"init_lora_weights = 'pissa_niter_4'.*path_initial_model_for_weight_conversion",
-    ),
-    "embedding": (
-        {"target_modules": ["q_proj", "embed_tokens"]},
-        r"embed_tokens\.lora_embedding_A, base_model",
     ),
 }
 
