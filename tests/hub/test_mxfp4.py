@@ -151,6 +151,57 @@ def test_damaged_packed_tensors_are_named(changes, message, checkpoint, tmp_path
         load_model(tmp_path)
 
 
+def test_the_published_configuration_is_read():
+    published = {
+        "architectures": ["GptOssForCausalLM"],
+        "attention_bias": True,
+        "attention_dropout": 0.0,
+        "eos_token_id": 200002,
+        "experts_per_token": 4,
+        "head_dim": 64,
+        "hidden_act": "silu",
+        "hidden_size": 2880,
+        "initial_context_length": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 2880,
+        "layer_types": ["sliding_attention", "full_attention"] * 12,
+        "max_position_embeddings": 131072,
+        "model_type": "gpt_oss",
+        "num_attention_heads": 64,
+        "num_experts_per_tok": 4,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 8,
+        "num_local_experts": 32,
+        "output_router_logits": False,
+        "pad_token_id": 199999,
+        "quantization_config": {
+            "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router"],
+            "quant_method": "mxfp4",
+        },
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 32.0,
+            "original_max_position_embeddings": 4096,
+            "rope_type": "yarn",
+            "truncate": False,
+        },
+        "rope_theta": 150000,
+        "router_aux_loss_coef": 0.9,
+        "sliding_window": 128,
+        "swiglu_limit": 7.0,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "vocab_size": 201088,
+    }
+    model = build_model(published)
+    sizes = jax.tree.leaves(model.abstract_params())
+    assert sum(leaf.size for leaf in sizes) == 20_914_757_184
+    assert [layer.window for layer in model.config.layers[:2]] == [128, None]
+    assert (model.config.gate.alpha, model.config.gate.limit) == (1.702, 7.0)
+
+
 def test_other_packings_are_rejected_by_name():
     with pytest.raises(ValueError, match=r"quant_method = 'bitsandbytes'.* mxfp4 only"):
         build_model(CONFIG | {"quantization_config": {"quant_method": "bitsandbytes"}})

@@ -187,12 +187,14 @@ def test_published_configurations_have_the_published_parameter_counts(config, co
     [
         (find_architecture("gemma-2-27b"), 27_227_128_320),
         (find_architecture("gemma-3-27b"), 27_009_346_304),
+        (find_architecture("gpt-oss-120b"), 116_829_156_672),
         (find_architecture("olmo-2-7b"), 7_298_617_344),
         (find_architecture("phi-4"), 14_659_507_200),
+        (find_architecture("qwen3-30b-a3b"), 30_532_122_624),
         (PYTHIA_6_9B, 6_857_302_016),
         (GPT2, 124_439_808),
     ],
-    ids=["gemma-2-27b", "gemma-3-27b", "olmo-2-7b", "phi-4", "pythia-6.9b", "gpt2"],
+    ids=lambda value: None if isinstance(value, int) else value["model_type"],
 )
 def test_published_dimensions_have_the_published_parameter_counts(config, count):
     assert parameters(build_model(config)) == count
