@@ -28,7 +28,11 @@ SETTINGS = {
     "ia3": {},
     "lokr": {"rank": 1},
 }
-ADAPTING = [name for name, method in METHODS.items() if issubclass(method, pj.AdapterMethod)]
+ADAPTING = [
+    name
+    for name, method in METHODS.items()
+    if issubclass(method, pj.AdapterMethod) and not method.maps_tokens
+]
 
 
 def close(one, other, atol=1e-5):
