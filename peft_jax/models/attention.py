@@ -126,14 +126,14 @@ def _fused_kernel(
     layout: AttentionLayout, tokens: int, keys: int, head_dim: int, dtype: jnp.dtype
 ) -> tuple[str | None, Callable[..., Attend]]:
     """Returns why the platform's fused kernel cannot be used, None if it can, and the kernel."""
-    on_tpu = target_platform() == "tpu"
-    kernel = splash_attention if on_tpu else fused_attention
+    platform = target_platform()
+    kernel = splash_attention if platform == "tpu" else fused_attention
     if spans(tokens, "sequence"):
         return 'the tokens of a row are sharded along "sequence"', kernel
-    sizes = {"dtype": dtype, "head_dim": head_dim, "tokens": tokens, "keys": keys}
-    if on_tpu:
-        return why_not_splash(layout, **sizes), kernel
-    return why_not_fused(layout, platform=target_platform(), **sizes), kernel
+    sizes: dict[str, Any] = {"head_dim": head_dim, "tokens": tokens, "keys": keys}
+    if platform == "tpu":
+        return why_not_splash(layout, dtype=dtype, **sizes), kernel
+    return why_not_fused(layout, platform=platform, dtype=dtype, **sizes), kernel
 
 
 @functools.lru_cache(maxsize=1024)
