@@ -1,6 +1,7 @@
 """Settings every test runs under: eight virtual devices, strict dtypes, checked array types."""
 
 import atexit
+import itertools
 import logging
 import os
 import shutil
@@ -59,11 +60,13 @@ hypothesis.settings.load_profile("any machine")
 collect_ignore_glob = ["conftest.py", "*/conftest.py"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _free_programs() -> Iterator[None]:
-    """Frees the compiled programs of earlier modules before the compiler would crash."""
-    yield
-    free_compiled_programs()
+_tests = itertools.count(1)
+
+
+def pytest_runtest_teardown() -> None:
+    """Frees compiled programs now and then, before the compiler would crash."""
+    if next(_tests) % 20 == 0:
+        free_compiled_programs()
 
 
 @pytest.fixture
