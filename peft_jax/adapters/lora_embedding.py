@@ -17,7 +17,7 @@ from peft_jax.core.scopes import part
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoRATable(LoRA):
+class LoRAEmbedding(LoRA):
     """LoRA on an embedding E [vocab, embed], whose rows become E + s A B.
 
     As in Hugging Face PEFT, A [vocab, r] is initialized with zeros and B [r, embed] with the
@@ -54,16 +54,16 @@ class LoRATable(LoRA):
     @classmethod
     def peft_forms(cls) -> tuple[type[PeftForm], ...]:
         """Returns the form of LoRA on an embedding."""
-        return (LoRATableForm,)
+        return (LoRAEmbeddingForm,)
 
 
 @dataclasses.dataclass(frozen=True)
-class LoRATableForm(LoRAForm):
+class LoRAEmbeddingForm(LoRAForm):
     """`lora_embedding_A` is Aᵀ and `lora_embedding_B` is Bᵀ."""
 
-    method: LoRATable
+    method: LoRAEmbedding
     names: ClassVar[tuple[str, ...]] = ("lora_embedding_A", "lora_embedding_B")
-    of_tables = True
+    of_embeddings = True
 
     def shapes(self, d_in: int, d_out: int) -> Shapes:
         """Returns [r, vocab] and [embed, r]."""

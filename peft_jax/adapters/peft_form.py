@@ -56,7 +56,7 @@ class PeftForm(abc.ABC):
       only_bias: Value of the setting `bias` that trains the biases of the adapted modules; empty
         for types without that setting.
       saves_modules: Whether the type has the setting `modules_to_save`.
-      of_tables: Whether it is the form of embeddings.
+      of_embeddings: Whether it is the form of embeddings.
       copies: Name of the copy of a module that PEFT trains in place of the module itself; empty for
         methods that add tensors.
       patterns: Settings that may differ between modules, and the names under which PEFT's
@@ -73,7 +73,7 @@ class PeftForm(abc.ABC):
     understood: ClassVar[PeftSettings]
     only_bias: ClassVar[str] = ""
     saves_modules: ClassVar[bool] = True
-    of_tables: ClassVar[bool] = False
+    of_embeddings: ClassVar[bool] = False
     copies: ClassVar[str] = ""
     patterns: ClassVar[Mapping[str, str]] = MappingProxyType({})
     module_lists: ClassVar[Mapping[str, str]] = MappingProxyType({})

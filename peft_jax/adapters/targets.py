@@ -5,6 +5,7 @@ from typing import Any
 
 from qwix import QArray
 
+from peft_jax.adapters.embedding_methods import method_of_embedding
 from peft_jax.adapters.gradient_products import kernel_shape
 from peft_jax.adapters.method import AdapterMethod, TrainingMethod
 from peft_jax.adapters.names import (
@@ -13,7 +14,6 @@ from peft_jax.adapters.names import (
     select_layers,
     select_modules,
 )
-from peft_jax.adapters.tables import method_of_table
 from peft_jax.adapters.target_settings import ALL_LINEAR, Targets, TargetSettings
 from peft_jax.adapters.trainable_tokens import TokensBesideAdapters
 from peft_jax.core import (
@@ -133,7 +133,7 @@ def find_targets(params: Tree, method: TrainingMethod, settings: TargetSettings)
             if is_experts(path):
                 one.check_experts(module)
             if module in tables:
-                one = method_of_table(one, module)
+                one = method_of_embedding(one, module)
             elif one.maps_tokens:
                 raise ValueError(
                     f"target_modules selects {module}, but {method.name} is for embeddings:"

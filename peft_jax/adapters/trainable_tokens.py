@@ -147,7 +147,7 @@ class TrainableTokensForm(PeftForm):
     peft_type = "TRAINABLE_TOKENS"
     names: ClassVar[tuple[str, ...]] = ("trainable_tokens_delta",)
     exact = True
-    of_tables = True
+    of_embeddings = True
     saves_modules = False
     understood = PeftSettings(
         read={"token_indices": tuple[int, ...]},

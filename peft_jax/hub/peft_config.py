@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_jax.adapters import AdapterSpec, Targets, peft_forms
-from peft_jax.adapters.lora_table import LoRATable
+from peft_jax.adapters.lora_embedding import LoRAEmbedding
 from peft_jax.adapters.names import matches_name
 from peft_jax.adapters.peft_form import NEUTRAL, PeftForm
 from peft_jax.adapters.trainable_tokens import TokensBesideAdapters, TokensBesideForm
@@ -249,7 +249,7 @@ def check_tied_tables(model: Model, targets: Targets, *, what: str) -> None:
     tied = [
         join_path(path[:-1])
         for path, method in targets.adapted.items()
-        if isinstance(method, LoRATable)
+        if isinstance(method, LoRAEmbedding)
     ]
     if tied and model.config.tie_word_embeddings:
         raise ValueError(

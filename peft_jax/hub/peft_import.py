@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from peft_jax.adapters import AdapterSpec
+from peft_jax.adapters.embedding_methods import form_of_embedding
 from peft_jax.adapters.names import layer_name, matches_name
 from peft_jax.adapters.peft_form import PeftForm
-from peft_jax.adapters.tables import form_of_table
 from peft_jax.adapters.trainable_tokens import TokensBesideForm
 from peft_jax.core import (
     EMBEDDING,
@@ -130,9 +130,9 @@ def _group_tensors(
     Raises:
       ValueError: A tensor matches no module of the model, or a module or layer lacks a tensor.
     """
-    table = form_of_table(form)
+    table = form_of_embedding(form)
     ends = {
-        KERNEL: () if form.of_tables else form.names,
+        KERNEL: () if form.of_embeddings else form.names,
         EMBEDDING: table.names if table else (),
     }
     every = [end for own in ends.values() for end in own]
