@@ -3,7 +3,7 @@
 B batch, T tokens, K key-value heads, G query heads per key-value head, H head dimension.
 
 Like `chunked_attention`, the kernel never stores all scores, and it skips blocks that the causal
-order or the window masks. It supports grouped heads, packed segments and a soft cap.
+order or the window masks. It supports grouped heads, packed segments, a soft cap and sinks.
 
 Source: Dao, 2023, arXiv 2307.08691, as implemented in `jax.experimental.pallas.ops.tpu`.
 """
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-from peft_jax.models.attention_layout import Attend, AttentionLayout, Keys, Queries
+from peft_jax.models.attention_layout import Attend, AttentionLayout, Keys, Queries, Sinks
 from peft_jax.models.chunked_attention import SAVED_NAMES
 
 _LANES = 128
@@ -51,8 +51,6 @@ def why_not_splash(
         return f"the head dimension must be a multiple of 64, but is {head_dim}"
     if layout.slopes is not None:
         return "it does not support ALiBi"
-    if layout.sinks:
-        return "it does not support sinks"
     if layout.cached or tokens != keys:
         return "it does not support keys from a cache"
     if tokens % _LANES:
@@ -76,7 +74,7 @@ def splash_attention(
     del keys
     needs_segments = layout.query_segments is not None and (layout.packed or not layout.is_causal)
 
-    def attend(query: Queries, key: Keys, value: Keys) -> Queries:
+    def attend(query: Queries, key: Keys, value: Keys, sinks: Sinks | None = None) -> Queries:
         batch, length, kv_heads, group, head_dim = query.shape
         kernel = splash.make_splash_mha(
             masks.MultiHeadMask([_mask(layout, tokens)] * (kv_heads * group)),
@@ -87,13 +85,14 @@ def splash_attention(
             residual_checkpoint_name=SAVED_NAMES[0],
             interpret=interpret,
         )
-        heads_first = query.reshape(batch, length, kv_heads * group, head_dim).swapaxes(1, 2)
-        arrays = (heads_first, key.swapaxes(1, 2), value.swapaxes(1, 2))
+        of_heads = None if sinks is None else sinks.reshape(kv_heads * group)
+        segments = None
         if needs_segments:
             segments = splash.SegmentIds(layout.query_segments, layout.key_segments)
-            out = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, segment_ids=ids))(*arrays, segments)
-        else:
-            out = jax.vmap(kernel)(*arrays)
+        heads_first = query.reshape(batch, length, kv_heads * group, head_dim).swapaxes(1, 2)
+        out = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, segment_ids=ids, sinks=of_heads))(
+            heads_first, key.swapaxes(1, 2), value.swapaxes(1, 2), segments
+        )
         return out.swapaxes(1, 2).reshape(query.shape)
 
     return attend

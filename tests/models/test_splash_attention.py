@@ -24,6 +24,7 @@ LAYOUTS = {
     "wide window": AttentionLayout.causal(None, None, window=500),
     "packed": AttentionLayout.causal(SEGMENTS, None, window=70, score_cap=3.0),
     "one segment": AttentionLayout.causal((SEGMENTS > 0).astype(jnp.int32), None, packed=False),
+    "sinks": AttentionLayout.causal(SEGMENTS, None, window=70, sinks=True),
     "bidirectional": AttentionLayout.bidirectional(SEGMENTS),
     "bidirectional window": AttentionLayout.bidirectional(SEGMENTS, window=40),
 }
@@ -36,13 +37,14 @@ def test_outputs_and_gradients_agree_with_dense_attention(name, monkeypatch):
     layout, rng = LAYOUTS[name], np.random.default_rng(0)
     query = jnp.asarray(rng.normal(size=(2, TOKENS, 2, 2, 64)) / 8, jnp.float32)
     key, value = (jnp.asarray(rng.normal(size=(2, TOKENS, 2, 64)), jnp.float32) for _ in range(2))
+    sinks = [jnp.asarray(rng.normal(size=(2, 2)), jnp.float32)] if layout.sinks else []
     # Without segments, padding attends too; its outputs are not used.
     used = jnp.ones((2, TOKENS)) if layout.query_segments is None else SEGMENTS > 0
     used = used.astype(jnp.float32)[..., None, None, None]
     direction = jnp.asarray(rng.normal(size=query.shape), jnp.float32) * used
 
     def both(attend):
-        out, pull = jax.vjp(jax.jit(attend), query, key, value)
+        out, pull = jax.vjp(jax.jit(attend), query, key, value, *sinks)
         return out * used, *pull(direction)
 
     found = both(
@@ -72,16 +74,16 @@ def test_what_the_kernel_cannot_do_is_named():
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-@pytest.mark.parametrize("chip", ["v5p:2x2x1", "v6e:2x2"])
-def test_a_tpu_takes_it_by_default(chip):
+@pytest.mark.parametrize(("chip", "has_sinks"), [("v5p:2x2x1", False), ("v6e:2x2", True)])
+def test_a_tpu_takes_it_by_default(chip, has_sinks):
     """Each device computes its rows and heads; no array of scores [tokens, tokens] remains."""
     mesh = make_mesh(MeshSettings(data=1, fsdp=2, tensor=2), find_topology(chip).devices)
     settings = ExecutionSettings(compute_dtype="bfloat16")
 
-    def loss(query, key, value, segments):
-        layout = AttentionLayout.causal(segments, None)
+    def loss(query, key, value, segments, *sinks):
+        layout = AttentionLayout.causal(segments, None, sinks=has_sinks)
         attend = make_attention(layout, tokens=2048, keys=2048, head_dim=128, execution=settings)
-        return jnp.sum(attend(query, key, value).astype(jnp.float32) ** 2)
+        return jnp.sum(attend(query, key, value, *sinks).astype(jnp.float32) ** 2)
 
     with on_mesh(mesh):
         rows = jax.NamedSharding(mesh, jax.P("fsdp"))
@@ -90,6 +92,7 @@ def test_a_tpu_takes_it_by_default(chip):
             jax.ShapeDtypeStruct((4, 2048, 4, 2, 128), jnp.bfloat16, sharding=heads),
             *[jax.ShapeDtypeStruct((4, 2048, 4, 128), jnp.bfloat16, sharding=heads)] * 2,
             jax.ShapeDtypeStruct((4, 2048), jnp.int32, sharding=rows),
+            *[jax.ShapeDtypeStruct((4, 2), jnp.float32)] * has_sinks,
         )
         text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*shapes).compile().as_text()
     assert len(re.findall(r'custom_call_target="tpu_custom_call"', text)) == 3
