@@ -88,12 +88,17 @@ QUANTIZED = {
 """Names and quantization formats of methods tested over quantized stacked kernels."""
 VARIANTS = {
     "lora_rank_stabilized",
+    "lora_fa",
     "lora_ga_peft",
+    "lora_one",
+    "eva",
+    "olora",
     "pissa_randomized",
     "oft_exact_shared",
     "boft_one_factor",
     "hybrid_random_start",
     "hybrid_some_unitary",
+    "hybrid_unitary",
     *(name for name in QUANTIZED if name not in ("lora on int8", "hybrid on nf4")),
 }
 """Names whose kind another name covers in the fast suite."""

@@ -77,6 +77,7 @@ def kernel_paths(params):
     return [path for path in flatten(params) if path[-1] == "kernel"]
 
 
+@pytest.mark.slow
 def test_leading_subspaces_agree_with_the_exact_gradient(
     llama_params, loss_fn, batches, exact_gradients, key
 ):
@@ -120,6 +121,7 @@ def test_factors_with_bfloat16_activations(
     assert check_against_svd(factors, exact, angle=0.15, value=5e-2) > 2
 
 
+@pytest.mark.slow
 def test_factors_over_an_adapted_base(llama_params, loss_fn, batches, exact_gradients, key):
     spec = AdapterSpec(method=LoRA(rank=2), target_modules=("q_proj", "up_proj"))
     state = spec.init(key, llama_params)
@@ -249,6 +251,7 @@ def test_more_passes_improve_the_directions(key):
     assert angles[0] > 2 * angles[1] > 4 * angles[2]
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     # Each shape compiles a program, so there are few.

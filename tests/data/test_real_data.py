@@ -94,6 +94,7 @@ def test_alpaca_rows_become_prompts_and_answers(published_data):
     assert example.completion == f"\n{row['output']}"
 
 
+@pytest.mark.slow
 def test_only_gsm8k_answers_are_in_the_loss(published_data, llama3):
     folder = published_data / "gsm8k"
     train, held_out = build_data(

@@ -10,7 +10,6 @@ from eval.tasks.build import TaskSettings, build_task
 
 TASKS = {
     "cola": 24,
-    "rte": 12,
     "gsm8k": 4,
     "xnli_de": 8,
     "flores_eng_Latn-deu_Latn": 4,

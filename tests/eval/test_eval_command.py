@@ -135,6 +135,7 @@ def test_a_misspelled_task_is_rejected_before_the_harness_loads(arguments, capsy
     assert made == [True, True, True]
 
 
+@pytest.mark.slow
 def test_a_harness_task_does_not_read_local_data(arguments, capsys, monkeypatch):
     def fail(self, names):
         raise OSError("no network")

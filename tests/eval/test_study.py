@@ -383,6 +383,7 @@ def test_a_truncated_cell_is_rejected_by_name(study, tmp_path, text):
         store.read_facts(task, "")
 
 
+@pytest.mark.slow
 def test_arms_share_the_gradient_of_equal_ranks_on_equal_kernels(study, monkeypatch):
     """Seeds, batches, passes, ranks and kernels each need a gradient of their own."""
     task = study.tasks[0]

@@ -61,7 +61,13 @@ def start(spec, params, model, *args):
     return moved(spec.init(jax.random.key(1), params, loss_fn=loss, batches=args))
 
 
-@pytest.mark.parametrize("name", ADAPTING)
+QUICK = ("lora", "lora_ga", "dora", "boft", "hybrid")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ADAPTING],
+)
 def test_every_method_computes_what_the_merged_module_does(name, encoder):
     module, variables = encoder
     spec = pj.AdapterSpec(METHODS[name](**SETTINGS.get(name, {"rank": 2})))
@@ -169,7 +175,11 @@ def test_layers_stacked_along_another_axis_are_refused(module, features):
         pj.adapt(module, pj.AdapterSpec(pj.LoRA(rank=3)), variables, x)
 
 
-@pytest.mark.parametrize("method", [pj.LoRA(rank=2), pj.HRA(rank=2)], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "method",
+    [pj.LoRA(rank=2), pytest.param(pj.HRA(rank=2), marks=pytest.mark.slow)],
+    ids=lambda m: m.name,
+)
 def test_a_convolutional_network_with_batch_norm(method):
     module, x = CNN(), jax.random.normal(jax.random.key(3), (2, 12, 11, 3))
     variables = module.init(jax.random.key(0), x)

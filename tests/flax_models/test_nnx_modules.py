@@ -35,7 +35,9 @@ def transformer():
     [
         (pj.LoRA(rank=2), r".*"),
         (pj.HRA(rank=2), "all-linear"),
-        (pj.BOFT(block_size=2, n_butterfly_factors=2), "all-linear"),
+        pytest.param(
+            pj.BOFT(block_size=2, n_butterfly_factors=2), "all-linear", marks=pytest.mark.slow
+        ),
         (pj.DoRA(rank=2), ("query", "up", "stack", "mix")),
     ],
     ids=lambda value: getattr(value, "name", ""),

@@ -136,7 +136,7 @@ def test_within_shard_map_the_shards_sizes_count(columns):
     assert preferred == [columns < 40]
 
 
-@pytest.mark.parametrize("columns", [8, 400])
+@pytest.mark.parametrize("columns", [pytest.param(8, marks=pytest.mark.slow), 400])
 def test_boft_gives_the_same_result_either_way(columns, kernel_log):
     """Has more tokens than columns, then fewer."""
     method = BOFT(block_size=4, n_butterfly_factors=2)

@@ -718,6 +718,7 @@ def test_gradients_of_lora_agree_with_peft(family, made, tmp_path):
         np.testing.assert_allclose(found[name], expected, atol=1e-4 * largest, err_msg=name)
 
 
+@pytest.mark.slow
 @each_family
 def test_sharded_logits_equal_those_of_one_device(family, made, relative_error):
     _, _, model, params = made(family)

@@ -134,6 +134,7 @@ def test_finished_run_is_known_on_every_host(tiny, bucket, listener):
     assert summary["steps"] == 4
 
 
+@pytest.mark.slow
 def test_every_moment_of_a_run_leaves_a_bucket_to_resume_from(
     tiny, ended, bucket, monkeypatch, tmp_path
 ):

@@ -88,7 +88,7 @@ def products(factors) -> dict[tuple[str, ...], np.ndarray]:
 @pytest.mark.parametrize(
     ("mesh", "passes"),
     [
-        pytest.param(INNER, 1, id="inner-1"),
+        pytest.param(INNER, 1, id="inner-1", marks=pytest.mark.slow),
         pytest.param(INNER, 4, id="inner-4", marks=pytest.mark.slow),
         pytest.param(OUTER, 1, id="outer-1", marks=pytest.mark.slow),
         pytest.param(OUTER, 4, id="outer-4", marks=pytest.mark.slow),

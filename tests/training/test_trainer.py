@@ -245,6 +245,7 @@ def test_trained_parameters_are_copied_from_the_given_ones(model, params, batche
     assert np.any(trained != before["lm_head"]["kernel"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["int8", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_quantized_base_is_sharded_and_trained_on(batches, quantization):
     sizes = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 128}
