@@ -33,7 +33,7 @@ METHODS = ("full", "lora", "lora_ga", "boft", "unitary", "hybrid")
 Settings = dict[str, str | int]
 
 RECOMPUTED: Settings = {"execution.remat": "full", "train.gradient_accumulation": 1}
-"""The layout that needs the least memory of those that gather weights once."""
+"""Layout with little memory that gathers weights once per pass: one microbatch, recomputed."""
 
 FURTHER: dict[str, dict[str, tuple[str, Settings]]] = {
     "hybrid_405b": {

@@ -59,7 +59,7 @@ class InputFactors(NamedTuple):
 
 
 StartFactors = GradientFactors | InputFactors
-"""What an adapter starts from, estimated on the first batches."""
+"""Factors of gradients or of inputs, estimated on the first batches, to initialize an adapter."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,11 +134,11 @@ class AdapterMethod(TrainingMethod, abc.ABC):
     float32, as a start from its singular vectors or its norms needs it."""
 
     steps_at_start: ClassVar[bool] = False
-    """Whether the adapted kernel begins one step along the gradient, and not as the base kernel."""
+    """Whether the initial adapter changes the function, by one step along the gradient."""
 
     maps_tokens: ClassVar[bool] = False
-    """Whether the kernel is an embedding [vocab, embed]; the method then has the functions of
-    `peft_jax.core.kernel.TableMethod`, and is given the embedding itself as `kernel`."""
+    """Whether the method adapts embeddings [vocab, embed], not linear maps. It then implements
+    `peft_jax.core.kernel.TableMethod`, and `init` is given the embedding as `kernel`."""
 
     maps_input: ClassVar[bool] = False
     """Whether `project` maps the input before it multiplies by the base kernel. The gradient of the

@@ -181,7 +181,7 @@ class TrainableTokensForm(PeftForm):
 
 @dataclasses.dataclass(frozen=True)
 class TokensBesideForm(TrainableTokensForm):
-    """The same rows in the wrapper that PEFT puts beside another method's layers."""
+    """Form of trained rows beside another method, where PEFT wraps the embedding."""
 
     names: ClassVar[tuple[str, ...]] = ("token_adapter.trainable_tokens_delta",)
 

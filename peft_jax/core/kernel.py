@@ -75,8 +75,8 @@ class AdaptedKernel:
     method: Method = struct.field(pytree_node=False, default=None)
 
     @property
-    def T(self) -> "AdaptedKernel":  # noqa: N802
-        """The transposed table of an embedding, as a kernel [embed, vocab] for a tied head."""
+    def T(self) -> "AdaptedKernel":  # noqa: N802 - named as that of arrays, which heads transpose
+        """Kernel [embed, vocab] of a head that is tied to this embedding [vocab, embed]."""
         return AdaptedKernel(
             base=self.base.T, arrays=self.arrays, method=_TransposedMethod(self.method)
         )

@@ -19,13 +19,13 @@ STACKED = "layers"
 """The root key whose leaves are stacked over transformer blocks: [layers, ...]."""
 
 KERNEL = "kernel"
-"""The last key of a kernel, which linear maps multiply by."""
+"""Last key of a kernel of linear maps."""
 
 EMBEDDING = "embedding"
-"""The last key of an embedding [vocab, embed], which is looked up by `take_rows`."""
+"""Last key of an embedding [vocab, embed]. `take_rows` looks its rows up."""
 
 TABLE = "table"
-"""The last key of an embedding that any method can adapt, because it is multiplied as a kernel."""
+"""Last key of an embedding that is multiplied as a kernel, so that any method can adapt it."""
 
 
 def is_stacked(path: Path) -> bool:

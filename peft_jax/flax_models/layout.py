@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The axes of a kernel, whose matrix is [d_in, d_out].
+    """Axes of a kernel that form the rows and columns of its matrix [d_in, d_out].
 
     Attributes:
       shape: Shape of one layer's kernel.
