@@ -2,6 +2,8 @@
 
 - [`settings`][peft_jax.data.settings]: `dataset` and `DataSettings`, which describe rows.
 - [`pipeline`][peft_jax.data.pipeline]: `build_data` builds the training stream and held-out set.
+- [`train_data`][peft_jax.data.train_data]: `TrainData`, the training stream.
+- [`eval_data`][peft_jax.data.eval_data]: `EvalData`, the held-out batches.
 - [`batch`][peft_jax.data.batch]: `Batch` and `LabeledBatch` hold a step's arrays.
 - [`recipes`][peft_jax.data.recipes]: turn a row into a prompt and an answer.
 - [`examples`][peft_jax.data.examples]: `Example`, a row as text.
@@ -13,11 +15,13 @@
 from peft_jax.data.bad_rows import BadRowError, BadRows, UnusableRowsError
 from peft_jax.data.batch import AnyBatch, Batch, LabeledBatch, abstract_batch, padding_share
 from peft_jax.data.encode import Encoded, Encoder
+from peft_jax.data.eval_data import EvalData
 from peft_jax.data.examples import Conversation, Example, Piece
 from peft_jax.data.labeled import LabeledEncoder
-from peft_jax.data.pipeline import EvalData, TrainData, build_data
+from peft_jax.data.pipeline import build_data
 from peft_jax.data.recipes import RECIPES, Recipe, get_recipe
 from peft_jax.data.settings import DataSettings, dataset
+from peft_jax.data.train_data import TrainData
 
 __all__ = [
     "RECIPES",

@@ -9,25 +9,20 @@ from typing import Any
 
 from peft_jax.core import did_you_mean
 from peft_jax.data.bad_rows import BadRowError
-from peft_jax.data.settings import DataSettings, TextUnit
-from peft_jax.data.tables import (
-    ArrowTable,
+from peft_jax.data.record_parsers import csv_parser, parse_json, split_record
+from peft_jax.data.record_table import (
     Bytes,
-    JoinedTable,
-    MemoryTable,
     Records,
     RecordTable,
-    Table,
-    csv_parser,
     find_csv_records,
     find_json_items,
     find_lines,
     find_paragraphs,
     find_whole,
     first_letter,
-    parse_json,
-    split_record,
 )
+from peft_jax.data.settings import DataSettings, TextUnit
+from peft_jax.data.tables import ArrowTable, JoinedTable, MemoryTable, Table
 
 TEXT_COLUMN = "text"
 """Column of a plain text file's rows."""

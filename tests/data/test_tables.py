@@ -13,16 +13,14 @@ from hypothesis import strategies as st
 
 from peft_jax.data.bad_rows import BadRowError
 from peft_jax.data.files import Layout, find_splits, open_file, open_lines, split_of
-from peft_jax.data.settings import DataSettings
-from peft_jax.data.tables import (
-    AlignedTable,
-    JoinedTable,
-    MemoryTable,
+from peft_jax.data.record_table import (
     find_csv_records,
     find_json_items,
     find_lines,
     find_paragraphs,
 )
+from peft_jax.data.settings import DataSettings
+from peft_jax.data.tables import AlignedTable, JoinedTable, MemoryTable
 
 ROWS = [
     {"question": "one, two", "answer": 'say "three"'},

@@ -114,7 +114,7 @@ def test_a_long_check_reports_its_duration(tmp_path, tokenizer, monkeypatch):
     build_data(settings, tokenizer, **options)
     assert not messages
     clock = itertools.count()
-    monkeypatch.setattr("peft_jax.data.pipeline.time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("peft_jax.data.train_data.time.monotonic", lambda: float(next(clock)))
     build_data(settings, tokenizer, **options)
     # Thirty rows are read, at one second each.
     [message] = messages

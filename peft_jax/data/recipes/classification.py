@@ -12,8 +12,8 @@ from peft_jax.data.bad_rows import BadRowError
 from peft_jax.data.examples import Example, prompt_and_completion
 from peft_jax.data.recipes.base import Recipe
 from peft_jax.data.recipes.measures import f1, matthews_correlation
+from peft_jax.data.rows import Row
 from peft_jax.data.settings import DataSettings
-from peft_jax.data.tables import Row
 
 _UNLABELED = (-1, "-1", "-", "")
 """Values of a missing label in published sets: test splits, and disagreeing annotators."""

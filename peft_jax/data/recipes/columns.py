@@ -6,7 +6,8 @@ from typing import Any
 
 from peft_jax.data.bad_rows import BadRowError, as_bad_row
 from peft_jax.data.recipes.base import Recipe
-from peft_jax.data.tables import Row, Table
+from peft_jax.data.rows import Row
+from peft_jax.data.tables import Table
 
 _log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from peft_jax.core import did_you_mean
 from peft_jax.data.bad_rows import BadRowError
 from peft_jax.data.examples import Conversation
 from peft_jax.data.recipes.base import Recipe
-from peft_jax.data.tables import Row
+from peft_jax.data.rows import Row
 from peft_jax.data.templates import without_nulls
 
 _ROLES = {

@@ -17,8 +17,9 @@ from peft_jax.data.examples import Example
 from peft_jax.data.files import open_lines, split_of
 from peft_jax.data.recipes.base import HubHome, Recipe
 from peft_jax.data.recipes.measures import chrf
+from peft_jax.data.rows import Row
 from peft_jax.data.settings import DataSettings, split_names
-from peft_jax.data.tables import AlignedTable, Row, Table
+from peft_jax.data.tables import AlignedTable, Table
 
 _CODE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
 """Pattern of FLORES's codes: language and script."""

@@ -25,7 +25,7 @@ from peft_jax.data.examples import Example, prompt_and_completion
 from peft_jax.data.recipes.base import HubHome, Recipe
 from peft_jax.data.recipes.classification import Classification, Label
 from peft_jax.data.recipes.measures import pearson, spearman
-from peft_jax.data.tables import Row
+from peft_jax.data.rows import Row
 
 ENTAILMENT = (
     Label(word="yes", names=("entailment",)),

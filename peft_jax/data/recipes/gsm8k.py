@@ -10,7 +10,7 @@ from decimal import Decimal, InvalidOperation
 from peft_jax.data.bad_rows import BadRowError
 from peft_jax.data.examples import Example, prompt_and_completion
 from peft_jax.data.recipes.base import HubHome, Recipe
-from peft_jax.data.tables import Row
+from peft_jax.data.rows import Row
 
 # A minus sign after a digit, a letter or a bracket is a subtraction.
 _NUMBER = re.compile(r"(?:(?<![\w)])-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")

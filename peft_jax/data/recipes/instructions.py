@@ -10,8 +10,8 @@ from typing import Any
 from peft_jax.data.bad_rows import BadRowError
 from peft_jax.data.examples import Conversation, Example, prompt_and_completion
 from peft_jax.data.recipes.base import HubHome, Recipe
+from peft_jax.data.rows import Row
 from peft_jax.data.settings import DataSettings
-from peft_jax.data.tables import Row
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from peft_jax.data.examples import Example, prompt_and_completion
 from peft_jax.data.recipes.base import Recipe
-from peft_jax.data.tables import Row
+from peft_jax.data.rows import Row
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
