@@ -12,45 +12,42 @@ import numpy as np
 
 from peft_jax.adapters import AdapterState
 from peft_jax.core import Tree
-from peft_jax.cost.memory import device_memory
 from peft_jax.data import AnyBatch, UnusableRowsError
-from peft_jax.hub import load_params
 from peft_jax.parallel import on_mesh
 from peft_jax.runtime.clock import Phases, Rate
 from peft_jax.runtime.cpu_allocator import dispatch_inline, keep_freed_memory
-from peft_jax.runtime.errors import BadDataError, NonFiniteError, RefusedError, StorageError
+from peft_jax.runtime.errors import BadDataError, NonFiniteError, StorageError
 from peft_jax.runtime.files import locked, write_json
 from peft_jax.runtime.interruption import Interruption
 from peft_jax.runtime.pending import PendingMetrics, StepMetrics
 from peft_jax.runtime.progress import Reporter, RewritingReporter, StepProgress
 from peft_jax.training.bucket_workdir import WorkDirCopy, keep_copy
 from peft_jax.training.checkpoints import Checkpoints
+from peft_jax.training.compile_step import compile_step
 from peft_jax.training.config import RunConfig
 from peft_jax.training.evaluate import AnyEvaluator, make_evaluator
 from peft_jax.training.export import (
     export_results,
-    exported,
     exports_adapter,
     exports_model,
 )
+from peft_jax.training.initial_arrays import initialize_adapter, load_base
 from peft_jax.training.input_digests import Inputs, InputsReader, check_allowed, pin
 from peft_jax.training.placement import check_processes, from_first
 from peft_jax.training.prepare import Job, prepare
-from peft_jax.training.program import Training, step_bytes
+from peft_jax.training.program import Training
 from peft_jax.training.report.metrics import (
     HELD_OUT,
     TRAIN,
     MetricsLog,
     Record,
-    Sink,
-    TensorBoard,
-    WeightsAndBiases,
     read_records,
 )
 from peft_jax.training.report.page import write_report
 from peft_jax.training.report.summary import Totals, describe_data, summarize
+from peft_jax.training.results_text import describe_results
 from peft_jax.training.resume import Start, find_start
-from peft_jax.training.step_flops import count_step_flops
+from peft_jax.training.run_log import open_log
 from peft_jax.training.workdir import WorkDir
 
 
@@ -150,7 +147,7 @@ def _run_in(
             folder.claim(config, inputs)
             copy.claim()
         stack.enter_context(on_mesh(job.mesh))
-        return _Run(
+        return TrainingLoop(
             job, copy, reporter, interruption, checkpoints, phases, inputs, params, began
         ).go(start)
 
@@ -187,8 +184,8 @@ def _explaining_failures(folder: WorkDir, checkpoints: Checkpoints) -> Iterator[
         ) from error
 
 
-class _Run:
-    """One process of a run."""
+class TrainingLoop:
+    """One process of a run, from its first array to its report."""
 
     def __init__(
         self,
@@ -234,10 +231,10 @@ class _Run:
         with self._phases("load"):
             arrays = self._load(start.adapter)
         with self._phases("compile"):
-            step = self._compile()
+            step = compile_step(self._job, self._totals, warn=self._reporter.warn)
         evaluator = make_evaluator(self._job)
         keep_freed_memory()
-        with self._open_log(saved) as self._log:
+        with self._open_log(start) as self._log:
             self._train(arrays, step, evaluator)
             return self._finish(arrays)
 
@@ -249,51 +246,21 @@ class _Run:
         Args:
           given: Adapter to start from without a checkpoint; None for a new one.
         """
-        params = self._load_base()
+        params = load_base(self._job, self._params)
         frozen = self._job.spec.frozen(params)
         if self._saved is not None:
             abstract = {"state": self._job.state, "constant": self._job.constant}
             arrays = self._checkpoints.read_arrays(self._saved, abstract)
             return Training(frozen=frozen, constant=arrays["constant"], state=arrays["state"])
         with self._phases("initialize"):
-            adapter = self._initialize(params) if given is None else self._place(given)
+            adapter = self._new_adapter(params) if given is None else self._place(given)
             state = self._job.make_state(adapter.trainable)
         return Training(frozen=frozen, constant=adapter.constant, state=state)
 
-    def _load_base(self) -> Tree:
-        """Loads or initializes the base model's parameters, sharded over the devices."""
-        job, model = self._job, self._config.model
-        if self._params is not None:
-            return job.place_base(self._params)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, job.params)
-        if model.weights == "checkpoint":
-            head_key = jax.random.fold_in(jax.random.key(self._config.seed), 2)
-            return load_params(
-                job.folder,
-                job.model,
-                dtype=model.dtype,
-                quantization=model.quantization,
-                sharding=shardings,
-                head_key=head_key if job.new_head else None,
-            )
-        make = jax.jit(
-            lambda key: job.model.init_params(key, model.dtype, model.quantization),
-            out_shardings=shardings,
+    def _new_adapter(self, params: Tree) -> AdapterState:
+        return initialize_adapter(
+            self._job, params, microbatches=self._first_microbatches, say=self._reporter.say
         )
-        return make(jax.random.fold_in(jax.random.key(self._config.seed), 1))
-
-    def _initialize(self, params: Tree) -> AdapterState:
-        """Initializes the adapter, from the gradient or the inputs if the method needs them."""
-        batches = None
-        method = self._config.spec.method
-        if method.start_rank:
-            batches = self._first_microbatches()
-            what = "inputs" if method.input_rank else "gradient"
-            self._reporter.say(
-                f"initializing the adapter from the {what} of {len(batches)} microbatches"
-            )
-        key = jax.random.fold_in(jax.random.key(self._config.seed), 0)
-        return self._job.initialize(key, params, batches)
 
     def _place(self, given: AdapterState) -> AdapterState:
         """Shards an adapter's arrays over the devices."""
@@ -307,69 +274,15 @@ class _Run:
         self._job.train.set_state(before)
         return self._job.init_microbatches(batches)
 
-    def _compile(self) -> jax.stages.Compiled:
-        """Compiles the step, and rejects it if it does not fit in memory."""
-        traced = self._job.trace_step()
-        compiled = traced.lower().compile()
-        self._check_fits(compiled)
-        self._totals.step_flops = count_step_flops(self._job, traced, say=self._reporter.warn)
-        return compiled
-
-    def _check_fits(self, compiled: Any) -> None:
-        """Rejects a step that needs more memory than a device has, before it runs."""
-        needed, memory = step_bytes(compiled), device_memory()
-        if needed is None or memory is None:
-            return
-        self._totals.step_bytes = needed
-        local = len(jax.local_devices()) if jax.local_devices()[0].platform == "cpu" else 1
-        if needed * local > memory:
-            raise RefusedError(
-                f"a step needs {needed / 2**30:.1f} GiB on each device, but a device has "
-                f"{memory / local / 2**30:.1f}: raise train.gradient_accumulation, lower "
-                'train.max_length, set execution.remat to "full", or use more devices'
-            )
-
-    def _open_log(self, saved: Mapping[str, Any] | None) -> MetricsLog:
-        if not self._first:
-            # Received from the first process, so that all agree on the evaluations to make.
-            present = [(int(step), str(split)) for step, split in from_first(None)]
-            return MetricsLog(self._folder.metrics, writes=False, present=present)
-        logging = self._config.logging
-        start = self._saved
-        sinks: list[Sink] = []
-        if logging.tensorboard:
-            sinks.append(TensorBoard(self._folder.tensorboard, from_step=start))
-        if logging.wandb_project:
-            sinks.append(
-                WeightsAndBiases(
-                    project=logging.wandb_project,
-                    name=logging.wandb_name or self._folder.name,
-                    config=self._config.to_mapping(),
-                    folder=self._folder.path,
-                )
-            )
-        if copying := self._copy.records_sink():
-            sinks.append(copying)
-        try:
-            log = MetricsLog(
-                self._folder.metrics,
-                from_step=start,
-                sinks=tuple(sinks),
-                held_out=() if saved is None else saved.get("held_out", ()),
-            )
-        except ValueError as error:
-            raise RefusedError(
-                f"{error}; remove the line, and the same command resumes the run"
-            ) from error
-        if saved is not None and (lost := saved.get("records", 1) - log.found) > 0:
-            kept = "; held-out records are restored from the checkpoint"
-            self._reporter.warn(
-                f"{self._folder.metrics} has lost {lost if 'records' in saved else 'all'} of the"
-                f" records up to step {start}, so the report's curves lack them"
-                + (kept if "held_out" in saved else "")
-            )
-        from_first(log.present)
-        return log
+    def _open_log(self, start: Start) -> MetricsLog:
+        sink = self._copy.records_sink() if self._first else None
+        return open_log(
+            self._config,
+            self._folder,
+            start,
+            extra_sinks=() if sink is None else (sink,),
+            warn=self._reporter.warn,
+        )
 
     # Step by step.
 
@@ -549,57 +462,9 @@ class _Run:
             # Written last, because its presence marks the run as finished.
             write_json(self._folder.summary, summary)
             self._copy.finish()
-        self._say_results(summary)
+        for text in describe_results(summary, self._config, self._folder):
+            self._reporter.say(text)
         return summary
-
-    def _say_results(self, summary: dict[str, Any]) -> None:
-        before, after = summary["before"], summary["after"]
-        for name, value in after.items():
-            if name != "targets":
-                was, now = _measure(before.get(name)), _measure(value)
-                self._reporter.say(f"held-out {name}: {was} -> {now}")
-        self._reporter.say(
-            f"{summary['steps']} steps, {summary['seconds_per_step']:.3g} s/step, "
-            f"{summary['tokens_per_second']:.4g} tokens/s, {_speed(summary)}\n"
-            f"{_list_results(self._config, self._folder)}\n"
-            f"report:  {self._folder.report / 'README.md'}"
-        )
-
-
-def _list_results(config: RunConfig, folder: WorkDir) -> str:
-    """Returns the exported folders as text, and which one to load."""
-    names = exported(config)
-    lines = [f"{name + ':':<8} {folder.path / name}" for name in names]
-    if "model" in names:
-        held, trained = config.model.dtype, config.spec.dtype
-        rounded = f", trained in {trained}" if (held, trained) == ("bfloat16", "float32") else ""
-        lines[0] += f" (full model in {held}{rounded}; load this)"
-    return "\n".join(lines)
-
-
-def _speed(summary: dict[str, Any]) -> str:
-    """Returns the run's operations per second and utilization as text.
-
-    Example:
-      >>> _speed({"flops_per_second": 2.5e12, "utilization": 0.4})
-      '2.5 TFLOP/s, 40% of the peak'
-      >>> _speed({"flops_per_second": None, "utilization": None})
-      'operations not counted'
-    """
-    rate, share = summary["flops_per_second"], summary["utilization"]
-    if rate is None:
-        return "operations not counted"
-    return f"{rate / 1e12:.3g} TFLOP/s" + ("" if share is None else f", {share:.0%} of the peak")
-
-
-def _measure(value: float | None) -> str:
-    """Returns a metric with four decimals; None is missing or not finite.
-
-    Example:
-      >>> _measure(0.5), _measure(None)
-      ('0.5000', 'not measured')
-    """
-    return "not measured" if value is None else f"{value:.4f}"
 
 
 def _is_multiple(step: int, every: int) -> bool:

@@ -43,7 +43,7 @@ def started(monkeypatch):
         starts.append(start)
         return {}
 
-    monkeypatch.setattr(loop._Run, "go", go)
+    monkeypatch.setattr(loop.TrainingLoop, "go", go)
     return starts
 
 
