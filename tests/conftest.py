@@ -1,6 +1,7 @@
 """Settings every test runs under: eight virtual devices, strict dtypes, checked array types."""
 
 import atexit
+import fnmatch
 import itertools
 import logging
 import os
@@ -8,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before JAX is imported anywhere: tests run on the CPU, as eight devices, whatever else is there.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -67,6 +69,25 @@ def pytest_runtest_teardown() -> None:
     """Frees compiled programs now and then, before the compiler would crash."""
     if next(_tests) % 20 == 0:
         free_compiled_programs()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks a test's variants as slow, except those that its marker `fast` names."""
+    by_test: dict[str, list[Any]] = {}
+    for item in items:
+        if item.get_closest_marker("fast") and hasattr(item, "callspec"):
+            by_test.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for test, variants in by_test.items():
+        names = [item.callspec.id for item in variants]
+        patterns = variants[0].get_closest_marker("fast").args
+        for pattern in patterns:
+            # Of a test that was not chosen as a whole, the named variants may be missing.
+            if len(names) > len(patterns) and not fnmatch.filter(names, pattern):
+                raise pytest.UsageError(f"{test} has no variant {pattern!r}, but {names}")
+        for item, name in zip(variants, names, strict=True):
+            if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

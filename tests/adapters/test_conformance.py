@@ -236,6 +236,9 @@ def test_function_is_unchanged_at_init(problem: Problem) -> None:
     assert_close(apply(problem.bind(problem.start), x), apply(problem.params, x), 1e-5)
 
 
+@pytest.mark.fast(
+    "lora", "lora on int8", "lora_on_embedding", "pissa", "vera", "boft", "unitary", "hybrid"
+)
 def test_base_arrays_are_unchanged_by_training(adapter_problem: Problem) -> None:
     problem = adapter_problem
     before = jax.tree.map(np.array, problem.params)
@@ -306,6 +309,7 @@ def test_stacked_equals_unrolled(problem: Problem) -> None:
     assert_close(apply(bound, x, scan=True), apply(bound, x, scan=False), 1e-5)
 
 
+@pytest.mark.fast("full", "lora", "lora on int8", "dora", "oft", "boft", "unitary", "hybrid")
 def test_bfloat16_agrees_with_float32(problem: Problem) -> None:
     exact = apply(problem.bind(problem.moved), problem.batch[0])
     rounded_params = unflatten(
@@ -320,6 +324,7 @@ def test_bfloat16_agrees_with_float32(problem: Problem) -> None:
     assert_close(rounded, exact, products * 2**-7)
 
 
+@pytest.mark.fast("full", "lora", "lora on int8", "lora_ga", "dora", "oft", "boft", "hybrid on nf4")
 def test_sharded_equals_unsharded(problem: Problem) -> None:
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "fsdp"))
 
@@ -342,6 +347,9 @@ def test_sharded_equals_unsharded(problem: Problem) -> None:
         assert_close(flatten(sharded)[path], leaf, 1e-4, path)
 
 
+@pytest.mark.fast(
+    "full", "ln_tuning", "lora", "lora on int8", "adalora", "boft", "unitary", "hybrid"
+)
 def test_training_converges_with_one_compilation(problem: Problem) -> None:
     first = float(problem.loss_of(problem.start.trainable))
     trained, traces = train(problem, steps=150)

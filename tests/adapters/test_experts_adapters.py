@@ -75,6 +75,7 @@ def test_each_expert_is_adapted_as_a_kernel_of_its_own(name, mixtral):
         np.testing.assert_allclose(found[own], rows[own] @ merged[expert], atol=1e-5)
 
 
+@pytest.mark.fast("lora", "pissa")
 @pytest.mark.parametrize("name", ABLE)
 def test_the_start_changes_nothing(name, mixtral, tokens):
     model, params = mixtral

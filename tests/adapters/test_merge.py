@@ -25,6 +25,7 @@ def noisy(state, key):
     return jax.tree.unflatten(tree, moved)
 
 
+@pytest.mark.fast("boft")
 @pytest.mark.parametrize("method", [LoRA(rank=2), BOFT(block_size=4)], ids=lambda m: m.name)
 def test_merging_compiles(method, params, key):
     spec = AdapterSpec(method)

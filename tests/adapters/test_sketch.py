@@ -95,6 +95,7 @@ def test_leading_subspaces_agree_with_the_exact_gradient(
         check_against_svd(factors, first, angle=1e-2)
 
 
+@pytest.mark.slow
 def test_factors_over_a_bfloat16_base(llama_params, loss_fn, batches, exact_gradients, key):
     held = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), llama_params)
     paths = [("layers", "self_attn", "q_proj", "kernel"), ("layers", "mlp", "down_proj", "kernel")]
@@ -315,6 +316,7 @@ def test_one_pass_over_a_quantized_base(llama_params, loss_fn, batches, exact_gr
     assert check_against_svd(factors, exact, angle=0.4, value=5e-2) > 2
 
 
+@pytest.mark.fast("1")
 @pytest.mark.parametrize("passes", [1, 4])
 def test_the_backward_pass_is_traced_once(llama_params, loss_fn, batches, key, passes):
     traces = []

@@ -86,6 +86,7 @@ def examples(number: int):
     return decorate
 
 
+@pytest.mark.fast("alpaca", "chat", "flores", "gsm8k")
 @pytest.mark.parametrize("recipe", GOOD)
 @examples(11)
 def test_malformed_rows_are_used_or_counted(tmp_path, tokenizer, recipe, lines, too_long):

@@ -85,6 +85,7 @@ CONVOLUTIONS = {
 }
 
 
+@pytest.mark.fast("lora-*")
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 @pytest.mark.parametrize("method", [pj.LoRA(rank=2), pj.HRA(rank=2)], ids=lambda m: m.name)
 def test_convolutions_of_every_kind(name, method):
@@ -108,6 +109,7 @@ GENERAL = {
 }
 
 
+@pytest.mark.fast("lora-*")
 @pytest.mark.parametrize("name", GENERAL)
 @pytest.mark.parametrize("method", [pj.LoRA(rank=2), pj.HRA(rank=2)], ids=lambda m: m.name)
 def test_contractions_of_every_kind(name, method):

@@ -28,7 +28,7 @@ def make(kind):
     return module, (ROWS,)
 
 
-@pytest.fixture(scope="module", params=["linen", "nnx"])
+@pytest.fixture(scope="module", params=[pytest.param("linen", marks=pytest.mark.slow), "nnx"])
 def trained(request):
     """A module with its adapter, trained by `Trainer` to reverse rows."""
     module, args = make(request.param)

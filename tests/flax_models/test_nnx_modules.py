@@ -30,6 +30,7 @@ def transformer():
     return module
 
 
+@pytest.mark.fast("lora-*")
 @pytest.mark.parametrize(
     ("method", "target_modules"),
     [

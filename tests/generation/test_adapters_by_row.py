@@ -82,6 +82,7 @@ def test_each_row_has_the_logits_of_its_adapter(
     assert {id(leaf) for leaf in jax.tree.leaves(params)} <= held
 
 
+@pytest.mark.slow
 def test_prompts_are_continued_by_their_adapters(model, params, adapters, stacked):
     rng = np.random.default_rng(1)
     prompts = [rng.integers(1, 61, length) for length in (3, 9, 1, 5, 2, 8, 4, 7)]

@@ -31,6 +31,7 @@ def reasons_of(found):
     return [completion.finish_reason for completion in found.completions]
 
 
+@pytest.mark.fast("bloom", "qwen3", "mistral, short window")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_agree_with_transformers(family, pair, prompts):
     kind, settings = FAMILIES[family]

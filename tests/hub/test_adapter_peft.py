@@ -152,6 +152,15 @@ def load_in_peft(base, folder):
         return peft.PeftModel.from_pretrained(base.copy_of_module(), folder)
 
 
+@pytest.mark.fast(
+    "llama: lora*",
+    "llama: dora",
+    "llama: vera",
+    "llama: boft two factors",
+    "bloom: oft",
+    "bloom: boft",
+    "llama tied: *",
+)
 @pytest.mark.parametrize(
     ("kind", "spec"),
     [pytest.param(kind, spec, id=f"{kind}: {name}") for kind, name, spec in EXPORTED],
@@ -165,6 +174,7 @@ def test_saved_adapters_load_in_peft(kind, spec, base, arbitrary_state, tokens, 
     assert_same(ours, theirs(module, tokens), base.logits(tokens))
 
 
+@pytest.mark.fast("boft two factors")
 @pytest.mark.parametrize("name", ["lora patterns", "lora_ga", "boft two factors"])
 def test_peft_files_written_here_load_here(name, base, arbitrary_state, tokens, tmp_path):
     base, spec = base("llama"), LLAMA_SPECS[name]
@@ -306,6 +316,17 @@ def save_with_peft(base, folder, config_class, settings):
     return module
 
 
+@pytest.mark.fast(
+    "dora",
+    "boft",
+    "pissa",
+    "oft, exact and shared",
+    "bloom boft",
+    "lokr",
+    "patterns",
+    "tied",
+    "lora",
+)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_peft_adapters_load(name, base, tokens, tmp_path):
     kind, config_class, settings = CONFIGS[name]
@@ -496,6 +517,7 @@ def test_pickles_are_rejected(base, tmp_path):
         load_adapter(tmp_path, base.model, base.params)
 
 
+@pytest.mark.fast("llama-hybrid")
 @pytest.mark.parametrize(
     ("kind", "method"),
     [

@@ -95,6 +95,7 @@ def change(module) -> None:
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
 
 
+@pytest.mark.fast("lora", "tokens, tied")
 @pytest.mark.filterwarnings("error:.*missing adapter keys.*")
 @pytest.mark.filterwarnings("error:.*[Uu]nexpected.*")
 @pytest.mark.parametrize("name", SPECS)

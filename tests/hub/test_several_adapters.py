@@ -115,6 +115,7 @@ def same_masks(monkeypatch):
     jax.clear_caches()
 
 
+@pytest.mark.fast("cat", "linear", "svd", "ties", "dare_linear_svd", "magnitude_prune")
 @pytest.mark.parametrize("kind", COMBINATION_TYPES)
 @pytest.mark.usefixtures("same_masks")
 def test_combinations_are_those_of_peft(kind, base, adapters, on_torch, tokens):
@@ -150,6 +151,7 @@ def test_one_adapter_is_scaled(base, adapters):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(y, -0.5 * x, atol=1e-5), *changes)
 
 
+@pytest.mark.slow
 def test_differences_of_every_method_are_combined(base):
     params = base("llama").params
     specs = {

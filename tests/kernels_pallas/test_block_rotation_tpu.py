@@ -64,6 +64,7 @@ def test_interpret_runs_the_kernel():
 # Through the TPU compiler.
 
 
+@pytest.mark.fast("v5p", "v6e")
 @pytest.mark.parametrize("chip", TOPOLOGIES)
 def test_compiles_for_every_generation(tpu, chip):
     """Compiles one shape here; the slow test below compiles all of them."""

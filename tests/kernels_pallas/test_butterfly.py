@@ -42,6 +42,7 @@ def check(case: Case, dtype, implementation: str, tolerance: float) -> None:
         assert error < tolerance, f"{name}: {error}"
 
 
+@pytest.mark.fast("small blocks-*", "blocks of no power of two-interpret")
 @pytest.mark.parametrize("implementation", ["auto", "interpret"])
 @pytest.mark.parametrize(
     "case",

@@ -62,6 +62,7 @@ def test_value_and_gradients(batch, blocks, size, columns, dtype):
         assert np.abs(np.asarray(one, np.float64) - other).max() <= allowed, name
 
 
+@pytest.mark.fast("3-128-float32", "16-16-bfloat16")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("blocks", "size"), [(16, 16), (64, 2), (20, 16), (3, 128)])
 def test_blocks_packed_into_matrices_give_the_same_result(monkeypatch, blocks, size, dtype):

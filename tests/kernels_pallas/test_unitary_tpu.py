@@ -240,6 +240,7 @@ def test_unsupported_width_falls_back_to_xla_or_is_rejected(kernel_log):
         lowered("pallas")
 
 
+@pytest.mark.fast("v5p")
 @pytest.mark.parametrize("chip", ["v5e", "v5p"])
 def test_xla_form_compiles(tpu, chip):
     """XLA's form runs at other widths, and when the map is merged into a kernel."""

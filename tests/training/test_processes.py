@@ -386,6 +386,7 @@ def test_reason_of_an_ending_process_reaches_the_others():
     assert one.said == [f"process 1 of 2, on {socket.gethostname()}, ended: there is no such data"]
 
 
+@pytest.mark.fast("ValueError")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize(
     "broken_off",

@@ -68,6 +68,7 @@ def test_map_is_red_for_low_rank_and_blue_for_rotation(tmp_path):
     assert red.max() < blue.min()
 
 
+@pytest.mark.fast("1-126", "2-2")
 @pytest.mark.parametrize("layers", [1, 2, 126])
 @pytest.mark.parametrize("steps", [1, 2])
 def test_few_steps_and_many_layers_can_be_drawn(tmp_path, layers, steps):

@@ -114,6 +114,7 @@ def test_factors_over_a_quantized_base_agree_on_a_mesh(draw, quantization):
         assert error < 1e-3, path
 
 
+@pytest.mark.slow
 def test_sketches_and_factors_are_sharded_as_the_kernels(draw):
     blueprint = draw(INNER)
     path = ("layers", "mlp", "up_proj", "kernel")

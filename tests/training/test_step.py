@@ -106,6 +106,7 @@ def reference(model, setup: Setup, batch: Batch):
     return jax.value_and_grad(loss)(setup.state.trainable, setup.frozen, setup.constant, batch)
 
 
+@pytest.mark.fast("LoRA*")
 @pytest.mark.parametrize(
     ("method", "count"),
     [
@@ -200,6 +201,7 @@ def test_batch_without_targets_does_not_divide_by_zero(model):
     jax.tree.map(np.testing.assert_array_equal, made.state.trainable, state.trainable)
 
 
+@pytest.mark.slow
 def test_dropout_depends_only_on_seed_and_step(model):
     batch = microbatches(rows(4), 2)
 
