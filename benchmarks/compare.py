@@ -6,8 +6,10 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,9 +52,15 @@ class Comparison:
 
 
 class Worker:
-    """Process of a worker."""
+    """Process of a worker.
 
-    def __init__(self, module: str, *arguments: str) -> None:
+    Args:
+      module: Module of the worker.
+      arguments: Arguments of its command.
+      python: Python that runs it; by default, that of this process.
+    """
+
+    def __init__(self, module: str, *arguments: str, python: str | Path = sys.executable) -> None:
         environment = os.environ | {
             # Idle threads must sleep, not spin, while the other worker is timed.
             "OMP_WAIT_POLICY": "PASSIVE",
@@ -61,7 +69,7 @@ class Worker:
             "PYTHONUNBUFFERED": "1",
         }
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
+            [str(python), "-m", module, *arguments],
             cwd=ROOT,
             env=environment,
             stdin=subprocess.PIPE,
@@ -104,7 +112,11 @@ class Worker:
 
 
 def run_in_turn(
-    workers: Mapping[str, tuple[str, ...]], *, rounds: int, steps: int
+    workers: Mapping[str, tuple[str, ...]],
+    *,
+    rounds: int,
+    steps: int,
+    pythons: Mapping[str, Path] = MappingProxyType({}),
 ) -> dict[str, Side]:
     """Runs workers in turn, A B C A B C …, all warm.
 
@@ -112,6 +124,7 @@ def run_in_turn(
       workers: Module and arguments of each worker, by name.
       rounds: Number of turns of each worker.
       steps: Number of training steps in a turn.
+      pythons: Python of workers with an environment of their own, by name.
 
     Returns:
       Times of each worker, by name.
@@ -119,10 +132,15 @@ def run_in_turn(
     Raises:
       RuntimeError: A worker ended with an error.
     """
-    processes = {name: Worker(*command) for name, command in workers.items()}
+    processes = {
+        name: Worker(*command, python=pythons.get(name, sys.executable))
+        for name, command in workers.items()
+    }
     for name, process in processes.items():
         print(f"{name} …", file=sys.stderr, flush=True)
+        began = time.perf_counter()
         process.compile()
+        process.facts["seconds_to_compile"] = time.perf_counter() - began
     answers: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
     for _ in range(rounds):
         for name, process in processes.items():
@@ -141,7 +159,13 @@ def run_in_turn(
 
 
 def compare(
-    name: str, ours: tuple[str, ...], theirs: tuple[str, ...], *, rounds: int, steps: int
+    name: str,
+    ours: tuple[str, ...],
+    theirs: tuple[str, ...],
+    *,
+    rounds: int,
+    steps: int,
+    their_python: Path | None = None,
 ) -> Comparison:
     """Runs two workers in turn, A B A B …, both warm.
 
@@ -151,22 +175,31 @@ def compare(
       theirs: Module and arguments of the other worker.
       rounds: Number of pairs.
       steps: Number of training steps in each half of a pair.
+      their_python: Python of the other worker, if it has an environment of its own.
     """
-    sides = run_in_turn({"ours": ours, "theirs": theirs}, rounds=rounds, steps=steps)
+    sides = run_in_turn(
+        {"ours": ours, "theirs": theirs},
+        rounds=rounds,
+        steps=steps,
+        pythons={"theirs": their_python} if their_python else {},
+    )
     return Comparison(name, sides["ours"], sides["theirs"])
 
 
 def table(comparisons: list[Comparison]) -> str:
     """Returns the comparisons as a Markdown table."""
     lines = [
-        "| | ours, s/step | theirs, s/step | ratio: median (min – max) | memory |",
-        "| --- | --- | --- | --- | --- |",
+        "| | s/step | compared with, s/step | ratio: median (min – max) | memory, GiB |"
+        " s to the first steps |",
+        "| --- | ---: | ---: | --- | --- | --- |",
     ]
     for c in comparisons:
         lines.append(
             f"| {c.name} | {statistics.median(c.ours.seconds):.3f} |"
             f" {statistics.median(c.theirs.seconds):.3f} |"
             f" **{c.ratio:.2f}** ({min(c.ratios):.2f} – {max(c.ratios):.2f}) |"
-            f" {c.ours.peak_bytes / 2**30:.2f} / {c.theirs.peak_bytes / 2**30:.2f} GiB |"
+            f" {c.ours.peak_bytes / 2**30:.2f} / {c.theirs.peak_bytes / 2**30:.2f} |"
+            f" {c.ours.facts['seconds_to_compile']:.0f} /"
+            f" {c.theirs.facts['seconds_to_compile']:.0f} |"
         )
     return "\n".join(lines)

@@ -1,10 +1,12 @@
-"""Compares speed with Hugging Face PEFT: `make bench`, or `python -m benchmarks.run`.
+"""Compares speed with other libraries: `make bench`, or `python -m benchmarks.run`.
 
 It first times the rotation alone, over widths and tokens (`benchmarks.rotation`), and then training
-steps. Each comparison of steps starts two processes, lets both compile and warm up, and runs them
-in turn, so that changes of the machine's speed affect both. The result is the ratio of each pair.
+steps and generation, beside Hugging Face PEFT, transformers and Tunix. Each comparison starts two
+processes, lets both compile and warm up, and runs them in turn, so that changes of the machine's
+speed affect both. The result is the ratio of each pair.
 """
 
+import dataclasses
 import json
 import os
 import platform
@@ -15,20 +17,64 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.compare import ROOT, Comparison, compare, table
+from benchmarks.tunix_environment import tunix_python
 from peft_jax.runtime import exits
 from peft_jax.runtime.flags import Arguments
 
 ROTATION = "rotation"
-OURS, THEIRS = "benchmarks.step_ours", "benchmarks.step_peft"
-COMPARISONS = {
-    "full": ("full / PEFT full", (OURS, "full"), (THEIRS, "full")),
-    "lora": ("LoRA r 8 / PEFT LoRA r 8", (OURS, "lora"), (THEIRS, "lora")),
+OURS, PEFT, TUNIX = "benchmarks.step_ours", "benchmarks.step_peft", "benchmarks.step_tunix"
+GENERATION = "benchmarks.generate_ours", "benchmarks.generate_transformers"
+MODELS = {
+    "small": "A Llama of 32 million parameters, 8 rows of 256 tokens",
+    "smollm2": "The dimensions of SmolLM2-135M, 4 rows of 128 tokens",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A comparison.
+
+    Attributes:
+      name: Name in the table.
+      ours: Module and method of our worker.
+      theirs: Module and method of the other worker.
+      model: One of `MODELS`.
+    """
+
+    name: str
+    ours: tuple[str, str]
+    theirs: tuple[str, str]
+    model: str = "small"
+
+
+ROWS = {
+    "full": Row("full / PyTorch's", (OURS, "full"), (PEFT, "full")),
+    "lora": Row("LoRA r 8 / PEFT's", (OURS, "lora"), (PEFT, "lora")),
+    "dora": Row("DoRA r 8 / PEFT's", (OURS, "dora"), (PEFT, "dora")),
+    "oft": Row("OFT b 32 / PEFT's", (OURS, "oft"), (PEFT, "oft")),
     # Without its CUDA extension PEFT's BOFT has one butterfly factor.
-    "boft": ("BOFT b 8, m 1 / PEFT BOFT b 8, m 1", (OURS, "boft_one"), (THEIRS, "boft")),
-    "boft_two": ("BOFT b 8, m 2 / PEFT BOFT b 8, m 1", (OURS, "boft"), (THEIRS, "boft")),
-    "boft_lora": ("BOFT b 8, m 2 / our LoRA r 8", (OURS, "boft"), (OURS, "lora")),
-    "hybrid": ("hybrid / our LoRA r 8", (OURS, "hybrid"), (OURS, "lora")),
-    "unitary": ("unitary / our LoRA r 8", (OURS, "unitary"), (OURS, "lora")),
+    "boft": Row("BOFT b 8, m 1 / PEFT's", (OURS, "boft_one"), (PEFT, "boft")),
+    "boft_two": Row("BOFT b 8, m 2 / PEFT's with m 1", (OURS, "boft"), (PEFT, "boft")),
+    "boft_lora": Row("BOFT b 8, m 2 / our LoRA r 8", (OURS, "boft"), (OURS, "lora")),
+    "hybrid": Row("hybrid / our LoRA r 8", (OURS, "hybrid"), (OURS, "lora")),
+    "unitary": Row("unitary / our LoRA r 8", (OURS, "unitary"), (OURS, "lora")),
+    "tunix_full": Row("full / Tunix's", (OURS, "full"), (TUNIX, "full")),
+    "tunix_lora": Row("LoRA r 8 / Tunix's", (OURS, "lora"), (TUNIX, "lora")),
+    "generation": Row(
+        "128 tokens from 128 / transformers'", (GENERATION[0], "generate"), (GENERATION[1], "-")
+    ),
+    "smollm2_lora": Row("LoRA r 8 / PEFT's", (OURS, "lora"), (PEFT, "lora"), "smollm2"),
+    "smollm2_dora": Row("DoRA r 8 / PEFT's", (OURS, "dora"), (PEFT, "dora"), "smollm2"),
+    "smollm2_oft": Row("OFT b 32 / PEFT's", (OURS, "oft"), (PEFT, "oft"), "smollm2"),
+    "smollm2_boft": Row("BOFT b 8, m 1 / PEFT's", (OURS, "boft_one"), (PEFT, "boft"), "smollm2"),
+    "smollm2_hybrid": Row("hybrid / our LoRA r 8", (OURS, "hybrid"), (OURS, "lora"), "smollm2"),
+    "smollm2_tunix_lora": Row("LoRA r 8 / Tunix's", (OURS, "lora"), (TUNIX, "lora"), "smollm2"),
+    "smollm2_generation": Row(
+        "128 tokens from 128 / transformers'",
+        (GENERATION[0], "generate"),
+        (GENERATION[1], "-"),
+        "smollm2",
+    ),
 }
 
 
@@ -36,7 +82,7 @@ COMPARISONS = {
 def main() -> None:
     """Runs the comparisons and writes their results."""
     parser = Arguments("benchmarks.run", description=__doc__)
-    known = [ROTATION, *COMPARISONS]
+    known = [ROTATION, *ROWS]
     parser.add_argument(
         "--only", nargs="+", choices=known, default=known, help="comparisons to make"
     )
@@ -56,27 +102,46 @@ def main() -> None:
             str(options.output.absolute()),
         ]
         subprocess.run(command, cwd=ROOT, check=True)
-    done: list[Comparison] = []
-    for key in options.only:
-        if key == ROTATION:
-            continue
-        name, ours, theirs = COMPARISONS[key]
-        print(f"{name} …", file=sys.stderr, flush=True)
-        done.append(compare(name, ours, theirs, rounds=options.rounds, steps=options.steps))
+    rows = {key: ROWS[key] for key in options.only if key != ROTATION}
+    needs_tunix = any(row.theirs[0] == TUNIX for row in rows.values())
+    tunix = tunix_python(options.output.absolute() / "tunix") if needs_tunix else None
+    done: dict[str, Comparison] = {}
+    for key, row in rows.items():
+        print(f"{key}: {row.name} …", file=sys.stderr, flush=True)
+        size = ("--size", row.model)
+        done[key] = compare(
+            row.name,
+            (*row.ours, *size),
+            (*row.theirs, *size),
+            rounds=options.rounds,
+            steps=options.steps,
+            their_python=tunix if row.theirs[0] == TUNIX else None,
+        )
+        ratios = done[key].ratios
         print(
-            f"  {done[-1].ratio:.2f} ({min(done[-1].ratios):.2f} – {max(done[-1].ratios):.2f})",
+            f"  {done[key].ratio:.2f} ({min(ratios):.2f} – {max(ratios):.2f})",
             file=sys.stderr,
             flush=True,
         )
-    if not done:
-        return
-    text = f"{_machine()}\n\n{table(done)}\n"
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "steps.md").write_text(text)
-    (options.output / "steps.json").write_text(
-        json.dumps({c.name: {"ours": c.ours.seconds, "theirs": c.theirs.seconds} for c in done})
-    )
-    print(text)
+        _write(done, options.output)
+    if done:
+        print((options.output / "steps.md").read_text())
+
+
+def _write(done: dict[str, Comparison], output: Path) -> None:
+    """Writes the comparisons made so far, a table for each model."""
+    output.mkdir(parents=True, exist_ok=True)
+    parts = [_machine()]
+    for model, title in MODELS.items():
+        found = [comparison for key, comparison in done.items() if ROWS[key].model == model]
+        if found:
+            parts.append(f"{title}:\n\n{table(found)}")
+    (output / "steps.md").write_text("\n\n".join(parts) + "\n")
+    numbers = {
+        key: {"ours": dataclasses.asdict(made.ours), "theirs": dataclasses.asdict(made.theirs)}
+        for key, made in done.items()
+    }
+    (output / "steps.json").write_text(json.dumps(numbers))
 
 
 def _machine() -> str:
@@ -94,8 +159,8 @@ def _machine() -> str:
         platform.processor(),
     )
     return (
-        f"{os.cpu_count()} cores of {model}; {versions}. A Llama of 32 million parameters in"
-        " float32, batch 8 x 256, AdamW, all seven linear maps adapted."
+        f"{os.cpu_count()} cores of {model}; {versions}. Random weights in float32, AdamW, all"
+        " seven linear maps adapted. A step of generation continues all rows."
     )
 
 

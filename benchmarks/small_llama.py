@@ -1,7 +1,7 @@
 """Defines the random Llamas and batches on which training steps are compared.
 
-"small" has 32 million parameters, for CPUs. "large" has 1.1 billion, for GPUs. "8b" has the
-dimensions of Llama 3 8B.
+"small" has 32 million parameters, and "smollm2" the dimensions of SmolLM2-135M, for CPUs. "large"
+has 1.1 billion parameters, for GPUs. "8b" has the dimensions of Llama 3 8B.
 """
 
 import argparse
@@ -27,6 +27,17 @@ _SMALL = {
     "tie_word_embeddings": False,
     "attention_bias": False,
     "mlp_bias": False,
+}
+_SMOLLM2 = _SMALL | {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "rope_theta": 100000.0,
+    "tie_word_embeddings": True,
 }
 _LARGE = _SMALL | {
     "vocab_size": 32000,
@@ -88,7 +99,12 @@ class Size:
         return self.tokens * (2.0 * (3 if trained else 2) * kernels + attention)
 
 
-SIZES = {"small": Size(_SMALL, 8, 256), "large": Size(_LARGE, 8, 1024), "8b": Size(_8B, 2, 2048)}
+SIZES = {
+    "small": Size(_SMALL, 8, 256),
+    "smollm2": Size(_SMOLLM2, 4, 128),
+    "large": Size(_LARGE, 8, 1024),
+    "8b": Size(_8B, 2, 2048),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,4 +155,5 @@ LEARNING_RATE = 1e-4
 RANK = 8
 BLOCK_SIZE = 8
 N_BUTTERFLY_FACTORS = 2
+OFT_BLOCK_SIZE = 32
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

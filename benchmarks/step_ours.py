@@ -24,6 +24,8 @@ SETTINGS = {
     "full": {},
     "lora": {"rank": setup.RANK},
     "lora_ga": {"rank": setup.RANK},
+    "dora": {"rank": setup.RANK},
+    "oft": {"block_size": setup.OFT_BLOCK_SIZE},
     "boft": {"block_size": setup.BLOCK_SIZE, "n_butterfly_factors": setup.N_BUTTERFLY_FACTORS},
     "boft_one": {"block_size": setup.BLOCK_SIZE, "n_butterfly_factors": 1},
     "unitary": {},

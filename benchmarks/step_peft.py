@@ -4,7 +4,7 @@ import sys
 import warnings
 
 import torch
-from peft import BOFTConfig, LoraConfig, get_peft_model
+from peft import BOFTConfig, LoraConfig, OFTConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import small_llama as setup
@@ -14,6 +14,17 @@ CONFIGS = {
     "full": None,
     "lora": lambda: LoraConfig(
         r=setup.RANK, lora_alpha=16, target_modules=setup.LINEARS, lora_dropout=0.0
+    ),
+    "dora": lambda: LoraConfig(
+        r=setup.RANK,
+        lora_alpha=16,
+        target_modules=setup.LINEARS,
+        lora_dropout=0.0,
+        use_dora=True,
+    ),
+    # Its blocks come from the same truncated series as ours.
+    "oft": lambda: OFTConfig(
+        oft_block_size=setup.OFT_BLOCK_SIZE, r=0, target_modules=setup.LINEARS
     ),
     # Without its CUDA extension PEFT sets the number of factors to 1.
     "boft": lambda: BOFTConfig(
