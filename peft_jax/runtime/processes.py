@@ -142,8 +142,9 @@ def join_processes(settings: ProcessSettings, *, say: Callable[[str], None]) -> 
             num_processes=settings.count,
             process_id=settings.index,
             initialization_timeout=settings.start_timeout,
-            # JAX's own heartbeat kills without naming the lost process, so it must come last.
-            heartbeat_timeout_seconds=settings.contact_timeout + _GRACE_SECONDS,
+            # JAX's own heartbeat kills without naming the lost process, so it must come last. Its
+            # calls to the coordinator already fail after half of this time.
+            heartbeat_timeout_seconds=2 * (settings.contact_timeout + _GRACE_SECONDS),
         )
     except (ValueError, RuntimeError) as error:
         reason = _first_line(error).rstrip(".")
