@@ -6,6 +6,7 @@ error that names the nearest field.
 
 import collections.abc
 import dataclasses
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -158,6 +159,9 @@ def convert(value: Any, annotation: Any, *, where: str) -> Any:
     if annotation is float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise _mismatch(where, "a number", value)
+        # The comparison is exact for integers that are too large for a float.
+        if not abs(value) <= sys.float_info.max:
+            raise _mismatch(where, "a finite number", value)
         return float(value)
     if annotation is str:
         if not isinstance(value, str):
@@ -215,7 +219,17 @@ def _convert_mapping(value: Any, annotation: Any, *, where: str) -> dict[str, An
 
 
 def _mismatch(where: str, wanted: str, value: Any) -> ValueError:
-    return ValueError(f"{where} must be {wanted}; it is {value!r}")
+    return ValueError(f"{where} must be {wanted}; it is {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    """Returns a value as text, at most 200 characters of it."""
+    try:
+        text = repr(value)
+    # Python limits the digits of a number that it prints.
+    except ValueError:
+        return "an integer of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def _join(where: str, key: str) -> str:

@@ -1,6 +1,7 @@
 """Data settings of a run."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any, Literal, get_args
@@ -121,7 +122,8 @@ class DataSettings:
         if self.too_long is not None:
             _check_choice("too_long", self.too_long, get_args(TooLong))
         if self.hold_out is not None and (
-            self.hold_out < 0 or (self.hold_out > 1 and self.hold_out != int(self.hold_out))
+            not 0 <= self.hold_out < math.inf
+            or (self.hold_out > 1 and not float(self.hold_out).is_integer())
         ):
             raise ValueError(
                 f"data.hold_out is {self.hold_out}; it must be a fraction below 1 (0.05), a whole"

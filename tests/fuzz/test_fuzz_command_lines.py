@@ -37,7 +37,7 @@ LINES = [
     ([*TRAIN, "--config.data.chat_template=/nowhere"], "/nowhere"),
     ([*TRAIN, "--config.parallel.tensor=7"], "tensor=7"),
     ([*TRAIN, "--coordinator=here", "--num_processes=2"], "host:port"),
-    ([*TRAIN, "--num_processes=0"], "number of processes"),
+    ([*TRAIN, "--num_processes=0"], "num_processes must be at least 1"),
     ([*TRAIN, "stray"], "'stray' is not a flag"),
     (["train.py"], "--config is missing"),
     (["train.py", "--config=/dev/null"], "/dev/null"),
