@@ -5,9 +5,9 @@
 - Models and checkpoints: `load_model`, `load_classifier`, `build_model`, `save_model`,
   `ExecutionSettings`.
 - Methods, each over one kernel: `LoRA`, `DoRA`, `LoRAFA`, `AdaLoRA`, `LoRAGA`, `LoRAOne`,
-  `EVA` (with `redistribute_ranks`), `PiSSA`, `OLoRA`, `LoHa`, `LoKr`, `MiSS`, `VeRA`, `IA3`,
-  `BOFT`, `OFT`, `HRA`, `Unitary`, `Hybrid`; `TrainableTokens`, `LNTuning`, `Full`; your own:
-  `AdapterMethod`, `register_method`.
+  `EVA` (with `redistribute_ranks`), `PiSSA`, `OLoRA`, `LoHa`, `LoKr`, `MiSS`, `VeRA`,
+  `RandLora`, `FourierFT`, `IA3`, `BOFT`, `OFT`, `HRA`, `Unitary`, `Hybrid`; `TrainableTokens`,
+  `LNTuning`, `Full`; your own: `AdapterMethod`, `register_method`.
 - Flax modules of your own: `adapt` makes a model of a Linen or an NNX module, whose code stays as
   it is.
 - Adapters over a whole model: `AdapterSpec` makes and binds an `AdapterState`; `merge`,
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         AdapterSpec,
         AdapterState,
         DoRA,
+        FourierFT,
         Full,
         Hybrid,
         LNTuning,
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
         MiSS,
         OLoRA,
         PiSSA,
+        RandLora,
         TrainableTokens,
         Unitary,
         VeRA,
@@ -107,6 +109,7 @@ _HOMES = {
         "AdapterSpec",
         "AdapterState",
         "DoRA",
+        "FourierFT",
         "Full",
         "Hybrid",
         "LNTuning",
@@ -119,6 +122,7 @@ _HOMES = {
         "MiSS",
         "OLoRA",
         "PiSSA",
+        "RandLora",
         "TrainableTokens",
         "Unitary",
         "VeRA",
@@ -174,6 +178,7 @@ __all__ = [
     "DataSettings",
     "DoRA",
     "ExecutionSettings",
+    "FourierFT",
     "Full",
     "GenerationSettings",
     "Hooks",
@@ -189,6 +194,7 @@ __all__ = [
     "MixingSettings",
     "OLoRA",
     "PiSSA",
+    "RandLora",
     "RunConfig",
     "TrainableTokens",
     "Trainer",

@@ -20,8 +20,8 @@ def forward(
     d1, d2, d3 = jax.lax.complex(jnp.cos(phases), jnp.sin(phases))
     v1, v2 = jax.lax.complex(reflections[:, 0], reflections[:, 1])
     z = jax.lax.complex(*jnp.split(x.astype(jnp.float32), 2, axis=-1))
-    z = _reflect(jnp.fft.fft(_row_by_row(z * d1), norm="ortho"), v1)
-    z = _reflect(jnp.fft.ifft(_row_by_row(z * d2), norm="ortho"), v2) * d3
+    z = _reflect(jnp.fft.fft(row_by_row(z * d1), norm="ortho"), v1)
+    z = _reflect(jnp.fft.ifft(row_by_row(z * d2), norm="ortho"), v2) * d3
     return (jnp.concatenate([z.real, z.imag], axis=-1).astype(x.dtype),)
 
 
@@ -40,7 +40,7 @@ def backward(
     return transposed(g)
 
 
-def _row_by_row(z: Complex[Array, "*batch n"]) -> Complex[Array, "*batch n"]:
+def row_by_row(z: Complex[Array, "*batch n"]) -> Complex[Array, "*batch n"]:
     """Constrains rows to be contiguous in memory on a CPU, as its transform requires.
 
     In JAX 0.12 the CPU compiler omits this for rows that come from other devices, and the program

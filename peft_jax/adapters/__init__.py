@@ -1,7 +1,8 @@
 """Adapts frozen parameter trees with pure functions.
 
 Methods over one kernel: `LoRA`, `DoRA`, `LoRAFA`, `AdaLoRA`, `LoRAGA`, `LoRAOne`, `EVA`, `PiSSA`,
-`OLoRA`, `LoHa`, `LoKr`, `MiSS`, `VeRA`, `IA3`, `BOFT`, `OFT`, `HRA`, `Unitary` and `Hybrid`.
+`OLoRA`, `LoHa`, `LoKr`, `MiSS`, `VeRA`, `RandLora`, `FourierFT`, `IA3`, `BOFT`, `OFT`, `HRA`,
+`Unitary` and `Hybrid`.
 `TrainableTokens` trains rows of an embedding. `LNTuning` and `Full` train the model's own leaves.
 `AdapterSpec` initializes, binds and merges an `AdapterState` over a model:
 
@@ -21,6 +22,7 @@ from peft_jax.adapters.by_row import StackedAdapters, stack_adapters
 from peft_jax.adapters.combine import COMBINATION_TYPES, combine_adapters
 from peft_jax.adapters.dora import DoRA
 from peft_jax.adapters.eva import EVA
+from peft_jax.adapters.fourierft import FourierFT
 from peft_jax.adapters.full import Full
 from peft_jax.adapters.hra import HRA
 from peft_jax.adapters.hybrid import LOW_RANK, ROTATION, Hybrid
@@ -38,6 +40,7 @@ from peft_jax.adapters.lora_start import OLoRA, PiSSA
 from peft_jax.adapters.method import AdapterMethod, GradientFactors, InputFactors, TrainingMethod
 from peft_jax.adapters.miss import MiSS
 from peft_jax.adapters.oft import OFT
+from peft_jax.adapters.randlora import RandLora
 from peft_jax.adapters.redistribute import redistribute_ranks
 from peft_jax.adapters.registry import (
     METHODS,
@@ -72,6 +75,7 @@ __all__ = [
     "AdapterSpec",
     "AdapterState",
     "DoRA",
+    "FourierFT",
     "Full",
     "GradientFactors",
     "Hybrid",
@@ -88,6 +92,7 @@ __all__ = [
     "OLoRA",
     "ParameterCount",
     "PiSSA",
+    "RandLora",
     "StackedAdapters",
     "TargetSettings",
     "Targets",

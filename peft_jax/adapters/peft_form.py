@@ -51,6 +51,7 @@ class PeftForm(abc.ABC):
       peft_type: PEFT's name of the method.
       marks: Settings that tell adapters of this form from others of the same type.
       names: Name suffixes of the tensors.
+      shared_names: Names of the tensors that all modules share and that a file must have.
       exact: Whether `restore` inverts `export` bit for bit.
       understood: Settings that the form understands.
       only_bias: Value of the setting `bias` that trains the biases of the adapted modules; empty
@@ -69,6 +70,7 @@ class PeftForm(abc.ABC):
     peft_type: ClassVar[str]
     marks: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     names: ClassVar[tuple[str, ...]]
+    shared_names: ClassVar[tuple[str, ...]] = ()
     exact: ClassVar[bool]
     understood: ClassVar[PeftSettings]
     only_bias: ClassVar[str] = ""
@@ -113,13 +115,29 @@ class PeftForm(abc.ABC):
     def settings(self) -> dict[str, Any]:
         """Returns the method's settings in `adapter_config.json`."""
 
-    def shared(self, shapes: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
+    def shared(
+        self, shapes: Sequence[tuple[int, int]], constants: Sequence[Mapping[str, np.ndarray]]
+    ) -> dict[str, np.ndarray]:
         """Returns tensors that all modules share.
 
         Args:
           shapes: Shapes [d_in, d_out] of all adapted kernels.
+          constants: Constant arrays of the same kernels.
         """
-        del shapes
+        del shapes, constants
+        return {}
+
+    def constants(
+        self, shared: Mapping[str, np.ndarray], d_in: int, d_out: int
+    ) -> dict[str, np.ndarray]:
+        """Returns the constant arrays of a kernel [d_in, d_out] that come from shared tensors.
+
+        Args:
+          shared: Tensors by `shared_names`.
+          d_in: Number of inputs.
+          d_out: Number of outputs.
+        """
+        del shared, d_in, d_out
         return {}
 
     @abc.abstractmethod

@@ -8,6 +8,7 @@ from peft_jax.adapters.adalora import AdaLoRA
 from peft_jax.adapters.boft import BOFT
 from peft_jax.adapters.dora import DoRA
 from peft_jax.adapters.eva import EVA
+from peft_jax.adapters.fourierft import FourierFT
 from peft_jax.adapters.full import Full
 from peft_jax.adapters.hra import HRA
 from peft_jax.adapters.hybrid import Hybrid
@@ -24,6 +25,7 @@ from peft_jax.adapters.method import TrainingMethod
 from peft_jax.adapters.miss import MiSS
 from peft_jax.adapters.oft import OFT
 from peft_jax.adapters.peft_form import PeftForm
+from peft_jax.adapters.randlora import RandLora
 from peft_jax.adapters.trainable_tokens import TrainableTokens
 from peft_jax.adapters.unitary import Unitary
 from peft_jax.adapters.vera import VeRA
@@ -48,6 +50,8 @@ METHODS: dict[str, type[TrainingMethod]] = {
         LoKr,
         MiSS,
         VeRA,
+        RandLora,
+        FourierFT,
         IA3,
         BOFT,
         OFT,

@@ -170,8 +170,11 @@ class VeRAForm(PeftForm):
         del d_in
         return {"vera_lambda_b": (d_out,), "vera_lambda_d": (self.method.rank,)}
 
-    def shared(self, shapes: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
+    def shared(
+        self, shapes: Sequence[tuple[int, int]], constants: Sequence[Mapping[str, np.ndarray]]
+    ) -> dict[str, np.ndarray]:
         """Returns the projections of the widest kernels."""
+        del constants
         a, b = self.method.projections(*(max(sizes) for sizes in zip(*shapes, strict=True)))
         return {"vera_A": np.asarray(a.T), "vera_B": np.asarray(b.T)}
 

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path as FilePath
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ from peft_jax.hub.peft_config import (
 from peft_jax.hub.peft_copies import base_kernel, drop_base_copies, drop_tied_tokens
 from peft_jax.hub.peft_experts import form_of_leaf, wrappers
 from peft_jax.hub.peft_import import check_tied, read_peft_spec
-from peft_jax.hub.peft_names import PEFT_PREFIX
+from peft_jax.hub.peft_names import PEFT_PREFIX, SHARED_PREFIX
 from peft_jax.hub.tensors import StoredTensor, read_header
 from peft_jax.models import Model, TrainableModel
 from peft_jax.runtime.files import read_json_object
@@ -183,6 +184,7 @@ def _load_peft(folder: FilePath, model: Model, params: Tree) -> tuple[AdapterSpe
     form = check_peft_config(config, folder / PEFT_CONFIG)
     what = f"the adapter in {folder}, trained on {config.get('base_model_name_or_path')},"
     stored = _open(folder, PEFT_ARRAYS)
+    stored, shared = _split_shared(stored, form, what=what)
     stored = drop_base_copies(stored, model, params, what=what)
     stored = drop_tied_tokens(stored, model, what=what)
     spec = read_peft_spec(config, form, stored, model, params, what=what)
@@ -200,7 +202,30 @@ def _load_peft(folder: FilePath, model: Model, params: Tree) -> tuple[AdapterSpe
     except NoPeftFormError as error:
         raise ValueError(f"{what} cannot be loaded: {error}") from error
     _check_peft_tensors(stored, model, spec, params, forms, what=what)
-    return spec, _read_peft_state(stored, model, spec, params, forms)
+    try:
+        return spec, _read_peft_state(stored, model, spec, params, forms, shared)
+    except NoPeftFormError as error:
+        raise ValueError(f"{what} cannot be loaded: {error}") from error
+
+
+def _split_shared(
+    stored: Mapping[str, StoredTensor], form: type[PeftForm], *, what: str
+) -> tuple[dict[str, StoredTensor], dict[str, np.ndarray]]:
+    """Returns the tensors of modules, and those that all modules share, by short name.
+
+    Raises:
+      ValueError: A shared tensor is missing.
+    """
+    names = {SHARED_PREFIX + name: name for name in form.shared_names}
+    if missing := [name for name in names if name not in stored]:
+        raise ValueError(f"{what} lacks {', '.join(missing)}")
+    # PEFT also writes them for each of the modules that share them.
+    own = {
+        name: tensor
+        for name, tensor in stored.items()
+        if name.rpartition(".")[2] not in form.shared_names
+    }
+    return own, {short: read_tensor(stored[name]) for name, short in names.items()}
 
 
 def _layer_forms(
@@ -254,8 +279,9 @@ def _read_peft_state(
     spec: AdapterSpec,
     params: Tree,
     forms: LayerForms,
+    shared: Mapping[str, np.ndarray] = MappingProxyType({}),
 ) -> AdapterState:
-    """Reads the arrays of an adapter in PEFT's form."""
+    """Reads the arrays of an adapter in PEFT's form, some of which are shared."""
     targets, flat = spec.targets(params), flatten(params)
     trained = peft_trained_tensors(model, targets, spec.abstract(params), _own_form(spec.method))
     arrays = read_arrays(trained, stored)
@@ -263,7 +289,7 @@ def _read_peft_state(
     for path, own in forms.items():
         method = targets.adapted[path]
         modules = wrappers(model, path, forms)
-        arrays |= _read_adapted(modules, path, own, method, flat[path].shape, stored, dtype)
+        arrays |= _read_adapted(modules, path, own, method, flat[path].shape, stored, shared, dtype)
         constants = {("constant", (*path, name)) for name in method.axes(None, None)[1]}
         if constants - arrays.keys():
             if is_experts(path):
@@ -304,6 +330,7 @@ def _read_adapted(
     method: AdapterMethod,
     shape: tuple[int, ...],
     stored: Mapping[str, StoredTensor],
+    shared: Mapping[str, np.ndarray],
     dtype: np.dtype,
 ) -> dict[tuple[str, Path], Any]:
     """Reads the arrays of one adapted kernel [..., d_in, d_out], by tree and path.
@@ -322,7 +349,8 @@ def _read_adapted(
         start = f"{PEFT_PREFIX}{module}."
         names = form.shapes(d_in, d_out)
         tensors = {name: read_tensor(stored[start + name]) for name in names}
-        layers.append(list(form.restore(tensors)))
+        trainable, constant = form.restore(tensors)
+        layers.append([trainable, constant | form.constants(shared, d_in, d_out)])
     return {
         (tree, (*path, name)): stack(path, _pad([one[index][name] for one in layers]), dtype)
         for index, tree in enumerate(("trainable", "constant"))

@@ -285,10 +285,15 @@ def _peft_tensors(
         flatten(tree, is_leaf=lambda path, _: path in targets.adapted)
         for tree in (state.trainable, state.constant)
     ]
+    constants = []
     for path in targets.adapted:
         arrays = {
             name: np.asarray(array) for tree in trees for name, array in tree.get(path, {}).items()
         }
+        fixed = trees[1].get(path, {})
+        constants.append(
+            {name: arrays[name][0] if is_stacked(path) else arrays[name] for name in fixed}
+        )
         modules = wrappers(model, path, targets.adapted)
         methods = targets.layers(path, len(modules))
         for index, (module, method) in enumerate(zip(modules, methods, strict=True)):
@@ -313,7 +318,7 @@ def _peft_tensors(
                         fetch=_constant(tensor),
                     )
     shapes = [flat[path].shape[-2:] for path in targets.adapted]
-    for name, tensor in form.shared(shapes).items():
+    for name, tensor in form.shared(shapes, constants).items():
         yield TensorToWrite(
             name=f"{SHARED_PREFIX}{name}",
             dtype=tensor.dtype,

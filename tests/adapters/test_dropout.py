@@ -15,6 +15,7 @@ from peft_jax.adapters import (
     LoRA,
     LoRAGA,
     MiSS,
+    RandLora,
     VeRA,
 )
 from peft_jax.core import linear
@@ -26,6 +27,7 @@ METHODS = {
     "dora": (DoRA(rank=3), DoRA(rank=3, dropout=RATE)),
     "lora_ga": (LoRAGA(rank=3), LoRAGA(rank=3, dropout=RATE)),
     "lokr": (LoKr(rank=1), LoKr(rank=1, dropout=RATE)),
+    "randlora": (RandLora(rank=3), RandLora(rank=3, dropout=RATE)),
     "vera": (VeRA(rank=3), VeRA(rank=3, dropout=RATE)),
     "miss": (MiSS(rank=3), MiSS(rank=3, dropout=RATE)),
     "oft": (OFT(block_size=4), OFT(block_size=4, dropout=RATE)),

@@ -14,6 +14,7 @@ from peft_jax.adapters import (
     AdaLoRA,
     AdapterMethod,
     DoRA,
+    FourierFT,
     LoHa,
     LoKr,
     LoRA,
@@ -21,6 +22,7 @@ from peft_jax.adapters import (
     MiSS,
     OLoRA,
     PiSSA,
+    RandLora,
     VeRA,
 )
 from peft_jax.core import AdaptedKernel, linear
@@ -40,6 +42,8 @@ class Case:
       config: Name of PEFT's class of settings.
       settings: Settings that the form's own do not contain.
       bias: Whether the base has a bias.
+      d_in: Number of inputs.
+      d_out: Number of outputs.
       same_gradients: Whether the form only permutes entries, so that gradients are compared.
     """
 
@@ -47,6 +51,8 @@ class Case:
     config: str
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     bias: bool = True
+    d_in: int = D_IN
+    d_out: int = D_OUT
     same_gradients: bool = True
 
 
@@ -57,6 +63,13 @@ CASES = {
     "dora without a bias": Case(DoRA(rank=2), "LoraConfig", bias=False),
     "lora_fa": Case(LoRAFA(rank=3), "LoraConfig", same_gradients=False),
     "vera": Case(VeRA(rank=5, d_initial=4.0), "VeraConfig", same_gradients=False),
+    "randlora": Case(RandLora(rank=3, alpha=6.0), "RandLoraConfig"),
+    "randlora of a narrow kernel": Case(RandLora(rank=5), "RandLoraConfig", d_in=7, d_out=16),
+    "randlora of held bases": Case(RandLora(rank=9, hold_bases=True), "RandLoraConfig"),
+    "fourierft": Case(FourierFT(n_frequency=40), "FourierFTConfig"),
+    "fourierft of another seed": Case(
+        FourierFT(n_frequency=96, scaling=30.0, seed=2**33 + 5), "FourierFTConfig"
+    ),
     "adalora": Case(AdaLoRA(rank=3), "AdaLoraConfig"),
     "pissa": Case(PiSSA(rank=3), "LoraConfig"),
     "olora": Case(OLoRA(rank=3, rank_stabilized=True), "LoraConfig"),
@@ -94,19 +107,25 @@ class Layers:
         return linear(x, AdaptedKernel(base=self.kernel, arrays=arrays, method=method)) + self.bias
 
 
-@pytest.fixture(params=CASES)
+SLOW = ("randlora of held bases", "fourierft of another seed")
+"""Cases whose kind another one covers in the fast suite."""
+
+
+@pytest.fixture(
+    params=[pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
+)
 def layers(request: pytest.FixtureRequest, key: jax.Array) -> Layers:
     case = CASES[request.param]
-    method = case.method
-    kernel = jax.random.normal(jax.random.fold_in(key, 1), (D_IN, D_OUT)) / 2
-    bias = np.arange(D_OUT, dtype=np.float32) if case.bias else np.zeros(D_OUT, np.float32)
+    method, d_in, d_out = case.method, case.d_in, case.d_out
+    kernel = jax.random.normal(jax.random.fold_in(key, 1), (d_in, d_out)) / 2
+    bias = np.arange(d_out, dtype=np.float32) if case.bias else np.zeros(d_out, np.float32)
     given = {"kernel": kernel} if method.uses_kernel else {}
-    trainable, constant = method.init(key, (D_IN, D_OUT), **given)
+    trainable, constant = method.init(key, (d_in, d_out), **given)
     trainable = {
         name: leaf + 0.3 * jax.random.normal(jax.random.fold_in(key, 9 + index), leaf.shape)
         for index, (name, leaf) in enumerate(trainable.items())
     }
-    module = torch.nn.Sequential(torch.nn.Linear(D_IN, D_OUT, bias=case.bias))
+    module = torch.nn.Sequential(torch.nn.Linear(d_in, d_out, bias=case.bias))
     with torch.no_grad():
         module[0].weight.copy_(torch.tensor(np.asarray(kernel).T))
         if case.bias:
@@ -118,16 +137,19 @@ def layers(request: pytest.FixtureRequest, key: jax.Array) -> Layers:
     )
     arrays = {name: np.asarray(array) for name, array in {**trainable, **constant}.items()}
     tensors = form.export(arrays)
-    assert {name: tensor.shape for name, tensor in tensors.items()} == form.shapes(D_IN, D_OUT)
+    assert {name: tensor.shape for name, tensor in tensors.items()} == form.shapes(d_in, d_out)
     stored = {
         f"base_model.model.0.{name}": torch.tensor(np.ascontiguousarray(tensor))
         for name, tensor in tensors.items()
     }
-    for name, tensor in form.shared([(D_IN, D_OUT)]).items():
+    fixed = {name: np.asarray(array) for name, array in constant.items()}
+    for name, tensor in form.shared([(d_in, d_out)], [fixed]).items():
         stored[f"base_model.{name}"] = torch.tensor(tensor)
     report = peft.set_peft_model_state_dict(adapted, stored)
     assert not report.unexpected_keys
-    assert not [key for key in report.missing_keys if adapted.prefix in key]
+    missing = [key for key in report.missing_keys if adapted.prefix in key]
+    # Layers also list the tensors that all of them share.
+    assert not [key for key in missing if key.split(".")[-2] not in form.shared_names]
     return Layers(case, adapted, kernel, bias, trainable, constant)
 
 
@@ -138,7 +160,7 @@ def assert_close(found: Any, expected: np.ndarray) -> None:
 
 
 def test_layer_agrees_with_peft(layers: Layers, key: jax.Array) -> None:
-    x = jax.random.normal(key, (TOKENS, D_IN))
+    x = jax.random.normal(key, (TOKENS, layers.case.d_in))
     found = layers.apply(layers.trainable, x)
     expected = layers.module(torch.tensor(np.asarray(x))).detach().numpy()
     assert_close(found, expected)
@@ -155,7 +177,7 @@ def test_merged_kernel_agrees_with_peft(layers: Layers) -> None:
 def test_gradients_agree_with_peft(layers: Layers, key: jax.Array) -> None:
     x, cotangent = (
         jax.random.normal(jax.random.fold_in(key, i), (TOKENS, size))
-        for i, size in enumerate((D_IN, D_OUT))
+        for i, size in enumerate((layers.case.d_in, layers.case.d_out))
     )
     _, pull = jax.vjp(layers.apply, layers.trainable, x)
     of_arrays, of_x = pull(cotangent)

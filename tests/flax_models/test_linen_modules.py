@@ -27,6 +27,7 @@ SETTINGS = {
     "unitary": {},
     "ia3": {},
     "lokr": {"rank": 1},
+    "fourierft": {"n_frequency": 3},
 }
 ADAPTING = [
     name

@@ -21,6 +21,7 @@ from peft_jax.adapters import (
     AdapterSpec,
     AdapterState,
     DoRA,
+    FourierFT,
     Full,
     Hybrid,
     LNTuning,
@@ -32,6 +33,7 @@ from peft_jax.adapters import (
     LoRAOne,
     MiSS,
     PiSSA,
+    RandLora,
     Unitary,
     VeRA,
 )
@@ -68,6 +70,8 @@ SPECS = {
     "lora_one": AdapterSpec(method=LoRAOne(rank=2)),
     "eva": AdapterSpec(method=EVA(rank=2)),
     "vera": AdapterSpec(method=VeRA(rank=4)),
+    "randlora": AdapterSpec(method=RandLora(rank=5)),
+    "fourierft": AdapterSpec(method=FourierFT(n_frequency=50)),
     "adalora": AdapterSpec(method=AdaLoRA(rank=2)),
     "pissa": AdapterSpec(method=PiSSA(rank=2), rank_pattern={"q_proj": 1}),
     "loha": AdapterSpec(method=LoHa(rank=2), alpha_pattern={"q_proj": 1.0}),
@@ -102,10 +106,11 @@ IN_PEFT_FORMAT = {
         "ia3",
         "oft",
         "hra",
+        "fourierft",
         "boft",
     ),
 }
-COPIED_FOR_PEFT = {"dora", "vera", "boft two factors"}
+COPIED_FOR_PEFT = {"dora", "vera", "randlora", "boft two factors"}
 
 
 @pytest.fixture(scope="module")

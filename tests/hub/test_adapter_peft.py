@@ -19,6 +19,7 @@ from peft_jax.adapters import (
     AdaLoRA,
     AdapterSpec,
     DoRA,
+    FourierFT,
     Full,
     Hybrid,
     LoHa,
@@ -29,6 +30,7 @@ from peft_jax.adapters import (
     LoRAOne,
     MiSS,
     PiSSA,
+    RandLora,
     Unitary,
     VeRA,
 )
@@ -69,6 +71,8 @@ LLAMA_SPECS = {
     "lora_one": AdapterSpec(method=LoRAOne(rank=2)),
     "eva": AdapterSpec(method=EVA(rank=2), rank_pattern={"q_proj": 3}),
     "vera": AdapterSpec(method=VeRA(rank=32), modules_to_save=("norm",)),
+    "randlora": AdapterSpec(method=RandLora(rank=5), modules_to_save=("norm",)),
+    "fourierft": AdapterSpec(method=FourierFT(n_frequency=50), modules_to_save=("norm",)),
     "adalora": AdapterSpec(method=AdaLoRA(rank=3), modules_to_save=("norm",)),
     "pissa": AdapterSpec(method=PiSSA(rank=2), rank_pattern={"q_proj": 3}),
     "loha": AdapterSpec(
@@ -147,7 +151,9 @@ def assert_same(found, expected, away_from) -> None:
 def load_in_peft(base, folder):
     with warnings.catch_warnings():
         # PEFT only warns of unused and missing keys.
-        warnings.filterwarnings("error", message=".*missing adapter keys.*")
+        # Modules also list the random bases that all of them share.
+        missing = r".*missing adapter keys.*'[^']*(?<!randlora_A)(?<!randlora_B)\.default'"
+        warnings.filterwarnings("error", message=missing)
         warnings.filterwarnings("error", message=".*[Uu]nexpected.*")
         return peft.PeftModel.from_pretrained(base.copy_of_module(), folder)
 
@@ -250,6 +256,17 @@ CONFIGS = {
             "block_share": True,
             "target_modules": LINEAR["bloom"],
         },
+    ),
+    "randlora": ("llama", "RandLoraConfig", {"r": 5, "target_modules": LINEAR["llama"]}),
+    "sparse randlora": (
+        "bloom",
+        "RandLoraConfig",
+        {"r": 5, "sparse": True, "randlora_alpha": 20, "target_modules": LINEAR["bloom"]},
+    ),
+    "fourierft": (
+        "llama",
+        "FourierFTConfig",
+        {"n_frequency": 50, "random_loc_seed": 5, "target_modules": LINEAR["llama"]},
     ),
     "hra": ("llama", "HRAConfig", {"r": 4, "target_modules": LINEAR["llama"]}),
     "all-linear": ("llama", "LoraConfig", {"r": 2, "target_modules": "all-linear"}),
@@ -463,6 +480,18 @@ REJECTED_OF_OTHERS = {
         "HRAConfig",
         {"r": 2, "apply_GS": True, "target_modules": ["q_proj"]},
         r"apply_GS = True.*orthogonalized",
+    ),
+    "randlora without its bases": (
+        "llama",
+        "RandLoraConfig",
+        {"r": 4, "save_projection": False, "target_modules": ["q_proj"]},
+        r"save_projection = False.*must be in the file",
+    ),
+    "fourierft of several numbers": (
+        "llama",
+        "FourierFTConfig",
+        {"n_frequency": 9, "n_frequency_pattern": {"q_proj": 8}, "target_modules": ["q_proj"]},
+        r"n_frequency_pattern.*same number",
     ),
     "oft": (
         "llama",

@@ -42,6 +42,8 @@ SETTINGS = {
     "lokr": {"rank": 1},
     "miss": {"rank": 5},
     "vera": {"rank": 4},
+    "randlora": {"rank": 5},
+    "fourierft": {"n_frequency": 50},
     "oft": {"block_size": 4},
     "lora_ga": {"rank": 2},
     "boft": {"block_size": 4},
