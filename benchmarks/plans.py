@@ -38,7 +38,9 @@ RECOMPUTED: Settings = {"execution.remat": "full", "train.gradient_accumulation"
 FURTHER: dict[str, dict[str, tuple[str, Settings]]] = {
     "hybrid_405b": {
         "hybrid, remat full": ("hybrid", RECOMPUTED),
+        "lora, base in w8a8g8": ("lora", {"model.quantization": "w8a8g8"}),
         "hybrid, base in w8a8": ("hybrid", {"model.quantization": "w8a8"}),
+        "hybrid, base in w8a8g8": ("hybrid", {"model.quantization": "w8a8g8"}),
         "hybrid, base in nf4": ("hybrid", {"model.quantization": "nf4"}),
     },
     "hybrid_70b": {"hybrid, remat full": ("hybrid", RECOMPUTED)},

@@ -2,8 +2,9 @@
 
     python -m benchmarks.quantization --model=/path/to/tinystories656K --data=/path/to/gsm8k
 
-It trains the same adapters on the same batches over the base model in bfloat16, int8, NF4 and w8a8,
-and prints tables. Losses are held-out losses. Differences are paired by seed, with 95% t-intervals.
+It trains the same adapters on the same batches over the base model in bfloat16, int8, NF4, w8a8 and
+w8a8g8, and prints tables. Losses are held-out losses. Differences are paired by seed, with 95%
+t-intervals.
 """
 
 import argparse
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from peft_jax.runtime import exits
 from peft_jax.runtime.flags import Arguments
 
-FORMATS = ("none", "int8", "nf4", "w8a8")
+FORMATS = ("none", "int8", "nf4", "w8a8", "w8a8g8")
 METHODS = ("lora", "lora_ga", "boft", "unitary", "hybrid")
 
 Losses = dict[str, dict[str, list[dict[str, float]]]]

@@ -190,7 +190,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", default="float32", help="parameter and compute dtype: float32 or bfloat16")
     add(
         "--quantization",
-        choices=("none", "int8", "nf4", "w8a8"),
+        choices=("none", "int8", "nf4", "w8a8", "w8a8g8"),
         help="quantization of the base model; by default as in training",
     )
     add = parser.add_argument_group("tasks").add_argument

@@ -28,7 +28,7 @@ class EvalSettings:
       adapter: Folder of an adapter, or its name on the hub.
       merge: Whether the adapter is merged into the parameters or bound to them.
       dtype: Parameter and compute dtype, "float32" or "bfloat16".
-      quantization: Quantization of the base model, "none", "int8", "nf4" or "w8a8"; None: as in
+      quantization: Quantization of the base model, one of `peft_jax.core.FORMATS`; None: as in
         training, or "none" if unknown.
       output: Folder of the results; None: eval/ in the run's folder, or runs/eval-NAME.
       data: Folder of local data; None: the hub.

@@ -10,8 +10,13 @@ v5p, v6e and 7x, and of NVIDIA GPUs, are about twice as fast as those for bfloat
 
 The error is that of rounding x, at most t / 2 an entry. It depends on a token's largest entry:
 features that are far larger than the others cost accuracy (Dettmers et al., 2022, arXiv
-2208.07339). The backward pass treats rounding as the identity. It multiplies the gradient, in its
-own dtype, by the dequantized kernel, so that gradients are not rounded.
+2208.07339). The backward pass treats rounding as the identity. In the format "w8a8" it multiplies
+the gradient, in its own dtype, by the dequantized kernel, so that gradients are not rounded. In the
+format "w8a8g8" it multiplies integers too: a column's scale first goes into the gradient,
+
+    dy Wᵀ = (dy diag(s)) Qᵀ ≈ u (Y Qᵀ),
+
+where dy diag(s) ≈ u Y is rounded as x is, token by token. No kernel is dequantized.
 """
 
 import jax
@@ -19,22 +24,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int8
 from qwix import QArray
 
-from peft_jax.core.quantized import dequantize
+from peft_jax.core.quantized import dequantize, format_of
 
 _LARGEST = 127.0
 
 
 @jax.custom_vjp
 def integer_product(x: Float[Array, "*batch d_in"], kernel: QArray) -> Float[Array, "*batch d_out"]:
-    """Returns x W for a kernel in the format "w8a8", in the dtype of `x`.
+    """Returns x W for a kernel in the format "w8a8" or "w8a8g8", in the dtype of `x`.
 
     The kernel gets no gradient.
     """
     values, step = round_tokens(x)
-    dimensions = (((x.ndim - 1,), (0,)), ((), ()))
-    sums = jax.lax.dot_general(values, kernel.qvalue, dimensions, preferred_element_type=jnp.int32)
-    scale = kernel.scale[0].astype(jnp.float32)
-    return (sums.astype(jnp.float32) * step * scale).astype(x.dtype)
+    sums = _sums(values, kernel.qvalue, axis=0)
+    return (sums * step * kernel.scale[0].astype(jnp.float32)).astype(x.dtype)
 
 
 def round_tokens(
@@ -57,11 +60,23 @@ def round_tokens(
     return jnp.round(wide / step).astype(jnp.int8), step
 
 
+def _sums(
+    values: Int8[Array, "*batch _"], kernel: Int8[Array, "d_in d_out"], *, axis: int
+) -> Float32[Array, "*batch _"]:
+    """Returns exact sums of products of integers over an axis of the kernel."""
+    dimensions = (((values.ndim - 1,), (axis,)), ((), ()))
+    sums = jax.lax.dot_general(values, kernel, dimensions, preferred_element_type=jnp.int32)
+    return sums.astype(jnp.float32)
+
+
 def _forward(x: Array, kernel: QArray) -> tuple[Array, QArray]:
     return integer_product(x, kernel), kernel
 
 
 def _backward(kernel: QArray, dy: Array) -> tuple[Array, None]:
+    if format_of(kernel) == "w8a8g8":
+        values, step = round_tokens(dy.astype(jnp.float32) * kernel.scale[0].astype(jnp.float32))
+        return (_sums(values, kernel.qvalue, axis=1) * step).astype(dy.dtype), None
     dense = dequantize(kernel, dy.dtype)
     return jax.lax.dot_general(dy, dense, (((dy.ndim - 1,), (1,)), ((), ()))), None
 

@@ -19,7 +19,12 @@ from jaxtyping import Array, Float, Int
 from qwix import QArray
 
 from peft_jax.core.integer_products import integer_product
-from peft_jax.core.quantized import dequantize, format_of, quantized_product
+from peft_jax.core.quantized import (
+    INTEGER_FORMATS,
+    dequantize,
+    format_of,
+    quantized_product,
+)
 
 LINEAR_OUTPUT = "linear output"
 """Checkpoint name of a linear map's output, for rematerialization policies."""
@@ -143,7 +148,7 @@ def linear(x: Float[Array, "*batch d_in"], kernel: Kernel) -> Float[Array, "*bat
     if isinstance(kernel, AdaptedKernel):
         return kernel.method.project(x, kernel.base, kernel.arrays, dropout_key=kernel.dropout_key)
     if isinstance(kernel, QArray):
-        if format_of(kernel) == "w8a8":
+        if format_of(kernel) in INTEGER_FORMATS:
             return checkpoint_name(integer_product(x, kernel), LINEAR_OUTPUT)
         return quantized_product(x, kernel)
     return checkpoint_name(_product(x, kernel.astype(x.dtype)), LINEAR_OUTPUT)

@@ -10,6 +10,8 @@ can quantize, hold and multiply by a shard of a kernel without the rest.
   a byte, because compiled CPU programs reject four-bit arguments.
 - "w8a8": integers as in "int8", with one scale for all rows of a column. Products run on integers
   (`peft_jax.core.integer_products`), for which activations are rounded too.
+- "w8a8g8": the same kernels and forward products as "w8a8". The backward pass also multiplies
+  integers, for which gradients of activations are rounded.
 
 Weights are rounded against the scale as stored, in the dtype of the kernel, so that rounding the
 scale adds no further error.
@@ -28,8 +30,11 @@ from qwix import QArray
 from peft_jax.core.trees import Path, is_router, is_stacked
 from peft_jax.core.validation import check_choice
 
-FORMATS = ("none", "int8", "nf4", "w8a8")
-"""Storage formats of a frozen kernel; "none" is a plain array."""
+FORMATS = ("none", "int8", "nf4", "w8a8", "w8a8g8")
+"""Formats of a frozen kernel; "none" is a plain array."""
+
+INTEGER_FORMATS = ("w8a8", "w8a8g8")
+"""Formats with one scale per column, whose products run on integers."""
 
 TILE = 64
 """Maximum number of rows that share a scale: 64, as in QLoRA."""
@@ -55,11 +60,11 @@ _NF4 = (
     0.7229568362236023,
     1.0,
 )
-_STORED = {"int8": jnp.int8, "nf4": jnp.uint4, "w8a8": jnp.int8}
+_STORED = {"int8": jnp.int8, "nf4": jnp.uint4, "w8a8": jnp.int8, "w8a8g8": jnp.int8}
 """Dtypes of quantized values on accelerators."""
 
-_QTYPE = {"int8": jnp.dtype(jnp.int8), "nf4": "nf4", "w8a8": "w8a8"}
-_LARGEST = {"int8": 127.0, "nf4": 1.0, "w8a8": 127.0}
+_QTYPE = {"int8": jnp.dtype(jnp.int8), "nf4": "nf4", "w8a8": "w8a8", "w8a8g8": "w8a8g8"}
+_LARGEST = {"int8": 127.0, "nf4": 1.0, "w8a8": 127.0, "w8a8g8": 127.0}
 
 
 def is_quantized_leaf(path: Path) -> bool:
@@ -81,7 +86,7 @@ def is_quantized_leaf(path: Path) -> bool:
 def tile_rows(d_in: int, quantization: str) -> int:
     """Returns the number of rows that share a scale.
 
-    It is the largest divisor of `d_in` up to 64; for "w8a8", all rows.
+    It is the largest divisor of `d_in` up to 64; for "w8a8" and "w8a8g8", all rows.
 
     Raises:
       ValueError: Fewer than 8 rows would share a scale, so that scales would take as much memory
@@ -93,7 +98,7 @@ def tile_rows(d_in: int, quantization: str) -> int:
       >>> tile_rows(4096, "w8a8")
       4096
     """
-    if quantization == "w8a8":
+    if quantization in INTEGER_FORMATS:
         return d_in
     tile = next(rows for rows in range(min(TILE, d_in), 0, -1) if d_in % rows == 0)
     if tile < min(_LEAST_TILE, d_in):
@@ -118,7 +123,7 @@ def quantize(kernel: Float[Array, "*stack d_in d_out"], quantization: str) -> QA
 
     Args:
       kernel: Kernel [..., d_in, d_out], float32 or bfloat16. The scales have its dtype.
-      quantization: "int8", "nf4" or "w8a8".
+      quantization: One of `FORMATS` but "none".
 
     Returns:
       A `QArray` of values [..., d_in, d_out] and scales [..., tiles, d_out]. `qwix.dequantize`
@@ -188,7 +193,7 @@ def abstract_quantized(
 
     Args:
       kernel: Shape and dtype of the dense kernel.
-      quantization: "int8", "nf4" or "w8a8".
+      quantization: One of `FORMATS` but "none".
       platform: Platform of the devices that hold the kernel. Default: an accelerator.
 
     Raises:
@@ -211,20 +216,31 @@ def quantized_axes(axes: tuple[str | None, ...], quantization: str) -> QArray:
 
     Args:
       axes: Logical axes of the dense kernel.
-      quantization: "int8", "nf4" or "w8a8".
+      quantization: One of `FORMATS` but "none".
     """
-    of_scales = (*axes[:-2], None, axes[-1]) if quantization == "w8a8" else axes
+    by_column = quantization in INTEGER_FORMATS
+    of_scales = (*axes[:-2], None, axes[-1]) if by_column else axes
     return QArray(axes, of_scales, None, _QTYPE[quantization])
 
 
 def format_of(kernel: QArray) -> str:
-    """Returns the format of a quantized kernel: "int8", "nf4" or "w8a8".
+    """Returns the format of a quantized kernel, such as "int8".
 
     Example:
       >>> format_of(quantize(jnp.ones((8, 2)), "int8"))
       'int8'
     """
     return next(name for name, qtype in _QTYPE.items() if kernel.qtype == qtype)
+
+
+def forward_format(quantization: str) -> str:
+    """Returns the format that computes the same function, without regard to gradients.
+
+    Example:
+      >>> forward_format("w8a8g8"), forward_format("nf4")
+      ('w8a8', 'nf4')
+    """
+    return "w8a8" if quantization == "w8a8g8" else quantization
 
 
 def bytes_of(tree: Any) -> int:
@@ -245,10 +261,10 @@ def bytes_of(tree: Any) -> int:
 
 def _check_format(shape: tuple[int, ...], quantization: str) -> None:
     check_choice("quantization", quantization, FORMATS[1:])
-    if quantization == "w8a8" and len(shape) > 3:
+    if quantization in INTEGER_FORMATS and len(shape) > 3:
         raise ValueError(
-            "kernels of experts cannot be quantized as w8a8, because their products have no integer"
-            " form; use int8 or nf4"
+            f"kernels of experts cannot be quantized as {quantization}, because their products have"
+            " no integer form; use int8 or nf4"
         )
 
 

@@ -62,7 +62,7 @@ def load_for_generation(
       dtype: Dtype of parameters and computation, "float32" or "bfloat16".
       mesh: Mesh to shard the parameters over, by the rules of `peft_jax.parallel`. None: the first
         device.
-      quantization: Quantization of the blocks' kernels: "int8", "nf4", "w8a8" or "none". None: that
+      quantization: Quantization of the blocks' kernels, one of `peft_jax.core.FORMATS`. None: that
         of the adapter's training if it is recorded, else "none". Merging dequantizes to `dtype`.
       chat_template: File with a Jinja chat template, instead of the tokenizer's own.
 
@@ -112,7 +112,7 @@ def choose_quantization(asked: str | None, adapter: Path | None) -> str:
     """Returns the quantization of the base model: as asked, or that of the adapter's training.
 
     Args:
-      asked: "none", "int8", "nf4" or "w8a8"; None for that of the adapter's training.
+      asked: One of `peft_jax.core.FORMATS`; None for that of the adapter's training.
       adapter: Adapter folder; None without one.
 
     Raises:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft_jax.core import FORMATS, Tree
+from peft_jax.core import FORMATS, Tree, forward_format
 from peft_jax.hub.adapter_files import CONFIG, PEFT_CONFIG
 from peft_jax.hub.converted import MANIFEST, WEIGHTS, is_converted
 from peft_jax.hub.digests import sample_tensors
@@ -117,7 +117,7 @@ def warn_on_base_mismatch(
         return
     recorded = config.get("quantization")
     held = quantization_of(params)
-    if recorded is not None and recorded != held:
+    if recorded is not None and forward_format(recorded) != forward_format(held):
         _log.warning(
             "the adapter in %s was trained on %s with quantization %s but is loaded onto %s with"
             " quantization %s, so the model computes another function",

@@ -68,8 +68,8 @@ def save_adapter(
       spec: Adapter specification.
       state: Adapter arrays.
       base_model_name: Path of the base, or its name on the hub, recorded for loading.
-      quantization: Storage format of the base's kernels during training ("none", "int8", "nf4",
-        "w8a8"), so that the adapter can be used on the same base; None if unknown.
+      quantization: Format of the base's kernels during training, one of `peft_jax.core.FORMATS`,
+        so that the adapter can be used on the same base; None if unknown.
 
     Raises:
       ValueError: The arrays do not match `spec` for this model, or the folder holds other files

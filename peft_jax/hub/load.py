@@ -60,7 +60,7 @@ def load_model(
         checkpoint (`python -m peft_jax.convert`).
       dtype: Parameter dtype.
       execution: Execution settings; None for the defaults.
-      quantization: Storage format of the blocks' kernels: "none", "int8", "nf4" or "w8a8"; see
+      quantization: Format of the blocks' kernels, one of `peft_jax.core.FORMATS`; see
         `CausalLM.abstract_params`.
       sharding: Sharding of the parameters; by default, all on the first device.
       revision: Branch, tag or commit on the hub.

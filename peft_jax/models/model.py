@@ -92,7 +92,7 @@ class Model(TrainableModel):
 
         Args:
           dtype: Parameter dtype; for quantized kernels, the dtype of their scales.
-          quantization: Storage format of the blocks' kernels: "none", "int8", "nf4" or "w8a8".
+          quantization: Format of the blocks' kernels, one of `peft_jax.core.FORMATS`.
             Quantized leaves are `qwix.QArray`s.
           platform: Platform of the devices that hold them; see `abstract_quantized`.
 
@@ -216,7 +216,7 @@ def quantize_params(params: Tree, quantization: str) -> Tree:
 
     Args:
       params: Parameters, as arrays.
-      quantization: "none", "int8", "nf4" or "w8a8".
+      quantization: One of `peft_jax.core.FORMATS`.
 
     Raises:
       ValueError: The format is unknown, or a kernel cannot be quantized.

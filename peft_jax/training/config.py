@@ -49,8 +49,9 @@ class ModelSettings:
         `peft_jax.models.architectures`. With it, a run can be planned without the checkpoint.
         Empty: any.
       quantization: Format of the frozen kernels of the transformer blocks, which are quantized
-        while they are loaded: "int8", "nf4" (4 bits), "w8a8" (int8, with products of 8-bit
-        integers), or "none" for `dtype`. Embeddings, head, norms and scales have `dtype`.
+        while they are loaded: "int8", "nf4" (4 bits), "w8a8" (int8, with forward products of 8-bit
+        integers), "w8a8g8" (as "w8a8", with backward products of 8-bit integers too), or "none" for
+        `dtype`. Embeddings, head, norms and scales have `dtype`.
       weights: "checkpoint", or "random" for training the architecture of config.json from scratch,
         which needs no safetensors.
     """
@@ -59,7 +60,7 @@ class ModelSettings:
     revision: str = ""
     dtype: Literal["float32", "bfloat16"] = "float32"
     architecture: str = ""
-    quantization: Literal["none", "int8", "nf4", "w8a8"] = "none"
+    quantization: Literal["none", "int8", "nf4", "w8a8", "w8a8g8"] = "none"
     weights: Literal["checkpoint", "random"] = "checkpoint"
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from peft_jax.core import abstract_quantized, bytes_of, dequantize, linear, quantize
 from peft_jax.core.quantized import scale_shape, tile_rows
 
-FORMATS = ("int8", "nf4", "w8a8")
+FORMATS = ("int8", "nf4", "w8a8", "w8a8g8")
 TILED = ("int8", "nf4")
 
 
