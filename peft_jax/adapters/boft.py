@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from kernels_pallas.block_rotation import (
@@ -27,7 +26,7 @@ from peft_jax.adapters.peft_form import (
     Shapes,
     setting,
 )
-from peft_jax.core import LINEAR_OUTPUT, Kernel, linear
+from peft_jax.core import Kernel, linear, name_product
 from peft_jax.core.scopes import part
 from peft_jax.core.validation import check_fraction, check_positive_int
 
@@ -172,7 +171,7 @@ class BOFT(AdapterMethod):
         plain = isinstance(base, jax.Array) and "blocks" in arrays
         if plain and prefer_rotated_kernel(x, base):
             y = rotated_kernel_product(x, arrays["blocks"], base)
-            return checkpoint_name(y, LINEAR_OUTPUT)
+            return name_product(y)
         return linear(self._rotate(x, arrays), base)
 
     def merge(self, base: Float[Array, "d_in d_out"], arrays: Arrays) -> Float[Array, "d_in d_out"]:

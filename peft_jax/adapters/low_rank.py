@@ -2,9 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from peft_jax.core import linear
+from peft_jax.core.product_names import LOW_RANK_INPUT
 
 
 @jax.custom_vjp
@@ -32,7 +34,7 @@ def low_rank_product(
 
 
 def _forward(x: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple]:
-    inner = linear(x, a)
+    inner = checkpoint_name(linear(x, a), LOW_RANK_INPUT)
     return linear(inner, b), (x, inner, a, b)
 
 

@@ -5,6 +5,7 @@
 - [`kernel`][peft_jax.core.kernel]: `AdaptedKernel`, `linear`, `take_rows`.
 - [`grouped`][peft_jax.core.grouped]: `grouped_linear`, by the kernel of each row's group.
 - [`patterns`][peft_jax.core.patterns]: users' regular expressions, matched with a time limit.
+- [`product_names`][peft_jax.core.product_names]: names of products, for rematerialization.
 - [`quantized`][peft_jax.core.quantized]: frozen kernels in 8 or 4 bits, `quantize`, `dequantize`.
 - [`trees`][peft_jax.core.trees]: nested dictionaries of arrays as flat paths, and back.
 - [`scopes`][peft_jax.core.scopes]: `part`, which marks the parts of a training step.
@@ -14,7 +15,6 @@
 
 from peft_jax.core.grouped import GroupedMethod, grouped_linear
 from peft_jax.core.kernel import (
-    LINEAR_OUTPUT,
     AdaptedKernel,
     Kernel,
     Method,
@@ -23,6 +23,7 @@ from peft_jax.core.kernel import (
     linear,
     take_rows,
 )
+from peft_jax.core.product_names import LINEAR_OUTPUT, name_product, named_products
 from peft_jax.core.quantized import (
     FORMATS,
     abstract_quantized,
@@ -81,6 +82,8 @@ __all__ = [
     "is_stacked",
     "join_path",
     "linear",
+    "name_product",
+    "named_products",
     "names_of",
     "quantize",
     "quantized_axes",

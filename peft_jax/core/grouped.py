@@ -13,12 +13,12 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 from qwix import QArray
 
-from peft_jax.core.kernel import LINEAR_OUTPUT, AdaptedKernel, Kernel
+from peft_jax.core.kernel import AdaptedKernel, Kernel
+from peft_jax.core.product_names import name_product
 from peft_jax.core.quantized import dequantize
 
 _BLOCKS = (8, 128)
@@ -62,8 +62,8 @@ def grouped_linear(
         method = cast(GroupedMethod, kernel.method)
         return method.project_groups(x, kernel.base, kernel.arrays, sizes)
     if isinstance(kernel, QArray):
-        return _quantized_product(x, kernel, sizes)
-    return checkpoint_name(_product(x, kernel.astype(x.dtype), sizes), LINEAR_OUTPUT)
+        return name_product(_quantized_product(x, kernel, sizes))
+    return name_product(_product(x, kernel.astype(x.dtype), sizes))
 
 
 @functools.partial(jax.checkpoint, prevent_cse=True)

@@ -13,21 +13,18 @@ from typing import Any, Protocol, cast, runtime_checkable
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 from qwix import QArray
 
 from peft_jax.core.integer_products import integer_product
+from peft_jax.core.product_names import name_product
 from peft_jax.core.quantized import (
     INTEGER_FORMATS,
     dequantize,
     format_of,
     quantized_product,
 )
-
-LINEAR_OUTPUT = "linear output"
-"""Checkpoint name of a linear map's output, for rematerialization policies."""
 
 Kernel = Any
 """An array or a `QArray` [in, out], or an `AdaptedKernel` over one; stacked: [layers, in, out]."""
@@ -149,9 +146,9 @@ def linear(x: Float[Array, "*batch d_in"], kernel: Kernel) -> Float[Array, "*bat
         return kernel.method.project(x, kernel.base, kernel.arrays, dropout_key=kernel.dropout_key)
     if isinstance(kernel, QArray):
         if format_of(kernel) in INTEGER_FORMATS:
-            return checkpoint_name(integer_product(x, kernel), LINEAR_OUTPUT)
-        return quantized_product(x, kernel)
-    return checkpoint_name(_product(x, kernel.astype(x.dtype)), LINEAR_OUTPUT)
+            return name_product(integer_product(x, kernel))
+        return name_product(quantized_product(x, kernel))
+    return name_product(_product(x, kernel.astype(x.dtype)))
 
 
 @jax.custom_vjp

@@ -15,6 +15,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from peft_jax.core import LINEAR_OUTPUT, AdaptedKernel
+from peft_jax.core.product_names import (
+    ATTENTION_INPUT,
+    ATTENTION_OUTPUT,
+    LOW_RANK_INPUT,
+    MLP_INPUT,
+    MLP_OUTPUT,
+)
 from peft_jax.models.cache import KVCache, LayerCache
 from peft_jax.models.chunked_attention import SAVED_NAMES
 from peft_jax.models.execution import ExecutionSettings
@@ -25,6 +32,12 @@ Hidden = Float[Array, "batch tokens embed"]
 RunBlock = Callable[[nnx.Module, Hidden, LayerCache | None], tuple[Hidden, LayerCache | None]]
 
 _BLOCK_INPUT = "block_input"
+
+_SAVED = {
+    "products": (ATTENTION_INPUT, ATTENTION_OUTPUT, MLP_INPUT, MLP_OUTPUT),
+    "attention": (ATTENTION_INPUT, ATTENTION_OUTPUT, MLP_OUTPUT),
+}
+"""Names of the products that a policy saves."""
 
 
 def stack_blocks(make: Callable[[], nnx.Module], layers: int) -> nnx.Module:
@@ -179,6 +192,8 @@ def rematerialized(body: Callable, remat: str, *, inside_scan: bool) -> Callable
         return body
     if remat == "full":
         policy = policies.nothing_saveable
+    elif remat in _SAVED:
+        policy = policies.save_only_these_names(*_SAVED[remat], LOW_RANK_INPUT, *SAVED_NAMES)
     elif remat == "dots":
         policy = policies.save_from_both_policies(
             policies.dots_with_no_batch_dims_saveable,

@@ -8,7 +8,7 @@ from kernels_pallas.dispatch import IMPLEMENTATIONS
 from peft_jax.core.validation import check_choice
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
-REMAT = ("none", "full", "dots", "offload")
+REMAT = ("none", "products", "attention", "full", "dots", "offload")
 ATTENTION = ("auto", "dense", "chunked", "fused")
 
 
@@ -20,8 +20,12 @@ class ExecutionSettings:
       compute_dtype: Dtype of activations. Norm statistics, attention's softmax, rotary tables and
         logits are always float32.
       remat: Values of each transformer block that are saved for the backward pass. "none" saves
-        everything. "full" saves the block's input and recomputes the rest. "dots" also saves the
-        outputs of linear maps. "offload" is "full" with the inputs in the host's pinned memory.
+        everything. "full" saves the block's input and recomputes the rest. "products" also saves
+        the products of the base's kernels and the output of fused or chunked attention, which cost
+        most to recompute, and recomputes norms, activations and adapters' sums. "attention" saves
+        these but the products that enter the MLP's nonlinearity, which take most of the memory.
+        "dots" saves the outputs of all linear maps, also adapters'. "offload" is "full" with the
+        inputs in the host's pinned memory.
       scan_layers: Whether to compile one block and scan it over the layers (`jax.lax.scan`).
         Unrolled blocks take longer to compile.
       attention: "dense" stores all scores. "chunked" stores one block of scores at a time and

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
-from peft_jax.core import AdaptedKernel, Kernel, grouped_linear, linear
+from peft_jax.core import AdaptedKernel, Kernel, grouped_linear, linear, named_products
 from peft_jax.core.scopes import part
 from peft_jax.core.validation import check_positive_int
 from peft_jax.models.decoder import DecoderConfig, Hidden
@@ -143,8 +143,10 @@ class Experts(nnx.Module):
     ) -> Float[Array, "rows embed"]:
         """Returns each row's expert's output, for rows sorted by expert."""
         gate_up, down = arrays
-        both = _affine(rows, gate_up, sizes)
-        return _affine(recomputed(self.gate)(both), down, sizes)
+        with named_products(("embed", "mlp")):
+            both = _affine(rows, gate_up, sizes)
+        with named_products(("mlp", "embed")):
+            return _affine(recomputed(self.gate)(both), down, sizes)
 
 
 def _affine(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from peft_jax.core import linear, take_rows
+from peft_jax.core import linear, named_products, take_rows
 from peft_jax.core.activation_axes import input_axis
 from peft_jax.core.scopes import part
 from peft_jax.parallel import column_products, constrain_features
@@ -59,7 +59,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
         """Returns y in the dtype of `x`."""
-        with input_axis(self.input_axis):
+        with input_axis(self.input_axis), named_products((self.input_axis, self.features)):
             return self._finish(linear(x, self.kernel.get_value()))
 
     def _finish(self, y: Float[Array, "*batch d_out"]) -> Float[Array, "*batch d_out"]:

@@ -31,6 +31,7 @@ from peft_jax.core import (
     ShardedMethod,
     format_of,
     linear,
+    named_products,
     quantized_axes,
 )
 from peft_jax.parallel.activations import LogicalAxes, activation_spec, active_mesh
@@ -51,7 +52,7 @@ class _Shards:
       axes: Logical axes of each array.
       specs: Partition spec of each array.
       out: Partition spec of the product [batch, tokens, d_out].
-      input_axis: Logical name of the kernel's rows.
+      names: Logical names of the kernel's axes.
     """
 
     leaves: list[Array]
@@ -59,14 +60,14 @@ class _Shards:
     axes: list[LogicalAxes]
     specs: list[PartitionSpec]
     out: PartitionSpec
-    input_axis: str
+    names: tuple[str, str]
 
     def gathered_rows(self, shards: Sequence[Array]) -> Kernel:
         """Returns the kernel of a device's columns, whose rows are gathered."""
 
         def gather(shard: Array, axes: LogicalAxes, spec: PartitionSpec) -> Array:
             for dimension, (name, sharded) in enumerate(zip(axes, spec, strict=True)):
-                if name == self.input_axis and sharded is not None:
+                if name == self.names[0] and sharded is not None:
                     shard = jax.lax.all_gather(shard, sharded, axis=dimension, tiled=True)
             return shard
 
@@ -142,7 +143,7 @@ def _multiply(
     """Multiplies each device's copy by its columns of a kernel."""
 
     def multiply(copy: Array, *own: Array) -> Array:
-        with use_layout(None):
+        with use_layout(None), named_products(shards.names):
             return linear(copy[0], shards.gathered_rows(own))
 
     spec = PartitionSpec(over, *activation_spec(copies.shape[1:], _GATHERED, mesh))
@@ -169,7 +170,7 @@ def _find_shards(
     if not {*over} <= {*as_tuple(out[2])}:
         return None
     specs = [activation_spec(one.shape, n, mesh) for one, n in zip(leaves, logical, strict=True)]
-    return _Shards(leaves, structure, logical, specs, out, axes[0])
+    return _Shards(leaves, structure, logical, specs, out, axes)
 
 
 def _local_axes(kernel: Kernel, axes: tuple[str, str]) -> Any:

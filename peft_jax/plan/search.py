@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 import jax
 from qwix import QArray
 
-from peft_jax.core import did_you_mean, flatten
+from peft_jax.core import did_you_mean, flatten, is_stacked
+from peft_jax.core.product_names import MLP_INPUT, place_of
 from peft_jax.cost import TOPOLOGIES, Topology, find_topology
 from peft_jax.cost.memory import bytes_of
 from peft_jax.models import Model
@@ -24,8 +25,9 @@ from peft_jax.training.blueprint import optimizer_of
 from peft_jax.training.config import RunConfig
 from peft_jax.training.state import abstract_state
 
-REMATS = ("none", "dots", "full")
-"""Rematerialization settings, in order of recomputation."""
+REMATS = ("none", "products", "attention", "full")
+"""Rematerialization settings, in order of recomputation. "dots" saves more than "products", and is
+not tried."""
 _LARGEST_TENSOR = 16
 """Maximum size of "tensor", above which products are too small for their all-reduces."""
 _COMPILED_AT_MOST = 8
@@ -153,6 +155,8 @@ class _Sizes:
       gathered: Parameters as they are gathered: in the compute dtype, or quantized.
       token: Input of one layer for one token.
       outputs: Outputs of all linear maps of one layer for one token.
+      mlp_inputs: Those of them that enter the MLP's nonlinearity.
+      mlp_share: Share of the parameters that compute these.
       layers: Number of layers.
     """
 
@@ -161,6 +165,8 @@ class _Sizes:
     gathered: int
     token: int
     outputs: int
+    mlp_inputs: int
+    mlp_share: float
     layers: int
 
     @staticmethod
@@ -175,14 +181,17 @@ class _Sizes:
         )
         held = (spec.frozen(params), adapter.trainable, adapter.constant, optimizer, gradients)
         width = model.execution.dtype.itemsize
-        kernels = [
-            leaf
-            for leaf in jax.tree.leaves(dense["layers"])
-            if len(leaf.shape) == 3  # [layers, in, out]
-        ]
+        axes = flatten(model.logical_axes())
+        kernels = {
+            path: leaf
+            for path, leaf in flatten(dense).items()
+            if is_stacked(path) and len(leaf.shape) == 3  # [layers, in, out]
+        }
+        into_mlp = [leaf for path, leaf in kernels.items() if place_of(axes[path]) == MLP_INPUT]
+        weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(dense))
         return _Sizes(
             held=sum(bytes_of(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(held)),
-            weights=width * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(dense)),
+            weights=width * weights,
             gathered=sum(
                 sum(bytes_of(part.shape, part.dtype) for part in jax.tree.leaves(leaf))
                 if isinstance(leaf, QArray)
@@ -190,7 +199,9 @@ class _Sizes:
                 for leaf in flatten(params).values()
             ),
             token=width * model.config.hidden_size,
-            outputs=width * sum(leaf.shape[-1] for leaf in kernels),
+            outputs=width * sum(leaf.shape[-1] for leaf in kernels.values()),
+            mlp_inputs=width * sum(leaf.shape[-1] for leaf in into_mlp),
+            mlp_share=sum(math.prod(leaf.shape) for leaf in into_mlp) / weights,
             layers=model.config.num_layers,
         )
 
@@ -232,12 +243,18 @@ def _bound(
 ) -> Layout:
     """Returns a layout with its lower bound of memory and a rough cost."""
     tokens = config.train.batch_size // microbatches * config.train.max_length / devices
-    kept = sizes.token if remat == "full" else sizes.outputs * (1.0 if remat == "dots" else 2.0)
+    kept = {
+        "none": 2 * sizes.outputs,
+        "products": sizes.outputs,
+        "attention": sizes.outputs - sizes.mlp_inputs,
+        "full": sizes.token,
+    }[remat]
     # Parameters are replicated along "sequence".
     held = sizes.held / (mesh.fsdp * mesh.tensor)
     layer = sizes.gathered / sizes.layers / mesh.tensor
     least = held + sizes.layers * tokens * kept + layer
-    passes = {"none": 2, "dots": 2, "full": 3}[remat]
+    # "products" recomputes what is cheap, which still takes longer than nothing.
+    passes = {"none": 2, "products": 2.01, "attention": 2.01 + sizes.mlp_share, "full": 3}[remat]
     gathered = sizes.gathered / mesh.tensor * passes * microbatches * (1 - 1 / mesh.fsdp)
     everything = config.train.batch_size * config.train.max_length / devices
     exchanged = 4 * sizes.layers * everything * sizes.token * passes * (mesh.tensor - 1)

@@ -97,6 +97,8 @@ EXECUTIONS = {
     "llama unrolled": ("llama", {"scan_layers": False}),
     "llama full": ("llama", {"remat": "full"}),
     "llama dots, chunked": ("llama", {"remat": "dots", "attention": "chunked"}),
+    "llama products": ("llama", {"remat": "products"}),
+    "llama attention, chunked": ("llama", {"remat": "attention", "attention": "chunked"}),
     "llama offload": ("llama", {"remat": "offload"}),
     "bloom unrolled, full": ("bloom", {"remat": "full", "scan_layers": False}),
     "bloom chunked": ("bloom", {"attention": "chunked"}),
@@ -116,7 +118,10 @@ def loss_and_gradients(kind, execution):
 
 @pytest.mark.parametrize(
     "name",
-    [name if "dots" in name else pytest.param(name, marks=pytest.mark.slow) for name in EXECUTIONS],
+    [
+        name if "attention" in name else pytest.param(name, marks=pytest.mark.slow)
+        for name in EXECUTIONS
+    ],
 )
 def test_all_execution_settings_give_the_same_loss_and_gradients(name):
     kind, settings = EXECUTIONS[name]
@@ -151,7 +156,7 @@ def test_an_adapted_head_computes_logits(key, tokens):
     assert isinstance(model.head_kernel(bound), AdaptedKernel)
 
 
-@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+@pytest.mark.parametrize("remat", ["none", "full", "dots", "products", "attention"])
 def test_remat_decides_which_values_are_saved(key, remat):
     model, params = random_model("llama", key)
     model = model.with_execution(ExecutionSettings(remat=remat))
@@ -161,9 +166,15 @@ def test_remat_decides_which_values_are_saved(key, remat):
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(params["layers"]))
     per_layer = (kept - held) / 3 / (2 * 64 * 4)
     # Values saved per token and block: 16 for its input and 16 + 8 + 8 + 16 + 24 + 24 + 16 for the
-    # outputs of its maps. "none" adds the inputs of maps and norms, and 64 weights for each of 4
-    # heads.
-    bounds = {"none": (64 * 4, 64 * 4 + 200), "full": (16, 20), "dots": (100, 130)}
+    # outputs of its maps, of which the last is the next block's input. "none" adds the inputs of
+    # maps and norms, and 64 weights for each of 4 heads. "attention" leaves out 24 + 24.
+    bounds = {
+        "none": (64 * 4, 64 * 4 + 200),
+        "full": (16, 20),
+        "dots": (100, 130),
+        "products": (16 + 96, 16 + 112),
+        "attention": (16 + 48, 16 + 64),
+    }
     low, high = bounds[remat]
     assert low <= per_layer <= high
 

@@ -177,6 +177,8 @@ def test_alibi_model_agrees_on_a_mesh(take_steps, method):
     [
         {"execution.remat": "full"},
         {"execution.remat": "dots", "execution.attention": "chunked"},
+        {"execution.remat": "products"},
+        {"execution.remat": "attention", "execution.attention": "chunked"},
         {"execution.scan_layers": False},
     ],
     ids=str,
