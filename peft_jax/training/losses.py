@@ -6,6 +6,9 @@ Llama 3 has a vocabulary of 128,256. The logits of 8 rows of 4,096 tokens take 1
 several times as much as a block's other activations. Here only one chunk's logits exist at a time.
 A chunk's gradient is computed while its logits exist, so that they are neither saved for the
 backward pass nor recomputed in it.
+
+Over a mesh, the head's rows are gathered once before the chunks, not for each of them. Meanwhile a
+device holds its columns with all rows, D V / tensor values in the dtype of the hidden states.
 """
 
 import dataclasses
@@ -19,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from peft_jax.core import AdaptedKernel, Kernel
 from peft_jax.models.logit_rule import PRODUCTS, LogitRule, head_products
+from peft_jax.parallel import constrain
 
 _Gradients = tuple[Any, tuple[Any, ...], Any]
 """Gradients of hidden states, head leaves and weights; None for those that need none."""
@@ -118,6 +122,7 @@ def chunked_token_scores(
     """
     tokens = hidden.shape[0]
     count = _chunk_count(tokens, chunk_size)
+    head_kernel = _with_all_rows(head_kernel, hidden.dtype)
 
     def score(carry: None, chunk: tuple[Array, Array, Array]) -> tuple[None, Any]:
         index, h, t = chunk
@@ -144,6 +149,17 @@ def _strided(x: Array, count: int) -> Array:
     if missing:
         x = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
     return jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0)
+
+
+def _with_all_rows(kernel: Kernel, dtype: Any = None) -> Kernel:
+    """Returns the head with the rows of its base gathered, so that no chunk gathers them again.
+
+    An array is cast to `dtype` first, so that no more than that is sent and held. The base of an
+    adapted head is not cast, because its method may need the stored values.
+    """
+    if isinstance(kernel, AdaptedKernel):
+        return dataclasses.replace(kernel, base=_with_all_rows(kernel.base))
+    return constrain(kernel if dtype is None else kernel.astype(dtype), (None, "vocab"))
 
 
 def _with_chunk_dropout(kernel: Kernel, index: Array) -> Kernel:
@@ -192,7 +208,7 @@ def _summed_loss(
       targets: Targets [K, C].
       weights: Weights [K, C], float32.
     """
-    kernel = jax.tree.unflatten(treedef, leaves)
+    kernel = _with_all_rows(jax.tree.unflatten(treedef, leaves), hidden.dtype)
 
     def add(total: Array, chunk: tuple[Array, Array, Array, Array]) -> tuple[Array, None]:
         index, h, t, w = chunk
@@ -216,11 +232,16 @@ def _summed_loss_forward(
 
     Arrays come as pairs (value, perturbed); `perturbed` says whether a gradient is needed.
     """
-    learned = tuple(leaf.value for leaf in leaves if leaf.perturbed)
+    kernel = jax.tree.unflatten(treedef, [leaf.value for leaf in leaves])
+    held = jax.tree.leaves(_with_all_rows(kernel, hidden.value.dtype))
+    learned = tuple(value for value, leaf in zip(held, leaves, strict=True) if leaf.perturbed)
 
     def kernel_with(learned: tuple[Array, ...], index: Array) -> Kernel:
         values = iter(learned)
-        merged = [next(values) if leaf.perturbed else leaf.value for leaf in leaves]
+        merged = [
+            next(values) if leaf.perturbed else value
+            for value, leaf in zip(held, leaves, strict=True)
+        ]
         return _with_chunk_dropout(jax.tree.unflatten(treedef, merged), index)
 
     def add(carry: Any, chunk: tuple[Array, Array, Array, Array]) -> tuple[Any, Any]:

@@ -14,7 +14,9 @@ from jax.sharding import PartitionSpec as P
 
 from peft_jax.adapters import LoRA
 from peft_jax.core import AdaptedKernel
+from peft_jax.cost import estimate_program, network_of, read_program
 from peft_jax.models.logit_rule import LogitRule
+from peft_jax.parallel import MeshSettings, make_mesh, on_mesh
 from peft_jax.training.losses import chunked_cross_entropy, chunked_token_scores
 
 
@@ -325,6 +327,30 @@ def test_sharded_loss_needs_no_gather_of_tokens_or_vocabulary():
     assert f"f32[{CHUNK // 4},{VOCAB // 2}]" in text  # a device's share of a chunk's logits
     for whole in (f"f32[{CHUNK},{VOCAB}]", f"f32[{CHUNK},{VOCAB // 2}]", f"f32[{TOKENS},{EMBED}]"):
         assert whole not in text
+
+
+@pytest.mark.parametrize("argnums", [(0,), (0, 1)], ids=["frozen head", "trained head"])
+def test_a_sharded_head_is_gathered_once_for_all_chunks(argnums):
+    """The head's rows are sharded along "fsdp", and its columns along "tensor"."""
+    mesh = make_mesh(MeshSettings(data=1, fsdp=4, tensor=2))
+    arguments = big()
+    gradient = jax.value_and_grad(chunked_of_hidden, argnums=argnums)
+    wanted = jax.jit(gradient)(*arguments)
+    specs = (P("fsdp"), P("fsdp", "tensor"), P("fsdp"), P("fsdp"))
+    placed = [
+        jax.device_put(x, NamedSharding(mesh, spec))
+        for x, spec in zip(arguments, specs, strict=True)
+    ]
+    with on_mesh(mesh):
+        compiled = jax.jit(gradient).lower(*placed).compile()
+    found = compiled(*placed)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, wanted)
+    network = network_of([object()] * 8, "cpu", 1, 1)
+    program = read_program(compiled.as_text())
+    timeline = estimate_program(program, chip=None, network=network)
+    columns = EMBED * VOCAB // 2 * 4
+    gathers = [one for one in timeline.collectives if one.kind == "all-gather"]
+    assert [(one.bytes, one.times) for one in gathers] == [(3 / 4 * columns, 1)]
 
 
 @pytest.mark.parametrize(("tokens", "chunk_size"), [(24, 7), (23, 5), (24, 100)])
