@@ -160,13 +160,29 @@ def _share_read(program: Program, computation: Computation, one: Instruction, si
         elif user.opcode == "fusion":
             inner = program.computations[user.called()[0]]
             for number, operand in enumerate(user.operands):
-                if operand == one.name and number in inner.parameters:
+                if operand != one.name or number not in inner.parameters:
+                    continue
+                if not user.root and _passes_on(inner, inner.parameters[number]):
+                    share += _share_read(program, computation, user, size)
+                else:
                     share += _share_read(program, inner, inner.parameters[number], size)
         elif user.opcode not in ("tuple", "get-tuple-element"):
             return 1.0
         if share >= 1.0:
             return 1.0
     return share
+
+
+def _passes_on(computation: Computation, parameter: Instruction) -> bool:
+    """Returns whether a fusion within a fusion only passes an operand on, in another layout.
+
+    The compiler tiles arrays of 8-bit integers anew in such a fusion before it slices them. What is
+    read is what the outer fusion takes of its result.
+    """
+    one = computation.root
+    while one.opcode in _SAME:
+        one = computation.instructions[one.operands[0]]
+    return one is parameter
 
 
 def _written(program: Program, computation: Computation, root: Instruction) -> float:

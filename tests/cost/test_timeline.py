@@ -249,3 +249,28 @@ def test_unknown_chip_has_operations_and_bytes_but_no_time():
     found = estimate(f"  ROOT %c = {DOT}", chip=None)
     assert found.flops == 2 * 4096**3
     assert found.total == 0
+
+
+RETILED = """
+%retile (x: s8[8,512,4096]) -> s8[8,512,4096] {
+  %x = s8[8,512,4096]{2,1,0:T(32,128)(4,1)} parameter(0)
+  ROOT %k = s8[8,512,4096]{2,1,0:T(8,128)(4,1)} copy(%x)
+}
+
+%sliced (x: s8[8,512,4096], n: s32[]) -> s8[1,512,4096] {
+  %x = s8[8,512,4096]{2,1,0:T(32,128)(4,1)} parameter(0)
+  %f = s8[8,512,4096]{2,1,0:T(8,128)(4,1)} fusion(%x), kind=kLoop, calls=%retile
+  %n = s32[] parameter(1)
+  %z = s32[] constant(0)
+  %d = s8[1,512,4096]{2,1,0:T(8,128)(4,1)} dynamic-slice(%f, %n, %z, %z)
+  ROOT %c = s8[1,512,4096]{2,1,0:T(32,128)(4,1)} copy(%d)
+}
+"""
+
+
+def test_a_fusion_reads_a_slice_of_an_operand_that_it_tiles_anew():
+    body = """  %x = s8[8,512,4096]{2,1,0:T(32,128)(4,1)} bitcast(%a)
+  %n = s32[] constant(3)
+  ROOT %c = s8[1,512,4096]{2,1,0:T(32,128)(4,1)} fusion(%x, %n), kind=kLoop, calls=%sliced"""
+    found = estimate(body, computations=RETILED)
+    assert found.total == pytest.approx(2 * 512 * 4096 / (2765e9 * MEMORY))
