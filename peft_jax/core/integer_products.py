@@ -19,6 +19,10 @@ format "w8a8g8" it multiplies integers too: a column's scale first goes into the
 where dy diag(s) ≈ u Y is rounded as x is, token by token. No kernel is dequantized.
 """
 
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int8
@@ -26,15 +30,39 @@ from qwix import QArray
 
 from peft_jax.core.quantized import dequantize, format_of
 
+Partition = Callable[[Array, QArray], Array | None]
+"""Multiplies on each device's shards; returns None where the compiler should partition."""
+
 _LARGEST = 127.0
+_partition = contextvars.ContextVar[Partition | None]("peft_jax_integer_partition", default=None)
 
 
-@jax.custom_vjp
+@contextlib.contextmanager
+def partition_integers(partition: Partition) -> Iterator[None]:
+    """Sets how products are partitioned over a mesh, while they are traced inside."""
+    token = _partition.set(partition)
+    try:
+        yield
+    finally:
+        _partition.reset(token)
+
+
 def integer_product(x: Float[Array, "*batch d_in"], kernel: QArray) -> Float[Array, "*batch d_out"]:
     """Returns x W for a kernel in the format "w8a8" or "w8a8g8", in the dtype of `x`.
 
-    The kernel gets no gradient.
+    The kernel gets no gradient. Over a mesh, tokens may be rounded part by part; see
+    `partition_integers`.
     """
+    partition = _partition.get()
+    found = None if partition is None else partition(x, kernel)
+    return local_integer_product(x, kernel) if found is None else found
+
+
+@jax.custom_vjp
+def local_integer_product(
+    x: Float[Array, "*batch d_in"], kernel: QArray
+) -> Float[Array, "*batch d_out"]:
+    """Returns x W with one step for all features of a token."""
     values, step = round_tokens(x)
     sums = _sums(values, kernel.qvalue, axis=0)
     return (sums * step * kernel.scale[0].astype(jnp.float32)).astype(x.dtype)
@@ -70,7 +98,7 @@ def _sums(
 
 
 def _forward(x: Array, kernel: QArray) -> tuple[Array, QArray]:
-    return integer_product(x, kernel), kernel
+    return local_integer_product(x, kernel), kernel
 
 
 def _backward(kernel: QArray, dy: Array) -> tuple[Array, None]:
@@ -81,4 +109,4 @@ def _backward(kernel: QArray, dy: Array) -> tuple[Array, None]:
     return jax.lax.dot_general(dy, dense, (((dy.ndim - 1,), (1,)), ((), ()))), None
 
 
-integer_product.defvjp(_forward, _backward)
+local_integer_product.defvjp(_forward, _backward)

@@ -59,6 +59,9 @@ class ShardedMethod(Method, Protocol):
         partitioning to the compiler.
         """
 
+    def prepared_axes(self, d_in: str, d_out: str) -> Any:
+        """Returns the logical axes of the arrays; None if they are not known."""
+
 
 @struct.dataclass
 class AdaptedKernel:

@@ -16,8 +16,9 @@ from jaxtyping import Array, Float, Int
 
 from peft_jax.core import linear, named_products, take_rows
 from peft_jax.core.activation_axes import input_axis
+from peft_jax.core.integer_products import partition_integers
 from peft_jax.core.scopes import part
-from peft_jax.parallel import column_products, constrain_features
+from peft_jax.parallel import column_products, constrain_features, integer_row_product
 
 
 def parameter(
@@ -59,7 +60,9 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
         """Returns y in the dtype of `x`."""
-        with input_axis(self.input_axis), named_products((self.input_axis, self.features)):
+        axes = (self.input_axis, self.features)
+        rows = functools.partial(integer_row_product, axes=axes)
+        with input_axis(axes[0]), named_products(axes), partition_integers(rows):
             return self._finish(linear(x, self.kernel.get_value()))
 
     def _finish(self, y: Float[Array, "*batch d_out"]) -> Float[Array, "*batch d_out"]:

@@ -6,6 +6,8 @@
   `constrain`, `over_shards`.
 - [`column_products`][peft_jax.parallel.column_products]: `column_products`, of one input with
   several kernels.
+- [`integer_rows`][peft_jax.parallel.integer_rows]: `integer_row_product`, of 8-bit integers where a
+  device holds some of a kernel's rows.
 - [`async_collectives`][peft_jax.parallel.async_collectives]: `async_collective_options`, compiler
   options for transfers behind products.
 - [`expert_shards`][peft_jax.parallel.expert_shards]: `mix_experts`, over experts on a mesh.
@@ -22,6 +24,7 @@ from peft_jax.parallel.activations import (
 from peft_jax.parallel.async_collectives import async_collective_options
 from peft_jax.parallel.column_products import column_products
 from peft_jax.parallel.expert_shards import mix_experts
+from peft_jax.parallel.integer_rows import integer_row_product
 from peft_jax.parallel.mesh import MESH_AXES, MeshSettings, make_mesh
 from peft_jax.parallel.rules import (
     LogicalAxisRules,
@@ -42,6 +45,7 @@ __all__ = [
     "column_products",
     "constrain",
     "constrain_features",
+    "integer_row_product",
     "make_mesh",
     "mix_experts",
     "on_mesh",

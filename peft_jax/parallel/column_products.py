@@ -34,6 +34,7 @@ from peft_jax.core import (
     named_products,
     quantized_axes,
 )
+from peft_jax.core.quantized import INTEGER_FORMATS
 from peft_jax.parallel.activations import LogicalAxes, activation_spec, active_mesh
 from peft_jax.parallel.rules import as_tuple
 
@@ -88,8 +89,9 @@ def column_products(
 
     Returns:
       For each kernel the product, sharded along its columns; or None, if the compiler should
-      partition it: there is no mesh that shards tokens, the kernel does not map its input, its
-      arrays have no known axes, or the mesh does not divide its columns.
+      partition it: there is no mesh that shards tokens, the kernel neither maps its input nor holds
+      8-bit integers to multiply, its arrays have no known axes, or the mesh does not divide its
+      columns.
     """
     mesh = active_mesh()
     over = _gathered_axes(x, mesh)
@@ -165,7 +167,7 @@ def _find_shards(
         return None
     leaves, structure = jax.tree.flatten(kernel)
     logical = jax.tree.leaves(names, is_leaf=lambda node: isinstance(node, tuple))
-    shape = (*x.shape[:2], _columns(kernel))
+    shape = (*x.shape[:2], _base(kernel).shape[-1])
     out = activation_spec(shape, ("batch", "sequence", axes[1]), mesh)
     if not {*over} <= {*as_tuple(out[2])}:
         return None
@@ -175,10 +177,16 @@ def _find_shards(
 
 def _local_axes(kernel: Kernel, axes: tuple[str, str]) -> Any:
     """Returns a kernel of logical axes in place of arrays; None if it cannot run on shards."""
+    integers = _multiplies_integers(kernel)
+    if isinstance(kernel, QArray) and integers:
+        return quantized_axes(axes, format_of(kernel))
     if not isinstance(kernel, AdaptedKernel) or kernel.dropout_key is not None:
         return None  # One random key would drop the same entries on every device.
     method = kernel.method
-    arrays = method.local_axes(*axes) if isinstance(method, ShardedMethod) else None
+    if not isinstance(method, ShardedMethod):
+        return None
+    # The compiler would exchange sums of 32-bit integers.
+    arrays = method.prepared_axes(*axes) if integers else method.local_axes(*axes)
     if arrays is None:
         return None
     base: Any = axes
@@ -189,7 +197,12 @@ def _local_axes(kernel: Kernel, axes: tuple[str, str]) -> Any:
     return None if base is None else dataclasses.replace(kernel, base=base, arrays=arrays)
 
 
-def _columns(kernel: Kernel) -> int:
+def _multiplies_integers(kernel: Kernel) -> bool:
+    base = _base(kernel)
+    return isinstance(base, QArray) and format_of(base) in INTEGER_FORMATS
+
+
+def _base(kernel: Kernel) -> Any:
     while isinstance(kernel, AdaptedKernel):
         kernel = kernel.base
-    return kernel.shape[-1]
+    return kernel

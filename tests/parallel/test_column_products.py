@@ -91,6 +91,20 @@ def test_values_and_gradients_are_those_without_a_mesh(mesh, monkeypatch, name, 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), found, wanted)
 
 
+def test_products_of_integers_run_on_shards_with_and_without_an_adapter(mesh):
+    """LoRA's products of other kernels are left to the compiler."""
+    method = LoRA(rank=2)
+    x, kernels, learned, fixed = make_inputs(method, "w8a8")
+
+    def products_of(multiply):
+        return lambda x, adapted: multiply(x, [*adapted[:2], kernels[2]])
+
+    wanted = jax.jit(make_loss(method, kernels, fixed, products_of(alone)))(x, learned)
+    with on_mesh(mesh):
+        found = jax.jit(make_loss(method, kernels, fixed, products_of(together)))(x, learned)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), found, wanted)
+
+
 @pytest.mark.parametrize("name", ["boft", "hybrid"])
 def test_gradients_are_summed_once_for_all_products(mesh, name):
     """The compiler alone sums the gradient of each product, three all-reduces here."""

@@ -212,8 +212,11 @@ def losses_over_quantized(tiny, workdir, method: str, quantization: str, mesh: d
         pytest.param("lora", "nf4", {"data": 1, "fsdp": 4, "tensor": 2}, marks=pytest.mark.slow),
         pytest.param("hybrid", "nf4", {"data": 2, "fsdp": 4}, marks=pytest.mark.slow),
         pytest.param(
-            *("hybrid", "w8a8", {"data": 1, "fsdp": 2, "sequence": 2, "tensor": 2}),
+            *("hybrid", "w8a8g8", {"data": 1, "fsdp": 2, "sequence": 2, "tensor": 2}),
             marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *("lora", "w8a8g8", {"data": 1, "fsdp": 4, "tensor": 2}), marks=pytest.mark.slow
         ),
         pytest.param("lora", "int8", {"slice": 2, "tensor": 2}, marks=pytest.mark.slow),
     ],
