@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_jax.cost import find_topology
+from peft_jax.parallel.mesh import describe_shape
 from peft_jax.plan import make_plan
 from peft_jax.plan.text import table
 from peft_jax.runtime import exits
@@ -37,7 +38,10 @@ RECOMPUTED: Settings = {"execution.remat": "full", "train.gradient_accumulation"
 
 FURTHER: dict[str, dict[str, tuple[str, Settings]]] = {
     "hybrid_405b": {
-        "hybrid, remat full": ("hybrid", RECOMPUTED),
+        "hybrid, remat full": (
+            "hybrid",
+            RECOMPUTED | {"parallel.fsdp": 16, "parallel.tensor": 8},
+        ),
         "lora, base in w8a8g8": ("lora", {"model.quantization": "w8a8g8"}),
         "hybrid, base in w8a8": ("hybrid", {"model.quantization": "w8a8"}),
         "hybrid, base in w8a8g8": ("hybrid", {"model.quantization": "w8a8g8"}),
@@ -82,6 +86,7 @@ def _plan(name: str, topology: str, method: str, settings: Settings) -> dict[str
 
 HEAD = (
     "method",
+    "mesh",
     "remat",
     "microbatches",
     "GiB a chip",
@@ -106,7 +111,12 @@ def rows_of(plans: dict[str, Any]) -> list[list[str]]:
     for method, plan in plans.items():
         memory, estimate = plan["memory_a_device"]["total"], plan["estimate"]
         flops = plan["flops_a_step"]["total"]
-        own = [method, plan["remat"], str(plan["gradient_accumulation"])]
+        own = [
+            method,
+            describe_shape(plan["mesh"]),
+            plan["remat"],
+            str(plan["gradient_accumulation"]),
+        ]
         if memory is None:
             own += ["does not fit", ""]
         else:

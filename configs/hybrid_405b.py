@@ -23,9 +23,15 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.architecture = "llama-3.1-405b"
     config.train.batch_size = 64
     config.train.max_length = 4096
+    # The fastest layouts that fit (docs/planning.md).
+    if options.method == "hybrid":
+        config.parallel.fsdp = 32
+        config.parallel.tensor = 4
+        config.execution.remat = "products"
+        config.train.gradient_accumulation = 2
+        return config
     config.parallel.fsdp = 16
     config.parallel.tensor = 8
-    # The fastest layouts that fit (docs/planning.md).
     config.execution.remat = "dots" if options.method == "full" else "none"
     config.train.gradient_accumulation = 4
     return config
