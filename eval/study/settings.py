@@ -24,6 +24,10 @@ SINCE_THEN: Mapping[str, Any] = {
     "execution.async_collectives": True,
     "method.bias": "none",
     "method.trainable_token_indices": [],
+    "optimizer.b3": None,
+    "optimizer.clusters": None,
+    "optimizer.recluster_ratio": None,
+    "optimizer.damping": None,
 }
 """Settings added after cells were committed, by dotted name, with the value that means what was
 done before. A setting with that value is not part of a digest, so that the cells stay valid."""

@@ -22,6 +22,8 @@ from peft_jax.optim import (
     make_optimizer,
 )
 
+_RATE_INSIDE = ("prodigy", "schedule_free_adamw")
+
 
 def trial_optimizer(
     settings: OptimizerSettings, steps: int, *, mixing: MixingSettings | None = None
@@ -33,7 +35,15 @@ def trial_optimizer(
         `rate_factors` only the components of the latter matter here.
       steps: Largest number of steps of a run.
       mixing: Mixing settings of a hybrid adapter's branches; None for no mixing.
+
+    Raises:
+      ValueError: The learning rate is not the last factor of the optimizer's updates.
     """
+    if settings.name in _RATE_INSIDE:
+        raise ValueError(
+            f"optimizer.name is {settings.name!r}, whose learning rate is not its updates' last"
+            " factor, so trials cannot share its program; choose another optimizer for a study"
+        )
     constant = dataclasses.replace(
         settings, learning_rate=1.0, rate_factors={}, schedule=ScheduleSettings(name="constant")
     )

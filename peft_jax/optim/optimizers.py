@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -10,157 +10,13 @@ import jax.numpy as jnp
 import optax
 
 from peft_jax.core import names_of
-from peft_jax.core.validation import check_choice, check_finite, check_positive
-from peft_jax.optim.clipping import GroupClipping
+from peft_jax.optim.averaging import schedule_free
 from peft_jax.optim.components import component_products, component_values
-from peft_jax.optim.mixing import LOW_RANK, ROTATION, MixingSettings, hybrid_mixing
-from peft_jax.optim.schedules import ScheduleSettings, make_schedule
-
-NO_DECAY = ("bias", "scale", "rotation", "r", "phases", "reflections", "low_rank")
-"""Path components without weight decay by default; `OptimizerSettings.no_decay` says why."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Direction:
-    """An optimizer's update direction, before weight decay and learning rate.
-
-    Attributes:
-      build: Builds the transformation from the arguments named in `constants`.
-      constants: Those of b1, b2 and eps that it takes, with their default values.
-      decays: Whether it supports decoupled weight decay.
-    """
-
-    build: Callable[..., optax.GradientTransformation]
-    constants: Mapping[str, float]
-    decays: bool = True
-
-
-def _adafactor() -> optax.GradientTransformation:
-    """Returns `optax.adafactor` without its learning rate and weight decay."""
-    return optax.chain(
-        optax.scale_by_factored_rms(),
-        optax.clip_by_block_rms(1.0),
-        optax.scale_by_param_block_rms(),
-    )
-
-
-def _nadam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    """Returns Adam with Nesterov momentum."""
-    return optax.scale_by_adam(b1=b1, b2=b2, eps=eps, nesterov=True)
-
-
-def _rmsprop(b2: float, eps: float) -> optax.GradientTransformation:
-    """Returns RMSprop: division by a moving root mean square."""
-    return optax.scale_by_rms(decay=b2, eps=eps)
-
-
-def _sgd(b1: float) -> optax.GradientTransformation:
-    """Returns heavy-ball momentum, or the plain gradient if `b1` is zero."""
-    return optax.trace(decay=b1) if b1 else optax.identity()
-
-
-_ADAM = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
-_DIRECTIONS = {
-    "adamw": _Direction(optax.scale_by_adam, _ADAM),
-    "adam": _Direction(optax.scale_by_adam, _ADAM, decays=False),
-    "nadamw": _Direction(_nadam, _ADAM),
-    "lion": _Direction(optax.scale_by_lion, {"b1": 0.9, "b2": 0.99}),
-    "adafactor": _Direction(_adafactor, {}),
-    "rmsprop": _Direction(_rmsprop, {"b2": 0.9, "eps": 1e-8}),
-    "sgd": _Direction(_sgd, {"b1": 0.0}),
-}
-OPTIMIZERS = tuple(_DIRECTIONS)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerSettings:
-    """Settings of the optimizer.
-
-    Attributes:
-      name: "adamw", "adam", "nadamw", "lion", "adafactor", "rmsprop" or "sgd".
-      learning_rate: Peak learning rate of the schedule.
-      learning_rates: Peak learning rates of the trainable arrays under a path component, where they
-        differ from `learning_rate`. A new head, `{"classifier": 2e-3}`, starts from random weights
-        and needs a higher rate than an adapter of a pretrained kernel.
-      rate_factors: Factors on the learning rates of the trainable arrays under a path component,
-        whether from `learning_rate` or `learning_rates`. The factors of all components of a path
-        multiply. `{"b": 16.0}` is LoRA+ (Hayou, Ghosh and Yu, 2024, arXiv 2402.12354), and
-        `{"self_attn": 4.0}` trains the attention of a Llama faster than its MLP.
-      weight_decay: Decoupled weight decay: each step subtracts learning rate × weight_decay × w
-        from a weight w.
-      b1: Decay of the first moment; momentum of sgd. None for the optimizer's default.
-      b2: Decay of the second moment. None for the optimizer's default.
-      eps: Constant added to the denominator. None for the optimizer's default.
-      clip_norm: Maximum gradient norm; None for no clipping. Each of a hybrid's branches is clipped
-        by its own norm, and so is each component of `learning_rates`, but not of `rate_factors`;
-        see `GroupClipping`.
-      no_decay: Path components without weight decay, beside the method's own. Decay pulls towards
-        zero, so it suits arrays for which zero is harmless: a weight matrix of full fine-tuning, or
-        the A and B of plain LoRA. By default it excludes biases and norm scales, as is usual. It
-        excludes a rotation's parameters, which are bounded by construction. It excludes BOFT's
-        scale, whose neutral value is one. It excludes a hybrid's low-rank branch, because LoRA-GA
-        computes AB − A₀B₀: at A = B = 0 it would subtract A₀B₀ from the pretrained kernel.
-      schedule: Schedule of the learning rate over the run.
-
-    Raises:
-      ValueError: The name is not known, a number is outside its range, or the optimizer does not
-        have a given constant.
-    """
-
-    name: str = "adamw"
-    learning_rate: float = 2e-4
-    learning_rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    rate_factors: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    weight_decay: float = 0.0
-    b1: float | None = None
-    b2: float | None = None
-    eps: float | None = None
-    clip_norm: float | None = 1.0
-    no_decay: tuple[str, ...] = NO_DECAY
-    schedule: ScheduleSettings = dataclasses.field(default_factory=ScheduleSettings)
-
-    def __post_init__(self) -> None:
-        check_choice("name", self.name, OPTIMIZERS)
-        check_positive("learning_rate", self.learning_rate)
-        for component, rate in self.learning_rates.items():
-            check_positive(f"learning_rates[{component!r}]", rate)
-        for component, factor in self.rate_factors.items():
-            check_positive(f"rate_factors[{component!r}]", factor)
-        if self.clip_norm is not None:
-            check_positive("clip_norm", self.clip_norm)
-        check_finite("weight_decay", self.weight_decay)
-        direction = _DIRECTIONS[self.name]
-        if self.weight_decay and not direction.decays:
-            raise ValueError(
-                f"weight_decay is {self.weight_decay}, but {self.name} has none; use adamw, or set"
-                " weight_decay to 0"
-            )
-        for constant in ("b1", "b2", "eps"):
-            value = getattr(self, constant)
-            if value is None:
-                continue
-            if constant not in direction.constants:
-                taken = ", ".join(direction.constants) or "none of b1, b2 and eps"
-                raise ValueError(
-                    f"{constant} is {value}, but {self.name} does not have it; it takes {taken}"
-                )
-            if not 0.0 <= value < 1.0:
-                raise ValueError(f"{constant} must be at least 0 and below 1, but is {value!r}")
-
-    @property
-    def clipping(self) -> GroupClipping | None:
-        """Clipping of the gradients; None for none."""
-        if self.clip_norm is None:
-            return None
-        return GroupClipping(self.clip_norm, (LOW_RANK, ROTATION, *self.learning_rates))
-
-    @property
-    def constants(self) -> dict[str, float]:
-        """Those of b1, b2 and eps that the optimizer takes, each as given or by default."""
-        return {
-            name: usual if getattr(self, name) is None else getattr(self, name)
-            for name, usual in _DIRECTIONS[self.name].constants.items()
-        }
+from peft_jax.optim.directions import DIRECTIONS, PRODIGY, SCHEDULE_FREE
+from peft_jax.optim.mixing import MixingSettings, hybrid_mixing
+from peft_jax.optim.prodigy import prodigy
+from peft_jax.optim.schedules import make_schedule
+from peft_jax.optim.settings import NO_DECAY, OptimizerSettings
 
 
 def learning_rate_schedule(settings: OptimizerSettings, total_steps: int) -> optax.Schedule:
@@ -185,6 +41,10 @@ def make_optimizer(
     This differs from optax in two points. Weight decay is always multiplied by the learning rate.
     And the blocks whose root mean squares adafactor uses (leaves) are here full stacks of layers.
 
+    Two optimizers differ from this order. "prodigy" estimates its learning rate from its own steps,
+    so the schedule is part of its direction. "schedule_free_adamw" averages the results of all of
+    the above; see `schedule_free`.
+
     Args:
       settings: Settings of the optimizer.
       total_steps: Number of steps of the run, at which the schedule ends.
@@ -193,9 +53,14 @@ def make_optimizer(
     Returns:
       A transformation for trees such as `AdapterState.trainable`; `update` needs the parameters.
 
+    Raises:
+      ValueError: The optimizer does not support mixing. In `init`: it needs matrices or low-rank
+        pairs, and there are none, or a component is in no path.
+
     Example:
       >>> import jax.numpy as jnp
       >>> import optax
+      >>> from peft_jax.optim.schedules import ScheduleSettings
       >>> settings = OptimizerSettings(name="sgd", learning_rate=0.5, clip_norm=1.0,
       ...     schedule=ScheduleSettings(name="constant"))
       >>> optimizer = make_optimizer(settings, total_steps=10)
@@ -205,9 +70,13 @@ def make_optimizer(
       >>> [round(x, 3) for x in optax.apply_updates(params, updates)["w"].tolist()]
       [0.7, 1.6]
     """
-    inner = [_DIRECTIONS[settings.name].build(**settings.constants)]
+    mask = functools.partial(decay_mask, no_decay=settings.no_decay)
+    if settings.name == PRODIGY:
+        return _in_float32(_make_prodigy(settings, total_steps, mask, mixing))
+    direction = DIRECTIONS[settings.name]
+    steps_too = {"total_steps": total_steps} if direction.over_steps else {}
+    inner = [direction.build(**settings.constants, **steps_too)]
     if settings.weight_decay:
-        mask = lambda tree: decay_mask(tree, settings.no_decay)  # noqa: E731
         inner.append(optax.add_decayed_weights(settings.weight_decay, mask=mask))
     inner.append(optax.scale(-1.0))
     descent = optax.chain(*inner)
@@ -226,7 +95,36 @@ def make_optimizer(
     if settings.clipping is not None:
         # Keeps the structure of the state, and so the checkpoints, of 0.1, where clipping was here.
         steps.insert(0, optax.identity())
-    return _in_float32(optax.chain(*steps))
+    optimizer = optax.chain(*steps)
+    if settings.name == SCHEDULE_FREE:
+        schedule = learning_rate_schedule(settings, total_steps)
+        optimizer = schedule_free(optimizer, schedule, settings.constants["b1"])
+    return _in_float32(optimizer)
+
+
+def _make_prodigy(
+    settings: OptimizerSettings,
+    total_steps: int,
+    mask: Callable[[Any], Any],
+    mixing: MixingSettings | None,
+) -> optax.GradientTransformation:
+    """Returns Prodigy behind clipping; its state is that of Prodigy."""
+    if mixing is not None and mixing != dataclasses.replace(
+        mixing, rule="none", low_rank_rate=1.0, rotation_rate=1.0
+    ):
+        raise ValueError(
+            f"optimizer.name is 'prodigy', and mixing.rule is {mixing.rule!r} with"
+            f" low_rank_rate {mixing.low_rank_rate:g} and rotation_rate {mixing.rotation_rate:g},"
+            " but prodigy estimates one learning rate for all arrays, so their steps cannot be"
+            " weighted: use adamw, or mixing.rule none and both rates 1"
+        )
+    optimizer = prodigy(
+        learning_rate_schedule(settings, total_steps),
+        **settings.constants,
+        weight_decay=settings.weight_decay,
+        decay_mask=mask,
+    )
+    return optimizer if settings.clipping is None else settings.clipping.before(optimizer)
 
 
 def decay_mask(tree: Any, no_decay: tuple[str, ...] = NO_DECAY) -> Any:

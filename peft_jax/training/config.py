@@ -30,7 +30,12 @@ from peft_jax.core.validation import check_choice, check_positive, check_positiv
 from peft_jax.data import DataSettings
 from peft_jax.models import ExecutionSettings
 from peft_jax.models.architectures import ARCHITECTURES
-from peft_jax.optim import MIXING_RATES, MixingSettings, OptimizerSettings
+from peft_jax.optim import (
+    MIXING_RATES,
+    MixingSettings,
+    OptimizerSettings,
+    usual_learning_rate,
+)
 from peft_jax.parallel import MeshSettings
 from peft_jax.training.setting_aliases import check_names
 
@@ -117,7 +122,7 @@ class TrainSettings:
       epochs: Passes over the training rows, instead of `steps`; 0.5 is half a pass. All rows are
         encoded before the first step to find the number of steps.
       learning_rate: Peak of the schedule, which `optimizer.schedule` describes; by default the
-        method's.
+        method's, and 1 for the optimizer prodigy, which estimates its own.
       batch_size: Number of rows in one optimizer step, over all devices and microbatches.
       gradient_accumulation: Number of microbatches that a step's rows are divided into. The result
         is the same up to rounding, in less memory.
@@ -545,9 +550,12 @@ def _read_method(given: Mapping[str, Any]) -> tuple[AdapterSpec, dict[str, int]]
 
 
 def _fill_in(given: dict[str, Any], method: TrainingMethod) -> None:
-    """Sets the rates that are left to the method."""
+    """Sets the rates that are left to the method, or to the optimizer."""
     if isinstance(given.get("train"), Mapping) and given["train"].get("learning_rate") is None:
-        given["train"] = {**given["train"], "learning_rate": method.learning_rate}
+        optimizer = given.get("optimizer")
+        name = optimizer.get("name") if isinstance(optimizer, Mapping) else None
+        rate = default_learning_rate(method, str(name))
+        given["train"] = {**given["train"], "learning_rate": rate}
     if not isinstance(given.get("mixing", {}), Mapping):
         return
     mixing = dict(given.get("mixing", {}))
@@ -555,6 +563,11 @@ def _fill_in(given: dict[str, Any], method: TrainingMethod) -> None:
         if mixing.get(name, 0.0) is None:
             del mixing[name]
     given["mixing"] = mixing_rates(method) | mixing
+
+
+def default_learning_rate(method: TrainingMethod, optimizer: str) -> float:
+    """Returns the peak learning rate of a method with an optimizer of the given name."""
+    return usual_learning_rate(optimizer) or method.learning_rate
 
 
 def mixing_rates(method: TrainingMethod) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from peft_jax.training.config import (
     ModelSettings,
     RunConfig,
     TrainSettings,
+    default_learning_rate,
     mixing_rates,
 )
 from peft_jax.training.export import exports_adapter
@@ -91,7 +92,7 @@ def train(
       workdir: The folder that everything is written to, or the URL of one in a bucket.
       steps: Number of optimizer steps.
       epochs: Number of passes over the rows, in place of `steps`.
-      learning_rate: Peak of the schedule; by default the method's.
+      learning_rate: Peak of the schedule; by default the method's, or 1 for prodigy.
       batch_size: Number of rows in a step.
       max_length: Number of tokens in a row.
       gradient_accumulation: Number of microbatches that a step's rows are divided into.
@@ -120,6 +121,8 @@ def train(
     quantization = quantization_of(params)
     model.check_params(params, quantization)
     path, revision = hub_name(model.origin) or (model.origin, "")
+    optimizer = optimizer or OptimizerSettings()
+    usual = default_learning_rate(spec.method, optimizer.name)
     config = RunConfig(
         seed=seed,
         model=ModelSettings(
@@ -135,12 +138,12 @@ def train(
         train=TrainSettings(
             steps=steps,
             epochs=epochs,
-            learning_rate=spec.method.learning_rate if learning_rate is None else learning_rate,
+            learning_rate=usual if learning_rate is None else learning_rate,
             batch_size=batch_size,
             gradient_accumulation=gradient_accumulation,
             max_length=max_length,
         ),
-        optimizer=optimizer or OptimizerSettings(),
+        optimizer=optimizer,
         evaluate=evaluate or EvaluateSettings(),
         checkpoint=checkpoint or CheckpointSettings(),
         parallel=parallel or MeshSettings(),

@@ -21,7 +21,7 @@ from peft_jax.adapters.sketch import trace_pass
 from peft_jax.core import Path, Tree, flatten, unflatten
 from peft_jax.data import Batch, LabeledBatch
 from peft_jax.models import TrainableModel
-from peft_jax.optim import GroupClipping
+from peft_jax.optim import GroupClipping, evaluated_arrays
 from peft_jax.parallel import (
     LogicalAxisRules,
     async_collective_options,
@@ -56,8 +56,12 @@ class Training:
 
     @property
     def adapter(self) -> AdapterState:
-        """Arrays of the adapter, for `AdapterSpec.bind`, `merge` and `save_adapter`."""
-        return AdapterState(trainable=self.state.trainable, constant=self.constant)
+        """Arrays of the adapter, for `AdapterSpec.bind`, `merge` and `save_adapter`.
+
+        After steps of a schedule-free optimizer they are its averages; see `evaluated_arrays`.
+        """
+        trainable = evaluated_arrays(self.state.opt_state, self.state.trainable)
+        return AdapterState(trainable=trainable, constant=self.constant)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -73,6 +73,13 @@ def test_rates_in_the_state_match_constants(steps):
         params = optax.apply_updates(params, updates[0])
 
 
+@pytest.mark.parametrize("name", ["prodigy", "schedule_free_adamw"])
+def test_an_optimizer_with_its_rate_inside_is_rejected(name):
+    settings = OptimizerSettings(name=name, schedule=ScheduleSettings(name="constant"))
+    with pytest.raises(ValueError, match=f"optimizer.name is '{name}'.* another optimizer"):
+        trial_optimizer(settings, 4)
+
+
 def test_a_program_serves_all_trials():
     settings = OptimizerSettings(rate_factors={"w": 1.0})
     optimizer = trial_optimizer(settings, 4)
