@@ -17,6 +17,7 @@ from peft_jax.adapters.names import (
 from peft_jax.adapters.target_settings import ALL_LINEAR, Targets, TargetSettings
 from peft_jax.adapters.trainable_tokens import TokensBesideAdapters
 from peft_jax.core import (
+    CORRECTION,
     EMBEDDING,
     KERNEL,
     TABLE,
@@ -48,7 +49,7 @@ def find_targets(params: Tree, method: TrainingMethod, settings: TargetSettings)
     rank_pattern, alpha_pattern = settings.rank_pattern, settings.alpha_pattern
     modules_to_save = settings.modules_to_save
     flat = flatten(params)
-    n_layers = next((kernel_shape(v)[0] for path, v in flat.items() if is_stacked(path)), 0)
+    n_layers = max((kernel_shape(v)[0] for path, v in flat.items() if is_stacked(path)), default=0)
     leaves = _leaves_by_module(flat)
     saved = _choose(modules_to_save, leaves, n_layers, "modules_to_save") if modules_to_save else []
     if not isinstance(method, AdapterMethod):
@@ -120,12 +121,19 @@ def find_targets(params: Tree, method: TrainingMethod, settings: TargetSettings)
         )
     ranks = _values(rank_pattern, "rank_pattern", chosen, n_layers)
     alphas = _values(alpha_pattern, "alpha_pattern", chosen, n_layers)
+    counts = {m: kernel_shape(flat[p])[0] if is_stacked(p) else 1 for m, p in kernels.items()}
+    chosen = {
+        module: _rows(module, layers, counts[module], n_layers, ranks, alphas)
+        if is_stacked(kernels[module])
+        else layers
+        for module, layers in chosen.items()
+    }
     method.check_modules(chosen)
     adapted, by_layer = {}, {}
     for module, layers in chosen.items():
         path = kernels[module]
         d_in, d_out = kernel_shape(flat[path])[-2:]
-        own: list[AdapterMethod | None] = [None] * len(every[module])
+        own: list[AdapterMethod | None] = [None] * counts[module]
         for layer in layers:
             one = method.for_module(
                 module, rank=ranks.get((module, layer)), alpha=alphas.get((module, layer))
@@ -234,6 +242,36 @@ def _in_layers(
     return found
 
 
+def _rows(
+    module: str,
+    layers: tuple[int, ...],
+    rows: int,
+    n_layers: int,
+    *values: Mapping[tuple[str, int], Any],
+) -> tuple[int, ...]:
+    """Returns the rows of a stacked kernel that are adapted.
+
+    Args:
+      module: Name of the kernel's module.
+      layers: Layers that are selected.
+      rows: Number of layers that have the module.
+      n_layers: Number of layers.
+      *values: Ranks and alphas by module and layer.
+
+    Raises:
+      ValueError: Only some layers have the module, and these would differ.
+    """
+    if rows == n_layers:
+        return layers
+    each = {tuple(one.get((module, layer)) for one in values) for layer in layers}
+    if len(layers) < n_layers or len(each) > 1:
+        raise ValueError(
+            f"{module} is in {rows} of {n_layers} layers, and its layers cannot be adapted"
+            " differently; select it without layer numbers, or leave it out with exclude_modules"
+        )
+    return tuple(range(rows))
+
+
 def _values(
     patterns: Mapping[str, Any],
     setting: str,
@@ -269,7 +307,8 @@ def _values(
 def _leaves_by_module(flat: Mapping[Path, Any]) -> dict[str, list[Path]]:
     leaves: dict[str, list[Path]] = {}
     for path in flat:
-        leaves.setdefault(join_path(path[:-1]), []).append(path)
+        if path[-1] != CORRECTION:
+            leaves.setdefault(join_path(path[:-1]), []).append(path)
     return leaves
 
 

@@ -38,6 +38,7 @@ from peft_jax.core.quantized import (
 )
 from peft_jax.core.suggest import did_you_mean
 from peft_jax.core.trees import (
+    CORRECTION,
     EMBEDDING,
     KERNEL,
     STACKED,
@@ -54,6 +55,7 @@ from peft_jax.core.trees import (
 )
 
 __all__ = [
+    "CORRECTION",
     "EMBEDDING",
     "FORMATS",
     "KERNEL",

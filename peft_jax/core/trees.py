@@ -3,7 +3,7 @@
 A model's parameters, an adapter's arrays and an optimizer's state are nested dictionaries with
 string keys. A path is the tuple of keys from the root to a leaf: ("layers", "mlp", "up_proj",
 "kernel"). Leaves under the root key `STACKED` belong to the transformer blocks. Their leading axis
-is the block index.
+is the block index. If only some blocks have a leaf, it has rows for those alone, in their order.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,6 +26,9 @@ EMBEDDING = "embedding"
 
 TABLE = "table"
 """Last key of an embedding that is multiplied as a kernel, so that any method can adapt it."""
+
+CORRECTION = "e_score_correction_bias"
+"""Last key of a router's corrections, which balance experts by themselves and are not trained."""
 
 
 def is_stacked(path: Path) -> bool:

@@ -108,7 +108,7 @@ def modules_of(model: TrainableModel, path: Path) -> list[str]:
     """Returns the Hugging Face names of a leaf's modules; one per layer if it is stacked."""
     if not is_stacked(path):
         return [model.module_name(path)]
-    return [model.module_name(path, layer) for layer in range(model.num_layers)]
+    return [model.module_name(path, layer) for layer in model.layers_of(path)]
 
 
 def tensors_to_write(

@@ -318,8 +318,10 @@ def _stored_shapes(model: Model) -> dict[Path, tuple[int, ...]]:
 def _used_tensors(checkpoint: Checkpoint, model: Model) -> dict[str, StoredTensor]:
     """Returns the checkpoint's tensors by current names, without those the model ignores."""
     found = {}
+    layers = str(model.num_layers)
+    unused = [pattern.replace("{layers}", layers) for pattern in model.family.unused]
     for name, tensor in checkpoint.tensors.items():
-        if any(re.fullmatch(pattern, name) for pattern in model.family.unused):
+        if any(re.fullmatch(pattern, name) for pattern in unused):
             continue
         for old, new in model.family.old_names:
             if name.endswith(old):

@@ -5,7 +5,7 @@ read from the tensors' names, so that patterns mean what they do in PEFT.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -141,7 +141,7 @@ def _group_tensors(
     leaves: dict[str, Path] = {}
     selected: dict[str, Path] = {}
     for path, hf_name in model.hf_names().items():
-        for layer, module in enumerate(modules_of(model, path)):
+        for layer, module in zip(_numbers(model, path), modules_of(model, path), strict=True):
             name = PEFT_PREFIX + hf_name.name(layer)
             leaves[name] = path
             if form.copies:
@@ -181,6 +181,11 @@ def _group_tensors(
         raise ValueError(f"{what} has no tensors of an adapted module")
     _check_complete(found, model, ends, what)
     return found
+
+
+def _numbers(model: Model, path: Path) -> Sequence[int]:
+    """Returns the layer of each of a leaf's modules; 0 of one outside the layers."""
+    return model.layers_of(path) if is_stacked(path) else (0,)
 
 
 def _tokens(config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -244,7 +249,11 @@ def _targets(
     if found.selected:
         return {"target_modules": _short_names(found.selected, everything)}
     layers = {
-        path: tuple(layer for layer, module in enumerate(modules_of(model, path)) if module in own)
+        path: tuple(
+            layer
+            for layer, module in zip(_numbers(model, path), modules_of(model, path), strict=True)
+            if module in own
+        )
         for path, own in found.adapted.items()
     }
     some = {path for path, own in layers.items() if len(own) < len(modules_of(model, path))}
@@ -293,7 +302,9 @@ def _patterns(
                 layer_name(join_path(path[:-1]), layer): _match_pattern(
                     theirs, parameter_name(path, module)
                 )
-                for layer, module in enumerate(modules_of(model, path))
+                for layer, module in zip(
+                    _numbers(model, path), modules_of(model, path), strict=True
+                )
                 if module in modules
             }
             if len(set(values.values())) == 1:

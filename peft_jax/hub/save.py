@@ -10,6 +10,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.core import AdaptedKernel, Path, Tree, flatten, join_path
@@ -128,7 +129,9 @@ def _config(model: Model, leaves: dict[Path, Any]) -> dict[str, Any]:
     # Parameters are written as they are, whatever format they were read from.
     for name in ("auto_map", "quantization_config"):
         config.pop(name, None)
-    dtypes = {str(leaf.dtype) for leaf in leaves.values()}
+    shapes = flatten(model.abstract_params(jnp.bfloat16))
+    narrow = (path for path, leaf in shapes.items() if leaf.dtype == jnp.bfloat16)
+    dtypes = {str(leaves[path].dtype) for path in narrow}
     if len(dtypes) == 1:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtypes.pop()
     return config

@@ -1,7 +1,8 @@
 """Computes attention: with a fused kernel if supported, else dense or, for long rows, chunked.
 
 B batch, T query tokens, S key tokens, K key-value heads, G query heads per key-value head, H head
-dimension. Grouped queries have an axis of their own, so keys and values are never repeated.
+dimension, V that of values. Grouped queries have an axis of their own, so keys and values are never
+repeated.
 """
 
 import dataclasses
@@ -21,8 +22,10 @@ from peft_jax.models.attention_layout import (
     Attend,
     AttentionLayout,
     Keys,
+    Outputs,
     Queries,
     Sinks,
+    Values,
     alibi,
     visible,
 )
@@ -92,12 +95,13 @@ def make_attention(
     tokens: int,
     keys: int,
     head_dim: int,
+    value_dim: int | None = None,
     execution: ExecutionSettings,
 ) -> Attend:
     """Returns the attention function of all layers.
 
     It maps queries [B, T, K, G, H], already scaled by 1/sqrt(H), keys [B, S, K, H] and values
-    [B, S, K, H] to outputs [B, T, K, G, H]. If the layout has sinks, it takes them too, [K, G].
+    [B, S, K, V] to outputs [B, T, K, G, V]. If the layout has sinks, it takes them too, [K, G].
     Everything that depends on the layout alone is computed here, once.
 
     Args:
@@ -105,12 +109,15 @@ def make_attention(
       tokens: T.
       keys: S.
       head_dim: H.
+      value_dim: V; None for H.
       execution: Dtype of activations, and the implementation to use.
 
     Raises:
       ValueError: `execution.attention` is "fused" and the fused kernel cannot be used.
     """
-    why_not, fused = _fused_kernel(layout, tokens, keys, head_dim, execution.dtype)
+    why_not, fused = _fused_kernel(
+        layout, tokens, keys, (head_dim, value_dim or head_dim), execution.dtype
+    )
     name = choose_attention(execution.attention, tokens=tokens, keys=keys, why_not_fused=why_not)
     _log_once(
         f"attention of {tokens} tokens to {keys} keys: {name}"
@@ -123,14 +130,15 @@ def make_attention(
 
 
 def _fused_kernel(
-    layout: AttentionLayout, tokens: int, keys: int, head_dim: int, dtype: jnp.dtype
+    layout: AttentionLayout, tokens: int, keys: int, dims: tuple[int, int], dtype: jnp.dtype
 ) -> tuple[str | None, Callable[..., Attend]]:
     """Returns why the platform's fused kernel cannot be used, None if it can, and the kernel."""
     platform = target_platform()
     kernel = splash_attention if platform == "tpu" else fused_attention
     if spans(tokens, "sequence"):
         return 'the tokens of a row are sharded along "sequence"', kernel
-    sizes: dict[str, Any] = {"head_dim": head_dim, "tokens": tokens, "keys": keys}
+    sizes: dict[str, Any] = {"tokens": tokens, "keys": keys}
+    sizes |= {"head_dim": dims[0], "value_dim": dims[1]}
     if platform == "tpu":
         return why_not_splash(layout, dtype=dtype, **sizes), kernel
     return why_not_fused(layout, platform=platform, dtype=dtype, **sizes), kernel
@@ -152,8 +160,8 @@ def _sharded(
     query_axes, key_axes = spans(tokens, "sequence"), spans(keys, "sequence")
 
     def local(
-        query: Queries, key: Keys, value: Keys, sinks: Sinks | None, start: Any, *arrays: Any
-    ) -> Queries:
+        query: Queries, key: Keys, value: Values, sinks: Sinks | None, start: Any, *arrays: Any
+    ) -> Outputs:
         if key_axes:
             key, value = (jax.lax.all_gather(x, key_axes, axis=1, tiled=True) for x in (key, value))
         if query_axes:
@@ -164,7 +172,7 @@ def _sharded(
         attend = make(own, tokens=query.shape[1], keys=key.shape[1])
         return attend(query, key, value) if sinks is None else attend(query, key, value, sinks)
 
-    def attend(query: Queries, key: Keys, value: Keys, sinks: Sinks | None = None) -> Queries:
+    def attend(query: Queries, key: Keys, value: Values, sinks: Sinks | None = None) -> Outputs:
         kv_spec = ("batch", "sequence", "kv_heads", None)
         arrays = (getattr(layout, name) for name in _LAYOUT_AXES)
         return over_shards(
@@ -203,7 +211,7 @@ def dense_attention(layout: AttentionLayout, *, tokens: int, keys: int) -> Atten
     # The gradient of the cap needs the scores, which the backward pass computes again.
     scores_of = score if layout.score_cap is None else recomputed(capped_score)
 
-    def attend(query: Queries, key: Keys, value: Keys, sinks: Sinks | None = None) -> Queries:
+    def attend(query: Queries, key: Keys, value: Values, sinks: Sinks | None = None) -> Outputs:
         scores = scores_of(query, key)
         bias = alibi(layout, layout.query_positions, layout.key_positions)
         if bias is not None:

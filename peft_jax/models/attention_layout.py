@@ -1,7 +1,7 @@
 """Attention layouts: which keys each query attends to, and ALiBi's penalty on distance.
 
 B batch, T query tokens, S key tokens, K key-value heads, G query heads per key-value head, H head
-dimension.
+dimension of queries and keys, V head dimension of values (usually H).
 """
 
 import dataclasses
@@ -17,8 +17,10 @@ from peft_jax.models.cache import KVCache
 
 Queries = Float[Array, "batch tokens kv_heads group head_dim"]
 Keys = Float[Array, "batch keys kv_heads head_dim"]
+Values = Float[Array, "batch keys kv_heads value_dim"]
+Outputs = Float[Array, "batch tokens kv_heads group value_dim"]
 Sinks = Float32[Array, "kv_heads group"]
-Attend = Callable[..., Queries]
+Attend = Callable[..., Outputs]
 """Maps queries, keys, values and, if the layout has them, sinks to outputs."""
 
 MASKED = -1e30

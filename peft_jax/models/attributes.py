@@ -86,6 +86,12 @@ _FACTORS: Kind = (
     "a list of finite numbers above 0",
     lambda value: isinstance(value, list) and all(_is_finite(v) and v > 0 for v in value),
 )
+_NUMBERS: Kind = (
+    "a list of whole numbers from 0 to 2³¹ - 1",
+    lambda value: (
+        isinstance(value, list) and all(_is_integer(v) and 0 <= v <= _MAX_SIZE for v in value)
+    ),
+)
 _FLAGS: Kind = (
     "a list of 0 and 1",
     lambda value: isinstance(value, list) and all(_is_integer(v) and v in (0, 1) for v in value),
@@ -112,8 +118,11 @@ _KINDS: Mapping[str, Kind] = {
             "n_embd", "n_head", "n_inner", "n_positions", "no_rope_layer_interval",
             "num_attention_heads", "num_key_value_heads", "num_labels",
             "original_max_position_embeddings", "sliding_window_pattern", "vocab_size",
-            # Experts.
-            "moe_intermediate_size", "num_experts", "num_experts_per_tok", "num_local_experts",
+            # Experts and latent attention.
+            "decoder_sparse_step", "kv_lora_rank", "moe_intermediate_size", "n_group",
+            "n_routed_experts", "n_shared_experts", "num_experts", "num_experts_per_tok",
+            "num_local_experts", "q_lora_rank", "qk_head_dim", "qk_nope_head_dim",
+            "qk_rope_head_dim", "topk_group", "shared_expert_intermediate_size", "v_head_dim",
             # Encoders.
             "attention_head_size", "dim", "embedding_size", "global_attn_every_n_layers",
             "hidden_dim", "local_attention", "n_heads", "pooler_hidden_size",
@@ -132,9 +141,10 @@ _KINDS: Mapping[str, Kind] = {
             "attention_factor", "beta_fast", "beta_slow", "factor", "high_freq_factor",
             "layer_norm_eps", "layer_norm_epsilon", "low_freq_factor", "partial_rotary_factor",
             "attention_multiplier", "attn_logit_softcapping", "embedding_multiplier",
-            "final_logit_softcapping", "logits_scaling", "mscale", "mscale_all_dim",
+            "final_logit_softcapping", "logit_scale", "logits_scaling", "mscale", "mscale_all_dim",
             "query_pre_attn_scalar", "residual_multiplier", "rms_norm_eps", "rope_local_base_freq",
-            "rope_theta", "rotary_emb_base", "rotary_pct", "swiglu_alpha", "swiglu_limit",
+            "rope_theta", "rotary_emb_base", "rotary_pct", "routed_scaling_factor", "swiglu_alpha",
+            "swiglu_limit",
             # Encoders.
             "global_rope_theta", "local_rope_theta", "norm_eps",
         ),
@@ -142,13 +152,13 @@ _KINDS: Mapping[str, Kind] = {
     ),
     **dict.fromkeys(("long_factor", "short_factor"), _FACTORS),
     "initializer_range": _NOT_NEGATIVE,
-    "type_vocab_size": _COUNT,
+    **dict.fromkeys(("first_k_dense_replace", "type_vocab_size"), _COUNT),
     **dict.fromkeys(
         (
             "apply_residual_connection_post_layernorm", "attention_bias", "mlp_bias",
-            "norm_topk_prob", "position_biased_input", "relative_attention", "scale_attn_weights",
-            "share_att_key", "tie_word_embeddings", "truncate", "use_parallel_residual",
-            "use_sliding_window",
+            "norm_topk_prob", "position_biased_input", "qkv_bias", "relative_attention",
+            "rope_interleave", "scale_attn_weights", "share_att_key", "tie_word_embeddings",
+            "truncate", "use_parallel_residual", "use_qk_norm", "use_sliding_window",
             # Encoders.
             "classifier_bias", "norm_bias",
         ),
@@ -167,6 +177,7 @@ _KINDS: Mapping[str, Kind] = {
         _TEXT,
     ),
     **dict.fromkeys(("architectures", "layer_types"), _TEXTS),
+    "mlp_only_layers": _NUMBERS,
     "no_rope_layers": _FLAGS,
     "pos_att_type": _WORDS,
     **dict.fromkeys(

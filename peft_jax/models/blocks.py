@@ -26,6 +26,7 @@ from peft_jax.models.cache import KVCache, LayerCache
 from peft_jax.models.chunked_attention import SAVED_NAMES
 from peft_jax.models.execution import ExecutionSettings
 from peft_jax.models.layer_types import Segment, find_segments
+from peft_jax.models.mixed_blocks import MixedBlocks, layers_of_leaves, rows_in
 from peft_jax.parallel import constrain_features
 
 Hidden = Float[Array, "batch tokens embed"]
@@ -55,8 +56,8 @@ def run_blocks(
 ) -> tuple[Hidden, KVCache | None]:
     """Passes `hidden` through the blocks in order.
 
-    Blocks that are run by the same function are of one type. A scan compiles one period of types,
-    so that a model of any depth compiles a few blocks only.
+    Blocks that are run by the same function are of one type, and of one form. A scan compiles one
+    period of types, so that a model of any depth compiles a few blocks only.
 
     Args:
       blocks: Stacked blocks.
@@ -73,7 +74,12 @@ def run_blocks(
     graphdef, stacked = nnx.split(blocks)
     start = jnp.zeros((), jnp.int32) if cache is None else cache.length - hidden.shape[1]
 
-    def body(run: RunBlock, carry: Any, layer: Any) -> tuple[Any, None]:
+    def block_of(number: int, state: Any) -> nnx.Module:
+        if isinstance(blocks, MixedBlocks):
+            return blocks.block(number, state)
+        return nnx.merge(graphdef, state)
+
+    def body(number: int, carry: Any, layer: Any) -> tuple[Any, None]:
         hidden, keys_values = carry
         state, index = layer
         hidden = checkpoint_name(constrain_features(hidden, "embed"), _BLOCK_INPUT)
@@ -81,27 +87,27 @@ def run_blocks(
         if keys_values is not None:
             keys, values = keys_values
             layer_cache = LayerCache(keys=keys, values=values, layer=index, start=start)
-        hidden, layer_cache = run(nnx.merge(graphdef, state), hidden, layer_cache)
+        hidden, layer_cache = runs[number](block_of(number, state), hidden, layer_cache)
         if layer_cache is not None:
             keys_values = (layer_cache.keys, layer_cache.values)
         return (hidden, keys_values), None
 
-    def body_of(run: RunBlock, *, alone: bool) -> Callable:
-        own = functools.partial(body, run)
+    def body_of(number: int, *, alone: bool) -> Callable:
+        own = functools.partial(body, number)
         return rematerialized(own, execution.remat, inside_scan=alone)
 
     carry = (hidden, None if cache is None else (cache.keys, cache.values))
     segments = find_segments(runs)
     if not execution.scan_layers:
         for index, state in enumerate(unstack(stacked, len(runs))):
-            carry, _ = body_of(runs[index], alone=False)(carry, (state, jnp.int32(index)))
+            carry, _ = body_of(index, alone=False)(carry, (state, jnp.int32(index)))
     elif len(segments) == 1 and segments[0].period == 1:
         indices = jnp.arange(len(runs), dtype=jnp.int32)
-        carry, _ = jax.lax.scan(body_of(runs[0], alone=True), carry, (stacked, indices))
+        carry, _ = jax.lax.scan(body_of(0, alone=True), carry, (stacked, indices))
     else:
         for segment in segments:
-            own = runs[segment.start : segment.start + segment.period]
-            bodies = [body_of(run, alone=segment.period == 1) for run in own]
+            own = range(segment.start, segment.start + segment.period)
+            bodies = [body_of(number, alone=segment.period == 1) for number in own]
             carry = _scan_segment(bodies, carry, stacked, segment, frozen=cache is not None)
     hidden, keys_values = carry
     if cache is not None and keys_values is not None:
@@ -128,27 +134,38 @@ def _scan_segment(
     """
     leaves, treedef = jax.tree.flatten(stacked)
     in_place = [frozen or one for one in _need_no_gradient(stacked)]
-    count, period = segment.repeats, segment.period
+    rows = [rows_in(layers, segment) for layers in layers_of_leaves(stacked)]
+    count = segment.repeats
 
-    def periods(leaf: Any) -> Any:
-        return leaf[segment.start : segment.stop].reshape(count, period, *leaf.shape[1:])
+    def periods(leaf: Any, before: int, places: tuple[int | None, ...]) -> Any:
+        each = len(places) - places.count(None)
+        return leaf[before : before + count * each].reshape(count, each, *leaf.shape[1:])
 
     def run_period(carry: Any, scanned: tuple[Any, list[Any]]) -> tuple[Any, None]:
-        first, slices = scanned
+        number, slices = scanned
         for place, body in enumerate(bodies):
-            index, own = first + place, iter(slices)
-            state = [
-                jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False)
-                if whole
-                else next(own)[place]
-                for leaf, whole in zip(leaves, in_place, strict=True)
-            ]
+            own = iter(slices)
+            state: list[Any] = []
+            for leaf, whole, (before, places) in zip(leaves, in_place, rows, strict=True):
+                of_period, row = None if whole else next(own), places[place]
+                if row is None:
+                    state.append(None)
+                elif of_period is None:
+                    at = before + number * (len(places) - places.count(None)) + row
+                    state.append(jax.lax.dynamic_index_in_dim(leaf, at, keepdims=False))
+                else:
+                    state.append(of_period[row])
+            index = segment.start + number * segment.period + place
             carry, _ = body(carry, (jax.tree.unflatten(treedef, state), index))
         return carry, None
 
-    firsts = segment.start + period * jnp.arange(count, dtype=jnp.int32)
-    slices = [periods(leaf) for leaf, whole in zip(leaves, in_place, strict=True) if not whole]
-    return jax.lax.scan(run_period, carry, (firsts, slices))[0]
+    numbers = jnp.arange(count, dtype=jnp.int32)
+    slices = [
+        periods(leaf, *own)
+        for leaf, whole, own in zip(leaves, in_place, rows, strict=True)
+        if not whole
+    ]
+    return jax.lax.scan(run_period, carry, (numbers, slices))[0]
 
 
 def _need_no_gradient(stacked: Any) -> list[bool]:
@@ -177,12 +194,15 @@ def _is_adapted(node: Any) -> bool:
 def unstack(stacked: Any, layers: int) -> list[Any]:
     """Splits a tree of stacked leaves [L, ...] into L trees.
 
-    The gradient of a split is one concatenation. That of L indexing operations would be L arrays of
-    the full size.
+    Leaves of some layers only are None in the trees of others. The gradient of a split is one
+    concatenation. That of L indexing operations would be L arrays of the full size.
     """
     leaves, treedef = jax.tree.flatten(stacked)
-    slices = [jnp.unstack(leaf, axis=0) for leaf in leaves]
-    return [jax.tree.unflatten(treedef, [parts[i] for parts in slices]) for i in range(layers)]
+    slices = [
+        dict(zip(own or range(layers), jnp.unstack(leaf, axis=0), strict=True))
+        for leaf, own in zip(leaves, layers_of_leaves(stacked), strict=True)
+    ]
+    return [jax.tree.unflatten(treedef, [parts.get(i) for parts in slices]) for i in range(layers)]
 
 
 def rematerialized(body: Callable, remat: str, *, inside_scan: bool) -> Callable:

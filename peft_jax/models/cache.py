@@ -1,6 +1,7 @@
 """Key-value cache for decoding.
 
-L layers, B batch, S slots (keys), K key-value heads, H head dimension. Fields of pytrees are typed
+L layers, B batch, S slots (keys), K key-value heads, H and V head dimensions of keys and of values
+(usually equal). Fields of pytrees are typed
 `Any` because JAX also puts placeholders, shapes and shardings in place of arrays.
 """
 
@@ -23,7 +24,7 @@ class KVCache:
 
     Attributes:
       keys: [L, B, S, K, H], after rotary embedding.
-      values: [L, B, S, K, H].
+      values: [L, B, S, K, V].
       positions: [B, S], position of each token.
       segment_ids: [B, S], 0 where a slot is empty or padding.
       length: Number of slots written, a scalar.
@@ -44,15 +45,17 @@ class KVCache:
         layers: int,
         batch: int,
         slots: int,
-        kv_heads: int,
-        head_dim: int,
+        dims: tuple[int, int, int],
         dtype: jnp.dtype,
     ) -> "KVCache":
-        """Returns an empty cache: keys and values [layers, batch, slots, kv_heads, head_dim]."""
-        shape = (layers, batch, slots, kv_heads, head_dim)
+        """Returns an empty cache; `dims` are K, H and V."""
+        kv_heads, *head_dims = dims
+        keys, values = (
+            jnp.zeros((layers, batch, slots, kv_heads, dim), dtype) for dim in head_dims
+        )
         return cls(
-            keys=jnp.zeros(shape, dtype),
-            values=jnp.zeros(shape, dtype),
+            keys=keys,
+            values=values,
             positions=jnp.zeros((batch, slots), jnp.int32),
             segment_ids=jnp.zeros((batch, slots), jnp.int32),
             length=jnp.zeros((), jnp.int32),
@@ -93,7 +96,7 @@ class LayerCache:
 
     Attributes:
       keys: [L, B, S, K, H]; of all layers, so that a scan updates it in place.
-      values: [L, B, S, K, H].
+      values: [L, B, S, K, V].
       layer: Index of the layer, a scalar.
       start: First slot to write, a scalar.
     """
@@ -106,7 +109,7 @@ class LayerCache:
     def append(
         self,
         keys: Float[Array, "batch tokens kv_heads head_dim"],
-        values: Float[Array, "batch tokens kv_heads head_dim"],
+        values: Float[Array, "batch tokens kv_heads value_dim"],
     ) -> "LayerCache":
         """Returns the cache with this layer's next keys and values written."""
         zero = jnp.zeros((), jnp.int32)
@@ -122,7 +125,7 @@ class LayerCache:
         self, dtype: jnp.dtype
     ) -> tuple[
         Float[Array, "batch slots kv_heads head_dim"],
-        Float[Array, "batch slots kv_heads head_dim"],
+        Float[Array, "batch slots kv_heads value_dim"],
     ]:
         """Returns this layer's keys and values in `dtype`, all slots."""
         keys, values = (

@@ -101,8 +101,9 @@ class CausalLM(Model):
             layers=config.num_layers,
             batch=batch,
             slots=length,
-            kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
+            dims=getattr(
+                config, "cache_dims", (config.num_kv_heads, config.head_dim, config.head_dim)
+            ),
             dtype=jnp.dtype(dtype),
         )
 

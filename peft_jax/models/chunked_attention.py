@@ -23,8 +23,10 @@ from peft_jax.models.attention_layout import (
     Attend,
     AttentionLayout,
     Keys,
+    Outputs,
     Queries,
     Sinks,
+    Values,
     alibi,
     visible,
 )
@@ -75,7 +77,7 @@ def chunked_attention(
         key_positions=_pad(layout.key_positions, key_padding),
     )
 
-    def attend(query: Queries, key: Keys, value: Keys, sinks: Sinks | None = None) -> Queries:
+    def attend(query: Queries, key: Keys, value: Values, sinks: Sinks | None = None) -> Outputs:
         query = _pad(query, query_padding)
         key, value = _pad(key, key_padding), _pad(value, key_padding)
         return _attention(blocks, query, key, value, padded, sinks)[:, :tokens]
@@ -98,10 +100,10 @@ def _attention(
     blocks: Blocks,
     query: Queries,
     key: Keys,
-    value: Keys,
+    value: Values,
     layout: AttentionLayout,
     sinks: Sinks | None,
-) -> Queries:
+) -> Outputs:
     return _forward(blocks, query, key, value, layout, sinks)[0]
 
 
@@ -109,10 +111,10 @@ def _attention_forward(
     blocks: Blocks,
     query: Queries,
     key: Keys,
-    value: Keys,
+    value: Values,
     layout: AttentionLayout,
     sinks: Sinks | None,
-) -> tuple[Queries, Any]:
+) -> tuple[Outputs, Any]:
     out, log_sums = _forward(blocks, query, key, value, layout, sinks)
     out, log_sums = map(checkpoint_name, (out, log_sums), SAVED_NAMES)
     return out, (query, key, value, layout, sinks, out, log_sums)
@@ -122,10 +124,10 @@ def _forward(
     blocks: Blocks,
     query: Queries,
     key: Keys,
-    value: Keys,
+    value: Values,
     layout: AttentionLayout,
     sinks: Sinks | None,
-) -> tuple[Queries, LogSums]:
+) -> tuple[Outputs, LogSums]:
     """Returns attention's output and the log of every query's softmax sum, its sink included."""
 
     def query_block(_: None, i: Index) -> tuple[None, Any]:
@@ -141,7 +143,7 @@ def _forward(
             out = out * shrink[..., None] + _matmul("bktgs,bskh->bktgh", weights, value_j)
             return larger, total * shrink + weights.sum(axis=-1), out
 
-        batch, tokens, kv_heads, group, head_dim = query_i.shape
+        batch, tokens, kv_heads, group, _ = query_i.shape
         shape = (batch, kv_heads, tokens, group)
         if sinks is None:
             largest, total = jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros(shape, jnp.float32)
@@ -149,7 +151,7 @@ def _forward(
             # The sum begins with the sink, whose value is zero.
             largest = jnp.broadcast_to(sinks[:, None, :], shape)
             total = jnp.ones(shape, jnp.float32)
-        start = (largest, total, jnp.zeros((*shape, head_dim), jnp.float32))
+        start = (largest, total, jnp.zeros((*shape, value.shape[-1]), jnp.float32))
         first, end = _key_block_range(blocks, layout, i)
         largest, total, out = jax.lax.fori_loop(first, end, key_block, start)
         out = (out / total[..., None]).astype(query.dtype)
@@ -160,7 +162,7 @@ def _forward(
     return _join(out, 1), _join(log_sums, 2)
 
 
-def _attention_backward(blocks: Blocks, residuals: Any, grad_out: Queries) -> tuple:
+def _attention_backward(blocks: Blocks, residuals: Any, grad_out: Outputs) -> tuple:
     """Returns the gradients of queries, keys and values, computed one block of keys at a time."""
     query, key, value, layout, sinks, out, log_sums = residuals
     # The gradient of a softmax subtracts its mean under the weights, which is <dO, O>.

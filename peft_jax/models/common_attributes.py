@@ -73,7 +73,7 @@ def read_layer_types(
     default: Sequence[str],
     *,
     window: int | None,
-    rotary: Mapping[str, RotarySettings],
+    rotary: Mapping[str, RotarySettings | None],
 ) -> tuple[LayerType, ...]:
     """Reads `layer_types`: which layers have a sliding window.
 
@@ -81,7 +81,7 @@ def read_layer_types(
       hf_config: The parsed `config.json`.
       default: Type of each layer where the attribute is absent.
       window: Window of the layers "sliding_attention", in tokens.
-      rotary: Rotary embedding of "sliding_attention" and of "full_attention".
+      rotary: Rotary embedding of "sliding_attention" and of "full_attention", or None.
 
     Returns:
       The types' shortest cycle.

@@ -2,14 +2,16 @@
 
 A family's file names its block and norm, and states what differs from this one; `decoder_parts` has
 the parts that blocks are composed of. Layers of several types (sliding and full attention, say)
-have parameters of equal shapes, and differ by their `LayerType` only.
+differ by their `LayerType`. If it names forms of blocks, these may have different parameters.
 
 Axes: B batch, T tokens, D embed, K key-value heads, G query heads per key-value head, H head
 dimension, V vocab.
 """
 
 import dataclasses
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -25,6 +27,7 @@ from peft_jax.models.execution import ExecutionSettings
 from peft_jax.models.layer_types import LayerType
 from peft_jax.models.layers import Embedding, Linear
 from peft_jax.models.logit_rule import PRODUCTS, LogitRule
+from peft_jax.models.mixed_blocks import MixedBlocks
 
 Hidden = Float[Array, "batch tokens embed"]
 Rotation = tuple[Float32[Array, "batch tokens pairs"], Float32[Array, "batch tokens pairs"]]
@@ -101,6 +104,16 @@ class DecoderConfig:
         return tuple(self.layer_types[layer % count] for layer in range(self.num_layers))
 
     @property
+    def value_dim(self) -> int:
+        """Number of a head's features of values."""
+        return self.head_dim
+
+    @property
+    def cache_dims(self) -> tuple[int, int, int]:
+        """Number of heads of a cache, and of their features of keys and of values."""
+        return self.num_kv_heads, self.head_dim, self.value_dim
+
+    @property
     def query_scale(self) -> float:
         """Multiplier of queries."""
         return self.head_dim**-0.5 if self.score_scale is None else self.score_scale
@@ -122,8 +135,9 @@ class Surroundings:
 class Decoder(nnx.Module):
     """Embedding, blocks, final norm and head.
 
-    A family is a subclass that sets `block` and `make_norm`, which take its configuration. Where
-    its checkpoints differ, it sets the names of the embedding and of the final norm.
+    A family is a subclass that sets `block`, or `forms` of blocks by name, and `make_norm`, which
+    take its configuration. Where its checkpoints differ, it sets the names of the embedding and of
+    the final norm.
 
     Args:
       config: Architecture.
@@ -131,6 +145,7 @@ class Decoder(nnx.Module):
     """
 
     block: type[Any]
+    forms: ClassVar[Mapping[str, type[Any]]] = {}
     embedding_name = "embed_tokens"
     norm_name = "norm"
 
@@ -139,7 +154,7 @@ class Decoder(nnx.Module):
         stddev = config.initializer_range
         embedding = Embedding(config.vocab_size, config.hidden_size, stddev=stddev)
         setattr(self, self.embedding_name, embedding)
-        self.layers = stack_blocks(lambda: self.block(config), config.num_layers)
+        self.layers = self._stacked(config)
         setattr(self, self.norm_name, self.make_norm(config))
         if not config.tie_word_embeddings:
             self.lm_head = Linear(
@@ -149,6 +164,18 @@ class Decoder(nnx.Module):
                 bias=False,
                 stddev=stddev,
             )
+
+    @classmethod
+    def _stacked(cls, config: DecoderConfig) -> nnx.Module:
+        """Returns the stacked blocks, of one form or of several."""
+        forms = [kind.form for kind in config.layers]
+        makes: dict[str, Callable[[], nnx.Module]] = {}
+        for form in dict.fromkeys(forms):
+            block: Callable[..., nnx.Module] = cls.forms[form] if form else cls.block
+            makes[form] = functools.partial(block, config)
+        if len(makes) == 1:
+            return stack_blocks(makes[forms[0]], config.num_layers)
+        return MixedBlocks(makes, forms)
 
     @staticmethod
     def make_norm(config: DecoderConfig) -> nnx.Module:
@@ -208,6 +235,7 @@ class Decoder(nnx.Module):
                 tokens=tokens,
                 keys=tokens if cache is None else cache.slots,
                 head_dim=config.head_dim,
+                value_dim=config.value_dim,
                 execution=self.execution,
             )
             for window in dict.fromkeys(kind.window for kind in kinds)

@@ -23,7 +23,12 @@ Activation = Callable[[jax.Array], jax.Array]
 
 
 def linear_map(
-    config: DecoderConfig, d_in: int, d_out: int, axes: tuple[str, str], *, bias: bool = False
+    config: DecoderConfig,
+    d_in: int,
+    d_out: int,
+    axes: tuple[str, str | None],
+    *,
+    bias: bool = False,
 ) -> Linear:
     """Returns a linear map with the configuration's initial standard deviation."""
     return Linear(d_in, d_out, axes=axes, bias=bias, stddev=config.initializer_range)
@@ -33,7 +38,7 @@ class Attention(nnx.Module):
     """Grouped-query attention with rotary positions (Ainslie et al., 2023, arXiv 2305.13245).
 
     A subclass may norm the queries and keys, or compute them by one fused map, in `project`. It may
-    give sinks to attention in `attend`, and the output map another name.
+    give sinks to attention in `attend`, rotate neighboring features, and rename the output map.
 
     Args:
       config: Architecture.
@@ -42,6 +47,7 @@ class Attention(nnx.Module):
     """
 
     output_name = "o_proj"
+    rotates_neighbors = False
 
     def __init__(self, config: DecoderConfig, *, bias: bool = False, output_bias: bool = False):
         self.config = config
@@ -93,8 +99,9 @@ class Attention(nnx.Module):
         if around.rotation is None:
             query = scaled(query, scale)
         else:
-            query = rotate(query, *around.rotation, scale=scale)
-            key = rotate(key, *around.rotation)
+            neighbors = self.rotates_neighbors
+            query = rotate(query, *around.rotation, scale=scale, neighbors=neighbors)
+            key = rotate(key, *around.rotation, neighbors=neighbors)
         if cache is not None:
             cache = cache.append(key, value)
             key, value = cache.read(x.dtype)
@@ -107,6 +114,7 @@ class GatedMLP(nnx.Module):
 
     Args:
       config: Architecture.
+      features: F; None for `intermediate_size`.
       activation: Nonlinearity of the gate.
       bias: Whether the three maps have biases.
     """
@@ -115,10 +123,11 @@ class GatedMLP(nnx.Module):
         self,
         config: DecoderConfig,
         *,
+        features: int | None = None,
         activation: Activation = jax.nn.silu,
         bias: bool = False,
     ):
-        embed, mlp = config.hidden_size, config.intermediate_size
+        embed, mlp = config.hidden_size, features or config.intermediate_size
         self.activation = activation
         self.gate_proj = linear_map(config, embed, mlp, ("embed", "mlp"), bias=bias)
         self.up_proj = linear_map(config, embed, mlp, ("embed", "mlp"), bias=bias)

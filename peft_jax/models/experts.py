@@ -111,14 +111,23 @@ class Experts(nnx.Module):
     """The experts' gated MLPs, down(gate(gate_up(x))).
 
     Args:
-      config: Architecture; `intermediate_size` is F.
+      config: Architecture.
       count: E.
+      features: F; None for `intermediate_size`.
       gate: Nonlinearity and product of the two halves of `gate_up_proj`.
       bias: Whether the two maps have biases.
     """
 
-    def __init__(self, config: DecoderConfig, count: int, *, gate: Gate, bias: bool = False):
-        embed, features = config.hidden_size, config.intermediate_size
+    def __init__(
+        self,
+        config: DecoderConfig,
+        count: int,
+        *,
+        features: int | None = None,
+        gate: Gate,
+        bias: bool = False,
+    ):
+        embed, features = config.hidden_size, features or config.intermediate_size
         self.gate = gate
         stddev = config.initializer_range
         self.gate_up_proj = GroupedLinear(
@@ -130,7 +139,7 @@ class Experts(nnx.Module):
 
     @part("mlp")
     def __call__(
-        self, x: Hidden, logits: Float[Array, "batch tokens experts"], routing: Routing
+        self, x: Hidden, logits: Float[Array, "batch tokens _"], routing: Routing
     ) -> Hidden:
         """Returns the weighted sum of each token's experts, [B, T, D]."""
         maps = (self.gate_up_proj, self.down_proj)
@@ -192,8 +201,10 @@ class SparseMLP(nnx.Module):
     Args:
       config: Architecture.
       routing: How tokens choose experts.
+      features: See `Experts`.
       gate: See `Experts`.
       bias: Whether router and experts have biases.
+      router: Class of the router.
       router_name: Name of the router in checkpoints.
     """
 
@@ -202,14 +213,16 @@ class SparseMLP(nnx.Module):
         config: DecoderConfig,
         routing: Routing,
         *,
+        features: int | None = None,
         gate: Gate,
         bias: bool = False,
+        router: type[Router] = Router,
         router_name: str = "gate",
     ):
         count = routing.num_experts
         self.routing, self.router_name = routing, router_name
-        setattr(self, router_name, Router(config, count, bias=bias))
-        self.experts = Experts(config, count, gate=gate, bias=bias)
+        setattr(self, router_name, router(config, count, bias=bias))
+        self.experts = Experts(config, count, features=features, gate=gate, bias=bias)
 
     def __call__(self, x: Hidden) -> Hidden:
         """Returns the weighted sum of each token's experts, [B, T, D]."""

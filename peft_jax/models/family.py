@@ -75,7 +75,7 @@ class Family:
       decoder: Module class.
       naming: Names of tensors and modules in Hugging Face checkpoints.
       unused: Regular expressions of tensors that checkpoints may hold but the model ignores, such
-        as pretraining heads.
+        as pretraining heads; "{layers}" stands for the number of layers.
       old_names: (old suffix, new suffix) of tensors that old checkpoints name differently.
       old_prefixes: (old prefix, new prefix) of such tensors.
       text_part: Attribute of `config.json` that describes the language model; empty if all of the

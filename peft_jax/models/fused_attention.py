@@ -12,7 +12,15 @@ Source: Dao, 2023, arXiv 2307.08691, as implemented by cuDNN behind `jax.nn.dot_
 import jax
 import jax.numpy as jnp
 
-from peft_jax.models.attention_layout import Attend, AttentionLayout, Keys, Queries, visible
+from peft_jax.models.attention_layout import (
+    Attend,
+    AttentionLayout,
+    Keys,
+    Outputs,
+    Queries,
+    Values,
+    visible,
+)
 
 MAX_MASKED_TOKENS = 8192
 """Longest row, in tokens, that gets a mask: 128 MiB per row in bfloat16."""
@@ -27,6 +35,7 @@ def why_not_fused(
     platform: str,
     dtype: jnp.dtype,
     head_dim: int,
+    value_dim: int | None = None,
     tokens: int,
     keys: int,
 ) -> str | None:
@@ -37,6 +46,7 @@ def why_not_fused(
       platform: Platform the program is compiled for: "cpu", "gpu" or "tpu".
       dtype: Dtype of queries, keys and values.
       head_dim: H.
+      value_dim: Head dimension of values; None for H.
       tokens: T.
       keys: S.
 
@@ -58,6 +68,8 @@ def why_not_fused(
         return (
             f"the head dimension must be a multiple of 8 up to {_MAX_HEAD_DIM}, but is {head_dim}"
         )
+    if value_dim not in (None, head_dim):
+        return f"values must have the head dimension of keys, {head_dim}, but have {value_dim}"
     if layout.slopes is not None:
         return "it does not support ALiBi"
     if layout.score_cap is not None:
@@ -86,7 +98,7 @@ def fused_attention(layout: AttentionLayout, *, tokens: int, keys: int) -> Atten
         index = jnp.arange(tokens, dtype=jnp.int32)
         mask = visible(layout, index, index, layout.query_segments, layout.key_segments)[:, None]
 
-    def attend(query: Queries, key: Keys, value: Keys) -> Queries:
+    def attend(query: Queries, key: Keys, value: Values) -> Outputs:
         batch, length, kv_heads, group, head_dim = query.shape
         out = jax.nn.dot_product_attention(
             query.reshape(batch, length, kv_heads * group, head_dim),

@@ -15,13 +15,15 @@ _MAX_PERIOD = 32
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerType:
-    """What differs between the layers of one decoder; their parameters have equal shapes.
+    """What differs between the layers of one decoder.
 
     Attributes:
+      form: Name of the form of block, if forms have different parameters; see `MixedBlocks`.
       window: Number of tokens that a token attends to, itself included; None for all.
       rotary: Rotary embedding of queries and keys; None for none.
     """
 
+    form: str = ""
     window: int | None = None
     rotary: RotarySettings | None = None
 

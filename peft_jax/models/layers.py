@@ -22,7 +22,12 @@ from peft_jax.parallel import column_products, constrain_features, integer_row_p
 
 
 def parameter(
-    shape: tuple[int, ...], axes: tuple[str | None, ...], *, mean: float = 0.0, stddev: float = 0.0
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    *,
+    mean: float = 0.0,
+    stddev: float = 0.0,
+    wide: bool = False,
 ) -> nnx.Param:
     """Returns a parameter annotated with logical axes and its initial normal distribution.
 
@@ -31,8 +36,10 @@ def parameter(
       axes: Logical name of each axis; None for one that is never sharded.
       mean: Mean of the initial distribution.
       stddev: Standard deviation of the initial distribution; 0 for a constant.
+      wide: Whether it is always held in float32.
     """
-    return nnx.Param(jnp.zeros(shape, jnp.float32), axes=axes, mean=mean, stddev=stddev)
+    value = jnp.zeros(shape, jnp.float32)
+    return nnx.Param(value, axes=axes, mean=mean, stddev=stddev, wide=wide, layers=())
 
 
 recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
@@ -47,12 +54,14 @@ class Linear(nnx.Module):
     Args:
       d_in: Number of input features.
       d_out: Number of output features.
-      axes: Logical names of W's axes.
+      axes: Logical names of W's axes; None for outputs that are not sharded.
       bias: Whether to add b.
       stddev: Initial standard deviation of W.
     """
 
-    def __init__(self, d_in: int, d_out: int, *, axes: tuple[str, str], bias: bool, stddev: float):
+    def __init__(
+        self, d_in: int, d_out: int, *, axes: tuple[str, str | None], bias: bool, stddev: float
+    ):
         self.features = axes[1]
         self.kernel = parameter((d_in, d_out), axes, stddev=stddev)
         self.bias = parameter((d_out,), axes[1:]) if bias else nnx.data(None)

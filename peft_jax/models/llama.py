@@ -10,6 +10,7 @@ out rotations as Yang et al., 2025 (arXiv 2501.18795).
 """
 
 import dataclasses
+from typing import Any
 
 from flax import nnx
 from jaxtyping import Array, Int
@@ -63,7 +64,7 @@ class LlamaAttention(Attention):
 class LlamaBlock(nnx.Module):
     """One transformer block: attention, then the MLP, each after a norm and added to its input."""
 
-    attention: type[LlamaAttention] = LlamaAttention
+    attention: type[Any] = LlamaAttention
 
     def __init__(self, config: LlamaConfig):
         self.residual_scale = config.residual_scale
@@ -93,7 +94,7 @@ class Llama(Decoder):
     """The decoder of the Llama family."""
 
     config: LlamaConfig
-    block = LlamaBlock
+    block: type[Any] = LlamaBlock
 
     @staticmethod
     def make_norm(config: DecoderConfig) -> RMSNorm:

@@ -5,7 +5,7 @@ import functools
 import json
 import math
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -91,7 +91,8 @@ class Model(TrainableModel):
         """Returns the shapes of all parameters, as `jax.ShapeDtypeStruct`s.
 
         Args:
-          dtype: Parameter dtype; for quantized kernels, the dtype of their scales.
+          dtype: Parameter dtype; for quantized kernels, the dtype of their scales. The router's
+            corrections of DeepSeek are always float32.
           quantization: Format of the blocks' kernels, one of `peft_jax.core.FORMATS`.
             Quantized leaves are `qwix.QArray`s.
           platform: Platform of the devices that hold them; see `abstract_quantized`.
@@ -103,7 +104,7 @@ class Model(TrainableModel):
         dtype = jnp.dtype(dtype)
         shapes: dict[Path, Any] = {}
         for path, variable in self._variables.items():
-            leaf = jax.ShapeDtypeStruct(variable.get_value().shape, dtype)
+            leaf = jax.ShapeDtypeStruct(variable.get_value().shape, _dtype_of(variable, dtype))
             if quantization != "none" and is_quantized_leaf(path):
                 try:
                     leaf = abstract_quantized(leaf, quantization, platform)
@@ -178,12 +179,21 @@ class Model(TrainableModel):
             variable = self._variables[path]
             own = jax.random.fold_in(key, zlib.crc32(".".join(path).encode()))
             noise = jax.random.normal(own, variable.get_value().shape, jnp.float32)
-            drawn[path] = (variable.mean + variable.stddev * noise).astype(jnp.dtype(dtype))
+            values = variable.mean + variable.stddev * noise
+            drawn[path] = values.astype(_dtype_of(variable, jnp.dtype(dtype)))
         return drawn
 
     def hf_names(self) -> dict[Path, HFTensor]:
         """Returns the Hugging Face tensor of every leaf."""
-        return {path: self.family.naming.tensor(path) for path in self._variables}
+        naming = self.family.naming
+        return {
+            path: dataclasses.replace(naming.tensor(path), layers=variable.layers)
+            for path, variable in self._variables.items()
+        }
+
+    def layers_of(self, path: Path) -> Sequence[int]:
+        """Returns the layer of each row of the stacked leaf at `path`."""
+        return self._variables[path].layers or range(self.num_layers)
 
     def module_name(self, path: Path, layer: int | None = None) -> str:
         """Returns the Hugging Face name of the module that holds the leaf at `path`.
@@ -252,6 +262,10 @@ def _template(
     return graphdef, {tuple(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
 
 
+def _dtype_of(variable: nnx.Variable, dtype: jnp.dtype) -> jnp.dtype:
+    return jnp.dtype(jnp.float32) if variable.wide else dtype
+
+
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def _init_params(model: Model, key: jax.Array, dtype: jnp.dtype) -> Tree:
     """Draws many leaves at once, since compiling a draw costs more than drawing a small leaf."""
@@ -265,7 +279,8 @@ def _init_params(model: Model, key: jax.Array, dtype: jnp.dtype) -> Tree:
             group.items(), jnp.split(numbers, ends[:-1]), strict=True
         ):
             values = variable.mean + variable.stddev * part
-            drawn[path] = values.reshape(variable.get_value().shape).astype(dtype)
+            values = values.reshape(variable.get_value().shape)
+            drawn[path] = values.astype(_dtype_of(variable, dtype))
     return unflatten(drawn)
 
 

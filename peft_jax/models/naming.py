@@ -1,8 +1,9 @@
 """Maps each leaf of the parameters to its tensor in a Hugging Face checkpoint."""
 
 import dataclasses
+from collections.abc import Sequence
 
-from peft_jax.core import STACKED, Path, is_experts, is_stacked
+from peft_jax.core import CORRECTION, STACKED, Path, is_experts, is_stacked
 
 LM_HEAD = "lm_head"
 """Name of a causal language model's head."""
@@ -14,7 +15,7 @@ CLASSIFIER = "classifier"
 Index = tuple[int | slice, ...]
 """Part of a leaf, along its leading axes."""
 
-_OWN_NAMES = ("bias", "sinks")
+_OWN_NAMES = ("bias", CORRECTION, "sinks")
 """Leaves whose tensors have their name; those of others are called "weight"."""
 
 
@@ -26,6 +27,7 @@ class HFTensor:
       template: Name of the tensor, with "{layer}" in place of the layer's number if stacked.
       transposed: Whether transformers has [out, in] where the leaf is [in, out].
       first: First layer that has the tensor. The model does not use the leaf's rows before it.
+      layers: Layers that the leaf has rows for; () for all.
       stored: Names of the tensors in checkpoints, where these differ: with "{expert}" in place of
         an expert's number if each expert has its own. The outputs of several are joined.
     """
@@ -33,6 +35,7 @@ class HFTensor:
     template: str
     transposed: bool
     first: int = 0
+    layers: tuple[int, ...] = ()
     stored: tuple[str, ...] = ()
 
     def name(self, layer: int | None = None) -> str:
@@ -50,7 +53,17 @@ class HFTensor:
         """
         if "{layer}" not in self.template:
             return {None: self.name()}
-        return {layer: self.name(layer) for layer in range(self.first, layers)}
+        numbers = self.numbers(layers)
+        return {row: self.name(numbers[row]) for row in range(self.first, len(numbers))}
+
+    def numbers(self, layers: int) -> Sequence[int]:
+        """Returns the layer of each row of a stacked leaf, in a model of `layers` layers.
+
+        Example:
+          >>> HFTensor(template="{layer}.up", transposed=True, layers=(2, 5)).rows(6)
+          {0: '2.up', 1: '5.up'}
+        """
+        return self.layers or range(layers)
 
     def stored_names(self, shape: tuple[int, ...]) -> list[tuple[Index, str]]:
         """Returns pairs of a part of the leaf and the name of its tensor in a checkpoint.
@@ -75,14 +88,17 @@ class HFTensor:
             return [(() if layer is None else (layer,), name) for layer, name in rows.items()]
         if "{expert}" not in self.stored[0]:
             (name,) = self.stored
-            return [((layer,), name.format(layer=layer)) for layer in range(shape[0])]
+            return [
+                ((row,), name.format(layer=layer))
+                for row, layer in enumerate(self.numbers(shape[0]))
+            ]
         width = shape[-1] // len(self.stored)
         return [
             (
-                (layer, expert, slice(None), slice(at * width, (at + 1) * width)),
+                (row, expert, slice(None), slice(at * width, (at + 1) * width)),
                 name.format(layer=layer, expert=expert),
             )
-            for layer in range(shape[0])
+            for row, layer in enumerate(self.numbers(shape[0]))
             for expert in range(shape[1])
             for at, name in enumerate(self.stored)
         ]
@@ -116,7 +132,7 @@ class Naming:
       >>> naming.module(("layers", "mlp", "up_proj", "kernel"), layer=3)
       'model.layers.3.mlp.up_proj'
       >>> naming.tensor(("lm_head", "kernel"))
-      HFTensor(template='lm_head.weight', transposed=True, first=0, stored=())
+      HFTensor(template='lm_head.weight', transposed=True, first=0, layers=(), stored=())
     """
 
     prefix: str

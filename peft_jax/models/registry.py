@@ -8,6 +8,7 @@ from peft_jax.core import did_you_mean
 from peft_jax.models.bloom_family import BLOOM
 from peft_jax.models.causal_lm import CausalLM
 from peft_jax.models.classifier import is_encoder
+from peft_jax.models.deepseek_family import DEEPSEEK_V3
 from peft_jax.models.execution import ExecutionSettings
 from peft_jax.models.family import Family
 from peft_jax.models.gemma_families import GEMMA, GEMMA2, GEMMA3, GEMMA3_WITH_IMAGES
@@ -22,8 +23,22 @@ from peft_jax.models.phi3_family import PHI3
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        *(BLOOM, GEMMA, GEMMA2, GEMMA3, GEMMA3_WITH_IMAGES, GPT2_FAMILY, GPT_NEOX, GPT_OSS),
-        *(GRANITE, LLAMA, MISTRAL, MIXTRAL, OLMO2, OLMO3, PHI3, QWEN2, QWEN3, QWEN3_MOE, SMOLLM3),
+        *(BLOOM, DEEPSEEK_V3, GEMMA, GEMMA2, GEMMA3, GEMMA3_WITH_IMAGES, GPT2_FAMILY),
+        *(
+            GPT_NEOX,
+            GPT_OSS,
+            GRANITE,
+            LLAMA,
+            MISTRAL,
+            MIXTRAL,
+            OLMO2,
+            OLMO3,
+            PHI3,
+            QWEN2,
+            QWEN3,
+            QWEN3_MOE,
+            SMOLLM3,
+        ),
     )
 }
 """Families by the `model_type` of their `config.json`."""

@@ -3,7 +3,7 @@
 B batch, T tokens, H head dimension.
 
 Source: Su et al., 2021, arXiv 2104.09864. Feature i is paired with feature i + H/2, as in GPT-NeoX
-and in Hugging Face's Llama checkpoints.
+and in Hugging Face's Llama checkpoints, or with its neighbor, as in the paper.
 """
 
 import dataclasses
@@ -151,6 +151,11 @@ class YarnScaling:
         if self.mscale and self.mscale_all_dim:
             return self._mscale(self.mscale) / self._mscale(self.mscale_all_dim)
         return self._mscale(1.0)
+
+    @property
+    def score_factor(self) -> float:
+        """Multiplier of attention's scores in DeepSeek's models, beside `magnitude`."""
+        return self._mscale(self.mscale_all_dim) ** 2 if self.mscale_all_dim else 1.0
 
     def _mscale(self, weight: float) -> float:
         return 0.1 * weight * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
@@ -309,16 +314,35 @@ def rotate(
     sines: Float32[Array, "batch tokens pairs"],
     *,
     scale: float = 1.0,
+    neighbors: bool = False,
 ) -> Float[Array, "batch tokens *heads head_dim"]:
     """Rotates features of every head by their pair's angle, and scales all features.
 
-    With P pairs, the first 2 P features are rotated, i along with i + P.
+    With P pairs, the first 2 P features are rotated, i along with i + P. If pairs are neighbors,
+    2 i is rotated along with 2 i + 1, and stored at i and i + P, which changes no product of
+    queries and keys.
+
+    Args:
+      x: Queries or keys.
+      cosines: Cosines of the pairs' angles.
+      sines: Their sines.
+      scale: Multiplier of all features.
+      neighbors: Whether pairs are neighbors.
+
+    Example:
+      >>> x, angle = jnp.arange(4.0).reshape(1, 1, 4), jnp.zeros((1, 1, 2))
+      >>> rotate(x, jnp.cos(angle), jnp.sin(angle), neighbors=True).tolist()
+      [[[0.0, 2.0, 1.0, 3.0]]]
     """
     axes, pairs = tuple(range(2, x.ndim - 1)), cosines.shape[-1]
     cosines, sines = jnp.expand_dims(cosines, axes), jnp.expand_dims(sines, axes)
-    first, second, *rest = jnp.split(x.astype(jnp.float32) * scale, _ends(x, pairs), axis=-1)
-    turned = (first * cosines - second * sines, second * cosines + first * sines)
-    return jnp.concatenate((*turned, *rest), axis=-1).astype(x.dtype)
+    wide = x.astype(jnp.float32) * scale
+    first, second, *rest = jnp.split(wide, _ends(x, pairs), axis=-1)
+    if neighbors:
+        turned = wide[..., : 2 * pairs].reshape(*x.shape[:-1], pairs, 2)
+        first, second = turned[..., 0], turned[..., 1]
+    both = (first * cosines - second * sines, second * cosines + first * sines)
+    return jnp.concatenate((*both, *rest), axis=-1).astype(x.dtype)
 
 
 def _ends(x: Array, pairs: int) -> list[int]:
@@ -457,6 +481,14 @@ def _read_parameters(
     )
 
 
+def _as_float(name: str, value: Any) -> Any:
+    """Returns the numbers of a parameter as floats, which JSON may write without a point."""
+    if isinstance(value, list):
+        return tuple(map(float, value))
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    return float(value) if is_whole and name != _ORIGINAL else value
+
+
 def _read_scaling(
     kind: str, parameters: dict[str, Any], hf_config: Mapping[str, Any]
 ) -> Scaling | None:
@@ -486,10 +518,7 @@ def _read_scaling(
     if kind == "longrope" and parameters[_ORIGINAL] is not None:
         longest = given(hf_config, "max_position_embeddings", parameters[_ORIGINAL])
         parameters.setdefault("factor", longest / parameters[_ORIGINAL])
-    parameters = {
-        name: tuple(map(float, value)) if isinstance(value, list) else value
-        for name, value in parameters.items()
-    }
+    parameters = {name: _as_float(name, value) for name, value in parameters.items()}
     settings = _SCALINGS[kind]
     required = {
         field.name

@@ -15,7 +15,15 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-from peft_jax.models.attention_layout import Attend, AttentionLayout, Keys, Queries, Sinks
+from peft_jax.models.attention_layout import (
+    Attend,
+    AttentionLayout,
+    Keys,
+    Outputs,
+    Queries,
+    Sinks,
+    Values,
+)
 from peft_jax.models.chunked_attention import SAVED_NAMES
 
 _LANES = 128
@@ -26,7 +34,13 @@ the backward pass must fit in on-chip memory."""
 
 
 def why_not_splash(
-    layout: AttentionLayout, *, dtype: jnp.dtype, head_dim: int, tokens: int, keys: int
+    layout: AttentionLayout,
+    *,
+    dtype: jnp.dtype,
+    head_dim: int,
+    value_dim: int | None = None,
+    tokens: int,
+    keys: int,
 ) -> str | None:
     """Returns why the splash kernel cannot compute this attention on a TPU, or None if it can.
 
@@ -34,6 +48,7 @@ def why_not_splash(
       layout: Which keys each query attends to.
       dtype: Dtype of queries, keys and values.
       head_dim: H.
+      value_dim: Head dimension of values; None for H.
       tokens: T.
       keys: S.
 
@@ -47,8 +62,9 @@ def why_not_splash(
     """
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"it needs bfloat16 or float16 activations, but they are {dtype.name}"
-    if head_dim % 64:
-        return f"the head dimension must be a multiple of 64, but is {head_dim}"
+    for dim in (head_dim, value_dim or head_dim):
+        if dim % 64:
+            return f"the head dimension must be a multiple of 64, but is {dim}"
     if layout.slopes is not None:
         return "it does not support ALiBi"
     if layout.cached or tokens != keys:
@@ -74,7 +90,7 @@ def splash_attention(
     del keys
     needs_segments = layout.query_segments is not None and (layout.packed or not layout.is_causal)
 
-    def attend(query: Queries, key: Keys, value: Keys, sinks: Sinks | None = None) -> Queries:
+    def attend(query: Queries, key: Keys, value: Values, sinks: Sinks | None = None) -> Outputs:
         batch, length, kv_heads, group, head_dim = query.shape
         kernel = splash.make_splash_mha(
             masks.MultiHeadMask([_mask(layout, tokens)] * (kv_heads * group)),
@@ -93,7 +109,7 @@ def splash_attention(
         out = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, segment_ids=ids, sinks=of_heads))(
             heads_first, key.swapaxes(1, 2), value.swapaxes(1, 2), segments
         )
-        return out.swapaxes(1, 2).reshape(query.shape)
+        return out.swapaxes(1, 2).reshape(*query.shape[:-1], value.shape[-1])
 
     return attend
 

@@ -1,6 +1,7 @@
 """Interface of models that can be trained: those of this library, and Flax modules of one's own."""
 
 import abc
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import jax.numpy as jnp
@@ -52,6 +53,11 @@ class TrainableModel(abc.ABC):
     @abc.abstractmethod
     def module_name(self, path: Path, layer: int | None = None) -> str:
         """Returns the name of the module that holds the leaf at `path`."""
+
+    def layers_of(self, path: Path) -> Sequence[int]:
+        """Returns the layer of each row of the stacked leaf at `path`."""
+        del path
+        return range(self.num_layers)
 
     def check_params(self, params: Tree, quantization: str = "none") -> None:
         """Raises ValueError unless the leaves have this model's names and shapes.

@@ -102,17 +102,17 @@ def constrain(x: Array, axes: LogicalAxes) -> Array:
     return jax.lax.with_sharding_constraint(x, activation_spec(x.shape, axes, mesh))
 
 
-def constrain_features(x: Array, features: str) -> Array:
+def constrain_features(x: Array, features: str | None) -> Array:
     """Constrains the sharding of activations [batch, tokens, features].
 
     Args:
       x: Activations; arrays of other ranks are returned unchanged.
       features: Logical name of the last axis. "embed" is the residual stream, whose features are
-        replicated and whose tokens are sharded.
+        replicated and whose tokens are sharded, as are features without a name.
     """
     if x.ndim != 3:
         return x
-    if features == "embed":
+    if features in ("embed", None):
         return constrain(x, ("batch", "tokens", None))
     return constrain(x, ("batch", "sequence", features))
 

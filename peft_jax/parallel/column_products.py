@@ -77,7 +77,7 @@ class _Shards:
 
 
 def column_products(
-    x: Float[Array, "batch tokens embed"], kernels: Sequence[tuple[Kernel, tuple[str, str]]]
+    x: Float[Array, "batch tokens embed"], kernels: Sequence[tuple[Kernel, tuple[str, str | None]]]
 ) -> list[Float[Array, "batch tokens d_out"] | None]:
     """Multiplies the residual stream by kernels, each device by its shards of the columns.
 
@@ -159,20 +159,27 @@ def _multiply(
 
 
 def _find_shards(
-    x: Array, kernel: Kernel, axes: tuple[str, str], over: tuple[str, ...], mesh: AbstractMesh
+    x: Array,
+    kernel: Kernel,
+    axes: tuple[str, str | None],
+    over: tuple[str, ...],
+    mesh: AbstractMesh,
 ) -> _Shards | None:
     """Returns how a kernel lies over a mesh; None if the compiler should partition its product."""
-    names = _local_axes(kernel, axes) if axes[0] == _RESIDUAL else None
+    rows, columns = axes
+    if rows != _RESIDUAL or columns is None:
+        return None
+    names = _local_axes(kernel, (rows, columns))
     if names is None:
         return None
     leaves, structure = jax.tree.flatten(kernel)
     logical = jax.tree.leaves(names, is_leaf=lambda node: isinstance(node, tuple))
     shape = (*x.shape[:2], _base(kernel).shape[-1])
-    out = activation_spec(shape, ("batch", "sequence", axes[1]), mesh)
+    out = activation_spec(shape, ("batch", "sequence", columns), mesh)
     if not {*over} <= {*as_tuple(out[2])}:
         return None
     specs = [activation_spec(one.shape, n, mesh) for one, n in zip(leaves, logical, strict=True)]
-    return _Shards(leaves, structure, logical, specs, out, axes)
+    return _Shards(leaves, structure, logical, specs, out, (rows, columns))
 
 
 def _local_axes(kernel: Kernel, axes: tuple[str, str]) -> Any:

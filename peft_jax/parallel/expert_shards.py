@@ -25,7 +25,7 @@ from peft_jax.parallel.activations import LogicalAxes, activation_spec, active_m
 from peft_jax.parallel.rules import as_tuple
 
 Route = Callable[
-    [Float[Array, "batch tokens experts"]],
+    [Float[Array, "batch tokens _"]],
     tuple[Float32[Array, "batch tokens chosen"], Int[Array, "batch tokens chosen"]],
 ]
 """Maps the router's logits to the weights and the numbers of each token's experts."""
@@ -38,7 +38,7 @@ _TOKENS = ("batch", "tokens", None)
 
 def mix_experts(
     x: Float[Array, "batch tokens embed"],
-    logits: Float[Array, "batch tokens experts"],
+    logits: Float[Array, "batch tokens _"],
     arrays: Any,
     axes: Sequence[LogicalAxes],
     *,
@@ -49,13 +49,13 @@ def mix_experts(
 
     Args:
       x: Activations of the residual stream.
-      logits: The router's logits.
+      logits: The router's logits, or all else that `route` needs for each token.
       arrays: Pytree of the experts' arrays [E, ...].
       axes: Logical axes of each leaf of `arrays`; the first is "experts".
       route: Chooses each token's experts.
       apply: Computes the experts.
     """
-    experts, mesh = logits.shape[-1], active_mesh()
+    experts, mesh = jax.tree.leaves(arrays)[0].shape[0], active_mesh()
     if mesh is None:
         return _mixed(x, *route(logits), arrays, apply=apply, first=None, count=experts)
     leaves, structure = jax.tree.flatten(arrays)

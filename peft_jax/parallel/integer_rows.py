@@ -23,7 +23,7 @@ _RESIDUAL = "embed"
 
 
 def integer_row_product(
-    x: Float[Array, "*batch d_in"], kernel: QArray, axes: tuple[str, str]
+    x: Float[Array, "*batch d_in"], kernel: QArray, axes: tuple[str, str | None]
 ) -> Float[Array, "*batch d_out"] | None:
     """Multiplies by a kernel of integers, each device by its rows.
 

@@ -7,7 +7,7 @@ the smallest topology with a fitting layout, the fastest compiled layout wins, b
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 from qwix import QArray
@@ -154,7 +154,7 @@ class _Sizes:
       weights: Parameters in the compute dtype.
       gathered: Parameters as they are gathered: in the compute dtype, or quantized.
       token: Input of one layer for one token.
-      outputs: Outputs of all linear maps of one layer for one token.
+      outputs: Outputs of all linear maps of one layer for one token, on average.
       mlp_inputs: Those of them that enter the MLP's nonlinearity.
       mlp_share: Share of the parameters that compute these.
       layers: Number of layers.
@@ -180,7 +180,7 @@ class _Sizes:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, "float32"), adapter.trainable
         )
         held = (spec.frozen(params), adapter.trainable, adapter.constant, optimizer, gradients)
-        width = model.execution.dtype.itemsize
+        width, layers = model.execution.dtype.itemsize, model.config.num_layers
         axes = flatten(model.logical_axes())
         kernels = {
             path: leaf
@@ -199,11 +199,16 @@ class _Sizes:
                 for leaf in flatten(params).values()
             ),
             token=width * model.config.hidden_size,
-            outputs=width * sum(leaf.shape[-1] for leaf in kernels.values()),
-            mlp_inputs=width * sum(leaf.shape[-1] for leaf in into_mlp),
+            outputs=width * _columns(kernels.values()) // layers,
+            mlp_inputs=width * _columns(into_mlp) // layers,
             mlp_share=sum(math.prod(leaf.shape) for leaf in into_mlp) / weights,
-            layers=model.config.num_layers,
+            layers=layers,
         )
+
+
+def _columns(kernels: Iterable[jax.ShapeDtypeStruct]) -> int:
+    """Returns the number of columns of kernels [layers, in, out] in all layers."""
+    return sum(leaf.shape[0] * leaf.shape[-1] for leaf in kernels)
 
 
 def _layouts(config: RunConfig, model: Model, sizes: _Sizes, topology: Topology) -> list[Layout]:

@@ -10,6 +10,7 @@ from peft_jax.cost import Program
 from peft_jax.cost.memory import arrays_on_a_device, bytes_of
 from peft_jax.cost.saved import find_saved
 from peft_jax.data import AnyBatch
+from peft_jax.models.layer_types import find_segments
 from peft_jax.parallel import on_mesh
 from peft_jax.training.blueprint import Blueprint
 
@@ -50,7 +51,7 @@ def measure_memory(blueprint: Blueprint, total: int | None, program: Program | N
       total: Peak memory of a device that the compiler reports, in bytes; None if it does not.
       program: Compiled step; None if it does not fit.
     """
-    layers = blueprint.model.config.num_layers
+    layers = _scanned(blueprint.model.config)
     saved = None if program is None else find_saved(program, layers=layers)
     kept, offloaded = (saved.device, saved.host) if saved else _kept(blueprint)
     parts = {
@@ -70,6 +71,13 @@ def measure_memory(blueprint: Blueprint, total: int | None, program: Program | N
         host=offloaded,
         total=total,
     )
+
+
+def _scanned(config: Any) -> int:
+    """Returns the number of layers in the longest loop, if it runs one at a time; else all."""
+    kinds = getattr(config, "layers", (None,) * config.num_layers)
+    longest = max(find_segments(kinds), key=lambda one: one.period * one.repeats)
+    return longest.repeats if longest.period == 1 else config.num_layers
 
 
 def _kept(blueprint: Blueprint) -> tuple[int, int]:

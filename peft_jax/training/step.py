@@ -287,7 +287,8 @@ def norms_by_layer(gradients: Tree) -> dict[str, Float[Array, " layers"]]:
 
     Returns:
       Norms [layers] by branch: "low_rank" and "rotation" of a hybrid, "adapter" of other methods,
-      and "weights" of leaves trained in full. Leaves outside the layers are excluded.
+      and "weights" of leaves trained in full. Leaves outside the layers are excluded. Those that
+      only some layers have are by themselves: "adapter_3" if three layers have them.
 
     Example:
       >>> kernel = {"a": jnp.array([[3.0, 0.0], [0.0, 1.0]]), "b": jnp.array([[4.0], [0.0]])}
@@ -296,12 +297,13 @@ def norms_by_layer(gradients: Tree) -> dict[str, Float[Array, " layers"]]:
       {'adapter': [5.0, 1.0]}
     """
     squares: dict[str, Array] = {}
-    for path, gradient in flatten(gradients).items():
-        if not is_stacked(path):
-            continue
+    stacked = {path: leaf for path, leaf in flatten(gradients).items() if is_stacked(path)}
+    layers = max((leaf.shape[0] for leaf in stacked.values()), default=0)
+    for path, gradient in stacked.items():
         axes = tuple(range(1, gradient.ndim))
         square = jnp.sum(jnp.square(gradient.astype(jnp.float32)), axis=axes)
-        branch = _branch(path)
+        rows = gradient.shape[0]
+        branch = _branch(path) if rows == layers else f"{_branch(path)}_{rows}"
         squares[branch] = squares[branch] + square if branch in squares else square
     return {branch: jnp.sqrt(square) for branch, square in squares.items()}
 

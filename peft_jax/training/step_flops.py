@@ -155,7 +155,8 @@ def _attention(blueprint: Blueprint) -> float:
     """Counts attention scores and weighted values, once forward and twice backward."""
     config: Any = blueprint.model.config
     pairs = _tokens(blueprint) * blueprint.config.train.max_length
-    return 12.0 * pairs * config.num_heads * config.head_dim * config.num_layers
+    dims = config.head_dim + getattr(config, "value_dim", config.head_dim)
+    return 6.0 * pairs * config.num_heads * dims * config.num_layers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

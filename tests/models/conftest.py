@@ -51,6 +51,9 @@ class TorchModel:
                 noise = torch.randn(parameter.shape, generator=generator)
                 is_scale = parameter.ndim == 1 and name.endswith("weight")
                 parameter.copy_(1.0 + 0.2 * noise if is_scale else 0.2 * noise)
+            for name, buffer in self.module.named_buffers():
+                if name.endswith("e_score_correction_bias"):
+                    buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
 
     def logits(self, tokens, *, mask=None, positions=None) -> np.ndarray:
         """Returns logits [B, T, V] of tokens [B, T]; mask 0 is padding."""
@@ -97,11 +100,14 @@ def tokens() -> jax.Array:
 
 @pytest.fixture(scope="session")
 def relative_error() -> Callable:
-    """Returns a function for the largest difference relative to the largest expected value."""
+    """Returns a function for the largest difference relative to the largest expected value.
+
+    Where all expected values are zero, it is the largest difference.
+    """
 
     def error(found, expected) -> float:
         found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
         assert found.shape == expected.shape
-        return float(np.abs(found - expected).max() / np.abs(expected).max())
+        return float(np.abs(found - expected).max() / (np.abs(expected).max() or 1.0))
 
     return error

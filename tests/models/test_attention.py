@@ -9,7 +9,7 @@ from peft_jax.models.attention import choose_attention, dense_attention
 from peft_jax.models.attention_layout import AttentionLayout, alibi_slopes
 from peft_jax.models.chunked_attention import chunked_attention
 
-B, K, G, H = 2, 2, 3, 4
+B, K, G, H, V = 2, 2, 3, 4, 5
 CASES = {
     "causal": {"tokens": 23, "keys": 23},
     "window": {"tokens": 23, "keys": 23, "window": 5},
@@ -33,7 +33,8 @@ def make_case(*, tokens, keys, start=0, window=None, segments=False, alibi=False
     """Returns (query, key, value), the layout, and the bias and mask added to the scores."""
     rng = np.random.default_rng(0)
     query = rng.normal(size=(B, tokens, K, G, H))
-    key, value = rng.normal(size=(2, B, keys, K, H))
+    key = rng.normal(size=(B, keys, K, H))
+    value = rng.normal(size=(B, keys, K, V))
     segment_ids = np.sort(rng.integers(0, 4, (B, keys)), axis=1)
     positions = np.arange(keys) + np.array([[0], [3]])
     index = start + np.arange(tokens)
@@ -60,13 +61,13 @@ def make_case(*, tokens, keys, start=0, window=None, segments=False, alibi=False
 
 
 def reference(query, key, value, bias):
-    """Returns softmax attention in float64, with repeated keys and values, [B, T, K, G, H]."""
+    """Returns softmax attention in float64, with repeated keys and values, [B, T, K, G, V]."""
     key, value = (np.repeat(a, G, axis=2).transpose(0, 2, 1, 3) for a in (key, value))
     scores = query.reshape(B, -1, K * G, H).transpose(0, 2, 1, 3) @ key.transpose(0, 1, 3, 2)
     scores = scores + np.broadcast_to(bias, (B, K, G, *scores.shape[2:])).reshape(scores.shape)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     out = weights / weights.sum(axis=-1, keepdims=True) @ value
-    return out.transpose(0, 2, 1, 3).reshape(query.shape)
+    return out.transpose(0, 2, 1, 3).reshape(*query.shape[:-1], V)
 
 
 def as_float32(arrays):
@@ -92,7 +93,7 @@ def test_both_implementations_compute_softmax_attention(case):
 def test_chunked_gradients_equal_dense_gradients(case):
     sizes = {name: CASES[case][name] for name in ("tokens", "keys")}
     arrays, layout, _ = make_case(**CASES[case])
-    direction = np.random.default_rng(1).normal(size=arrays[0].shape)
+    direction = np.random.default_rng(1).normal(size=(*arrays[0].shape[:-1], V))
 
     def gradients(attend):
         def objective(*arrays):
@@ -109,7 +110,7 @@ def test_chunked_gradients_equal_dense_gradients(case):
 def test_chunked_gradients_agree_with_finite_differences():
     arrays, layout, bias = make_case(**CASES["segments"])
     rng = np.random.default_rng(1)
-    direction = rng.normal(size=arrays[0].shape)
+    direction = rng.normal(size=(*arrays[0].shape[:-1], V))
     steps = [rng.normal(size=a.shape) for a in arrays]
     attend = chunked_attention(layout, tokens=23, keys=23, block=8)
 
@@ -164,7 +165,7 @@ def test_sinks_take_part_in_the_softmax_without_a_value(make, case):
     blocks = {} if make is dense_attention else {"block": 8}
     generator = np.random.default_rng(1)
     arrays = as_float32((*arrays, 2.0 * generator.normal(size=(K, G))))
-    weights = jnp.asarray(generator.normal(size=arrays[0].shape), jnp.float32)
+    weights = jnp.asarray(generator.normal(size=(*arrays[0].shape[:-1], V)), jnp.float32)
 
     def written_out(query, key, value, sinks):
         scores = jnp.einsum("btkgh,bskh->bkgts", query, key) + jnp.asarray(bias, jnp.float32)

@@ -55,6 +55,29 @@ NEAR_YARN = {
     "truncate": False,
     "rope_theta": 500.0,
 }
+DEEPSEEK_V3 = SMALL_IDS | {
+    "num_hidden_layers": 4,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 16,
+    "n_routed_experts": 12,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "moe_intermediate_size": 16,
+}
+DEEPSEEK_YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 4.0,
+    "mscale": 0.8,
+    "mscale_all_dim": 1.0,
+}
 PHI3 = SMALL_IDS | {"num_key_value_heads": 4}
 ORIGINAL = "original_max_position_embeddings"
 LONGROPE = {
@@ -80,6 +103,25 @@ GLOBAL_LINEAR = {
 
 # The first variant of a family is checked in all respects.
 VARIANTS = {
+    "deepseek_v3": ("DeepseekV3", DEEPSEEK_V3),
+    "deepseek_v3 yarn, tied": (
+        "DeepseekV3",
+        DEEPSEEK_V3 | {"rope_parameters": DEEPSEEK_YARN, "tie_word_embeddings": True},
+    ),
+    "deepseek_v3 whole queries, one group, shared": (
+        "DeepseekV3",
+        DEEPSEEK_V3
+        | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "n_shared_experts": 2}
+        | {"rope_interleave": False},
+    ),
+    "deepseek_v3 biased, all experts": (
+        "DeepseekV3",
+        DEEPSEEK_V3 | {"attention_bias": True, "first_k_dense_replace": 0},
+    ),
+    "deepseek_v3 unnormalized, no experts": (
+        "DeepseekV3",
+        DEEPSEEK_V3 | {"norm_topk_prob": False, "first_k_dense_replace": 4},
+    ),
     "gemma": ("Gemma", GEMMA | {"hidden_act": "gelu_pytorch_tanh"}),
     "gemma one kv head": ("Gemma", GEMMA | {"num_key_value_heads": 1, "head_dim": 8}),
     "gemma2": ("Gemma2", GEMMA2),
@@ -311,7 +353,7 @@ def test_gradients_of_an_adapter_agree_with_peft(name, variant, tokens, relative
     found = {}
     for path, stacked in flatten(gradient(state.trainable)).items():
         kernel, leaf = path[: path.index("kernel") + 1], path[-1]
-        for layer, one in enumerate(np.asarray(stacked)):
+        for layer, one in zip(model.layers_of(kernel), np.asarray(stacked), strict=True):
             module = model.module_name(kernel, layer)
             if "experts" in kernel:
                 module, _, parameter = module.rpartition(".")

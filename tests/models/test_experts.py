@@ -190,8 +190,8 @@ def test_sharded_experts_load_from_a_checkpoint(mixtral, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\].*implemented for"),
-        ({"decoder_sparse_step": 2}, r"decoder_sparse_step = 2.*implemented for"),
+        ({"mlp_only_layers": 0}, "mlp_only_layers = 0"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step = 0"),
         ({"num_experts_per_tok": 5}, "num_experts_per_tok is 5.* at most .* 4"),
         ({"num_local_experts": 0}, "num_local_experts = 0"),
         ({"moe_intermediate_size": None}, "lacks moe_intermediate_size"),

@@ -148,6 +148,7 @@ PYTHIA_6_9B = {
     "num_attention_heads": 32,
     "max_position_embeddings": 2048,
 }
+DEEPSEEK_V3 = LLAMA | {"model_type": "deepseek_v3", "moe_intermediate_size": 8}
 GPT2 = {
     "model_type": "gpt2",
     "vocab_size": 50257,
@@ -185,6 +186,7 @@ def test_published_configurations_have_the_published_parameter_counts(config, co
 @pytest.mark.parametrize(
     ("config", "count"),
     [
+        (find_architecture("deepseek-v3"), 671_026_419_200),
         (find_architecture("gemma-2-27b"), 27_227_128_320),
         (find_architecture("gemma-3-27b"), 27_009_346_304),
         (find_architecture("gpt-oss-120b"), 116_829_156_672),
@@ -266,6 +268,15 @@ def test_yarn_reads_its_original_length_from_max_position_embeddings():
         (LLAMA | {"model_type": "phi3", "rope_scaling": LONGROPE}, "short_factor has 3"),
         (LLAMA | NEOX | {"hidden_act": "mish"}, "hidden_act = 'mish'"),
         (LLAMA | {"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers of 1"),
+        (DEEPSEEK_V3 | {"head_dim": 128}, "head_dim = 128.*qk_rope_head_dim"),
+        (DEEPSEEK_V3 | {"scoring_func": "softmax"}, "scoring_func = 'softmax'"),
+        (DEEPSEEK_V3 | {"topk_method": "greedy"}, "topk_method = 'greedy'"),
+        (DEEPSEEK_V3 | {"moe_layer_freq": 2}, "moe_layer_freq = 2"),
+        (DEEPSEEK_V3 | {"n_group": 7}, "n_group is 7"),
+        (DEEPSEEK_V3 | {"n_group": 256}, "n_group is 256"),
+        (DEEPSEEK_V3 | {"topk_group": 9}, "topk_group is 9"),
+        (DEEPSEEK_V3 | {"num_experts_per_tok": 129}, "num_experts_per_tok is 129"),
+        (DEEPSEEK_V3 | {"num_key_value_heads": 1}, "num_kv_heads is 1"),
         (GPT2 | {"n_head": 5}, "n_head = 5"),
         (GPT2 | {"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx = True"),
         (BLOOM | {"hidden_dropout": 0.1}, "hidden_dropout = 0.1"),
