@@ -25,6 +25,12 @@ _MISTRAL = AttributeTable(
     read=COMMON | {"sliding_window"},
     fixed=SILU | {"attention_bias": (False,), "mlp_bias": (False,)},
 )
+_MINISTRAL = AttributeTable(
+    family="ministral",
+    architectures=frozenset({"MinistralForCausalLM", "MinistralModel"}),
+    read=COMMON | {"layer_types", "sliding_window"},
+    fixed=SILU,
+)
 _WINDOWED = frozenset({"layer_types", "max_window_layers", "sliding_window", "use_sliding_window"})
 _QWEN2 = AttributeTable(
     family="qwen2",
@@ -71,6 +77,18 @@ def read_mistral(hf_config: Mapping[str, Any]) -> LlamaConfig:
     # As in transformers, an absent window means 4096, and null means no window.
     window = hf_config.get("sliding_window", 4096)
     return _read_uniform(hf_config, num_kv_heads=8, window=window)
+
+
+def read_ministral(hf_config: Mapping[str, Any]) -> LlamaConfig:
+    """Reads the configuration of Ministral: some layers slide."""
+    _MINISTRAL.check(hf_config)
+    sizes = read_sizes(hf_config, num_kv_heads=8)
+    rotary = read_rotary(hf_config, head_dim=sizes["head_dim"])
+    window = hf_config.get("sliding_window", 4096)
+    default = ["full_attention" if window is None else "sliding_attention"] * sizes["num_layers"]
+    both = {"sliding_attention": rotary, "full_attention": rotary}
+    types = read_layer_types(hf_config, default, window=window, rotary=both)
+    return LlamaConfig(layer_types=types, **sizes)
 
 
 def read_qwen2(hf_config: Mapping[str, Any]) -> LlamaConfig:
@@ -184,6 +202,7 @@ def _family(model_type: str, architecture: str, read_config: Callable) -> Family
 
 LLAMA = _family("llama", "LlamaForCausalLM", read_llama)
 MISTRAL = _family("mistral", "MistralForCausalLM", read_mistral)
+MINISTRAL = _family("ministral", "MinistralForCausalLM", read_ministral)
 QWEN2 = _family("qwen2", "Qwen2ForCausalLM", read_qwen2)
 QWEN3 = _family("qwen3", "Qwen3ForCausalLM", read_qwen3)
 SMOLLM3 = _family("smollm3", "SmolLM3ForCausalLM", read_smollm3)

@@ -8,37 +8,34 @@ from peft_jax.core import did_you_mean
 from peft_jax.models.bloom_family import BLOOM
 from peft_jax.models.causal_lm import CausalLM
 from peft_jax.models.classifier import is_encoder
+from peft_jax.models.cohere2_family import COHERE2
 from peft_jax.models.deepseek_family import DEEPSEEK_V3
 from peft_jax.models.execution import ExecutionSettings
 from peft_jax.models.family import Family
 from peft_jax.models.gemma_families import GEMMA, GEMMA2, GEMMA3, GEMMA3_WITH_IMAGES
+from peft_jax.models.glm_families import GLM4, GLM4_MOE
 from peft_jax.models.gpt2_family import GPT2_FAMILY
 from peft_jax.models.gpt_neox_family import GPT_NEOX
 from peft_jax.models.gpt_oss_family import GPT_OSS
-from peft_jax.models.llama_families import GRANITE, LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3
-from peft_jax.models.moe_families import MIXTRAL, QWEN3_MOE
+from peft_jax.models.llama_families import (
+    GRANITE,
+    LLAMA,
+    MINISTRAL,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    SMOLLM3,
+)
+from peft_jax.models.moe_families import MIXTRAL, QWEN2_MOE, QWEN3_MOE
 from peft_jax.models.olmo_families import OLMO2, OLMO3
 from peft_jax.models.phi3_family import PHI3
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        *(BLOOM, DEEPSEEK_V3, GEMMA, GEMMA2, GEMMA3, GEMMA3_WITH_IMAGES, GPT2_FAMILY),
-        *(
-            GPT_NEOX,
-            GPT_OSS,
-            GRANITE,
-            LLAMA,
-            MISTRAL,
-            MIXTRAL,
-            OLMO2,
-            OLMO3,
-            PHI3,
-            QWEN2,
-            QWEN3,
-            QWEN3_MOE,
-            SMOLLM3,
-        ),
+        *(BLOOM, COHERE2, DEEPSEEK_V3, GEMMA, GEMMA2, GEMMA3, GEMMA3_WITH_IMAGES, GLM4, GLM4_MOE),
+        *(GPT2_FAMILY, GPT_NEOX, GPT_OSS, GRANITE, LLAMA, MINISTRAL, MISTRAL, MIXTRAL, OLMO2),
+        *(OLMO3, PHI3, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, SMOLLM3),
     )
 }
 """Families by the `model_type` of their `config.json`."""

@@ -41,10 +41,28 @@ GRANITE = GQA | {
 OLMO2 = GQA | SMALL_IDS
 OLMO3 = OLMO2 | {"num_hidden_layers": 6, "sliding_window": 5}
 MIXTRAL = GQA | {"num_local_experts": 4}
+COHERE2 = GQA | SMALL_IDS | {"num_hidden_layers": 5, "sliding_window": 5, "logit_scale": 0.5}
+GLM4 = GQA | SMALL_IDS | {"head_dim": 16}
+GLM4_MOE = (
+    GLM4
+    | {"num_hidden_layers": 4, "n_routed_experts": 6, "num_experts_per_tok": 2}
+    | {"moe_intermediate_size": 16}
+)
+MINISTRAL = GQA | {
+    "head_dim": 16,
+    "num_hidden_layers": 3,
+    "sliding_window": 5,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
 QWEN3_MOE = (
     GQA
     | {"head_dim": 8, "num_experts": 6, "num_experts_per_tok": 3}
     | {"moe_intermediate_size": 16}
+)
+QWEN2_MOE = (
+    GQA
+    | {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 16}
+    | {"shared_expert_intermediate_size": 24}
 )
 GPT_OSS = MIXTRAL | {"head_dim": 16, "num_hidden_layers": 4, "sliding_window": 5}
 NEAR_YARN = {
@@ -103,6 +121,18 @@ GLOBAL_LINEAR = {
 
 # The first variant of a family is checked in all respects.
 VARIANTS = {
+    "cohere2": ("Cohere2", COHERE2),
+    "cohere2 long window": ("Cohere2", COHERE2 | {"sliding_window": 40}),
+    "cohere2 all sliding, biased, untied": (
+        "Cohere2",
+        COHERE2
+        | {"layer_types": ["sliding_attention"] * 5, "attention_bias": True}
+        | {"tie_word_embeddings": False},
+    ),
+    "cohere2 all full, all heads": (
+        "Cohere2",
+        SMALL_IDS | {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2},
+    ),
     "deepseek_v3": ("DeepseekV3", DEEPSEEK_V3),
     "deepseek_v3 yarn, tied": (
         "DeepseekV3",
@@ -144,12 +174,32 @@ VARIANTS = {
     "gemma3 whole periods": ("Gemma3", GEMMA3 | {"num_hidden_layers": 6}),
     "gemma3 capped logits": ("Gemma3", GEMMA3 | {"final_logit_softcapping": 8.0}),
     "gemma3 all sliding": ("Gemma3", GEMMA3 | {"layer_types": ["sliding_attention"] * 8}),
+    "glm4": ("Glm4", GLM4),
+    "glm4 unbiased, tied": ("Glm4", GLM4 | {"attention_bias": False, "tie_word_embeddings": True}),
+    "glm4 all rotated": ("Glm4", GLM4 | {"rope_parameters": {"partial_rotary_factor": 1.0}}),
+    "glm4_moe": ("Glm4Moe", GLM4_MOE),
+    "glm4_moe normed, biased, tied": (
+        "Glm4Moe",
+        GLM4_MOE
+        | {"use_qk_norm": True, "attention_bias": True, "tie_word_embeddings": True}
+        | {"first_k_dense_replace": 2, "routed_scaling_factor": 1.7},
+    ),
+    "glm4_moe groups, unnormalized, shared": (
+        "Glm4Moe",
+        GLM4_MOE | {"n_group": 3, "topk_group": 2, "norm_topk_prob": False, "n_shared_experts": 2},
+    ),
     "granite": ("Granite", GRANITE),
     "granite biased, tied": (
         "Granite",
         GRANITE | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
     ),
     "granite plain": ("Granite", GQA),
+    "ministral": ("Ministral", MINISTRAL),
+    "ministral long window, tied": (
+        "Ministral",
+        MINISTRAL | {"sliding_window": 40, "tie_word_embeddings": True},
+    ),
+    "ministral full": ("Ministral", MINISTRAL | {"layer_types": ["full_attention"] * 3}),
     "mixtral": ("Mixtral", MIXTRAL),
     "mixtral windowed, tied": (
         "Mixtral",
@@ -165,6 +215,27 @@ VARIANTS = {
     "qwen3_moe windowed, tied": (
         "Qwen3Moe",
         QWEN3_MOE | {"use_sliding_window": True, "sliding_window": 4, "tie_word_embeddings": True},
+    ),
+    "qwen3_moe some dense": (
+        "Qwen3Moe",
+        QWEN3_MOE | {"num_hidden_layers": 5, "mlp_only_layers": [0, 3]},
+    ),
+    "qwen3_moe every other": (
+        "Qwen3Moe",
+        QWEN3_MOE | {"num_hidden_layers": 5, "decoder_sparse_step": 2},
+    ),
+    "qwen2_moe": ("Qwen2Moe", QWEN2_MOE),
+    "qwen2_moe some dense, normalized, unbiased": (
+        "Qwen2Moe",
+        QWEN2_MOE
+        | {"num_hidden_layers": 5, "mlp_only_layers": [1], "norm_topk_prob": True}
+        | {"qkv_bias": False},
+    ),
+    "qwen2_moe windowed, tied": (
+        "Qwen2Moe",
+        QWEN2_MOE
+        | {"num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 4}
+        | {"max_window_layers": 3, "tie_word_embeddings": True},
     ),
     "gpt_oss": ("GptOss", GPT_OSS),
     "gpt_oss long window": ("GptOss", GPT_OSS | {"sliding_window": 40}),
