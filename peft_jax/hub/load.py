@@ -6,6 +6,7 @@ read.
 """
 
 import dataclasses
+import logging
 import re
 from collections.abc import Callable, Collection
 from pathlib import Path as FilePath
@@ -25,6 +26,7 @@ from peft_jax.hub.leaf_loading import load_leaf
 from peft_jax.hub.leaf_sources import LeafSource, StoredExperts, StoredLeaf
 from peft_jax.hub.mxfp4 import BLOCKS, PackedExperts, packed_names, packed_shape
 from peft_jax.hub.tensors import StoredTensor
+from peft_jax.hub.unpacking import unpack_tensors
 from peft_jax.models import (
     CausalLM,
     ExecutionSettings,
@@ -34,6 +36,7 @@ from peft_jax.models import (
     build_classifier,
     build_model,
 )
+from peft_jax.models.packing import is_packed
 
 Shardings = Tree | jax.sharding.Sharding | Callable[[Model], Tree]
 """A tree of shardings, one sharding for all leaves, or a function from a model to the tree."""
@@ -42,6 +45,8 @@ _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")
 """Tensors of old checkpoints that are derived from config.json."""
 
 _HEAD = "lm_head.weight"
+
+_log = logging.getLogger(__name__)
 
 
 def load_model(
@@ -142,6 +147,12 @@ def load_params(
     if is_converted(folder):
         warn_on_dtype(folder, jnp.dtype(dtype))
     sources = open_sources(folder, model, new_head=head_key is not None)
+    packing = model.hf_config.get("quantization_config")
+    if quantization == "none" and packing is not None and is_packed(packing):
+        _log.warning(
+            f"the kernels of {folder} are packed ({packing['quant_method']}) and are unpacked to"
+            f" {jnp.dtype(dtype)}; quantization='nf4' or 'int8' packs them again"
+        )
     drawn: dict[Path, jax.Array] = {}
     if head_key is not None:
         drawn = model.init_leaves(head_key, [p for p in shapes if p not in sources], dtype)
@@ -318,9 +329,10 @@ def _stored_shapes(model: Model) -> dict[Path, tuple[int, ...]]:
 def _used_tensors(checkpoint: Checkpoint, model: Model) -> dict[str, StoredTensor]:
     """Returns the checkpoint's tensors by current names, without those the model ignores."""
     found = {}
+    tensors = unpack_tensors(checkpoint.tensors, model.hf_config.get("quantization_config"))
     layers = str(model.num_layers)
     unused = [pattern.replace("{layers}", layers) for pattern in model.family.unused]
-    for name, tensor in checkpoint.tensors.items():
+    for name, tensor in tensors.items():
         if any(re.fullmatch(pattern, name) for pattern in unused):
             continue
         for old, new in model.family.old_names:

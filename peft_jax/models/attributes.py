@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from peft_jax.core import did_you_mean
+from peft_jax.models.packing import read_packing
 
 _IRRELEVANT = frozenset(
     {
@@ -232,6 +233,7 @@ class AttributeTable:
       read: Attributes that the family's configuration is built from.
       irrelevant: Attributes that do not change the logits, besides those common to all families.
       fixed: Attributes implemented for the listed values only.
+      unpacks: Whether packed kernels are read; see `peft_jax.models.packing`.
     """
 
     family: str
@@ -239,6 +241,7 @@ class AttributeTable:
     read: frozenset[str]
     irrelevant: frozenset[str] = frozenset()
     fixed: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+    unpacks: bool = False
 
     def check(self, hf_config: Mapping[str, Any]) -> None:
         """Raises ValueError for the first attribute that could silently change the computation.
@@ -260,6 +263,9 @@ class AttributeTable:
             if value is None or name.startswith("_"):
                 continue
             if name in self.read or name in self.irrelevant or name in _IRRELEVANT:
+                continue
+            if name == "quantization_config" and self.unpacks:
+                read_packing(value)
                 continue
             if name not in fixed:
                 raise ValueError(

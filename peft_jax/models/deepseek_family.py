@@ -35,6 +35,7 @@ PREDICTING = frozenset({"num_mtp_layers", "num_nextn_predict_layers"})
 
 _DEEPSEEK_V3 = AttributeTable(
     family="deepseek_v3",
+    unpacks=True,
     architectures=frozenset({"DeepseekV3ForCausalLM", "DeepseekV3Model"}),
     read=COMMON
     | ROUTED

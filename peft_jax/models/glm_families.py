@@ -17,12 +17,14 @@ from peft_jax.models.shared_experts import SharedExpertsConfig, SharedExpertsLla
 
 _GLM4 = AttributeTable(
     family="glm4",
+    unpacks=True,
     architectures=frozenset({"Glm4ForCausalLM", "Glm4Model"}),
     read=COMMON | {"attention_bias"},
     fixed=SILU,
 )
 _GLM4_MOE = AttributeTable(
     family="glm4_moe",
+    unpacks=True,
     architectures=frozenset({"Glm4MoeForCausalLM", "Glm4MoeModel"}),
     read=COMMON | ROUTED | {"attention_bias", "use_qk_norm"},
     irrelevant=BALANCING | PREDICTING,

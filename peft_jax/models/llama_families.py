@@ -14,6 +14,7 @@ from peft_jax.models.rope import read_rotary
 
 _LLAMA = AttributeTable(
     family="llama",
+    unpacks=True,
     architectures=frozenset({"LlamaForCausalLM", "LLaMAForCausalLM", "LlamaModel"}),
     read=COMMON | {"attention_bias", "mlp_bias"},
     irrelevant=frozenset({"is_llama_config"}),
@@ -21,12 +22,14 @@ _LLAMA = AttributeTable(
 )
 _MISTRAL = AttributeTable(
     family="mistral",
+    unpacks=True,
     architectures=frozenset({"MistralForCausalLM", "MistralModel"}),
     read=COMMON | {"sliding_window"},
     fixed=SILU | {"attention_bias": (False,), "mlp_bias": (False,)},
 )
 _MINISTRAL = AttributeTable(
     family="ministral",
+    unpacks=True,
     architectures=frozenset({"MinistralForCausalLM", "MinistralModel"}),
     read=COMMON | {"layer_types", "sliding_window"},
     fixed=SILU,
@@ -34,18 +37,21 @@ _MINISTRAL = AttributeTable(
 _WINDOWED = frozenset({"layer_types", "max_window_layers", "sliding_window", "use_sliding_window"})
 _QWEN2 = AttributeTable(
     family="qwen2",
+    unpacks=True,
     architectures=frozenset({"Qwen2ForCausalLM", "Qwen2Model"}),
     read=COMMON | _WINDOWED,
     fixed=SILU | {"use_mrope": (False,)},
 )
 _QWEN3 = AttributeTable(
     family="qwen3",
+    unpacks=True,
     architectures=frozenset({"Qwen3ForCausalLM", "Qwen3Model"}),
     read=COMMON | _WINDOWED | {"attention_bias"},
     fixed=SILU,
 )
 _SMOLLM3 = AttributeTable(
     family="smollm3",
+    unpacks=True,
     architectures=frozenset({"SmolLM3ForCausalLM", "SmolLM3Model"}),
     read=COMMON
     | {"attention_bias", "layer_types", "mlp_bias", "no_rope_layer_interval", "no_rope_layers"}
@@ -55,6 +61,7 @@ _SMOLLM3 = AttributeTable(
 )
 _GRANITE = AttributeTable(
     family="granite",
+    unpacks=True,
     architectures=frozenset({"GraniteForCausalLM", "GraniteModel"}),
     read=COMMON
     | {"attention_bias", "attention_multiplier", "embedding_multiplier", "logits_scaling"}

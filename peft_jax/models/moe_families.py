@@ -38,6 +38,7 @@ _QWEN = frozenset(
 )
 _MIXTRAL = AttributeTable(
     family="mixtral",
+    unpacks=True,
     architectures=frozenset({"MixtralForCausalLM", "MixtralModel"}),
     read=COMMON | {"num_experts_per_tok", "num_local_experts", "sliding_window"},
     irrelevant=BALANCING,
@@ -45,6 +46,7 @@ _MIXTRAL = AttributeTable(
 )
 _QWEN2_MOE = AttributeTable(
     family="qwen2_moe",
+    unpacks=True,
     architectures=frozenset({"Qwen2MoeForCausalLM", "Qwen2MoeModel"}),
     read=COMMON
     | _QWEN
@@ -54,6 +56,7 @@ _QWEN2_MOE = AttributeTable(
 )
 _QWEN3_MOE = AttributeTable(
     family="qwen3_moe",
+    unpacks=True,
     architectures=frozenset({"Qwen3MoeForCausalLM", "Qwen3MoeModel"}),
     read=COMMON | _QWEN | {"attention_bias"},
     irrelevant=BALANCING | {"max_window_layers"},
