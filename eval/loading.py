@@ -108,7 +108,7 @@ def find_model(settings: EvalSettings) -> ModelFiles:
         model=folder,
         adapter=adapter,
         tokenizer=tokenizer,
-        context=context_length(model),
+        context=context_length(model, {}),
         quantization=_quantization(settings, adapter),
         split_special_tokens=split,
         adapter_url=adapter_name if adapter_name and is_bucket(adapter_name) else "",

@@ -116,7 +116,7 @@ class HarnessModel(TemplateLM):
     ):
         super().__init__()
         self.tokenizer = loaded.tokenizer
-        self.max_length = longest_text(context_length(loaded.model), max_length)
+        self.max_length = longest_text(context_length(loaded.model, loaded.params), max_length)
         self._loaded = loaded
         self._row_sharding = row_sharding
         self._batch_size = batch_size

@@ -7,7 +7,8 @@
 - Methods, each over one kernel: `LoRA`, `DoRA`, `LoRAFA`, `AdaLoRA`, `LoRAGA`, `LoRAOne`,
   `EVA` (with `redistribute_ranks`), `PiSSA`, `OLoRA`, `LoHa`, `LoKr`, `MiSS`, `VeRA`,
   `RandLora`, `FourierFT`, `IA3`, `BOFT`, `OFT`, `HRA`, `Unitary`, `Hybrid`; `TrainableTokens`,
-  `LNTuning`, `Full`; your own: `AdapterMethod`, `register_method`.
+  `LNTuning`, `Full`; inputs in place of kernels: `PromptTuning`, `PrefixTuning`; your own:
+  `AdapterMethod`, `register_method`.
 - Flax modules of your own: `adapt` makes a model of a Linen or an NNX module, whose code stays as
   it is.
 - Adapters over a whole model: `AdapterSpec` makes and binds an `AdapterState`; `merge`,
@@ -59,6 +60,8 @@ if TYPE_CHECKING:
         MiSS,
         OLoRA,
         PiSSA,
+        PrefixTuning,
+        PromptTuning,
         RandLora,
         TrainableTokens,
         Unitary,
@@ -122,6 +125,8 @@ _HOMES = {
         "MiSS",
         "OLoRA",
         "PiSSA",
+        "PrefixTuning",
+        "PromptTuning",
         "RandLora",
         "TrainableTokens",
         "Unitary",
@@ -194,6 +199,8 @@ __all__ = [
     "MixingSettings",
     "OLoRA",
     "PiSSA",
+    "PrefixTuning",
+    "PromptTuning",
     "RandLora",
     "RunConfig",
     "TrainableTokens",

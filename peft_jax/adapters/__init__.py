@@ -4,6 +4,7 @@ Methods over one kernel: `LoRA`, `DoRA`, `LoRAFA`, `AdaLoRA`, `LoRAGA`, `LoRAOne
 `OLoRA`, `LoHa`, `LoKr`, `MiSS`, `VeRA`, `RandLora`, `FourierFT`, `IA3`, `BOFT`, `OFT`, `HRA`,
 `Unitary` and `Hybrid`.
 `TrainableTokens` trains rows of an embedding. `LNTuning` and `Full` train the model's own leaves.
+`PromptTuning` and `PrefixTuning` train virtual tokens before every sequence.
 `AdapterSpec` initializes, binds and merges an `AdapterState` over a model:
 
     spec = AdapterSpec(method=LoRA(rank=8))
@@ -40,6 +41,8 @@ from peft_jax.adapters.lora_start import OLoRA, PiSSA
 from peft_jax.adapters.method import AdapterMethod, GradientFactors, InputFactors, TrainingMethod
 from peft_jax.adapters.miss import MiSS
 from peft_jax.adapters.oft import OFT
+from peft_jax.adapters.prefix_tuning import PrefixTuning
+from peft_jax.adapters.prompt_tuning import PromptTuning
 from peft_jax.adapters.randlora import RandLora
 from peft_jax.adapters.redistribute import redistribute_ranks
 from peft_jax.adapters.registry import (
@@ -58,6 +61,7 @@ from peft_jax.adapters.target_settings import ALL_LINEAR, Targets, TargetSetting
 from peft_jax.adapters.trainable_tokens import TrainableTokens
 from peft_jax.adapters.unitary import Unitary
 from peft_jax.adapters.vera import VeRA
+from peft_jax.adapters.virtual_method import VirtualMethod
 
 __all__ = [
     "ALL_LINEAR",
@@ -92,6 +96,8 @@ __all__ = [
     "OLoRA",
     "ParameterCount",
     "PiSSA",
+    "PrefixTuning",
+    "PromptTuning",
     "RandLora",
     "StackedAdapters",
     "TargetSettings",
@@ -100,6 +106,7 @@ __all__ = [
     "TrainingMethod",
     "Unitary",
     "VeRA",
+    "VirtualMethod",
     "approximate_by_lora",
     "bind_adapters",
     "combine_adapters",

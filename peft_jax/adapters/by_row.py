@@ -176,6 +176,10 @@ def stack_adapters(params: Tree, adapters: Adapters) -> StackedAdapters:
         find_adapters(params, adapters, tuple(adapters)).items()
     ):
         targets = spec.targets(params)
+        if not spec.method.merges:
+            raise ValueError(
+                f"adapter {name!r} has virtual tokens, and rows can differ in adapted modules only"
+            )
         if targets.trained:
             saved = ", ".join(sorted({join_path(path[:-1]) for path in targets.trained}))
             raise ValueError(

@@ -182,6 +182,8 @@ def _members(params: Tree, adapters: Adapters, weights: Mapping[str, float]) -> 
     for name, (spec, state) in find_adapters(params, adapters, tuple(weights)).items():
         if spec.method.trains_base:
             raise ValueError(f"adapter {name!r} is fully fine-tuned and cannot be combined")
+        if not spec.method.merges:
+            raise ValueError(f"adapter {name!r} has virtual tokens, which cannot be combined")
         targets = spec.targets(params)
         if any(isinstance(method, TrainableTokens) for method in targets.adapted.values()):
             raise ValueError(

@@ -103,6 +103,7 @@ def approximate_by_lora(
       >>> found.errors["mlp"] < 1e-3
       True
     """
+    spec.check_merges(params)
     if not isinstance(spec.method, AdapterMethod) or spec.method.maps_tokens:
         raise ValueError(
             f"the method {spec.method.name!r} trains whole leaves or rows, whose difference is"

@@ -80,6 +80,8 @@ class TrainingMethod:
     """Names of arrays without weight decay, because zero is not their neutral value."""
     trains_base: ClassVar[bool] = False
     """Whether the base model's own leaves are trained, so that the result is a full model."""
+    merges: ClassVar[bool] = True
+    """Whether the result can be merged into the base model's leaves."""
 
     @property
     def gradient_rank(self) -> int:

@@ -25,6 +25,8 @@ from peft_jax.adapters.method import TrainingMethod
 from peft_jax.adapters.miss import MiSS
 from peft_jax.adapters.oft import OFT
 from peft_jax.adapters.peft_form import PeftForm
+from peft_jax.adapters.prefix_tuning import PrefixTuning
+from peft_jax.adapters.prompt_tuning import PromptTuning
 from peft_jax.adapters.randlora import RandLora
 from peft_jax.adapters.trainable_tokens import TrainableTokens
 from peft_jax.adapters.unitary import Unitary
@@ -58,6 +60,8 @@ METHODS: dict[str, type[TrainingMethod]] = {
         HRA,
         Unitary,
         Hybrid,
+        PromptTuning,
+        PrefixTuning,
     )
 }
 

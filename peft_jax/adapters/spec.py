@@ -24,11 +24,14 @@ from peft_jax.adapters.sketch import gradient_factors
 from peft_jax.adapters.stacks import one_by_one, over_stack
 from peft_jax.adapters.target_settings import Targets, TargetSettings
 from peft_jax.adapters.targets import find_targets
+from peft_jax.adapters.virtual_method import VirtualMethod
 from peft_jax.core import (
+    VIRTUAL,
     AdaptedKernel,
     Kernel,
     Path,
     Tree,
+    VirtualTokens,
     dense,
     flatten,
     is_experts,
@@ -44,7 +47,7 @@ class AdapterState:
 
     Attributes:
       trainable: At a kernel's path, the method's trainable arrays; at the path of a fully trainable
-        leaf, that leaf.
+        leaf, that leaf. Under `VIRTUAL`, the arrays of virtual tokens.
       constant: At a kernel's path, the method's constant arrays, if any.
     """
 
@@ -59,7 +62,7 @@ class AdapterSpec(TargetSettings):
     Beside the attributes here it has those of `TargetSettings`, which say where it applies.
 
     Attributes:
-      method: An `AdapterMethod`, or `Full`.
+      method: An `AdapterMethod`, a `VirtualMethod`, or one that trains whole leaves, as `Full`.
       dtype: Dtype of trained leaves. Adapters' arrays are made in float32 and cast to it.
 
     Example:
@@ -180,6 +183,8 @@ class AdapterSpec(TargetSettings):
         key = jax.eval_shape(lambda: jax.random.key(0))
         flat = flatten(params)
         used = [*targets.trained, *(path for path, m in targets.adapted.items() if m.uses_kernel)]
+        if isinstance(self.method, VirtualMethod):
+            used += self.method.reads(params)
         return jax.eval_shape(
             lambda key, leaves, factors: self._init(
                 key, unflatten(flat | leaves), targets, factors
@@ -218,6 +223,10 @@ class AdapterSpec(TargetSettings):
             trainable[path] = jax.tree.map(lambda a: a.astype(dtype), learned)
             for name, array in flatten(fixed).items():
                 constant[(*path, *name)] = array.astype(dtype)
+        if isinstance(self.method, VirtualMethod):
+            own_key = jax.random.fold_in(key, zlib.crc32(VIRTUAL.encode()))
+            for array_name, array in self.method.init(own_key, params).items():
+                trainable[(VIRTUAL, array_name)] = array.astype(dtype)
         return AdapterState(trainable=unflatten(trainable), constant=unflatten(constant))
 
     def frozen(self, params: Tree) -> Tree:
@@ -244,8 +253,13 @@ class AdapterSpec(TargetSettings):
 
         Returns:
           A tree for `model(...)`. Its base arrays are the same objects.
+
+        Raises:
+          ValueError: Virtual tokens are bound already, and these are more of them.
         """
         flat = flatten(params)
+        if isinstance(self.method, VirtualMethod):
+            return unflatten(flat | {(VIRTUAL,): self._virtual_tokens(params, state)})
         learned = _by_leaf(state.trainable, flat)
         for path, own in learned.items():
             if not isinstance(own, Mapping):
@@ -268,6 +282,17 @@ class AdapterSpec(TargetSettings):
             )
         return unflatten(flat)
 
+    def _virtual_tokens(self, params: Tree, state: AdapterState) -> VirtualTokens:
+        """Returns the virtual tokens to bind."""
+        assert isinstance(self.method, VirtualMethod)
+        self.targets(params)  # checks the settings
+        if VIRTUAL in params:
+            raise ValueError(
+                f"the parameters have virtual tokens already, and {self.method.name} would bind"
+                " others; bind one of them"
+            )
+        return self.method.virtual_tokens(state.trainable[VIRTUAL])
+
     def merge(self, params: Tree, state: AdapterState) -> Tree:
         """Returns plain parameters that compute what the adapted model does.
 
@@ -283,8 +308,9 @@ class AdapterSpec(TargetSettings):
 
         Raises:
           ValueError: A merged kernel or a fully trainable leaf is not finite; the message names the
-            module.
+            module. Or there are virtual tokens, which no kernel can replace.
         """
+        self.check_merges(params)
         merged = flatten(self.bind(params, state))
         trained = set(self.targets(unflatten(merged)).trained)
         for path, leaf in merged.items():
@@ -301,6 +327,14 @@ class AdapterSpec(TargetSettings):
                     " the base) holds NaN or infinity there, and nothing was merged"
                 )
         return unflatten(merged)
+
+    def check_merges(self, params: Tree) -> None:
+        """Raises ValueError if there are virtual tokens, which no kernel can replace."""
+        if not self.method.merges or VIRTUAL in params:
+            raise ValueError(
+                "virtual tokens cannot be merged, because they are inputs and not kernels; bind"
+                " them, or export the adapter for PEFT"
+            )
 
     def axes(self, params: Tree, kernel_axes: Tree) -> AdapterState:
         """Returns the logical axes of the adapter's arrays.
@@ -319,6 +353,8 @@ class AdapterSpec(TargetSettings):
             trainable[path] = _prefix_axes(learned, tuple(stack))
             if flatten(fixed):
                 constant[path] = _prefix_axes(fixed, tuple(stack))
+        if isinstance(self.method, VirtualMethod):
+            trainable |= {(VIRTUAL, name): axes for name, axes in self.method.axes().items()}
         return AdapterState(trainable=unflatten(trainable), constant=unflatten(constant))
 
 

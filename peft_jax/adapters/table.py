@@ -10,6 +10,7 @@ from qwix import QArray
 from peft_jax.adapters.gradient_products import has_stack, kernel_shape
 from peft_jax.adapters.spec import AdapterSpec, AdapterState
 from peft_jax.adapters.target_settings import Targets
+from peft_jax.adapters.virtual_method import virtual_arrays
 from peft_jax.core import Path, Tree, flatten, is_stacked, join_path
 
 
@@ -72,6 +73,9 @@ def trainable_table(spec: AdapterSpec, params: Tree, state: AdapterState) -> str
         method = _label(targets, path) if path in targets.adapted else "full"
         size = _size(learned[path]) - _padding(targets, path, params, state)
         rows.append((name, kernels, method, f"{size:,}"))
+    for path, array in virtual_arrays(state.trainable).items():
+        name, size = join_path(path), math.prod(array.shape)
+        rows.append((name, str(list(array.shape)), spec.method.name, f"{size:,}"))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [
         "  ".join(

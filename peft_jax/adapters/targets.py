@@ -1,5 +1,6 @@
 """Selects the leaves of a model that are adapted, or trained in full."""
 
+import dataclasses
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from peft_jax.adapters.names import (
 )
 from peft_jax.adapters.target_settings import ALL_LINEAR, Targets, TargetSettings
 from peft_jax.adapters.trainable_tokens import TokensBesideAdapters
+from peft_jax.adapters.virtual_method import Dimensions, VirtualMethod
 from peft_jax.core import (
     CORRECTION,
     EMBEDDING,
@@ -52,6 +54,10 @@ def find_targets(params: Tree, method: TrainingMethod, settings: TargetSettings)
     n_layers = max((kernel_shape(v)[0] for path, v in flat.items() if is_stacked(path)), default=0)
     leaves = _leaves_by_module(flat)
     saved = _choose(modules_to_save, leaves, n_layers, "modules_to_save") if modules_to_save else []
+    if isinstance(method, VirtualMethod):
+        _check_virtual(method, settings)
+        Dimensions.of(params)
+        return Targets({}, ())
     if not isinstance(method, AdapterMethod):
         if settings.layers_to_transform:
             raise ValueError(
@@ -169,6 +175,18 @@ def find_targets(params: Tree, method: TrainingMethod, settings: TargetSettings)
     biases = _biases(settings.bias, flat, adapted, by_layer, trained)
     _reject_quantized(trained, flat)
     return Targets(adapted, (*trained, *biases), by_layer, biases)
+
+
+def _check_virtual(method: VirtualMethod, settings: TargetSettings) -> None:
+    """Rejects settings that select modules, of which virtual tokens change none."""
+    defaults = TargetSettings()
+    for field in dataclasses.fields(TargetSettings):
+        value = getattr(settings, field.name)
+        if value != (neutral := getattr(defaults, field.name)):
+            raise ValueError(
+                f"{field.name} is {value!r}, but must be {neutral!r}, because {method.name} trains"
+                " virtual tokens and no modules"
+            )
 
 
 def _biases(

@@ -8,6 +8,7 @@
 - [`product_names`][peft_jax.core.product_names]: names of products, for rematerialization.
 - [`quantized`][peft_jax.core.quantized]: frozen kernels in 8 or 4 bits, `quantize`, `dequantize`.
 - [`trees`][peft_jax.core.trees]: nested dictionaries of arrays as flat paths, and back.
+- [`virtual_tokens`][peft_jax.core.virtual_tokens]: `VirtualTokens`, trained in place of kernels.
 - [`scopes`][peft_jax.core.scopes]: `part`, which marks the parts of a training step.
 - [`suggest`][peft_jax.core.suggest]: near matches of an unknown name, for error messages.
 - [`validation`][peft_jax.core.validation]: range checks of settings.
@@ -53,6 +54,7 @@ from peft_jax.core.trees import (
     names_of,
     unflatten,
 )
+from peft_jax.core.virtual_tokens import VIRTUAL, VirtualTokens
 
 __all__ = [
     "CORRECTION",
@@ -62,6 +64,7 @@ __all__ = [
     "LINEAR_OUTPUT",
     "STACKED",
     "TABLE",
+    "VIRTUAL",
     "AdaptedKernel",
     "GroupedMethod",
     "Kernel",
@@ -69,6 +72,7 @@ __all__ = [
     "Path",
     "ShardedMethod",
     "Tree",
+    "VirtualTokens",
     "abstract_quantized",
     "bytes_of",
     "dense",

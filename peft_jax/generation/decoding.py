@@ -82,7 +82,7 @@ def read_prompts(
       new_tokens: Capacity N for new tokens; static.
     """
     batch, prompt = tokens.shape
-    cache = model.init_cache(batch, prompt + new_tokens, model.execution.dtype)
+    cache = model.start_cache(params, batch, prompt + new_tokens, model.execution.dtype)
     _, cache = _read(model, params, tokens, segment_ids, cache)
     return DecodeState(
         cache=cache,

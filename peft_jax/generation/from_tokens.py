@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int32, UInt32
 
 from peft_jax.adapters import StackedAdapters
-from peft_jax.core import Tree
+from peft_jax.core import VIRTUAL, Tree, VirtualTokens
 from peft_jax.generation.buckets import PaddedPrompts, length_bucket
 from peft_jax.generation.decoding import Controls, DecodeState, read_prompts, write_tokens
 from peft_jax.generation.ends import end_tokens
@@ -112,7 +112,8 @@ def generate(
     settings = settings or GenerationSettings()
     if settings.eos_ids is None:
         settings = dataclasses.replace(settings, eos_ids=end_tokens(model))
-    rows = [_as_tokens(index, prompt, model) for index, prompt in enumerate(prompts)]
+    context = context_length(model, params)
+    rows = [_as_tokens(index, prompt, model, context) for index, prompt in enumerate(prompts)]
     numbers = _adapter_numbers(adapters, row_adapters, len(rows))
     row_keys = _row_keys(rows, settings.seed)
     by_length = sorted(range(len(rows)), key=lambda index: len(rows[index]), reverse=True)
@@ -135,13 +136,20 @@ def generate(
     return Generated(completions=in_order, stats=stats)
 
 
-def context_length(model: CausalLM) -> int | None:
-    """Returns the context length of the model; None if it is unlimited (ALiBi)."""
-    return getattr(model.config, "max_positions", None)
+def context_length(model: CausalLM, params: Tree) -> int | None:
+    """Returns the number of tokens that a row can have; None if it is unlimited (ALiBi).
+
+    Args:
+      model: Model.
+      params: Its parameters. Virtual tokens that are bound take a part of the context.
+    """
+    longest = getattr(model.config, "max_positions", None)
+    virtual: VirtualTokens | None = params.get(VIRTUAL)
+    return longest if longest is None or virtual is None else longest - virtual.count
 
 
 def _as_tokens(
-    index: int, prompt: Sequence[int] | np.ndarray, model: CausalLM
+    index: int, prompt: Sequence[int] | np.ndarray, model: CausalLM, context: int | None
 ) -> Int32[np.ndarray, " prompt"]:
     """Returns a prompt as an array, or rejects it if the model cannot continue it."""
     tokens = np.asarray(prompt, np.int64)
@@ -156,7 +164,6 @@ def _as_tokens(
             f"prompt {index} has the token {unknown[0]}, but the model's tokens are 0 to"
             f" {model.config.vocab_size - 1}"
         )
-    context = context_length(model)
     if context is not None and tokens.size >= context:
         raise ValueError(
             f"prompt {index} has {tokens.size} tokens, but the model's context is {context}; give"
@@ -222,7 +229,8 @@ def _generate_batch(
     filling = (0, len(padded.empty) - len(prompts))
     if isinstance(params, _ByRow):
         params = params.bind(len(padded.empty))
-    limits = np.pad(_limits(list(prompts.values()), model, settings), filling)
+    context = context_length(model, params)
+    limits = np.pad(_limits(list(prompts.values()), context, settings), filling)
     controls = Controls(
         sampling=None if settings.greedy else Sampling.of(settings, model.config.vocab_size),
         row_keys=put_rows(np.pad(row_keys, (filling, (0, 0)))),
@@ -277,11 +285,10 @@ def _parts(sharding: jax.sharding.NamedSharding | None) -> int:
 
 
 def _limits(
-    prompts: Sequence[np.ndarray], model: CausalLM, settings: GenerationSettings
+    prompts: Sequence[np.ndarray], context: int | None, settings: GenerationSettings
 ) -> Int32[np.ndarray, " rows"]:
     """Returns the maximum number of new tokens of each prompt."""
     limits = np.full(len(prompts), settings.max_new_tokens, np.int32)
-    context = context_length(model)
     if context is None:
         return limits
     return np.minimum(limits, [context - len(prompt) for prompt in prompts]).astype(np.int32)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax.adapters import AdapterState, Targets
+from peft_jax.adapters.virtual_method import virtual_arrays
 from peft_jax.core import Path, flatten, is_stacked, join_path, unflatten
 from peft_jax.hub.finite import check_finite
 from peft_jax.hub.tensors import StoredTensor, TensorToWrite
@@ -70,6 +71,24 @@ def adapted_tensors(
                 )
             )
     return found
+
+
+def virtual_tensors(state: AdapterState) -> list[ArrayTensors]:
+    """Describes the tensors of virtual tokens' arrays, in this library's format.
+
+    Args:
+      state: Adapter arrays or shapes.
+    """
+    return [
+        ArrayTensors(
+            tree="trainable",
+            path=path,
+            names=(join_path(path),),
+            shape=array.shape,
+            dtype=np.dtype(array.dtype),
+        )
+        for path, array in virtual_arrays(state.trainable).items()
+    ]
 
 
 def trained_tensors(

@@ -11,6 +11,7 @@ import numpy as np
 from peft_jax.adapters import AdapterMethod, AdapterSpec, AdapterState, Targets, TrainingMethod
 from peft_jax.adapters.peft_form import NoPeftFormError, PeftForm
 from peft_jax.adapters.spec import kernel_constants
+from peft_jax.adapters.virtual_form import VirtualForm
 from peft_jax.core import Path, Tree, flatten, is_experts, is_stacked, join_path
 from peft_jax.hub.adapter_arrays import (
     ArrayTensors,
@@ -22,6 +23,7 @@ from peft_jax.hub.adapter_arrays import (
     read_tensor,
     stack,
     trained_tensors,
+    virtual_tensors,
 )
 from peft_jax.hub.adapter_base import warn_on_base_mismatch
 from peft_jax.hub.adapter_digests import digest_arrays
@@ -47,6 +49,11 @@ from peft_jax.hub.peft_copies import base_kernel, drop_base_copies, drop_tied_to
 from peft_jax.hub.peft_experts import form_of_leaf, wrappers
 from peft_jax.hub.peft_import import check_tied, read_peft_spec
 from peft_jax.hub.peft_names import PEFT_PREFIX, SHARED_PREFIX
+from peft_jax.hub.peft_virtual import (
+    check_virtual_tensor,
+    read_virtual_spec,
+    read_virtual_state,
+)
 from peft_jax.hub.tensors import StoredTensor, read_header
 from peft_jax.models import Model, TrainableModel
 from peft_jax.runtime.files import read_json_object
@@ -122,7 +129,12 @@ def _load_own(
         ) from error
     what = f"the adapter in {folder}, trained on {base},"
     stored = _open(folder, _arrays_file(config, spec, model, targets, folder))
-    if config["arrays"] == PEFT_ARRAYS:
+    model.check_virtual(spec.abstract(params).trainable)
+    form = spec.method.peft_form()
+    in_peft_form = config["arrays"] == PEFT_ARRAYS
+    if in_peft_form and isinstance(form, VirtualForm):
+        check_virtual_tensor(stored, form, params, what=what)
+    elif in_peft_form:
         named = _check_names(model, folder)
         forms = _layer_forms(named, targets, params, _own_form)
         tensors = drop_tied_tokens(stored, named, what=what)
@@ -136,7 +148,9 @@ def _load_own(
             f" digest of its arrays is not {digest}, as in {CONFIG}; copy the adapter again"
         )
     warn_on_base_mismatch(folder, config, model, params)
-    if config["arrays"] == PEFT_ARRAYS:
+    if in_peft_form and isinstance(form, VirtualForm):
+        return spec, read_virtual_state(stored, form, spec, params)
+    if in_peft_form:
         return spec, _read_peft_state(stored, named, spec, params, forms)
     return spec, make_state(read_arrays(arrays, stored))
 
@@ -176,7 +190,11 @@ def _own_arrays(
 ) -> list[ArrayTensors]:
     """Returns the tensors of all arrays, in this library's format."""
     abstract = spec.abstract(params)
-    return [*adapted_tensors(model, targets, abstract), *trained_tensors(model, targets, abstract)]
+    return [
+        *adapted_tensors(model, targets, abstract),
+        *virtual_tensors(abstract),
+        *trained_tensors(model, targets, abstract),
+    ]
 
 
 def _load_peft(folder: FilePath, model: Model, params: Tree) -> tuple[AdapterSpec, AdapterState]:
@@ -184,6 +202,12 @@ def _load_peft(folder: FilePath, model: Model, params: Tree) -> tuple[AdapterSpe
     form = check_peft_config(config, folder / PEFT_CONFIG)
     what = f"the adapter in {folder}, trained on {config.get('base_model_name_or_path')},"
     stored = _open(folder, PEFT_ARRAYS)
+    if issubclass(form, VirtualForm):
+        spec = read_virtual_spec(config, form, stored, what=what)
+        model.check_virtual(spec.abstract(params).trainable)
+        own = form(spec.method)
+        check_virtual_tensor(stored, own, params, what=what)
+        return spec, read_virtual_state(stored, own, spec, params)
     stored, shared = _split_shared(stored, form, what=what)
     stored = drop_base_copies(stored, model, params, what=what)
     stored = drop_tied_tokens(stored, model, what=what)

@@ -13,6 +13,7 @@ import numpy as np
 from peft_jax.adapters import AdapterSpec, AdapterState, Targets
 from peft_jax.adapters.peft_form import NoPeftFormError, PeftForm, nbytes
 from peft_jax.adapters.trainable_tokens import TrainableTokensForm
+from peft_jax.adapters.virtual_form import VirtualForm
 from peft_jax.core import Path, Tree, flatten, is_stacked, join_path
 from peft_jax.hub.adapter_arrays import (
     ArrayTensors,
@@ -20,6 +21,7 @@ from peft_jax.hub.adapter_arrays import (
     check_state,
     tensors_to_write,
     trained_tensors,
+    virtual_tensors,
 )
 from peft_jax.hub.adapter_base import digest_of_origin
 from peft_jax.hub.adapter_digests import digest_arrays
@@ -33,6 +35,7 @@ from peft_jax.hub.peft_config import (
 )
 from peft_jax.hub.peft_experts import check_all_layers, form_of_leaf, wrappers
 from peft_jax.hub.peft_names import PEFT_PREFIX, SHARED_PREFIX
+from peft_jax.hub.peft_virtual import virtual_tensor
 from peft_jax.hub.save import MAX_SHARD_BYTES, save_model
 from peft_jax.hub.tensors import TensorToWrite, read_header, write_tensors
 from peft_jax.models import Model, TrainableModel
@@ -99,6 +102,7 @@ def save_adapter(
     check_adapter_folder(folder)
     params = model.abstract_params()
     targets = spec.targets(params)
+    model.check_virtual(state.trainable)
     check_state(state, spec.abstract(params))
     form, peft_tensors, settings = None, [], {}
     try:
@@ -121,6 +125,7 @@ def save_adapter(
         if not exact:
             arrays = [
                 *adapted_tensors(model, targets, state),
+                *virtual_tensors(state),
                 *trained_tensors(model, targets, state),
             ]
             tensors = list(tensors_to_write(arrays, state))
@@ -280,6 +285,9 @@ def _peft_tensors(
     Raises:
       NoPeftFormError: A module's arrays have no such form.
     """
+    if isinstance(form, VirtualForm):
+        yield virtual_tensor(form, state)
+        return
     flat = flatten(params)
     trees = [
         flatten(tree, is_leaf=lambda path, _: path in targets.adapted)

@@ -9,6 +9,7 @@ from peft_jax.adapters.lora_embedding import LoRAEmbedding
 from peft_jax.adapters.names import matches_name
 from peft_jax.adapters.peft_form import NEUTRAL, PeftForm
 from peft_jax.adapters.trainable_tokens import TokensBesideAdapters, TokensBesideForm
+from peft_jax.adapters.virtual_form import VirtualForm
 from peft_jax.core import Path as TreePath
 from peft_jax.core import did_you_mean, is_experts, is_router, join_path
 from peft_jax.core.typed_settings import convert
@@ -16,6 +17,7 @@ from peft_jax.hub.adapter_arrays import modules_of
 from peft_jax.hub.adapter_files import CONFIG
 from peft_jax.hub.peft_experts import parameter_name, target_parameters
 from peft_jax.hub.peft_names import all_modules, matches_saved, short_names
+from peft_jax.hub.peft_virtual import write_virtual_config
 from peft_jax.models import Model, SequenceClassifier
 from peft_jax.models.naming import CLASSIFIER
 
@@ -69,6 +71,8 @@ def write_peft_config(
       form: PEFT form of the arrays.
       base_model_name: Path of the base, or its name on the hub.
     """
+    if isinstance(form, VirtualForm):
+        return write_virtual_config(model, form, base_model_name=base_model_name)
     modules = all_modules(model)
     whole = [path for path in targets.trained if path not in (*targets.biases, *targets.selected)]
     saved = short_names(model, whole, modules, matches_saved)

@@ -53,6 +53,8 @@ class AttentionLayout:
       packed: Whether a row may hold several segments. False promises one segment per row, padded
         at its end only, so that a causal kernel needs no mask. Static.
       cached: Whether the keys come from a cache. Static.
+      virtual: Number of keys of virtual tokens before those of the tokens, which every query
+        attends to, whatever its segment. Static.
     """
 
     query_start: Any
@@ -67,6 +69,7 @@ class AttentionLayout:
     is_causal: bool = struct.field(pytree_node=False, default=True)
     packed: bool = struct.field(pytree_node=False, default=True)
     cached: bool = struct.field(pytree_node=False, default=False)
+    virtual: int = struct.field(pytree_node=False, default=0)
 
     @classmethod
     def bidirectional(
@@ -97,6 +100,7 @@ class AttentionLayout:
         packed: bool = True,
         score_cap: float | None = None,
         sinks: bool = False,
+        virtual: int = 0,
     ) -> "AttentionLayout":
         """Returns a decoder's layout.
 
@@ -107,12 +111,15 @@ class AttentionLayout:
           packed: Whether a row may hold several segments.
           score_cap: Soft cap of the scores; None for none.
           sinks: Whether each head has a sink.
+          virtual: Number of virtual tokens before the tokens; 0 with a cache, which holds them.
 
         Raises:
           ValueError: A cache is given without `segment_ids`.
         """
         if cache is None:
-            start, key_segments = jnp.zeros((), jnp.int32), segment_ids
+            start, key_segments = jnp.full((), virtual, jnp.int32), segment_ids
+            if virtual and segment_ids is not None:
+                key_segments = jnp.pad(segment_ids, ((0, 0), (virtual, 0)), constant_values=1)
         else:
             if segment_ids is None:
                 raise ValueError("segment_ids is None, but must be given with a cache")
@@ -126,6 +133,7 @@ class AttentionLayout:
             sinks=sinks,
             packed=packed,
             cached=cache is not None,
+            virtual=virtual if cache is None else cache.virtual,
         )
 
     def with_alibi(
@@ -135,11 +143,13 @@ class AttentionLayout:
         cache: KVCache | None,
     ) -> "AttentionLayout":
         """Returns the layout with ALiBi's penalty, for queries at `positions`."""
+        key_positions = positions if cache is None else cache.positions
+        if cache is None and self.virtual:
+            first = jnp.arange(self.virtual, dtype=positions.dtype)
+            first = jnp.broadcast_to(first, (positions.shape[0], self.virtual))
+            key_positions = jnp.concatenate([first, positions], axis=1)
         return dataclasses.replace(
-            self,
-            slopes=slopes,
-            query_positions=positions,
-            key_positions=positions if cache is None else cache.positions,
+            self, slopes=slopes, query_positions=positions, key_positions=key_positions
         )
 
 
@@ -174,7 +184,10 @@ def visible(
         seen &= (distance if layout.is_causal else jnp.abs(distance)) < layout.window
     seen = seen[None]
     if query_segments is not None and key_segments is not None:
-        seen = seen & (query_segments[:, :, None] == key_segments[:, None, :])
+        same = query_segments[:, :, None] == key_segments[:, None, :]
+        if layout.virtual:
+            same |= (key_index < layout.virtual)[None, None, :]
+        seen = seen & same
     return seen
 
 

@@ -22,7 +22,7 @@ from peft_jax.core.product_names import (
     MLP_INPUT,
     MLP_OUTPUT,
 )
-from peft_jax.models.cache import KVCache, LayerCache
+from peft_jax.models.cache import KVCache, LayerCache, VirtualKeys
 from peft_jax.models.chunked_attention import SAVED_NAMES
 from peft_jax.models.execution import ExecutionSettings
 from peft_jax.models.layer_types import Segment, find_segments
@@ -30,7 +30,8 @@ from peft_jax.models.mixed_blocks import MixedBlocks, layers_of_leaves, rows_in
 from peft_jax.parallel import constrain_features
 
 Hidden = Float[Array, "batch tokens embed"]
-RunBlock = Callable[[nnx.Module, Hidden, LayerCache | None], tuple[Hidden, LayerCache | None]]
+RunBlock = Callable[[nnx.Module, Any, LayerCache | None], tuple[Any, LayerCache | None]]
+"""Runs a block on its input, given its layer of the cache."""
 
 _BLOCK_INPUT = "block_input"
 
@@ -49,11 +50,12 @@ def stack_blocks(make: Callable[[], nnx.Module], layers: int) -> nnx.Module:
 def run_blocks(
     blocks: nnx.Module,
     runs: Sequence[RunBlock],
-    hidden: Hidden,
+    hidden: Any,
     *,
     cache: KVCache | None,
     execution: ExecutionSettings,
-) -> tuple[Hidden, KVCache | None]:
+    virtual: VirtualKeys | None = None,
+) -> tuple[Any, KVCache | None]:
     """Passes `hidden` through the blocks in order.
 
     Blocks that are run by the same function are of one type, and of one form. A scan compiles one
@@ -63,15 +65,18 @@ def run_blocks(
       blocks: Stacked blocks.
       runs: For each of the L layers, runs its block, given the block, its input and its layer of
         the cache.
-      hidden: [B, T, D].
+      hidden: [B, T, D], or a tuple of such arrays if `runs` take one.
       cache: Keys and values of earlier tokens, or None. It already holds the positions and
         segments of the new tokens.
       execution: Whether to scan or unroll, and the rematerialization.
+      virtual: Keys and values of virtual tokens in every layer, [L, n, K, H], passed to `runs` in
+        place of the layer's cache; None without.
 
     Returns:
-      [B, T, D], and the cache with every layer's new keys and values.
+      [B, T, D] (or a tuple of such), and the cache with every layer's new keys and values.
     """
-    graphdef, stacked = nnx.split(blocks)
+    graphdef, state = nnx.split(blocks)
+    stacked = (state, virtual)
     start = jnp.zeros((), jnp.int32) if cache is None else cache.length - hidden.shape[1]
 
     def block_of(number: int, state: Any) -> nnx.Module:
@@ -81,14 +86,15 @@ def run_blocks(
 
     def body(number: int, carry: Any, layer: Any) -> tuple[Any, None]:
         hidden, keys_values = carry
-        state, index = layer
-        hidden = checkpoint_name(constrain_features(hidden, "embed"), _BLOCK_INPUT)
-        layer_cache = None
+        (state, layer_cache), index = layer
+        hidden = jax.tree.map(
+            lambda x: checkpoint_name(constrain_features(x, "embed"), _BLOCK_INPUT), hidden
+        )
         if keys_values is not None:
             keys, values = keys_values
             layer_cache = LayerCache(keys=keys, values=values, layer=index, start=start)
         hidden, layer_cache = runs[number](block_of(number, state), hidden, layer_cache)
-        if layer_cache is not None:
+        if keys_values is not None and layer_cache is not None:
             keys_values = (layer_cache.keys, layer_cache.values)
         return (hidden, keys_values), None
 
@@ -171,15 +177,17 @@ def _scan_segment(
 def _need_no_gradient(stacked: Any) -> list[bool]:
     """Returns for each leaf whether training with adapters keeps it frozen.
 
-    If any kernel is adapted, these are all leaves but the adapters' arrays. A leaf that is trained
-    along with adapters gets its gradient too, though more slowly.
+    If any kernel is adapted, or there are virtual tokens, these are all leaves but the adapters'
+    arrays. A leaf that is trained along with them gets its gradient too, though more slowly.
     """
-    nodes = jax.tree.leaves(stacked, is_leaf=_is_adapted)
-    if not any(map(_is_adapted, nodes)):
+    nodes = jax.tree.leaves(stacked, is_leaf=_is_trained)
+    if not any(map(_is_trained, nodes)):
         return [False] * len(jax.tree.leaves(stacked))
 
     def mark(node: Any) -> Any:
-        if not _is_adapted(node):
+        if isinstance(node, VirtualKeys):
+            return jax.tree.map(lambda _: False, node)
+        if not _is_trained(node):
             return jax.tree.map(lambda _: True, node)
         arrays = jax.tree.map(lambda _: False, node)
         return dataclasses.replace(arrays, base=mark(node.base))
@@ -187,8 +195,8 @@ def _need_no_gradient(stacked: Any) -> list[bool]:
     return [one for node in nodes for one in jax.tree.leaves(mark(node))]
 
 
-def _is_adapted(node: Any) -> bool:
-    return isinstance(node, AdaptedKernel)
+def _is_trained(node: Any) -> bool:
+    return isinstance(node, AdaptedKernel | VirtualKeys)
 
 
 def unstack(stacked: Any, layers: int) -> list[Any]:

@@ -7,6 +7,8 @@ Source: BigScience Workshop, 2022, arXiv 2211.05100.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +20,11 @@ from peft_jax.core.scopes import part
 from peft_jax.core.validation import check_positive, check_positive_int
 from peft_jax.models.attention import make_attention
 from peft_jax.models.attention_layout import Attend, AttentionLayout, alibi_slopes
-from peft_jax.models.blocks import run_blocks, stack_blocks
+from peft_jax.models.blocks import RunBlock, run_blocks, stack_blocks
 from peft_jax.models.cache import KVCache, LayerCache
 from peft_jax.models.execution import ExecutionSettings
 from peft_jax.models.layers import Embedding, LayerNorm, Linear, recomputed
+from peft_jax.models.virtual_inputs import CausalDecoder
 
 Hidden = Float[Array, "batch tokens embed"]
 
@@ -144,7 +147,7 @@ class BloomBlock(nnx.Module):
         return (normed if after_norm else x) + self.mlp(normed), cache
 
 
-class Bloom(nnx.Module):
+class Bloom(CausalDecoder):
     """The decoder: embedding and its norm, blocks, final norm, head.
 
     Args:
@@ -171,34 +174,52 @@ class Bloom(nnx.Module):
                 stddev=stddev,
             )
 
-    def __call__(
+    def embed(self, tokens: Int[Array, "batch tokens"]) -> Hidden:
+        """Returns the embeddings of tokens, in the compute dtype."""
+        return self.word_embeddings(tokens, self.execution.dtype)
+
+    def block_input(self, embedded: Hidden, positions: Int[Array, "batch tokens"]) -> Hidden:
+        """Returns the norm of the embeddings."""
+        del positions
+        return self.word_embeddings_layernorm(embedded)
+
+    def runs(
         self,
-        tokens: Int[Array, "batch tokens"],
         positions: Int[Array, "batch tokens"],
         segment_ids: Int[Array, "batch tokens"] | None,
         cache: KVCache | None,
         packed: bool,
-    ) -> tuple[Hidden, KVCache | None]:
-        """Returns the hidden states after the final norm, and the updated cache if one is given."""
+        *,
+        virtual: int = 0,
+        longest: Any = None,
+    ) -> Sequence[RunBlock]:
+        """Returns the function that runs each layer's block, the same for all layers."""
+        del longest
+        tokens = positions.shape[1]
         slopes = jnp.asarray(alibi_slopes(self.config.num_heads))[:, None]
-        layout = AttentionLayout.causal(segment_ids, cache, packed=packed)
-        layout = layout.with_alibi(slopes, positions, cache)
+        layout = AttentionLayout.causal(segment_ids, cache, packed=packed, virtual=virtual)
         attend = make_attention(
-            layout,
-            tokens=tokens.shape[1],
-            keys=tokens.shape[1] if cache is None else cache.slots,
+            layout.with_alibi(slopes, positions, cache),
+            tokens=tokens,
+            keys=tokens + virtual if cache is None else cache.slots,
             head_dim=self.config.head_dim,
             execution=self.execution,
         )
-        embedded = self.word_embeddings(tokens, self.execution.dtype)
-        hidden, cache = run_blocks(
-            self.layers,
-            [lambda block, x, layer_cache: block(x, attend, layer_cache)] * self.config.num_layers,
-            self.word_embeddings_layernorm(embedded),
-            cache=cache,
-            execution=self.execution,
+        return [lambda block, x, layer_cache: block(x, attend, layer_cache)] * (
+            self.config.num_layers
         )
-        return self.ln_f(hidden), cache
+
+    def run(
+        self, runs: Sequence[RunBlock], hidden: Any, cache: KVCache | None, keys: Any = None
+    ) -> tuple[Any, KVCache | None]:
+        """Passes the first block's input through all blocks."""
+        return run_blocks(
+            self.layers, runs, hidden, cache=cache, execution=self.execution, virtual=keys
+        )
+
+    def finish(self, hidden: Hidden) -> Hidden:
+        """Returns the final norm of the last block's output."""
+        return self.ln_f(hidden)
 
     def head_kernel(self) -> Kernel:
         """Returns the head, [embed, vocab]; if tied, the transposed embedding."""

@@ -29,6 +29,7 @@ class KVCache:
       segment_ids: [B, S], 0 where a slot is empty or padding.
       length: Number of slots written, a scalar.
       next_position: [B], position of each row's next token.
+      virtual: Number of virtual tokens, whose keys and values are in the first slots; static.
     """
 
     keys: Any
@@ -37,6 +38,7 @@ class KVCache:
     segment_ids: Any
     length: Any
     next_position: Any
+    virtual: int = struct.field(pytree_node=False, default=0)
 
     @classmethod
     def empty(
@@ -60,6 +62,25 @@ class KVCache:
             segment_ids=jnp.zeros((batch, slots), jnp.int32),
             length=jnp.zeros((), jnp.int32),
             next_position=jnp.zeros((batch,), jnp.int32),
+        )
+
+    def begin_with(
+        self,
+        keys: Float[Array, "layers virtual kv_heads head_dim"],
+        values: Float[Array, "layers virtual kv_heads head_dim"],
+    ) -> "KVCache":
+        """Returns the empty cache with virtual tokens in the first slots of every row."""
+        count, rows = keys.shape[1], self.positions.shape[0]
+        whole = jnp.full((rows,), count, jnp.int32)
+        return dataclasses.replace(
+            self,
+            keys=self.keys.at[:, :, :count].set(keys[:, None].astype(self.keys.dtype)),
+            values=self.values.at[:, :, :count].set(values[:, None].astype(self.values.dtype)),
+            positions=self.positions.at[:, :count].set(jnp.arange(count, dtype=jnp.int32)),
+            segment_ids=self.segment_ids.at[:, :count].set(1),
+            length=jnp.full((), count, jnp.int32),
+            next_position=whole,
+            virtual=count,
         )
 
     @property
@@ -133,3 +154,55 @@ class LayerCache:
             for array in (self.keys, self.values)
         )
         return keys.astype(dtype), values.astype(dtype)
+
+
+@struct.dataclass
+class VirtualKeys(LayerCache):
+    """One layer's keys and values of virtual tokens, to which those of a row's tokens are appended.
+
+    It serves a block in place of a `LayerCache`, without slots: training has no cache.
+
+    Attributes:
+      keys: [n, K, H], the same for all rows; None before the virtual tokens have passed the layer.
+      values: [n, K, H], or None.
+      layer: None.
+      start: None.
+    """
+
+    keys: Any = None
+    values: Any = None
+    layer: Any = None
+    start: Any = None
+
+    def append(
+        self,
+        keys: Float[Array, "batch tokens kv_heads head_dim"],
+        values: Float[Array, "batch tokens kv_heads head_dim"],
+    ) -> "VirtualKeys":
+        """Returns all keys and values [B, n + T, K, H]; without others, those of the only row."""
+        if self.keys is None:
+            return VirtualKeys(keys=keys[0], values=values[0])
+        rows = keys.shape[:1]
+        return VirtualKeys(
+            keys=_after(jnp.broadcast_to(self.keys, (*rows, *self.keys.shape)), keys),
+            values=_after(jnp.broadcast_to(self.values, (*rows, *self.values.shape)), values),
+        )
+
+    def read(
+        self, dtype: jnp.dtype
+    ) -> tuple[
+        Float[Array, "batch slots kv_heads head_dim"],
+        Float[Array, "batch slots kv_heads head_dim"],
+    ]:
+        """Returns the keys and values in `dtype`, with an axis of rows."""
+        keys, values = (
+            array if array.ndim == 4 else array[None] for array in (self.keys, self.values)
+        )
+        return keys.astype(dtype), values.astype(dtype)
+
+
+def _after(
+    virtual: Float[Array, "batch virtual kv_heads head_dim"],
+    own: Float[Array, "batch tokens kv_heads head_dim"],
+) -> Float[Array, "batch keys kv_heads head_dim"]:
+    return jnp.concatenate([virtual.astype(own.dtype), own], axis=1)

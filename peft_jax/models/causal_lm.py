@@ -4,14 +4,14 @@ B batch, T tokens, D embed, V vocab.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
 from kernels_pallas.dispatch import use_implementation
-from peft_jax.core import Kernel, Tree
+from peft_jax.core import VIRTUAL, Kernel, Tree, VirtualTokens
 from peft_jax.models.cache import KVCache
 from peft_jax.models.logit_rule import PRODUCTS, LogitRule, head_products
 from peft_jax.models.model import Model
@@ -20,6 +20,8 @@ from peft_jax.models.model import Model
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CausalLM(Model):
     """A decoder-only language model that maps tokens to hidden states and logits; see `Model`."""
+
+    takes_virtual_tokens: ClassVar[bool] = True
 
     def hidden_states(
         self,
@@ -37,7 +39,8 @@ class CausalLM(Model):
           params: Parameters.
           tokens: [B, T].
           positions: [B, T], for rotary embeddings or ALiBi. By default they count from 0 at the
-            start of each segment or, with a cache, continue from each row's last token.
+            start of each segment or, with a cache, continue from each row's last token. Virtual
+            tokens are not counted.
           segment_ids: [B, T]; 0 is padding, 1 and up number the sequences packed into a row, which
             do not attend to each other. By default a row is one sequence.
           cache: Keys and values of earlier tokens; the new ones are written after them. The caller
@@ -49,9 +52,18 @@ class CausalLM(Model):
           [B, T, D] in the compute dtype, and the updated cache, or None without one.
 
         Raises:
-          ValueError: The parameters do not fit the model, or T exceeds the cache's slots.
+          ValueError: The parameters do not fit the model, T exceeds the cache's slots, or virtual
+            tokens are bound, but the cache does not begin with them (see `start_cache`).
         """
+        virtual: VirtualTokens | None = params.get(VIRTUAL)
+        count = 0 if virtual is None else virtual.count
         if cache is not None:
+            if cache.virtual != count:
+                raise ValueError(
+                    f"the parameters have {count} virtual tokens, but the cache begins with"
+                    f" {cache.virtual}; make it by start_cache, with the same parameters"
+                )
+            virtual = None
             if tokens.shape[1] > cache.slots:
                 raise ValueError(
                     f"there are {tokens.shape[1]} tokens per row, but the cache has"
@@ -59,13 +71,22 @@ class CausalLM(Model):
                 )
             if segment_ids is None:
                 segment_ids = jnp.ones_like(tokens)
+            self._check_windows(count, cache.slots)
             if positions is None:
                 positions = cache.next_positions(segment_ids)
+            elif count:
+                positions = positions + count
             cache = cache.append_tokens(positions, segment_ids)
-        elif positions is None:
-            positions = default_positions(tokens, segment_ids)
+        else:
+            self.check_virtual_rows(
+                count, tokens.shape[1], of_one_segment=segment_ids is None or not packed
+            )
+            if positions is None:
+                positions = default_positions(tokens, segment_ids)
+            if count:
+                positions = positions + count
         with use_implementation(self.execution.kernels):
-            return self._bind(params)(tokens, positions, segment_ids, cache, packed)
+            return self._bind(params)(tokens, positions, segment_ids, cache, packed, virtual)
 
     def head_kernel(self, params: Tree) -> Kernel:
         """Returns the head, [D, V]; if tied, the transposed embedding."""
@@ -93,6 +114,58 @@ class CausalLM(Model):
         """Returns the logits of `tokens`; see `hidden_states` for the arguments."""
         hidden, _ = self.hidden_states(params, tokens, positions=positions, segment_ids=segment_ids)
         return self.logits(params, hidden)
+
+    def check_virtual_rows(self, virtual: int, tokens: int, *, of_one_segment: bool) -> None:
+        """Rejects rows that do not fit after virtual tokens.
+
+        Args:
+          virtual: Number of virtual tokens.
+          tokens: Number of tokens of a row, without the virtual tokens.
+          of_one_segment: Whether rows hold one segment each, padded at its end.
+
+        Raises:
+          ValueError: There are virtual tokens, and the model has no positions for such rows, or
+            they may hold several segments, and a sliding window is shorter than they are.
+        """
+        longest = getattr(self.config, "max_tokens", None)
+        if virtual and longest is not None and virtual + tokens > longest:
+            raise ValueError(
+                f"rows of {tokens} tokens after {virtual} virtual tokens are too long, because the"
+                f" model has positions for {longest}"
+            )
+        if not of_one_segment:
+            self._check_windows(virtual, virtual + tokens)
+
+    def _check_windows(self, virtual: int, tokens: int) -> None:
+        """Rejects sliding windows that would count what lies between virtual tokens and a text."""
+        kinds = getattr(self.config, "layer_types", ())
+        windows = [kind.window for kind in kinds if kind.window is not None]
+        if virtual and windows and min(windows) < tokens:
+            raise ValueError(
+                f"the model has a sliding window of {min(windows)} tokens, but rows have {tokens}"
+                f" with the {virtual} virtual tokens, and other texts or padding may lie between"
+                " them; train with data.packing off, or on shorter rows, and generate shorter texts"
+            )
+
+    def start_cache(
+        self, params: Tree, batch: int, length: int, dtype: Any = jnp.float32
+    ) -> KVCache:
+        """Returns a cache for `batch` rows of up to `length` tokens, after any virtual tokens.
+
+        Args:
+          params: Parameters. If virtual tokens are bound, the cache begins with their keys and
+            values, in slots of their own.
+          batch: Number of rows.
+          length: Number of tokens that a row can hold.
+          dtype: Dtype of keys and values.
+        """
+        virtual: VirtualTokens | None = params.get(VIRTUAL)
+        if virtual is None:
+            return self.init_cache(batch, length, dtype)
+        slots = virtual.count + length
+        with use_implementation(self.execution.kernels):
+            keys, values = self._bind(params).virtual_keys(virtual, slots=slots)
+        return self.init_cache(batch, slots, dtype).begin_with(keys, values)
 
     def init_cache(self, batch: int, length: int, dtype: Any = jnp.float32) -> KVCache:
         """Returns an empty cache for `batch` rows of up to `length` tokens."""

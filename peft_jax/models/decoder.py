@@ -10,7 +10,7 @@ dimension, V vocab.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -21,13 +21,14 @@ from peft_jax.core import Kernel
 from peft_jax.core.validation import check_positive, check_positive_int
 from peft_jax.models.attention import make_attention
 from peft_jax.models.attention_layout import Attend, AttentionLayout
-from peft_jax.models.blocks import run_blocks, stack_blocks
+from peft_jax.models.blocks import RunBlock, run_blocks, stack_blocks
 from peft_jax.models.cache import KVCache
 from peft_jax.models.execution import ExecutionSettings
 from peft_jax.models.layer_types import LayerType
 from peft_jax.models.layers import Embedding, Linear
 from peft_jax.models.logit_rule import PRODUCTS, LogitRule
 from peft_jax.models.mixed_blocks import MixedBlocks
+from peft_jax.models.virtual_inputs import CausalDecoder
 
 Hidden = Float[Array, "batch tokens embed"]
 Rotation = tuple[Float32[Array, "batch tokens pairs"], Float32[Array, "batch tokens pairs"]]
@@ -132,7 +133,7 @@ class Surroundings:
     rotation: Rotation | None
 
 
-class Decoder(nnx.Module):
+class Decoder(CausalDecoder):
     """Embedding, blocks, final norm and head.
 
     A family is a subclass that sets `block`, or `forms` of blocks by name, and `make_norm`, which
@@ -182,35 +183,39 @@ class Decoder(nnx.Module):
         """Returns the final norm."""
         raise NotImplementedError
 
-    def embed(
-        self, tokens: Int[Array, "batch tokens"], positions: Int[Array, "batch tokens"]
-    ) -> Hidden:
-        """Returns the first block's input, in the compute dtype."""
-        del positions
+    def embed(self, tokens: Int[Array, "batch tokens"]) -> Hidden:
+        """Returns the embeddings of tokens, in the compute dtype."""
         return getattr(self, self.embedding_name)(tokens, self.execution.dtype)
 
-    def __call__(
+    def runs(
         self,
-        tokens: Int[Array, "batch tokens"],
         positions: Int[Array, "batch tokens"],
         segment_ids: Int[Array, "batch tokens"] | None,
         cache: KVCache | None,
         packed: bool,
-    ) -> tuple[Hidden, KVCache | None]:
-        """Returns the hidden states after the final norm, and the updated cache if one is given."""
-        around = self._surroundings(positions, segment_ids, cache, packed)
+        *,
+        virtual: int = 0,
+        longest: Any = None,
+    ) -> Sequence[RunBlock]:
+        """Returns the function that runs each layer's block; one for all layers of a type."""
+        around = self._surroundings(positions, segment_ids, cache, packed, virtual, longest)
         runs = {
             kind: lambda block, x, layer_cache, own=own: block(x, own, layer_cache)
             for kind, own in around.items()
         }
-        hidden, cache = run_blocks(
-            self.layers,
-            [runs[kind] for kind in self.config.layers],
-            self.embed(tokens, positions),
-            cache=cache,
-            execution=self.execution,
+        return [runs[kind] for kind in self.config.layers]
+
+    def run(
+        self, runs: Sequence[RunBlock], hidden: Any, cache: KVCache | None, keys: Any = None
+    ) -> tuple[Any, KVCache | None]:
+        """Passes the first block's input through all blocks."""
+        return run_blocks(
+            self.layers, runs, hidden, cache=cache, execution=self.execution, virtual=keys
         )
-        return getattr(self, self.norm_name)(hidden), cache
+
+    def finish(self, hidden: Hidden) -> Hidden:
+        """Returns the final norm of the last block's output."""
+        return getattr(self, self.norm_name)(hidden)
 
     def _surroundings(
         self,
@@ -218,9 +223,12 @@ class Decoder(nnx.Module):
         segment_ids: Int[Array, "batch tokens"] | None,
         cache: KVCache | None,
         packed: bool,
+        virtual: int,
+        longest: Any,
     ) -> dict[LayerType, Surroundings]:
         """Returns the surroundings of each type; equal windows and rotations are shared."""
         config, tokens = self.config, positions.shape[1]
+        keys = tokens + virtual if cache is None else cache.slots
         kinds = tuple(dict.fromkeys(config.layers))
         attends = {
             window: make_attention(
@@ -231,18 +239,20 @@ class Decoder(nnx.Module):
                     packed=packed,
                     score_cap=config.score_cap,
                     sinks=config.attention_sinks,
+                    virtual=virtual,
                 ),
                 tokens=tokens,
-                keys=tokens if cache is None else cache.slots,
+                keys=keys,
                 head_dim=config.head_dim,
                 value_dim=config.value_dim,
                 execution=self.execution,
             )
             for window in dict.fromkeys(kind.window for kind in kinds)
         }
-        slots = None if cache is None else cache.slots
+        if longest is None and cache is not None:
+            longest = cache.slots
         rotations = {
-            rotary: None if rotary is None else rotary.tables(positions, slots=slots)
+            rotary: None if rotary is None else rotary.tables(positions, slots=longest)
             for rotary in dict.fromkeys(kind.rotary for kind in kinds)
         }
         return {

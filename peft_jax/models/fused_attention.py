@@ -76,6 +76,8 @@ def why_not_fused(
         return "it does not support a soft cap of the scores"
     if layout.sinks:
         return "it does not support sinks"
+    if layout.virtual:
+        return "it does not support virtual tokens"
     if layout.cached or tokens != keys:
         return "it does not support keys from a cache"
     if _needs_mask(layout) and tokens > MAX_MASKED_TOKENS:

@@ -110,11 +110,9 @@ class Gemma(Decoder):
         """Returns the final norm."""
         return gemma_norm(config.hidden_size, config)
 
-    def embed(
-        self, tokens: Int[Array, "batch tokens"], positions: Int[Array, "batch tokens"]
-    ) -> Hidden:
-        """Returns the first block's input, in the compute dtype, which √D is rounded to first."""
-        embedded = super().embed(tokens, positions)
+    def embed(self, tokens: Int[Array, "batch tokens"]) -> Hidden:
+        """Returns the scaled embeddings, in the compute dtype, which √D is rounded to first."""
+        embedded = super().embed(tokens)
         root = jnp.asarray(self.config.hidden_size**0.5, embedded.dtype)
         return embedded * root
 

@@ -110,19 +110,16 @@ class GPT2(Decoder):
         """Returns the final norm."""
         return LayerNorm(config.hidden_size, epsilon=config.norm_epsilon)
 
-    def embed(
-        self, tokens: Int[Array, "batch tokens"], positions: Int[Array, "batch tokens"]
-    ) -> Hidden:
-        """Returns the first block's input, in the compute dtype.
+    def block_input(self, embedded: Hidden, positions: Int[Array, "batch tokens"]) -> Hidden:
+        """Returns the embeddings plus those of their positions.
 
         Raises:
           ValueError: There are more tokens than positions.
         """
         longest = self.config.max_tokens
-        if tokens.shape[1] > longest:
+        if embedded.shape[1] > longest:
             raise ValueError(
-                f"there are {tokens.shape[1]} tokens per row, but the model has positions for"
+                f"there are {embedded.shape[1]} tokens per row, but the model has positions for"
                 f" {longest}"
             )
-        embedded = super().embed(tokens, positions)
         return embedded + self.wpe(positions, embedded.dtype)

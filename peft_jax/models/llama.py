@@ -101,10 +101,8 @@ class Llama(Decoder):
         """Returns the final norm."""
         return RMSNorm(config.hidden_size, epsilon=config.norm_epsilon)
 
-    def embed(
-        self, tokens: Int[Array, "batch tokens"], positions: Int[Array, "batch tokens"]
-    ) -> Hidden:
-        """Returns the first block's input, in the compute dtype."""
-        embedded = super().embed(tokens, positions)
+    def block_input(self, embedded: Hidden, positions: Int[Array, "batch tokens"]) -> Hidden:
+        """Returns the scaled embeddings."""
+        del positions
         scale = self.config.embedding_scale
         return embedded if scale == 1.0 else scaled(embedded, scale)

@@ -62,7 +62,8 @@ def _set_at(module: nnx.Module, path: tuple[Any, ...], variable: nnx.Variable) -
 def layers_of_leaves(stacked: Any) -> list[tuple[int, ...]]:
     """Returns the layers that each array of stacked parameters has rows for; () for all."""
     variables = jax.tree.leaves(stacked, is_leaf=lambda node: isinstance(node, nnx.Variable))
-    return [one.layers for one in variables for _ in jax.tree.leaves(one)]
+    # Arrays that are no parameters, such as keys of virtual tokens, belong to all layers.
+    return [getattr(one, "layers", ()) for one in variables for _ in jax.tree.leaves(one)]
 
 
 def rows_in(layers: tuple[int, ...], segment: Segment) -> tuple[int, tuple[int | None, ...]]:

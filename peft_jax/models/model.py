@@ -17,6 +17,7 @@ from qwix import QArray
 from peft_jax.core import (
     FORMATS,
     STACKED,
+    VIRTUAL,
     Path,
     Tree,
     abstract_quantized,
@@ -214,7 +215,8 @@ class Model(TrainableModel):
           ValueError: A leaf is missing or unknown.
         """
         graphdef, variables = _template(self.family, self.config, self.execution)
-        leaves = flatten(params)
+        self.check_virtual(params)
+        leaves = {path: leaf for path, leaf in flatten(params).items() if path != (VIRTUAL,)}
         if leaves.keys() != variables.keys():
             raise_leaf_mismatch(set(leaves), set(variables))
         state = {path: variable.replace(leaves[path]) for path, variable in variables.items()}

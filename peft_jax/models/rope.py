@@ -271,7 +271,10 @@ class RotarySettings:
         return self.theta ** (-2.0 * pairs / self.head_dim)
 
     def tables(
-        self, positions: Int[Array, "batch tokens"], *, slots: int | None = None
+        self,
+        positions: Int[Array, "batch tokens"],
+        *,
+        slots: int | Int[Array, ""] | None = None,
     ) -> tuple[Float32[Array, "batch tokens pairs"], Float32[Array, "batch tokens pairs"]]:
         """Returns cosines and sines [B, T, head_dim/2], times the scaling's magnitude.
 
@@ -281,7 +284,8 @@ class RotarySettings:
 
         Args:
           positions: [B, T].
-          slots: Number of slots of the cache; None without one.
+          slots: Number of slots of the cache, or of positions of longer rows beside these; None
+            without them.
         """
         frequencies = jnp.asarray(self.frequencies(), jnp.float32)
         if isinstance(self.scaling, LongRopeScaling):

@@ -67,6 +67,8 @@ def why_not_splash(
             return f"the head dimension must be a multiple of 64, but is {dim}"
     if layout.slopes is not None:
         return "it does not support ALiBi"
+    if layout.virtual:
+        return "it does not support virtual tokens"
     if layout.cached or tokens != keys:
         return "it does not support keys from a cache"
     if tokens % _LANES:

@@ -1,12 +1,12 @@
 """Interface of models that can be trained: those of this library, and Flax modules of one's own."""
 
 import abc
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NoReturn
 
 import jax.numpy as jnp
 
-from peft_jax.core import Path, Tree, did_you_mean, flatten
+from peft_jax.core import VIRTUAL, Path, Tree, did_you_mean, flatten
 from peft_jax.models.execution import ExecutionSettings
 from peft_jax.models.naming import HFTensor
 
@@ -21,6 +21,20 @@ class TrainableModel(abc.ABC):
 
     execution: ExecutionSettings
     origin: str
+    takes_virtual_tokens: ClassVar[bool] = False
+    """Whether virtual tokens can come before the tokens: in causal language models."""
+
+    def check_virtual(self, params: Mapping[str, Any]) -> None:
+        """Raises ValueError if virtual tokens are bound to a model that takes none.
+
+        Args:
+          params: Parameters, or an adapter's trainable arrays.
+        """
+        if VIRTUAL in params and not self.takes_virtual_tokens:
+            raise ValueError(
+                f"virtual tokens are for causal language models of this library, and"
+                f" {self.model_type} is none; choose a method that adapts kernels, such as lora"
+            )
 
     @property
     @abc.abstractmethod

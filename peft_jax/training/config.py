@@ -310,6 +310,11 @@ class RunConfig:
                 " trains every parameter, but quantized weights cannot be trained: use an adapter's"
                 " method, or model.quantization none"
             )
+        if self.export.merged and not self.spec.method.merges:
+            raise ValueError(
+                f"export.merged is true, but {self.spec.method.name} trains virtual tokens, which"
+                " cannot be merged; leave it out, and use adapter/"
+            )
         if not self.spec.method.branches:
             changed = differences(to_mapping(MixingSettings()), to_mapping(self.mixing))
             for name in changed:

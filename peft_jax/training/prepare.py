@@ -8,13 +8,20 @@ from typing import Any
 
 import jax
 
-from peft_jax.adapters import AdapterSpec, ParameterCount, count_parameters, trainable_table
+from peft_jax.adapters import (
+    AdapterSpec,
+    ParameterCount,
+    VirtualMethod,
+    count_parameters,
+    trainable_table,
+)
 from peft_jax.cost.memory import check_fits, device_memory, gib
 from peft_jax.data import EvalData, TrainData, build_data, get_recipe
 from peft_jax.hub import find_folder, read_config
 from peft_jax.hub.load import open_sources
 from peft_jax.hub.tokenizer import load_tokenizer
 from peft_jax.models import (
+    CausalLM,
     Model,
     SequenceClassifier,
     build_classifier,
@@ -177,6 +184,11 @@ def train_head(spec: AdapterSpec, model: Model) -> AdapterSpec:
 
 def _check_positions(config: RunConfig, model: Model) -> None:
     """Rejects rows longer than the model's learned positions, if it has any."""
+    if isinstance(config.spec.method, VirtualMethod) and isinstance(model, CausalLM):
+        count = config.spec.method.num_virtual_tokens
+        model.check_virtual_rows(
+            count, config.train.max_length, of_one_segment=not config.data.packing
+        )
     limit = getattr(model.config, "max_tokens", None)
     if limit is not None and config.train.max_length > limit:
         raise ValueError(

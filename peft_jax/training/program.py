@@ -350,6 +350,7 @@ def lay_out(
     tokens = {} if length is None else {"sequence": length}
     check_divides(model.shardable_sizes() | tokens, mesh, rules)
     adapter = spec.abstract(params)
+    model.check_virtual(adapter.trainable)
     axes = spec.axes(params, model.logical_axes())
     trainable = _with_shardings(adapter.trainable, axes.trainable, mesh, rules)
     state = abstract_state(adapter.trainable, optimizer)

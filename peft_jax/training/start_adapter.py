@@ -21,6 +21,8 @@ _OF_TRAINING = frozenset(
         "gamma",
         "convention",
         "gradient_init",
+        "start",
+        "start_tokens",
     }
 )
 """Settings of methods that do not change what an adapter computes."""

@@ -30,6 +30,13 @@ SETTINGS = {
     "llama": ("Llama", LLAMA),
     "llama tied": ("Llama", LLAMA | {"tie_word_embeddings": True}),
     "bloom": ("Bloom", BLOOM),
+    "gpt2": ("GPT2", {"vocab_size": 37, "n_embd": 16, "n_layer": 2, "n_head": 4}),
+    # Layers of two types; embeddings of tokens are scaled, those of virtual tokens are not.
+    "gemma2": ("Gemma2", LLAMA | {"head_dim": 8, "sliding_window": 32}),
+    # One map to queries, keys and values of grouped heads.
+    "phi3": ("Phi3", LLAMA | {"pad_token_id": 0}),
+    # Both kinds of embeddings are scaled.
+    "granite": ("Granite", LLAMA | {"embedding_multiplier": 3.0}),
 }
 
 
@@ -78,7 +85,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Base]:
 
         if name not in made:
             kind, settings = SETTINGS[name]
-            module = getattr(transformers, f"{kind}ForCausalLM")(
+            ending = "LMHeadModel" if kind == "GPT2" else "ForCausalLM"
+            module = getattr(transformers, f"{kind}{ending}")(
                 getattr(transformers, f"{kind}Config")(**settings)
             ).eval()
             generator = torch.Generator().manual_seed(0)

@@ -447,7 +447,7 @@ def test_unknown_peft_settings_and_methods_are_rejected(base, tmp_path):
     config = json.loads(file.read_text())
     for change, message in (
         ({"use_new_trick": True}, r"use_new_trick = True"),
-        ({"peft_type": "PROMPT_TUNING"}, r"peft_type = 'PROMPT_TUNING'.*BOFT, .*LORA"),
+        ({"peft_type": "CPT"}, r"peft_type = 'CPT'.*BOFT, .*LORA"),
         (
             {"task_type": "FEATURE_EXTRACTION"},
             r"task_type = 'FEATURE_EXTRACTION'",
