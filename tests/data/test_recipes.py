@@ -69,7 +69,7 @@ TSV_FILES = {
 
 
 def test_all_recipes_are_registered():
-    assert set(RECIPES) == {*HUB_ROWS, "chat", "flores", "text"}
+    assert set(RECIPES) == {*HUB_ROWS, "chat", "flores", "metamath", "text"}
     with pytest.raises(ValueError, match="did you mean 'gsm8k'"):
         get_recipe("gsm8")
 

@@ -54,6 +54,7 @@ LINES = [
     ([*EVALUATE, "--tasks=nothing"], "there is no task 'nothing'"),
     (["-m", "eval.study", "--config=/nowhere.py"], "/nowhere.py"),
     (["-m", "eval.study", "--config=configs/study_cpu.py", "--only=("], "--only"),
+    (["-m", "eval.metamath", "--config=metamath.py:lroa", "--workdir=/nowhere/x"], "lora"),
     (["-m", "examples.demo", "--config=lroa"], "lora"),
 ]
 

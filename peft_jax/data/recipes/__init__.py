@@ -7,6 +7,7 @@ from peft_jax.data.recipes.flores import FLORES
 from peft_jax.data.recipes.glue import GLUE
 from peft_jax.data.recipes.gsm8k import GSM8K
 from peft_jax.data.recipes.instructions import ALPACA
+from peft_jax.data.recipes.metamath import METAMATH
 from peft_jax.data.recipes.text import TEXT
 from peft_jax.data.recipes.xnli import XNLI
 
@@ -15,6 +16,7 @@ RECIPES: dict[str, Recipe] = {
     for recipe in (
         *GLUE,
         GSM8K,
+        METAMATH,
         ALPACA,
         CHAT,
         XNLI,

@@ -1,0 +1,8 @@
+"""Runs `python -m eval.metamath`; see `eval.metamath.command`."""
+
+import sys
+
+from .command import main
+
+if __name__ == "__main__":
+    sys.exit(main())
