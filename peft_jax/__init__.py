@@ -7,8 +7,8 @@
 - Methods, each over one kernel: `LoRA`, `DoRA`, `LoRAFA`, `AdaLoRA`, `LoRAGA`, `LoRAOne`,
   `EVA` (with `redistribute_ranks`), `PiSSA`, `OLoRA`, `LoHa`, `LoKr`, `MiSS`, `VeRA`,
   `RandLora`, `FourierFT`, `IA3`, `BOFT`, `OFT`, `HRA`, `Unitary`, `Hybrid`; `TrainableTokens`,
-  `LNTuning`, `Full`; inputs in place of kernels: `PromptTuning`, `PrefixTuning`; your own:
-  `AdapterMethod`, `register_method`.
+  `LNTuning`, `Full`; inputs in place of kernels: `PromptTuning`, `PTuning`,
+  `PrefixTuning`; your own: `AdapterMethod`, `register_method`.
 - Flax modules of your own: `adapt` makes a model of a Linen or an NNX module, whose code stays as
   it is.
 - Adapters over a whole model: `AdapterSpec` makes and binds an `AdapterState`; `merge`,
@@ -62,6 +62,7 @@ if TYPE_CHECKING:
         PiSSA,
         PrefixTuning,
         PromptTuning,
+        PTuning,
         RandLora,
         TrainableTokens,
         Unitary,
@@ -124,6 +125,7 @@ _HOMES = {
         "LoRAOne",
         "MiSS",
         "OLoRA",
+        "PTuning",
         "PiSSA",
         "PrefixTuning",
         "PromptTuning",
@@ -198,6 +200,7 @@ __all__ = [
     "MiSS",
     "MixingSettings",
     "OLoRA",
+    "PTuning",
     "PiSSA",
     "PrefixTuning",
     "PromptTuning",

@@ -4,7 +4,7 @@ Methods over one kernel: `LoRA`, `DoRA`, `LoRAFA`, `AdaLoRA`, `LoRAGA`, `LoRAOne
 `OLoRA`, `LoHa`, `LoKr`, `MiSS`, `VeRA`, `RandLora`, `FourierFT`, `IA3`, `BOFT`, `OFT`, `HRA`,
 `Unitary` and `Hybrid`.
 `TrainableTokens` trains rows of an embedding. `LNTuning` and `Full` train the model's own leaves.
-`PromptTuning` and `PrefixTuning` train virtual tokens before every sequence.
+`PromptTuning`, `PTuning` and `PrefixTuning` train virtual tokens before every sequence.
 `AdapterSpec` initializes, binds and merges an `AdapterState` over a model:
 
     spec = AdapterSpec(method=LoRA(rank=8))
@@ -41,6 +41,7 @@ from peft_jax.adapters.lora_start import OLoRA, PiSSA
 from peft_jax.adapters.method import AdapterMethod, GradientFactors, InputFactors, TrainingMethod
 from peft_jax.adapters.miss import MiSS
 from peft_jax.adapters.oft import OFT
+from peft_jax.adapters.p_tuning import PTuning
 from peft_jax.adapters.prefix_tuning import PrefixTuning
 from peft_jax.adapters.prompt_tuning import PromptTuning
 from peft_jax.adapters.randlora import RandLora
@@ -94,6 +95,7 @@ __all__ = [
     "LoRAOne",
     "MiSS",
     "OLoRA",
+    "PTuning",
     "ParameterCount",
     "PiSSA",
     "PrefixTuning",

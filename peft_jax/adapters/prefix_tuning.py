@@ -1,7 +1,6 @@
 """Implements prefix tuning: keys and values of virtual tokens are trained in every layer."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -12,7 +11,7 @@ from jaxtyping import Array, Float
 
 from peft_jax.adapters.peft_form import PeftForm, PeftSettings
 from peft_jax.adapters.virtual_form import TENSOR, VirtualForm
-from peft_jax.adapters.virtual_method import Dimensions, VirtualMethod
+from peft_jax.adapters.virtual_method import Dimensions, VirtualMethod, torch_uniform
 from peft_jax.core import Tree, VirtualTokens, linear
 from peft_jax.core.validation import check_choice, check_count
 
@@ -61,12 +60,12 @@ class PrefixTuning(VirtualMethod):
         if not hidden:
             shape = (sizes.layers, n, sizes.kv_width)
             return {"keys": draw(keys[0], shape), "values": draw(keys[1], shape)}
-        last = _zeros if self.start == "zeros" else _uniform(hidden)
+        last = _zeros if self.start == "zeros" else torch_uniform(hidden)
         of_all = (sizes.layers, 2, sizes.kv_width)
         return {
             "embedding": jax.random.normal(keys[0], (n, sizes.kv_width), jnp.float32),
-            "first": _uniform(sizes.kv_width)(keys[1], (sizes.kv_width, hidden)),
-            "first_bias": _uniform(sizes.kv_width)(keys[2], (hidden,)),
+            "first": torch_uniform(sizes.kv_width)(keys[1], (sizes.kv_width, hidden)),
+            "first_bias": torch_uniform(sizes.kv_width)(keys[2], (hidden,)),
             "second": last(keys[3], (hidden, *of_all)),
             "second_bias": last(keys[4], of_all),
         }
@@ -107,12 +106,6 @@ class PrefixTuning(VirtualMethod):
 def _zeros(key: jax.Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
     del key
     return jnp.zeros(shape, jnp.float32)
-
-
-def _uniform(inputs: int) -> Any:
-    """Returns a function that draws as torch's linear layers with a number of inputs do."""
-    bound = 1.0 / math.sqrt(inputs)
-    return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,6 +24,7 @@ from peft_jax.adapters.lora_start import OLoRA, PiSSA
 from peft_jax.adapters.method import TrainingMethod
 from peft_jax.adapters.miss import MiSS
 from peft_jax.adapters.oft import OFT
+from peft_jax.adapters.p_tuning import PTuning
 from peft_jax.adapters.peft_form import PeftForm
 from peft_jax.adapters.prefix_tuning import PrefixTuning
 from peft_jax.adapters.prompt_tuning import PromptTuning
@@ -61,6 +62,7 @@ METHODS: dict[str, type[TrainingMethod]] = {
         Unitary,
         Hybrid,
         PromptTuning,
+        PTuning,
         PrefixTuning,
     )
 }

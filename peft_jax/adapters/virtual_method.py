@@ -6,10 +6,12 @@ A virtual token is a trainable position before the tokens of every sequence. `Ad
 
 import abc
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from peft_jax.adapters.gradient_products import kernel_shape
@@ -127,3 +129,9 @@ class VirtualMethod(TrainingMethod, abc.ABC):
 def virtual_arrays(state_tree: Mapping[str, Any]) -> dict[Path, Any]:
     """Returns the arrays of virtual tokens in a tree of `AdapterState`, by path."""
     return {path: leaf for path, leaf in flatten(state_tree).items() if path[0] == VIRTUAL}
+
+
+def torch_uniform(inputs: int) -> Any:
+    """Returns a function that draws as torch's linear layers with a number of inputs do."""
+    bound = 1.0 / math.sqrt(inputs)
+    return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)

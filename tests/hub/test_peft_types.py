@@ -43,7 +43,4 @@ def test_the_table_says_which_types_are_saved_by_which_methods(rows):
         name: set(row["here"].split(", ")) for name, row in rows.items() if row["saves"] == "yes"
     }
     assert found == saved
-    only_loaded = {
-        name for name, row in rows.items() if row["loads"] == "yes" and row["saves"] == "no"
-    }
-    assert only_loaded == {"P_TUNING"}
+    assert all(row["saves"] == "yes" or row["loads"] == "no" for row in rows.values())

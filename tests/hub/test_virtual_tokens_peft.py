@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from peft_jax.adapters import AdapterSpec, PrefixTuning, PromptTuning
+from peft_jax.adapters import AdapterSpec, PrefixTuning, PromptTuning, PTuning
 from peft_jax.core import VIRTUAL
 from peft_jax.data import Batch
 from peft_jax.generation import GenerationSettings, generate
@@ -31,6 +31,7 @@ CONFIGS = {
     ),
 }
 METHODS = {
+    "p-tuning": PTuning(num_virtual_tokens=COUNT, hidden_size=12),
     "prompt": PromptTuning(num_virtual_tokens=COUNT),
     "prefix": PrefixTuning(num_virtual_tokens=COUNT),
     "projected prefix": PrefixTuning(num_virtual_tokens=COUNT, projection=12),
@@ -149,6 +150,23 @@ def test_greedy_texts_agree_with_peft(kind, name, base, tmp_path):
     assert [one.tokens.tolist() for one in plain.completions] != expected
 
 
+def test_the_network_of_p_tuning_is_peft_s(base, tokens, tmp_path):
+    base = base("llama")
+    module = wrap(base, "p-tuning")
+    network = module.prompt_encoder["default"]
+    layers = [layer for layer in network.mlp_head if hasattr(layer, "weight")]
+    arrays = {"embedding": network.embedding.weight}
+    for name, layer in zip(("first", "second", "third"), layers, strict=True):
+        arrays |= {name: layer.weight.T, f"{name}_bias": layer.bias}
+    arrays = {name: jnp.asarray(value.detach().numpy()) for name, value in arrays.items()}
+    spec = AdapterSpec(METHODS["p-tuning"])
+    abstract = spec.abstract(base.params).trainable[VIRTUAL]
+    assert jax.tree.map(jnp.shape, arrays) == jax.tree.map(lambda leaf: leaf.shape, abstract)
+    found = METHODS["p-tuning"].virtual_tokens(arrays).embeddings
+    expected = module.get_prompt_embedding_to_save("default").numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_damaged_and_foreign_files_are_rejected(base, tmp_path):
     base = base("llama")
     wrap(base, "prefix").save_pretrained(tmp_path)
@@ -173,10 +191,11 @@ def test_damaged_and_foreign_files_are_rejected(base, tmp_path):
         load_adapter(tmp_path / "own", base.model, base.params)
 
 
+@pytest.mark.parametrize("name", ["p-tuning", "projected prefix"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_projection_is_restored_bit_for_bit(dtype, base, arbitrary_state, tmp_path):
+def test_a_network_is_restored_bit_for_bit(dtype, name, base, arbitrary_state, tmp_path):
     base = base("llama")
-    spec = dataclasses.replace(AdapterSpec(METHODS["projected prefix"]), dtype=dtype)
+    spec = dataclasses.replace(AdapterSpec(METHODS[name]), dtype=dtype)
     state = arbitrary_state(spec, base.params)
     save_adapter(tmp_path, base.model, spec, state, base_model_name="someone/base")
     assert (tmp_path / "peft_jax_adapter.safetensors").is_file()

@@ -44,6 +44,7 @@ SETTINGS = {
     "vera": {"rank": 4},
     "randlora": {"rank": 5},
     "prompt_tuning": {"num_virtual_tokens": 3},
+    "p_tuning": {"num_virtual_tokens": 3},
     "prefix_tuning": {"num_virtual_tokens": 3, "projection": 5},
     "fourierft": {"n_frequency": 50},
     "oft": {"block_size": 4},
