@@ -36,12 +36,16 @@ Settings = dict[str, str | int]
 RECOMPUTED: Settings = {"execution.remat": "full", "train.gradient_accumulation": 1}
 """Layout with little memory that gathers weights once per pass: one microbatch, recomputed."""
 
+WIDE: Settings = {"parallel.fsdp": 16, "parallel.tensor": 8}
+"""Mesh of full fine-tuning at 405B."""
+
 FURTHER: dict[str, dict[str, tuple[str, Settings]]] = {
     "hybrid_405b": {
-        "hybrid, remat full": (
-            "hybrid",
-            RECOMPUTED | {"parallel.fsdp": 16, "parallel.tensor": 8},
+        "lora, remat none": (
+            "lora",
+            WIDE | {"execution.remat": "none", "train.gradient_accumulation": 4},
         ),
+        "hybrid, remat full": ("hybrid", WIDE | RECOMPUTED),
         "lora, base in w8a8g8": ("lora", {"model.quantization": "w8a8g8"}),
         "hybrid, base in w8a8": ("hybrid", {"model.quantization": "w8a8"}),
         "hybrid, base in w8a8g8": ("hybrid", {"model.quantization": "w8a8g8"}),

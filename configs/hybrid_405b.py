@@ -23,15 +23,16 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.architecture = "llama-3.1-405b"
     config.train.batch_size = 64
     config.train.max_length = 4096
-    # The fastest layouts that fit (docs/planning.md).
-    if options.method == "hybrid":
+    # The fastest layouts found (docs/planning.md). Products that are saved by name leave memory for
+    # large microbatches, which full fine-tuning's gradients and moments do not leave.
+    if options.method in ("full", "unitary"):
+        config.parallel.fsdp = 16
+        config.parallel.tensor = 8
+        config.execution.remat = "dots" if options.method == "full" else "none"
+        config.train.gradient_accumulation = 4
+    else:
         config.parallel.fsdp = 32
         config.parallel.tensor = 4
         config.execution.remat = "products"
         config.train.gradient_accumulation = 2
-        return config
-    config.parallel.fsdp = 16
-    config.parallel.tensor = 8
-    config.execution.remat = "dots" if options.method == "full" else "none"
-    config.train.gradient_accumulation = 4
     return config
