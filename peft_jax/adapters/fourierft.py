@@ -146,7 +146,7 @@ def entries(
 
     Example:
       >>> entries(777, 2, 3, 6)
-      (array([0, 1, 1, 0, 0, 1]), array([2, 0, 1, 1, 0, 2]))
+      (array([1, 0, 0, 0, 1, 1]), array([2, 0, 1, 2, 0, 1]))
     """
     size = rows * columns
     words = np.random.RandomState(seed % 2**32).randint(0, 2**32, size=count, dtype=np.uint32)

@@ -155,7 +155,7 @@ MALFORMED = [
     ("own", {"method": {"name": ["lora"]}}, "there is no method"),
     ("own", {"method": {"name": "lora", "rank": [1]}}, "method.rank must be an integer"),
     ("own", {"method": {"name": "lora", "rank": 1000000}}, "rank is 1000000"),
-    ("own", {"method": {"name": "lora", "alpha": 1e400}}, "alpha must be a number"),
+    ("own", {"method": {"name": "lora", "alpha": 1e400}}, "alpha must be a finite number"),
     ("own", {"method": {"name": "boft", "n_butterfly_factors": 10**12}}, "must be at most 32"),
     ("own", {"target_modules": 5}, "target_modules must be a string"),
     ("own", {"target_modules": ENDLESS}, "takes more than 2 seconds"),

@@ -107,7 +107,7 @@ def test_method_settings_reach_the_method():
         ({"train.epochs": 2}, "train.steps is 10 and train.epochs is 2; give one of the two"),
         ({"train.steps": None}, "train.steps or train.epochs must be given; both are None"),
         ({"train.steps": None, "train.epochs": 0}, "epochs must be a number above 0"),
-        ({"train.steps": None, "train.epochs": float("inf")}, "epochs must be a number above 0"),
+        ({"train.steps": None, "train.epochs": float("inf")}, "epochs must be a finite number"),
         ({"train.steps": None, "train.epochs": "2"}, "train.epochs must be a number; it is '2'"),
         ({"train.steps": 10**20}, "train.steps makes too many steps; a run has at most 2,147"),
         (
