@@ -93,6 +93,7 @@ def test_files_written_here_load_in_peft(kind, name, base, arbitrary_state, toke
     np.testing.assert_allclose(found, ours, atol=TOLERANCE * np.abs(ours).max())
 
 
+@pytest.mark.fast("prefix-llama")
 @pytest.mark.parametrize("kind", ["llama", pytest.param("bloom", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["prompt", "prefix"])
 def test_a_step_agrees_with_peft(kind, name, base, tokens, tmp_path):
@@ -128,6 +129,7 @@ def test_a_step_agrees_with_peft(kind, name, base, tokens, tmp_path):
         np.testing.assert_allclose(value, expected[array], atol=1e-5)
 
 
+@pytest.mark.fast("prefix-llama")
 @pytest.mark.parametrize("kind", ["llama", pytest.param("phi3", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["prompt", "prefix"])
 def test_greedy_texts_agree_with_peft(kind, name, base, tmp_path):

@@ -374,6 +374,7 @@ def test_eight_bit_steps_follow_adamw():
 # What all of them share.
 
 
+@pytest.mark.fast("muon")
 @pytest.mark.fast("muon", "sgg")
 @pytest.mark.parametrize("name", NAMES)
 def test_sharded_steps_equal_those_of_one_device(name):

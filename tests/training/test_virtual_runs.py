@@ -20,6 +20,7 @@ def config_of(tiny, method, **changes):
     return tiny(**{**settings, "method.num_virtual_tokens": 4, "evaluate.every": 3, **changes})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [*QUICK, pytest.param("prefix_tuning", marks=pytest.mark.slow)])
 def test_a_run_learns_and_its_adapter_generates(method, tiny, checkpoint, tmp_path, listener):
     config = config_of(tiny, method, **{"train.steps": 12})
