@@ -42,7 +42,8 @@ SETTINGS = {
     "lokr": {"rank": 1},
     "miss": {"rank": 5},
     "vera": {"rank": 4},
-    "randlora": {"rank": 5},
+    # Its default alpha would scale random numbers by 128 here, and rounding with them.
+    "randlora": {"rank": 5, "alpha": 4.0},
     "prompt_tuning": {"num_virtual_tokens": 3},
     "p_tuning": {"num_virtual_tokens": 3},
     "prefix_tuning": {"num_virtual_tokens": 3, "projection": 5},
