@@ -200,7 +200,7 @@ def answer_questions(
 
 
 class _Batches:
-    """The batches of a run by step, from 0."""
+    """Maps steps, from 0, to the batches of a run."""
 
     def __init__(self, questions: Questions, tokenizer: Any, batch_size: int):
         self._rows = questions.train
@@ -272,7 +272,7 @@ class _Run:
 
 
 class _Forgetting:
-    """The mean loss of a model over all tokens of given texts (run.py)."""
+    """Measures the mean loss of a model over all tokens of given texts (run.py)."""
 
     def __init__(
         self,

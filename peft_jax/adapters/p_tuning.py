@@ -82,7 +82,7 @@ class PTuning(VirtualMethod):
 
 @dataclasses.dataclass(frozen=True)
 class WrittenPTuningForm(PTuningForm):
-    """The embeddings that the network has computed; the network itself is left out.
+    """Stores the embeddings that the network has computed, without the network.
 
     Attributes:
       method: A `PTuning`.

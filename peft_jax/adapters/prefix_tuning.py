@@ -161,7 +161,7 @@ class PrefixTuningForm(VirtualForm):
 
 @dataclasses.dataclass(frozen=True)
 class ProjectedPrefixForm(PrefixTuningForm):
-    """The keys and values that a network has computed; the network itself is left out."""
+    """Stores the keys and values that a network has computed, without the network."""
 
     exact = False
 

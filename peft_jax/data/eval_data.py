@@ -1,4 +1,4 @@
-"""The held-out batches, and their rows as text."""
+"""Batches the held-out rows, and keeps them as text."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from peft_jax.data.totals import Origin, RowTotals
 
 
 class EvalData(Sequence[AnyBatch]):
-    """The held-out batches, the same in every evaluation, and their rows as text.
+    """Holds the held-out batches, the same in every evaluation, and their rows as text.
 
     The last batch is completed with rows of padding, which are not in the loss.
 

@@ -1,4 +1,4 @@
-"""The training stream: endless batches with a state, and what is known about their rows."""
+"""Streams training batches without end, with a state to resume from."""
 
 import collections
 import itertools
