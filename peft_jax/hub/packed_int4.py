@@ -12,6 +12,7 @@ The scales are [groups, out].
 Sources: Frantar et al., 2022, arXiv 2210.17323; Lin et al., 2023, arXiv 2306.00978.
 """
 
+import abc
 import math
 from collections.abc import Mapping
 
@@ -70,13 +71,13 @@ class Int4Kernel(PackedKernel):
         return outputs, inputs
 
     @classmethod
+    @abc.abstractmethod
     def shape_of(cls, qweight: StoredTensor) -> tuple[int, int]:
         """Returns (out, in) of the packed codes."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def codes(self, outputs: Range, inputs: Range) -> Int32[np.ndarray, "inputs outputs"]:
         """Returns a range of the codes."""
-        raise NotImplementedError
 
     def unpack(self, outputs: Range, inputs: Range) -> Float32[np.ndarray, "outputs inputs"]:
         """Returns a range of the values."""
