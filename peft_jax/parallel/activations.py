@@ -53,7 +53,7 @@ def activation_axes(rules: LogicalAxisRules) -> ActivationAxes:
     Example:
       >>> axes = activation_axes(LogicalAxisRules())
       >>> axes.rows, axes.features["embed"], axes.features["mlp"]
-      (('slice', 'data', 'fsdp'), (), ('tensor',))
+      (('slice', 'data', 'fsdp', 'expert'), (), ('tensor',))
     """
     rows = as_tuple(rules.mesh_axes("batch"))
     names = [field.name for field in dataclasses.fields(rules) if field.name != "batch"]

@@ -1,6 +1,7 @@
 """Routes tokens to experts that are sharded over a mesh, without dropping any.
 
-Experts are sharded along the mesh axes of the logical axis "experts". Devices that hold different
+Experts are sharded along the mesh axes of the logical axis "experts": "expert", which shards rows
+of the batch elsewhere, and "tensor", which shards tokens of a row. Devices that hold different
 experts share their tokens: they are gathered along those axes, each device computes its own
 experts' part of every token, and the parts are summed and scattered back. So a token reaches its
 experts however many others choose them too, and results do not depend on the mesh. Rows are sorted

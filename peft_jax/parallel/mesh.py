@@ -1,10 +1,12 @@
-"""Arranges devices as a mesh of five axes.
+"""Arranges devices as a mesh of six axes.
 
 - slice: Shards batch rows; weights are replicated along it. It is the only axis that crosses the
   data-center network between TPU slices or pods. It carries only the all-reduce of the trainable
   arrays' gradients.
 - data: Shards batch rows; weights are replicated along it.
 - fsdp: Shards batch rows, and weights, which are gathered before they are used.
+- expert: Shards batch rows, and the experts of a mixture, which stay where they are: tokens are
+  gathered instead. Other weights are replicated along it.
 - sequence: Shards the tokens of a row, for contexts too long for one device. Keys and values are
   gathered along it.
 - tensor: Shards weights so that each device computes a part of every product.
@@ -19,7 +21,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-MESH_AXES = ("slice", "data", "fsdp", "sequence", "tensor")
+MESH_AXES = ("slice", "data", "fsdp", "expert", "sequence", "tensor")
 """Mesh axes from the outermost to "tensor", whose neighbors have the fastest links."""
 
 _SUGGESTIONS = 4
@@ -33,6 +35,7 @@ class MeshSettings:
       slice: Number of TPU slices, each with its own network.
       data: Number of devices along "data", or -1.
       fsdp: Number of devices along "fsdp", or -1.
+      expert: Number of devices along "expert", or -1; only for a mixture of experts.
       sequence: Number of devices along "sequence", or -1.
       tensor: Number of devices along "tensor", or -1.
       devices: Number of devices to use, from the first; 0 for all. Only for a single process.
@@ -44,6 +47,7 @@ class MeshSettings:
     slice: int = 1
     data: int = -1
     fsdp: int = 1
+    expert: int = 1
     sequence: int = 1
     tensor: int = 1
     devices: int = 0
@@ -75,7 +79,7 @@ class MeshSettings:
 
         Example:
           >>> MeshSettings(fsdp=4).shape(8)
-          {'slice': 1, 'data': 2, 'fsdp': 4, 'sequence': 1, 'tensor': 1}
+          {'slice': 1, 'data': 2, 'fsdp': 4, 'expert': 1, 'sequence': 1, 'tensor': 1}
           >>> MeshSettings(fsdp=3).shape(8)
           Traceback (most recent call last):
           ValueError: data=-1, fsdp=3 does not fit 8 devices; these do: data=2, fsdp=4; ...
@@ -110,7 +114,7 @@ def make_mesh(
     Example:
       >>> mesh = make_mesh(MeshSettings(devices=1))
       >>> dict(mesh.shape)
-      {'slice': 1, 'data': 1, 'fsdp': 1, 'sequence': 1, 'tensor': 1}
+      {'slice': 1, 'data': 1, 'fsdp': 1, 'expert': 1, 'sequence': 1, 'tensor': 1}
     """
     settings = MeshSettings() if settings is None else settings
     devices = jax.devices() if devices is None else list(devices)

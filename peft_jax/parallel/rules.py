@@ -28,6 +28,9 @@ class LogicalAxisRules:
     "tensor" on their heads, feed-forward or vocabulary axis. So a block needs one all-reduce over
     "tensor" after attention and one after the feed-forward. Norms are small and replicated.
 
+    The experts of a mixture are sharded along "expert" and "tensor". Batch rows are sharded along
+    "expert" too, so that it costs no arithmetic elsewhere, and other weights are replicated.
+
     Activations are sharded along batch rows and, in attention, along "sequence" and heads. In the
     residual stream, tokens are also sharded along "tensor", because norms, sums and the adapters'
     rotations act on each token alone. Each device saves only its shard for the backward pass
@@ -50,7 +53,7 @@ class LogicalAxisRules:
       ValueError: A rule names an unknown mesh axis, or one axis twice.
     """
 
-    batch: MeshAxes = ("slice", "data", "fsdp")
+    batch: MeshAxes = ("slice", "data", "fsdp", "expert")
     sequence: MeshAxes = "sequence"
     tokens: MeshAxes = ("sequence", "tensor")
     layers: MeshAxes = None
@@ -59,7 +62,7 @@ class LogicalAxisRules:
     heads: MeshAxes = "tensor"
     kv_heads: MeshAxes = "tensor"
     mlp: MeshAxes = "tensor"
-    experts: MeshAxes = "tensor"
+    experts: MeshAxes = ("expert", "tensor")
     norm: MeshAxes = None
 
     def __post_init__(self) -> None:
@@ -205,7 +208,7 @@ def shard_further(
 
     Example:
       >>> from jax.sharding import AbstractMesh
-      >>> mesh = AbstractMesh((1, 1, 4, 1, 2), MESH_AXES)
+      >>> mesh = AbstractMesh((1, 1, 4, 1, 1, 2), MESH_AXES)
       >>> sharding = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
       >>> tuple(shard_further(sharding, (3, 8), MESH_AXES).spec)
       (None, ('fsdp', 'tensor'))
@@ -240,12 +243,12 @@ def check_divides(
       rules: Mesh axes by logical axis.
 
     Raises:
-      ValueError: The mesh does not divide an axis. The message names the nearest meshes of as many
-        devices that divide all axes.
+      ValueError: The mesh does not divide an axis, or has an "expert" axis for a model without
+        experts. The message names the nearest meshes of as many devices that divide all axes.
 
     Example:
       >>> from jax.sharding import AbstractMesh
-      >>> check_divides({"heads": 12}, AbstractMesh((1, 1, 1, 1, 8), MESH_AXES))
+      >>> check_divides({"heads": 12}, AbstractMesh((1, 1, 1, 1, 1, 8), MESH_AXES))
       Traceback (most recent call last):
       ValueError: tensor=8 does not divide heads (12); on 8 devices these meshes do:
       sequence=2, tensor=4; fsdp=2, tensor=4; data=2, tensor=4; slice=2, tensor=4
@@ -259,16 +262,26 @@ def check_divides(
             if size % math.prod(shape[axis] for axis in as_tuple(rules.mesh_axes(logical)))
         ]
 
+    def idle(shape: Mapping[str, int]) -> bool:
+        return shape["expert"] > 1 and "experts" not in sizes
+
     shape = dict(mesh.shape)
     wrong = uneven(shape)
-    if not wrong:
+    if not wrong and not idle(shape):
         return
-    used = {axis: shape[axis] for name in wrong for axis in as_tuple(rules.mesh_axes(name))}
-    fitting = [other for other in shapes_near(shape, mesh.size) if not uneven(other)]
+    if wrong:
+        used = {axis: shape[axis] for name in wrong for axis in as_tuple(rules.mesh_axes(name))}
+        fault = (
+            f"{describe_shape(used)} does not divide"
+            f" {' and '.join(f'{name} ({sizes[name]})' for name in wrong)}"
+        )
+    else:
+        fault = f"expert={shape['expert']} shards experts, but the model has none"
+    near = shapes_near(shape, mesh.size)
+    fitting = [other for other in near if not uneven(other) and not idle(other)]
     names = "; ".join(describe_shape(other) for other in fitting[:_SUGGESTIONS])
     raise ValueError(
-        f"{describe_shape(used)} does not divide "
-        f"{' and '.join(f'{name} ({sizes[name]})' for name in wrong)}; on {mesh.size} devices"
+        f"{fault}; on {mesh.size} devices"
         f" {f'these meshes do: {names}' if names else 'no mesh does'}"
     )
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 import jax
 from qwix import QArray
 
-from peft_jax.core import did_you_mean, flatten, is_stacked
+from peft_jax.core import did_you_mean, flatten, is_experts, is_stacked
 from peft_jax.core.product_names import MLP_INPUT, place_of
 from peft_jax.cost import TOPOLOGIES, Topology, find_topology
 from peft_jax.cost.memory import bytes_of
@@ -157,6 +157,7 @@ class _Sizes:
       outputs: Outputs of all linear maps of one layer for one token, on average.
       mlp_inputs: Those of them that enter the MLP's nonlinearity.
       mlp_share: Share of the parameters that compute these.
+      experts_share: Share of the parameters that belong to experts.
       layers: Number of layers.
     """
 
@@ -167,6 +168,7 @@ class _Sizes:
     outputs: int
     mlp_inputs: int
     mlp_share: float
+    experts_share: float
     layers: int
 
     @staticmethod
@@ -189,6 +191,7 @@ class _Sizes:
         }
         into_mlp = [leaf for path, leaf in kernels.items() if place_of(axes[path]) == MLP_INPUT]
         weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(dense))
+        of_experts = [leaf for path, leaf in flatten(dense).items() if is_experts(path)]
         return _Sizes(
             held=sum(bytes_of(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(held)),
             weights=width * weights,
@@ -202,6 +205,7 @@ class _Sizes:
             outputs=width * _columns(kernels.values()) // layers,
             mlp_inputs=width * _columns(into_mlp) // layers,
             mlp_share=sum(math.prod(leaf.shape) for leaf in into_mlp) / weights,
+            experts_share=sum(math.prod(leaf.shape) for leaf in of_experts) / weights,
             layers=layers,
         )
 
@@ -219,7 +223,7 @@ def _layouts(config: RunConfig, model: Model, sizes: _Sizes, topology: Topology)
         layout
         for mesh in _meshes(config, model, topology)
         for microbatches in _divisors(config.train.batch_size)
-        if (config.train.batch_size // microbatches) % (mesh.slice * mesh.fsdp) == 0
+        if (config.train.batch_size // microbatches) % (mesh.slice * mesh.fsdp * mesh.expert) == 0
         for remat in REMATS
         if (layout := _bound(config, sizes, mesh, microbatches, remat, devices)).least_bytes < limit
     ]
@@ -229,12 +233,20 @@ def _layouts(config: RunConfig, model: Model, sizes: _Sizes, topology: Topology)
 def _meshes(config: RunConfig, model: Model, topology: Topology) -> Iterator[MeshSettings]:
     """Yields the meshes that divide the model, with parameters sharded over each slice."""
     sizes, tokens = model.shardable_sizes(), config.train.max_length
-    for fsdp, sequence, tensor in factorizations(len(topology.devices) // topology.slices, 3):
-        heads = all(sizes[axis] % tensor == 0 for axis in ("heads", "kv_heads", "mlp"))
+    chips = len(topology.devices) // topology.slices
+    for fsdp, expert, sequence, tensor in factorizations(chips, 4):
+        heads = all(sizes.get(axis, 0) % tensor == 0 for axis in ("heads", "kv_heads", "mlp"))
         if tensor > _LARGEST_TENSOR or not heads or sizes["embed"] % fsdp or tokens % sequence:
             continue
+        if sizes.get("experts", 0) % (expert * tensor) or (expert > 1 and "experts" not in sizes):
+            continue
         yield MeshSettings(
-            slice=topology.slices, data=1, fsdp=fsdp, sequence=sequence, tensor=tensor
+            slice=topology.slices,
+            data=1,
+            fsdp=fsdp,
+            expert=expert,
+            sequence=sequence,
+            tensor=tensor,
         )
 
 
@@ -254,15 +266,17 @@ def _bound(
         "attention": sizes.outputs - sizes.mlp_inputs,
         "full": sizes.token,
     }[remat]
-    # Parameters are replicated along "sequence".
-    held = sizes.held / (mesh.fsdp * mesh.tensor)
-    layer = sizes.gathered / sizes.layers / mesh.tensor
+    # Parameters are replicated along "sequence", and all but those of experts along "expert".
+    whole = 1 - sizes.experts_share + sizes.experts_share / mesh.expert
+    held = sizes.held * whole / (mesh.fsdp * mesh.tensor)
+    layer = sizes.gathered * whole / sizes.layers / mesh.tensor
     least = held + sizes.layers * tokens * kept + layer
     # "products" recomputes what is cheap, which still takes longer than nothing.
     passes = {"none": 2, "products": 2.01, "attention": 2.01 + sizes.mlp_share, "full": 3}[remat]
-    gathered = sizes.gathered / mesh.tensor * passes * microbatches * (1 - 1 / mesh.fsdp)
+    gathered = sizes.gathered * whole / mesh.tensor * passes * microbatches * (1 - 1 / mesh.fsdp)
     everything = config.train.batch_size * config.train.max_length / devices
-    exchanged = 4 * sizes.layers * everything * sizes.token * passes * (mesh.tensor - 1)
+    partners = 2 * (mesh.tensor - 1) + 2 * (mesh.expert * mesh.tensor - 1)
+    exchanged = sizes.layers * everything * sizes.token * passes * partners
     # On TPUs, a product of one byte of weights with one token takes about 1 / 2000 of the time that
     # a link takes for one byte.
     products = sizes.weights * everything * passes / 2000

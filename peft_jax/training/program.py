@@ -35,7 +35,7 @@ from peft_jax.training.placement import RowPlacement
 from peft_jax.training.state import TrainState, abstract_state
 from peft_jax.training.step import LossFn, TrainStep, call_loss, summed_loss
 
-_WITHIN_A_SLICE = ("tensor", "fsdp", "sequence", "data")
+_WITHIN_A_SLICE = ("tensor", "fsdp", "expert", "sequence", "data")
 """Intra-slice mesh axes, fastest links first."""
 
 

@@ -51,6 +51,7 @@ _SAME = {
     "execution.remat": "gradient_checkpointing use_gradient_checkpointing checkpoint_activations",
     "execution.attention": "attn_implementation flash_attention flash_attn use_flash_attention",
     "parallel.devices": "num_devices n_gpus num_gpus gpus",
+    "parallel.expert": "ep expert_parallel expert_parallel_size ep_size expert_model_parallel_size",
     "parallel.tensor": "tp tensor_parallel tensor_parallel_size tp_size",
     "seed": "random_seed rng_seed",
     "--workdir": "output_dir out_dir save_dir workdir resume_from_checkpoint run_name",

@@ -19,11 +19,12 @@ def test_all_devices_are_along_data_by_default():
 @pytest.mark.parametrize(
     ("settings", "shape"),
     [
-        (MeshSettings(fsdp=4), (1, 2, 4, 1, 1)),
-        (MeshSettings(data=1, fsdp=-1, tensor=2), (1, 1, 4, 1, 2)),
-        (MeshSettings(data=2, fsdp=2, tensor=2), (1, 2, 2, 1, 2)),
-        (MeshSettings(devices=4, tensor=2), (1, 2, 1, 1, 2)),
-        (MeshSettings(slice=2, sequence=2), (2, 2, 1, 2, 1)),
+        (MeshSettings(fsdp=4), (1, 2, 4, 1, 1, 1)),
+        (MeshSettings(data=1, fsdp=-1, tensor=2), (1, 1, 4, 1, 1, 2)),
+        (MeshSettings(data=2, fsdp=2, tensor=2), (1, 2, 2, 1, 1, 2)),
+        (MeshSettings(devices=4, tensor=2), (1, 2, 1, 1, 1, 2)),
+        (MeshSettings(slice=2, sequence=2), (2, 2, 1, 1, 2, 1)),
+        (MeshSettings(expert=4), (1, 2, 1, 4, 1, 1)),
     ],
 )
 def test_each_device_is_used_once(settings, shape):

@@ -50,7 +50,7 @@ def test_specs_follow_the_rules():
     assert specs["layers"]["o_proj"]["kernel"] == P(None, "tensor", "fsdp")
     assert specs["layers"]["down_proj"]["kernel"]["b"] == P(None, None, "fsdp")
     assert specs["layers"]["input_layernorm"]["scale"] == P(None, None)
-    assert batch_sharding(mesh).spec == P(("slice", "data", "fsdp"))
+    assert batch_sharding(mesh).spec == P(("slice", "data", "fsdp", "expert"))
 
 
 def test_arrays_are_sharded_by_the_rules():
@@ -78,11 +78,12 @@ def test_sharded_product_equals_the_product():
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 128, 1, 1), (1, 1, 16, 1, 8), (2, 1, 8, 1, 8), (1, 1, 8, 2, 8)]
+    "shape",
+    [(1, 1, 128, 1, 1, 1), (1, 1, 16, 1, 1, 8), (2, 1, 8, 1, 1, 8), (1, 1, 8, 1, 2, 8)],
 )
 def test_llama_405b_divides_over_128_chips(shape, caplog):
     """Every rule applies, so each chip holds 1/(fsdp·tensor) of the kernels."""
-    mesh = AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 5)
+    mesh = AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 6)
     with caplog.at_level(logging.WARNING):
         shardings = sharding_tree(AXES, mesh, LogicalAxisRules(), LLAMA_405B)
     assert not caplog.records
