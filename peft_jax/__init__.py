@@ -5,9 +5,9 @@
 - Models and checkpoints: `load_model`, `load_classifier`, `build_model`, `save_model`,
   `ExecutionSettings`.
 - Methods, each over one kernel: `LoRA`, `DoRA`, `LoRAFA`, `AdaLoRA`, `LoRAGA`, `LoRAOne`,
-  `EVA` (with `redistribute_ranks`), `PiSSA`, `OLoRA`, `LoHa`, `LoKr`, `MiSS`, `VeRA`,
-  `RandLora`, `FourierFT`, `IA3`, `BOFT`, `OFT`, `HRA`, `Unitary`, `Hybrid`; `TrainableTokens`,
-  `LNTuning`, `Full`; inputs in place of kernels: `PromptTuning`, `PTuning`,
+  `EVA` (with `redistribute_ranks`), `PiSSA`, `OLoRA`, `LoHa`, `LoKr`, `GraLoRA`, `MiSS`,
+  `VeRA`, `RandLora`, `FourierFT`, `IA3`, `BOFT`, `OFT`, `HRA`, `Unitary`, `Hybrid`;
+  `TrainableTokens`, `LNTuning`, `Full`; inputs in place of kernels: `PromptTuning`, `PTuning`,
   `PrefixTuning`; your own: `AdapterMethod`, `register_method`.
 - Flax modules of your own: `adapt` makes a model of a Linen or an NNX module, whose code stays as
   it is.
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
         DoRA,
         FourierFT,
         Full,
+        GraLoRA,
         Hybrid,
         LNTuning,
         LoHa,
@@ -115,6 +116,7 @@ _HOMES = {
         "DoRA",
         "FourierFT",
         "Full",
+        "GraLoRA",
         "Hybrid",
         "LNTuning",
         "LoHa",
@@ -188,6 +190,7 @@ __all__ = [
     "FourierFT",
     "Full",
     "GenerationSettings",
+    "GraLoRA",
     "Hooks",
     "Hybrid",
     "LNTuning",

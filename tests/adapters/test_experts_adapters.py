@@ -37,7 +37,7 @@ MIXTRAL = {
 }
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 EVERYWHERE = (*EXPERTS, "gate", "q_proj")
-ABLE = ("lora", "lora_fa", "pissa", "olora", "loha", "adalora")
+ABLE = ("lora", "lora_fa", "pissa", "olora", "loha", "gralora", "adalora")
 PATH = ("layers", "mlp", "experts", "down_proj", "kernel")
 
 
@@ -61,6 +61,7 @@ def moved(state, scale=0.05):
     return dataclasses.replace(state, trainable=jax.tree.map(jnp.add, state.trainable, noise))
 
 
+@pytest.mark.fast(*[name for name in ABLE if name != "gralora"])
 @pytest.mark.parametrize("name", ABLE)
 def test_each_expert_is_adapted_as_a_kernel_of_its_own(name, mixtral):
     _, params = mixtral
@@ -77,6 +78,7 @@ def test_each_expert_is_adapted_as_a_kernel_of_its_own(name, mixtral):
 
 
 @pytest.mark.fast("lora", "pissa")
+@pytest.mark.fast(*[name for name in ABLE if name != "gralora"])
 @pytest.mark.parametrize("name", ABLE)
 def test_the_start_changes_nothing(name, mixtral, tokens):
     model, params = mixtral

@@ -15,6 +15,7 @@ from peft_jax.adapters import (
     AdapterMethod,
     DoRA,
     FourierFT,
+    GraLoRA,
     LoHa,
     LoKr,
     LoRA,
@@ -78,6 +79,10 @@ CASES = {
     "lokr": Case(LoKr(rank=1), "LoKrConfig"),
     "lokr by a factor": Case(LoKr(rank=1, decompose_factor=2), "LoKrConfig"),
     "lokr by a factor that does not divide": Case(LoKr(rank=1, decompose_factor=5), "LoKrConfig"),
+    "gralora": Case(GraLoRA(rank=4, alpha=5.0), "GraloraConfig"),
+    "hybrid gralora": Case(
+        GraLoRA(rank=8, blocks=4, hybrid_rank=3, rank_stabilized=True), "GraloraConfig"
+    ),
     "miss": Case(MiSS(rank=4), "MissConfig"),
     "miss with padding": Case(MiSS(rank=5), "MissConfig"),
     "ia3": Case(IA3(), "IA3Config", {"feedforward_modules": []}, bias=False),

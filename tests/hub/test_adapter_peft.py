@@ -21,6 +21,7 @@ from peft_jax.adapters import (
     DoRA,
     FourierFT,
     Full,
+    GraLoRA,
     Hybrid,
     LoHa,
     LoKr,
@@ -79,6 +80,8 @@ LLAMA_SPECS = {
         method=LoHa(rank=2), rank_pattern={"q_proj": 3}, alpha_pattern={"k_proj": 1.0}
     ),
     "lokr": AdapterSpec(method=LoKr(rank=1), modules_to_save=("norm",)),
+    "gralora": AdapterSpec(method=GraLoRA(rank=4), modules_to_save=("norm",)),
+    "hybrid gralora": AdapterSpec(method=GraLoRA(rank=4, blocks=4, hybrid_rank=1)),
     "miss": AdapterSpec(method=MiSS(rank=5)),
     "ia3": AdapterSpec(
         method=IA3(feedforward_modules=("down_proj", "o_proj")),
@@ -240,6 +243,12 @@ CONFIGS = {
         {"r": 2, "rank_pattern": {"q_proj": 3}, "target_modules": LINEAR["llama"]},
     ),
     "lokr": ("llama", "LoKrConfig", {"r": 1, "target_modules": LINEAR["llama"]}),
+    "gralora": ("llama", "GraloraConfig", {"r": 4, "target_modules": LINEAR["llama"]}),
+    "hybrid gralora": (
+        "bloom",
+        "GraloraConfig",
+        {"r": 4, "hybrid_r": 3, "gralora_k": 4, "target_modules": LINEAR["bloom"]},
+    ),
     "miss": ("llama", "MissConfig", {"r": 5, "target_modules": LINEAR["llama"]}),
     "ia3": (
         "llama",

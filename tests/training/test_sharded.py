@@ -40,6 +40,7 @@ SETTINGS = {
     "lora": {"rank": 2},
     "loha": {"rank": 2},
     "lokr": {"rank": 1},
+    "gralora": {"rank": 4},
     "miss": {"rank": 5},
     "vera": {"rank": 4},
     # Its default alpha would scale random numbers by 128 here, and rounding with them.
