@@ -5,8 +5,8 @@
 - Models and checkpoints: `load_model`, `load_classifier`, `build_model`, `save_model`,
   `ExecutionSettings`.
 - Methods, each over one kernel: `LoRA`, `DoRA`, `LoRAFA`, `AdaLoRA`, `LoRAGA`, `LoRAOne`,
-  `EVA` (with `redistribute_ranks`), `PiSSA`, `OLoRA`, `LoHa`, `LoKr`, `GraLoRA`, `MiSS`,
-  `VeRA`, `RandLora`, `FourierFT`, `IA3`, `BOFT`, `OFT`, `HRA`, `Unitary`, `Hybrid`;
+  `EVA` (with `redistribute_ranks`), `PiSSA`, `OLoRA`, `LoHa`, `LoKr`, `GraLoRA`, `HiRA`,
+  `MiSS`, `VeRA`, `RandLora`, `FourierFT`, `IA3`, `BOFT`, `OFT`, `HRA`, `Unitary`, `Hybrid`;
   `TrainableTokens`, `LNTuning`, `Full`; inputs in place of kernels: `PromptTuning`, `PTuning`,
   `PrefixTuning`; your own: `AdapterMethod`, `register_method`.
 - Flax modules of your own: `adapt` makes a model of a Linen or an NNX module, whose code stays as
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
         FourierFT,
         Full,
         GraLoRA,
+        HiRA,
         Hybrid,
         LNTuning,
         LoHa,
@@ -117,6 +118,7 @@ _HOMES = {
         "FourierFT",
         "Full",
         "GraLoRA",
+        "HiRA",
         "Hybrid",
         "LNTuning",
         "LoHa",
@@ -191,6 +193,7 @@ __all__ = [
     "Full",
     "GenerationSettings",
     "GraLoRA",
+    "HiRA",
     "Hooks",
     "Hybrid",
     "LNTuning",

@@ -1,8 +1,8 @@
 """Adapts frozen parameter trees with pure functions.
 
 Methods over one kernel: `LoRA`, `DoRA`, `LoRAFA`, `AdaLoRA`, `LoRAGA`, `LoRAOne`, `EVA`, `PiSSA`,
-`OLoRA`, `LoHa`, `LoKr`, `GraLoRA`, `MiSS`, `VeRA`, `RandLora`, `FourierFT`, `IA3`, `BOFT`, `OFT`,
-`HRA`, `Unitary` and `Hybrid`.
+`OLoRA`, `LoHa`, `LoKr`, `GraLoRA`, `HiRA`, `MiSS`, `VeRA`, `RandLora`, `FourierFT`, `IA3`, `BOFT`,
+`OFT`, `HRA`, `Unitary` and `Hybrid`.
 `TrainableTokens` trains rows of an embedding. `LNTuning` and `Full` train the model's own leaves.
 `PromptTuning`, `PTuning` and `PrefixTuning` train virtual tokens before every sequence.
 `AdapterSpec` initializes, binds and merges an `AdapterState` over a model:
@@ -26,6 +26,7 @@ from peft_jax.adapters.eva import EVA
 from peft_jax.adapters.fourierft import FourierFT
 from peft_jax.adapters.full import Full
 from peft_jax.adapters.gralora import GraLoRA
+from peft_jax.adapters.hira import HiRA
 from peft_jax.adapters.hra import HRA
 from peft_jax.adapters.hybrid import LOW_RANK, ROTATION, Hybrid
 from peft_jax.adapters.ia3 import IA3
@@ -85,6 +86,7 @@ __all__ = [
     "Full",
     "GraLoRA",
     "GradientFactors",
+    "HiRA",
     "Hybrid",
     "InputFactors",
     "LNTuning",

@@ -11,6 +11,7 @@ from peft_jax.adapters.eva import EVA
 from peft_jax.adapters.fourierft import FourierFT
 from peft_jax.adapters.full import Full
 from peft_jax.adapters.gralora import GraLoRA
+from peft_jax.adapters.hira import HiRA
 from peft_jax.adapters.hra import HRA
 from peft_jax.adapters.hybrid import Hybrid
 from peft_jax.adapters.ia3 import IA3
@@ -53,6 +54,7 @@ METHODS: dict[str, type[TrainingMethod]] = {
         LoHa,
         LoKr,
         GraLoRA,
+        HiRA,
         MiSS,
         VeRA,
         RandLora,

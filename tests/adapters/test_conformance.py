@@ -25,6 +25,7 @@ from peft_jax.adapters import (
     FourierFT,
     Full,
     GraLoRA,
+    HiRA,
     Hybrid,
     LNTuning,
     LoHa,
@@ -64,6 +65,7 @@ METHODS = {
     "loha": LoHa(rank=2),
     "lokr": LoKr(rank=2),
     "gralora": GraLoRA(rank=4, alpha=16.0, hybrid_rank=1),
+    "hira": HiRA(rank=2),
     "miss": MiSS(rank=5),
     "vera": VeRA(rank=8, d_initial=4.0),
     "randlora": RandLora(rank=5, alpha=20.0),
@@ -88,7 +90,17 @@ QUANTIZED = {
         ("lora", "int8"),
         *(
             (name, "nf4")
-            for name in ("lora", "dora", "lora_ga", "pissa", "oft", "boft", "unitary", "hybrid")
+            for name in (
+                "lora",
+                "dora",
+                "lora_ga",
+                "pissa",
+                "hira",
+                "oft",
+                "boft",
+                "unitary",
+                "hybrid",
+            )
         ),
     )
 }

@@ -16,6 +16,7 @@ from peft_jax.adapters import (
     DoRA,
     FourierFT,
     GraLoRA,
+    HiRA,
     LoHa,
     LoKr,
     LoRA,
@@ -83,6 +84,7 @@ CASES = {
     "hybrid gralora": Case(
         GraLoRA(rank=8, blocks=4, hybrid_rank=3, rank_stabilized=True), "GraloraConfig"
     ),
+    "hira": Case(HiRA(rank=3), "HiraConfig"),
     "miss": Case(MiSS(rank=4), "MissConfig"),
     "miss with padding": Case(MiSS(rank=5), "MissConfig"),
     "ia3": Case(IA3(), "IA3Config", {"feedforward_modules": []}, bias=False),

@@ -22,6 +22,7 @@ from peft_jax.adapters import (
     FourierFT,
     Full,
     GraLoRA,
+    HiRA,
     Hybrid,
     LoHa,
     LoKr,
@@ -82,6 +83,7 @@ LLAMA_SPECS = {
     "lokr": AdapterSpec(method=LoKr(rank=1), modules_to_save=("norm",)),
     "gralora": AdapterSpec(method=GraLoRA(rank=4), modules_to_save=("norm",)),
     "hybrid gralora": AdapterSpec(method=GraLoRA(rank=4, blocks=4, hybrid_rank=1)),
+    "hira": AdapterSpec(method=HiRA(rank=2), modules_to_save=("norm",)),
     "miss": AdapterSpec(method=MiSS(rank=5)),
     "ia3": AdapterSpec(
         method=IA3(feedforward_modules=("down_proj", "o_proj")),
@@ -248,6 +250,11 @@ CONFIGS = {
         "bloom",
         "GraloraConfig",
         {"r": 4, "hybrid_r": 3, "gralora_k": 4, "target_modules": LINEAR["bloom"]},
+    ),
+    "hira": (
+        "llama",
+        "HiraConfig",
+        {"r": 2, "rank_pattern": {"q_proj": 3}, "target_modules": LINEAR["llama"]},
     ),
     "miss": ("llama", "MissConfig", {"r": 5, "target_modules": LINEAR["llama"]}),
     "ia3": (

@@ -41,6 +41,7 @@ SETTINGS = {
     "loha": {"rank": 2},
     "lokr": {"rank": 1},
     "gralora": {"rank": 4},
+    "hira": {"rank": 2},
     "miss": {"rank": 5},
     "vera": {"rank": 4},
     # Its default alpha would scale random numbers by 128 here, and rounding with them.
