@@ -25,7 +25,7 @@ from peft_jax.runtime.flags import Arguments
 
 _RANKED = (
     *("lora", "dora", "lora_fa", "adalora", "lora_ga", "lora_one", "eva", "pissa", "olora"),
-    *("loha", "lokr", "gralora", "hira", "miss", "hra"),
+    *("loha", "lokr", "gralora", "hira", "miss", "shira", "hra"),
 )
 SETTINGS: dict[str, dict[str, Any]] = {
     **{name: {"rank": 8} for name in _RANKED},

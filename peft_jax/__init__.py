@@ -6,9 +6,9 @@
   `ExecutionSettings`.
 - Methods, each over one kernel: `LoRA`, `DoRA`, `LoRAFA`, `AdaLoRA`, `LoRAGA`, `LoRAOne`,
   `EVA` (with `redistribute_ranks`), `PiSSA`, `OLoRA`, `LoHa`, `LoKr`, `GraLoRA`, `HiRA`,
-  `MiSS`, `VeRA`, `RandLora`, `FourierFT`, `IA3`, `BOFT`, `OFT`, `HRA`, `Unitary`, `Hybrid`;
-  `TrainableTokens`, `LNTuning`, `Full`; inputs in place of kernels: `PromptTuning`, `PTuning`,
-  `PrefixTuning`; your own: `AdapterMethod`, `register_method`.
+  `MiSS`, `VeRA`, `RandLora`, `FourierFT`, `SHiRA`, `IA3`, `BOFT`, `OFT`, `HRA`, `Unitary`,
+  `Hybrid`; `TrainableTokens`, `LNTuning`, `Full`; inputs in place of kernels: `PromptTuning`,
+  `PTuning`, `PrefixTuning`; your own: `AdapterMethod`, `register_method`.
 - Flax modules of your own: `adapt` makes a model of a Linen or an NNX module, whose code stays as
   it is.
 - Adapters over a whole model: `AdapterSpec` makes and binds an `AdapterState`; `merge`,
@@ -66,6 +66,7 @@ if TYPE_CHECKING:
         PromptTuning,
         PTuning,
         RandLora,
+        SHiRA,
         TrainableTokens,
         Unitary,
         VeRA,
@@ -134,6 +135,7 @@ _HOMES = {
         "PrefixTuning",
         "PromptTuning",
         "RandLora",
+        "SHiRA",
         "TrainableTokens",
         "Unitary",
         "VeRA",
@@ -212,6 +214,7 @@ __all__ = [
     "PromptTuning",
     "RandLora",
     "RunConfig",
+    "SHiRA",
     "TrainableTokens",
     "Trainer",
     "TrainingResult",

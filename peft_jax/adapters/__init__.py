@@ -1,8 +1,8 @@
 """Adapts frozen parameter trees with pure functions.
 
 Methods over one kernel: `LoRA`, `DoRA`, `LoRAFA`, `AdaLoRA`, `LoRAGA`, `LoRAOne`, `EVA`, `PiSSA`,
-`OLoRA`, `LoHa`, `LoKr`, `GraLoRA`, `HiRA`, `MiSS`, `VeRA`, `RandLora`, `FourierFT`, `IA3`, `BOFT`,
-`OFT`, `HRA`, `Unitary` and `Hybrid`.
+`OLoRA`, `LoHa`, `LoKr`, `GraLoRA`, `HiRA`, `MiSS`, `VeRA`, `RandLora`, `FourierFT`, `SHiRA`, `IA3`,
+`BOFT`, `OFT`, `HRA`, `Unitary` and `Hybrid`.
 `TrainableTokens` trains rows of an embedding. `LNTuning` and `Full` train the model's own leaves.
 `PromptTuning`, `PTuning` and `PrefixTuning` train virtual tokens before every sequence.
 `AdapterSpec` initializes, binds and merges an `AdapterState` over a model:
@@ -57,6 +57,7 @@ from peft_jax.adapters.registry import (
     register_method,
 )
 from peft_jax.adapters.several import bind_adapters
+from peft_jax.adapters.shira import SHiRA
 from peft_jax.adapters.sketch import gradient_factors
 from peft_jax.adapters.spec import AdapterSpec, AdapterState, merge
 from peft_jax.adapters.table import ParameterCount, count_parameters, trainable_table
@@ -105,6 +106,7 @@ __all__ = [
     "PrefixTuning",
     "PromptTuning",
     "RandLora",
+    "SHiRA",
     "StackedAdapters",
     "TargetSettings",
     "Targets",

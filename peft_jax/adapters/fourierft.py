@@ -1,18 +1,18 @@
 """Implements FourierFT: a change of the kernel with few trainable Fourier coefficients."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Complex, Float, Int
+from jaxtyping import Array, Complex, Float
 
 from kernels_pallas.unitary.xla import row_by_row
 from peft_jax.adapters.method import AdapterMethod, Arrays, Axes, GradientFactors
 from peft_jax.adapters.peft_form import PeftForm, PeftSettings, Shapes, plain_number, setting
+from peft_jax.adapters.random_entries import entries
 from peft_jax.core import Kernel, linear
 from peft_jax.core.scopes import part
 from peft_jax.core.validation import check_count, check_positive, check_positive_int
@@ -126,37 +126,6 @@ def _in_memory(
 ) -> Complex[Array, "*batch d"]:
     """Returns a transform of rows that are contiguous in memory, forward and backward."""
     return row_by_row(transform(row_by_row(z)))
-
-
-@functools.lru_cache(maxsize=256)
-def entries(
-    seed: int, rows: int, columns: int, count: int
-) -> tuple[Int[np.ndarray, " count"], Int[np.ndarray, " count"]]:
-    """Returns the rows and columns of random entries of a matrix, without repetition.
-
-    They are the first entries of the random permutation that torch draws on a CPU from the seed:
-    a shuffle of Fisher and Yates by the remainders of the words of a Mersenne twister. Only the
-    entries that have moved are held.
-
-    Args:
-      seed: Seed.
-      rows: Number of rows of the matrix.
-      columns: Number of columns.
-      count: Number of entries.
-
-    Example:
-      >>> entries(777, 2, 3, 6)
-      (array([1, 0, 0, 0, 1, 1]), array([2, 0, 1, 2, 0, 1]))
-    """
-    size = rows * columns
-    words = np.random.RandomState(seed % 2**32).randint(0, 2**32, size=count, dtype=np.uint32)
-    moved: dict[int, int] = {}
-    chosen = np.empty(count, np.int64)
-    for place, word in enumerate(words.tolist()):
-        other = place + word % (size - place)
-        chosen[place] = moved.get(other, other)
-        moved[other] = moved.get(place, place)
-    return chosen // columns, chosen % columns
 
 
 @dataclasses.dataclass(frozen=True)

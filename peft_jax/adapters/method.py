@@ -239,6 +239,8 @@ class AdapterMethod(TrainingMethod, abc.ABC):
     ) -> tuple[Arrays, Arrays]:
         """Returns the initial arrays for one kernel: (trainable, constant), float32.
 
+        Constants may be integers, such as places in the kernel.
+
         With them, the adapted kernel computes what the base kernel does, up to rounding, unless
         `steps_at_start` says otherwise.
 

@@ -51,6 +51,7 @@ class PeftForm(abc.ABC):
       peft_type: PEFT's name of the method.
       marks: Settings that tell adapters of this form from others of the same type.
       names: Name suffixes of the tensors.
+      integers: Those of `names` that hold integers.
       shared_names: Names of the tensors that all modules share and that a file must have.
       exact: Whether `restore` inverts `export` bit for bit.
       understood: Settings that the form understands.
@@ -70,6 +71,7 @@ class PeftForm(abc.ABC):
     peft_type: ClassVar[str]
     marks: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     names: ClassVar[tuple[str, ...]]
+    integers: ClassVar[tuple[str, ...]] = ()
     shared_names: ClassVar[tuple[str, ...]] = ()
     exact: ClassVar[bool]
     understood: ClassVar[PeftSettings]
@@ -154,6 +156,13 @@ class PeftForm(abc.ABC):
         """
         del found
         return self.shapes(d_in, d_out)
+
+    def check(self, tensors: Mapping[str, np.ndarray], d_in: int, d_out: int) -> None:
+        """Raises ValueError if values of tensors, of the right shapes, fit no such kernel.
+
+        The message goes on after the module's name: "the adapter of … has …".
+        """
+        del tensors, d_in, d_out
 
     @abc.abstractmethod
     def export(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

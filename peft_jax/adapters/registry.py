@@ -31,6 +31,7 @@ from peft_jax.adapters.peft_form import PeftForm
 from peft_jax.adapters.prefix_tuning import PrefixTuning
 from peft_jax.adapters.prompt_tuning import PromptTuning
 from peft_jax.adapters.randlora import RandLora
+from peft_jax.adapters.shira import SHiRA
 from peft_jax.adapters.trainable_tokens import TrainableTokens
 from peft_jax.adapters.unitary import Unitary
 from peft_jax.adapters.vera import VeRA
@@ -59,6 +60,7 @@ METHODS: dict[str, type[TrainingMethod]] = {
         VeRA,
         RandLora,
         FourierFT,
+        SHiRA,
         IA3,
         BOFT,
         OFT,

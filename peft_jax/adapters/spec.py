@@ -63,7 +63,8 @@ class AdapterSpec(TargetSettings):
 
     Attributes:
       method: An `AdapterMethod`, a `VirtualMethod`, or one that trains whole leaves, as `Full`.
-      dtype: Dtype of trained leaves. Adapters' arrays are made in float32 and cast to it.
+      dtype: Dtype of trained leaves. Adapters' arrays are made in float32 and cast to it, but for
+        integers.
 
     Example:
       >>> from peft_jax.adapters import LoRA
@@ -222,7 +223,8 @@ class AdapterSpec(TargetSettings):
                 learned, fixed = method.start_layers(learned, fixed, targets.by_layer[path])
             trainable[path] = jax.tree.map(lambda a: a.astype(dtype), learned)
             for name, array in flatten(fixed).items():
-                constant[(*path, *name)] = array.astype(dtype)
+                whole = jnp.issubdtype(array.dtype, jnp.integer)
+                constant[(*path, *name)] = array if whole else array.astype(dtype)
         if isinstance(self.method, VirtualMethod):
             own_key = jax.random.fold_in(key, zlib.crc32(VIRTUAL.encode()))
             for array_name, array in self.method.init(own_key, params).items():

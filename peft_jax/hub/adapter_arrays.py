@@ -12,7 +12,7 @@ from peft_jax.adapters import AdapterState, Targets
 from peft_jax.adapters.virtual_method import virtual_arrays
 from peft_jax.core import Path, flatten, is_stacked, join_path, unflatten
 from peft_jax.hub.finite import check_finite
-from peft_jax.hub.tensors import StoredTensor, TensorToWrite
+from peft_jax.hub.tensors import INTEGERS, StoredTensor, TensorToWrite
 from peft_jax.models import TrainableModel
 
 MAX_LISTED = 8
@@ -160,7 +160,8 @@ def read_arrays(
     """
     found: dict[tuple[str, Path], jax.Array] = {}
     for item in arrays:
-        tensors = [read_tensor(stored[name]) for name in item.names]
+        integers = np.issubdtype(item.dtype, np.integer)
+        tensors = [read_tensor(stored[name], integers=integers) for name in item.names]
         if item.transposed:
             tensors = [tensor.swapaxes(-1, -2) for tensor in tensors]
         tensors = [np.zeros_like(tensors[0])] * item.first + tensors
@@ -181,17 +182,32 @@ def make_state(arrays: Mapping[tuple[str, Path], jax.Array]) -> AdapterState:
     return AdapterState(**{tree: unflatten(leaves) for tree, leaves in trees.items()})
 
 
-def read_tensor(tensor: StoredTensor) -> np.ndarray:
+def read_tensor(tensor: StoredTensor, *, integers: bool = False) -> np.ndarray:
     """Reads a whole tensor in its stored dtype.
 
+    Args:
+      tensor: Stored tensor.
+      integers: Whether it must hold integers, which a file may have as floating-point numbers.
+
     Raises:
-      ValueError: It holds NaN or infinity.
+      ValueError: It holds NaN or infinity, or other numbers than integers.
     """
+    if integers and tensor.dtype in INTEGERS:
+        whole = np.empty(tensor.shape, tensor.stored_dtype)
+        for rows, values in tensor.pieces(dtype=whole.dtype):
+            whole[rows] = values
+        return whole
     whole = np.empty(tensor.shape, tensor.numpy_dtype)
     for rows, values in tensor.pieces():
         check_finite(values, whole.dtype, name=tensor.name, where=str(tensor.file))
         whole[rows] = values
-    return whole
+    if not integers:
+        return whole
+    if (whole != np.rint(whole)).any() or (np.abs(whole) >= 2**31).any():
+        raise ValueError(
+            f"{tensor.name} in {tensor.file} must hold integers, but has other numbers"
+        )
+    return whole.astype(np.int32)
 
 
 def check_tensors(

@@ -20,7 +20,7 @@ def digest_arrays(stored: Mapping[str, StoredTensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(stored.items()):
         digest.update(json.dumps([name, tensor.dtype, tensor.shape]).encode())
-        for _, values in tensor.pieces():
+        for _, values in tensor.pieces(dtype=tensor.stored_dtype):
             digest.update(values.reshape(-1).view("uint8").data)
     return f"sha256:{digest.hexdigest()}"
 

@@ -372,13 +372,24 @@ def _read_adapted(
             continue
         start = f"{PEFT_PREFIX}{module}."
         names = form.shapes(d_in, d_out)
-        tensors = {name: read_tensor(stored[start + name]) for name in names}
+        tensors = {
+            name: read_tensor(stored[start + name], integers=name in form.integers)
+            for name in names
+        }
+        try:
+            form.check(tensors, d_in, d_out)
+        except ValueError as error:
+            raise ValueError(f"the adapter of {module} has {error}") from error
         trainable, constant = form.restore(tensors)
         layers.append([trainable, constant | form.constants(shared, d_in, d_out)])
-    return {
-        (tree, (*path, name)): stack(path, _pad([one[index][name] for one in layers]), dtype)
+    arrays = {
+        (tree, (*path, name)): _pad([one[index][name] for one in layers])
         for index, tree in enumerate(("trainable", "constant"))
         for name in layers[0][index]
+    }
+    return {
+        key: stack(path, own, own[0].dtype if own[0].dtype.kind == "i" else dtype)
+        for key, own in arrays.items()
     }
 
 

@@ -6,7 +6,7 @@ read from the tensors' names, so that patterns mean what they do in PEFT.
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -30,7 +30,7 @@ from peft_jax.hub.adapter_arrays import listing, modules_of, read_tensor
 from peft_jax.hub.peft_config import HEAD
 from peft_jax.hub.peft_experts import adapted_experts, parameter_name, wrappers
 from peft_jax.hub.peft_names import PEFT_PREFIX
-from peft_jax.hub.tensors import StoredTensor
+from peft_jax.hub.tensors import INTEGERS, StoredTensor
 from peft_jax.models import Model
 
 _HEAD_TENSOR = f"{PEFT_PREFIX}{HEAD}.weight"
@@ -85,7 +85,7 @@ def read_peft_spec(
         ),
         "trainable_token_indices": _tokens(config),
         "bias": _bias(config) if biases else "none",
-        "dtype": "bfloat16" if all(t.dtype == "BF16" for t in stored.values()) else "float32",
+        "dtype": _dtype(stored),
     }
     shapes = {
         join_path(path[:-1]): {
@@ -181,6 +181,12 @@ def _group_tensors(
         raise ValueError(f"{what} has no tensors of an adapted module")
     _check_complete(found, model, ends, what)
     return found
+
+
+def _dtype(stored: Mapping[str, StoredTensor]) -> Literal["float32", "bfloat16"]:
+    """Returns the dtype of an adapter's arrays, without regard to integers."""
+    found = {tensor.dtype for tensor in stored.values()} - INTEGERS.keys()
+    return "bfloat16" if found == {"BF16"} else "float32"
 
 
 def _numbers(model: Model, path: Path) -> Sequence[int]:

@@ -28,6 +28,9 @@ DTYPES: Mapping[str, np.dtype] = {
 }
 """Floating-point dtypes of safetensors that hold unquantized weights."""
 
+INTEGERS: Mapping[str, np.dtype] = {"I32": np.dtype(np.int32)}
+"""Integer dtypes of safetensors that hold an adapter's constants, such as places in a kernel."""
+
 _PIECE = 32 * 2**20
 
 _LONG_ROW = 8192
@@ -70,6 +73,16 @@ class StoredTensor:
                 f" {', '.join(DTYPES)}; quantized checkpoints are not supported"
             )
         return DTYPES[self.dtype]
+
+    @property
+    def stored_dtype(self) -> np.dtype:
+        """The dtype of the stored values, which may be integers.
+
+        Raises:
+          ValueError: The dtype is neither in `DTYPES` nor in `INTEGERS`.
+        """
+        integers = INTEGERS.get(self.dtype)
+        return self.numpy_dtype if integers is None else integers
 
     def pieces(
         self,
@@ -186,9 +199,10 @@ def write_tensors(
     The write is atomic: a temporary file is renamed once it is on disk.
 
     Raises:
-      ValueError: A tensor's dtype is not in `DTYPES`, or its array differs from its description.
+      ValueError: A tensor's dtype is neither in `DTYPES` nor in `INTEGERS`, or its array differs
+        from its description.
     """
-    names = {dtype: name for name, dtype in DTYPES.items()}
+    names = {dtype: name for name, dtype in {**DTYPES, **INTEGERS}.items()}
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
     for tensor in tensors:

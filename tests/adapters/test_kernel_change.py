@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from peft_jax.adapters import AdapterMethod, HiRA, LoRA, kernel_change
+from peft_jax.adapters import AdapterMethod, HiRA, LoRA, SHiRA, kernel_change
 from peft_jax.core import AdaptedKernel, dense, linear, quantize
 
 D_IN, D_OUT, TOKENS = 16, 23, 5
-METHODS = {"hira": HiRA(rank=3)}
+METHODS = {"hira": HiRA(rank=3), "shira": SHiRA(rank=2)}
 
 
 @pytest.fixture(params=METHODS)

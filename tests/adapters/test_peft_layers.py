@@ -25,6 +25,7 @@ from peft_jax.adapters import (
     OLoRA,
     PiSSA,
     RandLora,
+    SHiRA,
     VeRA,
 )
 from peft_jax.core import AdaptedKernel, linear
@@ -72,6 +73,7 @@ CASES = {
     "fourierft of another seed": Case(
         FourierFT(n_frequency=96, scaling=30.0, seed=2**33 + 5), "FourierFTConfig"
     ),
+    "shira": Case(SHiRA(rank=2, seed=3), "ShiraConfig"),
     "adalora": Case(AdaLoRA(rank=3), "AdaLoraConfig"),
     "pissa": Case(PiSSA(rank=3), "LoraConfig"),
     "olora": Case(OLoRA(rank=3, rank_stabilized=True), "LoraConfig"),
@@ -107,6 +109,7 @@ class Layers:
     bias: np.ndarray
     trainable: dict[str, jax.Array]
     constant: dict[str, jax.Array]
+    tensors: dict[str, np.ndarray]
 
     def apply(self, trainable: dict[str, jax.Array], x: jax.Array) -> jax.Array:
         method = self.case.method
@@ -157,7 +160,15 @@ def layers(request: pytest.FixtureRequest, key: jax.Array) -> Layers:
     missing = [key for key in report.missing_keys if adapted.prefix in key]
     # Layers also list the tensors that all of them share.
     assert not [key for key in missing if key.split(".")[-2] not in form.shared_names]
-    return Layers(case, adapted, kernel, bias, trainable, constant)
+    return Layers(case, adapted, kernel, bias, trainable, constant, tensors)
+
+
+def test_the_entries_of_a_seed_are_those_of_peft() -> None:
+    from peft.tuners.shira.mask_functions import random_mask
+
+    mask = random_mask(torch.nn.Linear(D_IN, D_OUT), 2, random_seed=2**33 + 7)
+    _, constant = SHiRA(rank=2, seed=2**33 + 7).init(jax.random.key(0), (D_IN, D_OUT))
+    np.testing.assert_array_equal(constant["indices"], np.stack(np.nonzero(mask.numpy())))
 
 
 def assert_close(found: Any, expected: np.ndarray) -> None:
@@ -200,7 +211,10 @@ def test_gradients_agree_with_peft(layers: Layers, key: jax.Array) -> None:
         if parameter.requires_grad
     }
     found = {
-        name: next(value for key, value in parameters.items() if key.startswith(name))
+        name: next(
+            (value for key, value in parameters.items() if key.startswith(name)),
+            layers.tensors[name],  # a constant
+        )
         for name in form.names
     }
     expected, _ = form.restore(found)

@@ -32,6 +32,7 @@ from peft_jax.adapters import (
     OLoRA,
     PiSSA,
     RandLora,
+    SHiRA,
     Unitary,
     VeRA,
 )
@@ -58,6 +59,7 @@ METHODS = {
     "gralora": (GraLoRA, {"rank": ranks, "blocks": st.just(1), "hybrid_rank": st.integers(0, 2)}),
     "hira": (HiRA, {"rank": ranks}),
     "miss": (MiSS, {"rank": ranks}),
+    "shira": (SHiRA, {"rank": ranks}),
     "ia3": (IA3, {"scales_input": st.booleans()}),
     "oft": (OFT, {"block_size": blocks, "share_blocks": st.booleans()}),
     "hra": (HRA, {"rank": ranks.map(lambda n: 2 * n)}),
@@ -112,7 +114,9 @@ def test_shapes_and_dtypes_on_one_kernel(name, data):
         leaves, flat_names = flatten(arrays), flatten(names)
         assert leaves.keys() == flat_names.keys()
         for path, leaf in leaves.items():
-            assert leaf.dtype == jnp.float32
+            # Positions are constants.
+            whole = arrays is constant and jnp.issubdtype(leaf.dtype, jnp.integer)
+            assert leaf.dtype == (jnp.int32 if whole else jnp.float32)
             assert len(flat_names[path]) == leaf.ndim
             # An axis with the name of the kernel's output axis has its length.
             assert all(

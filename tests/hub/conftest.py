@@ -119,6 +119,8 @@ def arbitrary_state() -> Callable[..., AdapterState]:
         rng = np.random.default_rng(0)
 
         def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+            if jnp.issubdtype(leaf.dtype, jnp.integer):  # places in a kernel
+                return jnp.asarray(rng.integers(0, 8, leaf.shape), leaf.dtype)
             return jnp.asarray(rng.normal(0.0, 0.3, leaf.shape), leaf.dtype)
 
         state = jax.tree.map(draw, spec.abstract(params))

@@ -36,6 +36,7 @@ from peft_jax.adapters import (
     MiSS,
     PiSSA,
     RandLora,
+    SHiRA,
     Unitary,
     VeRA,
 )
@@ -74,6 +75,7 @@ SPECS = {
     "vera": AdapterSpec(method=VeRA(rank=4)),
     "randlora": AdapterSpec(method=RandLora(rank=5)),
     "fourierft": AdapterSpec(method=FourierFT(n_frequency=50)),
+    "shira": AdapterSpec(method=SHiRA(rank=2)),
     "adalora": AdapterSpec(method=AdaLoRA(rank=2)),
     "pissa": AdapterSpec(method=PiSSA(rank=2), rank_pattern={"q_proj": 1}),
     "loha": AdapterSpec(method=LoHa(rank=2), alpha_pattern={"q_proj": 1.0}),
@@ -113,6 +115,7 @@ IN_PEFT_FORMAT = {
         "oft",
         "hra",
         "fourierft",
+        "shira",
         "boft",
     ),
 }
@@ -144,6 +147,8 @@ def saved(model, params, arbitrary_state, tmp_path):
 def awkward(leaf: jax.Array) -> jax.Array:
     """Puts a negative zero and the smallest subnormal among the values."""
     values = np.array(leaf)
+    if jnp.issubdtype(leaf.dtype, jnp.integer):
+        return leaf
     values.reshape(-1)[:2] = [-0.0, jnp.finfo(leaf.dtype).smallest_subnormal]
     return jnp.asarray(values)
 

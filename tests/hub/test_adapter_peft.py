@@ -33,6 +33,7 @@ from peft_jax.adapters import (
     MiSS,
     PiSSA,
     RandLora,
+    SHiRA,
     Unitary,
     VeRA,
 )
@@ -75,6 +76,7 @@ LLAMA_SPECS = {
     "vera": AdapterSpec(method=VeRA(rank=32), modules_to_save=("norm",)),
     "randlora": AdapterSpec(method=RandLora(rank=5), modules_to_save=("norm",)),
     "fourierft": AdapterSpec(method=FourierFT(n_frequency=50), modules_to_save=("norm",)),
+    "shira": AdapterSpec(method=SHiRA(rank=2), modules_to_save=("norm",)),
     "adalora": AdapterSpec(method=AdaLoRA(rank=3), modules_to_save=("norm",)),
     "pissa": AdapterSpec(method=PiSSA(rank=2), rank_pattern={"q_proj": 3}),
     "loha": AdapterSpec(
@@ -284,6 +286,7 @@ CONFIGS = {
         "FourierFTConfig",
         {"n_frequency": 50, "random_loc_seed": 5, "target_modules": LINEAR["llama"]},
     ),
+    "shira": ("llama", "ShiraConfig", {"r": 2, "target_modules": LINEAR["llama"]}),
     "hra": ("llama", "HRAConfig", {"r": 4, "target_modules": LINEAR["llama"]}),
     "all-linear": ("llama", "LoraConfig", {"r": 2, "target_modules": "all-linear"}),
     # For these, PEFT also saves a copy of the base's head.
@@ -405,6 +408,42 @@ def test_adalora_with_dropped_directions_loads(base, tokens, tmp_path):
     assert sum(int((leaf != 0).sum()) for leaf in values) == sum(ranks)
     found = base.adapted_logits(tokens, spec, state)
     assert_same(found, theirs(module, tokens), base.logits(tokens))
+
+
+SHIRA_INDICES = "base_model.model.model.layers.1.self_attn.q_proj.shira_indices"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda indices: indices + 1,
+            r"layers\.1\.self_attn\.q_proj has shira_indices with",
+        ),
+        (lambda indices: indices.astype(np.float32) + 0.5, "must hold integers"),
+    ],
+    ids=["outside", "fractions"],
+)
+def test_entries_outside_of_the_kernel_are_rejected(change, message, base, tmp_path):
+    base = base("llama")
+    save_with_peft(base, tmp_path, "ShiraConfig", {"r": 2, "target_modules": ["q_proj"]})
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    safetensors.numpy.save_file(tensors | {SHIRA_INDICES: change(tensors[SHIRA_INDICES])}, file)
+    with pytest.raises(ValueError, match=message):
+        load_adapter(tmp_path, base.model, base.params)
+
+
+def test_entries_are_integers_in_adapters_of_16_bits(base, tmp_path):
+    base = base("llama")
+    spec = AdapterSpec(method=SHiRA(rank=2), target_modules=("q_proj",), dtype="bfloat16")
+    state = spec.init(jax.random.key(0), base.params)
+    save_adapter(tmp_path, base.model, spec, state, base_model_name="x")
+    (tmp_path / "peft_jax_adapter.json").unlink()
+    found_spec, found = load_adapter(tmp_path, base.model, base.params)
+    assert found_spec == spec
+    jax.tree.map(np.testing.assert_array_equal, found, state)
+    assert {leaf.dtype for leaf in flatten(found.constant).values()} == {np.dtype(np.int32)}
 
 
 def test_an_adapter_of_another_head_is_rejected(base, tmp_path):

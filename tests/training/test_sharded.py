@@ -50,6 +50,7 @@ SETTINGS = {
     "p_tuning": {"num_virtual_tokens": 3},
     "prefix_tuning": {"num_virtual_tokens": 3, "projection": 5},
     "fourierft": {"n_frequency": 50},
+    "shira": {"rank": 2},
     "oft": {"block_size": 4},
     "lora_ga": {"rank": 2},
     "boft": {"block_size": 4},
@@ -99,6 +100,8 @@ def take_steps(tiny):
 
         def draw(path, leaf):
             """The start: away from zero, where an adapter of zeros would have no gradient."""
+            if np.issubdtype(leaf.dtype, np.integer):  # places in a kernel
+                return random.integers(0, 16, leaf.shape).astype(leaf.dtype)
             small = 0.1 * random.standard_normal(leaf.shape)
             positive = "scale" in path or path[-1] == "norm"
             return (small + positive).astype(np.float32)
