@@ -53,7 +53,7 @@ def is_router(path: Path) -> bool:
       >>> is_router(("layers", "mlp", "gate", "kernel")), is_router(("layers", "mlp", "gate_proj"))
       (True, False)
     """
-    return path[1:2] == ("mlp",) and path[2:3] in (("gate",), ("router",))
+    return path[1:2] in (("mlp",), ("feed_forward",)) and path[2:3] in (("gate",), ("router",))
 
 
 def join_path(path: Path) -> str:

@@ -256,10 +256,12 @@ def _layer_forms(
     model: Model, targets: Targets, params: Tree, make: Callable[[AdapterMethod], PeftForm]
 ) -> LayerForms:
     """Returns the forms of each layer's tensors, or None where a layer is not adapted."""
-    flat = flatten(params)
+    flat, swapped = flatten(params), model.family.naming.experts_swapped
     return {
         path: tuple(
-            None if method is None else form_of_leaf(make(method), path, flat[path].shape)
+            None
+            if method is None
+            else form_of_leaf(make(method), path, flat[path].shape, swapped=swapped)
             for method in targets.layers(path, len(modules_of(model, path)))
         )
         for path in targets.adapted

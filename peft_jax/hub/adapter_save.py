@@ -309,7 +309,8 @@ def _peft_tensors(
                 continue
             of_kernel = method.peft_form()
             assert of_kernel is not None
-            own = form_of_leaf(of_kernel, path, flat[path].shape)
+            swapped = model.family.naming.experts_swapped
+            own = form_of_leaf(of_kernel, path, flat[path].shape, swapped=swapped)
             one = {name: array[index] for name, array in arrays.items()}
             try:
                 tensors = own.export(one if is_stacked(path) else arrays)

@@ -10,6 +10,9 @@ experts, E of them:
 
 One parameter of a module is wrapped inside the other. If only one of them is adapted, its names
 have no "base_layer".
+
+PEFT takes a parameter [E, m, n] for kernels [out, in], unless its module says that they are stored
+[in, out]. Where a module stores them so and does not say it, A and B change places.
 """
 
 import dataclasses
@@ -37,6 +40,7 @@ class ExpertsForm(PeftForm):
       method: The method.
       form: Form of one expert's tensors.
       experts: E.
+      swapped: Whether PEFT takes the kernels' inputs for their outputs.
     """
 
     peft_type = LoRAForm.peft_type
@@ -46,13 +50,16 @@ class ExpertsForm(PeftForm):
 
     form: LoRAForm
     experts: int
+    swapped: bool = False
 
     def settings(self) -> dict[str, Any]:
         """Returns the settings of one expert."""
         return self.form.settings()
 
     def shapes(self, d_in: int, d_out: int) -> Shapes:
-        """Returns [E r, d_in] and [d_out, r E]."""
+        """Returns [E r, d_in] and [d_out, r E], or with d_out and d_in."""
+        if self.swapped:
+            d_in, d_out = d_out, d_in
         rank, _ = self.form.shapes(d_in, d_out)["lora_A.weight"]
         joined = rank * self.experts
         return {"lora_A.weight": (joined, d_in), "lora_B.weight": (d_out, joined)}
@@ -60,7 +67,7 @@ class ExpertsForm(PeftForm):
     def export(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Joins the tensors of experts."""
         each = [
-            self.form.export({name: array[expert] for name, array in arrays.items()})
+            self._ordered(self.form.export({name: array[expert] for name, array in arrays.items()}))
             for expert in range(self.experts)
         ]
         b = np.stack([tensors["lora_B.weight"] for tensors in each], axis=-1)
@@ -75,7 +82,9 @@ class ExpertsForm(PeftForm):
         joined = tensors["lora_B.weight"]
         b = joined.reshape(joined.shape[0], -1, self.experts)
         each = [
-            self.form.restore({"lora_A.weight": a[expert], "lora_B.weight": b[..., expert]})
+            self.form.restore(
+                self._ordered({"lora_A.weight": a[expert], "lora_B.weight": b[..., expert]})
+            )
             for expert in range(self.experts)
         ]
         trainable, constant = (
@@ -84,14 +93,24 @@ class ExpertsForm(PeftForm):
         )
         return trainable, constant
 
+    def _ordered(self, tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """Returns the tensors of one expert in PEFT's order, or in the method's."""
+        if not self.swapped:
+            return tensors
+        a, b = tensors["lora_A.weight"], tensors["lora_B.weight"]
+        return {"lora_A.weight": b.T, "lora_B.weight": a.T}
 
-def form_of_leaf(form: PeftForm, path: Path, shape: tuple[int, ...]) -> PeftForm:
+
+def form_of_leaf(
+    form: PeftForm, path: Path, shape: tuple[int, ...], *, swapped: bool = False
+) -> PeftForm:
     """Returns the form of a layer's tensors: that of all experts, if the leaf belongs to experts.
 
     Args:
       form: Form of one kernel's tensors.
       path: Path of the kernels.
       shape: Shape of the leaf.
+      swapped: Whether PEFT takes the inputs of experts' kernels for their outputs.
 
     Raises:
       NoPeftFormError: PEFT has no such adapter of experts.
@@ -103,7 +122,7 @@ def form_of_leaf(form: PeftForm, path: Path, shape: tuple[int, ...]) -> PeftForm
             f"PEFT adapts experts by LoRA only, and {'.'.join(path[:-1])} has"
             f" {form.method.name!r}; export the merged model instead"
         )
-    return ExpertsForm(form.method, form, shape[-3])
+    return ExpertsForm(form.method, form, shape[-3], swapped)
 
 
 def check_all_layers(targets: Targets) -> None:

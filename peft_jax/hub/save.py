@@ -71,7 +71,9 @@ def _language_model_alone(model: Model) -> Model:
     if family.alone is None:
         return model
     shared = {name: whole[name] for name in _TOKEN_IDS if name in whole}
-    config = shared | whole[family.text_part] | {"model_type": family.alone.model_type}
+    config = dict(family.text_defaults) | shared | whole[family.text_part]
+    config["tie_word_embeddings"] = model.config.tie_word_embeddings
+    config["model_type"] = family.alone.model_type
     return dataclasses.replace(model, family=family.alone, hf_json=json.dumps(config))
 
 

@@ -23,6 +23,9 @@ Sinks = Float32[Array, "kv_heads group"]
 Attend = Callable[..., Outputs]
 """Maps queries, keys, values and, if the layout has them, sinks to outputs."""
 
+_MOST_CHUNKS = 2**15
+"""Number of chunks of a segment that are told apart; a segment's later ones repeat the numbers."""
+
 MASKED = -1e30
 """Score of a masked key; finite, so that a fully masked row is not NaN."""
 
@@ -101,6 +104,8 @@ class AttentionLayout:
         score_cap: float | None = None,
         sinks: bool = False,
         virtual: int = 0,
+        chunk: int | None = None,
+        positions: Int[Array, "batch tokens"] | None = None,
     ) -> "AttentionLayout":
         """Returns a decoder's layout.
 
@@ -112,10 +117,17 @@ class AttentionLayout:
           score_cap: Soft cap of the scores; None for none.
           sinks: Whether each head has a sink.
           virtual: Number of virtual tokens before the tokens; 0 with a cache, which holds them.
+          chunk: Number of positions of a chunk, beyond which no token attends; None for all.
+          positions: [B, T]; with chunks only.
 
         Raises:
           ValueError: A cache is given without `segment_ids`.
         """
+        if chunk is not None and positions is not None:
+            # A chunk is a segment of its own, and no two of its tokens are farther apart.
+            whole = jnp.ones_like(positions) if segment_ids is None else segment_ids
+            segment_ids = _in_chunks(whole, positions, chunk)
+            packed, window = True, min(chunk, window or chunk)
         if cache is None:
             start, key_segments = jnp.full((), virtual, jnp.int32), segment_ids
             if virtual and segment_ids is not None:
@@ -124,6 +136,8 @@ class AttentionLayout:
             if segment_ids is None:
                 raise ValueError("segment_ids is None, but must be given with a cache")
             start, key_segments = cache.length - segment_ids.shape[1], cache.segment_ids
+            if chunk is not None:
+                key_segments = _in_chunks(key_segments, cache.positions, chunk)
         return cls(
             query_start=start,
             query_segments=segment_ids,
@@ -151,6 +165,14 @@ class AttentionLayout:
         return dataclasses.replace(
             self, slopes=slopes, query_positions=positions, key_positions=key_positions
         )
+
+
+def _in_chunks(
+    segment_ids: Int[Array, "batch tokens"], positions: Int[Array, "batch tokens"], chunk: int
+) -> Int[Array, "batch tokens"]:
+    """Returns segments that end with their chunk too; 0 stays padding."""
+    numbers = positions // chunk % _MOST_CHUNKS
+    return jnp.where(segment_ids > 0, segment_ids * _MOST_CHUNKS + numbers, 0)
 
 
 def alibi_slopes(heads: int) -> Float32[np.ndarray, " heads"]:

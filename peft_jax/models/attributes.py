@@ -120,7 +120,8 @@ _KINDS: Mapping[str, Kind] = {
             "num_attention_heads", "num_key_value_heads", "num_labels",
             "original_max_position_embeddings", "sliding_window_pattern", "vocab_size",
             # Experts and latent attention.
-            "decoder_sparse_step", "kv_lora_rank", "moe_intermediate_size", "n_group",
+            "attention_chunk_size", "decoder_sparse_step", "floor_scale", "intermediate_size_mlp",
+            "interleave_moe_layer_step", "kv_lora_rank", "moe_intermediate_size", "n_group",
             "n_routed_experts", "n_shared_experts", "num_experts", "num_experts_per_tok",
             "num_local_experts", "q_lora_rank", "qk_head_dim", "qk_nope_head_dim",
             "qk_rope_head_dim", "topk_group", "shared_expert_intermediate_size", "v_head_dim",
@@ -141,7 +142,7 @@ _KINDS: Mapping[str, Kind] = {
         (
             "attention_factor", "beta_fast", "beta_slow", "factor", "high_freq_factor",
             "layer_norm_eps", "layer_norm_epsilon", "low_freq_factor", "partial_rotary_factor",
-            "attention_multiplier", "attn_logit_softcapping", "embedding_multiplier",
+            "attention_multiplier", "attn_logit_softcapping", "attn_scale", "embedding_multiplier",
             "final_logit_softcapping", "logit_scale", "logits_scaling", "mscale", "mscale_all_dim",
             "query_pre_attn_scalar", "residual_multiplier", "rms_norm_eps", "rope_local_base_freq",
             "rope_theta", "rotary_emb_base", "rotary_pct", "routed_scaling_factor", "swiglu_alpha",
@@ -178,7 +179,7 @@ _KINDS: Mapping[str, Kind] = {
         _TEXT,
     ),
     **dict.fromkeys(("architectures", "layer_types"), _TEXTS),
-    "mlp_only_layers": _NUMBERS,
+    **dict.fromkeys(("mlp_only_layers", "moe_layers"), _NUMBERS),
     "no_rope_layers": _FLAGS,
     "pos_att_type": _WORDS,
     **dict.fromkeys(

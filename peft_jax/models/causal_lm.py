@@ -71,6 +71,7 @@ class CausalLM(Model):
                 )
             if segment_ids is None:
                 segment_ids = jnp.ones_like(tokens)
+            self._check_chunks(count, cache.slots)
             self._check_windows(count, cache.slots)
             if positions is None:
                 positions = cache.next_positions(segment_ids)
@@ -133,8 +134,20 @@ class CausalLM(Model):
                 f"rows of {tokens} tokens after {virtual} virtual tokens are too long, because the"
                 f" model has positions for {longest}"
             )
+        self._check_chunks(virtual, virtual + tokens)
         if not of_one_segment:
             self._check_windows(virtual, virtual + tokens)
+
+    def _check_chunks(self, virtual: int, tokens: int) -> None:
+        """Rejects rows whose later chunks would not attend to virtual tokens."""
+        kinds = getattr(self.config, "layer_types", ())
+        chunks = [kind.chunk for kind in kinds if kind.chunk is not None]
+        if virtual and chunks and min(chunks) < tokens:
+            raise ValueError(
+                f"the model attends within chunks of {min(chunks)} tokens, but rows have {tokens}"
+                f" with the {virtual} virtual tokens, which later chunks would not attend to; use"
+                " shorter rows, or another method"
+            )
 
     def _check_windows(self, virtual: int, tokens: int) -> None:
         """Rejects sliding windows that would count what lies between virtual tokens and a text."""

@@ -127,10 +127,12 @@ class Surroundings:
     Attributes:
       attend: Attention, with the type's window.
       rotation: Cosines and sines of the type's rotary embedding, or None.
+      temperature: Multiplier of each token's query, or None.
     """
 
     attend: Attend
     rotation: Rotation | None
+    temperature: Float32[Array, "batch tokens"] | None = None
 
 
 class Decoder(CausalDecoder):
@@ -231,7 +233,7 @@ class Decoder(CausalDecoder):
         keys = tokens + virtual if cache is None else cache.slots
         kinds = tuple(dict.fromkeys(config.layers))
         attends = {
-            window: make_attention(
+            (window, chunk): make_attention(
                 AttentionLayout.causal(
                     segment_ids,
                     cache,
@@ -240,6 +242,8 @@ class Decoder(CausalDecoder):
                     score_cap=config.score_cap,
                     sinks=config.attention_sinks,
                     virtual=virtual,
+                    chunk=chunk,
+                    positions=positions,
                 ),
                 tokens=tokens,
                 keys=keys,
@@ -247,7 +251,7 @@ class Decoder(CausalDecoder):
                 value_dim=config.value_dim,
                 execution=self.execution,
             )
-            for window in dict.fromkeys(kind.window for kind in kinds)
+            for window, chunk in dict.fromkeys((kind.window, kind.chunk) for kind in kinds)
         }
         if longest is None and cache is not None:
             longest = cache.slots
@@ -255,8 +259,16 @@ class Decoder(CausalDecoder):
             rotary: None if rotary is None else rotary.tables(positions, slots=longest)
             for rotary in dict.fromkeys(kind.rotary for kind in kinds)
         }
+        temperatures = {
+            temperature: None if temperature is None else temperature.factors(positions)
+            for temperature in dict.fromkeys(kind.temperature for kind in kinds)
+        }
         return {
-            kind: Surroundings(attend=attends[kind.window], rotation=rotations[kind.rotary])
+            kind: Surroundings(
+                attend=attends[kind.window, kind.chunk],
+                rotation=rotations[kind.rotary],
+                temperature=temperatures[kind.temperature],
+            )
             for kind in kinds
         }
 

@@ -37,8 +37,9 @@ def linear_map(
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions (Ainslie et al., 2023, arXiv 2305.13245).
 
-    A subclass may norm the queries and keys, or compute them by one fused map, in `project`. It may
-    give sinks to attention in `attend`, rotate neighboring features, and rename the output map.
+    A subclass may norm the queries and keys, or compute them by one fused map, in `project`, or
+    norm them after the rotation in `place`. It may give sinks to attention in `attend`, rotate
+    neighboring features, and rename the output map.
 
     Args:
       config: Architecture.
@@ -85,6 +86,15 @@ class Attention(nnx.Module):
             value.reshape(*leading, config.num_kv_heads, config.head_dim),
         )
 
+    def place(self, query: Queries, key: Keys, around: Surroundings) -> tuple[Queries, Keys]:
+        """Returns the scaled queries and the keys, rotated if the layer has a rotation."""
+        scale = self.config.query_scale
+        if around.rotation is None:
+            return scaled(query, scale), key
+        neighbors = self.rotates_neighbors
+        query = rotate(query, *around.rotation, scale=scale, neighbors=neighbors)
+        return query, rotate(key, *around.rotation, neighbors=neighbors)
+
     def attend(self, around: Surroundings, query: Queries, key: AllKeys, value: AllKeys) -> Queries:
         """Returns attention's output of each head, to all keys of the cache if there is one."""
         return around.attend(query, key, value)
@@ -95,13 +105,9 @@ class Attention(nnx.Module):
     ) -> tuple[Hidden, LayerCache | None]:
         """Returns attention's output [B, T, D], and the layer's updated cache if one is given."""
         query, key, value = self.project(x)
-        scale = self.config.query_scale
-        if around.rotation is None:
-            query = scaled(query, scale)
-        else:
-            neighbors = self.rotates_neighbors
-            query = rotate(query, *around.rotation, scale=scale, neighbors=neighbors)
-            key = rotate(key, *around.rotation, neighbors=neighbors)
+        query, key = self.place(query, key, around)
+        if around.temperature is not None:
+            query = (query * around.temperature[:, :, None, None, None]).astype(x.dtype)
         if cache is not None:
             cache = cache.append(key, value)
             key, value = cache.read(x.dtype)

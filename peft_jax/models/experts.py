@@ -11,7 +11,7 @@ Sources: Shazeer et al., 2017 (arXiv 1701.06538); Fedus et al., 2021 (arXiv 2101
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,9 @@ class Routing:
     num_experts: int
     experts_per_token: int
     normalized: bool
+
+    weighs_inputs: ClassVar[bool] = False
+    """Whether weights multiply the experts' inputs, and not their outputs."""
 
     def __post_init__(self) -> None:
         check_positive_int("num_experts", self.num_experts)
@@ -145,7 +148,15 @@ class Experts(nnx.Module):
         maps = (self.gate_up_proj, self.down_proj)
         arrays = tuple(one.arrays() for one in maps)
         axes = [names for one in maps for names in one.leaf_axes()]
-        return mix_experts(x, logits, arrays, axes, route=routing, apply=self._apply)
+        return mix_experts(
+            x,
+            logits,
+            arrays,
+            axes,
+            route=routing,
+            apply=self._apply,
+            weigh_inputs=routing.weighs_inputs,
+        )
 
     def _apply(
         self, rows: Float[Array, "rows embed"], sizes: Int[Array, " experts"], arrays: Any

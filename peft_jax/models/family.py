@@ -80,6 +80,7 @@ class Family:
       old_prefixes: (old prefix, new prefix) of such tensors.
       text_part: Attribute of `config.json` that describes the language model; empty if all of the
         file does.
+      text_defaults: Attributes that this part may omit, with their values.
       alone: Family of the language model alone, as which models are saved; None for this one.
     """
 
@@ -92,4 +93,5 @@ class Family:
     old_names: tuple[tuple[str, str], ...] = ()
     old_prefixes: tuple[tuple[str, str], ...] = ()
     text_part: str = ""
+    text_defaults: tuple[tuple[str, Any], ...] = ()
     alone: "Family | None" = None

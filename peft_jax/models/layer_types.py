@@ -4,7 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TypeVar
 
-from peft_jax.core.validation import check_positive_int
+import jax.numpy as jnp
+from jaxtyping import Array, Float32, Int
+
+from peft_jax.core.validation import check_positive, check_positive_int
 from peft_jax.models.rope import RotarySettings
 
 _Item = TypeVar("_Item")
@@ -14,22 +17,61 @@ _MAX_PERIOD = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Temperature:
+    """Multiplier of queries that grows with their position: 1 + slope ln(1 + ⌊(p + first) / step⌋).
+
+    It keeps attention sharp over many keys.
+
+    Attributes:
+      slope: Growth.
+      step: Number of tokens over which the multiplier stays the same.
+      first: Number of the first position.
+
+    Source: Nakanishi, 2025, arXiv 2501.19399, as in Llama 4.
+
+    Example:
+      >>> temperature = Temperature(slope=1.0, step=2, first=1)
+      >>> [round(factor, 3) for factor in temperature.factors(jnp.arange(4)[None])[0].tolist()]
+      [1.0, 1.693, 1.693, 2.099]
+    """
+
+    slope: float
+    step: int
+    first: int = 0
+
+    def __post_init__(self) -> None:
+        check_positive("attn_scale", self.slope)
+        check_positive_int("floor_scale", self.step)
+
+    def factors(self, positions: Int[Array, "batch tokens"]) -> Float32[Array, "batch tokens"]:
+        """Returns the multiplier of each token's query."""
+        steps = (positions + self.first) // self.step
+        return 1.0 + self.slope * jnp.log1p(steps.astype(jnp.float32))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerType:
     """What differs between the layers of one decoder.
 
     Attributes:
       form: Name of the form of block, if forms have different parameters; see `MixedBlocks`.
       window: Number of tokens that a token attends to, itself included; None for all.
+      chunk: Number of positions of a chunk, beyond which a token does not attend; None for all.
       rotary: Rotary embedding of queries and keys; None for none.
+      temperature: Multiplier of queries by position; None for none.
     """
 
     form: str = ""
     window: int | None = None
+    chunk: int | None = None
     rotary: RotarySettings | None = None
+    temperature: Temperature | None = None
 
     def __post_init__(self) -> None:
         if self.window is not None:
             check_positive_int("sliding_window", self.window)
+        if self.chunk is not None:
+            check_positive_int("attention_chunk_size", self.chunk)
 
 
 @dataclasses.dataclass(frozen=True)

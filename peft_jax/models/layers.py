@@ -117,6 +117,15 @@ class Embedding(nnx.Module):
         return constrain_features(rows.astype(dtype), "embed")
 
 
+@part("norm")
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=1)
+def unit_rms(x: Float[Array, "*batch features"], epsilon: float) -> Float[Array, "*batch features"]:
+    """Returns x / rms(x) over the last axis, computed in float32: an RMS norm without a scale."""
+    wide = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(mean_square + epsilon)).astype(x.dtype)
+
+
 class RMSNorm(nnx.Module):
     """Computes x / rms(x) * scale over the last axis (Zhang and Sennrich, 2019, arXiv 1910.07467).
 

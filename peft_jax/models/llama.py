@@ -65,13 +65,14 @@ class LlamaBlock(nnx.Module):
     """One transformer block: attention, then the MLP, each after a norm and added to its input."""
 
     attention: type[Any] = LlamaAttention
+    mlp_name = "mlp"
 
     def __init__(self, config: LlamaConfig):
         self.residual_scale = config.residual_scale
         self.input_layernorm = Llama.make_norm(config)
         self.self_attn = self.attention(config)
         self.post_attention_layernorm = Llama.make_norm(config)
-        self.mlp = self.make_mlp(config)
+        setattr(self, self.mlp_name, self.make_mlp(config))
 
     @staticmethod
     def make_mlp(config: LlamaConfig) -> nnx.Module:
@@ -84,7 +85,8 @@ class LlamaBlock(nnx.Module):
         """Returns the block's output, and the layer's updated cache if one is given."""
         attended, cache = self.self_attn(self.input_layernorm(x), around, cache)
         x = x + self._rescaled(attended)
-        return x + self._rescaled(self.mlp(self.post_attention_layernorm(x))), cache
+        update = getattr(self, self.mlp_name)(self.post_attention_layernorm(x))
+        return x + self._rescaled(update), cache
 
     def _rescaled(self, update: Hidden) -> Hidden:
         return update if self.residual_scale == 1.0 else scaled(update, self.residual_scale)

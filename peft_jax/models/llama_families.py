@@ -27,6 +27,13 @@ _MISTRAL = AttributeTable(
     read=COMMON | {"sliding_window"},
     fixed=SILU | {"attention_bias": (False,), "mlp_bias": (False,)},
 )
+_MISTRAL3 = AttributeTable(
+    family="mistral3",
+    architectures=frozenset({"Mistral3ForConditionalGeneration", "Mistral3Model"}),
+    read=frozenset({"text_config", "tie_word_embeddings"}),
+    irrelevant=frozenset({"image_token_index", "initializer_range", "multimodal_projector_bias"})
+    | {"projector_hidden_act", "spatial_merge_size", "vision_config", "vision_feature_layer"},
+)
 _MINISTRAL = AttributeTable(
     family="ministral",
     unpacks=True,
@@ -72,6 +79,17 @@ _GRANITE = AttributeTable(
 )
 
 
+_MISTRAL_DEFAULTS = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 131072,
+}
+"""Defaults in transformers, which omits equal attributes of a part of a `config.json`."""
+
+
 def read_llama(hf_config: Mapping[str, Any]) -> LlamaConfig:
     """Reads the configuration of Llama 1 to 3 and Vicuna."""
     _LLAMA.check(hf_config)
@@ -84,6 +102,23 @@ def read_mistral(hf_config: Mapping[str, Any]) -> LlamaConfig:
     # As in transformers, an absent window means 4096, and null means no window.
     window = hf_config.get("sliding_window", 4096)
     return _read_uniform(hf_config, num_kv_heads=8, window=window)
+
+
+def read_mistral3(hf_config: Mapping[str, Any]) -> LlamaConfig:
+    """Reads the configuration of the language model of a Mistral that also reads images.
+
+    Raises:
+      ValueError: An attribute is not understood, or the language model is not a Mistral.
+    """
+    _MISTRAL3.check(hf_config)
+    text = {**_MISTRAL_DEFAULTS, **require(hf_config, "text_config")}
+    if text.get("model_type", "mistral") != "mistral":
+        raise ValueError(
+            f"config.json's text_config sets model_type = {text['model_type']!r}; 'mistral3' models"
+            " are implemented for model_type = 'mistral' only"
+        )
+    tied = given(hf_config, "tie_word_embeddings", given(text, "tie_word_embeddings", False))
+    return read_mistral({**text, "tie_word_embeddings": tied})
 
 
 def read_ministral(hf_config: Mapping[str, Any]) -> LlamaConfig:
@@ -209,6 +244,21 @@ def _family(model_type: str, architecture: str, read_config: Callable) -> Family
 
 LLAMA = _family("llama", "LlamaForCausalLM", read_llama)
 MISTRAL = _family("mistral", "MistralForCausalLM", read_mistral)
+MISTRAL3 = Family(
+    model_type="mistral3",
+    architecture="Mistral3ForConditionalGeneration",
+    read_config=read_mistral3,
+    decoder=Llama,
+    naming=Naming(prefix="model.language_model", blocks="layers"),
+    unused=(r"(model\.)?(vision_tower|multi_modal_projector)\..*",),
+    old_prefixes=(
+        ("language_model.model.", "model.language_model."),
+        ("language_model.lm_head.", "lm_head."),
+    ),
+    text_part="text_config",
+    text_defaults=tuple(_MISTRAL_DEFAULTS.items()),
+    alone=MISTRAL,
+)
 MINISTRAL = _family("ministral", "MinistralForCausalLM", read_ministral)
 QWEN2 = _family("qwen2", "Qwen2ForCausalLM", read_qwen2)
 QWEN3 = _family("qwen3", "Qwen3ForCausalLM", read_qwen3)

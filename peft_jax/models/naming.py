@@ -124,6 +124,7 @@ class Naming:
       later: Modules of a block that the first block lacks.
       conv1d: Whether the blocks' kernels are stored [in, out], as transformers' `Conv1D` has them.
       experts_conv1d: Whether those of experts are.
+      experts_swapped: Whether PEFT takes the inputs of experts' kernels for their outputs.
       stored: Pairs of a module in a block and the tensors of its kernel in checkpoints, where these
         differ from the parameter in transformers; see `HFTensor`.
 
@@ -141,6 +142,7 @@ class Naming:
     later: tuple[str, ...] = ()
     conv1d: bool = False
     experts_conv1d: bool = False
+    experts_swapped: bool = False
     stored: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     def module(self, path: Path, layer: int | str | None = None) -> str:

@@ -17,11 +17,13 @@ from peft_jax.models.glm_families import GLM4, GLM4_MOE
 from peft_jax.models.gpt2_family import GPT2_FAMILY
 from peft_jax.models.gpt_neox_family import GPT_NEOX
 from peft_jax.models.gpt_oss_family import GPT_OSS
+from peft_jax.models.llama4_family import LLAMA4, LLAMA4_TEXT
 from peft_jax.models.llama_families import (
     GRANITE,
     LLAMA,
     MINISTRAL,
     MISTRAL,
+    MISTRAL3,
     QWEN2,
     QWEN3,
     SMOLLM3,
@@ -34,8 +36,8 @@ FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         *(BLOOM, COHERE2, DEEPSEEK_V3, GEMMA, GEMMA2, GEMMA3, GEMMA3_WITH_IMAGES, GLM4, GLM4_MOE),
-        *(GPT2_FAMILY, GPT_NEOX, GPT_OSS, GRANITE, LLAMA, MINISTRAL, MISTRAL, MIXTRAL, OLMO2),
-        *(OLMO3, PHI3, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, SMOLLM3),
+        *(GPT2_FAMILY, GPT_NEOX, GPT_OSS, GRANITE, LLAMA, LLAMA4, LLAMA4_TEXT, MINISTRAL, MISTRAL),
+        *(MISTRAL3, MIXTRAL, OLMO2, OLMO3, PHI3, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, SMOLLM3),
     )
 }
 """Families by the `model_type` of their `config.json`."""

@@ -72,18 +72,21 @@ class Llama3Scaling:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             check_positive(field.name, getattr(self, field.name))
-        if self.high_freq_factor <= self.low_freq_factor:
+        if self.high_freq_factor < self.low_freq_factor:
             raise ValueError(
-                f"high_freq_factor is {self.high_freq_factor}, but must be above low_freq_factor ="
-                f" {self.low_freq_factor}"
+                f"high_freq_factor is {self.high_freq_factor}, but must be at least"
+                f" low_freq_factor = {self.low_freq_factor}"
             )
 
     def scale(self, frequencies: Frequencies, theta: float) -> Frequencies:
         """Returns the scaled frequencies, in radians per token."""
         del theta
         turns = self.original_max_position_embeddings * frequencies / (2 * math.pi)
-        kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        kept = np.clip(kept, 0.0, 1.0)
+        between = self.high_freq_factor - self.low_freq_factor
+        if between:
+            kept = np.clip((turns - self.low_freq_factor) / between, 0.0, 1.0)
+        else:
+            kept = (turns >= self.low_freq_factor).astype(np.float64)
         return frequencies * (kept + (1.0 - kept) / self.factor)
 
     @property

@@ -45,6 +45,7 @@ def mix_experts(
     *,
     route: Route,
     apply: Apply,
+    weigh_inputs: bool = False,
 ) -> Float[Array, "batch tokens embed"]:
     """Returns the weighted sum of each token's experts.
 
@@ -55,10 +56,12 @@ def mix_experts(
       axes: Logical axes of each leaf of `arrays`; the first is "experts".
       route: Chooses each token's experts.
       apply: Computes the experts.
+      weigh_inputs: Whether weights multiply the experts' inputs, and not their outputs.
     """
     experts, mesh = jax.tree.leaves(arrays)[0].shape[0], active_mesh()
+    mixed = functools.partial(_mixed, apply=apply, weigh_inputs=weigh_inputs)
     if mesh is None:
-        return _mixed(x, *route(logits), arrays, apply=apply, first=None, count=experts)
+        return mixed(x, *route(logits), arrays, first=None, count=experts)
     leaves, structure = jax.tree.flatten(arrays)
     specs = [activation_spec(leaf.shape, n, mesh) for leaf, n in zip(leaves, axes, strict=True)]
     tokens_spec = activation_spec(x.shape, _TOKENS, mesh)
@@ -81,10 +84,9 @@ def mix_experts(
         whole = [_gathered(shard, spec) for shard, spec in zip(shards, specs, strict=True)]
         count = experts // _size(over, mesh)
         with use_layout(None):
-            y = _mixed(
+            y = mixed(
                 *found,
                 jax.tree.unflatten(structure, whole),
-                apply=apply,
                 first=jax.lax.axis_index(over) * count if over else None,
                 count=count,
             )
@@ -124,6 +126,7 @@ def _mixed(
     arrays: Any,
     *,
     apply: Apply,
+    weigh_inputs: bool,
     first: Any,
     count: int,
 ) -> Float[Array, "batch tokens embed"]:
@@ -135,6 +138,7 @@ def _mixed(
       chosen: Numbers of each token's experts.
       arrays: The experts' arrays [count, ...].
       apply: Computes the experts.
+      weigh_inputs: Whether weights multiply the experts' inputs, and not their outputs.
       first: Number of the first expert of `arrays`; None if these are all. Others add nothing.
       count: Number of experts of `arrays`.
     """
@@ -155,9 +159,14 @@ def _mixed(
         return jnp.where(is_own[:, None], rows, jnp.zeros_like(rows))
 
     rows = defined(_rows_of(x.reshape(-1, embed), order, place))
+    if weigh_inputs:
+        of_rows = _permuted(weights.reshape(-1, 1), order, place)
+        rows = (rows.astype(jnp.float32) * of_rows).astype(x.dtype)
     y = defined(apply(rows, jnp.diff(ends, prepend=jnp.zeros(1, jnp.int32)), arrays))
-    y = _permuted(y, place, order).reshape(*weights.shape, embed)
-    return jnp.sum(y.astype(jnp.float32) * weights[..., None], axis=-2).astype(x.dtype)
+    y = _permuted(y, place, order).reshape(*weights.shape, embed).astype(jnp.float32)
+    if not weigh_inputs:
+        y = y * weights[..., None]
+    return jnp.sum(y, axis=-2).astype(x.dtype)
 
 
 @jax.custom_vjp

@@ -23,7 +23,7 @@ LLAMA = {
 GPT2 = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 BLOOM = {"vocab_size": 61, "hidden_size": 32, "n_layer": 2, "n_head": 4}
 
-CONFIGS = {"Gemma3": "Gemma3Text"}
+CONFIGS = {"Gemma3": "Gemma3Text", "Llama4": "Llama4Text"}
 """Names of configurations that differ from those of their models."""
 
 MODULES = {"GPT2": "GPT2LMHeadModel"}
