@@ -19,10 +19,10 @@ from peft_jax.adapters.target_settings import ALL_LINEAR, Targets, TargetSetting
 from peft_jax.adapters.trainable_tokens import TokensBesideAdapters
 from peft_jax.adapters.virtual_method import Dimensions, VirtualMethod
 from peft_jax.core import (
-    CORRECTION,
     EMBEDDING,
     KERNEL,
     TABLE,
+    UNTRAINED,
     Path,
     Tree,
     flatten,
@@ -325,7 +325,7 @@ def _values(
 def _leaves_by_module(flat: Mapping[Path, Any]) -> dict[str, list[Path]]:
     leaves: dict[str, list[Path]] = {}
     for path in flat:
-        if path[-1] != CORRECTION:
+        if path[-1] not in UNTRAINED:
             leaves.setdefault(join_path(path[:-1]), []).append(path)
     return leaves
 

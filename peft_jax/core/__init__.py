@@ -39,11 +39,11 @@ from peft_jax.core.quantized import (
 )
 from peft_jax.core.suggest import did_you_mean
 from peft_jax.core.trees import (
-    CORRECTION,
     EMBEDDING,
     KERNEL,
     STACKED,
     TABLE,
+    UNTRAINED,
     Path,
     Tree,
     flatten,
@@ -57,13 +57,13 @@ from peft_jax.core.trees import (
 from peft_jax.core.virtual_tokens import VIRTUAL, VirtualTokens
 
 __all__ = [
-    "CORRECTION",
     "EMBEDDING",
     "FORMATS",
     "KERNEL",
     "LINEAR_OUTPUT",
     "STACKED",
     "TABLE",
+    "UNTRAINED",
     "VIRTUAL",
     "AdaptedKernel",
     "GroupedMethod",

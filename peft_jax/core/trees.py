@@ -28,7 +28,10 @@ TABLE = "table"
 """Last key of an embedding that is multiplied as a kernel, so that any method can adapt it."""
 
 CORRECTION = "e_score_correction_bias"
-"""Last key of a router's corrections, which balance experts by themselves and are not trained."""
+"""Last key of a router's corrections, which balance experts by themselves."""
+
+UNTRAINED = (CORRECTION, "layer_scalar")
+"""Last keys of arrays that belong to a model, but are not trained."""
 
 
 def is_stacked(path: Path) -> bool:

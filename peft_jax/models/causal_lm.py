@@ -4,6 +4,7 @@ B batch, T tokens, D embed, V vocab.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -115,6 +116,16 @@ class CausalLM(Model):
         """Returns the logits of `tokens`; see `hidden_states` for the arguments."""
         hidden, _ = self.hidden_states(params, tokens, positions=positions, segment_ids=segment_ids)
         return self.logits(params, hidden)
+
+    def check_virtual(self, params: Mapping[str, Any]) -> None:
+        """Raises ValueError if virtual tokens are bound, and layers have keys of several sizes."""
+        super().check_virtual(params)
+        counts = getattr(self.config, "kv_head_counts", ())
+        if VIRTUAL in params and len(counts) > 1:
+            raise ValueError(
+                f"virtual tokens have keys of one size in all layers, but {self.model_type} has"
+                " layers with other heads; choose a method that adapts kernels, such as lora"
+            )
 
     def check_virtual_rows(self, virtual: int, tokens: int, *, of_one_segment: bool) -> None:
         """Rejects rows that do not fit after virtual tokens.

@@ -109,6 +109,11 @@ class DecoderConfig:
         """Number of a head's features of values."""
         return self.head_dim
 
+    def head_dims(self, kind: LayerType) -> tuple[int, int]:
+        """Returns the head dimensions of a layer's keys and of its values."""
+        del kind
+        return self.head_dim, self.value_dim
+
     @property
     def cache_dims(self) -> tuple[int, int, int]:
         """Number of heads of a cache, and of their features of keys and of values."""
@@ -233,7 +238,7 @@ class Decoder(CausalDecoder):
         keys = tokens + virtual if cache is None else cache.slots
         kinds = tuple(dict.fromkeys(config.layers))
         attends = {
-            (window, chunk): make_attention(
+            (window, chunk, dims): make_attention(
                 AttentionLayout.causal(
                     segment_ids,
                     cache,
@@ -247,11 +252,13 @@ class Decoder(CausalDecoder):
                 ),
                 tokens=tokens,
                 keys=keys,
-                head_dim=config.head_dim,
-                value_dim=config.value_dim,
+                head_dim=dims[0],
+                value_dim=dims[1],
                 execution=self.execution,
             )
-            for window, chunk in dict.fromkeys((kind.window, kind.chunk) for kind in kinds)
+            for window, chunk, dims in dict.fromkeys(
+                (kind.window, kind.chunk, config.head_dims(kind)) for kind in kinds
+            )
         }
         if longest is None and cache is not None:
             longest = cache.slots
@@ -265,7 +272,7 @@ class Decoder(CausalDecoder):
         }
         return {
             kind: Surroundings(
-                attend=attends[kind.window, kind.chunk],
+                attend=attends[kind.window, kind.chunk, config.head_dims(kind)],
                 rotation=rotations[kind.rotary],
                 temperature=temperatures[kind.temperature],
             )

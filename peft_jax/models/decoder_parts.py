@@ -99,6 +99,13 @@ class Attention(nnx.Module):
         """Returns attention's output of each head, to all keys of the cache if there is one."""
         return around.attend(query, key, value)
 
+    def through_cache(
+        self, cache: LayerCache, key: Keys, value: Keys
+    ) -> tuple[LayerCache, AllKeys, AllKeys]:
+        """Returns the cache with a layer's next keys and values, and all that it holds."""
+        cache = cache.append(key, value)
+        return cache, *cache.read(key.dtype)
+
     @part("attention")
     def __call__(
         self, x: Hidden, around: Surroundings, cache: LayerCache | None
@@ -109,8 +116,7 @@ class Attention(nnx.Module):
         if around.temperature is not None:
             query = (query * around.temperature[:, :, None, None, None]).astype(x.dtype)
         if cache is not None:
-            cache = cache.append(key, value)
-            key, value = cache.read(x.dtype)
+            cache, key, value = self.through_cache(cache, key, value)
         out = self.attend(around, query, key, value)
         return getattr(self, self.output_name)(out.reshape(*x.shape[:2], -1)), cache
 

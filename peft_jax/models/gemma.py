@@ -21,7 +21,7 @@ from peft_jax.models.decoder import Decoder, DecoderConfig, Hidden, Surroundings
 from peft_jax.models.decoder_parts import Attention, GatedMLP, Keys, Queries
 from peft_jax.models.layers import RMSNorm
 
-_gelu = functools.partial(jax.nn.gelu, approximate=True)
+gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class Gemma1Block(nnx.Module):
         self.input_layernorm = gemma_norm(config.hidden_size, config)
         self.self_attn = GemmaAttention(config)
         self.post_attention_layernorm = gemma_norm(config.hidden_size, config)
-        self.mlp = GatedMLP(config, activation=_gelu)
+        self.mlp = GatedMLP(config, activation=gelu_tanh)
 
     def __call__(
         self, x: Hidden, around: Surroundings, cache: LayerCache | None
@@ -87,7 +87,7 @@ class GemmaBlock(nnx.Module):
         self.self_attn = GemmaAttention(config)
         self.post_attention_layernorm = gemma_norm(config.hidden_size, config)
         self.pre_feedforward_layernorm = gemma_norm(config.hidden_size, config)
-        self.mlp = GatedMLP(config, activation=_gelu)
+        self.mlp = GatedMLP(config, activation=gelu_tanh)
         self.post_feedforward_layernorm = gemma_norm(config.hidden_size, config)
 
     def __call__(

@@ -143,7 +143,8 @@ class Model(TrainableModel):
             for axis, size in zip(variable.axes, shape, strict=True):
                 # Arrays may name axes of several sizes alike, such as those of a fused map.
                 sizes[axis] = math.gcd(sizes.get(axis, 0), size)
-        heads = {"heads": self.config.num_heads, "kv_heads": self.config.num_kv_heads}
+        counts = getattr(self.config, "kv_head_counts", (self.config.num_kv_heads,))
+        heads = {"heads": self.config.num_heads, "kv_heads": math.gcd(*counts)}
         return {axis: sizes[axis] for axis in ("embed", "mlp", "experts") if axis in sizes} | heads
 
     def active_share(self, path: Path) -> float:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from peft_jax.core import CORRECTION, STACKED, Path, is_experts, is_stacked
+from peft_jax.core import STACKED, UNTRAINED, Path, is_experts, is_stacked
 
 LM_HEAD = "lm_head"
 """Name of a causal language model's head."""
@@ -15,7 +15,7 @@ CLASSIFIER = "classifier"
 Index = tuple[int | slice, ...]
 """Part of a leaf, along its leading axes."""
 
-_OWN_NAMES = ("bias", CORRECTION, "sinks")
+_OWN_NAMES = ("bias", "sinks", *UNTRAINED)
 """Leaves whose tensors have their name; those of others are called "weight"."""
 
 
@@ -121,6 +121,8 @@ class Naming:
       prefix: Prefix of every module except the head: "model", "transformer", "bert".
       blocks: Name of the list of transformer blocks: "layers", "h", "encoder.layer".
       heads: Modules whose names do not begin with the prefix.
+      renamed: Pairs of a module of a block and its name in checkpoints, where blocks of several
+        forms have modules of one name but of different shapes.
       later: Modules of a block that the first block lacks.
       conv1d: Whether the blocks' kernels are stored [in, out], as transformers' `Conv1D` has them.
       experts_conv1d: Whether those of experts are.
@@ -139,6 +141,7 @@ class Naming:
     prefix: str
     blocks: str
     heads: tuple[str, ...] = (LM_HEAD, CLASSIFIER)
+    renamed: tuple[tuple[str, str], ...] = ()
     later: tuple[str, ...] = ()
     conv1d: bool = False
     experts_conv1d: bool = False
@@ -161,7 +164,9 @@ class Naming:
                 f"layer is None, but {'.'.join(path)} is stacked over {STACKED}: pass the layer's"
                 " number"
             )
-        return ".".join((self.prefix, self.blocks, str(layer), *modules[1:]))
+        names = dict(self.renamed)
+        own = (names.get(name, name) for name in modules[1:])
+        return ".".join((self.prefix, self.blocks, str(layer), *own))
 
     def tensor(self, path: Path) -> HFTensor:
         """Returns the tensor of the leaf at `path`."""

@@ -12,6 +12,7 @@ from peft_jax.models.cohere2_family import COHERE2
 from peft_jax.models.deepseek_family import DEEPSEEK_V3
 from peft_jax.models.execution import ExecutionSettings
 from peft_jax.models.family import Family
+from peft_jax.models.gemma4_family import GEMMA4, GEMMA4_TEXT
 from peft_jax.models.gemma_families import GEMMA, GEMMA2, GEMMA3, GEMMA3_WITH_IMAGES
 from peft_jax.models.glm_families import GLM4, GLM4_MOE
 from peft_jax.models.gpt2_family import GPT2_FAMILY
@@ -35,7 +36,8 @@ from peft_jax.models.phi3_family import PHI3
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        *(BLOOM, COHERE2, DEEPSEEK_V3, GEMMA, GEMMA2, GEMMA3, GEMMA3_WITH_IMAGES, GLM4, GLM4_MOE),
+        *(BLOOM, COHERE2, DEEPSEEK_V3, GEMMA, GEMMA2, GEMMA3, GEMMA3_WITH_IMAGES, GEMMA4),
+        *(GEMMA4_TEXT, GLM4, GLM4_MOE),
         *(GPT2_FAMILY, GPT_NEOX, GPT_OSS, GRANITE, LLAMA, LLAMA4, LLAMA4_TEXT, MINISTRAL, MISTRAL),
         *(MISTRAL3, MIXTRAL, OLMO2, OLMO3, PHI3, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, SMOLLM3),
     )

@@ -218,15 +218,47 @@ class LongRopeScaling:
         )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProportionalScaling:
+    """Rotates the pairs of a part of the frequencies, the highest, and leaves the others.
+
+    Attributes:
+      part: Part of the pairs that is rotated.
+      factor: Divisor of the frequencies.
+
+    Source: the `proportional` rope type of Gemma 4.
+    """
+
+    part: float = 1.0
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("part", "factor"):
+            check_positive(name, getattr(self, name))
+
+    def scale(self, frequencies: Frequencies, theta: float) -> Frequencies:
+        """Returns the scaled frequencies, in radians per token."""
+        del theta
+        pairs = np.arange(len(frequencies))
+        rotated = pairs < int(self.part * 2 * len(frequencies) // 2)
+        return np.where(rotated, frequencies, 0.0) / self.factor
+
+    @property
+    def magnitude(self) -> float:
+        """Multiplier of cosines and sines."""
+        return 1.0
+
+
 _ORIGINAL = "original_max_position_embeddings"
 
-Scaling = LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling
+Scaling = LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling | ProportionalScaling
 
 _SCALINGS: dict[str, type[Scaling]] = {
     "linear": LinearScaling,
     "llama3": Llama3Scaling,
     "yarn": YarnScaling,
     "longrope": LongRopeScaling,
+    "proportional": ProportionalScaling,
 }
 
 
@@ -468,6 +500,10 @@ def _read_parameters(
     for name in ("rope_theta", "partial_rotary_factor", "rope_type", "type"):
         check_kind(parameters, name, where="config.json's rope parameters set")
     theta = parameters.pop("rope_theta", default_theta)
+    if parameters.get("rope_type") == "proportional":
+        # The other pairs keep their places, with a frequency of zero.
+        parameters["part"] = parameters.pop("partial_rotary_factor", 1.0)
+        default_part = 1.0
     part = parameters.pop(
         "partial_rotary_factor", given(hf_config, "partial_rotary_factor", default_part or 1.0)
     )

@@ -12,6 +12,7 @@ from peft_jax.core import Path, flatten, is_stacked
 from peft_jax.cost import FlopCount, count_flops, count_jaxpr, find_chip
 from peft_jax.models import SequenceClassifier
 from peft_jax.models.attention import choose_attention
+from peft_jax.models.decoder import DecoderConfig
 from peft_jax.training.blueprint import Blueprint
 
 
@@ -155,8 +156,11 @@ def _attention(blueprint: Blueprint) -> float:
     """Counts attention scores and weighted values, once forward and twice backward."""
     config: Any = blueprint.model.config
     pairs = _tokens(blueprint) * blueprint.config.train.max_length
-    dims = config.head_dim + getattr(config, "value_dim", config.head_dim)
-    return 6.0 * pairs * config.num_heads * dims * config.num_layers
+    if isinstance(config, DecoderConfig):
+        dims = sum(sum(config.head_dims(kind)) for kind in config.layers)
+    else:
+        dims = 2 * config.head_dim * config.num_layers
+    return 6.0 * pairs * config.num_heads * dims
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ LLAMA = {
 GPT2 = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 BLOOM = {"vocab_size": 61, "hidden_size": 32, "n_layer": 2, "n_head": 4}
 
-CONFIGS = {"Gemma3": "Gemma3Text", "Llama4": "Llama4Text"}
+CONFIGS = {"Gemma3": "Gemma3Text", "Llama4": "Llama4Text", "Gemma4": "Gemma4Text"}
 """Names of configurations that differ from those of their models."""
 
 MODULES = {"GPT2": "GPT2LMHeadModel"}
@@ -54,6 +54,8 @@ class TorchModel:
             for name, buffer in self.module.named_buffers():
                 if name.endswith("e_score_correction_bias"):
                     buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
+                if name.endswith("layer_scalar"):
+                    buffer.copy_(1.0 + 0.2 * torch.randn(buffer.shape, generator=generator))
 
     def logits(self, tokens, *, mask=None, positions=None) -> np.ndarray:
         """Returns logits [B, T, V] of tokens [B, T]; mask 0 is padding."""

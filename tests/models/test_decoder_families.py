@@ -31,6 +31,15 @@ SMALL_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 GEMMA = GQA | SMALL_IDS | {"head_dim": 16}
 GEMMA2 = GEMMA | {"num_hidden_layers": 5, "sliding_window": 5, "query_pre_attn_scalar": 24}
 GEMMA3 = GEMMA2 | {"num_hidden_layers": 8, "sliding_window_pattern": 3}
+GEMMA4 = GEMMA | {
+    "num_hidden_layers": 4,
+    "sliding_window": 5,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    "hidden_size_per_layer_input": 0,
+    "global_head_dim": 24,
+    "attention_k_eq_v": True,
+    "num_global_key_value_heads": 1,
+}
 SMOLLM3 = GQA | SMALL_IDS | {"num_hidden_layers": 6, "no_rope_layer_interval": 2}
 GRANITE = GQA | {
     "attention_multiplier": 0.3,
@@ -199,6 +208,23 @@ VARIANTS = {
     "gemma3 whole periods": ("Gemma3", GEMMA3 | {"num_hidden_layers": 6}),
     "gemma3 capped logits": ("Gemma3", GEMMA3 | {"final_logit_softcapping": 8.0}),
     "gemma3 all sliding": ("Gemma3", GEMMA3 | {"layer_types": ["sliding_attention"] * 8}),
+    "gemma4": ("Gemma4", GEMMA4),
+    "gemma4 own values, long window, capped": (
+        "Gemma4",
+        GEMMA4 | {"attention_k_eq_v": False, "sliding_window": 40, "final_logit_softcapping": 8.0},
+    ),
+    "gemma4 equal heads, biased, untied": (
+        "Gemma4",
+        GEMMA4
+        | {"global_head_dim": 16, "num_global_key_value_heads": 2, "attention_bias": True}
+        | {"tie_word_embeddings": False, "attention_k_eq_v": False},
+    ),
+    "gemma4 all full, default rope": (
+        "Gemma4",
+        GEMMA4
+        | {"layer_types": ["full_attention"] * 4}
+        | {"rope_parameters": {"full_attention": GLOBAL_YARN["sliding_attention"]}},
+    ),
     "glm4": ("Glm4", GLM4),
     "glm4 unbiased, tied": ("Glm4", GLM4 | {"attention_bias": False, "tie_word_embeddings": True}),
     "glm4 all rotated": ("Glm4", GLM4 | {"rope_parameters": {"partial_rotary_factor": 1.0}}),
@@ -355,10 +381,19 @@ PARAMETERS = {
 MODULES = {"llama4": r".*(self_attn|shared_expert|feed_forward)\.\w+_proj"}
 """Modules that PEFT can adapt, where these are not all linear maps: Llama 4's router returns two
 arrays."""
+SWAPPED = ("llama4",)
+"""Families whose experts' inputs PEFT takes for their outputs."""
 BY_SLOT = ("llama4",)
 """Families whose chunks and temperatures count slots in transformers, and positions here."""
 FIRST = list({kind: name for name, (kind, _) in reversed(VARIANTS.items())}.values())
 TOLERANCE = 1e-5
+UNSCALED = 3e-5
+"""Tolerance of Gemma 4, whose scores are not scaled, which magnifies rounding."""
+
+
+def tolerance(name):
+    """Returns the tolerance of a variant."""
+    return UNSCALED if name.split()[0] == "gemma4" else TOLERANCE
 
 
 def fast(names, *quick):
@@ -399,11 +434,11 @@ def test_logits_agree_with_transformers(name, variant, tokens, relative_error):
         else:
             expected = theirs.logits(tokens, mask=mask, positions=positions)
         found = ours(positions, mask)
-        assert relative_error(found[mask], expected[mask]) < TOLERANCE, case
+        assert relative_error(found[mask], expected[mask]) < tolerance(name), case
     found = ours(np.r_[0:5, 0:6, 0:2], np.repeat([1, 2, 0], [5, 6, 2]))
     for segment in (slice(0, 5), slice(5, 11)):
         expected = theirs.logits(tokens[:, segment])
-        assert relative_error(found[:, segment], expected) < TOLERANCE
+        assert relative_error(found[:, segment], expected) < tolerance(name)
 
 
 def rows_alone(theirs, tokens, mask):
@@ -436,7 +471,7 @@ def test_decoding_with_a_cache_agrees_with_transformers(name, variant, tokens, r
     logits = decode(params, tokens)
     for row, length in enumerate(lengths):
         expected = theirs.logits(tokens[row : row + 1, 8 - length :])[0]
-        assert relative_error(logits[row, 8 - length :], expected) < TOLERANCE
+        assert relative_error(logits[row, 8 - length :], expected) < tolerance(name)
 
 
 @pytest.mark.parametrize("name", fast(FIRST, "gemma2", "gpt2"))
@@ -491,12 +526,14 @@ def test_gradients_of_an_adapter_agree_with_peft(name, variant, tokens, relative
 
     found = {}
     for path, stacked in flatten(gradient(state.trainable)).items():
-        kernel, leaf = path[: path.index("kernel") + 1], path[-1]
+        kernel = path[: path.index("kernel") + 1]
         for layer, one in zip(model.layers_of(kernel), np.asarray(stacked), strict=True):
-            module = model.module_name(kernel, layer)
+            module, leaf = model.module_name(kernel, layer), path[-1]
             if "experts" in kernel:
                 module, _, parameter = module.rpartition(".")
                 module += ".base_layer" if parameter == "gate_up_proj" else ""
+                if name in SWAPPED:
+                    one, leaf = one.swapaxes(1, 2), {"a": "b", "b": "a"}[leaf]
                 # [experts, d_in, r] to [r experts, d_in], and [experts, r, d_out] to [d_out, …].
                 one = one.swapaxes(1, 2).reshape(-1, one.shape[1]).T if leaf == "a" else one
                 one = one.T.reshape(one.shape[-1], -1).T if leaf == "b" else one
@@ -578,6 +615,12 @@ WITH_IMAGES = {
         VISION,
         {"mm_tokens_per_image": 1, "image_token_index": 60},
     ),
+    "gemma4": (
+        "Gemma4",
+        GEMMA4,
+        VISION | {"head_dim": 8, "num_key_value_heads": 1, "position_embedding_size": 16},
+        {"image_token_id": 60, "audio_config": None},
+    ),
     "llama4": (
         "Llama4",
         LLAMA4,
@@ -608,6 +651,9 @@ def test_the_language_model_of_a_model_with_images_loads_and_saves(name, tokens,
     rows = torch.tensor(np.asarray(tokens) % 60, dtype=torch.long)
 
     def theirs(module):
+        # The whole of Llama 4 fails without images in this version of transformers.
+        if type(module).__name__ == "Llama4ForConditionalGeneration":
+            module = module.language_model
         with torch.no_grad():
             return module(input_ids=rows).logits.numpy()
 

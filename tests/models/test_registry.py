@@ -148,6 +148,8 @@ PYTHIA_6_9B = {
     "num_attention_heads": 32,
     "max_position_embeddings": 2048,
 }
+LLAMA4 = LLAMA | {"model_type": "llama4_text", "head_dim": 4, "intermediate_size_mlp": 16}
+GEMMA4 = LLAMA | {"model_type": "gemma4_text", "head_dim": 4, "hidden_size_per_layer_input": 0}
 DEEPSEEK_V3 = LLAMA | {"model_type": "deepseek_v3", "moe_intermediate_size": 8}
 GPT2 = {
     "model_type": "gpt2",
@@ -277,6 +279,27 @@ def test_yarn_reads_its_original_length_from_max_position_embeddings():
         (DEEPSEEK_V3 | {"topk_group": 9}, "topk_group is 9"),
         (DEEPSEEK_V3 | {"num_experts_per_tok": 129}, "num_experts_per_tok is 129"),
         (DEEPSEEK_V3 | {"num_key_value_heads": 1}, "num_kv_heads is 1"),
+        (LLAMA4 | {"layer_types": ["sliding_attention"] * 2}, "'sliding_attention'"),
+        (LLAMA4 | {"no_rope_layers": [1]}, "no_rope_layers of 1"),
+        (LLAMA4 | {"router_jitter_noise": 0.1}, "router_jitter_noise = 0.1"),
+        (
+            LLAMA4 | {"attention_chunk_size": None, "layer_types": ["chunked_attention"] * 2},
+            "attention_chunk_size is null",
+        ),
+        (
+            {"model_type": "mistral3", "text_config": LLAMA | {"model_type": "ministral3"}},
+            "text_config sets model_type = 'ministral3'",
+        ),
+        (GEMMA4 | {"hidden_size_per_layer_input": 256}, "hidden_size_per_layer_input = 256"),
+        (
+            {key: value for key, value in GEMMA4.items() if "per_layer" not in key},
+            "hidden_size_per_layer_input = 256",
+        ),
+        (GEMMA4 | {"num_kv_shared_layers": 1}, "num_kv_shared_layers = 1"),
+        (GEMMA4 | {"enable_moe_block": True}, "enable_moe_block = True"),
+        (GEMMA4 | {"use_bidirectional_attention": "all"}, "use_bidirectional_attention = 'all'"),
+        (GEMMA4 | {"per_layer_config": {"0": {"head_dim": 8}}}, "layers differ from the model"),
+        (GEMMA4 | {"per_layer_config": {"1": {"sliding_window": 8}}}, "with sliding_window"),
         (GPT2 | {"n_head": 5}, "n_head = 5"),
         (GPT2 | {"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx = True"),
         (BLOOM | {"hidden_dropout": 0.1}, "hidden_dropout = 0.1"),
