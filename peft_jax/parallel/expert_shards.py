@@ -36,6 +36,9 @@ Apply = Callable[[Float[Array, "rows embed"], Int[Array, " experts"], Any], Arra
 
 _TOKENS = ("batch", "tokens", None)
 
+_MOST_ROWS = 2**16
+"""Largest number of rows that are computed at once, which bounds the memory of a large group."""
+
 
 def mix_experts(
     x: Float[Array, "batch tokens embed"],
@@ -59,7 +62,7 @@ def mix_experts(
       weigh_inputs: Whether weights multiply the experts' inputs, and not their outputs.
     """
     experts, mesh = jax.tree.leaves(arrays)[0].shape[0], active_mesh()
-    mixed = functools.partial(_mixed, apply=apply, weigh_inputs=weigh_inputs)
+    mixed = functools.partial(_mixed_in_parts, apply=apply, weigh_inputs=weigh_inputs)
     if mesh is None:
         return mixed(x, *route(logits), arrays, first=None, count=experts)
     leaves, structure = jax.tree.flatten(arrays)
@@ -117,6 +120,32 @@ def _gathered(shard: Array, spec: PartitionSpec) -> Array:
         if names is not None:
             shard = jax.lax.all_gather(shard, names, axis=dimension, tiled=True)
     return shard
+
+
+def _mixed_in_parts(
+    x: Float[Array, "batch tokens embed"],
+    weights: Float32[Array, "batch tokens chosen"],
+    chosen: Int[Array, "batch tokens chosen"],
+    arrays: Any,
+    **settings: Any,
+) -> Float[Array, "batch tokens embed"]:
+    """Returns the weighted sum of experts, some tokens after the other; see `_mixed`."""
+    tokens, per_token = x.shape[0] * x.shape[1], chosen.shape[-1]
+    parts = -(-tokens * per_token // _MOST_ROWS)
+    if parts == 1:
+        return _mixed(x, weights, chosen, arrays, **settings)
+    size = -(-tokens // parts)
+
+    def split(array: Array) -> Array:
+        flat = array.reshape(tokens, -1)
+        padded = jnp.pad(flat, ((0, parts * size - tokens), (0, 0)))
+        return padded.reshape(parts, 1, size, -1)
+
+    y = jax.lax.map(
+        lambda part: _mixed(part[0], part[1], part[2], arrays, **settings),
+        (split(x), split(weights), split(chosen)),
+    )
+    return y.reshape(parts * size, -1)[:tokens].reshape(x.shape)
 
 
 def _mixed(

@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 
 from peft_jax.adapters import AdapterSpec, LoRA
-from peft_jax.core import flatten, unflatten
+from peft_jax.core import flatten, grouped_linear, unflatten
 from peft_jax.models import build_model
+from peft_jax.models.experts import Routing
 from peft_jax.parallel import (
     LogicalAxisRules,
     MeshSettings,
     check_divides,
+    expert_shards,
     make_mesh,
+    mix_experts,
     on_mesh,
     sharding_tree,
 )
@@ -96,6 +99,37 @@ def test_losses_and_gradients_of_adapters_are_those_of_one_device(name, mesh):
             np.testing.assert_allclose(
                 flatten(sharded_gradients)[path], gradient, atol=1e-5 * largest, err_msg=path
             )
+
+
+def test_tokens_in_parts_compute_what_all_together_do(monkeypatch):
+    generator = np.random.default_rng(0)
+    shapes = {"x": (2, 7, 6), "logits": (2, 7, 4), "kernels": (4, 6, 6), "dy": (2, 7, 6)}
+    x, logits, kernels, dy = (
+        jnp.asarray(generator.standard_normal(shape), jnp.float32) for shape in shapes.values()
+    )
+
+    def pulled_back(rows):
+        monkeypatch.setattr(expert_shards, "_MOST_ROWS", rows)
+
+        @jax.jit
+        def products(x, logits, kernels):
+            def mixed(x, logits, kernels):
+                return mix_experts(
+                    x,
+                    logits,
+                    kernels,
+                    [("experts", "embed", None)],
+                    route=Routing(num_experts=4, experts_per_token=2, normalized=True),
+                    apply=lambda rows, sizes, kernels: grouped_linear(rows, kernels, sizes),
+                )
+
+            y, pull_back = jax.vjp(mixed, x, logits, kernels)
+            return y, *pull_back(dy)
+
+        return products(x, logits, kernels)
+
+    for found, expected in zip(pulled_back(9), pulled_back(28), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(
