@@ -114,7 +114,8 @@ class Bench:
 
         dispatch_inline()
         keep_freed_memory()
-        self.names = list(METHODS)
+        # LoftQ needs a quantized base, and has LoRA's step.
+        self.names = [name for name, m in METHODS.items() if not m.corrects_quantization]
         config = small_llama.SIZES["small"].config | {"num_hidden_layers": options.layers}
         size = small_llama.Size(config, options.rows, options.length)
         self._model = build_model(config, ExecutionSettings(compute_dtype="float32"))

@@ -5,8 +5,8 @@
 - Models and checkpoints: `load_model`, `load_classifier`, `build_model`, `save_model`,
   `ExecutionSettings`.
 - Methods, each over one kernel: `LoRA`, `DoRA`, `LoRAFA`, `AdaLoRA`, `LoRAGA`, `LoRAOne`,
-  `EVA` (with `redistribute_ranks`), `PiSSA`, `OLoRA`, `LoHa`, `LoKr`, `GraLoRA`, `HiRA`,
-  `MiSS`, `VeRA`, `RandLora`, `FourierFT`, `SHiRA`, `IA3`, `BOFT`, `OFT`, `HRA`, `Unitary`,
+  `EVA` (with `redistribute_ranks`), `PiSSA`, `OLoRA`, `LoftQ`, `LoHa`, `LoKr`, `GraLoRA`,
+  `HiRA`, `MiSS`, `VeRA`, `RandLora`, `FourierFT`, `SHiRA`, `IA3`, `BOFT`, `OFT`, `HRA`, `Unitary`,
   `Hybrid`; `TrainableTokens`, `LNTuning`, `Full`; inputs in place of kernels: `PromptTuning`,
   `PTuning`, `PrefixTuning`; your own: `AdapterMethod`, `register_method`.
 - Flax modules of your own: `adapt` makes a model of a Linen or an NNX module, whose code stays as
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
         HiRA,
         Hybrid,
         LNTuning,
+        LoftQ,
         LoHa,
         LoKr,
         LoRA,
@@ -88,6 +89,7 @@ if TYPE_CHECKING:
         load_adapter,
         load_classifier,
         load_model,
+        original_kernels,
         save_adapter,
         save_model,
     )
@@ -128,6 +130,7 @@ _HOMES = {
         "LoRAFA",
         "LoRAGA",
         "LoRAOne",
+        "LoftQ",
         "MiSS",
         "OLoRA",
         "PTuning",
@@ -157,6 +160,7 @@ _HOMES = {
         "load_adapter",
         "load_classifier",
         "load_model",
+        "original_kernels",
         "save_adapter",
         "save_model",
     ),
@@ -205,6 +209,7 @@ __all__ = [
     "LoRAFA",
     "LoRAGA",
     "LoRAOne",
+    "LoftQ",
     "MiSS",
     "MixingSettings",
     "OLoRA",
@@ -239,6 +244,7 @@ __all__ = [
     "load_model",
     "make_plan",
     "merge",
+    "original_kernels",
     "rank_allocation",
     "redistribute_ranks",
     "register_method",

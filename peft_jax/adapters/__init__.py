@@ -1,8 +1,8 @@
 """Adapts frozen parameter trees with pure functions.
 
 Methods over one kernel: `LoRA`, `DoRA`, `LoRAFA`, `AdaLoRA`, `LoRAGA`, `LoRAOne`, `EVA`, `PiSSA`,
-`OLoRA`, `LoHa`, `LoKr`, `GraLoRA`, `HiRA`, `MiSS`, `VeRA`, `RandLora`, `FourierFT`, `SHiRA`, `IA3`,
-`BOFT`, `OFT`, `HRA`, `Unitary` and `Hybrid`.
+`OLoRA`, `LoftQ`, `LoHa`, `LoKr`, `GraLoRA`, `HiRA`, `MiSS`, `VeRA`, `RandLora`, `FourierFT`,
+`SHiRA`, `IA3`, `BOFT`, `OFT`, `HRA`, `Unitary` and `Hybrid`.
 `TrainableTokens` trains rows of an embedding. `LNTuning` and `Full` train the model's own leaves.
 `PromptTuning`, `PTuning` and `PrefixTuning` train virtual tokens before every sequence.
 `AdapterSpec` initializes, binds and merges an `AdapterState` over a model:
@@ -32,6 +32,7 @@ from peft_jax.adapters.hybrid import LOW_RANK, ROTATION, Hybrid
 from peft_jax.adapters.ia3 import IA3
 from peft_jax.adapters.input_sketch import input_factors
 from peft_jax.adapters.ln_tuning import LNTuning
+from peft_jax.adapters.loftq import LoftQ
 from peft_jax.adapters.loha import LoHa
 from peft_jax.adapters.lokr import LoKr
 from peft_jax.adapters.lora import LoRA
@@ -98,6 +99,7 @@ __all__ = [
     "LoRAFA",
     "LoRAGA",
     "LoRAOne",
+    "LoftQ",
     "MiSS",
     "OLoRA",
     "PTuning",

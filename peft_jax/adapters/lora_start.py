@@ -14,12 +14,10 @@ from jaxtyping import Array, Float
 from peft_jax.adapters.lora import LORA_SETTINGS, LoRA, LoRAForm, lora_settings
 from peft_jax.adapters.method import Arrays, Axes, GradientFactors
 from peft_jax.adapters.peft_form import PeftForm, Shapes, plain_number
+from peft_jax.adapters.singular import leading_triplets
 from peft_jax.core.validation import check_count
 
 HIGHEST = jax.lax.Precision.HIGHEST
-
-OVERSAMPLING = 8
-"""Number of directions beyond the rank in a randomized decomposition."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,12 +109,9 @@ class PiSSA(_FromKernel):
 
     def kernel_constants(self, kernel: Float[Array, "d_in d_out"]) -> Arrays:
         """Returns A₀ and B₀."""
-        if self.iterations:
-            u, s, vt = _randomized_svd(kernel, self.rank, self.iterations)
-        else:
-            u, s, vt = jnp.linalg.svd(kernel, full_matrices=False)
-        root = jnp.sqrt(s[: self.rank] / self.scale)
-        return {"a0": u[:, : self.rank] * root, "b0": root[:, None] * vt[: self.rank]}
+        u, s, vt = leading_triplets(kernel, self.rank, self.iterations)
+        root = jnp.sqrt(s / self.scale)
+        return {"a0": u * root, "b0": root[:, None] * vt}
 
     def peft_form(self) -> PeftForm | None:
         """Returns PEFT's form; none for a subclass, which may compute something else."""
@@ -156,25 +151,6 @@ class OLoRA(_FromKernel):
     def peft_forms(cls) -> tuple[type[PeftForm], ...]:
         """Returns the form of factors on a base from which the start was subtracted."""
         return (OLoRAForm,)
-
-
-def _randomized_svd(
-    kernel: Float[Array, "d_in d_out"], rank: int, iterations: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns leading singular vectors and values of a kernel.
-
-    Subspace iteration with a fixed Gaussian start (Halko, Martinsson and Tropp, 2011, arXiv
-    0909.4061, algorithm 4.4), so that the same kernel gives the same result.
-    """
-    k = min(rank + OVERSAMPLING, *kernel.shape)
-    start = jax.random.normal(jax.random.key(0), (kernel.shape[1], k), kernel.dtype)
-    q, _ = jnp.linalg.qr(jnp.matmul(kernel, start, precision=HIGHEST))
-    for _ in range(iterations):
-        q, _ = jnp.linalg.qr(jnp.matmul(kernel.T, q, precision=HIGHEST))
-        q, _ = jnp.linalg.qr(jnp.matmul(kernel, q, precision=HIGHEST))
-    small = jnp.matmul(q.T, kernel, precision=HIGHEST)
-    u, s, vt = jnp.linalg.svd(small, full_matrices=False)
-    return jnp.matmul(q, u, precision=HIGHEST), s, vt
 
 
 @dataclasses.dataclass(frozen=True)

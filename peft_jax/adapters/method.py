@@ -58,8 +58,23 @@ class InputFactors(NamedTuple):
     total: Float[Array, "*stack"]
 
 
-StartFactors = GradientFactors | InputFactors
-"""Factors of gradients or of inputs, estimated on the first batches, to initialize an adapter."""
+class ErrorFactors(NamedTuple):
+    """Leading singular triplets of a quantized kernel's error, W - Q ≈ U diag(S) Vᵀ, in float32.
+
+    Attributes:
+      u: Left singular vectors [d_in, k], as orthonormal columns.
+      s: Singular values [k], in descending order.
+      v: Right singular vectors [d_out, k], as orthonormal columns.
+    """
+
+    u: Float[Array, "*stack d_in k"]
+    s: Float[Array, "*stack k"]
+    v: Float[Array, "*stack d_out k"]
+
+
+StartFactors = GradientFactors | InputFactors | ErrorFactors
+"""Factors of gradients or of inputs, estimated on the first batches, or of errors of quantization,
+to initialize an adapter."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,6 +97,9 @@ class TrainingMethod:
     """Whether the base model's own leaves are trained, so that the result is a full model."""
     merges: ClassVar[bool] = True
     """Whether the result can be merged into the base model's leaves."""
+    corrects_quantization: ClassVar[bool] = False
+    """Whether `init` is given, for a quantized kernel, the result of `error_factors` as a keyword
+    argument `error`. The adapter then belongs to kernels of the same format."""
 
     @property
     def gradient_rank(self) -> int:
@@ -136,7 +154,8 @@ class AdapterMethod(TrainingMethod, abc.ABC):
     float32, as a start from its singular vectors or its norms needs it."""
 
     steps_at_start: ClassVar[bool] = False
-    """Whether the initial adapter changes the function, by one step along the gradient."""
+    """Whether the initial adapter changes the function: by one step along the gradient, or towards
+    that of the kernels before they were quantized."""
 
     maps_tokens: ClassVar[bool] = False
     """Whether the method adapts embeddings [vocab, embed], not linear maps. It then implements
@@ -224,6 +243,14 @@ class AdapterMethod(TrainingMethod, abc.ABC):
             return jnp.where(mask, array, jax.lax.stop_gradient(array))
 
         return jax.tree.map(hold, trainable), constant
+
+    def error_factors(self, error: Float[Array, "d_in d_out"]) -> ErrorFactors:
+        """Returns the factors of a kernel's error W - Q that `init` needs.
+
+        Args:
+          error: Error in float32 [d_in, d_out].
+        """
+        raise NotImplementedError(f"{self.name} does not correct quantization")
 
     def neutral(self, shape: tuple[int, int]) -> tuple[Arrays, Arrays]:
         """Returns arrays with which an adapted kernel computes what the base kernel does.

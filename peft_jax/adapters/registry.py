@@ -16,6 +16,7 @@ from peft_jax.adapters.hra import HRA
 from peft_jax.adapters.hybrid import Hybrid
 from peft_jax.adapters.ia3 import IA3
 from peft_jax.adapters.ln_tuning import LNTuning
+from peft_jax.adapters.loftq import LoftQ
 from peft_jax.adapters.loha import LoHa
 from peft_jax.adapters.lokr import LoKr
 from peft_jax.adapters.lora import LoRA
@@ -52,6 +53,7 @@ METHODS: dict[str, type[TrainingMethod]] = {
         EVA,
         PiSSA,
         OLoRA,
+        LoftQ,
         LoHa,
         LoKr,
         GraLoRA,

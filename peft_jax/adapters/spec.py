@@ -15,11 +15,13 @@ from peft_jax.adapters.gradient_products import LossFn, kernel_shape
 from peft_jax.adapters.input_sketch import input_factors
 from peft_jax.adapters.method import (
     AdapterMethod,
+    ErrorFactors,
     GradientFactors,
     InputFactors,
     StartFactors,
     TrainingMethod,
 )
+from peft_jax.adapters.quantization_error import Originals, quantization_errors
 from peft_jax.adapters.sketch import gradient_factors
 from peft_jax.adapters.stacks import one_by_one, over_stack
 from peft_jax.adapters.target_settings import Targets, TargetSettings
@@ -108,6 +110,7 @@ class AdapterSpec(TargetSettings):
         batches: Sequence[Any] | None = None,
         passes: int = 1,
         factors: Mapping[Path, StartFactors] | None = None,
+        originals: Tree | Originals | None = None,
     ) -> AdapterState:
         """Returns the initial arrays, with which the model computes what the base model does.
 
@@ -120,15 +123,23 @@ class AdapterSpec(TargetSettings):
           batches: First batches, for methods that start from gradients or inputs.
           passes: Number of passes over them; see `gradient_factors` and `input_factors`.
           factors: Result of `start_factors`, if known already.
+          originals: For methods that correct errors of quantization, the parameters before they
+            were quantized, or a function that finds single kernels of them, such as
+            `peft_jax.hub.original_kernels(model)`.
 
         Raises:
-          ValueError: As `targets`; or a method needs batches, and no loss or batches are given.
+          ValueError: As `targets`; or a method needs batches, and no loss or batches are given; or
+            it needs `originals`, and none are given or no kernel is quantized.
         """
         if factors is None:
             factors = self.start_factors(
                 key, params, loss_fn=loss_fn, batches=batches, passes=passes
             )
-        return self._init(key, params, self.targets(params), factors)
+        targets = self.targets(params)
+        correcting = {p: m for p, m in targets.adapted.items() if m.corrects_quantization}
+        if correcting:
+            factors = {**factors, **quantization_errors(params, correcting, originals)}
+        return self._init(key, params, targets, factors)
 
     def start_factors(
         self,
@@ -378,8 +389,10 @@ def _init_function(method: AdapterMethod, shape: tuple[int, int]):
             extra["kernel"] = kernel if of_table else dense(kernel).astype(jnp.float32)
         if isinstance(factors, InputFactors):
             extra["inputs"] = factors
-            factors = None
-        return method.init(key, shape, factors, **extra)
+        elif isinstance(factors, ErrorFactors):
+            extra["error"] = factors
+        gradient = factors if isinstance(factors, GradientFactors) else None
+        return method.init(key, shape, gradient, **extra)
 
     return make
 

@@ -18,7 +18,8 @@ from peft_jax.hub import (
     read_config,
     save_adapter,
 )
-from peft_jax.hub.adapter_files import ARRAYS, CONFIG, PEFT_CONFIG
+from peft_jax.hub.adapter_base import recorded_quantization
+from peft_jax.hub.adapter_files import ARRAYS, CONFIG, PEFT_CONFIG, read_spec
 from peft_jax.hub.model_card import ModelCard, write_card
 from peft_jax.hub.tokenizer import load_tokenizer
 from peft_jax.hub.vllm import RANKS, vllm_note
@@ -95,6 +96,22 @@ class _Source:
         named = config.get("dtype") or config.get("torch_dtype")
         return named if named in DTYPES else "float32"
 
+    @property
+    def quantization(self) -> str:
+        """Format of the base's kernels, to which an adapter that corrects it belongs."""
+        file = self.folder / CONFIG
+        if not file.is_file():
+            return "none"
+        spec = read_spec(read_json_object(file), file)
+        recorded = recorded_quantization(self.folder) if spec.method.corrects_quantization else None
+        return recorded or "none"
+
+    def load_base(self, dtype: str) -> Tree:
+        """Loads the parameters of the base."""
+        return load_params(
+            self.base_folder, self.model, dtype=dtype, quantization=self.quantization
+        )
+
     def finish(
         self,
         folder: Path,
@@ -146,7 +163,7 @@ def export_adapter(
       [`approximate_by_lora`][peft_jax.adapters.lora_approximation.approximate_by_lora]. If `source`
       is a run, the loss on its held-out rows is measured before and after.
 
-    The base model is loaded without quantization.
+    The base model is loaded without quantization, unless the adapter corrects its errors.
 
     Args:
       source: Result of `train`, the work directory of a finished run, or the folder of an adapter
@@ -251,7 +268,7 @@ def _workdir_of(source: TrainingResult | str | Path) -> Path | None:
 
 
 def _export_merged(source: _Source, output: Path, dtype: str) -> Exported:
-    params = load_params(source.base_folder, source.model, dtype=dtype)
+    params = source.load_base(dtype)
     spec, state = load_adapter(source.folder, source.model, params)
     with atomic_folder(output) as temporary:
         export_merged(temporary, source.model, params, spec, state, dtype=dtype)
@@ -293,7 +310,7 @@ def _export_lora(source: _Source, output: Path, rank: int | Literal["auto"]) -> 
         if rank == "auto":
             raise ValueError(f"rank auto needs a held-out loss: {error}") from error
         notes.append(f"The held-out loss was not measured: {error}.")
-    params = load_params(source.base_folder, source.model, dtype=source.dtype)
+    params = source.load_base(source.dtype)
     spec, state = load_adapter(source.folder, source.model, params)
     before = None if measure is None else measure(params, spec, state)
     after = None

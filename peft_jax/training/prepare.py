@@ -98,6 +98,7 @@ def _prepare(
     pinned: RunConfig,
     on_folder: Callable[[Path], None],
 ) -> Job:
+    _check_correction(config)
     folder = find_folder(config.model.path, revision=pinned.model.revision or None)
     on_folder(folder)
     model = build_base(folder, config)
@@ -203,6 +204,22 @@ def _check_vocabulary(tokenizer: Any, model: Model, folder: Path) -> None:
         raise ValueError(
             f"the tokenizer of {folder} has {len(tokenizer)} tokens, but the model's embedding has "
             f"{model.config.vocab_size} rows; use the model's own tokenizer"
+        )
+
+
+def _check_correction(config: RunConfig) -> None:
+    """Rejects a method that corrects quantization if there is none, or no checkpoint."""
+    if not config.spec.method.corrects_quantization:
+        return
+    method, model = config.spec.method.name, config.model
+    if model.quantization == "none":
+        raise RefusedError(
+            f"model.quantization is 'none', but {method} corrects the errors of quantized kernels;"
+            " set it to nf4 or int8, or use lora"
+        )
+    if model.weights == "random":
+        raise RefusedError(
+            f"model.weights is 'random', but {method} needs the kernels of a checkpoint; use lora"
         )
 
 

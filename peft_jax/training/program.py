@@ -20,6 +20,7 @@ from peft_jax.adapters.method import StartFactors
 from peft_jax.adapters.sketch import trace_pass
 from peft_jax.core import Path, Tree, flatten, unflatten
 from peft_jax.data import Batch, LabeledBatch
+from peft_jax.hub import original_kernels
 from peft_jax.models import TrainableModel
 from peft_jax.optim import GroupClipping, evaluated_arrays
 from peft_jax.parallel import (
@@ -216,7 +217,10 @@ class StepProgram:
         """
         if factors is None and batches is not None:
             factors = self.start_factors(key, params, batches)
-        adapter = self.spec.init(key, params, factors=factors)
+        originals = None
+        if self.spec.method.corrects_quantization:
+            originals = original_kernels(self.model)
+        adapter = self.spec.init(key, params, factors=factors, originals=originals)
         # Constants may share buffers with trainable arrays, which the first step donates.
         constant = jax.tree.map(jnp.copy, unflatten(flatten(adapter.constant)))
         return self.place(AdapterState(trainable=adapter.trainable, constant=constant))

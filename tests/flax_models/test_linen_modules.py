@@ -32,7 +32,8 @@ SETTINGS = {
 ADAPTING = [
     name
     for name, method in METHODS.items()
-    if issubclass(method, pj.AdapterMethod) and not method.maps_tokens
+    if issubclass(method, pj.AdapterMethod)
+    and not (method.maps_tokens or method.corrects_quantization)
 ]
 
 

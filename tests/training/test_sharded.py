@@ -38,6 +38,7 @@ INNER = MeshSettings(data=1, fsdp=2, sequence=2, tensor=2)
 OUTER = MeshSettings(slice=2, data=2, fsdp=2)
 SETTINGS = {
     "lora": {"rank": 2},
+    "loftq": {"rank": 2},
     "loha": {"rank": 2},
     "lokr": {"rank": 1},
     "gralora": {"rank": 4},
