@@ -6,12 +6,12 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Complex, Float
 
 from kernels_pallas.unitary.xla import row_by_row
 from peft_jax.adapters.method import AdapterMethod, Arrays, Axes, GradientFactors
-from peft_jax.adapters.peft_form import PeftForm, PeftSettings, Shapes, plain_number, setting
+from peft_jax.adapters.peft_fields import RenamingForm
+from peft_jax.adapters.peft_form import PeftForm, PeftSettings, Shapes
 from peft_jax.adapters.random_entries import entries
 from peft_jax.core import Kernel, linear
 from peft_jax.core.scopes import part
@@ -129,13 +129,20 @@ def _in_memory(
 
 
 @dataclasses.dataclass(frozen=True)
-class FourierFTForm(PeftForm):
+class FourierFTForm(RenamingForm):
     """`fourierft_spectrum` [n] holds the coefficients; PEFT draws their places from the seed."""
 
     method: FourierFT
     peft_type = "FOURIERFT"
     only_bias = "fourier_only"
     names = ("fourierft_spectrum",)
+    arrays = ("spectrum",)
+    fields: ClassVar[Mapping[str, tuple[str, Any]]] = {
+        "n_frequency": ("n_frequency", 1000),
+        "random_loc_seed": ("seed", 777),
+        "scaling": ("scaling", 150),
+    }
+    written: ClassVar[Mapping[str, Any]] = {"fan_in_fan_out": False}
     exact = True
     understood = PeftSettings(
         read={"n_frequency": int, "scaling": float, "random_loc_seed": int},
@@ -145,34 +152,7 @@ class FourierFTForm(PeftForm):
         compared=("n_frequency", "random_loc_seed", "scaling"),
     )
 
-    @classmethod
-    def read(cls, config: Mapping[str, Any], modules: Mapping[str, Shapes]) -> FourierFT:
-        """Returns the method with the settings of the configuration."""
-        del modules
-        return FourierFT(
-            n_frequency=setting(config, "n_frequency", 1000),
-            scaling=float(setting(config, "scaling", 150.0)),
-            seed=setting(config, "random_loc_seed", 777),
-        )
-
-    def settings(self) -> dict[str, Any]:
-        """Returns the number of coefficients, their scale and the seed of their places."""
-        return {
-            "fan_in_fan_out": False,
-            "n_frequency": self.method.n_frequency,
-            "random_loc_seed": self.method.seed,
-            "scaling": plain_number(self.method.scaling),
-        }
-
     def shapes(self, d_in: int, d_out: int) -> Shapes:
         """Returns [n]."""
         del d_in, d_out
         return {"fourierft_spectrum": (self.method.n_frequency,)}
-
-    def export(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Renames the coefficients."""
-        return {"fourierft_spectrum": arrays["spectrum"]}
-
-    def restore(self, tensors: Mapping[str, np.ndarray]) -> tuple[Arrays, Arrays]:
-        """Renames the coefficients."""
-        return {"spectrum": tensors["fourierft_spectrum"]}, {}

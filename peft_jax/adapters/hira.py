@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from peft_jax.adapters.kernel_change import changed_product
@@ -18,7 +17,8 @@ from peft_jax.adapters.method import (
     GradientFactors,
     drop_inputs,
 )
-from peft_jax.adapters.peft_form import PeftForm, PeftSettings, Shapes, setting
+from peft_jax.adapters.peft_fields import RenamingForm
+from peft_jax.adapters.peft_form import PeftForm, PeftSettings, Shapes
 from peft_jax.core import Kernel
 from peft_jax.core.validation import check_fraction, check_positive_int
 
@@ -125,12 +125,19 @@ def _product(
 
 
 @dataclasses.dataclass(frozen=True)
-class HiRAForm(PeftForm):
+class HiRAForm(RenamingForm):
     """`hira_A` [r, d_in] is Aᵀ and `hira_B` [d_out, r] is Bᵀ."""
 
     method: HiRA
     peft_type = "HIRA"
     names = ("hira_A", "hira_B")
+    arrays = ("a", "b")
+    transposed = True
+    fields: ClassVar[Mapping[str, tuple[str, Any]]] = {
+        "hira_dropout": ("dropout", 0.0),
+        "r": ("rank", 32),
+    }
+    written: ClassVar[Mapping[str, Any]] = {"fan_in_fan_out": False, "init_weights": True}
     exact = True
     understood = PeftSettings(
         read={"hira_dropout": float, "r": int},
@@ -139,31 +146,6 @@ class HiRAForm(PeftForm):
         compared=("r",),
     )
 
-    @classmethod
-    def read(cls, config: Mapping[str, Any], modules: Mapping[str, Shapes]) -> HiRA:
-        """Returns HiRA with the rank and dropout of the configuration."""
-        del modules
-        return HiRA(
-            rank=setting(config, "r", 32), dropout=float(setting(config, "hira_dropout", 0.0))
-        )
-
-    def settings(self) -> dict[str, Any]:
-        """Returns the rank and the dropout."""
-        return {
-            "fan_in_fan_out": False,
-            "hira_dropout": self.method.dropout,
-            "init_weights": True,
-            "r": self.method.rank,
-        }
-
     def shapes(self, d_in: int, d_out: int) -> Shapes:
         """Returns [r, d_in] and [d_out, r]."""
         return {"hira_A": (self.method.rank, d_in), "hira_B": (d_out, self.method.rank)}
-
-    def export(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Transposes the factors."""
-        return {"hira_A": arrays["a"].T, "hira_B": arrays["b"].T}
-
-    def restore(self, tensors: Mapping[str, np.ndarray]) -> tuple[Arrays, Arrays]:
-        """Transposes the tensors."""
-        return {"a": tensors["hira_A"].T, "b": tensors["hira_B"].T}, {}

@@ -6,12 +6,12 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from peft_jax.adapters.low_rank import low_rank_product
 from peft_jax.adapters.method import AdapterMethod, Arrays, Axes, GradientFactors
-from peft_jax.adapters.peft_form import NEUTRAL, PeftForm, PeftSettings, Shapes, setting
+from peft_jax.adapters.peft_fields import RenamingForm
+from peft_jax.adapters.peft_form import NEUTRAL, PeftForm, PeftSettings, Shapes
 from peft_jax.core import Kernel, linear
 from peft_jax.core.scopes import part
 from peft_jax.core.validation import check_positive_int
@@ -104,13 +104,16 @@ class HRA(AdapterMethod):
 
 
 @dataclasses.dataclass(frozen=True)
-class HRAForm(PeftForm):
+class HRAForm(RenamingForm):
     """`hra_u` [d_in, r] holds the vectors."""
 
     method: HRA
     peft_type = "HRA"
     only_bias = "hra_only"
     names = ("hra_u",)
+    arrays = ("u",)
+    fields: ClassVar[Mapping[str, tuple[str, Any]]] = {"r": ("rank", 8)}
+    written: ClassVar[Mapping[str, Any]] = {"apply_GS": False}
     exact = True
     understood = PeftSettings(
         read={"r": int},
@@ -120,25 +123,7 @@ class HRAForm(PeftForm):
         compared=("r",),
     )
 
-    @classmethod
-    def read(cls, config: Mapping[str, Any], modules: Mapping[str, Shapes]) -> HRA:
-        """Returns HRA with the configuration's number of reflections."""
-        del modules
-        return HRA(rank=setting(config, "r", 8))
-
-    def settings(self) -> dict[str, Any]:
-        """Returns the number of reflections."""
-        return {"apply_GS": False, "r": self.method.rank}
-
     def shapes(self, d_in: int, d_out: int) -> Shapes:
         """Returns [d_in, r]."""
         del d_out
         return {"hra_u": (d_in, self.method.rank)}
-
-    def export(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Renames the vectors."""
-        return {"hra_u": arrays["u"]}
-
-    def restore(self, tensors: Mapping[str, np.ndarray]) -> tuple[Arrays, Arrays]:
-        """Renames the vectors."""
-        return {"u": tensors["hra_u"]}, {}

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from peft_jax.adapters.lora import LoRA
 from peft_jax.adapters.method import Arrays, Axes, GradientFactors
+from peft_jax.adapters.peft_fields import RenamingForm
 from peft_jax.adapters.peft_form import PeftForm, PeftSettings, Shapes, plain_number, setting
 
 
@@ -71,12 +71,14 @@ class LoHa(LoRA):
 
 
 @dataclasses.dataclass(frozen=True)
-class LoHaForm(PeftForm):
+class LoHaForm(RenamingForm):
     """`hada_w1_a` is B₁ᵀ and `hada_w1_b` is A₁ᵀ, and so for the second factor."""
 
     method: LoHa
     peft_type = "LOHA"
     names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+    arrays = ("b1", "a1", "b2", "a2")
+    transposed = True
     exact = True
     understood = PeftSettings(
         read={
@@ -116,24 +118,6 @@ class LoHaForm(PeftForm):
             "hada_w2_a": (d_out, r),
             "hada_w2_b": (r, d_in),
         }
-
-    def export(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Transposes the factors."""
-        return {
-            "hada_w1_a": arrays["b1"].T,
-            "hada_w1_b": arrays["a1"].T,
-            "hada_w2_a": arrays["b2"].T,
-            "hada_w2_b": arrays["a2"].T,
-        }
-
-    def restore(self, tensors: Mapping[str, np.ndarray]) -> tuple[Arrays, Arrays]:
-        """Transposes the tensors."""
-        return {
-            "a1": tensors["hada_w1_b"].T,
-            "b1": tensors["hada_w1_a"].T,
-            "a2": tensors["hada_w2_b"].T,
-            "b2": tensors["hada_w2_a"].T,
-        }, {}
 
 
 def scaling_alpha(method: LoRA) -> float:

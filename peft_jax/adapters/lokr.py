@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from peft_jax.adapters.method import (
@@ -18,13 +17,12 @@ from peft_jax.adapters.method import (
     GradientFactors,
     drop_inputs,
 )
+from peft_jax.adapters.peft_fields import RenamingForm
 from peft_jax.adapters.peft_form import (
     NEUTRAL,
     PeftForm,
     PeftSettings,
     Shapes,
-    plain_number,
-    setting,
 )
 from peft_jax.core import Kernel, linear
 from peft_jax.core.scopes import part
@@ -171,12 +169,20 @@ def split_size(size: int, factor: int) -> tuple[int, int]:
 
 
 @dataclasses.dataclass(frozen=True)
-class LoKrForm(PeftForm):
+class LoKrForm(RenamingForm):
     """`lokr_w1` is Cᵀ, `lokr_w2_a` is Bᵀ and `lokr_w2_b` is Aᵀ."""
 
     method: LoKr
     peft_type = "LOKR"
     names = ("lokr_w1", "lokr_w2_a", "lokr_w2_b")
+    arrays = ("c", "b", "a")
+    transposed = True
+    fields: ClassVar[Mapping[str, tuple[str, Any]]] = {
+        "alpha": ("alpha", 8),
+        "decompose_factor": ("decompose_factor", -1),
+        "r": ("rank", 8),
+    }
+    written: ClassVar[Mapping[str, Any]] = {"decompose_both": False, "init_weights": True}
     exact = True
     understood = PeftSettings(
         read={
@@ -201,44 +207,8 @@ class LoKrForm(PeftForm):
     )
     patterns = MappingProxyType({"r": "rank_pattern", "alpha": "alpha_pattern"})
 
-    @classmethod
-    def read(cls, config: Mapping[str, Any], modules: Mapping[str, Shapes]) -> LoKr:
-        """Returns LoKr with the rank, alpha and factor of the configuration."""
-        del modules
-        return LoKr(
-            rank=setting(config, "r", 8),
-            alpha=float(setting(config, "alpha", 8)),
-            decompose_factor=setting(config, "decompose_factor", -1),
-        )
-
-    def settings(self) -> dict[str, Any]:
-        """Returns the rank, alpha and factor."""
-        return {
-            "alpha": plain_number(self.method.alpha),
-            "decompose_both": False,
-            "decompose_factor": self.method.decompose_factor,
-            "init_weights": True,
-            "r": self.method.rank,
-        }
-
     def shapes(self, d_in: int, d_out: int) -> Shapes:
         """Returns [k, p], [m, r] and [r, q]."""
         r = self.method.rank
         (p, q), (k, m) = (split_size(size, self.method.decompose_factor) for size in (d_in, d_out))
         return {"lokr_w1": (k, p), "lokr_w2_a": (m, r), "lokr_w2_b": (r, q)}
-
-    def export(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Transposes the factors."""
-        return {
-            "lokr_w1": arrays["c"].T,
-            "lokr_w2_a": arrays["b"].T,
-            "lokr_w2_b": arrays["a"].T,
-        }
-
-    def restore(self, tensors: Mapping[str, np.ndarray]) -> tuple[Arrays, Arrays]:
-        """Transposes the tensors."""
-        return {
-            "c": tensors["lokr_w1"].T,
-            "a": tensors["lokr_w2_b"].T,
-            "b": tensors["lokr_w2_a"].T,
-        }, {}

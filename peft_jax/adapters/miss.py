@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from peft_jax.adapters.method import (
@@ -16,7 +15,8 @@ from peft_jax.adapters.method import (
     GradientFactors,
     drop_inputs,
 )
-from peft_jax.adapters.peft_form import PeftForm, PeftSettings, Shapes, setting
+from peft_jax.adapters.peft_fields import RenamingForm
+from peft_jax.adapters.peft_form import PeftForm, PeftSettings, Shapes
 from peft_jax.core import Kernel, linear
 from peft_jax.core.scopes import part
 from peft_jax.core.validation import check_fraction, check_positive_int
@@ -113,13 +113,19 @@ class MiSS(AdapterMethod):
 
 
 @dataclasses.dataclass(frozen=True)
-class MiSSForm(PeftForm):
+class MiSSForm(RenamingForm):
     """`miss_block` [r, d_out] is D."""
 
     method: MiSS
     peft_type = "MISS"
     only_bias = "MiSS_only"
     names = ("miss_block",)
+    arrays = ("d",)
+    fields: ClassVar[Mapping[str, tuple[str, Any]]] = {
+        "miss_dropout": ("dropout", 0.0),
+        "r": ("rank", 64),
+    }
+    written: ClassVar[Mapping[str, Any]] = {"init_weights": True}
     exact = True
     understood = PeftSettings(
         read={"miss_dropout": float, "r": int},
@@ -129,31 +135,7 @@ class MiSSForm(PeftForm):
         compared=("r",),
     )
 
-    @classmethod
-    def read(cls, config: Mapping[str, Any], modules: Mapping[str, Shapes]) -> MiSS:
-        """Returns MiSS with the configuration's rank and dropout."""
-        del modules
-        return MiSS(
-            rank=setting(config, "r", 64), dropout=float(setting(config, "miss_dropout", 0.0))
-        )
-
-    def settings(self) -> dict[str, Any]:
-        """Returns the rank and the dropout."""
-        return {
-            "init_weights": True,
-            "miss_dropout": self.method.dropout,
-            "r": self.method.rank,
-        }
-
     def shapes(self, d_in: int, d_out: int) -> Shapes:
         """Returns [r, d_out]."""
         del d_in
         return {"miss_block": (self.method.rank, d_out)}
-
-    def export(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Renames D."""
-        return {"miss_block": arrays["d"]}
-
-    def restore(self, tensors: Mapping[str, np.ndarray]) -> tuple[Arrays, Arrays]:
-        """Renames D."""
-        return {"d": tensors["miss_block"]}, {}

@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from kernels_pallas.block_rotation import block_rotation
 from kernels_pallas.cayley import cayley, skew_symmetric
 from peft_jax.adapters.method import AdapterMethod, Arrays, Axes, GradientFactors
+from peft_jax.adapters.peft_fields import RenamingForm
 from peft_jax.adapters.peft_form import NEUTRAL, PeftForm, PeftSettings, Shapes, setting
 from peft_jax.core import Kernel, linear
 from peft_jax.core.scopes import part
@@ -155,13 +155,14 @@ def _neumann(s: Float[Array, "blocks b b"], terms: int) -> Float[Array, "blocks 
 
 
 @dataclasses.dataclass(frozen=True)
-class OFTForm(PeftForm):
+class OFTForm(RenamingForm):
     """`oft_R.weight` [d_in / b, b (b - 1) / 2] holds the entries above the diagonal of S."""
 
     method: OFT
     peft_type = "OFT"
     only_bias = "oft_only"
     names = ("oft_R.weight",)
+    arrays = ("r",)
     exact = True
     understood = PeftSettings(
         read={
@@ -226,14 +227,6 @@ class OFTForm(PeftForm):
         b = self.method.block_size
         blocks = 1 if self.method.share_blocks else d_in // b
         return {"oft_R.weight": (blocks, b * (b - 1) // 2)}
-
-    def export(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Renames the entries."""
-        return {"oft_R.weight": arrays["r"]}
-
-    def restore(self, tensors: Mapping[str, np.ndarray]) -> tuple[Arrays, Arrays]:
-        """Renames the entries."""
-        return {"r": tensors["oft_R.weight"]}, {}
 
 
 def _block_size(entries: int) -> int:

@@ -17,13 +17,12 @@ from peft_jax.adapters.method import (
     GradientFactors,
     drop_inputs,
 )
+from peft_jax.adapters.peft_fields import RenamingForm
 from peft_jax.adapters.peft_form import (
     NoPeftFormError,
     PeftForm,
     PeftSettings,
     Shapes,
-    plain_number,
-    setting,
 )
 from peft_jax.core import Kernel, linear
 from peft_jax.core.scopes import part
@@ -225,13 +224,21 @@ def _rows(key: jax.Array, rows: int, columns: int) -> Float[Array, "rows columns
 
 
 @dataclasses.dataclass(frozen=True)
-class RandLoraForm(PeftForm):
+class RandLoraForm(RenamingForm):
     """`randlora_lambda` and `randlora_gamma` are those of a kernel, and the bases are shared."""
 
     method: RandLora
     peft_type = "RANDLORA"
     only_bias = "randlora_only"
     names = ("randlora_gamma", "randlora_lambda")
+    arrays = ("gamma", "lam")
+    fields: ClassVar[Mapping[str, tuple[str, Any]]] = {
+        "r": ("rank", 32),
+        "randlora_alpha": ("alpha", 640),
+        "randlora_dropout": ("dropout", 0.0),
+    }
+    written: ClassVar[Mapping[str, Any]] = {"fan_in_fan_out": False, "save_projection": True}
+    read_as: ClassVar[Mapping[str, Any]] = {"hold_bases": True}
     shared_names = ("randlora_A", "randlora_B")
     exact = False
     understood = PeftSettings(
@@ -242,27 +249,9 @@ class RandLoraForm(PeftForm):
         why={"save_projection": "; the random bases must be in the file"},
     )
 
-    @classmethod
-    def read(cls, config: Mapping[str, Any], modules: Mapping[str, Shapes]) -> RandLora:
-        """Returns the method, which holds the bases of the file."""
-        del modules
-        return RandLora(
-            rank=setting(config, "r", 32),
-            alpha=float(setting(config, "randlora_alpha", 640)),
-            dropout=float(setting(config, "randlora_dropout", 0.0)),
-            hold_bases=True,
-        )
-
     def settings(self) -> dict[str, Any]:
         """Returns the rank and alpha, and that the bases are in the file."""
-        return {
-            "fan_in_fan_out": False,
-            "projection_prng_key": self.method.seed,
-            "r": self.method.rank,
-            "randlora_alpha": plain_number(self.method.alpha),
-            "randlora_dropout": self.method.dropout,
-            "save_projection": True,
-        }
+        return super().settings() | {"projection_prng_key": self.method.seed}
 
     def shapes(self, d_in: int, d_out: int) -> Shapes:
         """Returns [n, u] and [r, n]."""
@@ -317,11 +306,3 @@ class RandLoraForm(PeftForm):
                 f" [{d_in}, {d_out}] needs at least [{rank}, 1, {small}] and [{wide}, {n}, {rank}]"
             )
         return {"a": a[:, 0, :small], "b": b[:wide, :n]}
-
-    def export(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Renames lam and gamma."""
-        return {"randlora_gamma": arrays["gamma"], "randlora_lambda": arrays["lam"]}
-
-    def restore(self, tensors: Mapping[str, np.ndarray]) -> tuple[Arrays, Arrays]:
-        """Renames the tensors."""
-        return {"gamma": tensors["randlora_gamma"], "lam": tensors["randlora_lambda"]}, {}

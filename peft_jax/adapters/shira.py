@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from peft_jax.adapters.kernel_change import changed_product
 from peft_jax.adapters.method import AdapterMethod, Arrays, Axes, GradientFactors
-from peft_jax.adapters.peft_form import PeftForm, PeftSettings, Shapes, setting
+from peft_jax.adapters.peft_fields import RenamingForm
+from peft_jax.adapters.peft_form import PeftForm, PeftSettings, Shapes
 from peft_jax.adapters.random_entries import entries
 from peft_jax.core import Kernel
 from peft_jax.core.validation import check_count, check_positive_int
@@ -122,12 +123,23 @@ class SHiRA(AdapterMethod):
 
 
 @dataclasses.dataclass(frozen=True)
-class SHiRAForm(PeftForm):
+class SHiRAForm(RenamingForm):
     """`shira_weight` [n] holds the values, `shira_indices` [2, n] their outputs and inputs."""
 
     method: SHiRA
     peft_type = "SHIRA"
     names = ("shira_weight", "shira_indices")
+    arrays = ("values", "indices")
+    constant = ("indices",)
+    fields: ClassVar[Mapping[str, tuple[str, Any]]] = {
+        "r": ("rank", 32),
+        "random_seed": ("seed", 0),
+    }
+    written: ClassVar[Mapping[str, Any]] = {
+        "fan_in_fan_out": False,
+        "init_weights": True,
+        "mask_type": "random",
+    }
     integers = ("shira_indices",)
     exact = True
     understood = PeftSettings(
@@ -136,22 +148,6 @@ class SHiRAForm(PeftForm):
         irrelevant=frozenset({"init_weights", "mask_type"}),
         compared=("r",),
     )
-
-    @classmethod
-    def read(cls, config: Mapping[str, Any], modules: Mapping[str, Shapes]) -> SHiRA:
-        """Returns the method with the rank and the seed of the configuration."""
-        del modules
-        return SHiRA(rank=setting(config, "r", 32), seed=setting(config, "random_seed", 0))
-
-    def settings(self) -> dict[str, Any]:
-        """Returns the rank and the seed."""
-        return {
-            "fan_in_fan_out": False,
-            "init_weights": True,
-            "mask_type": "random",
-            "r": self.method.rank,
-            "random_seed": self.method.seed,
-        }
 
     def shapes(self, d_in: int, d_out: int) -> Shapes:
         """Returns [n] and [2, n]."""
@@ -168,11 +164,3 @@ class SHiRAForm(PeftForm):
                 f" {lowest[1]} to {highest[1]}, but the kernel has {d_out} outputs and {d_in}"
                 " inputs"
             )
-
-    def export(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Renames the arrays."""
-        return {"shira_weight": arrays["values"], "shira_indices": arrays["indices"]}
-
-    def restore(self, tensors: Mapping[str, np.ndarray]) -> tuple[Arrays, Arrays]:
-        """Renames the tensors."""
-        return {"values": tensors["shira_weight"]}, {"indices": tensors["shira_indices"]}

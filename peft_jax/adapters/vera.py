@@ -17,6 +17,7 @@ from peft_jax.adapters.method import (
     GradientFactors,
     drop_inputs,
 )
+from peft_jax.adapters.peft_fields import RenamingForm
 from peft_jax.adapters.peft_form import PeftForm, Shapes
 from peft_jax.core import Kernel, linear
 from peft_jax.core.scopes import part
@@ -143,7 +144,7 @@ def _rows(key: jax.Array, rows: int, columns: int, bound: float) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class VeRAForm(PeftForm):
+class VeRAForm(RenamingForm):
     """`vera_lambda_d` is d and `vera_lambda_b` is b; `vera_A` and `vera_B` are Aᵀ and Bᵀ of all.
 
     It is written only: PEFT's own projections are other random numbers.
@@ -153,17 +154,15 @@ class VeRAForm(PeftForm):
     peft_type = "VERA"
     only_bias = "vera_only"
     names = ("vera_lambda_b", "vera_lambda_d")
+    arrays = ("b", "d")
+    fields: ClassVar[Mapping[str, tuple[str, Any]]] = {
+        "d_initial": ("d_initial", 0.1),
+        "projection_prng_key": ("seed", 0),
+        "r": ("rank", 256),
+        "vera_dropout": ("dropout", 0.0),
+    }
+    written: ClassVar[Mapping[str, Any]] = {"save_projection": True}
     exact = False
-
-    def settings(self) -> dict[str, Any]:
-        """Returns the rank, and that the projections are in the file."""
-        return {
-            "d_initial": self.method.d_initial,
-            "projection_prng_key": self.method.seed,
-            "r": self.method.rank,
-            "save_projection": True,
-            "vera_dropout": self.method.dropout,
-        }
 
     def shapes(self, d_in: int, d_out: int) -> Shapes:
         """Returns [d_out] and [r]."""
@@ -177,7 +176,3 @@ class VeRAForm(PeftForm):
         del constants
         a, b = self.method.projections(*(max(sizes) for sizes in zip(*shapes, strict=True)))
         return {"vera_A": np.asarray(a.T), "vera_B": np.asarray(b.T)}
-
-    def export(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Renames the vectors."""
-        return {"vera_lambda_b": arrays["b"], "vera_lambda_d": arrays["d"]}
