@@ -1,6 +1,8 @@
 """Marks the parts of a training step, so that profiles and plans can tell them apart."""
 
+import contextlib
 import functools
+import re
 from collections.abc import Callable
 from typing import Literal, ParamSpec, TypeVar
 
@@ -38,3 +40,25 @@ def part(name: Part) -> Callable[[Callable[P, R]], Callable[P, R]]:
         return marked
 
     return decorate
+
+
+_MEAN_SHARE = re.compile(r"one_of_(\d+)_rows")
+
+
+def mean_share(parts: int) -> contextlib.AbstractContextManager[None]:
+    """Marks ragged products of which a device computes one of so many rows, on average.
+
+    How many it computes depends on the data, so that the program has room for all of them.
+    """
+    return jax.named_scope(f"one_of_{parts}_rows") if parts > 1 else contextlib.nullcontext()
+
+
+def find_mean_share(op_name: str) -> float:
+    """Returns the mean share of rows in the name of a traced operation; 1 without a mark.
+
+    Example:
+      >>> find_mean_share("jit(step)/transpose(jvp(one_of_8_rows))/ragged_dot_general")
+      0.125
+    """
+    found = _MEAN_SHARE.search(op_name)
+    return 1.0 / int(found[1]) if found else 1.0

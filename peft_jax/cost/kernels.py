@@ -7,6 +7,7 @@ as those of any other product.
 import dataclasses
 import re
 
+from peft_jax.core.scopes import find_mean_share
 from peft_jax.cost.hlo import Array, Instruction
 from peft_jax.cost.products import Product
 from peft_jax.cost.traffic import Traffic
@@ -16,6 +17,8 @@ _NUMBER = re.compile(r'"(\w+)":"(-?\d+)"')
 _SPLASH = re.compile(r"splash_m[hq]a_(fwd|dq|dkv)")
 _PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 """Products of queries, keys and values in each of splash attention's kernels."""
+_RAGGED = "ragged-dot"
+"""Beginning of the names of the kernels that multiply each row by its group's matrix."""
 _FUSED_PRODUCTS = 5
 """Products of the kernel that computes all gradients at once."""
 _WORK_A_SCORE = 6
@@ -58,7 +61,23 @@ def count_kernel(one: Instruction, operands: tuple[Array, ...], *, tile: int) ->
         bytes=numbers.get("bytes_accessed", 0.0),
         transcendental=numbers.get("transcendentals", 0.0),
     )
+    if one.name.startswith(_RAGGED):
+        return _ragged(one, operands, flops, traffic.bytes)
     return KernelWork(flops, flops * _waste(operands, tile), traffic)
+
+
+def _ragged(
+    one: Instruction, operands: tuple[Array, ...], flops: float, stated: float
+) -> KernelWork:
+    """Returns the work of a ragged product for the mean number of rows; see `mean_share`.
+
+    The matrices of all groups are read or written, however few rows they have.
+    """
+    share = find_mean_share(one.op_name)
+    arrays = (*operands, *one.result)
+    matrices = min(sum(array.bytes for array in arrays if len(array.shape) == 3), stated)
+    moved = matrices + share * (stated - matrices)
+    return KernelWork(share * flops, share * flops, Traffic(bytes=moved))
 
 
 def _waste(operands: tuple[Array, ...], tile: int) -> float:

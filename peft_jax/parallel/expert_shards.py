@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from kernels_pallas.layout import use_layout
 from peft_jax.core import LINEAR_OUTPUT
+from peft_jax.core.scopes import mean_share
 from peft_jax.parallel.activations import LogicalAxes, activation_spec, active_mesh, spans
 from peft_jax.parallel.rules import as_tuple
 
@@ -85,8 +86,9 @@ def mix_experts(
                     for one in found
                 )
         whole = [_gathered(shard, spec) for shard, spec in zip(shards, specs, strict=True)]
-        count = experts // _size(over, mesh)
-        with use_layout(None):
+        parts = _size(over, mesh)
+        count = experts // parts
+        with use_layout(None), mean_share(parts):
             y = mixed(
                 *found,
                 jax.tree.unflatten(structure, whole),

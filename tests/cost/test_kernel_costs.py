@@ -10,13 +10,21 @@ METADATA = r"""{kernel_metadata={
 }}"""
 
 
-def kernel(name: str, *operands: str, cost: str = "", fused: str = "false", tile: int = 128):
+def kernel(
+    name: str,
+    *operands: str,
+    cost: str = "",
+    fused: str = "false",
+    tile: int = 128,
+    op_name: str = "",
+):
     lines = [f"  %o{n} = {shape} parameter({n})" for n, shape in enumerate(operands)]
     given = ", ".join(f"%o{n}" for n in range(len(operands)))
     text = f"""ENTRY %main (x: f32[]) -> bf16[8] {{
 {chr(10).join(lines)}
   ROOT %{name}.1 = {operands[-1]} custom-call({given}), custom_call_target="tpu_custom_call", \
-frontend_attributes={METADATA.replace("FUSED", fused)}, backend_config={{{cost}}}
+frontend_attributes={METADATA.replace("FUSED", fused)}, metadata={{op_name="{op_name}"}}, \
+backend_config={{{cost}}}
 }}
 """
     main = read_program(text).computations["main"]
@@ -61,3 +69,20 @@ def test_rotations_by_small_blocks_leave_the_matrix_unit_empty(block, waste):
     assert found.flops == flops
     assert found.computed == waste * flops
     assert found.traffic.bytes == 1000
+
+
+@pytest.mark.parametrize(("mark", "share"), [("one_of_8_rows/", 1 / 8), ("", 1.0)])
+def test_ragged_products_count_the_mean_number_of_rows(mark, share):
+    """A kernel of 4096 rows and 16 matrices of 512 x 1024, in bfloat16."""
+    flops, rows, matrices = 2 * 4096 * 512 * 1024, 2 * 4096 * (512 + 1024), 2 * 16 * 512 * 1024
+    cost = f'"cost_estimate":{{"bytes_accessed":"{rows + matrices}","flops":"{flops}"}}'
+    found = kernel(
+        "ragged-dot-none",
+        "bf16[4096,512]{1,0}",
+        "bf16[16,512,1024]{2,1,0}",
+        "bf16[4096,1024]{1,0}",
+        cost=cost,
+        op_name=f"jit(step)/mlp/{mark}ragged_dot_general/ragged-dot-none",
+    )
+    assert found.flops == found.computed == share * flops
+    assert found.traffic.bytes == matrices + share * rows
