@@ -284,6 +284,23 @@ def test_search_accounts_for_quantization():
 
 
 @needs_libtpu
+def test_layouts_of_a_mixture_shard_its_experts():
+    """128 experts and 32 rows divide over 16 chips along "expert", with and without "tensor"."""
+    config = hybrid_70b.get_config("method=lora")
+    config.model.architecture, config.train.batch_size = "qwen3-30b-a3b", 32
+    run, topology = from_config_dict(config), find_topology("v5p:2x2x4")
+    model = find_model(run)
+    found = {
+        (one.mesh.fsdp, one.mesh.expert, one.mesh.tensor): one.least_bytes
+        for one in _layouts(run, model, _Sizes.of(run, model), topology)
+        if (one.remat, one.microbatches) == ("full", 1)
+    }
+    assert {(1, 16, 1), (1, 4, 4), (4, 4, 1)} <= found.keys()
+    # What is not an expert's is replicated along "expert", and an eighth of all parameters or less.
+    assert found[16, 1, 1] < found[1, 16, 1] < 3 * found[16, 1, 1]
+
+
+@needs_libtpu
 @pytest.mark.slow
 def test_search_finds_the_smallest_topology_that_fits():
     """The 1.5B model of configs/colab.py fits on one chip."""
