@@ -14,7 +14,7 @@
 - Adapters over a whole model: `AdapterSpec` makes and binds an `AdapterState`; `merge`,
   `load_adapter`, `save_adapter`, `export_merged`, `trainable_table`. Several over one model:
   `bind_adapters`, `stack_adapters`, `combine_adapters`. Any method as a LoRA:
-  `approximate_by_lora`.
+  `approximate_by_lora`. Kernels before they were quantized: `original_kernels`.
 - Data: `dataset` describes rows by `DataSettings`; `build_data` reads them; `Batch` holds one's
   own.
 - Training in a work directory, with checkpoints and a report: `train`, which returns a
