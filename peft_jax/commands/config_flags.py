@@ -6,7 +6,7 @@ import difflib
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,11 +152,56 @@ def load_config(words: Sequence[str]) -> GivenConfig:
         raise RefusedError(
             f"{name}: get_config returns {type(config).__name__} but must return a ConfigDict"
         )
-    # Imported here, so that a mistyped flag is rejected before JAX is imported.
-    from peft_jax.training.config import let_flags_win
-
     let_flags_win(config, config_flags.get_override_values(values["config"]))
     return GivenConfig(name=name, values=config)
+
+
+ALTERNATIVES = (
+    ("train.steps", "train.epochs"),
+    ("optimizer.schedule.warmup_steps", "optimizer.schedule.warmup_ratio"),
+    ("data.hold_out", "data.eval_path"),
+    ("data.hold_out", "data.eval_split"),
+)
+"""Pairs of settings of which one may be given."""
+
+
+def let_flags_win(config: ConfigDict, flags: Collection[str]) -> None:
+    """Resets what a configuration file sets where a flag sets its alternative.
+
+    A file that sets `train.steps` gives a default. With `--config.train.epochs=2` the user wants
+    epochs, and should not have to take the file's steps back as well. Where two flags, or two lines
+    of a file, give both alternatives, both stay, and the conversion rejects them.
+
+    Args:
+      config: Settings of the file and the flags; modified in place.
+      flags: Dotted names of the settings that flags have set.
+
+    Example:
+      >>> from peft_jax.training import default_config
+      >>> config = default_config()
+      >>> config.train.steps, config.train.epochs = 1000, 2
+      >>> let_flags_win(config, ["train.epochs"])
+      >>> config.train.steps is None, config.train.epochs
+      (True, 2)
+    """
+    from peft_jax.training.config import default_config
+
+    defaults = default_config()
+    for pair in ALTERNATIVES:
+        for name, other in (pair, pair[::-1]):
+            if name in flags and other not in flags and _value(config, name):
+                section, _, key = other.rpartition(".")
+                if _value(config, other) is not None:
+                    _value(config, section)[key] = _value(defaults, other)
+
+
+def _value(config: ConfigDict, name: str) -> Any:
+    """Returns the value at a dotted name; None if a section is missing."""
+    for part in name.split("."):
+        if not isinstance(config, ConfigDict) or part not in config:
+            return None
+        config = config[part]
+    return config
 
 
 def check_setting_paths(words: Sequence[str]) -> None:

@@ -31,7 +31,7 @@ from peft_jax.runtime.buckets import Bucket, check_names, reach_store
 from peft_jax.runtime.errors import EndingError, RefusedError, StorageError
 from peft_jax.training.bucket_checkpoints import BucketCheckpoints
 from peft_jax.training.checkpoints import Checkpoints
-from peft_jax.training.config import CheckpointSettings
+from peft_jax.training.config_sections import CheckpointSettings
 from peft_jax.training.placement import from_first
 from peft_jax.training.report.metrics import Record
 from peft_jax.training.workdir import WorkDir

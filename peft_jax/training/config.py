@@ -6,248 +6,39 @@ conversion, in which a key that is not known, or a value of the wrong type, is a
 """
 
 import dataclasses
-import re
 import typing
-from collections.abc import Collection, Mapping
-from types import MappingProxyType
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import FieldReference
 
-from peft_jax.adapters import METHODS, AdapterSpec, TrainingMethod, method_settings
+from peft_jax.adapters import METHODS, AdapterSpec, method_settings
 from peft_jax.adapters.sketch import check_passes
 from peft_jax.core import did_you_mean
 from peft_jax.core.typed_settings import (
-    convert,
     differences,
     from_mapping,
     is_required,
     to_mapping,
     union_members,
 )
-from peft_jax.core.validation import check_choice, check_positive, check_positive_int
+from peft_jax.core.validation import check_positive_int
 from peft_jax.data import DataSettings
 from peft_jax.models import ExecutionSettings
-from peft_jax.models.architectures import ARCHITECTURES
-from peft_jax.optim import (
-    MIXING_RATES,
-    MixingSettings,
-    OptimizerSettings,
-    usual_learning_rate,
-)
+from peft_jax.optim import MIXING_RATES, MixingSettings, OptimizerSettings
 from peft_jax.parallel import MeshSettings
+from peft_jax.training.config_sections import (
+    CheckpointSettings,
+    EvaluateSettings,
+    ExportSettings,
+    LoggingSettings,
+    ModelSettings,
+    StartSettings,
+    TrainSettings,
+)
+from peft_jax.training.method_section import START_SETTINGS, fill_in, read_method
 from peft_jax.training.setting_aliases import check_names
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelSettings:
-    """The checkpoint to fine-tune.
-
-    Attributes:
-      path: Folder in Hugging Face's format (config.json, safetensors, a tokenizer), name on the
-        Hugging Face hub, or location of a converted checkpoint ("gs://bucket/model"; see
-        `peft_jax/convert.py`).
-      revision: Branch, tag or commit on the hub; empty: the newest.
-      dtype: Dtype of the base's parameters. Trainable arrays have that of `method.dtype`.
-      architecture: Name of the architecture that the checkpoint must have, one of
-        `peft_jax.models.architectures`. With it, a run can be planned without the checkpoint.
-        Empty: any.
-      quantization: Format of the frozen kernels of the transformer blocks, which are quantized
-        while they are loaded: "int8", "nf4" (4 bits), "w8a8" (int8, with forward products of 8-bit
-        integers), "w8a8g8" (as "w8a8", with backward products of 8-bit integers too), or "none" for
-        `dtype`. Embeddings, head, norms and scales have `dtype`.
-      weights: "checkpoint", or "random" for training the architecture of config.json from scratch,
-        which needs no safetensors.
-    """
-
-    path: str
-    revision: str = ""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    architecture: str = ""
-    quantization: Literal["none", "int8", "nf4", "w8a8", "w8a8g8"] = "none"
-    weights: Literal["checkpoint", "random"] = "checkpoint"
-
-    def __post_init__(self) -> None:
-        if not self.path:
-            raise ValueError("path is empty; give a folder with a Hugging Face checkpoint")
-        if self.architecture:
-            check_choice("architecture", self.architecture, ARCHITECTURES)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StartSettings:
-    """The adapter to start from.
-
-    Attributes:
-      path: Folder of an adapter, ours or Hugging Face PEFT's, or its name on the hub; its method
-        and modules have to be those of the section `method`. Empty: a new adapter.
-      revision: Branch, tag or commit on the hub; empty: the newest.
-    """
-
-    path: str = ""
-    revision: str = ""
-
-    def __post_init__(self) -> None:
-        if self.revision and not self.path:
-            raise ValueError(
-                f"adapter.revision is {self.revision!r}, and adapter.path is empty; give the"
-                " adapter's name on the hub"
-            )
-
-
-MOST_STEPS = 2**31 - 1
-"""Largest number of steps: the optimizer counts them in int32."""
-
-
-def check_steps(steps: int, of: str = "train.steps") -> None:
-    """Raises ValueError if a run has more steps than can be counted.
-
-    Args:
-      steps: Number of steps.
-      of: Name of the setting, for the message.
-    """
-    if steps > MOST_STEPS:
-        raise ValueError(f"{of} makes too many steps; a run has at most {MOST_STEPS:,}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainSettings:
-    """Length, learning rate and batch of a run.
-
-    Exactly one of `steps` and `epochs` is given.
-
-    Attributes:
-      steps: Optimizer steps.
-      epochs: Passes over the training rows, instead of `steps`; 0.5 is half a pass. All rows are
-        encoded before the first step to find the number of steps.
-      learning_rate: Peak of the schedule, which `optimizer.schedule` describes; by default the
-        method's, and 1 for the optimizer prodigy, which estimates its own.
-      batch_size: Number of rows in one optimizer step, over all devices and microbatches.
-      gradient_accumulation: Number of microbatches that a step's rows are divided into. The result
-        is the same up to rounding, in less memory.
-      max_length: Number of tokens in a row.
-      loss_chunk: Number of positions whose logits are held at once.
-    """
-
-    steps: int | None = None
-    epochs: float | None = None
-    learning_rate: float
-    batch_size: int
-    gradient_accumulation: int = 1
-    max_length: int
-    loss_chunk: int = 1024
-
-    def __post_init__(self) -> None:
-        self._check_length()
-        check_positive("learning_rate", self.learning_rate)
-        for name in ("batch_size", "gradient_accumulation", "loss_chunk"):
-            check_positive_int(name, getattr(self, name))
-        if self.max_length < 2:
-            raise ValueError(f"max_length is {self.max_length}; a row needs at least 2 tokens")
-        if self.batch_size % self.gradient_accumulation:
-            raise ValueError(
-                f"batch_size is {self.batch_size}, and gradient_accumulation ="
-                f" {self.gradient_accumulation} does not divide it; choose a divisor of the batch"
-                f" size: {_divisors(self.batch_size)}"
-            )
-
-    def _check_length(self) -> None:
-        """Raises ValueError unless exactly one of `steps` and `epochs` is given."""
-        if self.steps is not None and self.epochs is not None:
-            raise ValueError(
-                f"train.steps is {self.steps} and train.epochs is {self.epochs:g}; give one of the"
-                " two, and set the other to None"
-            )
-        if self.steps is not None:
-            check_positive_int("steps", self.steps)
-            check_steps(self.steps)
-        elif self.epochs is not None:
-            check_positive("epochs", self.epochs)
-            if self.epochs > MOST_STEPS:
-                raise ValueError(f"epochs is {self.epochs:g}; it must be at most {MOST_STEPS:,}")
-        else:
-            raise ValueError("train.steps or train.epochs must be given; both are None")
-
-    @property
-    def microbatch_size(self) -> int:
-        """Returns the number of rows in one microbatch, over all devices."""
-        return self.batch_size // self.gradient_accumulation
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateSettings:
-    """Evaluation on held-out data, always before the first and after the last step.
-
-    Attributes:
-      every: Number of steps between evaluations; 0: only before and after.
-    """
-
-    every: int = 0
-
-    def __post_init__(self) -> None:
-        _check_not_negative(self, "every")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointSettings:
-    """Checkpoints to resume from, also before the first step and on a request to stop.
-
-    Attributes:
-      every: Number of steps between checkpoints; 0: only those.
-      keep: Number of checkpoints to keep.
-      asynchronous: Whether they are written while training continues.
-    """
-
-    every: int = 100
-    keep: int = 3
-    asynchronous: bool = True
-
-    def __post_init__(self) -> None:
-        _check_not_negative(self, "every")
-        if self.keep < 2:
-            raise ValueError(
-                f"keep is {self.keep}; at least 2, so that one is left if one is damaged"
-            )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoggingSettings:
-    """Logging of metrics.
-
-    Attributes:
-      every: Number of steps between lines of metrics.jsonl; the first and the last step always have
-        one.
-      tensorboard: Whether to write TensorBoard events too, to the work directory's `tensorboard/`.
-      wandb_project: Project on Weights & Biases to log to; empty: none.
-      wandb_name: Name of the run there; empty: that of the work directory.
-    """
-
-    every: int = 1
-    tensorboard: bool = True
-    wandb_project: str = ""
-    wandb_name: str = ""
-
-    def __post_init__(self) -> None:
-        check_positive_int("every", self.every)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExportSettings:
-    """Format of the result.
-
-    Attributes:
-      merged: Whether to write the whole model to `model/`, in Hugging Face's format and in
-        `model.dtype`, beside `adapter/`. None: for the method "full" only, whose result is the
-        whole model and no adapter.
-    """
-
-    merged: bool | None = None
-
-
-_INIT_BATCHES, _INIT_PASSES = 4, 1
-START_SETTINGS = MappingProxyType({"init_batches": _INIT_BATCHES, "init_passes": _INIT_PASSES})
-"""Defaults of the settings of a run that stand in the section `method` of a configuration."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -284,8 +75,8 @@ class RunConfig:
     model: ModelSettings
     execution: ExecutionSettings = dataclasses.field(default_factory=ExecutionSettings)
     spec: AdapterSpec
-    init_batches: int = _INIT_BATCHES
-    init_passes: int = _INIT_PASSES
+    init_batches: int = START_SETTINGS["init_batches"]
+    init_passes: int = START_SETTINGS["init_passes"]
     adapter: StartSettings = dataclasses.field(default_factory=StartSettings)
     mixing: MixingSettings = dataclasses.field(default_factory=MixingSettings)
     data: DataSettings
@@ -360,9 +151,9 @@ class RunConfig:
             raise ValueError(f"{unknown[0]} is not a setting{did_you_mean(unknown[0], known)}")
         if not isinstance(given.get("method"), Mapping):
             raise ValueError("method must be given, as a section with at least a name")
-        given["spec"], start = _read_method(given.pop("method"))
+        given["spec"], start = read_method(given.pop("method"))
         given |= start
-        _fill_in(given, given["spec"].method)
+        fill_in(given, given["spec"].method)
         return from_mapping(RunConfig, given)
 
 
@@ -423,51 +214,6 @@ def default_config() -> ConfigDict:
     return config
 
 
-ALTERNATIVES = (
-    ("train.steps", "train.epochs"),
-    ("optimizer.schedule.warmup_steps", "optimizer.schedule.warmup_ratio"),
-    ("data.hold_out", "data.eval_path"),
-    ("data.hold_out", "data.eval_split"),
-)
-"""Pairs of settings of which one may be given."""
-
-
-def let_flags_win(config: ConfigDict, flags: Collection[str]) -> None:
-    """Resets what a configuration file sets where a flag sets its alternative.
-
-    A file that sets `train.steps` gives a default. With `--config.train.epochs=2` the user wants
-    epochs, and should not have to take the file's steps back as well. Where two flags, or two lines
-    of a file, give both alternatives, both stay, and the conversion rejects them.
-
-    Args:
-      config: Settings of the file and the flags; modified in place.
-      flags: Dotted names of the settings that flags have set.
-
-    Example:
-      >>> config = default_config()
-      >>> config.train.steps, config.train.epochs = 1000, 2
-      >>> let_flags_win(config, ["train.epochs"])
-      >>> config.train.steps is None, config.train.epochs
-      (True, 2)
-    """
-    defaults = default_config()
-    for pair in ALTERNATIVES:
-        for name, other in (pair, pair[::-1]):
-            if name in flags and other not in flags and _value(config, name):
-                section, _, key = other.rpartition(".")
-                if _value(config, other) is not None:
-                    _value(config, section)[key] = _value(defaults, other)
-
-
-def _value(config: ConfigDict, name: str) -> Any:
-    """Returns the value at a dotted name; None if a section is missing."""
-    for part in name.split("."):
-        if not isinstance(config, ConfigDict) or part not in config:
-            return None
-        config = config[part]
-    return config
-
-
 def from_config_dict(config: ConfigDict) -> RunConfig:
     """Returns the validated settings of a configuration file and flags.
 
@@ -503,107 +249,3 @@ def _flag_type(annotation: Any) -> type:
     members = [m for m in union_members(annotation) if m is not type(None)] or [annotation]
     only = members[0] if len(members) == 1 else object
     return str if only is str or typing.get_origin(only) is Literal else object
-
-
-def _read_method(given: Mapping[str, Any]) -> tuple[AdapterSpec, dict[str, int]]:
-    """Reads the section `method`; returns the specification and `START_SETTINGS`."""
-    name = given.get("name")
-    if name is None:
-        raise ValueError(f"method.name must be given; known: {', '.join(METHODS)}")
-    if not isinstance(name, str) or name not in METHODS:
-        raise ValueError(f"method.name is {name!r}{did_you_mean(str(name), METHODS)}")
-    common = [field.name for field in dataclasses.fields(AdapterSpec) if field.name != "method"]
-    common.extend(START_SETTINGS)
-    own = method_settings(name)
-    annotations = typing.get_type_hints(METHODS[name])
-    settings, rest = {}, {}
-    for key, value in given.items():
-        owners = [other for other in METHODS if key in method_settings(other)]
-        if key == "name":
-            continue
-        if key in common:
-            rest[key] = value
-        elif not owners:
-            known = ["name", *common, *own]
-            raise ValueError(f"method.{key} is not a setting{did_you_mean(key, known)}")
-        elif value is None:
-            continue
-        elif key not in own:
-            raise ValueError(
-                f"method.{key} is a setting of {', '.join(owners)}, not of {name!r}; leave it "
-                "out, or choose another method.name"
-            )
-        else:
-            settings[key] = convert(value, annotations[key], where=f"method.{key}")
-    try:
-        method = METHODS[name](**settings)
-    except ValueError as error:
-        raise ValueError(f"method: {error}") from error
-    for key in ("target_modules", "exclude_modules"):
-        if isinstance(rest.get(key), str):
-            rest[key] = _names(rest[key])
-    start = {}
-    for key, default in START_SETTINGS.items():
-        wanted = rest.pop(key, None)
-        start[key] = default if wanted is None else convert(wanted, int, where=f"method.{key}")
-        if start[key] != default and not method.start_rank:
-            raise ValueError(
-                f"method.{key} is given, but only methods that start from the first batches use"
-                f" it, and {name!r} does not"
-            )
-    return from_mapping(AdapterSpec, {"method": method, **rest}, where="method"), start
-
-
-def _fill_in(given: dict[str, Any], method: TrainingMethod) -> None:
-    """Sets the rates that are left to the method, or to the optimizer."""
-    if isinstance(given.get("train"), Mapping) and given["train"].get("learning_rate") is None:
-        optimizer = given.get("optimizer")
-        name = optimizer.get("name") if isinstance(optimizer, Mapping) else None
-        rate = default_learning_rate(method, str(name))
-        given["train"] = {**given["train"], "learning_rate": rate}
-    if not isinstance(given.get("mixing", {}), Mapping):
-        return
-    mixing = dict(given.get("mixing", {}))
-    for name in MIXING_RATES.values():
-        if mixing.get(name, 0.0) is None:
-            del mixing[name]
-    given["mixing"] = mixing_rates(method) | mixing
-
-
-def default_learning_rate(method: TrainingMethod, optimizer: str) -> float:
-    """Returns the peak learning rate of a method with an optimizer of the given name."""
-    return usual_learning_rate(optimizer) or method.learning_rate
-
-
-def mixing_rates(method: TrainingMethod) -> dict[str, Any]:
-    """Returns the fields of `MixingSettings` that a method sets: its branches' rates."""
-    return {MIXING_RATES[branch]: factor for branch, factor in method.branches.items()}
-
-
-def _names(targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
-    """Splits names separated by commas, as on a command line; returns other text unchanged.
-
-    Example:
-      >>> _names("q_proj,v_proj"), _names("all-linear"), _names(r".*_proj")
-      (('q_proj', 'v_proj'), 'all-linear', '.*_proj')
-    """
-    if isinstance(targets, str) and re.fullmatch(r"\w+(\.\w+)*(\s*,\s*\w+(\.\w+)*)*", targets):
-        return tuple(re.split(r"\s*,\s*", targets))
-    return targets
-
-
-def _divisors(number: int) -> str:
-    """Lists the first divisors of a number.
-
-    Example:
-      >>> _divisors(12)
-      '1, 2, 3, 4, 6, 12'
-    """
-    few = [n for n in range(1, min(number, 4096) + 1) if number % n == 0]
-    return ", ".join(map(str, few[:12])) + (", ..." if len(few) > 12 else "")
-
-
-def _check_not_negative(settings: Any, *names: str) -> None:
-    for name in names:
-        if getattr(settings, name) < 0:
-            raise ValueError(f"{name} is {getattr(settings, name)}; it must be at least 0")

@@ -19,19 +19,18 @@ from peft_jax.parallel import MeshSettings
 from peft_jax.runtime.buckets import copy_command
 from peft_jax.runtime.errors import RefusedError
 from peft_jax.runtime.progress import Reporter
-from peft_jax.training.config import (
+from peft_jax.training.config import RunConfig
+from peft_jax.training.config_sections import (
     CheckpointSettings,
     EvaluateSettings,
     ExportSettings,
     LoggingSettings,
     ModelSettings,
-    RunConfig,
     TrainSettings,
-    default_learning_rate,
-    mixing_rates,
 )
 from peft_jax.training.export import exports_adapter
 from peft_jax.training.loop import run
+from peft_jax.training.method_section import default_learning_rate, mixing_rates
 from peft_jax.training.workdir import WorkDir
 
 

@@ -32,7 +32,8 @@ from peft_jax.models.architectures import check_architecture
 from peft_jax.parallel import make_mesh
 from peft_jax.runtime.errors import RefusedError
 from peft_jax.training.blueprint import Blueprint, draw_blueprint
-from peft_jax.training.config import RunConfig, check_steps
+from peft_jax.training.config import RunConfig
+from peft_jax.training.config_sections import check_steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

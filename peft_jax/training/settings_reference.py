@@ -17,7 +17,8 @@ from typing import Any, Literal
 from peft_jax.adapters import METHODS, AdapterSpec, TargetSettings, method_settings
 from peft_jax.core.typed_settings import is_required, union_members
 from peft_jax.optim import MIXING_RATES
-from peft_jax.training.config import START_SETTINGS, RunConfig
+from peft_jax.training.config import RunConfig
+from peft_jax.training.method_section import START_SETTINGS
 
 REQUIRED = "required"
 """Default of a setting that must be given."""

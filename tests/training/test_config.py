@@ -7,8 +7,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from peft_jax.adapters import METHODS, Hybrid
+from peft_jax.commands.config_flags import let_flags_win
 from peft_jax.training import RunConfig, default_config, from_config_dict
-from peft_jax.training.config import let_flags_win
 
 
 def config(**changes) -> ConfigDict:
