@@ -85,7 +85,11 @@ def recorded_quantization(folder: Path) -> str | None:
     """
     if not (folder / CONFIG).is_file():
         return None
-    quantization = read_json_object(folder / CONFIG).get("quantization")
+    return _checked_quantization(folder, read_json_object(folder / CONFIG))
+
+
+def _checked_quantization(folder: Path, config: Mapping[str, Any]) -> str | None:
+    quantization = config.get("quantization")
     if quantization is not None and quantization not in FORMATS:
         raise ValueError(
             f"{folder / CONFIG} sets quantization = {quantization!r}; it must be one of"
@@ -104,7 +108,11 @@ def warn_on_base_mismatch(
       config: Content of its `peft_jax_adapter.json`.
       model: Base model.
       params: Parameters of the base, as arrays or shapes.
+
+    Raises:
+      ValueError: The recorded quantization is not a format.
     """
+    recorded = _checked_quantization(folder, config)
     trained_on = f"{config.get('base_model_name_or_path')} ({config.get('model_type')})"
     here = f"{model.origin or 'this model'} ({model.model_type})"
     if config.get("model_type") != model.model_type:
@@ -115,7 +123,6 @@ def warn_on_base_mismatch(
             here,
         )
         return
-    recorded = config.get("quantization")
     held = quantization_of(params)
     if recorded is not None and forward_format(recorded) != forward_format(held):
         _log.warning(

@@ -164,6 +164,8 @@ MALFORMED = [
     ("own", {"rank_pattern": {"(": 1}}, "is not a regular expression"),
     ("own", {"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern.q_proj must be a number"),
     ("own", {"modules_to_save": 5}, "modules_to_save must be a list"),
+    ("own", {"quantization": ["nf4"]}, "quantization = .'nf4'.; it must be one of none, int8"),
+    ("own", {"quantization": "nf5"}, "quantization = 'nf5'; it must be one of none, int8"),
     ("peft", {"peft_type": ["LORA"]}, "peft_type"),
     ("peft", {"r": 1.5}, "r must be an integer"),
     ("peft", {"r": 1000000}, "rank is 1000000"),
