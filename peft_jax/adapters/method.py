@@ -199,8 +199,8 @@ class AdapterMethod(TrainingMethod, abc.ABC):
         """
         raise ValueError(
             f"{module} belongs to experts, which {self.name} cannot adapt; lora, lora_fa, pissa,"
-            ' olora, loha, gralora and adalora can, and target_modules="all-linear" leaves experts'
-            " out"
+            ' olora, loftq, loha, gralora and adalora can, and target_modules="all-linear" leaves'
+            " experts out"
         )
 
     def check_layers(self, module: str, methods: Sequence["AdapterMethod | None"]) -> None:

@@ -10,6 +10,7 @@ import pytest
 from peft_jax.adapters import (
     METHODS,
     AdapterSpec,
+    LoftQ,
     LoRA,
     VirtualMethod,
     approximate_by_lora,
@@ -17,7 +18,7 @@ from peft_jax.adapters import (
     combine_adapters,
     stack_adapters,
 )
-from peft_jax.core import flatten, grouped_linear, linear, unflatten
+from peft_jax.core import dequantize, flatten, grouped_linear, linear, unflatten
 from peft_jax.hub import load_adapter, save_adapter
 from peft_jax.models import build_model
 from peft_jax.models.model import quantize_params
@@ -202,7 +203,8 @@ def test_a_lower_rank_of_experts_is_the_nearest(mixtral):
     [
         name
         for name, method in METHODS.items()
-        if name not in (*ABLE, "full", "ln_tuning") and not issubclass(method, VirtualMethod)
+        if name not in (*ABLE, "loftq", "full", "ln_tuning")
+        and not issubclass(method, VirtualMethod)
     ],
 )
 def test_other_methods_are_rejected_by_name(name, mixtral):
@@ -210,6 +212,20 @@ def test_other_methods_are_rejected_by_name(name, mixtral):
     spec = AdapterSpec(METHODS[name](), target_modules=("experts.down_proj",))
     with pytest.raises(ValueError, match=rf"experts\.down_proj .* {name} cannot adapt; lora, "):
         spec.targets(params)
+
+
+def test_loftq_corrects_each_expert_by_itself(mixtral):
+    _, originals = mixtral
+    params = quantize_params(originals, "nf4")
+    spec = AdapterSpec(LoftQ(rank=2), target_modules=("experts.down_proj",))
+    state = spec.init(jax.random.key(1), params, originals=originals)
+    a, b = (np.asarray(flatten(state.trainable)[(*PATH, name)], np.float64) for name in "ab")
+    whole, rounded = flatten(originals)[PATH], dequantize(flatten(params)[PATH])
+    error = np.asarray(whole, np.float64) - np.asarray(rounded, np.float64)
+    for place in np.ndindex(*error.shape[:2]):
+        u, s, vt = np.linalg.svd(error[place])
+        found = spec.method.scale * a[place] @ b[place]
+        np.testing.assert_allclose(found, u[:, :2] * s[:2] @ vt[:2], atol=1e-5 * s[0])
 
 
 def test_dropout_of_experts_is_rejected(mixtral):

@@ -106,6 +106,7 @@ def test_factors_over_a_bfloat16_base(llama_params, loss_fn, batches, exact_grad
     assert check_against_svd(factors, exact, angle=1e-2) > 4
 
 
+@pytest.mark.slow
 def test_factors_with_bfloat16_activations(
     llama, llama_params, loss_fn, batches, exact_gradients, key
 ):

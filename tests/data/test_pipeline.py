@@ -101,6 +101,7 @@ def rows_path(tmp_path_factory):
     return write_rows(tmp_path_factory.mktemp("rows"), 29)
 
 
+@pytest.mark.fast("True-2", "False-0")
 @pytest.mark.parametrize("prefetch", [0, 2])
 @pytest.mark.parametrize("packing", [False, True])
 @given(done=st.integers(0, 20), extra=st.integers(0, 3), window=st.sampled_from([1, 7, 1024]))

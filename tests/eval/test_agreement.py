@@ -69,7 +69,7 @@ def compare(task_name, limit, ours, theirs, shared_data, manager):
     return our_metrics
 
 
-@pytest.mark.fast("gsm8k", "cola")
+@pytest.mark.fast("gsm8k")
 @pytest.mark.parametrize("task", TASKS)
 def test_same_answers_and_metrics(task, make_model, torch_model, shared_data, manager):
     compare(task, TASKS[task], make_model(), torch_model, shared_data, manager)

@@ -9,6 +9,7 @@ from examples import own_loop, pairwise_loss
 from peft_jax.models import build_model
 
 
+@pytest.mark.slow
 def test_pairwise_loss_makes_the_better_answer_likelier():
     losses = pairwise_loss.train()
     np.testing.assert_allclose(

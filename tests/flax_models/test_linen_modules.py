@@ -66,7 +66,7 @@ def start(spec, params, model, *args):
 QUICK = ("lora", "lora_ga", "dora", "boft", "hybrid")
 
 
-@pytest.mark.fast("lora", "hybrid")
+@pytest.mark.fast("hybrid")
 @pytest.mark.parametrize(
     "name",
     [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ADAPTING],
@@ -118,7 +118,7 @@ def test_gradients_are_those_through_the_merged_kernels(encoder):
     assert all(float(jnp.abs(leaf).max()) > 1e-5 for leaf in jax.tree.leaves(own))
 
 
-@pytest.mark.fast("lora")
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [pj.LoRA(rank=2), pj.HRA(rank=2)], ids=lambda m: m.name)
 def test_scanned_and_mapped_layers_have_an_adapter_each(method):
     module, x = ScannedEncoder(), jax.random.normal(jax.random.key(3), (2, 5, 8))

@@ -65,6 +65,7 @@ def stacked(params, adapters):
     return stack_adapters(params, adapters)
 
 
+@pytest.mark.fast("True")
 @pytest.mark.parametrize("multiply_all", [True, False])
 def test_each_row_has_the_logits_of_its_adapter(
     multiply_all, model, params, adapters, stacked, monkeypatch

@@ -59,8 +59,7 @@ def method(request):
     return METHODS[request.param]
 
 
-@pytest.mark.fast("prefix-bloom-*")
-@pytest.mark.fast("*gemma3_text-scan_layers", "*bloom-attention")
+@pytest.mark.fast("prefix-gemma3_text-scan_layers", "prompt-bloom-attention")
 @pytest.mark.parametrize(
     "execution",
     [{"scan_layers": False}, {"remat": "full"}, {"attention": "chunked"}],
@@ -83,7 +82,7 @@ def test_execution_does_not_change_values_and_gradients(settings, execution, met
     jax.tree.map(assert_close, found, expected)
 
 
-@pytest.mark.fast("prompt-bloom", "prefix-llama")
+@pytest.mark.fast("prefix-llama")
 @pytest.mark.parametrize("settings", [LLAMA, BLOOM], ids=lambda one: one["model_type"])
 def test_every_packed_sequence_begins_with_the_virtual_tokens(settings, method):
     model, bound = make(settings, method)
@@ -97,7 +96,7 @@ def test_every_packed_sequence_begins_with_the_virtual_tokens(settings, method):
     assert_close(found[0, :7], np.concatenate(alone))
 
 
-@pytest.mark.fast("prompt-llama", "prefix-bloom")
+@pytest.mark.fast("prefix-bloom")
 @pytest.mark.parametrize("settings", [LLAMA, GEMMA, BLOOM], ids=lambda one: one["model_type"])
 def test_a_cache_begins_with_the_virtual_tokens(settings, method):
     if settings is GEMMA:

@@ -528,6 +528,7 @@ def test_riemannian_steps_equal_those_of_peft():
 # The average of schedule-free training in a run.
 
 
+@pytest.mark.slow
 def test_schedule_free_averages_are_evaluated_and_merged():
     config = {
         "model_type": "llama",

@@ -48,7 +48,7 @@ def settings(tiny, name, steps, **changes):
     )
 
 
-@pytest.mark.fast("schedule_free_adamw")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_extended_run_of_an_optimizer_equals_an_uninterrupted_one(tiny, tmp_path, name):
     for steps in (2, 4):

@@ -151,7 +151,7 @@ EVERY = [method for method in METHODS if method != "trainable_tokens"]
 
 @pytest.mark.parametrize(
     "method",
-    [m if m in ("full", "hybrid") else pytest.param(m, marks=pytest.mark.slow) for m in EVERY],
+    [m if m == "hybrid" else pytest.param(m, marks=pytest.mark.slow) for m in EVERY],
 )
 def test_every_method_agrees_on_a_mesh(take_steps, method):
     """Compares losses, gradient norms, λ and trainable arrays after two steps."""

@@ -155,9 +155,10 @@ def test_programs_of_one_shape_share_the_compiled_pass(draw, monkeypatch):
     assert len(traces) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "mesh"),
-    [("lora_ga", ONE), pytest.param("hybrid", INNER, marks=pytest.mark.slow)],
+    [("lora_ga", ONE), ("hybrid", INNER)],
     ids=str,
 )
 def test_the_pass_needs_no_more_memory_than_a_step(draw, method, mesh):

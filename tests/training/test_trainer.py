@@ -233,6 +233,7 @@ def test_padding_may_have_any_value():
     assert batch.targets.tolist() == [[6, 0, 0]]
 
 
+@pytest.mark.fast("method0-1")
 @pytest.mark.parametrize(("method", "devices"), [(Full(), 1), (LoRA(rank=2), 2)])
 def test_trained_parameters_are_copied_from_the_given_ones(model, params, batches, method, devices):
     spec = AdapterSpec(method, modules_to_save=() if method.name == "full" else ("lm_head",))
