@@ -10,7 +10,7 @@ from peft_jax.models.family import Family
 from peft_jax.models.llama import LlamaConfig
 from peft_jax.models.logit_rule import LogitRule
 from peft_jax.models.naming import Naming
-from peft_jax.models.rope import read_rotary
+from peft_jax.models.rope_attributes import read_rotary
 
 _COHERE2 = AttributeTable(
     family="cohere2",

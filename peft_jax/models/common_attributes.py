@@ -5,7 +5,8 @@ from typing import Any
 
 from peft_jax.models.attributes import given, require
 from peft_jax.models.layer_types import LayerType, shortest_cycle
-from peft_jax.models.rope import ROTARY_ATTRIBUTES, RotarySettings
+from peft_jax.models.rope import RotarySettings
+from peft_jax.models.rope_attributes import ROTARY_ATTRIBUTES
 
 COMMON = ROTARY_ATTRIBUTES | {
     "head_dim",

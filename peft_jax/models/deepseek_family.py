@@ -12,7 +12,8 @@ from peft_jax.models.layer_types import LayerType, shortest_cycle
 from peft_jax.models.moe_families import BALANCING, by_expert
 from peft_jax.models.moe_llama import DENSE, EXPERTS
 from peft_jax.models.naming import Naming
-from peft_jax.models.rope import YarnScaling, read_rotary
+from peft_jax.models.rope_attributes import read_rotary
+from peft_jax.models.rope_scaling import YarnScaling
 
 ROUTED = frozenset(
     {

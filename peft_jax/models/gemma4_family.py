@@ -10,7 +10,8 @@ from peft_jax.models.gemma4 import FULL, SLIDING, Gemma4, Gemma4Config
 from peft_jax.models.layer_types import LayerType
 from peft_jax.models.logit_rule import LogitRule
 from peft_jax.models.naming import Naming
-from peft_jax.models.rope import RotarySettings, read_rotary
+from peft_jax.models.rope import RotarySettings
+from peft_jax.models.rope_attributes import read_rotary
 
 _GEMMA4_TEXT = AttributeTable(
     family="gemma4_text",

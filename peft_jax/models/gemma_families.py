@@ -10,7 +10,7 @@ from peft_jax.models.gemma import Gemma, Gemma1, GemmaConfig
 from peft_jax.models.layer_types import LayerType
 from peft_jax.models.logit_rule import LogitRule
 from peft_jax.models.naming import Naming
-from peft_jax.models.rope import read_rotary, read_rotary_by_type
+from peft_jax.models.rope_attributes import read_rotary, read_rotary_by_type
 
 _READ = COMMON | {"attention_bias"}
 _WINDOWED = frozenset({"layer_types", "query_pre_attn_scalar", "sliding_window"})

@@ -12,7 +12,7 @@ from peft_jax.models.layer_types import LayerType, shortest_cycle
 from peft_jax.models.llama import LlamaConfig
 from peft_jax.models.moe_families import BALANCING, by_expert
 from peft_jax.models.naming import Naming
-from peft_jax.models.rope import read_rotary
+from peft_jax.models.rope_attributes import read_rotary
 from peft_jax.models.shared_experts import SharedExpertsConfig, SharedExpertsLlama
 
 _GLM4 = AttributeTable(

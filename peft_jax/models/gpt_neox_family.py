@@ -10,7 +10,7 @@ from peft_jax.models.family import Family
 from peft_jax.models.gpt_neox import GPTNeoX, GPTNeoXConfig
 from peft_jax.models.layer_types import LayerType
 from peft_jax.models.naming import Naming
-from peft_jax.models.rope import read_rotary
+from peft_jax.models.rope_attributes import read_rotary
 
 _GPT_NEOX = AttributeTable(
     family="gpt_neox",

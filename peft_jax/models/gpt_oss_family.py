@@ -10,7 +10,7 @@ from peft_jax.models.family import Family
 from peft_jax.models.gpt_oss import ClampedSwiGLU, GptOss, GptOssConfig
 from peft_jax.models.moe_families import BALANCING
 from peft_jax.models.naming import Naming
-from peft_jax.models.rope import read_rotary
+from peft_jax.models.rope_attributes import read_rotary
 
 _GPT_OSS = AttributeTable(
     family="gpt_oss",

@@ -11,7 +11,7 @@ from peft_jax.models.llama4 import Llama4, Llama4Config, SigmoidRouting
 from peft_jax.models.moe_families import BALANCING
 from peft_jax.models.moe_llama import DENSE, EXPERTS
 from peft_jax.models.naming import Naming
-from peft_jax.models.rope import read_rotary
+from peft_jax.models.rope_attributes import read_rotary
 
 _LLAMA4_TEXT = AttributeTable(
     family="llama4_text",

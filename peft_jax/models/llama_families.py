@@ -10,7 +10,7 @@ from peft_jax.models.layer_types import LayerType, shortest_cycle
 from peft_jax.models.llama import Llama, LlamaConfig
 from peft_jax.models.logit_rule import LogitRule
 from peft_jax.models.naming import Naming
-from peft_jax.models.rope import read_rotary
+from peft_jax.models.rope_attributes import read_rotary
 
 _LLAMA = AttributeTable(
     family="llama",

@@ -9,7 +9,8 @@ from peft_jax.models.encoder_attributes import IRRELEVANT, read_labels
 from peft_jax.models.family import Family
 from peft_jax.models.modernbert import GLOBAL, LOCAL, POOLINGS, ModernBert, ModernBertConfig
 from peft_jax.models.naming import CLASSIFIER, Naming
-from peft_jax.models.rope import RotarySettings, read_rotary
+from peft_jax.models.rope import RotarySettings
+from peft_jax.models.rope_attributes import read_rotary
 
 _MODERNBERT = AttributeTable(
     family="modernbert",

@@ -18,7 +18,7 @@ from peft_jax.models.moe_llama import (
     MoELlamaConfig,
 )
 from peft_jax.models.naming import Naming
-from peft_jax.models.rope import read_rotary
+from peft_jax.models.rope_attributes import read_rotary
 
 BALANCING = frozenset({"output_router_logits", "router_aux_loss_coef"})
 """Attributes of the load-balancing loss, which is not part of the loss here."""

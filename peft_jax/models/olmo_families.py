@@ -9,7 +9,7 @@ from peft_jax.models.family import Family
 from peft_jax.models.layer_types import LayerType
 from peft_jax.models.naming import Naming
 from peft_jax.models.olmo import Olmo, OlmoConfig
-from peft_jax.models.rope import read_rotary, read_rotary_by_type
+from peft_jax.models.rope_attributes import read_rotary, read_rotary_by_type
 
 _OLMO2 = AttributeTable(
     family="olmo2",

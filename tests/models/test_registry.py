@@ -10,7 +10,8 @@ import pytest
 from peft_jax.core import flatten
 from peft_jax.models import build_model
 from peft_jax.models.architectures import find_architecture
-from peft_jax.models.rope import Llama3Scaling, RotarySettings, YarnScaling
+from peft_jax.models.rope import RotarySettings
+from peft_jax.models.rope_scaling import Llama3Scaling, YarnScaling
 
 LLAMA = {
     "model_type": "llama",
