@@ -58,7 +58,7 @@ from peft_jax.runtime.compiled_programs import free_compiled_programs
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
-def _compile_in_a_third_of_the_time() -> None:
+def _compile_without_fusion_emitters() -> None:
     """Sets a flag that jaxlib 0.10 has, where the compilers of later versions and of TPUs exit."""
     if importlib.metadata.version("jaxlib").startswith("0.10."):
         flags = os.environ["XLA_FLAGS"]
@@ -67,7 +67,7 @@ def _compile_in_a_third_of_the_time() -> None:
         os.environ["XLA_FLAGS"] = flags
 
 
-_compile_in_a_third_of_the_time()
+_compile_without_fusion_emitters()
 
 # How long an example takes depends on what else the machine does.
 hypothesis.settings.register_profile("any machine", deadline=None)
@@ -78,7 +78,7 @@ collect_ignore_glob = ["conftest.py", "*/conftest.py"]
 
 
 def pytest_collection_finish() -> None:
-    """Keeps what was imported from the garbage collector, which took a tenth of the time."""
+    """Keeps what was imported from the garbage collector, which is slow over so much."""
     gc.collect()
     gc.freeze()
 

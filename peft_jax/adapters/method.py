@@ -247,8 +247,13 @@ class AdapterMethod(TrainingMethod, abc.ABC):
     def error_factors(self, error: Float[Array, "d_in d_out"]) -> ErrorFactors:
         """Returns the factors of a kernel's error W - Q that `init` needs.
 
+        It is called for methods with `corrects_quantization`, which define it.
+
         Args:
           error: Error in float32 [d_in, d_out].
+
+        Raises:
+          NotImplementedError: The method has the flag and does not define it.
         """
         raise NotImplementedError(f"{self.name} does not correct quantization")
 

@@ -76,7 +76,7 @@ class StoredTensor:
 
     @property
     def stored_dtype(self) -> np.dtype:
-        """The dtype of the stored values, which may be integers.
+        """Returns the dtype of the stored values, which may be integers.
 
         Raises:
           ValueError: The dtype is neither in `DTYPES` nor in `INTEGERS`.

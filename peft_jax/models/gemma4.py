@@ -59,7 +59,7 @@ class Gemma4Config(DecoderConfig):
 
     @property
     def of_full(self) -> "Gemma4Config":
-        """The configuration of a layer with full attention."""
+        """Returns the configuration of a layer with full attention."""
         return dataclasses.replace(
             self,
             num_kv_heads=self.full_kv_heads,
@@ -181,7 +181,7 @@ class Gemma4FullBlock(Gemma4Block):
 
 
 class Gemma4(Gemma):
-    """The decoder of dense Gemma 4."""
+    """Decodes as Gemma 4's dense models do."""
 
     config: Gemma4Config
     forms: ClassVar[Mapping[str, type[Any]]] = {SLIDING: Gemma4Block, FULL: Gemma4FullBlock}

@@ -29,7 +29,7 @@ from peft_jax.models.rope import rotate
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SigmoidRouting(Routing):
-    """How tokens choose experts: by the largest logits, whose sigmoids multiply the inputs."""
+    """Chooses experts by the largest logits, whose sigmoids multiply the inputs."""
 
     normalized: bool = False
     weighs_inputs: ClassVar[bool] = True
