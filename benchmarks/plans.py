@@ -1,12 +1,13 @@
-r"""Plans memory and operations of every method on the four large models, without hardware.
+r"""Plans memory, operations and time of methods on large models, without hardware.
 
     python -m benchmarks.plans --output=out/plans
 
 It plans each configuration with each method on its topology, in the configuration's layout for the
-method, and prints the tables of docs/planning.md. Plans that exist as `out/plans/MODEL-ROW.json`
-are not computed again.
+method, then other models with LoRA and the hybrid, and prints the tables of docs/planning.md. Plans
+that exist as `out/plans/MODEL-ROW.json` are not computed again.
 """
 
+import dataclasses
 import importlib
 import json
 import re
@@ -23,12 +24,6 @@ from peft_jax.runtime import exits
 from peft_jax.runtime.flags import Arguments
 from peft_jax.training import from_config_dict
 
-TOPOLOGIES = {
-    "hybrid_405b": "v5p:4x4x8",
-    "hybrid_70b": "v5p:4x4x4",
-    "hybrid_30b": "v5p:2x4x4",
-    "hybrid_7b": "v5e:4x4",
-}
 METHODS = ("full", "lora", "lora_ga", "boft", "unitary", "hybrid")
 
 Settings = dict[str, str | int]
@@ -39,7 +34,48 @@ RECOMPUTED: Settings = {"execution.remat": "full", "train.gradient_accumulation"
 WIDE: Settings = {"parallel.fsdp": 16, "parallel.tensor": 8}
 """Mesh of full fine-tuning at 405B."""
 
-FURTHER: dict[str, dict[str, tuple[str, Settings]]] = {
+Rows = dict[str, tuple[str, Settings]]
+"""A method and settings that replace those of the configuration, by name of the row."""
+
+ALL_METHODS: Rows = {method: (method, {}) for method in METHODS}
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A model to plan.
+
+    Attributes:
+      config: Name of the configuration.
+      topology: Devices to plan for.
+      rows: What is planned.
+      settings: Settings that replace those of the configuration in all rows.
+    """
+
+    config: str
+    topology: str
+    rows: Rows
+    settings: Settings = dataclasses.field(default_factory=dict)
+
+
+def other_model(topology: str, *, fsdp: int, tensor: int, factors: int = 3) -> Subject:
+    """Returns a subject that no configuration names, with four rows for each group of devices.
+
+    Args:
+      topology: Devices to plan for.
+      fsdp: Size of the mesh axis of that name.
+      tensor: Size of the mesh axis of that name.
+      factors: Butterfly factors of the hybrid, whose blocks must divide the model's widths.
+    """
+    of_mesh: Settings = {"parallel.fsdp": fsdp, "parallel.tensor": tensor}
+    rows: Rows = {
+        "lora": ("lora", {}),
+        "hybrid": ("hybrid", {"method.n_butterfly_factors": factors}),
+    }
+    size: Settings = {"train.batch_size": 4 * fsdp}
+    return Subject("hybrid_70b", topology, rows, of_mesh | RECOMPUTED | size)
+
+
+FURTHER_ROWS: dict[str, Rows] = {
     "hybrid_405b": {
         "lora, remat none": (
             "lora",
@@ -51,39 +87,60 @@ FURTHER: dict[str, dict[str, tuple[str, Settings]]] = {
         "hybrid, base in w8a8g8": ("hybrid", {"model.quantization": "w8a8g8"}),
         "hybrid, base in nf4": ("hybrid", {"model.quantization": "nf4"}),
     },
-    "hybrid_70b": {"hybrid, remat full": ("hybrid", RECOMPUTED)},
+    "hybrid_70b": {
+        "hybrid, remat full": ("hybrid", RECOMPUTED),
+        "lora, base in w8a8g8": ("lora", {"model.quantization": "w8a8g8"}),
+        "hybrid, base in w8a8g8": ("hybrid", {"model.quantization": "w8a8g8"}),
+    },
 }
-"""Rows besides the methods', by configuration: a method and settings that replace its own."""
+
+SUBJECTS = {
+    name: Subject(name, topology, ALL_METHODS | FURTHER_ROWS.get(name, {}))
+    for name, topology in {
+        "hybrid_405b": "v5p:4x4x8",
+        "hybrid_70b": "v5p:4x4x4",
+        "hybrid_30b": "v5p:2x4x4",
+        "hybrid_7b": "v5e:4x4",
+    }.items()
+} | {
+    "gemma-3-27b": other_model("v5p:2x2x4", fsdp=4, tensor=4),
+    "qwen3-30b-a3b": other_model("v5p:2x2x4", fsdp=4, tensor=4),
+    "qwen3-235b-a22b": other_model("v5p:4x4x4", fsdp=16, tensor=4),
+    "gpt-oss-120b": other_model("v5p:4x4x4", fsdp=16, tensor=4, factors=2),
+    "deepseek-v3": other_model("v5p:4x4x8", fsdp=32, tensor=4),
+}
+"""Models by name: that of a configuration, or of an architecture."""
 
 
 def plan_all(folder: Path, only: str = "") -> dict[str, dict[str, Any]]:
-    """Returns the plans by configuration and row; each is saved as soon as it is computed.
+    """Returns the plans by model and row; each is saved as soon as it is computed.
 
     Args:
       folder: Folder of the plans.
-      only: Regular expression; rows whose "configuration/row" it does not match are skipped.
+      only: Regular expression; rows whose "model/row" it does not match are skipped.
     """
     folder.mkdir(parents=True, exist_ok=True)
     plans: dict[str, dict[str, Any]] = {}
-    for name, topology in TOPOLOGIES.items():
-        rows: dict[str, tuple[str, Settings]] = {method: (method, {}) for method in METHODS}
-        for row, (method, settings) in (rows | FURTHER.get(name, {})).items():
+    for name, subject in SUBJECTS.items():
+        for row, (method, settings) in subject.rows.items():
             if not re.search(only, f"{name}/{row}"):
                 continue
             file = folder / f"{name}-{row.replace(', ', '-').replace(' ', '_')}.json"
             if not file.is_file():
-                plan = _plan(name, topology, method, settings)
+                plan = _plan(name, subject, method, settings)
                 file.write_text(json.dumps(plan, indent=2), encoding="utf-8")
             plans.setdefault(name, {})[row] = json.loads(file.read_text(encoding="utf-8"))
     return plans
 
 
-def _plan(name: str, topology: str, method: str, settings: Settings) -> dict[str, Any]:
+def _plan(name: str, subject: Subject, method: str, settings: Settings) -> dict[str, Any]:
     started = time.perf_counter()
-    module = importlib.import_module(f"configs.{name}")
+    module = importlib.import_module(f"configs.{subject.config}")
     config = module.get_config(f"method={method}")
-    config.update_from_flattened_dict(settings)
-    plan = make_plan(from_config_dict(config), find_topology(topology)).to_mapping()
+    if name != subject.config:
+        config.model.architecture = name
+    config.update_from_flattened_dict({**subject.settings, **settings})
+    plan = make_plan(from_config_dict(config), find_topology(subject.topology)).to_mapping()
     plan["planning_seconds"] = round(time.perf_counter() - started, 1)
     return plan
 
@@ -181,7 +238,8 @@ def main() -> None:
     for name, plans in plan_all(given.output, given.only).items():
         one = next(iter(plans.values()))
         tokens = f"{one['batch_size']} rows of {one['max_length']} tokens"
-        print(f"\n**{one['model']}** on {one['topology']}, {tokens} (configs/{name}.py)\n")
+        source = f"configs/{SUBJECTS[name].config}.py"
+        print(f"\n**{one['model']}** on {one['topology']}, {tokens} ({source})\n")
         print(table(rows_of(plans)))
         print("\nSeconds by part of the model:\n")
         print(table(rows_by_part(plans)))

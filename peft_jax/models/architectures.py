@@ -29,6 +29,19 @@ _LLAMA_3 = {
     "tie_word_embeddings": False,
 }
 
+_QWEN3_MOE = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 151936,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+}
+
 ARCHITECTURES: dict[str, Mapping[str, Any]] = {
     "bloomz-7b1": {
         "model_type": "bloom",
@@ -177,22 +190,21 @@ ARCHITECTURES: dict[str, Mapping[str, Any]] = {
         "num_hidden_layers": 126,
         "num_attention_heads": 128,
     },
-    "qwen3-30b-a3b": {
-        "model_type": "qwen3_moe",
-        "vocab_size": 151936,
+    "qwen3-235b-a22b": _QWEN3_MOE
+    | {
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "moe_intermediate_size": 1536,
+        "num_hidden_layers": 94,
+        "num_attention_heads": 64,
+    },
+    "qwen3-30b-a3b": _QWEN3_MOE
+    | {
         "hidden_size": 2048,
         "intermediate_size": 6144,
         "moe_intermediate_size": 768,
         "num_hidden_layers": 48,
         "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "norm_topk_prob": True,
-        "max_position_embeddings": 40960,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1000000.0,
     },
     "qwen2.5-1.5b": {
         "model_type": "qwen2",
