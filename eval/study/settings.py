@@ -23,6 +23,7 @@ evidence is taken before their rates. 3: trials have a scale of the attention.""
 SINCE_THEN: Mapping[str, Any] = {
     "execution.async_collectives": True,
     "method.bias": "none",
+    "method.share_experts": False,
     "method.trainable_token_indices": [],
     "optimizer.b3": None,
     "optimizer.clusters": None,

@@ -18,15 +18,25 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from qwix import QArray
 
 from peft_jax.adapters.factorize import AnyMesh
-from peft_jax.core import AdaptedKernel, Kernel, Path, Tree, flatten, join_path, linear, unflatten
+from peft_jax.core import (
+    AdaptedKernel,
+    Kernel,
+    Path,
+    Tree,
+    flatten,
+    join_path,
+    kernel_of_groups,
+    linear,
+    unflatten,
+)
 
 LossFn = Callable[[Tree, Any], Float[Array, ""]]
 """Loss of (parameters with bound kernels, one batch). Of a loss with a function `counted`, which
@@ -60,6 +70,8 @@ class Site:
       right: Number k of columns of P.
       left: Number l of columns of Q.
       sharding: Sharding of the kernel over a mesh; None on one device.
+      of_groups: Whether the kernels of all experts of a layer count as one, whose gradient is the
+        sum of theirs. `stack` and `sharding` then have no axis of experts.
     """
 
     path: Path
@@ -69,6 +81,7 @@ class Site:
     right: int
     left: int
     sharding: jax.NamedSharding | None
+    of_groups: bool = False
 
     def shape(self, side: str) -> tuple[int, ...]:
         """Returns the shape of the products of one side."""
@@ -111,6 +124,16 @@ class Site:
             COUNT: (None,),
         }
         return self.sharding_of(axes[side])
+
+
+def without_experts(sharding: jax.NamedSharding | None) -> jax.NamedSharding | None:
+    """Returns a sharding of [layers, experts, d_in, d_out] as one of [layers, d_in, d_out].
+
+    Features are not sharded, because a device holds whole experts.
+    """
+    if sharding is None:
+        return None
+    return jax.NamedSharding(sharding.mesh, jax.P(*sharding.spec[:1]))
 
 
 def stacks_of(sites: Sequence[Site]) -> dict[Path, tuple[int, ...]]:
@@ -253,7 +276,7 @@ def add_products(
             flat[site.path] = AdaptedKernel(
                 base=flat[site.path],
                 arrays={"sums": {side: sums[side][site.path] for side in sums}, "by": by},
-                method=_Tap(site),
+                method=_GroupsTap(site) if site.of_groups else _Tap(site),
             )
         return loss_fn(unflatten(flat), batch)
 
@@ -295,6 +318,22 @@ class _Tap:
     def merge(self, base: Float[Array, "d_in d_out"], arrays: Any) -> Float[Array, "d_in d_out"]:
         del arrays
         return base
+
+
+@dataclasses.dataclass(frozen=True)
+class _GroupsTap(_Tap):
+    """Tap of the kernels of all experts, whose gradients are added up."""
+
+    spans_groups: ClassVar[bool] = True
+
+    def project_groups(
+        self,
+        x: Float[Array, "rows d_in"],
+        base: Kernel,
+        arrays: Any,
+        sizes: Int[Array, " groups"],
+    ) -> Float[Array, "rows d_out"]:
+        return self.project(x, kernel_of_groups(base, sizes), arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

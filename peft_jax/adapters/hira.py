@@ -62,6 +62,14 @@ class HiRA(AdapterMethod):
                 " rank_pattern, or exclude the module"
             )
 
+    def check_shared_experts(self, module: str) -> None:
+        """Raises ValueError, because the change depends on the kernel."""
+        raise ValueError(
+            f"{module} belongs to experts, which cannot share an adapter of {self.name}, because it"
+            " multiplies the entries of each one's kernel; leave experts out, or use another"
+            " method, such as lora"
+        )
+
     def init(
         self, key: jax.Array, shape: tuple[int, int], gradient: GradientFactors | None = None
     ) -> tuple[Arrays, Arrays]:

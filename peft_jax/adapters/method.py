@@ -161,10 +161,18 @@ class AdapterMethod(TrainingMethod, abc.ABC):
     """Whether the method adapts embeddings [vocab, embed], not linear maps. It then implements
     `peft_jax.core.kernel.TableMethod`, and `init` is given the embedding as `kernel`."""
 
+    spans_groups: ClassVar[bool] = False
+    """Whether the arrays of one kernel adapt a group of kernels, such as all experts of a layer."""
+
     maps_input: ClassVar[bool] = False
     """Whether `project` maps the input before it multiplies by the base kernel. The gradient of the
     input is then mapped back, which on a mesh should come before its sum over devices: see
     `peft_jax.parallel.column_products`, which needs `prepared_axes`."""
+
+    @property
+    def of_one(self) -> "AdapterMethod":
+        """The method of one kernel; another one where a group of kernels shares it."""
+        return self
 
     def for_module(self, module: str, *, rank: int | None, alpha: float | None) -> "AdapterMethod":
         """Returns the method for one module, with that module's rank and alpha.
@@ -198,10 +206,28 @@ class AdapterMethod(TrainingMethod, abc.ABC):
         A method that can adapt them has `project_groups`, see `GroupedMethod`.
         """
         raise ValueError(
-            f"{module} belongs to experts, which {self.name} cannot adapt; lora, lora_fa, pissa,"
-            ' olora, loftq, loha, gralora and adalora can, and target_modules="all-linear" leaves'
-            " experts out"
+            f"{module} belongs to experts, of which {self.name} cannot adapt each; lora, lora_fa,"
+            " pissa, olora, loftq, loha, gralora and adalora can. Set share_experts for one adapter"
+            ' of all experts, or leave them out, as target_modules="all-linear" does'
         )
+
+    def check_shared_experts(self, module: str) -> None:
+        """Raises ValueError, naming `module`, if experts cannot share one adapter.
+
+        It can be shared unless it depends on the entries of kernels, or on inputs that count.
+        """
+        if self.uses_kernel or self.input_rank or self.corrects_quantization:
+            what = "inputs" if self.input_rank else "kernel"
+            raise ValueError(
+                f"{module} belongs to experts, which cannot share an adapter of {self.name},"
+                f" because it depends on the {what} of each; unset share_experts, leave experts"
+                " out, or use another method, such as lora"
+            )
+        if self.has_dropout:
+            raise ValueError(
+                f"{self.name} has dropout, but must have none for experts such as {module}; set it"
+                " to 0, or leave experts out"
+            )
 
     def check_layers(self, module: str, methods: Sequence["AdapterMethod | None"]) -> None:
         """Raises ValueError, naming `module`, if layers cannot have these methods.

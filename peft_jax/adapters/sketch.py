@@ -35,9 +35,10 @@ from peft_jax.adapters.gradient_products import (
     replicate,
     stacks_of,
     sum_products,
+    without_experts,
 )
 from peft_jax.adapters.method import GradientFactors
-from peft_jax.core import Path, Tree, flatten, join_path
+from peft_jax.core import Path, Tree, flatten, is_experts, join_path
 from peft_jax.core.validation import check_positive_int
 
 OVERSAMPLING = 8
@@ -80,7 +81,8 @@ def gradient_factors(
         which improve the directions if the singular values fall slowly.
 
     Returns:
-      `GradientFactors` by path, float32, stacked as the kernels.
+      `GradientFactors` by path, float32, stacked as the kernels. Those of experts are of the sum of
+      their gradients, and have no axis of experts.
 
     Raises:
       ValueError: There are no batches, `passes` is odd and not 1, or a gradient is zero or not
@@ -119,7 +121,8 @@ def sites_of(
     """Returns the kernels of a sketch with its widths.
 
     G Ω has the rank and the oversampling as its width k. Ψᵀ G has 2 k + 1, as Tropp et al. (2017,
-    section 4.5) advise; a basis Q, of which nothing is reconstructed, has k too.
+    section 4.5) advise; a basis Q, of which nothing is reconstructed, has k too. The experts of a
+    layer count as one kernel, see `Site.of_groups`.
 
     Args:
       params: Parameters, arrays or shapes.
@@ -131,6 +134,9 @@ def sites_of(
     sites = []
     for path in sorted(ranks):
         *stack, d_in, d_out = kernel_shape(flat[path])
+        sharding, of_groups = kernel_sharding(flat[path]), is_experts(path)
+        if of_groups:
+            stack, sharding = stack[:-1], without_experts(sharding)
         right = min(ranks[path] + oversampling, d_in, d_out)
         sites.append(
             Site(
@@ -140,7 +146,8 @@ def sites_of(
                 d_out=d_out,
                 right=right,
                 left=min(2 * right + 1, d_in) if passes == 1 else right,
-                sharding=kernel_sharding(flat[path]),
+                sharding=sharding,
+                of_groups=of_groups,
             )
         )
     return tuple(sites)

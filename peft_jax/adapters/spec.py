@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +23,14 @@ from peft_jax.adapters.method import (
 )
 from peft_jax.adapters.quantization_error import Originals, quantization_errors
 from peft_jax.adapters.sketch import gradient_factors
-from peft_jax.adapters.stacks import one_by_one, over_stack
+from peft_jax.adapters.stacks import one_by_one, over_stack, without_groups
 from peft_jax.adapters.target_settings import Targets, TargetSettings
 from peft_jax.adapters.targets import find_targets
 from peft_jax.adapters.virtual_method import VirtualMethod
 from peft_jax.core import (
     VIRTUAL,
     AdaptedKernel,
+    GroupedMethod,
     Kernel,
     Path,
     Tree,
@@ -183,7 +184,7 @@ class AdapterSpec(TargetSettings):
         factors: dict[Path, StartFactors] = {}
         for path, method in targets.adapted.items():
             if k := method.start_rank:
-                *stack, d_in, d_out = kernel_shape(flatten(params)[path])
+                *stack, d_in, d_out = _adapter_shape(method, flatten(params)[path])
                 of_inputs = ((d_in, k), (k,), ())
                 of_gradient = ((d_in, k), (k,), (d_out, k))
                 arrays: list[Any] = [
@@ -218,7 +219,7 @@ class AdapterSpec(TargetSettings):
         trainable: dict[Path, Any] = {path: flat[path].astype(dtype) for path in targets.trained}
         constant: dict[Path, Any] = {}
         for path, method in targets.adapted.items():
-            *stack, d_in, d_out = kernel_shape(flat[path])
+            *stack, d_in, d_out = _adapter_shape(method, flat[path])
             module_key = jax.random.fold_in(key, zlib.crc32(join_path(path).encode()))
             make = _init_function(method, (d_in, d_out))
             kernel = flat[path] if method.uses_kernel else None
@@ -280,13 +281,14 @@ class AdapterSpec(TargetSettings):
         targets = self.targets(unflatten(flat))
         fixed = _by_leaf(state.constant, targets.adapted)
         for path, method in targets.adapted.items():
-            key, depth = None, len(kernel_shape(flat[path])) - 2
+            key, depth = None, len(_adapter_shape(method, flat[path])) - 2
             # Experts are adapted without dropout only.
             if dropout_key is not None and not is_experts(path):
                 key = jax.random.fold_in(dropout_key, zlib.crc32(join_path(path).encode()))
                 if depth:
                     key = jax.random.split(key, kernel_shape(flat[path])[0])
             own, constant = learned[path], fixed.get(path, {})
+            _check_nested(path, flat[path], method)
             if path in targets.by_layer:
                 own, constant = method.hold_layers(own, constant, targets.by_layer[path])
             arrays = _prepare(method, own, constant, key, depth, recompute)
@@ -328,7 +330,7 @@ class AdapterSpec(TargetSettings):
         trained = set(self.targets(unflatten(merged)).trained)
         for path, leaf in merged.items():
             if isinstance(leaf, AdaptedKernel):
-                merged[path] = _merge(leaf, len(kernel_shape(leaf)) - 2)
+                merged[path] = _merge(leaf, len(_adapter_shape(leaf.method, leaf)) - 2)
             elif isinstance(leaf, QArray):
                 merged[path] = _dense(leaf)
             elif path not in trained:
@@ -361,7 +363,7 @@ class AdapterSpec(TargetSettings):
         trainable: dict[Path, Any] = {path: flat_axes[path] for path in targets.trained}
         constant: dict[Path, Any] = {}
         for path, method in targets.adapted.items():
-            *stack, d_in, d_out = flat_axes[path]
+            *stack, d_in, d_out = without_groups(method, flat_axes[path])
             learned, fixed = method.axes(d_in, d_out)
             trainable[path] = _prefix_axes(learned, tuple(stack))
             if flatten(fixed):
@@ -377,6 +379,22 @@ def merge(params: Tree, spec: AdapterSpec, state: AdapterState) -> Tree:
     It is `AdapterSpec.merge` as a function.
     """
     return spec.merge(params, state)
+
+
+def _check_nested(path: Path, kernel: Kernel, method: AdapterMethod) -> None:
+    """Raises ValueError if one adapter of experts is shared and another over it is not."""
+    if not (is_experts(path) and isinstance(kernel, AdaptedKernel)):
+        return
+    if cast(GroupedMethod, kernel.method).spans_groups != method.spans_groups:
+        raise ValueError(
+            f"{join_path(path[:-1])} is adapted twice, once by an adapter that experts share and"
+            " once by one of each expert; merge the first one"
+        )
+
+
+def _adapter_shape(method: Any, kernel: Kernel) -> tuple[int, ...]:
+    """Returns the axes [..., d_in, d_out] of a kernel that an adapter's arrays have."""
+    return without_groups(method, kernel_shape(kernel))
 
 
 def _init_function(method: AdapterMethod, shape: tuple[int, int]):

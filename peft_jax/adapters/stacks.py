@@ -1,7 +1,7 @@
 """Maps functions of one kernel over stacked kernels: of layers, and of experts in each."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,18 @@ def over_stack(over: Callable[[Function], Function], function: Function, depth: 
     for _ in range(depth):
         function = over(function)
     return function
+
+
+def without_groups(method: Any, axes: Sequence[Any]) -> tuple[Any, ...]:
+    """Returns what is given for the axes [..., groups, d_in, d_out] without that of groups.
+
+    It is left out only if the method's arrays span groups. See `AdapterMethod.spans_groups`.
+
+    Args:
+      method: Method of an adapted kernel.
+      axes: Something for each axis of the kernel, such as its size or its name.
+    """
+    return (*axes[:-3], *axes[-2:]) if method.spans_groups else tuple(axes)
 
 
 def one_by_one(function: Function) -> Function:

@@ -106,13 +106,14 @@ def _padding(targets: Targets, path: Path, params: Tree, state: AdapterState) ->
 
 
 def _label(targets: Targets, path: Path) -> str:
-    method: Any = targets.adapted[path]
-    layers = ""
+    adapted = targets.adapted[path]
+    method: Any = adapted.of_one
+    layers = " shared" if adapted.spans_groups else ""
     if path in targets.by_layer:
         methods = targets.by_layer[path]
         count = sum(one is not None for one in methods)
         different = len({one for one in methods if one is not None}) > 1
-        layers = f" in {count} of {len(methods)} layers" if count < len(methods) else ""
+        layers += f" in {count} of {len(methods)} layers" if count < len(methods) else ""
         layers += " (largest)" if different else ""
     rank = f" r={method.rank}" if hasattr(method, "rank") else ""
     blocks = ""

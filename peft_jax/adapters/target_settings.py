@@ -60,6 +60,8 @@ class TargetSettings:
       alpha_pattern: Alphas of modules in the same form.
       modules_to_save: Names of modules to train in full.
       trainable_token_indices: Tokens whose rows of the embedding are trained beside the adapters.
+      share_experts: Whether the adapted experts of a layer share one adapter; otherwise each has
+        its own.
       bias: Biases to train beside the adapters: "none", "all" of the model's, or those of the
         "adapted" modules.
     """
@@ -71,6 +73,7 @@ class TargetSettings:
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
     trainable_token_indices: tuple[int, ...] = ()
+    share_experts: bool = False
     bias: str = "none"
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ from peft_jax.adapters.names import (
     select_layers,
     select_modules,
 )
+from peft_jax.adapters.shared_experts import SharedByExperts
 from peft_jax.adapters.target_settings import ALL_LINEAR, Targets, TargetSettings
 from peft_jax.adapters.trainable_tokens import TokensBesideAdapters
 from peft_jax.adapters.virtual_method import Dimensions, VirtualMethod
@@ -62,6 +63,10 @@ def find_targets(params: Tree, method: TrainingMethod, settings: TargetSettings)
         if settings.layers_to_transform:
             raise ValueError(
                 f"layers_to_transform must be empty, because {method.name} trains stacked layers"
+            )
+        if settings.share_experts:
+            raise ValueError(
+                f"share_experts must be unset, because {method.name} trains whole modules"
             )
         if settings.bias != "none" or settings.trainable_token_indices:
             raise ValueError(
@@ -144,7 +149,10 @@ def find_targets(params: Tree, method: TrainingMethod, settings: TargetSettings)
             one = method.for_module(
                 module, rank=ranks.get((module, layer)), alpha=alphas.get((module, layer))
             )
-            if is_experts(path):
+            shared = is_experts(path) and settings.share_experts
+            if shared:
+                one.check_shared_experts(module)
+            elif is_experts(path):
                 one.check_experts(module)
             if module in tables:
                 one = method_of_embedding(one, module)
@@ -154,12 +162,17 @@ def find_targets(params: Tree, method: TrainingMethod, settings: TargetSettings)
                     f" {', '.join(tables)}"
                 )
             one.check_kernel(module, (d_in, d_out))
-            own[layer] = one
+            own[layer] = SharedByExperts(of=one) if shared else one
         different = [one for one in own if one is not None]
         adapted[path] = max(different, key=lambda one: getattr(one, "rank", 0))
         if None in own or any(one != different[0] for one in different):
             adapted[path].check_layers(module, own)
             by_layer[path] = tuple(own)
+    if settings.share_experts and not any(one.spans_groups for one in adapted.values()):
+        raise ValueError(
+            "share_experts is set, but target_modules selects no experts; name them, as"
+            " experts.gate_up_proj and experts.down_proj of a mixture of experts, or unset it"
+        )
     if tokens := settings.trainable_token_indices:
         module = _only_table(tables)
         if module in (*chosen, *saved):

@@ -14,7 +14,7 @@
 - [`validation`][peft_jax.core.validation]: range checks of settings.
 """
 
-from peft_jax.core.grouped import GroupedMethod, grouped_linear
+from peft_jax.core.grouped import GroupedMethod, grouped_linear, kernel_of_groups
 from peft_jax.core.kernel import (
     AdaptedKernel,
     Kernel,
@@ -41,12 +41,14 @@ from peft_jax.core.suggest import did_you_mean
 from peft_jax.core.trees import (
     EMBEDDING,
     KERNEL,
+    SHARED,
     STACKED,
     TABLE,
     UNTRAINED,
     Path,
     Tree,
     flatten,
+    has_experts_axis,
     is_experts,
     is_router,
     is_stacked,
@@ -61,6 +63,7 @@ __all__ = [
     "FORMATS",
     "KERNEL",
     "LINEAR_OUTPUT",
+    "SHARED",
     "STACKED",
     "TABLE",
     "UNTRAINED",
@@ -82,11 +85,13 @@ __all__ = [
     "format_of",
     "forward_format",
     "grouped_linear",
+    "has_experts_axis",
     "is_experts",
     "is_quantized_leaf",
     "is_router",
     "is_stacked",
     "join_path",
+    "kernel_of_groups",
     "linear",
     "name_product",
     "named_products",

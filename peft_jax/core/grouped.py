@@ -8,6 +8,7 @@ blocks of rows in a loop instead.
 Axes: M rows, E groups.
 """
 
+import dataclasses
 import functools
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -29,6 +30,9 @@ _BLOCKS = (8, 128)
 class GroupedMethod(Protocol):
     """Interface of an adapter method that can be bound to the kernels of groups."""
 
+    spans_groups: bool
+    """Whether all groups share the arrays, which then have no axis of groups."""
+
     def project_groups(
         self,
         x: Float[Array, "rows d_in"],
@@ -36,7 +40,10 @@ class GroupedMethod(Protocol):
         arrays: Any,
         sizes: Int[Array, " groups"],
     ) -> Float[Array, "rows d_out"]:
-        """Returns the adapted linear maps; `base` and `arrays` have a leading axis of groups."""
+        """Returns the adapted linear maps.
+
+        `base` has a leading axis of groups, and so have `arrays` unless the method spans groups.
+        """
 
 
 def grouped_linear(
@@ -64,6 +71,50 @@ def grouped_linear(
     if isinstance(kernel, QArray):
         return name_product(_quantized_product(x, kernel, sizes))
     return name_product(_product(x, kernel.astype(x.dtype), sizes))
+
+
+@dataclasses.dataclass(frozen=True)
+class _ByGroup:
+    """Method of a kernel whose product is that of groups; its arrays are the groups' sizes."""
+
+    def project(
+        self,
+        x: Float[Array, "rows d_in"],
+        base: Kernel,
+        arrays: Int[Array, " groups"],
+        *,
+        dropout_key: jax.Array | None = None,
+    ) -> Float[Array, "rows d_out"]:
+        del dropout_key
+        is_row = jnp.arange(x.shape[0]) < jnp.sum(arrays)
+
+        def defined(rows: Array) -> Array:
+            """Sets rows beyond the last group to zero, whose products and gradients are not."""
+            return jnp.where(is_row[:, None], rows, jnp.zeros_like(rows))
+
+        return defined(grouped_linear(defined(x), base, arrays))
+
+    def merge(self, base: Kernel, arrays: Any) -> Float[Array, "d_in d_out"]:
+        raise NotImplementedError("the kernels of several groups are not one kernel")
+
+
+def kernel_of_groups(kernels: Kernel, sizes: Int[Array, " groups"]) -> AdaptedKernel:
+    """Returns a kernel by which `linear` multiplies each row by the kernel of its group.
+
+    So a method whose `project` multiplies by its base with `linear` alone adapts the kernels of all
+    groups by the same arrays.
+
+    Args:
+      kernels: Kernels [E, in, out].
+      sizes: Number of rows of each group, [E]. Products of rows beyond the last group are zero.
+
+    Example:
+      >>> from peft_jax.core import linear
+      >>> kernels = jnp.stack([jnp.eye(2), 10 * jnp.eye(2)])
+      >>> linear(jnp.ones((4, 2)), kernel_of_groups(kernels, jnp.array([1, 2]))).tolist()
+      [[1.0, 1.0], [10.0, 10.0], [10.0, 10.0], [0.0, 0.0]]
+    """
+    return AdaptedKernel(base=kernels, arrays=sizes, method=_ByGroup())
 
 
 @functools.partial(jax.checkpoint, prevent_cse=True)

@@ -49,6 +49,23 @@ def is_experts(path: Path) -> bool:
     return is_stacked(path) and "experts" in path
 
 
+SHARED = "shared"
+"""Key of the arrays of an adapter that all experts of a layer share."""
+
+
+def has_experts_axis(path: Path) -> bool:
+    """Returns whether the second axis of the leaf at `path` is that of experts.
+
+    The leaf is an expert's array or that of an adapter of each expert, not of one that they share.
+
+    Example:
+      >>> kernel = ("layers", "mlp", "experts", "down_proj", "kernel")
+      >>> has_experts_axis(kernel), has_experts_axis((*kernel, SHARED, "a"))
+      (True, False)
+    """
+    return is_experts(path) and SHARED not in path
+
+
 def is_router(path: Path) -> bool:
     """Returns whether the leaf at `path` belongs to the router of a mixture of experts.
 

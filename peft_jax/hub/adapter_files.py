@@ -50,7 +50,9 @@ _SPEC_FIELDS = tuple(
     field.name for field in dataclasses.fields(AdapterSpec) if field.name != "method"
 )
 
-_LATER_FIELDS = frozenset({"layers_to_transform", "bias", "trainable_token_indices"})
+_LATER_FIELDS = frozenset(
+    {"layers_to_transform", "bias", "trainable_token_indices", "share_experts"}
+)
 """Settings that adapters of earlier versions do not have."""
 
 

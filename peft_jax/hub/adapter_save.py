@@ -243,6 +243,11 @@ def _check_form(model: Model, spec: AdapterSpec, targets: Targets, params: Tree)
             " merged model"
         )
     check_all_layers(targets)
+    if spec.share_experts:
+        raise NoPeftFormError(
+            "PEFT has an adapter of each expert, and share_experts makes one of all; export the"
+            " merged model instead"
+        )
     own = {path: method.peft_form() for path, method in targets.adapted.items()}
     forms = {path: form for path, form in own.items() if form is not None}
     _check_same_settings(forms)

@@ -11,14 +11,21 @@ Sources: Shazeer et al., 2017 (arXiv 1701.06538); Fedus et al., 2021 (arXiv 2101
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
-from peft_jax.core import AdaptedKernel, Kernel, grouped_linear, linear, named_products
+from peft_jax.core import (
+    AdaptedKernel,
+    GroupedMethod,
+    Kernel,
+    grouped_linear,
+    linear,
+    named_products,
+)
 from peft_jax.core.scopes import part
 from peft_jax.core.validation import check_positive_int
 from peft_jax.models.decoder import DecoderConfig, Hidden
@@ -102,9 +109,10 @@ class GroupedLinear(nnx.Module):
         kernel, bias = self.arrays()
         of_adapters: list[LogicalAxes] = []
         while isinstance(kernel, AdaptedKernel):
-            # The leaves of a node are those of its base, then its own, sharded by expert.
+            # The leaves of a node are those of its base, then its own, sharded by expert or shared.
             own = jax.tree.leaves(kernel.arrays)
-            of_adapters[:0] = [(self.axes[0], *[None] * (array.ndim - 1)) for array in own]
+            experts = () if cast(GroupedMethod, kernel.method).spans_groups else self.axes[:1]
+            of_adapters[:0] = [(*experts, *[None] * (array.ndim - len(experts))) for array in own]
             kernel = kernel.base
         found = [self.axes] * len(jax.tree.leaves(kernel)) + of_adapters
         return found if bias is None else [*found, (self.axes[0], None)]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from peft_jax.core import Path, is_stacked, names_of
-from peft_jax.core.trees import EMBEDDING, KERNEL, TABLE, is_experts
+from peft_jax.core.trees import EMBEDDING, KERNEL, TABLE, has_experts_axis
 
 MATRIX, LOOKUP, OTHER = "matrix", "lookup", "other"
 """Kinds of trainable arrays; see `kind_of`."""
@@ -53,7 +53,7 @@ def kind_of(path: Path, leaf: Any) -> str:
 
 def stack_axes(path: Path) -> int:
     """Returns the number of leading axes over layers, and over experts, of the leaf at `path`."""
-    return int(is_stacked(path)) + int(is_experts(path))
+    return int(is_stacked(path)) + int(has_experts_axis(path))
 
 
 def kinds(tree: Any) -> Any:

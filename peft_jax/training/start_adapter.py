@@ -66,7 +66,13 @@ def _as_trained(tree: Tree, abstract: Tree) -> Tree:
 def _check_same(given: AdapterSpec, wanted: AdapterSpec, params: Tree, *, where: str) -> None:
     """Rejects an adapter that differs from the one the run trains."""
     theirs, ours = given.targets(params), wanted.targets(params)
-    faults = _other_settings(given.method, wanted.method) or [
+    of_method = _other_settings(given.method, wanted.method)
+    if given.share_experts != wanted.share_experts:
+        of_method.append(
+            f"method.share_experts is {wanted.share_experts}, but the adapter's is"
+            f" {given.share_experts}"
+        )
+    faults = of_method or [
         *_other_modules(theirs, ours),
         *_other_kernels(theirs, ours),
         *_other_layers(theirs, ours),
@@ -110,7 +116,7 @@ def _other_kernels(theirs: Targets, ours: Targets) -> list[str]:
     return [
         f"at {join_path(path[:-1])} {fault}"
         for path in sorted(set(theirs.adapted) & set(ours.adapted))
-        for fault in _other_settings(theirs.adapted[path], ours.adapted[path])
+        for fault in _other_settings(theirs.adapted[path].of_one, ours.adapted[path].of_one)
     ][:_NAMED_AT_MOST]
 
 
@@ -122,7 +128,7 @@ def _other_layers(theirs: Targets, ours: Targets) -> list[str]:
         pairs = zip(theirs.layers(path, count), ours.layers(path, count), strict=True)
         if any(
             (given is None) != (wanted is None)
-            or (given is not None and _other_settings(given, wanted))
+            or (given and wanted and _other_settings(given.of_one, wanted.of_one))
             for given, wanted in pairs
         ):
             faults.append(f"the layers of {join_path(path[:-1])} are not the adapter's")
