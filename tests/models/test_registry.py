@@ -196,6 +196,7 @@ def test_published_configurations_have_the_published_parameter_counts(config, co
         (find_architecture("olmo-2-7b"), 7_298_617_344),
         (find_architecture("phi-4"), 14_659_507_200),
         (find_architecture("qwen3-30b-a3b"), 30_532_122_624),
+        (find_architecture("qwen3-235b-a22b"), 235_093_634_560),
         (PYTHIA_6_9B, 6_857_302_016),
         (GPT2, 124_439_808),
     ],
