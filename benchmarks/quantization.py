@@ -57,6 +57,12 @@ def main() -> None:
         " model of less than a million parameters",
     )
     parser.add_argument(
+        "--attention",
+        type=float,
+        default=1.0,
+        help="factor on the learning rate of the attention (self_attn)",
+    )
+    parser.add_argument(
         "--output", type=Path, default=Path("out/bench"), help="folder of the results"
     )
     options = parser.parse_args()
@@ -139,6 +145,8 @@ def train(
     config.train.batch_size = options.batch_size
     config.train.max_length = options.max_length
     config.train.learning_rate = rate
+    if options.attention != 1.0:
+        config.optimizer.rate_factors = {"self_attn": options.attention}
     config.optimizer.schedule.name = "cosine"
     config.optimizer.schedule.warmup_ratio = 0.05
     config.logging.tensorboard = False
