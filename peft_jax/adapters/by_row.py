@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,8 @@ class LowRankByRow:
 
     Arrays: `a` [adapters, d_in, rank], `b` [adapters, rank, d_out], `rows` [batch].
     """
+
+    spans_groups: ClassVar[bool] = False
 
     def project(
         self,

@@ -14,6 +14,7 @@ from peft_jax.adapters.factorize import orthonormal, triplets
 from peft_jax.adapters.gradient_products import kernel_shape
 from peft_jax.adapters.lora import LoRA
 from peft_jax.adapters.method import AdapterMethod
+from peft_jax.adapters.shared_experts import with_own_arrays
 from peft_jax.adapters.spec import AdapterSpec, AdapterState
 from peft_jax.adapters.stacks import one_by_one, over_stack
 from peft_jax.adapters.trainable_tokens import TokensBesideAdapters
@@ -129,7 +130,7 @@ def approximate_by_lora(
         if isinstance(method, TokensBesideAdapters):
             trainable[path] = jax.tree.map(lambda leaf: leaf.astype(lora.dtype), own[path])
             continue
-        factors = _factorize(bound[path], path, rank, key)
+        factors = _factorize(with_own_arrays(bound[path]), path, rank, key)
         trainable[path] = {"a": factors.a, "b": factors.b}
         norm, error = (np.asarray(x, np.float64).sum() for x in (factors.norm, factors.error))
         errors[join_path(path[:-1])] = float((error / norm) ** 0.5) if norm else 0.0

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from peft_jax.adapters.gradient_products import kernel_shape
 from peft_jax.adapters.method import AdapterMethod, Arrays, Axes, GradientFactors
 from peft_jax.adapters.stacks import one_by_one
-from peft_jax.core import SHARED, Kernel, kernel_of_groups
+from peft_jax.core import SHARED, AdaptedKernel, Kernel, kernel_of_groups
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,6 +113,20 @@ class SharedByExperts(AdapterMethod):
     ) -> Float[Array, "experts d_in d_out"]:
         """Returns the merged kernels of all experts, computed one after the other."""
         return one_by_one(lambda kernel: self.of.merge(kernel, arrays))(base)
+
+
+def with_own_arrays(kernel: AdaptedKernel) -> AdaptedKernel:
+    """Returns kernels of experts with a copy of the shared arrays for each expert.
+
+    Args:
+      kernel: Kernels [layers, experts, d_in, d_out] with an adapter; one that is not shared is
+        returned as it is.
+    """
+    if not isinstance(kernel.method, SharedByExperts):
+        return kernel
+    experts = kernel_shape(kernel)[1]
+    arrays = jax.tree.map(lambda x: jnp.repeat(x[:, None], experts, axis=1), kernel.arrays)
+    return AdaptedKernel(base=kernel.base, arrays=arrays, method=kernel.method.of)
 
 
 def _methods_of(methods: Sequence[AdapterMethod | None]) -> tuple[AdapterMethod | None, ...]:

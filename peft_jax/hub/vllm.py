@@ -20,6 +20,8 @@ def vllm_note(config: Mapping[str, Any]) -> str:
       'vLLM loads it with --enable-lora --max-lora-rank=32.'
       >>> vllm_note(lora | {"modules_to_save": ["lm_head"]})
       'vLLM does not load it, because lm_head is trained in full; serve the merged model.'
+      >>> vllm_note(lora | {"target_parameters": ["mlp.experts.down_proj"]}).split(" depends")[0]
+      'Whether vLLM loads an adapter of experts or routers'
       >>> vllm_note({"peft_type": "BOFT"})
       'vLLM does not load it, because it has no BOFT; --format=lora writes a LoRA near it.'
     """
@@ -33,6 +35,11 @@ def vllm_note(config: Mapping[str, Any]) -> str:
         return (
             "vLLM would compute something else, because it ignores rank_pattern and alpha_pattern;"
             " --format=lora with the largest rank writes the same adapter without them."
+        )
+    elif config.get("target_parameters"):
+        return (
+            "Whether vLLM loads an adapter of experts or routers depends on the model and on vLLM's"
+            " version; all serve the merged model."
         )
     elif config["r"] > RANKS[-1]:
         reason, instead = f"its rank is {config['r']}", f"{RANKS[-1]} is the largest"

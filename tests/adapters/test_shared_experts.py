@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from peft_jax.adapters import METHODS, AdapterSpec, Full, LoRA, VirtualMethod, trainable_table
+from peft_jax.adapters import (
+    METHODS,
+    AdapterSpec,
+    Full,
+    LoRA,
+    VirtualMethod,
+    approximate_by_lora,
+    trainable_table,
+)
 from peft_jax.core import SHARED, flatten, grouped_linear, linear, unflatten
 from peft_jax.hub import load_adapter, save_adapter
 from peft_jax.models import build_model
@@ -224,6 +232,21 @@ def test_saved_adapters_load_and_say_why_not_in_peft(mixtral, tmp_path):
     assert jax.tree.all(jax.tree.map(jnp.array_equal, again.trainable, state.trainable))
     assert not (tmp_path / "adapter_model.safetensors").exists()
     assert "share_experts" in (tmp_path / "peft_jax_adapter.json").read_text()
+
+
+@pytest.mark.fast("boft")
+@pytest.mark.parametrize("name", ["boft", "lora"])
+def test_each_expert_gets_the_nearest_lora(name, mixtral):
+    _, params = mixtral
+    spec = AdapterSpec(make(name), target_modules=EXPERTS[1:], share_experts=True)
+    state = moved(spec.init(jax.random.key(1), params))
+    found = approximate_by_lora(spec, params, state, rank=16)
+    assert not found.spec.share_experts
+    merged, expected = (
+        flatten(one.merge(params, arrays))[DOWN]
+        for one, arrays in ((found.spec, found.state), (spec, state))
+    )
+    np.testing.assert_allclose(merged, expected, atol=1e-4)
 
 
 def test_matrices_are_found_and_the_table_names_them(mixtral):
