@@ -167,6 +167,7 @@ def test_a_start_is_from_the_sum_of_the_experts_gradients(mixtral, tokens):
     np.testing.assert_allclose(factors.s, values[:, : factors.s.shape[-1]], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_quantized_base_is_adapted_too(mixtral, tokens):
     model, params = mixtral
     params = quantize_params(params, "int8")

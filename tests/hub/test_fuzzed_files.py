@@ -111,7 +111,7 @@ def call_or_reject(call):
         return None
 
 
-MANY = [60, pytest.param(1000, marks=pytest.mark.slow)]
+MANY = [30, pytest.param(1000, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("examples", MANY)
