@@ -64,7 +64,8 @@ class MixingSettings:
       norm: "frobenius", or "rms" (Frobenius divided by the root of the number of elements), which
         is independent of the branches' sizes. For "proportional" and "inverse".
       grouping: Kernels that share one λ. "block": all kernels of a transformer block share one, and
-        every kernel outside the blocks has its own. "kernel": every kernel has its own.
+        every kernel outside the blocks has its own, and so has one that only some blocks have.
+        "kernel": every kernel has its own.
       ema: Decay of a bias-corrected moving average of λ over steps; 0 for none.
       floor: Minimum weight of a branch; λ is clipped to [floor, 1 − floor].
       fixed: λ of the rule "fixed".
@@ -166,8 +167,8 @@ def hybrid_mixing(
       The wrapped optimizer. Its state is a `MixingState`; read λ with `mixing_weights`.
 
     Raises:
-      ValueError: In `init`: no group has both branches, or stacked leaves differ in their number of
-        layers. In `update`: the gradients' groups differ from those of `init`.
+      ValueError: In `init`: no group has both branches, or stacked leaves of one kernel differ in
+        their number of layers. In `update`: the gradients' groups differ from those of `init`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -194,7 +195,7 @@ def hybrid_mixing(
             # optax.tree_map_params inspects the state of a placeholder to learn which parts have
             # the parameters' structure. Single leaves tell it that these two do not.
             return MixingState(count, 0.0, 0.0, inner.init(params))
-        groups = _find_groups(params, settings.grouping)
+        groups = _find_groups(params, _find_places(params, settings.grouping))
         if not groups:
             raise ValueError(
                 "hybrid mixing needs a trainable kernel with both a 'low_rank' and a 'rotation'"
@@ -208,7 +209,8 @@ def hybrid_mixing(
     def update(
         updates: Any, state: MixingState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, MixingState]:
-        groups = _find_groups(updates, settings.grouping)
+        places = _find_places(updates, settings.grouping)
+        groups = _find_groups(updates, places)
         if groups.keys() != state.weights.keys():
             raise ValueError(
                 f"the gradients have the mixing groups {sorted(groups)}, but the optimizer was"
@@ -219,13 +221,13 @@ def hybrid_mixing(
         correction = 1.0 - jnp.power(jnp.float32(settings.ema), count.astype(jnp.float32))
         average = {
             name: settings.ema * state.average[name] + (1.0 - settings.ema) * weight
-            for name, weight in _raw_weights(updates, steps, groups, settings).items()
+            for name, weight in _raw_weights(updates, steps, places, groups, settings).items()
         }
         weights = {
             name: jnp.clip(mean / correction, settings.floor, 1.0 - settings.floor)
             for name, mean in average.items()
         }
-        mixed = _apply(steps, weights, settings)
+        mixed = _apply(steps, weights, places, settings)
         return mixed, MixingState(count, weights, average, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -271,32 +273,54 @@ class _Group:
     sizes: Mapping[str, int]
 
 
-def _locate(path: Path, grouping: str) -> tuple[str, str] | None:
-    """Returns the group and branch of a leaf; None outside any branch."""
-    for position, component in enumerate(path):
-        if component in (LOW_RANK, ROTATION):
-            kernel = path[:position]
-            by_block = grouping == "block" and kernel and is_stacked(kernel)
-            return (kernel[0] if by_block else join_path(kernel) or "kernel"), component
-    return None
+Places = Mapping[Path, tuple[str, str]]
+"""Group and branch by path of a leaf."""
 
 
-def _find_groups(tree: Any, grouping: str) -> dict[str, _Group]:
+def _find_places(tree: Any, grouping: str) -> Places:
+    """Returns the group and branch of each leaf in a branch.
+
+    Raises:
+      ValueError: Stacked leaves of one kernel differ in their number of layers.
+    """
+    leaves = {names_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    positions = {path: at for path in leaves if (at := _branch_position(path)) is not None}
+    layers: dict[Path, int] = {}
+    for path, position in positions.items():
+        if not is_stacked(path):
+            continue
+        kernel, stack = path[:position], leaves[path].shape[:1]
+        if not stack or layers.setdefault(kernel, stack[0]) != stack[0]:
+            raise ValueError(
+                f"{join_path(path)} has the shape {tuple(leaves[path].shape)}, but the leading axis"
+                f" of a stacked leaf must be the number of layers, {layers.get(kernel, 'layers')}"
+            )
+    # A kernel that only some blocks have is stacked without the others.
+    blocks = max(layers.values(), default=0)
+    places = {}
+    for path, position in positions.items():
+        kernel = path[:position]
+        by_block = grouping == "block" and layers.get(kernel) == blocks
+        places[path] = kernel[0] if by_block else join_path(kernel) or "kernel", path[position]
+    return places
+
+
+def _branch_position(path: Path) -> int | None:
+    """Returns the place of the branch among the components of a path; None without one."""
+    return next((at for at, name in enumerate(path) if name in (LOW_RANK, ROTATION)), None)
+
+
+def _find_groups(tree: Any, places: Places) -> dict[str, _Group]:
     """Returns the groups of a tree that have both branches, by name."""
     shapes: dict[str, tuple[int, ...]] = {}
     sizes: dict[str, dict[str, int]] = {}
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         path = names_of(key_path)
-        located = _locate(path, grouping)
-        if located is None:
+        if path not in places:
             continue
-        name, branch = located
+        name, branch = places[path]
         stack = tuple(leaf.shape[:1]) if is_stacked(path) else ()
-        if (is_stacked(path) and not stack) or shapes.setdefault(name, stack) != stack:
-            raise ValueError(
-                f"{join_path(path)} has the shape {tuple(leaf.shape)}, but the leading axis of a"
-                f" stacked leaf must be the number of layers, {shapes.get(name, ('layers',))[0]}"
-            )
+        shapes[name] = stack
         branches = sizes.setdefault(name, {})
         branches[branch] = branches.get(branch, 0) + math.prod(leaf.shape[len(stack) :])
     return {
@@ -313,7 +337,11 @@ def _sum_per_layer(values: Array, shape: tuple[int, ...]) -> Weight:
 
 
 def _scores(
-    gradients: Any, steps: Any, groups: Mapping[str, _Group], settings: MixingSettings
+    gradients: Any,
+    steps: Any,
+    places: Places,
+    groups: Mapping[str, _Group],
+    settings: MixingSettings,
 ) -> dict[str, dict[str, Weight]]:
     """Returns the score of each group's branches: gradient norm or predicted decrease."""
     by_step = settings.rule == "predicted_decrease"
@@ -324,10 +352,9 @@ def _scores(
     }
     for key_path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
         path = names_of(key_path)
-        located = _locate(path, settings.grouping)
-        if located is None or located[0] not in groups:
+        if path not in places or places[path][0] not in groups:
             continue
-        name, branch = located
+        name, branch = places[path]
         g = gradient.astype(jnp.float32)
         if by_step:
             if path not in step_at:  # the inner optimizer masks this leaf and takes no step
@@ -351,7 +378,11 @@ def _scores(
 
 
 def _raw_weights(
-    gradients: Any, steps: Any, groups: Mapping[str, _Group], settings: MixingSettings
+    gradients: Any,
+    steps: Any,
+    places: Places,
+    groups: Mapping[str, _Group],
+    settings: MixingSettings,
 ) -> dict[str, Weight]:
     """Returns every group's λ by the rule, before the moving average and the floor."""
     if settings.rule in ("fixed", "none"):
@@ -364,18 +395,20 @@ def _raw_weights(
         decided = (total > 0.0) & jnp.isfinite(total)
         return jnp.where(decided, scores[preferred] / jnp.where(decided, total, 1.0), 0.5)
 
-    found = _scores(gradients, steps, groups, settings)
+    found = _scores(gradients, steps, places, groups, settings)
     return {name: ratio(scores) for name, scores in found.items()}
 
 
-def _apply(steps: Any, weights: Mapping[str, Weight], settings: MixingSettings) -> Any:
+def _apply(
+    steps: Any, weights: Mapping[str, Weight], places: Places, settings: MixingSettings
+) -> Any:
     """Multiplies the inner optimizer's steps by each branch's rate and weight."""
 
     def scale(key_path: tuple[Any, ...], step: Array) -> Array:
-        located = _locate(names_of(key_path), settings.grouping)
-        if located is None:
+        path = names_of(key_path)
+        if path not in places:
             return step
-        name, branch = located
+        name, branch = places[path]
         # At least float32, because bfloat16 has only three significant digits.
         dtype = jnp.float64 if step.dtype == jnp.float64 else jnp.float32
         factor = jnp.asarray(settings.rate(branch), dtype)

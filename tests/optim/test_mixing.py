@@ -608,6 +608,31 @@ def test_branches_of_the_hybrid_method_are_found(rotation):
     assert {name: w.shape for name, w in mixing_weights(state).items()} == {"layers": (2,)}
 
 
+def test_a_kernel_that_some_blocks_have_is_a_group_of_its_own():
+    def kernel(layers):
+        return {"low_rank": {"a": jnp.ones((layers, 2))}, "rotation": {"r": jnp.ones((layers, 3))}}
+
+    params = {"layers": {"q": kernel(4), "k": kernel(4), "experts": kernel(3), "mlp": kernel(1)}}
+    optimizer = hybrid_mixing(optax.sgd(1.0), MixingSettings(rule="proportional"))
+    state = optimizer.init(params)
+    rows = jnp.arange(1.0, 4.0)[:, None]
+    gradients = jax.tree.map(jnp.zeros_like, params)
+    gradients["layers"]["experts"] = {"low_rank": {"a": rows * jnp.array([3.0, 4.0])}} | {
+        "rotation": {"r": jnp.ones((3, 3)) / np.sqrt(3.0)}
+    }
+    updates, state = optimizer.update(gradients, state, params)
+    weights = mixing_weights(state)
+    assert {name: weight.shape for name, weight in weights.items()} == {
+        "layers": (4,),
+        "layers.experts": (3,),
+        "layers.mlp": (1,),
+    }
+    expected = 5 * rows[:, 0] / (5 * rows[:, 0] + 1)
+    np.testing.assert_allclose(weights["layers.experts"], expected, rtol=1e-6)
+    own = updates["layers"]["experts"]["rotation"]["r"]
+    np.testing.assert_allclose(own[:, 0], -(1 - expected) / np.sqrt(3.0), rtol=1e-5)
+
+
 def test_different_numbers_of_layers_are_rejected():
     kernel = {"low_rank": {"a": jnp.ones((3, 2))}, "rotation": {"r": jnp.ones((4, 2))}}
     with pytest.raises(ValueError, match=r"layers.q.kernel.rotation.r .*\(4, 2\).* 3"):
