@@ -313,7 +313,7 @@ def _edges(steps: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _label_rows(axes: Axes, labels: list[str], groups: list[tuple[str, int]]) -> None:
-    """Labels rows by layer number, or by kernel if each kernel has its own λ."""
+    """Labels rows by layer number, or by kernel if several have a λ of their own."""
     if len(groups) == 1:
         every = max(len(labels) // 16, 1)
         axes.set_yticks(range(0, len(labels), every), labels[::every])
@@ -322,7 +322,7 @@ def _label_rows(axes: Axes, labels: list[str], groups: list[tuple[str, int]]) ->
     starts = np.cumsum([0] + [size for _, size in groups])
     axes.set_yticks(
         [(a + b - 1) / 2 for a, b in itertools.pairwise(starts)],
-        [name for name, _ in groups],
+        [name or "blocks" for name, _ in groups],
         fontsize=8,
     )
     for start in starts[1:-1]:
