@@ -47,7 +47,6 @@ SETTINGS = {
     "vera": {"rank": 4},
     "shira": {"rank": 2},
 }
-FAST = ("lora", "hybrid")
 
 
 def make(name):
@@ -107,7 +106,7 @@ def started(spec, mixtral, tokens):
     return spec.init(jax.random.key(1), params, loss_fn=Loss(model), batches=[tokens])
 
 
-@pytest.mark.fast(*FAST)
+@pytest.mark.fast("hybrid")
 @pytest.mark.parametrize("name", ABLE)
 def test_each_expert_is_adapted_by_the_same_arrays(name, mixtral, tokens):
     model, params = mixtral
@@ -178,7 +177,7 @@ def test_a_quantized_base_is_adapted_too(mixtral, tokens):
     np.testing.assert_allclose(found, forward(spec.merge(params, state), tokens), atol=5e-5)
 
 
-@pytest.mark.fast("hybrid")
+@pytest.mark.fast("lora")
 @pytest.mark.parametrize("name", ["hybrid", "lora"])
 def test_a_mesh_computes_what_one_device_does(name, mixtral, tokens):
     model, params = mixtral

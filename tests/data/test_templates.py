@@ -190,6 +190,7 @@ def test_several_threads_can_render():
     assert len(texts) == 4
 
 
+@pytest.mark.slow
 def test_the_rendering_process_ignores_signals_and_ends_with_its_run():
     script = (
         "import os, signal\n"

@@ -191,6 +191,7 @@ def test_the_committed_study_is_well_formed():
                 assert config.spec.method.name == arm.method["name"]
 
 
+@pytest.mark.slow
 def test_the_committed_arms_meet_the_budget(committed):
     for task in committed.tasks:
         if not Path(task.config.model.path).is_dir():

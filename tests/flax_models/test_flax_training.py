@@ -81,6 +81,7 @@ def test_an_adapter_of_another_module_is_refused(trained, tmp_path):
         pj.load_adapter(tmp_path, model, params)
 
 
+@pytest.mark.slow
 def test_rows_use_their_own_adapters_and_adapters_combine():
     module, args = make("linen")
     spec = pj.AdapterSpec(pj.LoRA(rank=2))
@@ -102,6 +103,7 @@ def test_rows_use_their_own_adapters_and_adapters_combine():
     np.testing.assert_allclose(both, summed, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_trains_every_array():
     module, args = make("linen")
     spec = pj.AdapterSpec(pj.Full())

@@ -185,7 +185,8 @@ def bucket(monkeypatch):
         yield stand_in.objects
 
 
-@pytest.mark.parametrize("scheme", ["gs", pytest.param("s3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
 def test_a_bucket_is_written_and_loaded(saved, bucket, tmp_path, monkeypatch, scheme):
     monkeypatch.setenv("PEFT_JAX_CACHE", str(tmp_path))
     folder, params = saved

@@ -104,6 +104,7 @@ def test_errors_of_gradients_summed_over_rows(rows, dtype):
     assert max(lost["dphases"], lost["dreflections"]) < summed
 
 
+@pytest.mark.slow
 def test_simulated_tpu_finds_no_race_and_no_unwritten_read(simulated_tpu):
     case = KERNEL_CASES["an odd number of pieces, ragged rows"]
     x, g, *parameters = case.arrays()

@@ -8,6 +8,7 @@ from peft_jax.runtime import compiled_programs
 from peft_jax.runtime.compiled_programs import free_compiled_programs
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not compiled_programs._OWN_MAPS.exists(), reason="only Linux lists its maps")
 def test_programs_are_freed_once_they_take_their_share():
     @jax.jit

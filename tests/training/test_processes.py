@@ -352,6 +352,7 @@ class Watched(PeerMonitor):
         assert not self._thread.is_alive()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_silent_process_is_named():
     store = Store()
