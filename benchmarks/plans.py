@@ -92,6 +92,7 @@ FURTHER_ROWS: dict[str, Rows] = {
         "lora, base in w8a8g8": ("lora", {"model.quantization": "w8a8g8"}),
         "hybrid, base in w8a8g8": ("hybrid", {"model.quantization": "w8a8g8"}),
     },
+    "hybrid_30b": {"hybrid, base in w8a8g8": ("hybrid", {"model.quantization": "w8a8g8"})},
 }
 
 SUBJECTS = {

@@ -23,8 +23,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.architecture = "llama-3.3-70b"
     config.train.batch_size = 64
     config.train.max_length = 4096
-    # The fastest layouts found (docs/planning.md). The arrays of full fine-tuning leave no memory for
-    # the whole features of its rows.
+    # The fastest layouts found (docs/planning.md). Full fine-tuning has no memory for rows with all
+    # of their features.
     full = options.method == "full"
     config.parallel.fsdp = 32 if full else 64
     config.parallel.tensor = 2 if full else 1
