@@ -14,12 +14,13 @@ from peft_jax.adapters.factorize import orthonormal, triplets
 from peft_jax.adapters.gradient_products import kernel_shape
 from peft_jax.adapters.lora import LoRA
 from peft_jax.adapters.method import AdapterMethod
-from peft_jax.adapters.shared_experts import with_own_arrays
+from peft_jax.adapters.shared_experts import SharedByExperts
 from peft_jax.adapters.spec import AdapterSpec, AdapterState
 from peft_jax.adapters.stacks import one_by_one, over_stack
 from peft_jax.adapters.trainable_tokens import TokensBesideAdapters
 from peft_jax.core import (
     AdaptedKernel,
+    Kernel,
     Path,
     Tree,
     flatten,
@@ -130,7 +131,7 @@ def approximate_by_lora(
         if isinstance(method, TokensBesideAdapters):
             trainable[path] = jax.tree.map(lambda leaf: leaf.astype(lora.dtype), own[path])
             continue
-        factors = _factorize(with_own_arrays(bound[path]), path, rank, key)
+        factors = _factorize(bound[path], path, rank, key)
         trainable[path] = {"a": factors.a, "b": factors.b}
         norm, error = (np.asarray(x, np.float64).sum() for x in (factors.norm, factors.error))
         errors[join_path(path[:-1])] = float((error / norm) ** 0.5) if norm else 0.0
@@ -145,7 +146,8 @@ def _factorize(kernel: AdaptedKernel, path: Path, rank: int, key: jax.Array) -> 
     *stack, d_in, d_out = kernel_shape(kernel)
     keys = jax.random.split(key, tuple(stack)) if stack else key
     with jax.default_matmul_precision("highest"):
-        return _factorize_all(kernel, keys, (d_in, d_out), rank, len(stack))
+        depth = len(stack) - isinstance(kernel.method, SharedByExperts)
+        return _factorize_all(kernel, keys, (d_in, d_out), rank, depth)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
@@ -154,7 +156,16 @@ def _factorize_all(
 ) -> _Factors:
     def factorize(given: tuple[AdaptedKernel, jax.Array]) -> _Factors:
         one, key = given
-        return _factorize_one(one, key, shape, rank)
+        if not isinstance(one.method, SharedByExperts):
+            return _factorize_one(one, key, shape, rank)
+        arrays, method = one.arrays, one.method.of
+
+        def of_expert(given: tuple[Kernel, jax.Array]) -> _Factors:
+            base, key = given
+            own = AdaptedKernel(base=base, arrays=arrays, method=method)
+            return _factorize_one(own, key, shape, rank)
+
+        return one_by_one(of_expert)((one.base, key))
 
     # One at a time, so that one kernel's sketch is all that is held beside the results.
     return over_stack(one_by_one, factorize, depth)((kernel, keys))

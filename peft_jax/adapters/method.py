@@ -162,7 +162,7 @@ class AdapterMethod(TrainingMethod, abc.ABC):
     `peft_jax.core.kernel.TableMethod`, and `init` is given the embedding as `kernel`."""
 
     spans_groups: ClassVar[bool] = False
-    """Whether the arrays of one kernel adapt a group of kernels, such as all experts of a layer."""
+    """Whether one set of arrays adapts all kernels of a group, such as the experts of a layer."""
 
     maps_input: ClassVar[bool] = False
     """Whether `project` maps the input before it multiplies by the base kernel. The gradient of the
@@ -171,7 +171,7 @@ class AdapterMethod(TrainingMethod, abc.ABC):
 
     @property
     def of_one(self) -> "AdapterMethod":
-        """The method of one kernel; another one where a group of kernels shares it."""
+        """Returns the method itself; `SharedByExperts` returns the method that it shares."""
         return self
 
     def for_module(self, module: str, *, rank: int | None, alpha: float | None) -> "AdapterMethod":

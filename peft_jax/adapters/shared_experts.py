@@ -5,13 +5,11 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from peft_jax.adapters.gradient_products import kernel_shape
 from peft_jax.adapters.method import AdapterMethod, Arrays, Axes, GradientFactors
 from peft_jax.adapters.stacks import one_by_one
-from peft_jax.core import SHARED, AdaptedKernel, Kernel, kernel_of_groups
+from peft_jax.core import SHARED, Kernel, kernel_of_groups
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,17 +33,17 @@ class SharedByExperts(AdapterMethod):
 
     @property
     def of_one(self) -> AdapterMethod:
-        """The method that experts share."""
+        """Returns the method that experts share."""
         return self.of
 
     @property
     def rank(self) -> int:
-        """Rank of the method; 0 if it has none."""
+        """Returns the rank of the method; 0 if it has none."""
         return getattr(self.of, "rank", 0)
 
     @property
     def gradient_rank(self) -> int:
-        """That of the method."""
+        """Returns the number of directions of the summed gradient that the method needs."""
         return self.of.gradient_rank
 
     def check_layers(self, module: str, methods: Sequence[AdapterMethod | None]) -> None:
@@ -67,7 +65,7 @@ class SharedByExperts(AdapterMethod):
         return _shared(*found)
 
     def neutral(self, shape: tuple[int, int]) -> tuple[Arrays, Arrays]:
-        """Returns the method's."""
+        """Returns the method's neutral arrays."""
         return _shared(*self.of.neutral(shape))
 
     def init(
@@ -113,20 +111,6 @@ class SharedByExperts(AdapterMethod):
     ) -> Float[Array, "experts d_in d_out"]:
         """Returns the merged kernels of all experts, computed one after the other."""
         return one_by_one(lambda kernel: self.of.merge(kernel, arrays))(base)
-
-
-def with_own_arrays(kernel: AdaptedKernel) -> AdaptedKernel:
-    """Returns kernels of experts with a copy of the shared arrays for each expert.
-
-    Args:
-      kernel: Kernels [layers, experts, d_in, d_out] with an adapter; one that is not shared is
-        returned as it is.
-    """
-    if not isinstance(kernel.method, SharedByExperts):
-        return kernel
-    experts = kernel_shape(kernel)[1]
-    arrays = jax.tree.map(lambda x: jnp.repeat(x[:, None], experts, axis=1), kernel.arrays)
-    return AdaptedKernel(base=kernel.base, arrays=arrays, method=kernel.method.of)
 
 
 def _methods_of(methods: Sequence[AdapterMethod | None]) -> tuple[AdapterMethod | None, ...]:

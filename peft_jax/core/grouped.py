@@ -31,7 +31,7 @@ class GroupedMethod(Protocol):
     """Interface of an adapter method that can be bound to the kernels of groups."""
 
     spans_groups: bool
-    """Whether all groups share the arrays, which then have no axis of groups."""
+    """Whether the arrays have no axis of groups, because all groups share them."""
 
     def project_groups(
         self,
@@ -95,7 +95,10 @@ class _ByGroup:
         return defined(grouped_linear(defined(x), base, arrays))
 
     def merge(self, base: Kernel, arrays: Any) -> Float[Array, "d_in d_out"]:
-        raise NotImplementedError("the kernels of several groups are not one kernel")
+        raise ValueError(
+            "the kernels of several groups are not one kernel, so that a method that reads its base"
+            " cannot be shared by them; its check_shared_experts should say so"
+        )
 
 
 def kernel_of_groups(kernels: Kernel, sizes: Int[Array, " groups"]) -> AdaptedKernel:

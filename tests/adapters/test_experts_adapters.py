@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_mixtral import MIXTRAL, moved
 
 from peft_jax.adapters import (
     METHODS,
@@ -24,18 +25,6 @@ from peft_jax.models import build_model
 from peft_jax.models.model import quantize_params
 from peft_jax.parallel import LogicalAxisRules, MeshSettings, make_mesh, on_mesh, sharding_tree
 
-MIXTRAL = {
-    "model_type": "mixtral",
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "initializer_range": 0.2,
-}
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 EVERYWHERE = (*EXPERTS, "gate", "q_proj")
 ABLE = ("lora", "lora_fa", "pissa", "olora", "loha", "gralora", "adalora")
@@ -51,15 +40,6 @@ def mixtral():
 @pytest.fixture
 def tokens():
     return jnp.asarray(np.random.default_rng(0).integers(1, 61, (8, 8)), jnp.int32)
-
-
-def moved(state, scale=0.05):
-    """Returns the state with noise added to every trainable array."""
-    generator = np.random.default_rng(1)
-    noise = jax.tree.map(
-        lambda x: jnp.asarray(scale * generator.standard_normal(x.shape), x.dtype), state.trainable
-    )
-    return dataclasses.replace(state, trainable=jax.tree.map(jnp.add, state.trainable, noise))
 
 
 @pytest.mark.fast(*[name for name in ABLE if name != "gralora"])

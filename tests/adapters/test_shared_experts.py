@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_mixtral import MIXTRAL, moved
 
 from peft_jax.adapters import (
     METHODS,
@@ -16,6 +17,7 @@ from peft_jax.adapters import (
     approximate_by_lora,
     trainable_table,
 )
+from peft_jax.adapters.shared_experts import SharedByExperts
 from peft_jax.core import SHARED, flatten, grouped_linear, linear, unflatten
 from peft_jax.hub import load_adapter, save_adapter
 from peft_jax.models import build_model
@@ -23,18 +25,6 @@ from peft_jax.models.model import quantize_params
 from peft_jax.optim.matrices import MATRIX, kind_of
 from peft_jax.parallel import LogicalAxisRules, MeshSettings, make_mesh, on_mesh, sharding_tree
 
-MIXTRAL = {
-    "model_type": "mixtral",
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "initializer_range": 0.2,
-}
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 DOWN = ("layers", "mlp", "experts", "down_proj", "kernel")
 SETTINGS = {
@@ -90,15 +80,6 @@ def mixtral():
 @pytest.fixture
 def tokens():
     return jnp.asarray(np.random.default_rng(0).integers(1, 61, (8, 8)), jnp.int32)
-
-
-def moved(state, scale=0.05):
-    """Returns the state with noise added to every trainable array."""
-    generator = np.random.default_rng(1)
-    noise = jax.tree.map(
-        lambda x: jnp.asarray(scale * generator.standard_normal(x.shape), x.dtype), state.trainable
-    )
-    return dataclasses.replace(state, trainable=jax.tree.map(jnp.add, state.trainable, noise))
 
 
 def started(spec, mixtral, tokens):
@@ -282,6 +263,15 @@ def test_every_method_is_shared_or_rejected_by_name(mixtral):
             continue
         with pytest.raises(ValueError, match=name):
             AdapterSpec(make(name), target_modules=EXPERTS, share_experts=True).targets(params)
+
+
+def test_a_method_that_reads_its_base_says_that_it_cannot_be_shared(mixtral):
+    _, params = mixtral
+    method = SharedByExperts(of=METHODS["hira"](rank=2))
+    arrays = method.prepare(*method.init(jax.random.key(0), (16, 32)))
+    kernels = flatten(params)[DOWN][0]
+    with pytest.raises(ValueError, match="reads its base"):
+        method.project_groups(jnp.ones((4, 16)), kernels, arrays, jnp.array([1, 1, 1, 1]))
 
 
 def test_two_kinds_of_adapters_do_not_nest(mixtral):

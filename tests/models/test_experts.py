@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_mixtral import MIXTRAL
 
 from peft_jax.adapters import AdapterSpec, LoRA
 from peft_jax.convert import convert_checkpoint
@@ -19,18 +20,6 @@ from peft_jax.models import build_model
 from peft_jax.models.model import quantize_params
 from peft_jax.parallel import LogicalAxisRules, MeshSettings, make_mesh, on_mesh, sharding_tree
 
-MIXTRAL = {
-    "model_type": "mixtral",
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "initializer_range": 0.2,
-}
 QWEN3_MOE = MIXTRAL | {"model_type": "qwen3_moe", "moe_intermediate_size": 16, "head_dim": 8}
 
 SIZES = {

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_mixtral import MIXTRAL
 
 from peft_jax.adapters import AdapterSpec, LoRA
 from peft_jax.core import flatten, grouped_linear, unflatten
@@ -22,18 +23,6 @@ from peft_jax.parallel import (
     sharding_tree,
 )
 
-MIXTRAL = {
-    "model_type": "mixtral",
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "initializer_range": 0.2,
-}
 MODELS = {
     "mixtral": MIXTRAL,
     "qwen3_moe": MIXTRAL
