@@ -1,4 +1,4 @@
-"""Benchmarks a GPU: kernels, attention, training steps and generation.
+"""Benchmarks a GPU: kernels, attention, experts, training steps and generation.
 
     python -m benchmarks.gpu
 
@@ -7,6 +7,7 @@ It first checks each kernel against its reference, at several shapes. Then it ti
 - A copy of activations, and the rotation and the unitary product in each implementation. The result
   is the share of the copy's bandwidth, counting one read and one write of the activations.
 - Attention in each implementation, forward and with gradients.
+- The grouped products of a mixture of experts, relative to one dense product of as many operations.
 - Training steps in bfloat16, compared with Hugging Face PEFT on the same GPU (which needs torch
   with CUDA): LoRA, BOFT and full fine-tuning of a Llama of 1.1 billion parameters, the hybrid, LoRA
   over an int8 base model, and LoRA at the widths of Llama 3 8B. The steps of a group run in turn.
@@ -16,7 +17,7 @@ It first checks each kernel against its reference, at several shapes. Then it ti
 
 `--only` selects parts. Some figures have a target, and the exit code is 1 if one is missed.
 `--on_cpu` tries the benchmark on a CPU, where no figure has a target. Use few tokens there
-(`--tokens 256 --widths 512 --only kernels`).
+(`--tokens 256 --widths 512 --experts 8x64x64 --only kernels experts`).
 """
 
 import argparse
@@ -38,6 +39,7 @@ import numpy as np
 
 from benchmarks import small_llama
 from benchmarks.compare import Comparison, Side, run_in_turn, table
+from benchmarks.experts import DENSE, check_grouped_products, grouped_products
 from kernels_pallas.block_rotation import block_rotation
 from kernels_pallas.block_rotation import reference as rotation_reference
 from kernels_pallas.dispatch import KernelError
@@ -52,7 +54,7 @@ from peft_jax.models.fused_attention import fused_attention
 from peft_jax.runtime import exits
 from peft_jax.runtime.flags import Arguments
 
-PARTS = ("kernels", "attention", "steps", "generation")
+PARTS = ("kernels", "attention", "experts", "steps", "generation")
 """Parts of the benchmark, in order."""
 BLOCK_SIZE = 16
 SHARE_OF_COPY = 0.8
@@ -339,6 +341,30 @@ def _attention_runs(name: str, sizes: tuple[int, ...], *, packed: bool) -> tuple
     return _compiled(attend, query, key, value), both
 
 
+def measure_experts(options: argparse.Namespace, report: Report) -> None:
+    """Measures grouped products, after checking their results."""
+    for groups, d_in, d_out in options.experts:
+        rows = max(options.tokens)
+        check_grouped_products(groups, rows, d_in, d_out)
+        seconds = time_in_turn(
+            {
+                name: (_compiled(function, *arrays), 0)
+                for name, (function, arrays) in grouped_products(groups, rows, d_in, d_out).items()
+            },
+            options.rounds,
+            options.repeats,
+        )
+        for name, spent in seconds.items():
+            ratio = spent / seconds[DENSE]
+            report.judge(
+                Figure(
+                    f"{rows} rows, {groups} kernels of {d_in} x {d_out}, {name}",
+                    f"{1e3 * spent:.3f} ms, {ratio:.1f} of the dense product",
+                    ratio,
+                )
+            )
+
+
 def measure_steps(options: argparse.Namespace, report: Report) -> None:
     """Measures training steps, and compares them."""
     chip = find_chip(jax.devices()[0].device_kind)
@@ -411,6 +437,14 @@ def main() -> int:
         "--widths", type=int, nargs="+", default=[4096, 14336], help="their numbers of features"
     )
     parser.add_argument(
+        "--experts",
+        type=_three_sizes,
+        nargs="+",
+        default=[(8, 2048, 4096), (64, 2048, 1024)],
+        metavar="GROUPSxINxOUT",
+        help="sizes of grouped products, each of the largest number of tokens",
+    )
+    parser.add_argument(
         "--rounds", type=int, default=7, help="rounds, in each of which all take one turn"
     )
     parser.add_argument("--repeats", type=int, default=20, help="calls in a turn")
@@ -433,9 +467,18 @@ def main() -> int:
     return int(platform == "gpu" and any(figure.met is False for figure in report.figures))
 
 
+def _three_sizes(text: str) -> tuple[int, int, int]:
+    try:
+        groups, d_in, d_out = map(int, text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not GROUPSxINxOUT, as in 8x2048x4096")
+    return groups, d_in, d_out
+
+
 MEASURES = {
     "kernels": measure_kernels,
     "attention": measure_attention,
+    "experts": measure_experts,
     "steps": measure_steps,
     "generation": measure_generation,
 }
