@@ -471,7 +471,8 @@ def _three_sizes(text: str) -> tuple[int, int, int]:
     try:
         groups, d_in, d_out = map(int, text.split("x"))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not GROUPSxINxOUT, as in 8x2048x4096")
+        message = f"{text!r} is not GROUPSxINxOUT, as in 8x2048x4096"
+        raise argparse.ArgumentTypeError(message) from None
     return groups, d_in, d_out
 
 

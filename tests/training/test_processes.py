@@ -35,6 +35,7 @@ class Processes:
         count: int,
         devices: int,
         of_the_last: Sequence[str] = (),
+        preempted_after: int | None = None,
     ):
         with socket.socket() as free:
             free.bind(("localhost", 0))
@@ -46,6 +47,12 @@ class Processes:
             "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
             "JAX_NUM_PROCESSES": str(count),
         }
+        if preempted_after is not None:
+            environment |= {
+                "PREEMPTED_AFTER": str(preempted_after),
+                "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(ROOT)]),
+            }
+            flags = [*flags, "--import=preempted"]
         self.processes = [
             subprocess.Popen(
                 [
@@ -227,9 +234,7 @@ def test_preempted_run_resumes_with_any_number_of_processes(flags, tmp_path):
         assert one.finish()[0][0] == 0
     for count, mesh, step in ((2, {}, 3), (1, {"parallel.fsdp": 4}, 12)):
         given = flags(broken, steps, **{"checkpoint.every": 0, **mesh})
-        with Processes(given, count, devices=4 // count) as some:
-            some.wait_for(broken / "metrics.jsonl", step)
-            some.processes[-1].send_signal(signal.SIGTERM)
+        with Processes(given, count, devices=4 // count, preempted_after=step) as some:
             ended = some.finish()
         assert [code for code, _, _ in ended] == [143] * count, ended
         assert "stopped by a signal after step" in ended[0][2]
