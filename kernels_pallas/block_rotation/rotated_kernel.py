@@ -6,7 +6,6 @@ lie block by block already. Activations must be reordered for a batched product 
 takes a CPU longer than the rotation itself.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -43,9 +42,9 @@ def prefer_rotated_kernel(
     platform that `target_platform` returns, and affects speed alone.
     """
     tokens = x.size // max(x.shape[-1], 1)
-    mesh, platform = jax.sharding.get_abstract_mesh(), target_platform()
-    if any(size > 1 and kind is not AxisType.Manual for size, kind in _axes(mesh)):
+    if is_partitioned():
         return False
+    platform = target_platform()
     columns_per_token = COLUMNS_PER_TOKEN.get(platform)
     faster = (
         columns_per_token is not None
@@ -60,9 +59,13 @@ def prefer_rotated_kernel(
     return faster
 
 
-def _axes(mesh: Any) -> Iterable[tuple[int, AxisType]]:
-    """Returns the size and the type of each axis of a mesh."""
-    return () if mesh.empty else zip(mesh.shape.values(), mesh.axis_types, strict=True)
+def is_partitioned() -> bool:
+    """Returns whether the compiler may shard arrays: several devices outside `jax.shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return False
+    axes = zip(mesh.shape.values(), mesh.axis_types, strict=True)
+    return any(size > 1 and kind is not AxisType.Manual for size, kind in axes)
 
 
 @jax.custom_vjp
@@ -85,12 +88,14 @@ def rotated_kernel_product(
     Returns:
       [..., d_out] in the dtype of `x`.
     """
-    return jnp.matmul(x, _rotate(blocks, kernel).astype(x.dtype))
+    return jnp.matmul(x, rotate_kernel(blocks, kernel).astype(x.dtype))
 
 
 @jax.named_scope("rotation")
-def _rotate(blocks: Array, kernel: Array) -> Array:
-    """Returns blockdiag(blocks) W, [d_in, d_out] float32."""
+def rotate_kernel(
+    blocks: Float[Array, "n B B"], kernel: Float[Array, "d_in d_out"]
+) -> Float[Array, "d_in d_out"]:
+    """Returns blockdiag(blocks) W in float32."""
     if size := _matrix_size(blocks):
         blocks = to_matrices(blocks, size, kernel.shape[0], blocks.dtype)
     rows = kernel.reshape(*blocks.shape[:2], kernel.shape[-1]).astype(blocks.dtype)
@@ -98,8 +103,16 @@ def _rotate(blocks: Array, kernel: Array) -> Array:
 
 
 @jax.named_scope("rotation")
-def _overlaps(x: Array, dx: Array, blocks: Array) -> Float[Array, "n B B"]:
-    """Returns the blocks on the diagonal of xᵀ dx, summed over tokens, in float32."""
+def block_overlaps(
+    x: Float[Array, "*batch d_in"], dx: Float[Array, "*batch d_in"], blocks: Float[Array, "n B B"]
+) -> Float[Array, "n B B"]:
+    """Returns the blocks on the diagonal of xᵀ dx, summed over tokens, in float32.
+
+    Args:
+      x: Activations.
+      dx: Their gradient.
+      blocks: Blocks whose sizes the result has.
+    """
     if not (size := _matrix_size(blocks)):
         return jax.lax.dot_general(
             by_block(x, blocks),
@@ -134,15 +147,15 @@ def _backward(residuals: tuple[Any, ...], dy: Any) -> tuple[Any, ...]:
     if isinstance(dy, SymbolicZero):
         return None, None, None
     # Recomputed, because keeping it would cost the kernel's memory again in every layer.
-    rotated = _rotate(blocks, kernel).astype(x.dtype)
+    rotated = rotate_kernel(blocks, kernel).astype(x.dtype)
     dx = jax.lax.dot_general(dy, rotated, (((dy.ndim - 1,), (1,)), ((), ())))
     # With g the gradient of x R, dblocks = xᵀ g and dx = g Rᵀ, so xᵀ dx = dblocks Rᵀ.
-    dblocks = jnp.matmul(_overlaps(x, dx, blocks), blocks).astype(blocks.dtype)
+    dblocks = jnp.matmul(block_overlaps(x, dx, blocks), blocks).astype(blocks.dtype)
     dkernel = None
     if kernel_is_trainable:
         rows, columns = (a.reshape(-1, a.shape[-1]) for a in (x, dy))
         drotated = jax.lax.dot_general(rows, columns, (((0,), (0,)), ((), ())))
-        dkernel = _rotate(jnp.swapaxes(blocks, -1, -2), drotated).astype(kernel.dtype)
+        dkernel = rotate_kernel(jnp.swapaxes(blocks, -1, -2), drotated).astype(kernel.dtype)
     return dx, dblocks, dkernel
 
 

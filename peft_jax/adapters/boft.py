@@ -32,6 +32,9 @@ from peft_jax.core.validation import check_fraction, check_positive_int
 
 MOST_FACTORS = 32
 
+SMALLEST_SCALE = 1e-28
+"""Magnitude that a smaller scale of an output counts as. Its product with an output is no zero."""
+
 MAX_COMPOSED_BLOCK = 256
 """Maximum size of blocks that are composed from the factors once per step.
 
@@ -162,7 +165,7 @@ class BOFT(AdapterMethod):
     ) -> Float[Array, "*batch d_out"]:
         """Returns ((x M) W) ⊙ scale."""
         del dropout_key
-        return self._rotated_product(x, base, arrays) * arrays["scale"].astype(x.dtype)
+        return scale_outputs(self._rotated_product(x, base, arrays), arrays["scale"])
 
     def _rotated_product(
         self, x: Float[Array, "*batch d_in"], base: Kernel, arrays: Arrays
@@ -212,6 +215,42 @@ class BOFT(AdapterMethod):
     def peft_forms(cls) -> tuple[type[PeftForm], ...]:
         """Returns the form of separate factors."""
         return (BOFTForm,)
+
+
+@jax.custom_vjp
+def scale_outputs(
+    y: Float[Array, "*batch d_out"], scale: Float[Array, " d_out"]
+) -> Float[Array, "*batch d_out"]:
+    """Returns y ⊙ scale in the dtype of `y`.
+
+    The gradient of the scale divides the result by the scale, so that `y` is not kept: the result's
+    reader, such as a nonlinearity, often keeps that anyway. A scale nearer to zero than
+    `SMALLEST_SCALE` counts as that.
+    """
+    return y * _without_zeros(scale, y)
+
+
+def _without_zeros(scale: Array, y: Array) -> Float[Array, " d_out"]:
+    """Returns the scale in the dtype of `y`, without zeros."""
+    scale = scale.astype(y.dtype)
+    least = jnp.asarray(max(SMALLEST_SCALE, jnp.finfo(y.dtype).tiny), y.dtype)
+    return jnp.where(jnp.abs(scale) < least, jnp.copysign(least, scale), scale)
+
+
+def _scale_forward(y: Array, scale: Array) -> tuple[Array, tuple[Array, Array]]:
+    scaled = scale_outputs(y, scale)
+    return scaled, (scaled, scale)
+
+
+def _scale_backward(kept: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    scaled, scale = kept
+    used = _without_zeros(scale, scaled)
+    y = scaled.astype(jnp.float32) / used.astype(jnp.float32)
+    dscale = jnp.sum(g.astype(jnp.float32) * y, axis=tuple(range(g.ndim - 1)))
+    return g * used, dscale.astype(scale.dtype)
+
+
+scale_outputs.defvjp(_scale_forward, _scale_backward)
 
 
 BOFT_SETTINGS = PeftSettings(

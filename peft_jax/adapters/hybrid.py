@@ -13,8 +13,9 @@ from peft_jax.adapters.lora import LoRA
 from peft_jax.adapters.lora_ga import LoRAGA
 from peft_jax.adapters.method import AdapterMethod, Arrays, Axes, GradientFactors
 from peft_jax.adapters.names import matches_name
+from peft_jax.adapters.summed_kernel import prefer_summed_kernel, rotated_kernel_sum_product
 from peft_jax.adapters.unitary import Unitary
-from peft_jax.core import Kernel, did_you_mean
+from peft_jax.core import Kernel, did_you_mean, name_product
 from peft_jax.core.validation import check_choice
 
 LOW_RANK = "low_rank"
@@ -177,8 +178,19 @@ class Hybrid(AdapterMethod):
         dropout_key: jax.Array | None = None,
     ) -> Float[Array, "*batch d_out"]:
         """Returns the rotated projection plus the low-rank term of the unrotated input."""
-        rotated = self.rotation_method.project(x, base, arrays[ROTATION], dropout_key=dropout_key)
-        return rotated + self.low_rank_method.low_rank(x, arrays[LOW_RANK], dropout_key=dropout_key)
+        low, rotation = arrays[LOW_RANK], arrays[ROTATION]
+        if (
+            "blocks" in rotation
+            and self.low_rank_method.sums_kernels(dropout_key)
+            and prefer_summed_kernel(x, base)
+        ):
+            return name_product(
+                rotated_kernel_sum_product(
+                    x, rotation["blocks"], base, rotation["scale"], low["a"], low["b"]
+                )
+            )
+        rotated = self.rotation_method.project(x, base, rotation, dropout_key=dropout_key)
+        return rotated + self.low_rank_method.low_rank(x, low, dropout_key=dropout_key)
 
     def merge(self, base: Float[Array, "d_in d_out"], arrays: Arrays) -> Float[Array, "d_in d_out"]:
         """Returns the rotated kernel plus the low-rank product."""

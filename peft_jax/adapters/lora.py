@@ -27,7 +27,8 @@ from peft_jax.adapters.peft_form import (
     plain_number,
     setting,
 )
-from peft_jax.core import Kernel, grouped_linear, linear
+from peft_jax.adapters.summed_kernel import prefer_summed_kernel, summed_kernel_product
+from peft_jax.core import Kernel, grouped_linear, linear, name_product
 from peft_jax.core.scopes import part
 from peft_jax.core.validation import check_fraction, check_positive, check_positive_int
 
@@ -188,8 +189,18 @@ class LoRA(AdapterMethod):
         *,
         dropout_key: jax.Array | None = None,
     ) -> Float[Array, "*batch d_out"]:
-        """Returns x W + (x A)(s B)."""
+        """Returns x W + (x A)(s B), as x (W + A (s B)) if that is faster."""
+        if self.sums_kernels(dropout_key) and prefer_summed_kernel(x, base):
+            return name_product(summed_kernel_product(x, base, arrays["a"], arrays["b"]))
         return linear(x, base) + self.low_rank(x, arrays, dropout_key=dropout_key)
+
+    def sums_kernels(self, dropout_key: jax.Array | None) -> bool:
+        """Returns whether A B may be added to the kernel: A has the kernel's inputs, none dropped.
+
+        A subclass with a product of its own, such as one that keeps no inputs, does not.
+        """
+        own = type(self).low_rank is LoRA.low_rank and type(self).product is LoRA.product
+        return own and (dropout_key is None or self.dropout == 0)
 
     def project_groups(
         self,

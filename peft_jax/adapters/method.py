@@ -344,7 +344,10 @@ class AdapterMethod(TrainingMethod, abc.ABC):
         *,
         dropout_key: jax.Array | None = None,
     ) -> Float[Array, "*batch d_out"]:
-        """Returns the adapted linear map of activations, without an array of the kernel's size."""
+        """Returns the adapted linear map of activations.
+
+        It makes no array of the kernel's size, unless its inputs and outputs are larger.
+        """
 
     @abc.abstractmethod
     def merge(self, base: Float[Array, "d_in d_out"], arrays: Arrays) -> Float[Array, "d_in d_out"]:

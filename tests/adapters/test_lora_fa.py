@@ -8,9 +8,10 @@ from peft_jax.adapters import LoRA, LoRAFA
 from peft_jax.core import AdaptedKernel, linear
 
 
-@pytest.mark.parametrize(("method", "kept"), [(LoRAFA(rank=3), False), (LoRA(rank=3), True)])
+@pytest.mark.parametrize(("method", "kept"), [(LoRAFA(rank=2), False), (LoRA(rank=2), True)])
 def test_the_input_is_kept_for_the_gradient_of_a_only(method, kept, key):
-    x, kernel = jnp.ones((7, 12)), jnp.ones((12, 5))
+    # With more tokens, A B is added to the kernel, which keeps only x for LoRA.
+    x, kernel = jnp.ones((3, 12)), jnp.ones((12, 5))
     trainable, constant = method.init(key, kernel.shape)
 
     def apply(trainable):
@@ -20,4 +21,4 @@ def test_the_input_is_kept_for_the_gradient_of_a_only(method, kept, key):
     _, pull = jax.vjp(apply, trainable)
     shapes = {leaf.shape for leaf in jax.tree.leaves(pull)}
     assert (x.shape in shapes) == kept
-    assert (7, 3) in shapes
+    assert (3, 2) in shapes
