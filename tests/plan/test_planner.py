@@ -104,7 +104,11 @@ def test_activations_count_where_they_lie(tmp_path):
 
 
 def test_frozen_kernels_take_two_products_and_trainable_ones_three(tmp_path):
-    """Per token: 4 N and LoRA's 6 r (d_in + d_out) for an adapter, 6 N for full fine-tuning."""
+    """Per token: 4 N for an adapter, 6 N for full fine-tuning.
+
+    LoRA's gradients take 4 r (d_in + d_out) a token, and adding A B to a kernel, forwards and
+    backwards, 4 r d_in d_out.
+    """
     counts = {}
     for method in ("lora", "full"):
         config = small(tmp_path, method)
@@ -115,11 +119,13 @@ def test_frozen_kernels_take_two_products_and_trainable_ones_three(tmp_path):
     numbers = sum(math.prod(shape) for shape in kernels.values())
     tokens = 8 * 32
     adapted = [shape for path, shape in kernels.items() if path[0] == "layers"]
-    lora = sum(6 * 4 * layers * (d_in + d_out) for layers, d_in, d_out in adapted)
+    lora = sum(
+        4 * 4 * layers * (tokens * (d_in + d_out) + d_in * d_out) for layers, d_in, d_out in adapted
+    )
     attention = 12 * 2 * 32 * 32
-    assert counts["lora"].total == tokens * (4 * numbers + lora + attention)
+    assert counts["lora"].total == tokens * (4 * numbers + attention) + lora
     assert counts["full"].total == tokens * (6 * numbers + attention)
-    assert counts["lora"].adapters == tokens * lora
+    assert counts["lora"].adapters == lora
     assert counts["full"].adapters == 0
     assert counts["lora"].computed == counts["lora"].total
 
