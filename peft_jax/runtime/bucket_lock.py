@@ -24,6 +24,8 @@ from peft_jax.runtime.files import locked, write_text
 OWNER = "owner.json"
 
 BEAT_SECONDS = 10.0
+RESPONSE_SECONDS = 10.0
+"""Seconds after which a request to the bucket counts as failed."""
 PATIENCE_SECONDS = 40.0
 """Seconds without a change after which an owner counts as dead."""
 
@@ -112,10 +114,10 @@ class BucketLock:
         self._leaving.set()
         self._thread.join()
         with contextlib.suppress(StorageError):
-            content, generation = self._bucket.read_version(OWNER, timeout=BEAT_SECONDS)
+            content, generation = self._bucket.read_version(OWNER, timeout=RESPONSE_SECONDS)
             # Read first, because TensorStore deletes without conditions from S3.
             if content is not None and _parse(content).get("token") == self._token:
-                self._bucket.write_if(OWNER, None, generation, timeout=BEAT_SECONDS)
+                self._bucket.write_if(OWNER, None, generation, timeout=RESPONSE_SECONDS)
 
     def _wait_until_stale(
         self, owner: dict[str, Any], generation: Generation, say: Callable[[str], None]
@@ -163,11 +165,11 @@ class BucketLock:
 
     def _beat(self) -> None:
         written = self._bucket.write_if(
-            OWNER, self._record(), self._generation, timeout=BEAT_SECONDS
+            OWNER, self._record(), self._generation, timeout=RESPONSE_SECONDS
         )
         if written is None:
             # A write without a response may have been made.
-            content, written = self._bucket.read_version(OWNER, timeout=BEAT_SECONDS)
+            content, written = self._bucket.read_version(OWNER, timeout=RESPONSE_SECONDS)
             self.is_lost = content is None or _parse(content).get("token") != self._token
         self._generation = written
 
