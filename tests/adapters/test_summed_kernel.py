@@ -51,7 +51,7 @@ def agree(found, wanted) -> None:
         np.testing.assert_allclose(np.asarray(one, np.float64), other, atol=1e-5 * scale, rtol=0)
 
 
-@settings(max_examples=10)
+@settings(max_examples=4)
 @given(SIZES, st.integers(0, 99))
 def test_low_rank_sum_and_its_gradients(sizes, seed):
     rows, n, size, d_out, rank = sizes
@@ -70,7 +70,7 @@ def test_low_rank_sum_and_its_gradients(sizes, seed):
     )
 
 
-@settings(max_examples=10)
+@settings(max_examples=4)
 @given(SIZES, st.integers(0, 99))
 def test_rotated_sum_and_its_gradients(sizes, seed):
     rows, n, size, d_out, rank = sizes
