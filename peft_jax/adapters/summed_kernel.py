@@ -1,9 +1,9 @@
 """Multiplies by a kernel and a low-rank matrix at once, x (W + A B).
 
-Adding (x A) B to the outputs of x W reads and writes them once more, and so do the gradients of the
-inputs. With more tokens than the kernel has numbers per input and output, adding A B to the kernel
-moves less memory. The sum is computed again for the gradients, because keeping it would take the
-kernel's memory again in every layer.
+Adding (x A) B to the outputs of x W reads and writes them once more, and adding a gradient to that
+of the inputs does the same. Where inputs and outputs together have more numbers than the kernel,
+adding A B to the kernel moves less memory. The sum is computed again for the gradients, because
+keeping it would take the kernel's memory again in every layer.
 
 This is for float32 on a CPU. An accelerator rounds the sum to 16 bits before it multiplies, and so
 loses changes of the kernel that are small beside it.
