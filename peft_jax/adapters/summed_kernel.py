@@ -80,7 +80,7 @@ def rotated_kernel_sum_product(
 
 @part("low_rank")
 def _sum(kernel: Array, a: Array, b: Array) -> Float[Array, "d_in d_out"]:
-    return kernel + jnp.matmul(a, b).astype(kernel.dtype)
+    return kernel + jnp.matmul(a.astype(kernel.dtype), b.astype(kernel.dtype))
 
 
 def _rotated_sum(
@@ -103,8 +103,8 @@ def _factor_gradients(
     """Returns the gradients of A and B."""
     x, dy = (rows.reshape(-1, rows.shape[-1]) for rows in (x, dy))
     # A CPU transposes x unless the thin product is transposed; see `low_rank_product`.
-    da_t = jax.lax.optimization_barrier(jnp.matmul(jnp.matmul(dy, b.T).T, x))
-    db = jnp.matmul(jnp.matmul(x, a).T, dy)
+    da_t = jax.lax.optimization_barrier(jnp.matmul(jnp.matmul(dy, b.T.astype(x.dtype)).T, x))
+    db = jnp.matmul(jnp.matmul(x, a.astype(x.dtype)).T, dy)
     return da_t.T.astype(a.dtype), db.astype(b.dtype)
 
 

@@ -109,6 +109,13 @@ def test_rotated_sum_and_its_gradients(sizes, seed):
     )
 
 
+def test_factors_of_another_dtype_are_cast():
+    x, w, a, b = (jnp.ones(shape) for shape in ((5, 8), (8, 3), (8, 2), (2, 3)))
+    y, pull = jax.vjp(summed_kernel_product, x, w, a.astype(jnp.bfloat16), b.astype(jnp.bfloat16))
+    np.testing.assert_allclose(y, x @ (w + a @ b))
+    assert [gradient.dtype.name for gradient in pull(y)] == ["float32"] * 2 + ["bfloat16"] * 2
+
+
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_a_scale_of_zero_has_a_gradient(sign):
     x, blocks, w, b, g = numbers(0, (40, 8), (2, 4, 4), (8, 3), (2, 3), (40, 3))
