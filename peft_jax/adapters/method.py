@@ -162,7 +162,7 @@ class AdapterMethod(TrainingMethod, abc.ABC):
     `peft_jax.core.kernel.TableMethod`, and `init` is given the embedding as `kernel`."""
 
     spans_groups: ClassVar[bool] = False
-    """Whether one set of arrays adapts all kernels of a group, such as the experts of a layer."""
+    """True if all kernels of a group, such as the experts of a layer, share one set of arrays."""
 
     maps_input: ClassVar[bool] = False
     """Whether `project` maps the input before it multiplies by the base kernel. The gradient of the

@@ -31,7 +31,7 @@ class GroupedMethod(Protocol):
     """Interface of an adapter method that can be bound to the kernels of groups."""
 
     spans_groups: bool
-    """Whether the arrays have no axis of groups, because all groups share them."""
+    """True if all groups share the arrays, which then have no axis of groups."""
 
     def project_groups(
         self,
