@@ -26,6 +26,7 @@ from peft_jax.adapters.peft_form import (
     Shapes,
     setting,
 )
+from peft_jax.adapters.summed_kernel import away_from_zero
 from peft_jax.core import Kernel, linear, name_product
 from peft_jax.core.scopes import part
 from peft_jax.core.validation import check_fraction, check_positive_int
@@ -232,9 +233,8 @@ def scale_outputs(
 
 def _without_zeros(scale: Array, y: Array) -> Float[Array, " d_out"]:
     """Returns the scale in the dtype of `y`, without zeros."""
-    scale = scale.astype(y.dtype)
-    least = jnp.asarray(max(SMALLEST_SCALE, jnp.finfo(y.dtype).tiny), y.dtype)
-    return jnp.where(jnp.abs(scale) < least, jnp.copysign(least, scale), scale)
+    least = max(SMALLEST_SCALE, float(jnp.finfo(y.dtype).tiny))
+    return away_from_zero(scale.astype(y.dtype), least)
 
 
 def _scale_forward(y: Array, scale: Array) -> tuple[Array, tuple[Array, Array]]:

@@ -20,6 +20,7 @@ from kernels_pallas.block_rotation import block_overlaps, is_partitioned, rotate
 from kernels_pallas.dispatch import resolve
 from kernels_pallas.target_device import target_platform
 from peft_jax.core import Kernel
+from peft_jax.core.kernel import gradient_of_kernel
 from peft_jax.core.scopes import part
 
 SMALLEST_SCALE = 1e-6
@@ -75,7 +76,9 @@ def rotated_kernel_sum_product(
       a: A [d_in, rank].
       b: B [rank, d_out].
     """
-    return jnp.matmul(x, _rotated_sum(x, blocks, kernel, _away_from_zero(scale), a, b))
+    return jnp.matmul(
+        x, _rotated_sum(x, blocks, kernel, away_from_zero(scale, SMALLEST_SCALE), a, b)
+    )
 
 
 @part("low_rank")
@@ -89,11 +92,10 @@ def _rotated_sum(
     return _sum((rotate_kernel(blocks, kernel) * scale).astype(x.dtype), a, b)
 
 
-def _away_from_zero(scale: Array) -> Float[Array, " d_out"]:
-    """Returns the scale, with magnitudes of at least `SMALLEST_SCALE`."""
-    return jnp.where(
-        jnp.abs(scale) < SMALLEST_SCALE, jnp.copysign(SMALLEST_SCALE, scale), scale
-    ).astype(scale.dtype)
+def away_from_zero(scale: Float[Array, " d_out"], least: float) -> Float[Array, " d_out"]:
+    """Returns the scale, with magnitudes of at least `least`."""
+    bound = jnp.asarray(least, scale.dtype)
+    return jnp.where(jnp.abs(scale) < bound, jnp.copysign(bound, scale), scale)
 
 
 @part("low_rank")
@@ -112,11 +114,6 @@ def _gradient_of_rows(dy: Array, kernel: Array) -> Float[Array, "*batch d_in"]:
     return jax.lax.dot_general(dy, kernel, (((dy.ndim - 1,), (1,)), ((), ())))
 
 
-def _gradient_of_kernel(x: Array, dy: Array, kernel: Array) -> Float[Array, "d_in d_out"]:
-    x, dy = (rows.reshape(-1, rows.shape[-1]) for rows in (x, dy))
-    return jnp.matmul(x.T, dy).astype(kernel.dtype)
-
-
 def _forward(x: Any, kernel: Any, a: Any, b: Any) -> tuple[Array, tuple[Any, ...]]:
     arrays = x.value, kernel.value, a.value, b.value
     return summed_kernel_product(*arrays), (*arrays, x.perturbed or None, kernel.perturbed or None)
@@ -128,7 +125,7 @@ def _backward(kept: tuple[Any, ...], dy: Any) -> tuple[Any, ...]:
         return None, None, None, None
     summed = _sum(kernel.astype(x.dtype), a, b)
     dx = _gradient_of_rows(dy, summed) if x_varies else None
-    dkernel = _gradient_of_kernel(x, dy, kernel) if kernel_varies else None
+    dkernel = gradient_of_kernel(x, dy).astype(kernel.dtype) if kernel_varies else None
     return dx, dkernel, *_factor_gradients(x, dy, a, b)
 
 
@@ -147,7 +144,7 @@ def _rotated_backward(kept: tuple[Any, ...], dy: Any) -> tuple[Any, ...]:
     x, blocks, kernel, scale, a, b, y, kernel_varies = kept
     if isinstance(dy, SymbolicZero):
         return (None,) * 6
-    scale = _away_from_zero(scale)
+    scale = away_from_zero(scale, SMALLEST_SCALE)
     dx = _gradient_of_rows(dy, _rotated_sum(x, blocks, kernel, scale, a, b))
     da, db = _factor_gradients(x, dy, a, b)
     # With M the rotation, A's share of dx is (dy Bᵀ) Aᵀ, and so xᵀ dx = dM Mᵀ + dA Aᵀ.
@@ -158,7 +155,7 @@ def _rotated_backward(kept: tuple[Any, ...], dy: Any) -> tuple[Any, ...]:
     dscale = (jnp.sum(dy * y, axis=tokens) - jnp.sum(b * db, axis=0)) / scale
     dkernel = None
     if kernel_varies:
-        drotated = _gradient_of_kernel(x, dy, kernel) * scale
+        drotated = gradient_of_kernel(x, dy) * scale
         dkernel = rotate_kernel(jnp.swapaxes(blocks, -1, -2), drotated).astype(kernel.dtype)
     return dx, dblocks, dkernel, dscale.astype(scale.dtype), da, db
 

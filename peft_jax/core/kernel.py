@@ -179,11 +179,11 @@ def _product_backward(residuals: tuple[Any, Any], dy: Any) -> tuple[Any, Any]:
     if kernel is not None:
         dx = jax.lax.dot_general(dy, kernel, (((dy.ndim - 1,), (1,)), ((), ())))
     if x is not None:
-        dkernel = _gradient_of_kernel(x, dy)
+        dkernel = gradient_of_kernel(x, dy)
     return dx, dkernel
 
 
-def _gradient_of_kernel(
+def gradient_of_kernel(
     x: Float[Array, "*batch d_in"], dy: Float[Array, "*batch d_out"]
 ) -> Float[Array, "d_in d_out"]:
     """Returns xᵀ dy summed over tokens."""
