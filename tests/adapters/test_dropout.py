@@ -88,6 +88,7 @@ def adapted(request, params, x):
     return Adapted(request.param, params, x)
 
 
+@pytest.mark.fast("lora", "dora", "vera", "boft", "hybrid")
 def test_dropout_is_off_without_a_key(adapted):
     expected = adapted.outputs(adapted.moved, spec_name="plain")
     np.testing.assert_array_equal(adapted.outputs(adapted.moved), expected)
@@ -105,6 +106,7 @@ def test_key_determines_the_dropped_values(adapted, key):
     assert not np.allclose(adapted.outputs(adapted.moved, jax.random.fold_in(key, 1)), once)
 
 
+@pytest.mark.fast("lora", "dora", "vera", "boft", "hybrid")
 def test_layers_drop_different_values(adapted, key, params):
     same = jax.tree.map(lambda leaf: jnp.stack([leaf[0]] * LAYERS), (params, adapted.moved))
     bound = adapted.spec.bind(*same, dropout_key=key)

@@ -42,7 +42,7 @@ def tokens():
     return jnp.asarray(np.random.default_rng(0).integers(1, 61, (8, 8)), jnp.int32)
 
 
-@pytest.mark.fast(*[name for name in ABLE if name != "gralora"])
+@pytest.mark.fast("lora", "pissa", "adalora")
 @pytest.mark.parametrize("name", ABLE)
 def test_each_expert_is_adapted_as_a_kernel_of_its_own(name, mixtral):
     _, params = mixtral
@@ -58,8 +58,7 @@ def test_each_expert_is_adapted_as_a_kernel_of_its_own(name, mixtral):
         np.testing.assert_allclose(found[own], rows[own] @ merged[expert], atol=1e-5)
 
 
-@pytest.mark.fast("lora", "pissa")
-@pytest.mark.fast(*[name for name in ABLE if name != "gralora"])
+@pytest.mark.fast("lora", "pissa", "adalora")
 @pytest.mark.parametrize("name", ABLE)
 def test_the_start_changes_nothing(name, mixtral, tokens):
     model, params = mixtral

@@ -44,6 +44,7 @@ BASES = {
 }
 
 
+@pytest.mark.fast("hira-plain", "hira-nf4", "shira-plain", "shira-w8a8")
 @pytest.mark.parametrize("kind", BASES)
 def test_pieces_agree_with_the_merged_kernel(kind, method, small_pieces):
     base, x, arrays = BASES[kind](random(1, D_IN, D_OUT)), random(2, TOKENS, D_IN), None
@@ -58,6 +59,7 @@ def test_pieces_agree_with_the_merged_kernel(kind, method, small_pieces):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.fast("shira")
 def test_gradients_of_pieces_agree_with_those_of_the_whole(method, small_pieces):
     w, x, arrays = random(1, D_IN, D_OUT), random(2, TOKENS, D_IN), make_arrays(method)
     train = {name: array for name, array in arrays.items() if array.dtype == jnp.float32}

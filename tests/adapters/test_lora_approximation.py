@@ -37,7 +37,7 @@ def differences(spec, params, state):
     }
 
 
-@pytest.mark.fast("unitary-3", "hybrid-3")
+@pytest.mark.fast("hybrid-3")
 @pytest.mark.parametrize(
     ("method", "rank"),
     [(HYBRID, 3), (HYBRID, 24), (BOFT(block_size=2), 3), (Unitary(), 3)],

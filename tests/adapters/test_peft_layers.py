@@ -177,6 +177,30 @@ def assert_close(found: Any, expected: np.ndarray) -> None:
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * max(size, 1.0))
 
 
+@pytest.mark.fast(
+    "lora",
+    "dora",
+    "dora without a bias",
+    "lora_fa",
+    "vera",
+    "randlora of a narrow kernel",
+    "fourierft",
+    "shira",
+    "adalora",
+    "pissa",
+    "olora",
+    "loha",
+    "lokr",
+    "gralora",
+    "hira",
+    "miss",
+    "miss with padding",
+    "ia3*",
+    "oft",
+    "oft exact",
+    "oft shared",
+    "hra",
+)
 def test_layer_agrees_with_peft(layers: Layers, key: jax.Array) -> None:
     x = jax.random.normal(key, (TOKENS, layers.case.d_in))
     found = layers.apply(layers.trainable, x)
@@ -192,6 +216,25 @@ def test_merged_kernel_agrees_with_peft(layers: Layers) -> None:
     assert_close(merged, expected)
 
 
+@pytest.mark.fast(
+    "lora",
+    "dora",
+    "lora_fa",
+    "vera",
+    "adalora",
+    "pissa",
+    "loha",
+    "lokr",
+    "gralora",
+    "hira",
+    "miss",
+    "ia3 of inputs",
+    "oft",
+    "oft exact",
+    "hra",
+    "randlora of a narrow kernel",
+    "shira",
+)
 def test_gradients_agree_with_peft(layers: Layers, key: jax.Array) -> None:
     x, cotangent = (
         jax.random.normal(jax.random.fold_in(key, i), (TOKENS, size))

@@ -87,7 +87,7 @@ def started(spec, mixtral, tokens):
     return spec.init(jax.random.key(1), params, loss_fn=Loss(model), batches=[tokens])
 
 
-@pytest.mark.fast("hybrid")
+@pytest.mark.fast("lora")
 @pytest.mark.parametrize("name", ABLE)
 def test_each_expert_is_adapted_by_the_same_arrays(name, mixtral, tokens):
     model, params = mixtral
@@ -136,6 +136,7 @@ def test_gradients_are_the_sums_of_each_experts(mixtral, tokens):
         np.testing.assert_allclose(value, total, atol=1e-5 * float(jnp.abs(total).max()))
 
 
+@pytest.mark.slow
 def test_a_start_is_from_the_sum_of_the_experts_gradients(mixtral, tokens):
     model, params = mixtral
     spec = AdapterSpec(METHODS["lora_ga"](rank=2), target_modules=EXPERTS, share_experts=True)
@@ -158,7 +159,7 @@ def test_a_quantized_base_is_adapted_too(mixtral, tokens):
     np.testing.assert_allclose(found, forward(spec.merge(params, state), tokens), atol=5e-5)
 
 
-@pytest.mark.fast("lora")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["hybrid", "lora"])
 def test_a_mesh_computes_what_one_device_does(name, mixtral, tokens):
     model, params = mixtral

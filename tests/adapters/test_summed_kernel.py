@@ -161,6 +161,7 @@ def bound(method, key, *, d_in: int = 16, d_out: int = 12):
     return apply, trainable
 
 
+@pytest.mark.fast("lora", "lora_ga")
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_agree_with_the_terms_apart(name, key):
     """An implementation that the caller asks for rotates and adds activations."""

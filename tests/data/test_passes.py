@@ -103,7 +103,7 @@ def test_passes_invert_count_steps(tmp_path, tokenizer, packing):
     assert train.all_checked
 
 
-@pytest.mark.fast("1000000.0")
+@pytest.mark.slow
 @pytest.mark.parametrize("epochs", [1e6, 2e9])
 def test_many_passes_are_extrapolated(tmp_path, tokenizer, epochs):
     train = build(tmp_path, tokenizer, packing_window=5)

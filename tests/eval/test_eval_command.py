@@ -112,6 +112,7 @@ def test_ignored_settings_give_warnings(arguments, capsys, monkeypatch):
     assert "ignores" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_misspelled_task_is_rejected_before_the_harness_loads(arguments, capsys, monkeypatch):
     made = []
 

@@ -89,6 +89,7 @@ def test_one_device_and_eight_agree(loaded, checkpoint, make_model, one_device):
     assert alone.generate_until(asked) == make_model(batch_size=3).generate_until(asked)
 
 
+@pytest.mark.slow
 def test_bound_and_merged_adapters_agree_and_differ_from_the_base(
     checkpoint, mesh, tmp_path, make_model
 ):

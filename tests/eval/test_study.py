@@ -280,6 +280,7 @@ def labeled(study, tmp_path_factory):
     return dataclasses.replace(study.tasks[0], config=config, metric="accuracy")
 
 
+@pytest.mark.slow
 def test_a_language_models_labels_are_measured(study, labeled):
     """Compares choices and calibration with full logits."""
     arm = study.arms[1]

@@ -147,6 +147,7 @@ def test_tokenizer_has_every_word_and_answers_continue_prompts():
     assert whole == f"{prompt} {row['messages'][1]['content']}{tokenizer.eos_token}"
 
 
+@pytest.mark.slow
 @needs_assets
 def test_tokenizer_training_is_reproducible(tmp_path: Path):
     texts = map(str, tiny_world.rows(tiny_world.any_text, count=20_000, seed="train"))

@@ -85,7 +85,9 @@ CONVOLUTIONS = {
 }
 
 
-@pytest.mark.fast("lora-*")
+@pytest.mark.fast(
+    "lora-one axis", "lora-circular", "lora-dilated", "lora-transposed", "lora-two batches"
+)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 @pytest.mark.parametrize("method", [pj.LoRA(rank=2), pj.HRA(rank=2)], ids=lambda m: m.name)
 def test_convolutions_of_every_kind(name, method):
@@ -109,7 +111,12 @@ GENERAL = {
 }
 
 
-@pytest.mark.fast("lora-*")
+@pytest.mark.fast(
+    "lora-several outputs",
+    "lora-inputs in another order",
+    "lora-batches",
+    "lora-einsum with a batch",
+)
 @pytest.mark.parametrize("name", GENERAL)
 @pytest.mark.parametrize("method", [pj.LoRA(rank=2), pj.HRA(rank=2)], ids=lambda m: m.name)
 def test_contractions_of_every_kind(name, method):

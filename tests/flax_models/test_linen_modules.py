@@ -179,6 +179,7 @@ def test_layers_stacked_along_another_axis_are_refused(module, features):
         pj.adapt(module, pj.AdapterSpec(pj.LoRA(rank=3)), variables, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [pj.LoRA(rank=2), pytest.param(pj.HRA(rank=2), marks=pytest.mark.slow)],
@@ -199,6 +200,7 @@ def test_a_convolutional_network_with_batch_norm(method):
     close(again, module.apply({**merged, **changed}, x))
 
 
+@pytest.mark.slow
 def test_dropout_has_a_mask_for_each_key():
     module, x = ScannedEncoder(), jax.random.normal(jax.random.key(3), (2, 5, 8))
     spec = pj.AdapterSpec(pj.LoRA(rank=2, dropout=0.5))

@@ -30,7 +30,7 @@ def transformer():
     return module
 
 
-@pytest.mark.fast("lora-*")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "target_modules"),
     [

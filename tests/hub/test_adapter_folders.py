@@ -160,15 +160,7 @@ def assert_same_bits(found: AdapterState, expected: AdapterState) -> None:
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
 
 
-@pytest.mark.fast(
-    "full-float32",
-    "lora_ga-float32",
-    "dora-bfloat16",
-    "vera-float32",
-    "boft two factors-float32",
-    "unitary-bfloat16",
-    "hybrid-float32",
-)
+@pytest.mark.fast("lora_ga-float32", "dora-bfloat16", "boft two factors-float32", "hybrid-float32")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", SPECS)
 def test_every_method_is_restored_bit_for_bit(

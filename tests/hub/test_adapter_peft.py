@@ -166,13 +166,13 @@ def load_in_peft(base, folder):
 
 
 @pytest.mark.fast(
-    "llama: lora*",
+    "llama: lora patterns",
     "llama: dora",
+    "llama: lora_ga not rank-stabilized",
     "llama: vera",
     "llama: boft two factors",
     "bloom: oft",
-    "bloom: boft",
-    "llama tied: *",
+    "llama tied: lora with trained embedding",
 )
 @pytest.mark.parametrize(
     ("kind", "spec"),
@@ -352,17 +352,7 @@ def save_with_peft(base, folder, config_class, settings):
     return module
 
 
-@pytest.mark.fast(
-    "dora",
-    "boft",
-    "pissa",
-    "oft, exact and shared",
-    "bloom boft",
-    "lokr",
-    "patterns",
-    "tied",
-    "lora",
-)
+@pytest.mark.fast("lora", "dora", "lokr", "oft, exact and shared", "bloom boft", "tied")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_peft_adapters_load(name, base, tokens, tmp_path):
     kind, config_class, settings = CONFIGS[name]

@@ -137,7 +137,7 @@ def test_adapters_of_peft_load(name, base, tokens, tmp_path):
         assert (counted.trainable, counted.total) == module.get_nb_trainable_parameters()
 
 
-@pytest.mark.fast("two factors", "layers", "lora_ga")
+@pytest.mark.fast("layers", "two factors")
 @pytest.mark.parametrize("name", SPECS)
 def test_adapters_load_in_peft_and_here(name, base, tokens, tmp_path):
     base, spec = base("llama"), SPECS[name]

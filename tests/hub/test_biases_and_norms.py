@@ -76,6 +76,7 @@ def assert_same(found, expected, away_from) -> None:
     assert np.abs(found - away_from).max() > 0.05 * scale
 
 
+@pytest.mark.fast("all biases", "biases of two modules", "some norms")
 @pytest.mark.filterwarnings("error:.*missing adapter keys.*")
 @pytest.mark.filterwarnings("error:.*[Uu]nexpected.*")
 @pytest.mark.parametrize("name", SPECS)

@@ -39,6 +39,7 @@ def assert_same(found, expected):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
+@pytest.mark.fast("int8-float32", "nf4-bfloat16", "w8a8-bfloat16")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("quantization", ["int8", "nf4", "w8a8"])
 def test_loading_quantizes_only_the_kernels_of_blocks(saved, quantization, dtype):
@@ -52,6 +53,7 @@ def test_loading_quantizes_only_the_kernels_of_blocks(saved, quantization, dtype
         assert isinstance(leaf, jax.Array) != is_quantized_leaf(path)
 
 
+@pytest.mark.fast("*nf4")
 # 192 and 320 rows are 3 and 5 tiles. Shards in 2, 4 and 8 end inside tiles, and the scales are
 # replicated.
 # One scale of "w8a8" is for all rows.

@@ -115,7 +115,7 @@ def same_masks(monkeypatch):
     jax.clear_caches()
 
 
-@pytest.mark.fast("cat", "linear", "svd", "ties", "dare_linear_svd", "magnitude_prune")
+@pytest.mark.fast("cat", "linear", "svd")
 @pytest.mark.parametrize("kind", COMBINATION_TYPES)
 @pytest.mark.usefixtures("same_masks")
 def test_combinations_are_those_of_peft(kind, base, adapters, on_torch, tokens):

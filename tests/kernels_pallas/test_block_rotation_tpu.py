@@ -64,7 +64,7 @@ def test_interpret_runs_the_kernel():
 # Through the TPU compiler.
 
 
-@pytest.mark.fast("v5p", "v6e")
+@pytest.mark.fast("v5p")
 @pytest.mark.parametrize("chip", TOPOLOGIES)
 def test_compiles_for_every_generation(tpu, chip):
     """Compiles one shape here; the slow test below compiles all of them."""
@@ -164,6 +164,7 @@ def test_rejects_invalid_tiles():
     large.check(F32, backward=True, vmem_bytes=VMEM_BYTES["v6e"])
 
 
+@pytest.mark.slow
 def test_compiles_a_large_tile_on_a_large_chip(tpu):
     config = RotationConfig(tokens=TOKEN_TILES[0], features=4096, matrix=128)
     x = jax.ShapeDtypeStruct((2048, 4096), jnp.float32)

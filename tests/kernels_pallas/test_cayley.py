@@ -26,6 +26,7 @@ def max_orthogonality_error(q: jax.Array) -> float:
     return np.abs(np.swapaxes(q, -1, -2) @ q - np.eye(q.shape[-1])).max()
 
 
+@pytest.mark.fast("2", "3", "8", "32")
 @pytest.mark.parametrize("size", BLOCK_SIZES)
 def test_blocks_are_orthogonal_and_match_float64(size):
     entries = random_entries(3, 5, size * (size - 1) // 2)

@@ -64,6 +64,7 @@ def test_value_and_gradients(case):
     assert max(errors(found, KERNEL_CASES[case]).values()) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["an odd number of pieces, ragged rows"])
 def test_bfloat16_error_is_the_rounding_of_the_result(case):
     found = direct(KERNEL_CASES[case], BF16)
@@ -139,6 +140,7 @@ def test_interpret_runs_the_kernel(kernel_log):
     assert "pallas_call" not in text("xla") + text("auto")
 
 
+@pytest.mark.slow
 def test_under_jax_transformations():
     """Interprets the kernel under vmap, scan and remat together, and in shard_map."""
     x, _, *parameters = map(jnp.asarray, Case((8, 8), 128).arrays())
@@ -192,6 +194,7 @@ def test_index_and_frequency_orders_have_inverses():
 # Through the TPU compiler.
 
 
+@pytest.mark.fast("v6e")
 @pytest.mark.parametrize("chip", ["v4", "v6e"])
 def test_compiles_with_one_read_and_one_write(tpu, chip):
     """Compiles one shape for the chip with the least VMEM and for the newest."""
@@ -241,7 +244,7 @@ def test_unsupported_width_falls_back_to_xla_or_is_rejected(kernel_log):
         lowered("pallas")
 
 
-@pytest.mark.fast("v5p")
+@pytest.mark.slow
 @pytest.mark.parametrize("chip", ["v5e", "v5p"])
 def test_xla_form_compiles(tpu, chip):
     """XLA's form runs at other widths, and when the map is merged into a kernel."""

@@ -18,6 +18,7 @@ def models(request, pair):
     return pair(kind, **settings)
 
 
+@pytest.mark.fast("llama-left", "mistral-right", "bloom-left")
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_prefill_and_steps_agree_with_the_whole_row(models, tokens, relative_error, padding):
     theirs, model, params = models

@@ -30,7 +30,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.fast("causal", "packed", "sinks", "bidirectional window")
+@pytest.mark.fast("packed", "sinks")
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_outputs_and_gradients_agree_with_dense_attention(name, monkeypatch):
     monkeypatch.setattr(splash_attention, "_LARGEST_BLOCK", 128)

@@ -59,7 +59,7 @@ def method(request):
     return METHODS[request.param]
 
 
-@pytest.mark.fast("prefix-gemma3_text-scan_layers", "prompt-bloom-attention")
+@pytest.mark.fast("prefix-gemma3_text-scan_layers")
 @pytest.mark.parametrize(
     "execution",
     [{"scan_layers": False}, {"remat": "full"}, {"attention": "chunked"}],
@@ -96,7 +96,7 @@ def test_every_packed_sequence_begins_with_the_virtual_tokens(settings, method):
     assert_close(found[0, :7], np.concatenate(alone))
 
 
-@pytest.mark.fast("prefix-bloom")
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [LLAMA, GEMMA, BLOOM], ids=lambda one: one["model_type"])
 def test_a_cache_begins_with_the_virtual_tokens(settings, method):
     if settings is GEMMA:

@@ -375,7 +375,6 @@ def test_eight_bit_steps_follow_adamw():
 
 
 @pytest.mark.fast("muon")
-@pytest.mark.fast("muon", "sgg")
 @pytest.mark.parametrize("name", NAMES)
 def test_sharded_steps_equal_those_of_one_device(name):
     """The states are sharded as their parameters, but for scales and single numbers."""

@@ -77,7 +77,7 @@ def together(x, adapted):
     return found
 
 
-@pytest.mark.fast("hybrid-int8", "boft-none", "factors-none")
+@pytest.mark.fast("factors-none", "hybrid-int8")
 @pytest.mark.parametrize("quantization", ["none", "int8"])
 @pytest.mark.parametrize("name", METHODS)
 def test_values_and_gradients_are_those_without_a_mesh(mesh, monkeypatch, name, quantization):

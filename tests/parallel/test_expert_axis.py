@@ -39,6 +39,7 @@ KERNEL = ("layers", "mlp", "experts", "down_proj", "kernel")
 FAST = ("qwen3_moe", "expert=2, tensor=2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "mesh"),
     [

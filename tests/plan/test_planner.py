@@ -90,6 +90,7 @@ def test_plan_without_weights_and_data_agrees_with_the_compiled_step(tmp_path):
     assert "yes: it fits" in describe(plan)
 
 
+@pytest.mark.slow
 def test_activations_count_where_they_lie(tmp_path):
     """Two layers keep their inputs: 2 of 8 rows, half of 32 tokens, and 32 float32 features."""
     config = small(

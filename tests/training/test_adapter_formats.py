@@ -74,6 +74,7 @@ def test_a_hybrid_of_full_rank_is_the_same_as_a_lora(hybrid, checkpoint, tokens,
     assert load_tokenizer(tmp_path / "lora").get_vocab() == load_tokenizer(checkpoint).get_vocab()
 
 
+@pytest.mark.slow
 def test_a_small_rank_states_its_error_and_loss(hybrid, checkpoint, tokens, tmp_path):
     exported = export_adapter(hybrid, tmp_path / "lora", format="lora", rank=3)
     assert exported.rank == 3
@@ -132,6 +133,7 @@ def test_what_cannot_be_written_is_rejected_by_name(hybrid, settings, message, t
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_without_its_run_the_loss_is_not_measured(hybrid, tmp_path):
     exported = export_adapter(hybrid / "adapter", tmp_path / "lora", format="lora", rank=2)
     assert exported.loss_before is None

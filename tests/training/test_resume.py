@@ -131,6 +131,7 @@ def test_change_of_the_schedule_is_reported(source, name):
     assert "in step 4 to" in said
 
 
+@pytest.mark.fast("change_weights*")
 @pytest.mark.usefixtures("restored")
 @pytest.mark.parametrize(
     ("change", "part", "name"),

@@ -137,6 +137,7 @@ def abstract_rows(blueprint):
     )
 
 
+@pytest.mark.slow
 def test_programs_of_one_shape_share_the_compiled_pass(draw, monkeypatch):
     traces = []
     summed_loss = program.summed_loss
