@@ -53,7 +53,8 @@ METHODS = {
     "lora": LoRA(rank=2),
     "lora_on_embedding": LoRA(rank=2),
     "trainable_tokens": TrainableTokens(token_indices=(5, 1, 2, 3, 4)),
-    "lora_rank_stabilized": LoRA(rank=2, rank_stabilized=True),
+    # Scaled by alpha / sqrt(rank), its term would outweigh the base's with the default alpha.
+    "lora_rank_stabilized": LoRA(rank=2, alpha=8.0, rank_stabilized=True),
     "dora": DoRA(rank=2),
     "lora_fa": LoRAFA(rank=2),
     "adalora": AdaLoRA(rank=3),
@@ -113,17 +114,27 @@ QUANTIZED = {
 }
 """Names and quantization formats of methods tested over quantized stacked kernels."""
 VARIANTS = {
+    "ln_tuning",
     "lora_rank_stabilized",
     "lora_fa",
     "lora_ga_peft",
     "lora_one",
     "eva",
     "olora",
+    "pissa",
     "pissa_randomized",
+    "loha",
+    "lokr",
     "gralora",
+    "hira",
+    "miss",
     "shira",
+    "ia3",
+    "hra",
     "oft_exact_shared",
+    "randlora",
     "randlora_held",
+    "fourierft",
     "boft_one_factor",
     "hybrid_random_start",
     "hybrid_some_unitary",
@@ -278,9 +289,7 @@ def test_function_is_unchanged_at_init(problem: Problem) -> None:
     assert_close(apply(problem.bind(problem.start), x), apply(problem.params, x), 1e-5)
 
 
-@pytest.mark.fast(
-    "lora", "lora on int8", "lora_on_embedding", "pissa", "vera", "boft", "unitary", "hybrid"
-)
+@pytest.mark.fast("lora", "lora on int8", "lora_on_embedding", "vera", "boft", "unitary", "hybrid")
 def test_base_arrays_are_unchanged_by_training(adapter_problem: Problem) -> None:
     problem = adapter_problem
     before = jax.tree.map(np.array, problem.params)
@@ -389,9 +398,7 @@ def test_sharded_equals_unsharded(problem: Problem) -> None:
         assert_close(flatten(sharded)[path], leaf, 1e-4, path)
 
 
-@pytest.mark.fast(
-    "full", "ln_tuning", "lora", "lora on int8", "adalora", "boft", "unitary", "hybrid"
-)
+@pytest.mark.fast("full", "lora", "lora on int8", "adalora", "boft", "unitary", "hybrid")
 def test_training_converges_with_one_compilation(problem: Problem) -> None:
     first = float(problem.loss_of(problem.start.trainable))
     trained, traces = train(problem, steps=150)
