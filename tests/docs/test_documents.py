@@ -112,3 +112,18 @@ def test_commands_for_pods_match_the_topology():
     assert one == other
     mesh = make_mesh(one.parallel, find_topology("v5p:4x4x8").devices)
     draw_blueprint(one, find_model(one), mesh)
+
+
+def test_the_page_on_pods_gives_the_mesh_of_its_command():
+    text = (ROOT / "docs" / "pods.md").read_text(encoding="utf-8")
+    command = re.findall(r"\btrain\.py --distributed(?:.|\n)*?'\n", text)[0]
+    parallel = configuration_of(command).parallel
+    said = re.search(
+        r"shards the hybrid's model (\d+) times along `fsdp` and (\d+) times along `tensor`: (\d+)"
+        r" chips",
+        text.replace("\n", " "),
+    )
+    assert said is not None
+    fsdp, tensor, chips = map(int, said.groups())
+    assert (fsdp, tensor) == (parallel.fsdp, parallel.tensor)
+    assert chips == fsdp * tensor
