@@ -92,6 +92,32 @@ def indented_blocks(path: Path) -> list[int]:
     return found
 
 
+def headless_tables(text: str) -> list[int]:
+    """Returns the line numbers at which tables begin that have no header and separator.
+
+    Such rows render as text. The separator must have as many columns as the header.
+    """
+    found, fenced, first = [], False, 0
+    lines = text.splitlines()
+    for number, line in enumerate(lines, 1):
+        if line.strip().startswith("```"):
+            fenced = not fenced
+        if fenced or not line.strip().startswith("|"):
+            first = 0
+        elif not first:
+            first = number
+            below = lines[number].strip() if number < len(lines) else ""
+            is_separator = re.fullmatch(r"\|( *:?-+:? *\|)+", below)
+            if not is_separator or _columns(below) != _columns(line):
+                found.append(number)
+    return found
+
+
+def _columns(row: str) -> int:
+    """Returns the number of cells of a table's row."""
+    return len(re.findall(r"(?<!\\)\|", row)) - 1
+
+
 def make_folder(folder: Path) -> dict[str, str]:
     """Fills a folder like a copy of the repository, and returns its environment variables.
 

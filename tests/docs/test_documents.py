@@ -15,7 +15,7 @@ from peft_jax.parallel import make_mesh
 from peft_jax.plan.planner import find_model
 from peft_jax.training import RunConfig, default_config, from_config_dict
 from peft_jax.training.blueprint import draw_blueprint
-from tests.docs.pages import DOCUMENTS, ROOT
+from tests.docs.pages import DOCUMENTS, ROOT, headless_tables
 
 GENERATED = re.compile(r"settings\.md|changelog\.md|api/.*")
 """Pages that the site generates from code; its strict build checks links to them."""
@@ -127,3 +127,16 @@ def test_the_page_on_pods_gives_the_mesh_of_its_command():
     fsdp, tensor, chips = map(int, said.groups())
     assert (fsdp, tensor) == (parallel.fsdp, parallel.tensor)
     assert chips == fsdp * tensor
+
+
+@each_document
+def test_every_table_has_a_header(path: Path):
+    assert headless_tables(path.read_text(encoding="utf-8")) == []
+
+
+def test_a_row_without_a_header_is_found():
+    table = "| a | b |\n| --- | ---: |\n| 1 | 2 |\n"
+    assert headless_tables(table) == []
+    assert headless_tables(table + "\n| 3 | 4 |\n| 5 | 6 |\n") == [5]
+    assert headless_tables(table.replace("---", "--- | ---", 1)) == [1]
+    assert headless_tables("```text\n| no table |\n```\n") == []
