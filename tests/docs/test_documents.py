@@ -11,6 +11,7 @@ from configs import demo, finetune, pretrain_tiny
 from peft_jax.adapters import METHODS
 from peft_jax.cost import find_topology
 from peft_jax.data.recipes import RECIPES
+from peft_jax.models import ENCODERS, FAMILIES
 from peft_jax.parallel import make_mesh
 from peft_jax.plan.planner import find_model
 from peft_jax.training import RunConfig, default_config, from_config_dict
@@ -140,3 +141,23 @@ def test_a_row_without_a_header_is_found():
     assert headless_tables(table + "\n| 3 | 4 |\n| 5 | 6 |\n") == [5]
     assert headless_tables(table.replace("---", "--- | ---", 1)) == [1]
     assert headless_tables("```text\n| no table |\n```\n") == []
+
+
+def test_counts_match_the_registries():
+    """Families of decoders are the rows of their table, some of which have several types."""
+    models = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    decoders = models.partition("## Decoders")[2].partition("\n\nEach variant")[0]
+    rows = [line.split("|")[2] for line in decoders.splitlines() if line.startswith("| ")][2:]
+    types = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert sorted(types) == sorted(FAMILIES)
+    counts = {
+        r"(\d+)\s+methods": len(METHODS),
+        r"(\d+)\s+families\s+of\s+language\s+models": len(rows),
+        r"(\d+)\s+families\s+of\s+encoders": len(ENCODERS),
+    }
+    pages = ("README.md", "docs/index.md", "examples/quickstart.ipynb")
+    for pattern, count in counts.items():
+        said = {page: re.findall(pattern, (ROOT / page).read_text("utf-8")) for page in pages}
+        assert {int(number) for found in said.values() for number in found} == {count}
+        assert said["docs/index.md"]
+    assert re.findall(r"(\d+)\s+methods", (ROOT / "README.md").read_text("utf-8"))
