@@ -156,7 +156,7 @@ HEAD = (
     "TFLOP a step",
     "of full",
     "s a step",
-    "times less",
+    "of full",
     "utilization",
     "products",
     "memory",
@@ -193,7 +193,7 @@ def rows_of(plans: dict[str, Any]) -> list[list[str]]:
             whole = full and full["estimate"] and full["estimate"]["seconds"]
             own += [
                 f"{seconds:.2f}",
-                f"{whole / seconds:.2f}" if whole else "",
+                f"{seconds / whole:.0%}" if whole else "",
                 f"{estimate['utilization']:.0%}",
                 f"{kinds['products']:.2f}",
                 f"{kinds['memory'] + kinds['elementwise']:.2f}",
