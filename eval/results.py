@@ -7,8 +7,6 @@ from typing import Any
 
 from .tasks.names import GLUE, SUITES, Wanted
 
-_SCALES = {"bleu": 100.0, "chrf": 100.0, "mt_bench": 10.0}
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Metric:
