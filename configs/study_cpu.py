@@ -120,6 +120,8 @@ def get_config(data: str = "") -> Settings:
             " but unitary and full fine-tuning have equally many trainable parameters on a task. It"
             " shows how they compare in this setting, not how good they can be. [The paper's"
             " claims](claims.md) are set beside what is measured here.",
+            "An *arm* is a method with its settings, and a *cell* is one run of an arm."
+            " [Comparing methods](../studies.md) defines both, and the protocol.",
         ),
     }
 
