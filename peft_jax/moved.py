@@ -47,7 +47,7 @@ MOVED = {
     "peft_jax.training.progress": "peft_jax.runtime.progress",
     "peft_jax.training.summary": "peft_jax.training.report.summary",
 }
-"""Old name → new name. They go with version 0.3."""
+"""Old name → new name. The old names will be removed in version 0.3."""
 
 
 class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -66,7 +66,7 @@ class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
         new = MOVED[spec.name]
         warnings.warn(
-            f"{spec.name} is now {new}; the old name goes with peft_jax 0.3",
+            f"{spec.name} is now {new}; the old name will be removed in peft_jax 0.3",
             DeprecationWarning,
             stacklevel=2,
         )
