@@ -60,7 +60,8 @@ class MixingSettings:
     - "none": both branches take their full update. λ is reported as ½.
 
     Attributes:
-      rule: One of the rules above.
+      rule: "predicted_decrease", "proportional", "inverse", "fixed" or "none": how λ follows from
+        the branches' gradients.
       norm: "frobenius", or "rms" (Frobenius divided by the root of the number of elements), which
         is independent of the branches' sizes. For "proportional" and "inverse".
       grouping: Kernels that share one λ. "block": all kernels of a transformer block share one, and
