@@ -1,4 +1,4 @@
-"""How activations are sharded over a mesh, so that each device runs a kernel on its own shard.
+"""Declares how activations are sharded, so that each device runs a kernel on its own shard.
 
 The compiler partitions XLA's operations by itself, but not a Pallas kernel. Under `jax.set_mesh`,
 `call_per_shard` therefore wraps a kernel in `jax.shard_map`, which needs to know how the

@@ -1,4 +1,4 @@
-"""What is known of the device that a program is compiled for: platform, memory, GPU generation."""
+"""Finds the platform, memory and GPU generation of the device that a program is compiled for."""
 
 import jax
 import jax.numpy as jnp

@@ -6,8 +6,7 @@ r"""Prints every setting of a run, with its type, its default and its meaning.
     peft-jax settings --json           # for programs
     peft-jax settings --markdown       # the documentation's page
 
-What it prints are the settings of the version that is installed, methods of other packages
-included.
+The settings are those of the installed version, and include the methods of other packages.
 """
 
 import dataclasses
@@ -29,11 +28,11 @@ from peft_jax.training.settings_reference import (
 
 
 def select(sections: Sequence[Section], names: Sequence[str]) -> list[Section]:
-    """Returns the sections and settings that are named, in their order.
+    """Returns the named sections and settings, in the order of `sections`.
 
     Args:
       sections: All sections.
-      names: Names of sections, with those inside them, or of settings; all where there are none.
+      names: Names of sections, which include those inside them, or of settings; empty for all.
 
     Raises:
       ValueError: A name is neither a section's nor a setting's.
@@ -57,10 +56,10 @@ def select(sections: Sequence[Section], names: Sequence[str]) -> list[Section]:
 
 
 def to_text(sections: Sequence[Section], width: int) -> str:
-    """Returns the settings as text that wraps between words.
+    """Formats the settings as text, wrapped between words.
 
     Args:
-      sections: What to print.
+      sections: Sections to format.
       width: Number of columns.
     """
     blocks = []
@@ -81,10 +80,10 @@ def to_text(sections: Sequence[Section], width: int) -> str:
 
 @exits.command("peft_jax.settings")
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints what the command line asks for.
+    """Prints the settings that the command line names.
 
     Args:
-      argv: The command line without the program's name; None: that of this process.
+      argv: Command line without the program's name; None for that of this process.
     """
     parser = Arguments(
         "peft_jax.settings",

@@ -1,4 +1,4 @@
-"""How the unitary product's TPU kernels split the transform and the rows, and why.
+"""Splits the transform and the rows for the unitary product's TPU kernels, and says why.
 
 The transform of n = n₁ n₂ numbers is two matrix products (`kernels_pallas.unitary.fourier`). n₂ is
 128, the lanes of a TPU. A row then lies in memory as n₁ whole pieces of 128 numbers, and the second

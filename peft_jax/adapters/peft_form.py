@@ -97,8 +97,8 @@ class PeftForm(abc.ABC):
           modules: Shapes of the tensors of every adapted kernel (of one layer), by module.
 
         Raises:
-          ValueError: The shapes or the settings fit no method; the message goes on after the
-            adapter's name.
+          ValueError: The shapes or the settings fit no method. The caller puts the adapter's name
+            before the message.
         """
         raise NotImplementedError(f"{cls.__name__} is written only")
 
@@ -160,7 +160,7 @@ class PeftForm(abc.ABC):
     def check(self, tensors: Mapping[str, np.ndarray], d_in: int, d_out: int) -> None:
         """Raises ValueError if values of tensors, of the right shapes, fit no such kernel.
 
-        The message goes on after the module's name: "the adapter of … has …".
+        The caller puts the module's name before the message: "the adapter of … has …".
         """
         del tensors, d_in, d_out
 

@@ -137,7 +137,7 @@ class PrefixTuningForm(VirtualForm):
         return PrefixTuning(num_virtual_tokens=count)
 
     def settings(self) -> dict[str, Any]:
-        """Returns that there is no network."""
+        """Returns PEFT's settings, without the projection: the method has no network."""
         return {**super().settings(), "prefix_projection": False}
 
     def export(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

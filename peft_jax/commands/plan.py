@@ -44,7 +44,7 @@ def add_plan_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--search",
         action="store_true",
-        help="plan on ever larger topologies of the kind that --topology names, until it fits",
+        help="plan on larger and larger topologies of the kind in --topology, until the step fits",
     )
     group.add_argument(
         "--topology",

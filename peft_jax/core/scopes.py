@@ -46,9 +46,12 @@ _MEAN_SHARE = re.compile(r"one_of_(\d+)_rows")
 
 
 def mean_share(parts: int) -> contextlib.AbstractContextManager[None]:
-    """Marks ragged products of which a device computes one of so many rows, on average.
+    """Marks ragged products in which a device computes `1 / parts` of the rows, on average.
 
-    How many it computes depends on the data, so that the program has room for all of them.
+    The actual number depends on the data, so the program has memory for all rows.
+
+    Args:
+      parts: Number of parts that the rows are divided into; 1 marks nothing.
     """
     return jax.named_scope(f"one_of_{parts}_rows") if parts > 1 else contextlib.nullcontext()
 

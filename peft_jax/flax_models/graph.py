@@ -35,8 +35,8 @@ class NNXModel(FlaxModel):
     def __call__(self, params: Tree, *args: Any, **kwargs: Any) -> Any:
         """Returns what the module returns when it is called.
 
-        Each call begins with the state besides parameters that the module had when it was adapted.
-        To go on with changed state, or to seed random keys, use `bind`.
+        Each call starts from the non-parameter state that the module had when it was adapted. To
+        keep changed state across calls, or to seed random keys, use `bind`.
 
         Args:
           params: Parameters in this library's form, with adapters bound or not.

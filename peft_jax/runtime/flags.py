@@ -1,4 +1,4 @@
-"""Command lines: one look for every --help, and one message for what is wrong with a line."""
+"""Parses command lines: every command has the same form of --help and of error messages."""
 
 import argparse
 import difflib
@@ -87,7 +87,7 @@ class Arguments(argparse.ArgumentParser):
             self.error(f"--import={name}: there is no module {error.name}, here or installed")
 
     def near(self, flag: str) -> Iterable[str]:
-        """Returns the flags that a user may have meant by one that there is not."""
+        """Returns known flags whose names are close to an unknown one."""
         return difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.6)
 
     def _explain_unknown(self, word: str) -> str:

@@ -1,4 +1,4 @@
-"""Fine-tuning from Python with everything a run leaves behind."""
+"""Fine-tunes from Python in a work directory."""
 
 import dataclasses
 from collections.abc import Collection
@@ -36,14 +36,14 @@ from peft_jax.training.workdir import WorkDir
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingResult:
-    """What `train` has made.
+    """Result of `train`.
 
     Attributes:
-      model: The model.
-      spec: The specification, with a classifier's head among `modules_to_save`.
-      adapter: The trained arrays, as `AdapterSpec.bind` and `merge` take them.
-      summary: The result in numbers, as in `summary.json`.
-      workdir: The work directory; of one in a bucket, the copy on disk.
+      model: Model.
+      spec: Specification, with a classifier's head among `modules_to_save`.
+      adapter: Trained arrays, for `AdapterSpec.bind` and `merge`.
+      summary: Measurements of the run, as in `summary.json`.
+      workdir: Work directory on disk; for one in a bucket, its local copy.
     """
 
     model: Model
@@ -77,38 +77,40 @@ def train(
     reporter: Reporter | None = None,
     allow_changed: Collection[str] = (),
 ) -> TrainingResult:
-    """Fine-tunes a loaded checkpoint in a work directory, resuming what was stopped there.
+    """Fine-tunes a loaded model in a work directory, resuming from the latest checkpoint there.
 
-    It is the run of `train.py`, with checkpoints, held-out measurements and a report. `Trainer`
-    trains in memory, also models that come from no checkpoint, on batches of any source.
+    It does what `train.py` does, with checkpoints, held-out measurements and a report. `Trainer`
+    trains in memory instead, on batches from any source. It also trains models that were not
+    loaded from a checkpoint.
 
     Args:
-      model: The model, as `load_model` or `load_classifier` gave it.
-      params: Its parameters as they gave them. They are not changed, and what stays frozen is not
-        copied where it lies as `parallel` asks.
-      spec: The method, and the modules it applies to.
-      data: The rows; see `dataset`.
-      workdir: The folder that everything is written to, or the URL of one in a bucket.
+      model: Model from `load_model` or `load_classifier`.
+      params: Parameters from the same call. They are not changed. Frozen parameters are not copied
+        if they already have the sharding of `parallel`.
+      spec: Method, and the modules it applies to.
+      data: Rows; see `dataset`.
+      workdir: Folder for all files of the run, or the URL of one in a bucket.
       steps: Number of optimizer steps.
       epochs: Number of passes over the rows, in place of `steps`.
-      learning_rate: Peak of the schedule; by default the method's, or 1 for prodigy.
+      learning_rate: Peak of the schedule; default: that of the method, or 1 for prodigy.
       batch_size: Number of rows in a step.
       max_length: Number of tokens in a row.
       gradient_accumulation: Number of microbatches that a step's rows are divided into.
-      seed: Seed of the adapter's first values, of dropout and of the order of the rows.
-      optimizer: The optimizer and its schedule.
-      mixing: How the hybrid's branches are weighted; by default with the method's rates.
-      evaluate: When held-out rows are measured; `python -m peft_jax.settings` lists the fields of
-        this and the next sections.
-      checkpoint: When checkpoints are written.
-      parallel: The devices and what is sharded over them.
-      logging: What is written down.
-      export: What the result is written as.
-      reporter: Where messages go; the terminal by default.
-      allow_changed: "base" or "data", where they may have changed since the run began.
+      seed: Seed of the adapter's initial values, of dropout and of the order of the rows.
+      optimizer: Optimizer settings, with the schedule; default: AdamW, whose learning rate decays
+        linearly without a warm-up.
+      mixing: Mixing of the hybrid's branches; default: the method's rates.
+      evaluate: Evaluation settings. `peft-jax settings` lists the fields of this and the next
+        sections.
+      checkpoint: Checkpoint settings.
+      parallel: Sizes of the mesh's axes.
+      logging: Logging settings.
+      export: Export settings.
+      reporter: Prints messages; default: the terminal.
+      allow_changed: "base", "data" or both, if they may have changed since the run began.
 
     Raises:
-      ValueError: The model comes from no checkpoint, or a setting is wrong.
+      ValueError: The model was not loaded from a checkpoint, or a setting is wrong.
       RefusedError, InterruptedRunError, NonFiniteError, BadDataError, StorageError: As
         [`run`][peft_jax.training.loop.run] raises them.
     """
@@ -156,7 +158,7 @@ def train(
         url = f"{folder.url}/adapter" if folder.url and jax.process_index() else ""
         found, adapter = load_adapter(url or folder.adapter, model, params)
     else:
-        # The whole model is what was trained.
+        # The run trained the whole model, so it wrote no adapter.
         found = spec
         if folder.url and not any(folder.model.glob("*.safetensors")):
             raise RefusedError(
@@ -171,10 +173,10 @@ def train(
 
 
 def _dtype(params: Tree) -> Any:
-    """Returns the name of the dtype that the base's parameters have.
+    """Returns the name of the dtype of the base's parameters.
 
     Raises:
-      ValueError: They have several, or one that runs do not know.
+      ValueError: They have several dtypes, or one that runs do not support.
     """
     leaves = [leaf for leaf in flatten(params).values() if not isinstance(leaf, QArray)]
     found = {str(leaf.dtype) for leaf in leaves}

@@ -47,8 +47,8 @@ class Training:
     Attributes:
       frozen: Frozen parameters of the base model.
       constant: Constant arrays of the adapter.
-      state: Trainable arrays and optimizer state. Each step replaces it and donates its buffers, so
-        that arrays read from it before a step are deleted by it.
+      state: Trainable arrays and optimizer state. Each step replaces it and donates its buffers. A
+        step deletes arrays that were read from the state before it.
     """
 
     frozen: Tree
