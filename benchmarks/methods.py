@@ -140,8 +140,10 @@ class Bench:
             loss_fn=lambda bound, rows: summed_loss(model, bound, rows, chunk_size=CHUNK)[0],
             batches=[self._batch],
         )
-        mixing = MixingSettings() if spec.method.branches else None
-        optimizer = make_optimizer(OptimizerSettings(learning_rate=1e-4), 1000, mixing=mixing)
+        branches = spec.method.branches
+        mixing = MixingSettings() if branches else None
+        settings = OptimizerSettings(learning_rate=1e-4)
+        optimizer = make_optimizer(settings, 1000, mixing=mixing, branches=branches)
         step = TrainStep(
             model=model,
             spec=spec,

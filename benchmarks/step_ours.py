@@ -80,8 +80,9 @@ def main(options: setup.Options) -> None:
         batches=[batch],
     )
     settings = OptimizerSettings(learning_rate=setup.LEARNING_RATE)
-    mixing = MixingSettings() if method == "hybrid" else None
-    optimizer = make_optimizer(settings, 1000, mixing=mixing)
+    branches = spec.method.branches
+    mixing = MixingSettings() if branches else None
+    optimizer = make_optimizer(settings, 1000, mixing=mixing, branches=branches)
     train_step = TrainStep(
         model=model,
         spec=spec,

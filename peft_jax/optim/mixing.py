@@ -70,8 +70,9 @@ class MixingSettings:
       ema: Decay of a bias-corrected moving average of λ over steps; 0 for none.
       floor: Minimum weight of a branch; λ is clipped to [floor, 1 − floor].
       fixed: λ of the rule "fixed".
-      low_rank_rate: Factor on the learning rate of the low-rank branch. It does not affect λ.
-      rotation_rate: Factor on the learning rate of the rotation branch. It does not affect λ.
+      low_rank_rate: Factor on the learning rate of the low-rank branch. It does not affect λ. None
+        for the method's own; see `with_rates`.
+      rotation_rate: Factor on the learning rate of the rotation branch, likewise.
 
     Raises:
       ValueError: A name is not known, or a number is outside its range.
@@ -83,8 +84,8 @@ class MixingSettings:
     ema: float = 0.0
     floor: float = 0.0
     fixed: float = 0.5
-    low_rank_rate: float = 1.0
-    rotation_rate: float = 1.0
+    low_rank_rate: float | None = None
+    rotation_rate: float | None = None
 
     def __post_init__(self) -> None:
         check_choice("rule", self.rule, RULES)
@@ -102,12 +103,31 @@ class MixingSettings:
             raise ValueError(f"fixed must be between 0 and 1, but is {self.fixed!r}")
         for name in ("low_rank_rate", "rotation_rate"):
             rate = getattr(self, name)
-            if not (math.isfinite(rate) and rate >= 0.0):
+            if rate is not None and not (math.isfinite(rate) and rate >= 0.0):
                 raise ValueError(f"{name} must be finite and at least 0, but is {rate!r}")
 
     def rate(self, branch: str) -> float:
-        """Returns the factor on the learning rate of a branch."""
-        return getattr(self, MIXING_RATES[branch])
+        """Returns the factor on the learning rate of a branch; 1 where it is None."""
+        rate = getattr(self, MIXING_RATES[branch])
+        return 1.0 if rate is None else rate
+
+    def with_rates(self, branches: Mapping[str, float]) -> "MixingSettings":
+        """Returns the settings with a method's rates where theirs are None.
+
+        Args:
+          branches: Rates by branch, as the attribute `branches` of a method; 1 for one without.
+
+        Example:
+          >>> settings = MixingSettings(low_rank_rate=2.0).with_rates({"rotation": 10.0})
+          >>> settings.low_rank_rate, settings.rotation_rate
+          (2.0, 10.0)
+        """
+        rates = {
+            field: branches.get(branch, 1.0)
+            for branch, field in MIXING_RATES.items()
+            if getattr(self, field) is None
+        }
+        return dataclasses.replace(self, **rates)
 
 
 class MixingState(NamedTuple):
@@ -162,7 +182,8 @@ def hybrid_mixing(
 
     Args:
       inner: Any optimizer. It receives the extra arguments of `update`.
-      settings: Mixing settings. Default: the rule "predicted_decrease".
+      settings: Mixing settings. Default: the rule "predicted_decrease". A rate that is None is 1;
+        `settings.with_rates(spec.method.branches)` has the method's own.
 
     Returns:
       The wrapped optimizer. Its state is a `MixingState`; read λ with `mixing_weights`.

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from peft_jax.core import names_of
 from peft_jax.optim.averaging import schedule_free
 from peft_jax.optim.components import component_products, component_values
 from peft_jax.optim.directions import DIRECTIONS, PRODIGY, SCHEDULE_FREE
-from peft_jax.optim.mixing import MixingSettings, hybrid_mixing
+from peft_jax.optim.mixing import LOW_RANK, ROTATION, MixingSettings, hybrid_mixing
 from peft_jax.optim.prodigy import prodigy
 from peft_jax.optim.schedules import make_schedule
 from peft_jax.optim.settings import NO_DECAY, OptimizerSettings
@@ -25,7 +26,11 @@ def learning_rate_schedule(settings: OptimizerSettings, total_steps: int) -> opt
 
 
 def make_optimizer(
-    settings: OptimizerSettings, total_steps: int, *, mixing: MixingSettings | None = None
+    settings: OptimizerSettings,
+    total_steps: int,
+    *,
+    mixing: MixingSettings | None = None,
+    branches: Mapping[str, float] = MappingProxyType({}),
 ) -> optax.GradientTransformationExtraArgs:
     """Builds an optimizer: mixing of (clipping → direction → weight decay) → learning rate.
 
@@ -49,6 +54,7 @@ def make_optimizer(
       settings: Settings of the optimizer.
       total_steps: Number of steps of the run, at which the schedule ends.
       mixing: Mixing settings of a hybrid adapter's branches; None for no mixing.
+      branches: The method's rates, `spec.method.branches`, for those that `mixing` leaves None.
 
     Returns:
       A transformation for trees such as `AdapterState.trainable`; `update` needs the parameters.
@@ -71,6 +77,7 @@ def make_optimizer(
       [0.7, 1.6]
     """
     mask = functools.partial(decay_mask, no_decay=settings.no_decay)
+    mixing = None if mixing is None else mixing.with_rates(branches)
     if settings.name == PRODIGY:
         return _in_float32(_make_prodigy(settings, total_steps, mask, mixing))
     direction = DIRECTIONS[settings.name]
@@ -114,7 +121,7 @@ def _make_prodigy(
     ):
         raise ValueError(
             f"optimizer.name is 'prodigy', and mixing.rule is {mixing.rule!r} with"
-            f" low_rank_rate {mixing.low_rank_rate:g} and rotation_rate {mixing.rotation_rate:g},"
+            f" low_rank_rate {mixing.rate(LOW_RANK):g} and rotation_rate {mixing.rate(ROTATION):g},"
             " but prodigy estimates one learning rate for all arrays, so their steps cannot be"
             " weighted: use adamw, or mixing.rule none and both rates 1"
         )

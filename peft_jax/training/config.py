@@ -26,7 +26,7 @@ from peft_jax.core.typed_settings import (
 from peft_jax.core.validation import check_positive_int
 from peft_jax.data import DataSettings
 from peft_jax.models import ExecutionSettings
-from peft_jax.optim import MIXING_RATES, MixingSettings, OptimizerSettings
+from peft_jax.optim import MixingSettings, OptimizerSettings
 from peft_jax.parallel import MeshSettings
 from peft_jax.training.config_sections import (
     CheckpointSettings,
@@ -60,7 +60,8 @@ class RunConfig:
       init_passes: Number of passes over those microbatches: 1, or 2 and 2 more for each power
         iteration, which estimates the directions more closely.
       adapter: The adapter to start from, instead of a new one.
-      mixing: Weights of the hybrid's branches; for other methods it must be left alone.
+      mixing: Weights of the hybrid's branches; for other methods it must be left alone. Rates that
+        are None become the method's.
       data: Source of the rows.
       train: Length, learning rate and batch.
       optimizer: The optimizer and its schedule; its learning rate is that of `train`.
@@ -106,8 +107,11 @@ class RunConfig:
                 f"export.merged is true, but {self.spec.method.name} trains virtual tokens, which"
                 " cannot be merged; leave it out, and use adapter/"
             )
-        if not self.spec.method.branches:
-            changed = differences(to_mapping(MixingSettings()), to_mapping(self.mixing))
+        branches = self.spec.method.branches
+        object.__setattr__(self, "mixing", self.mixing.with_rates(branches))
+        if not branches:
+            unmixed = MixingSettings().with_rates(branches)
+            changed = differences(to_mapping(unmixed), to_mapping(self.mixing))
             for name in changed:
                 raise ValueError(
                     f"mixing.{name} is given, but only the hybrid has branches to mix, and"
@@ -200,8 +204,6 @@ def default_config() -> ConfigDict:
     """
     config = _section(RunConfig)
     del config.optimizer["learning_rate"]
-    for name in MIXING_RATES.values():
-        config.mixing[name] = FieldReference(None, field_type=object)
     method = config["method"] = config.spec
     del config["spec"]
     del method["method"]

@@ -30,7 +30,7 @@ from peft_jax.training.config_sections import (
 )
 from peft_jax.training.export import exports_adapter
 from peft_jax.training.loop import run
-from peft_jax.training.method_section import default_learning_rate, mixing_rates
+from peft_jax.training.method_section import default_learning_rate
 from peft_jax.training.workdir import WorkDir
 
 
@@ -134,7 +134,7 @@ def train(
         ),
         execution=model.execution,
         spec=spec,
-        mixing=mixing or MixingSettings(**mixing_rates(spec.method)),
+        mixing=mixing or MixingSettings(),
         data=data,
         train=TrainSettings(
             steps=steps,

@@ -10,7 +10,7 @@ from typing import Any
 from peft_jax.adapters import METHODS, AdapterSpec, TrainingMethod, method_settings
 from peft_jax.core import did_you_mean
 from peft_jax.core.typed_settings import convert, from_mapping
-from peft_jax.optim import MIXING_RATES, usual_learning_rate
+from peft_jax.optim import usual_learning_rate
 
 START_SETTINGS = MappingProxyType({"init_batches": 4, "init_passes": 1})
 """Defaults of the settings of a run that stand in the section `method` of a configuration."""
@@ -76,7 +76,7 @@ def read_method(given: Mapping[str, Any]) -> tuple[AdapterSpec, dict[str, int]]:
 
 
 def fill_in(given: dict[str, Any], method: TrainingMethod) -> None:
-    """Sets the rates that are left to the method, or to the optimizer.
+    """Sets the learning rate where it is left to the method, or to the optimizer.
 
     Args:
       given: All settings by section; modified in place.
@@ -87,23 +87,11 @@ def fill_in(given: dict[str, Any], method: TrainingMethod) -> None:
         name = optimizer.get("name") if isinstance(optimizer, Mapping) else None
         rate = default_learning_rate(method, str(name))
         given["train"] = {**given["train"], "learning_rate": rate}
-    if not isinstance(given.get("mixing", {}), Mapping):
-        return
-    mixing = dict(given.get("mixing", {}))
-    for name in MIXING_RATES.values():
-        if mixing.get(name, 0.0) is None:
-            del mixing[name]
-    given["mixing"] = mixing_rates(method) | mixing
 
 
 def default_learning_rate(method: TrainingMethod, optimizer: str) -> float:
     """Returns the peak learning rate of a method with an optimizer of the given name."""
     return usual_learning_rate(optimizer) or method.learning_rate
-
-
-def mixing_rates(method: TrainingMethod) -> dict[str, Any]:
-    """Returns the fields of `MixingSettings` that a method sets: its branches' rates."""
-    return {MIXING_RATES[branch]: factor for branch, factor in method.branches.items()}
 
 
 def _names(targets: str | tuple[str, ...]) -> str | tuple[str, ...]:

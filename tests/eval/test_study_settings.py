@@ -108,7 +108,7 @@ def test_a_trial_sets_the_rate_and_the_scale_of_the_attention(study):
     assert config.train.steps == 4
     assert task.run_config(arm, Trial(1e-2), seed=0, final=False).train.steps == 2
     other = task.run_config(study.arm("low"), Trial(1e-2), seed=1)
-    assert other.mixing == MixingSettings()
+    assert other.mixing == MixingSettings().with_rates({})
     ranks = {"both": {"rank_pattern": {"q_proj": 1}}}
     changed = dataclasses.replace(task, methods=ranks)
     config = changed.run_config(study.arm("both"), Trial(1e-2), seed=1)

@@ -147,7 +147,7 @@ class Plain:
                 low = "low_rank" in name[1]
                 share = weights[group] if low else 1 - weights[group]
                 share = 1.0 if settings.rule == "none" else share
-                rate = settings.low_rank_rate if low else settings.rotation_rate
+                rate = settings.rate("low_rank" if low else "rotation")
                 updates[name] = updates[name] * share * rate
         stacked = {}
         for path in flat:

@@ -150,6 +150,16 @@ def test_mixing_is_of_clipped_steps_and_raw_gradients(rule):
     )
 
 
+def test_branches_give_the_rates_that_the_mixing_leaves_to_the_method():
+    settings = OptimizerSettings(name="sgd", clip_norm=None, schedule=CONSTANT)
+    rates = {"low_rank": 3.0, "rotation": 5.0}
+    partial = MixingSettings(rule="none", low_rank_rate=2.0)
+    given = MixingSettings(rule="none", low_rank_rate=2.0, rotation_rate=5.0)
+    found, _ = run(make_optimizer(settings, 10, mixing=partial, branches=rates), hybrid_tree)
+    wanted, _ = run(make_optimizer(settings, 10, mixing=given), hybrid_tree)
+    assert_same(found, wanted)
+
+
 @pytest.mark.parametrize("rule", ["proportional", "inverse"])
 def test_clipping_does_not_change_mixing_weights(rule):
     mixing = MixingSettings(rule=rule)

@@ -1,5 +1,6 @@
 """Tests configurations: known keys, types of values, and conversion to mappings."""
 
+import dataclasses
 import json
 import re
 
@@ -8,6 +9,7 @@ from ml_collections import ConfigDict
 
 from peft_jax.adapters import METHODS, Hybrid
 from peft_jax.commands.config_flags import let_flags_win
+from peft_jax.optim import MixingSettings
 from peft_jax.training import RunConfig, default_config, from_config_dict
 
 
@@ -184,6 +186,23 @@ def test_targets_may_be_comma_separated_or_one_expression():
     assert expression.spec.target_modules == r".*\.(q|v)_proj"
     everything = from_config_dict(config())
     assert everything.spec.target_modules == "all-linear"
+
+
+def test_rates_of_branches_are_the_methods_unless_given():
+    base = from_config_dict(config(**{"method.name": "hybrid", "mixing.ema": 0.9}))
+    assert MixingSettings().rotation_rate is None
+    assert base.mixing.low_rank_rate == Hybrid.branches["low_rank"]
+    assert base.mixing.rotation_rate == Hybrid.branches["rotation"]
+    # In Python, as on the command line.
+    python = dataclasses.replace(base, mixing=MixingSettings(ema=0.9))
+    assert python == base
+    given = dataclasses.replace(base, mixing=MixingSettings(rotation_rate=1.0))
+    assert given.mixing.rotation_rate == 1.0
+    # A method without branches has rates of 1 in its record.
+    plain = from_config_dict(config())
+    assert plain.to_mapping()["mixing"]["rotation_rate"] == 1.0
+    with pytest.raises(ValueError, match=r"mixing.rotation_rate is given"):
+        dataclasses.replace(plain, mixing=MixingSettings(rotation_rate=3.0))
 
 
 def test_a_method_keeps_its_arrays_from_decay():

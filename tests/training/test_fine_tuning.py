@@ -6,6 +6,7 @@ import pytest
 
 import peft_jax as pj
 from peft_jax.hub.fetch import hub_name
+from peft_jax.training import fine_tuning
 from peft_jax.training.loop import run
 
 
@@ -26,6 +27,24 @@ def arguments(config):
 def losses(workdir):
     log = (workdir / "metrics.jsonl").read_text().splitlines()
     return [line.partition('"timing"')[0] for line in log]
+
+
+def test_a_mixing_without_rates_has_those_of_the_method(tiny, checkpoint, tmp_path, monkeypatch):
+    seen = {}
+
+    def stop(config, *_, **__):
+        seen["config"] = config
+        raise InterruptedError
+
+    monkeypatch.setattr(fine_tuning, "run", stop)
+    sizes = {"method.name": "hybrid", "method.block_size": 4}
+    config = tiny(**sizes, **{"mixing.ema": 0.9})
+    model, params = pj.load_model(checkpoint)
+    given = arguments(config) | {"mixing": pj.MixingSettings(ema=0.9)}
+    with pytest.raises(InterruptedError):
+        pj.train(model, params, config.spec, workdir=tmp_path, **given)
+    assert seen["config"].mixing == config.mixing
+    assert seen["config"].mixing.rotation_rate == config.spec.method.branches["rotation"]
 
 
 @pytest.mark.parametrize(
