@@ -13,6 +13,7 @@ The argument selects another method: `configs/hybrid_405b.py:method=lora`.
 
 from ml_collections import ConfigDict
 
+from peft_jax.adapters import METHODS
 from peft_jax.training import config_files
 
 
@@ -25,10 +26,11 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train.max_length = 4096
     # The fastest layouts found (docs/planning.md). Products that are saved by name leave memory for
     # large microbatches, which full fine-tuning's gradients and moments do not leave.
-    if options.method in ("full", "unitary"):
+    full = METHODS[options.method].trains_base
+    if full or options.method == "unitary":
         config.parallel.fsdp = 16
         config.parallel.tensor = 8
-        config.execution.remat = "dots" if options.method == "full" else "none"
+        config.execution.remat = "dots" if full else "none"
         config.train.gradient_accumulation = 4
     else:
         config.parallel.fsdp = 32

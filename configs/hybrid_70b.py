@@ -13,6 +13,7 @@ The argument selects another method: `configs/hybrid_70b.py:method=lora`.
 
 from ml_collections import ConfigDict
 
+from peft_jax.adapters import METHODS
 from peft_jax.training import config_files
 
 
@@ -25,7 +26,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train.max_length = 4096
     # The fastest layouts found (docs/planning.md). Full fine-tuning has no memory for rows with all
     # of their features.
-    full = options.method == "full"
+    full = METHODS[options.method].trains_base
     config.parallel.fsdp = 32 if full else 64
     config.parallel.tensor = 2 if full else 1
     config.execution.remat = "products"

@@ -13,6 +13,7 @@ The argument selects another method: `configs/hybrid_7b.py:method=lora`.
 
 from ml_collections import ConfigDict
 
+from peft_jax.adapters import METHODS
 from peft_jax.training import config_files
 
 
@@ -25,6 +26,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train.max_length = 2048
     config.parallel.fsdp = 16
     # The fastest layouts that fit (docs/planning.md).
-    config.execution.remat = "full" if options.method == "full" else "dots"
-    config.train.gradient_accumulation = 2 if options.method == "full" else 4
+    full = METHODS[options.method].trains_base
+    config.execution.remat = "full" if full else "dots"
+    config.train.gradient_accumulation = 2 if full else 4
     return config

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from peft_jax.adapters import AdapterMethod
 from peft_jax.core import AdaptedKernel, Kernel, linear
 from peft_jax.flax_models.bound_kernel import BoundKernel, KernelUseError
 
@@ -120,8 +121,9 @@ def low_rank_terms(kernel: Kernel) -> list[tuple[Array, Array]] | None:
     """Returns A and B of all adapters of a kernel; None if one is no low-rank product."""
     terms: list[tuple[Array, Array]] = []
     while isinstance(kernel, AdaptedKernel):
-        find = getattr(kernel.method, "low_rank_factors", lambda arrays: None)
-        factors = find(kernel.arrays)
+        if not isinstance(kernel.method, AdapterMethod):
+            return None
+        factors = kernel.method.low_rank_factors(kernel.arrays)
         if factors is None:
             return None
         terms.append(factors)

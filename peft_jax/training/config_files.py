@@ -5,6 +5,7 @@ A configuration is a file with `get_config(arg)`, where `arg` is what follows th
 changes some of them. A wrong name or type is rejected before anything is loaded.
 """
 
+import dataclasses
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -14,6 +15,9 @@ from peft_jax.core import did_you_mean
 from peft_jax.training.config import default_config
 
 PRECISIONS = ("bfloat16", "float32")
+
+RANK = 16
+"""Lowest rank of adapters of large models."""
 
 
 def base(*, method: str = "hybrid", precision: str = "bfloat16") -> ConfigDict:
@@ -42,7 +46,8 @@ def base(*, method: str = "hybrid", precision: str = "bfloat16") -> ConfigDict:
 def large_model(method: str) -> ConfigDict:
     """Returns the settings that configurations of large models share.
 
-    They train on instructions, recompute activations and hold few logits at once.
+    They train on instructions, recompute activations and hold few logits at once. A method whose
+    default rank is lower than `RANK` has that rank.
 
     Args:
       method: Name of a method.
@@ -59,9 +64,11 @@ def large_model(method: str) -> ConfigDict:
     config.optimizer.schedule.warmup_ratio = 0.03
     config.evaluate.every = 200
     config.checkpoint.every = 50
-    if method in ("lora", "lora_ga", "hybrid"):
-        config.method.rank = 16
-    if method in ("boft", "hybrid"):
+    defaults = {field.name: field.default for field in dataclasses.fields(METHODS[method])}
+    rank = defaults.get("rank")
+    if isinstance(rank, int) and rank < RANK:
+        config.method.rank = RANK
+    if "n_butterfly_factors" in defaults:
         # Composed, blocks of 128: the size of a matrix unit.
         config.method.block_size = 32
         config.method.n_butterfly_factors = 3

@@ -7,10 +7,10 @@ import re
 import pytest
 from ml_collections import ConfigDict
 
-from peft_jax.adapters import METHODS, Hybrid
+from peft_jax.adapters import BOFT, METHODS, Hybrid
 from peft_jax.commands.config_flags import let_flags_win
 from peft_jax.optim import MixingSettings
-from peft_jax.training import RunConfig, default_config, from_config_dict
+from peft_jax.training import RunConfig, config_files, default_config, from_config_dict
 
 
 def config(**changes) -> ConfigDict:
@@ -210,3 +210,18 @@ def test_a_method_keeps_its_arrays_from_decay():
     assert {"a", "b"} <= set(settings.applied_optimizer.no_decay)
     plain = from_config_dict(config(**{"method.name": "lora"}))
     assert plain.applied_optimizer == plain.optimizer
+
+
+def test_a_large_model_asks_a_method_for_its_rank_and_factors(monkeypatch):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Mine(BOFT):
+        rank: int = 4
+
+    monkeypatch.setitem(METHODS, "mine", Mine)
+    found = {name: config_files.large_model(name).method for name in METHODS}
+    assert found["lora"].rank == found["hybrid"].rank == found["dora"].rank == 16
+    # A larger default stays, and methods without a rank get none.
+    assert found["vera"].rank is found["boft"].rank is None
+    assert found["boft"].block_size == found["hybrid"].block_size == 32
+    assert found["lora"].block_size is None
+    assert (found["mine"].rank, found["mine"].n_butterfly_factors) == (16, 3)
