@@ -48,6 +48,7 @@ from peft_jax.training.report.summary import Totals, describe_data, summarize
 from peft_jax.training.results_text import describe_results
 from peft_jax.training.resume import Start, find_start
 from peft_jax.training.run_log import open_log
+from peft_jax.training.trainer import is_due
 from peft_jax.training.workdir import WorkDir
 
 
@@ -334,8 +335,8 @@ class TrainingLoop:
         """Evaluates, saves and stops as due after `done` steps."""
         steps, stop = self._job.steps, self._interruption.requested(done)
         ends = done in (0, steps)
-        measure = ends or _is_multiple(done, self._config.evaluate.every)
-        save = ends or _is_multiple(done, self._config.checkpoint.every)
+        measure = ends or is_due(done, self._config.evaluate.every)
+        save = ends or is_due(done, self._config.checkpoint.every)
         if not (measure or save or stop):
             return
         self._note(self._pending.drain(), progress)
@@ -392,7 +393,7 @@ class TrainingLoop:
             finite = bool(metrics["finite"])
             if "clip_factor" in metrics:
                 self._totals.count_clipping(metrics["clip_factor"])
-            due = step in (1, self._job.steps) or _is_multiple(step, self._config.logging.every)
+            due = step in (1, self._job.steps) or is_due(step, self._config.logging.every)
             if due or not finite:
                 record = self._record(step, jax.device_get(metrics))
                 record["timing"] |= timing
@@ -465,7 +466,3 @@ class TrainingLoop:
         for text in describe_results(summary, self._config, self._folder):
             self._reporter.say(text)
         return summary
-
-
-def _is_multiple(step: int, every: int) -> bool:
-    return every > 0 and step > 0 and step % every == 0

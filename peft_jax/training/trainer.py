@@ -304,8 +304,8 @@ class Trainer:
         last: bool = False,
     ) -> None:
         """Calls the hooks that are due after `done` steps."""
-        measure = last or _is_due(done, hooks.evaluate_every)
-        save = last or _is_due(done, hooks.checkpoint_every)
+        measure = last or is_due(done, hooks.evaluate_every)
+        save = last or is_due(done, hooks.checkpoint_every)
         if measure and held_out and hooks.on_evaluation is not None:
             hooks.on_evaluation(done, self.evaluate(training, held_out))
         if save and hooks.on_checkpoint is not None:
@@ -417,5 +417,6 @@ def _check_range(name: str, values: Any, size: int, limit: str) -> None:
             )
 
 
-def _is_due(step: int, every: int) -> bool:
+def is_due(step: int, every: int) -> bool:
+    """Returns whether `step` is one of every `every` steps; never if `every` is 0."""
     return every > 0 and step > 0 and step % every == 0
