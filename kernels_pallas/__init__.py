@@ -15,6 +15,11 @@ They share these modules:
 - `tpu_compiler`: the TPU compiler on a machine without a TPU.
 - `memory_traffic`: what a compiled kernel moves, beside its lower bound.
 - `shared_cases`: model widths and tolerances for tests and benchmarks.
+- `renamed`: old names of modules.
 
 Nothing here imports `peft_jax`.
 """
+
+from kernels_pallas import renamed
+
+renamed.install()

@@ -1,15 +1,10 @@
 """Modules of version 0.1 under their old names, which one minor version keeps."""
 
-import importlib
-import importlib.abc
-import importlib.machinery
-import sys
-import types
-import warnings
-from collections.abc import Iterable
+from kernels_pallas import renamed
 
 MOVED = {
     "configs.common": "peft_jax.training.config_files",
+    "eval.progress": "peft_jax.runtime.progress",
     "peft_jax.adapters.plan": "peft_jax.adapters.targets",
     "peft_jax.arguments": "peft_jax.runtime.flags",
     "peft_jax.command_line": "peft_jax.commands.config_flags",
@@ -34,6 +29,7 @@ MOVED = {
     "peft_jax.training.arithmetic": "peft_jax.training.step_flops",
     "peft_jax.training.clock": "peft_jax.runtime.clock",
     "peft_jax.training.config_flags": "peft_jax.commands.config_flags",
+    "peft_jax.training.convert": "peft_jax.core.typed_settings",
     "peft_jax.training.cpu_memory": "peft_jax.runtime.cpu_allocator",
     "peft_jax.training.errors": "peft_jax.runtime.errors",
     "peft_jax.training.files": "peft_jax.runtime.files",
@@ -50,38 +46,6 @@ MOVED = {
 """Old name → new name. The old names will be removed in version 0.3."""
 
 
-class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds a module under its old name, with a warning that gives the new one."""
-
-    def find_spec(
-        self,
-        fullname: str,
-        path: Iterable[str] | None,
-        target: types.ModuleType | None = None,
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname not in MOVED:
-            return None
-        return importlib.machinery.ModuleSpec(fullname, self)
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
-        new = MOVED[spec.name]
-        warnings.warn(
-            f"{spec.name} is now {new}; the old name will be removed in peft_jax 0.3",
-            DeprecationWarning,
-            stacklevel=2,
-        )
-        old = types.ModuleType(spec.name, f"The old name of `{new}`.")
-        module = importlib.import_module(new)
-        # PEP 562: whatever the new module has, the old one has too.
-        old.__dict__["__getattr__"] = lambda name: getattr(module, name)
-        old.__dict__["__dir__"] = lambda: dir(module)
-        return old
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        """Does nothing: the new module has been executed."""
-
-
 def install() -> None:
     """Lets modules be imported under their old names."""
-    if not any(isinstance(finder, _MovedModules) for finder in sys.meta_path):
-        sys.meta_path.append(_MovedModules())
+    renamed.install(MOVED)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from kernels_pallas.renamed import RENAMED
 from peft_jax.moved import MOVED
 
 ROOT = Path(__file__).parents[1]
@@ -25,11 +26,34 @@ def test_rooms_import_downwards_and_in_no_circle():
     assert found.returncode == 0, found.stdout + found.stderr
 
 
-@pytest.mark.parametrize("old", MOVED)
+@pytest.mark.parametrize("first", ["kernels_pallas", "peft_jax"])
+def test_all_old_names_import_in_a_new_process(first):
+    """Each package keeps its own old names, whether or not the other has been imported."""
+    names = RENAMED if first == "kernels_pallas" else MOVED | RENAMED
+    code = f"import importlib, {first}\nfor name in {list(names)}: importlib.import_module(name)"
+    found = subprocess.run(
+        [sys.executable, "-W", "always::DeprecationWarning", "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    for old, new in names.items():
+        assert f"{old} is now {new}" in found.stderr
+
+
+def test_the_kernels_import_nothing_heavy():
+    code = "import sys, kernels_pallas; sys.exit('jax' in sys.modules or 'peft_jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("old", MOVED | RENAMED)
 def test_a_moved_module_has_its_old_name_too(old):
     sys.modules.pop(old, None)
-    with pytest.warns(DeprecationWarning, match=MOVED[old]):
+    wanted = (MOVED | RENAMED)[old]
+    with pytest.warns(DeprecationWarning, match=wanted):
         module = importlib.import_module(old)
-    new = importlib.import_module(MOVED[old])
+    new = importlib.import_module(wanted)
     assert dir(module) == dir(new)
-    assert module.__getattr__("__name__") == MOVED[old]
+    assert module.__getattr__("__name__") == wanted
