@@ -15,6 +15,7 @@
 
 from peft_jax.parallel.activations import (
     active_mesh,
+    active_rules,
     constrain,
     constrain_features,
     on_mesh,
@@ -39,6 +40,7 @@ __all__ = [
     "LogicalAxisRules",
     "MeshSettings",
     "active_mesh",
+    "active_rules",
     "async_collective_options",
     "batch_sharding",
     "check_divides",

@@ -36,9 +36,9 @@ def on_mesh(mesh: Mesh, rules: LogicalAxisRules | None = None) -> Iterator[None]
 
     Args:
       mesh: Mesh of devices.
-      rules: Mesh axes by logical axis.
+      rules: Mesh axes by logical axis; None for those of the enclosing context, or the defaults.
     """
-    rules = rules or LogicalAxisRules()
+    rules = rules or active_rules()
     token = _rules.set(rules)
     try:
         with jax.set_mesh(mesh), sharded_activations(activation_axes(rules)):
@@ -66,7 +66,8 @@ def activation_axes(rules: LogicalAxisRules) -> ActivationAxes:
     )
 
 
-def _active_rules() -> LogicalAxisRules:
+def active_rules() -> LogicalAxisRules:
+    """Returns the rules of the enclosing `on_mesh`; the defaults outside of one."""
     return _rules.get() or LogicalAxisRules()
 
 
@@ -88,7 +89,7 @@ def activation_spec(shape: tuple[int, ...], axes: LogicalAxes, mesh: AbstractMes
       axes: Logical axis names of the activation.
       mesh: Mesh to shard over.
     """
-    spec = _active_rules().partition_spec(axes)
+    spec = active_rules().partition_spec(axes)
     return PartitionSpec(
         *(dividing(size, names, mesh) for size, names in zip(shape, spec, strict=True))
     )
@@ -149,5 +150,5 @@ def spans(size: int, logical: str) -> tuple[str, ...]:
     mesh = active_mesh()
     if mesh is None:
         return ()
-    axes = as_tuple(dividing(size, _active_rules().mesh_axes(logical), mesh))
+    axes = as_tuple(dividing(size, active_rules().mesh_axes(logical), mesh))
     return tuple(axis for axis in axes if mesh.shape[axis] > 1)

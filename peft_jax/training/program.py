@@ -25,6 +25,7 @@ from peft_jax.models import TrainableModel
 from peft_jax.optim import GroupClipping, evaluated_arrays
 from peft_jax.parallel import (
     LogicalAxisRules,
+    active_rules,
     async_collective_options,
     batch_sharding,
     check_divides,
@@ -312,8 +313,8 @@ class StartLoss:
 
 
 def place_rows(mesh: jax.sharding.Mesh) -> RowPlacement:
-    """Returns the shardings of batch rows on a mesh."""
-    rows = batch_sharding(mesh, LogicalAxisRules())
+    """Returns the shardings of batch rows on a mesh, by the rules of the enclosing `on_mesh`."""
+    rows = batch_sharding(mesh, active_rules())
     return RowPlacement(rows=rows, microbatches=jax.NamedSharding(mesh, jax.P(None, *rows.spec)))
 
 
@@ -338,6 +339,8 @@ def lay_out(
 ) -> Layout:
     """Shards the arrays of a step over a mesh, whose devices need not be present.
 
+    The rules are those of the enclosing `on_mesh`, or the defaults.
+
     Args:
       model: Model to train.
       spec: Specification of the adapter.
@@ -350,7 +353,7 @@ def lay_out(
     Raises:
       ValueError: A module cannot be adapted, or the mesh does not divide the model.
     """
-    rules = LogicalAxisRules()
+    rules = active_rules()
     tokens = {} if length is None else {"sequence": length}
     check_divides(model.shardable_sizes() | tokens, mesh, rules)
     adapter = spec.abstract(params)

@@ -23,7 +23,7 @@ from peft_jax.core import Tree, flatten
 from peft_jax.core.validation import check_count, check_positive_int
 from peft_jax.data import Batch, LabeledBatch
 from peft_jax.models import Model, SequenceClassifier, TrainableModel, quantization_of
-from peft_jax.parallel import MeshSettings, make_mesh, on_mesh
+from peft_jax.parallel import LogicalAxisRules, MeshSettings, active_rules, make_mesh, on_mesh
 from peft_jax.training.program import StepProgram, Training, lay_out, place_rows
 from peft_jax.training.step import LossFn, Metrics, TrainStep, call_loss, summed_loss
 
@@ -69,6 +69,7 @@ class Trainer:
       chunk_size: Number of positions whose logits are held at once.
       packed: Whether rows may have several segments; see `CausalLM.hidden_states`.
       mesh: Mesh of devices. Default: all devices, with batch rows sharded over them.
+      rules: Mesh axes by logical axis. Default: those of the enclosing `on_mesh`, if any.
       seed: Seed of the adapter's initialization and of dropout.
       init_passes: Number of backward passes over the batches of `initialize`; see
         `peft_jax.adapters.gradient_factors` and `peft_jax.adapters.input_factors`.
@@ -103,6 +104,7 @@ class Trainer:
         chunk_size: int = 1024,
         packed: bool = True,
         mesh: jax.sharding.Mesh | None = None,
+        rules: LogicalAxisRules | None = None,
         seed: int = 0,
         init_passes: int = 1,
     ):
@@ -120,6 +122,8 @@ class Trainer:
         self._chunk_size, self._packed, self._seed = chunk_size, packed, seed
         self._init_passes = init_passes
         self._mesh = make_mesh(MeshSettings()) if mesh is None else mesh
+        # Kept, because the program is compiled once, perhaps in another context.
+        self._rules = active_rules() if rules is None else rules
         self._program: StepProgram | None = None
         self._train_step: TrainStep | None = None
         self._step: Any = None
@@ -142,14 +146,16 @@ class Trainer:
         """
         quantization = quantization_of(params)
         self.model.check_params(params, quantization)
-        layout = lay_out(
-            self.model,
-            self.spec,
-            self.optimizer,
-            self._mesh,
-            params=params,
-            quantization=quantization,
-        )
+        with on_mesh(self._mesh, self._rules):
+            layout = lay_out(
+                self.model,
+                self.spec,
+                self.optimizer,
+                self._mesh,
+                params=params,
+                quantization=quantization,
+            )
+            placement = place_rows(self._mesh)
         self._program = StepProgram(
             model=self.model,
             spec=self.spec,
@@ -159,7 +165,7 @@ class Trainer:
             optimizer=self.optimizer,
             learning_rate=None,
             mesh=self._mesh,
-            placement=place_rows(self._mesh),
+            placement=placement,
             chunk_size=self._chunk_size,
             seed=self._seed,
             packed=self._packed,
@@ -192,7 +198,7 @@ class Trainer:
         """
         program = self.prepare(params)
         placed = program.place_base(params)
-        with on_mesh(self._mesh):
+        with on_mesh(self._mesh, self._rules):
             if adapter is None:
                 rows = [piece for batch in batches for piece in self._microbatches(batch)]
                 key = jax.random.key(self._seed)
@@ -220,7 +226,7 @@ class Trainer:
         program = self._prepared()
         self._check_rows(batch)
         placed = program.placement.put_microbatches(batch, self._accumulation)
-        with on_mesh(self._mesh):
+        with on_mesh(self._mesh, self._rules):
             training.state, metrics = self._step(
                 training.state, training.frozen, training.constant, placed
             )
@@ -236,7 +242,7 @@ class Trainer:
         total = weight = 0.0
         for batch in batches:
             self._check_rows(batch, microbatches=1)
-            with on_mesh(self._mesh):
+            with on_mesh(self._mesh, self._rules):
                 found = self._evaluate(
                     training.frozen, training.adapter, program.placement.put(batch)
                 )

@@ -1,5 +1,7 @@
 """Tests training in memory with any loss, optimizer and devices."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from peft_jax.adapters import AdapterSpec, Full, LoRA, LoRAGA
 from peft_jax.core import flatten
 from peft_jax.data import Batch
 from peft_jax.models import build_model
-from peft_jax.parallel import MeshSettings, make_mesh
+from peft_jax.parallel import LogicalAxisRules, MeshSettings, active_rules, make_mesh, on_mesh
 from peft_jax.training import Hooks, Trainer
 
 CONFIG = {
@@ -405,3 +407,40 @@ def test_negative_numbers_of_steps_are_rejected(model, params, batches):
         trainer.fit(params, batches, steps=-1)
     with pytest.raises(ValueError, match="evaluate_every "):
         Hooks(evaluate_every=-1)
+
+
+RULES = {"default": None, "given": LogicalAxisRules(embed=None, tokens="sequence")}
+
+
+@pytest.mark.parametrize("way", ["argument", "context"])
+def test_rules_change_the_shardings_of_the_step(way, model, params, batches):
+    mesh = make_mesh(MeshSettings(data=1, fsdp=2, tensor=2, devices=4))
+    programs, losses, specs = {}, {}, {}
+    for name, rules in RULES.items():
+        with on_mesh(mesh, rules) if way == "context" else contextlib.nullcontext():
+            given = rules if way == "argument" else None
+            trainer = Trainer(
+                model, AdapterSpec(LoRA(rank=2)), optax.sgd(0.1), mesh=mesh, rules=given
+            )
+        # The rules stay, also outside of the context.
+        training = trainer.fit(params, batches[:1])
+        program = trainer.prepare(params)
+        losses[name] = trainer.evaluate(training, batches)
+        rows = program.placement.put_microbatches(batches[0], 1)
+        with on_mesh(mesh, rules):
+            programs[name] = program.trace(rows).lower().compile().as_text()
+        specs[name] = flatten(program.params)[("layers", "self_attn", "q_proj", "kernel")].sharding
+    assert "fsdp" in str(specs["default"].spec)
+    assert "fsdp" not in str(specs["given"].spec)
+    assert programs["default"].count("all-gather") != programs["given"].count("all-gather")
+    assert losses["given"] == pytest.approx(losses["default"], rel=1e-5)
+
+
+def test_an_inner_context_keeps_the_rules_of_the_outer_one():
+    mesh, rules = make_mesh(MeshSettings(devices=1)), LogicalAxisRules(embed=None)
+    with on_mesh(mesh, rules):
+        with on_mesh(mesh):
+            assert active_rules() == rules
+        with on_mesh(mesh, LogicalAxisRules()):
+            assert active_rules() == LogicalAxisRules()
+    assert active_rules() == LogicalAxisRules()
