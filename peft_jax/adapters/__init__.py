@@ -28,7 +28,7 @@ from peft_jax.adapters.full import Full
 from peft_jax.adapters.gralora import GraLoRA
 from peft_jax.adapters.hira import HiRA
 from peft_jax.adapters.hra import HRA
-from peft_jax.adapters.hybrid import LOW_RANK, ROTATION, Hybrid
+from peft_jax.adapters.hybrid import Hybrid
 from peft_jax.adapters.ia3 import IA3
 from peft_jax.adapters.input_sketch import input_factors
 from peft_jax.adapters.ln_tuning import LNTuning
@@ -67,6 +67,7 @@ from peft_jax.adapters.trainable_tokens import TrainableTokens
 from peft_jax.adapters.unitary import Unitary
 from peft_jax.adapters.vera import VeRA
 from peft_jax.adapters.virtual_method import VirtualMethod
+from peft_jax.core import LOW_RANK, ROTATION
 
 __all__ = [
     "ALL_LINEAR",

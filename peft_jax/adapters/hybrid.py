@@ -15,13 +15,8 @@ from peft_jax.adapters.method import AdapterMethod, Arrays, Axes, GradientFactor
 from peft_jax.adapters.names import matches_name
 from peft_jax.adapters.summed_kernel import prefer_summed_kernel, rotated_kernel_sum_product
 from peft_jax.adapters.unitary import Unitary
-from peft_jax.core import Kernel, did_you_mean, name_product
+from peft_jax.core import LOW_RANK, ROTATION, Kernel, did_you_mean, name_product
 from peft_jax.core.validation import check_choice
-
-LOW_RANK = "low_rank"
-"""Key of the LoRA-GA branch in the adapter's trees."""
-ROTATION = "rotation"
-"""Key of the BOFT or unitary branch in the adapter's trees."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -41,6 +41,8 @@ from peft_jax.core.suggest import did_you_mean
 from peft_jax.core.trees import (
     EMBEDDING,
     KERNEL,
+    LOW_RANK,
+    ROTATION,
     SHARED,
     STACKED,
     TABLE,
@@ -63,6 +65,8 @@ __all__ = [
     "FORMATS",
     "KERNEL",
     "LINEAR_OUTPUT",
+    "LOW_RANK",
+    "ROTATION",
     "SHARED",
     "STACKED",
     "TABLE",

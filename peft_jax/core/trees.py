@@ -52,6 +52,12 @@ def is_experts(path: Path) -> bool:
 SHARED = "shared"
 """Key of the arrays of an adapter that all experts of a layer share."""
 
+LOW_RANK = "low_rank"
+"""Key of a hybrid adapter's low-rank branch."""
+
+ROTATION = "rotation"
+"""Key of a hybrid adapter's rotation branch."""
+
 
 def has_experts_axis(path: Path) -> bool:
     """Returns whether the second axis of the leaf at `path` is that of experts.

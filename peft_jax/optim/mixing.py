@@ -17,14 +17,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from peft_jax.core import Path, is_stacked, join_path, names_of
+from peft_jax.core import LOW_RANK, ROTATION, Path, is_stacked, join_path, names_of
 from peft_jax.core.validation import check_choice, check_fraction
-
-LOW_RANK = "low_rank"
-"""Path component of a hybrid adapter's low-rank branch."""
-
-ROTATION = "rotation"
-"""Path component of a hybrid adapter's rotation branch."""
 
 MIXING_RATES: Mapping[str, str] = MappingProxyType(
     {LOW_RANK: "low_rank_rate", ROTATION: "rotation_rate"}

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from peft_jax.core import names_of
+from peft_jax.core import LOW_RANK, ROTATION, names_of
 from peft_jax.optim.averaging import schedule_free
 from peft_jax.optim.components import component_products, component_values
 from peft_jax.optim.directions import DIRECTIONS, PRODIGY, SCHEDULE_FREE
-from peft_jax.optim.mixing import LOW_RANK, ROTATION, MixingSettings, hybrid_mixing
+from peft_jax.optim.mixing import MixingSettings, hybrid_mixing
 from peft_jax.optim.prodigy import prodigy
 from peft_jax.optim.schedules import make_schedule
 from peft_jax.optim.settings import NO_DECAY, OptimizerSettings

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
+from peft_jax.core import LOW_RANK, ROTATION
 from peft_jax.core.validation import (
     check_choice,
     check_finite,
@@ -11,7 +12,6 @@ from peft_jax.core.validation import (
 )
 from peft_jax.optim.clipping import GroupClipping
 from peft_jax.optim.directions import CONSTANTS, DIRECTIONS, OPTIMIZERS, PRODIGY, SCHEDULE_FREE
-from peft_jax.optim.mixing import LOW_RANK, ROTATION
 from peft_jax.optim.schedules import ScheduleSettings
 
 NO_DECAY = ("bias", "scale", "rotation", "r", "phases", "reflections", "low_rank")

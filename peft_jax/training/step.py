@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from peft_jax.adapters import LOW_RANK, ROTATION, AdapterSpec, AdapterState
-from peft_jax.core import Path, Tree, flatten, is_stacked
+from peft_jax.adapters import AdapterSpec, AdapterState
+from peft_jax.core import LOW_RANK, ROTATION, Path, Tree, flatten, is_stacked
 from peft_jax.core.scopes import part
 from peft_jax.data import AnyBatch, LabeledBatch
 from peft_jax.models import TrainableModel
