@@ -187,7 +187,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--adapter", help="folder of an adapter, or its name on the hub")
     add("--merge", action="store_true", help="merge the adapter into the parameters first")
-    add("--dtype", default="float32", help="parameter and compute dtype: float32 or bfloat16")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="parameter and compute dtype",
+    )
     add(
         "--quantization",
         choices=("none", "int8", "nf4", "w8a8", "w8a8g8"),
@@ -199,6 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--limit", type=float, help="number of rows per task, or a fraction of them below 1")
     add(
         "--prompts",
+        choices=("harness", "trained"),
         default="harness",
         help="harness: comparable with published numbers; trained: the prompts of training",
     )
@@ -217,7 +223,12 @@ def _parser() -> argparse.ArgumentParser:
         help="tokenize control tokens in prompts as characters; by default as in training",
     )
     add = parser.add_argument_group("execution").add_argument
-    add("--output", type=Path, help="folder of the results")
+    add(
+        "--output",
+        type=Path,
+        help="folder of the results; by default eval/ in the run's folder, and runs/eval-NAME"
+        " without a run",
+    )
     add("--batch_size", type=int, default=16, help="rows per batch")
     add("--max_length", type=int, help="maximum tokens of a text; by default the model's maximum")
     add("--seed", type=int, default=0, help="sampling seed")

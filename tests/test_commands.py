@@ -11,6 +11,7 @@ import pytest
 from peft_jax.commands import config_flags, main
 from peft_jax.commands.main import COMMANDS
 from peft_jax.runtime.errors import RefusedError
+from peft_jax.runtime.processes import ProcessSettings
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,9 +37,16 @@ def test_help_wraps_at_80_columns_and_gives_each_default(help_of, name):
     assert text.startswith(f"usage: peft-jax {name} ")
     assert [line for line in text.splitlines() if len(line) > 80] == []
     _, _, flags = text.partition("\noptions:\n")
+    required = ("--output", *(("--adapter", "--weight") if name == "combine" else ()))
     for flag in re.split(r"\n  (?=-)", flags)[1:]:
-        if not flag.startswith(("-h", "--output")):  # --output is required
+        if not flag.startswith(("-h", *required)):
             assert "default" in flag, flag
+
+
+def test_the_help_of_train_gives_the_default_of_the_settings(help_of):
+    """The parser repeats it, because reading it there would start JAX before a typo is seen."""
+    text = " ".join(help_of("train").split())
+    assert f"ends the others (default: {ProcessSettings().contact_timeout})" in text
 
 
 def test_the_help_of_train_has_its_own_flags_alone(help_of):

@@ -40,8 +40,6 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: The command line without the program's name; None: that of this process.
     """
     given = make_parser().parse_args(argv)
-    if not given.adapter:
-        raise ValueError("no adapter is given; give --adapter and --weight for each")
     if len(given.adapter) != len(given.weight):
         raise ValueError(
             f"there are {len(given.adapter)} of --adapter but {len(given.weight)} of --weight; give"
@@ -96,13 +94,13 @@ def make_parser() -> Arguments:
     add(
         "--adapter",
         action="append",
-        default=[],
+        required=True,
         help="folder of an adapter, or its name on the hub; given once for each adapter",
     )
     add(
         "--weight",
         action="append",
-        default=[],
+        required=True,
         type=float,
         help="weight of an adapter, in the order of --adapter; a negative one subtracts it",
     )

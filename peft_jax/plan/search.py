@@ -65,7 +65,7 @@ class Layout:
 
     def flags(self) -> str:
         """Returns the flags that set this layout."""
-        sizes = {**{axis: n for axis, n in self.mesh.sizes.items() if n != 1}}
+        sizes = {axis: n for axis, n in self.mesh.sizes.items() if n != 1}
         sizes.setdefault("data", 1)
         flags = [f"--config.parallel.{axis}={size}" for axis, size in sizes.items()]
         flags.append(f"--config.train.gradient_accumulation={self.microbatches}")

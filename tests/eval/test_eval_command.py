@@ -1,5 +1,6 @@
 """Tests the command end to end on real data, and its rejections."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,9 +8,14 @@ import lm_eval.tasks
 import pytest
 
 from eval import run
-from eval.command import main
+from eval.command import _parser, main
+from eval.humaneval.task import HumanEvalSettings
 from eval.model import HarnessModel
+from eval.mt_bench.task import MTBenchSettings
+from eval.sandbox import SandboxLimits
+from eval.settings import EvalSettings
 from eval.tasks.names import names_in
+from peft_jax.parallel import MeshSettings
 from peft_jax.runtime.files import locked
 
 
@@ -78,8 +84,6 @@ def test_results_resumption_and_changes(
         (["--tasks=mt_bench", "--judge=http://x/v1", "--judge_options=1"], "a JSON object"),
         (["--tasks=cola", "--limit=1.5"], "limit is 1.5"),
         (["--tasks=cola", "--batch_size=0"], "batch_size"),
-        (["--tasks=cola", "--dtype=float16"], "float32"),
-        (["--tasks=cola", "--prompts=mine"], "prompts is 'mine'"),
         (["--tasks=cola", "--chat"], "no chat template"),
         (["--tasks=cola", "--chat_template=/none"], "--chat_template is /none"),
         (["--tasks=cola", "--system=hello"], "add --chat"),
@@ -185,3 +189,35 @@ def test_a_harness_task_that_runs_code_in_this_process_is_rejected(arguments, ca
 def test_every_name_of_the_harness_is_known():
     names = names_in(Path(lm_eval.tasks.__file__).parent)
     assert names.issuperset(lm_eval.tasks.TaskManager().all_tasks)
+
+
+@pytest.mark.parametrize("flag", ["--dtype=float16", "--prompts=mine"])
+def test_a_value_that_is_no_choice_is_rejected_with_the_choices(flag, arguments, capsys):
+    with pytest.raises(SystemExit) as left:
+        main([*arguments, "--tasks=cola", flag])
+    assert left.value.code == 2
+    assert "choose from" in capsys.readouterr().err
+
+
+def test_flags_have_the_defaults_of_the_settings():
+    """The parser repeats them, because reading them there would start JAX before a typo is seen."""
+    given = vars(_parser().parse_args([]))
+    code, limits, judging = HumanEvalSettings(), SandboxLimits(), MTBenchSettings()
+    settings = {field.name: field.default for field in dataclasses.fields(EvalSettings)}
+    # Not given is None here, for what must be the run's own.
+    shared = settings.keys() & given.keys() - {"tasks", "workdir"}
+    assert {name: given[name] for name in shared} == {name: settings[name] for name in shared}
+    own = {
+        "samples_per_problem": code.samples,
+        "temperature": code.temperature,
+        "code_workers": code.workers,
+        "code_seconds": limits.seconds,
+        "code_memory_mib": limits.memory_mib,
+        "judge": judging.judge,
+        "judge_model": judging.model,
+        "judge_budget": judging.budget,
+        "judge_retries": judging.retries,
+        "judge_workers": judging.workers,
+        **{name: getattr(MeshSettings(), name) for name in ("fsdp", "tensor", "devices")},
+    }
+    assert {name: given[name] for name in own} == own

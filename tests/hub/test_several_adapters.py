@@ -241,6 +241,10 @@ def test_the_command_rejects_other_bases_and_missing_weights(base, adapters, tmp
         save_adapter(tmp_path / name, one.model, *adapters[name], one.model.origin)
         line += [f"--adapter={tmp_path / name}", f"--weight={WEIGHTS[name]}"]
     output = f"--output={tmp_path / 'out'}"
+    with pytest.raises(SystemExit) as left:
+        combine.main([output])
+    assert left.value.code == 2
+    assert "--adapter, --weight" in capsys.readouterr().err
     assert combine.main([*line[:3], output]) == 2
     assert "2 of --adapter but 1 of --weight" in capsys.readouterr().err
     assert combine.main([*line, output]) == 2
