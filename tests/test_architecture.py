@@ -1,6 +1,10 @@
 """The rooms of the house: who imports whom, and the old names of moved modules."""
 
+import ast
+import configparser
 import importlib
+import importlib.metadata
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,3 +61,38 @@ def test_a_moved_module_has_its_old_name_too(old):
     new = importlib.import_module(wanted)
     assert dir(module) == dir(new)
     assert module.__getattr__("__name__") == wanted
+
+
+def _imported(folder: str) -> set[str]:
+    """Returns the top-level names of all modules that a folder's files import."""
+    found: set[str] = set()
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found.update(alias.name.partition(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+                found.add(node.module.partition(".")[0])
+    return found - sys.stdlib_module_names - {"peft_jax", "kernels_pallas", "eval", "configs"}
+
+
+def _declared(*lists: str) -> set[str]:
+    return {
+        re.split(r"[^\w.-]", line)[0].lower().replace("_", "-")
+        for text in lists
+        for line in text.split("\n")
+        if line
+    }
+
+
+@pytest.mark.parametrize("folder", ["kernels_pallas", "peft_jax", "eval"])
+def test_what_is_imported_is_declared(folder):
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    extras = setup["options.extras_require"]
+    needed = [setup["options"]["install_requires"], extras["wandb"]]
+    declared = _declared(*needed, *([extras["eval"]] if folder == "eval" else []))
+    packages = importlib.metadata.packages_distributions()
+    for name in _imported(folder):
+        # What is not installed, as an optional package may be, is declared by its own name.
+        owners = {owner.lower().replace("_", "-") for owner in packages.get(name, [name])}
+        assert owners & declared, name
