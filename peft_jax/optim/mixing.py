@@ -116,7 +116,7 @@ class MixingSettings:
           >>> settings.low_rank_rate, settings.rotation_rate
           (2.0, 10.0)
         """
-        rates = {
+        rates: dict[str, Any] = {
             field: branches.get(branch, 1.0)
             for branch, field in MIXING_RATES.items()
             if getattr(self, field) is None
