@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32
 
 from peft_jax.core import Tree
-from peft_jax.generation.buckets import length_bucket
+from peft_jax.generation.padded_prompts import length_bucket
 from peft_jax.models import CausalLM
 from peft_jax.training.losses import chunked_token_scores
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_jax.data import DataSettings
-from peft_jax.data.files import Layout, find_splits, open_files
+from peft_jax.data.data_files import Layout, find_splits, open_files
 from peft_jax.data.tables import MemoryTable, Table
 
 from ..sandbox import TestedProgram

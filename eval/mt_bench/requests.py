@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from .files import Benchmark, Question
+from .benchmark_files import Benchmark, Question
 
 _CHARACTERS_A_TOKEN = 3.5
 """Below the average of English with common tokenizers, so that estimates are not too low."""

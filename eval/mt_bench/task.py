@@ -24,8 +24,8 @@ from ..run import Job
 from ..settings import EvalSettings
 from ..tasks.local_data import local_folder
 from ..tasks.names import Wanted
-from .budget import Budget
-from .files import Benchmark, Question, read_benchmark
+from .benchmark_files import Benchmark, Question, read_benchmark
+from .judge_budget import Budget
 from .judges import (
     JUDGMENT_TOKENS,
     EndpointJudge,

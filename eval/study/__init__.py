@@ -5,7 +5,7 @@ cell is one run: an arm on a task, with a trial and a seed.
 
 - [`settings`][eval.study.settings]: `StudySettings`, the arms, tasks and seeds.
 - [`trials`][eval.study.trials]: `Grid`, the search for the best trial.
-- [`budget`][eval.study.budget]: Checks that arms have one size.
+- [`adapter_sizes`][eval.study.adapter_sizes]: Checks that arms have one size.
 - [`bench`][eval.study.bench]: `Bench`, a task's model, data and programs, which all cells share.
 - [`trial_optimizer`][eval.study.trial_optimizer]: Learning rates as a part of the state.
 - [`measuring`][eval.study.measuring]: Losses and calibration of rows.

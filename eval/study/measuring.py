@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from peft_jax.core import Tree, linear
 from peft_jax.data import AnyBatch, LabeledBatch
-from peft_jax.training.classification import classifier_outputs
+from peft_jax.training.classifier_evaluation import classifier_outputs
 
 BINS = 15
 """Number of equally wide bins of confidence."""

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 
 from peft_jax.runtime.compiled_programs import free_compiled_programs
 
+from .adapter_sizes import check_budget
 from .bench import Bench
-from .budget import check_budget
 from .cell import Cell, train_cell
 from .facts import facts_digest, task_facts
 from .settings import ArmSettings, StudySettings, TaskSettings

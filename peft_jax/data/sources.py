@@ -11,7 +11,7 @@ import grain
 import numpy as np
 
 from peft_jax.core import did_you_mean
-from peft_jax.data.files import is_data_file, missing_file_message, split_of
+from peft_jax.data.data_files import is_data_file, missing_file_message, split_of
 from peft_jax.data.recipes.base import HubHome, Recipe
 from peft_jax.data.settings import DataSettings
 from peft_jax.data.tables import AlignedTable, ArrowTable, LanguagesTable, SelectedTable, Table

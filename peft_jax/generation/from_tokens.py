@@ -13,9 +13,9 @@ from jaxtyping import Int32, UInt32
 
 from peft_jax.adapters import StackedAdapters
 from peft_jax.core import VIRTUAL, Tree, VirtualTokens
-from peft_jax.generation.buckets import PaddedPrompts, length_bucket
 from peft_jax.generation.decoding import Controls, DecodeState, read_prompts, write_tokens
 from peft_jax.generation.ends import end_tokens
+from peft_jax.generation.padded_prompts import PaddedPrompts, length_bucket
 from peft_jax.generation.sampling import Sampling
 from peft_jax.generation.settings import GenerationSettings
 from peft_jax.generation.stats import GenerationStats, Stopwatch

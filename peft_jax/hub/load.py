@@ -36,7 +36,7 @@ from peft_jax.models import (
     build_classifier,
     build_model,
 )
-from peft_jax.models.packing import is_packed
+from peft_jax.models.packed_kernels import is_packed
 
 Shardings = Tree | jax.sharding.Sharding | Callable[[Model], Tree]
 """A tree of shardings, one sharding for all leaves, or a function from a model to the tree."""

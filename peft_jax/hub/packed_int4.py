@@ -21,7 +21,7 @@ from jaxtyping import Float32, Int, Int32
 
 from peft_jax.hub.packed_tensors import PackedKernel, Range, check_part, read_part
 from peft_jax.hub.tensors import DTYPES, StoredTensor
-from peft_jax.models.packing import Packing
+from peft_jax.models.packed_kernels import Packing
 
 _IN_WORD = 8
 _IN_ORDER = np.arange(_IN_WORD)

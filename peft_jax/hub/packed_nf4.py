@@ -21,7 +21,7 @@ from jaxtyping import Float32
 
 from peft_jax.hub.packed_tensors import PackedKernel, Range, check_part, read_part
 from peft_jax.hub.tensors import StoredTensor
-from peft_jax.models.packing import Packing
+from peft_jax.models.packed_kernels import Packing
 
 _STATE = ".quant_state.bitsandbytes__nf4"
 

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from peft_jax.hub.tensors import StoredTensor
-from peft_jax.models.packing import Packing
+from peft_jax.models.packed_kernels import Packing
 
 _AT_ONCE = 2**22
 """Number of values unpacked at once, approximately."""

@@ -8,7 +8,7 @@ from peft_jax.hub.packed_int4 import AwqKernel, GptqKernel
 from peft_jax.hub.packed_nf4 import Nf4Kernel
 from peft_jax.hub.packed_tensors import PackedKernel
 from peft_jax.hub.tensors import StoredTensor
-from peft_jax.models.packing import AWQ, FP8, GPTQ, NF4, is_packed, read_packing
+from peft_jax.models.packed_kernels import AWQ, FP8, GPTQ, NF4, is_packed, read_packing
 
 _KINDS: dict[str, type[PackedKernel]] = {
     NF4: Nf4Kernel,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from peft_jax.core import did_you_mean
-from peft_jax.models.packing import read_packing
+from peft_jax.models.packed_kernels import read_packing
 
 _IRRELEVANT = frozenset(
     {
@@ -234,7 +234,7 @@ class AttributeTable:
       read: Attributes that the family's configuration is built from.
       irrelevant: Attributes that do not change the logits, besides those common to all families.
       fixed: Attributes implemented for the listed values only.
-      unpacks: Whether packed kernels are read; see `peft_jax.models.packing`.
+      unpacks: Whether packed kernels are read; see `peft_jax.models.packed_kernels`.
     """
 
     family: str

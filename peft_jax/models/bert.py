@@ -20,12 +20,12 @@ from peft_jax.core.validation import (
     check_positive,
     check_positive_int,
 )
-from peft_jax.models.activations import ACTIVATIONS
 from peft_jax.models.attention import make_attention
 from peft_jax.models.attention_layout import Attend, AttentionLayout
 from peft_jax.models.blocks import run_blocks, stack_blocks
 from peft_jax.models.execution import ExecutionSettings
 from peft_jax.models.layers import Embedding, LayerNorm, Linear, recomputed
+from peft_jax.models.nonlinearities import ACTIVATIONS
 
 Hidden = Float[Array, "batch tokens embed"]
 

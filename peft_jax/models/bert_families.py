@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from peft_jax.core.validation import check_positive_int
-from peft_jax.models.activations import read_activation
 from peft_jax.models.attributes import AttributeTable, given, require
 from peft_jax.models.bert import Bert, BertConfig
 from peft_jax.models.encoder_attributes import (
@@ -15,6 +14,7 @@ from peft_jax.models.encoder_attributes import (
 )
 from peft_jax.models.family import Family
 from peft_jax.models.naming import Naming
+from peft_jax.models.nonlinearities import read_activation
 
 _READ = frozenset(
     {

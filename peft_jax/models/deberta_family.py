@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from peft_jax.models.activations import read_activation
 from peft_jax.models.attributes import AttributeTable, given, require
 from peft_jax.models.deberta import Deberta, DebertaConfig
 from peft_jax.models.encoder_attributes import (
@@ -14,6 +13,7 @@ from peft_jax.models.encoder_attributes import (
 )
 from peft_jax.models.family import Family
 from peft_jax.models.naming import CLASSIFIER, Naming
+from peft_jax.models.nonlinearities import read_activation
 
 _DEBERTA = AttributeTable(
     family="deberta-v2",

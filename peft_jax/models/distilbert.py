@@ -12,13 +12,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from peft_jax.core.scopes import part
-from peft_jax.models.activations import ACTIVATIONS
 from peft_jax.models.attention import make_attention
 from peft_jax.models.attention_layout import Attend, AttentionLayout
 from peft_jax.models.bert import BertConfig, BertEmbeddings, Hidden
 from peft_jax.models.blocks import run_blocks, stack_blocks
 from peft_jax.models.execution import ExecutionSettings
 from peft_jax.models.layers import LayerNorm, Linear, recomputed
+from peft_jax.models.nonlinearities import ACTIVATIONS
 
 
 def _linear(config: BertConfig, d_in: int, d_out: int, axes: tuple[str, str]) -> Linear:

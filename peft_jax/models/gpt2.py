@@ -12,12 +12,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from peft_jax.core.validation import check_choice
-from peft_jax.models.activations import ACTIVATIONS
 from peft_jax.models.cache import LayerCache
 from peft_jax.models.decoder import Decoder, DecoderConfig, Hidden, Surroundings
 from peft_jax.models.decoder_parts import MLP, Attention, Keys, Queries, linear_map
 from peft_jax.models.execution import ExecutionSettings
 from peft_jax.models.layers import LayerNorm, Linear, parameter
+from peft_jax.models.nonlinearities import ACTIVATIONS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from peft_jax.models.activations import read_activation
 from peft_jax.models.attributes import AttributeTable, given, require
 from peft_jax.models.family import Family
 from peft_jax.models.gpt2 import GPT2, GPT2Config
 from peft_jax.models.layer_types import LayerType
 from peft_jax.models.naming import Naming
+from peft_jax.models.nonlinearities import read_activation
 
 _GPT2 = AttributeTable(
     family="gpt2",

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from peft_jax.models.activations import read_activation
 from peft_jax.models.attributes import AttributeTable, given
 from peft_jax.models.common_attributes import COMMON, read_sizes
 from peft_jax.models.family import Family
 from peft_jax.models.gpt_neox import GPTNeoX, GPTNeoXConfig
 from peft_jax.models.layer_types import LayerType
 from peft_jax.models.naming import Naming
+from peft_jax.models.nonlinearities import read_activation
 from peft_jax.models.rope_attributes import read_rotary
 
 _GPT_NEOX = AttributeTable(

@@ -18,13 +18,13 @@ from jaxtyping import Array, Float, Float32, Int
 
 from peft_jax.core.scopes import part
 from peft_jax.core.validation import check_choice, check_positive, check_positive_int
-from peft_jax.models.activations import ACTIVATIONS
 from peft_jax.models.attention import make_attention
 from peft_jax.models.attention_layout import Attend, AttentionLayout
 from peft_jax.models.bert import Hidden
 from peft_jax.models.blocks import RunBlock, run_blocks, stack_blocks
 from peft_jax.models.execution import ExecutionSettings
 from peft_jax.models.layers import Embedding, LayerNorm, Linear, recomputed
+from peft_jax.models.nonlinearities import ACTIVATIONS
 from peft_jax.models.rope import RotarySettings, rotate
 
 Rotation = tuple[Float32[Array, "batch tokens pairs"], Float32[Array, "batch tokens pairs"]]

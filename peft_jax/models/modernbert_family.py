@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from peft_jax.models.activations import read_activation
 from peft_jax.models.attributes import AttributeTable, given, require
 from peft_jax.models.encoder_attributes import IRRELEVANT, read_labels
 from peft_jax.models.family import Family
 from peft_jax.models.modernbert import GLOBAL, LOCAL, POOLINGS, ModernBert, ModernBertConfig
 from peft_jax.models.naming import CLASSIFIER, Naming
+from peft_jax.models.nonlinearities import read_activation
 from peft_jax.models.rope import RotarySettings
 from peft_jax.models.rope_attributes import read_rotary
 

@@ -2,8 +2,8 @@
 
 - [`mesh`][peft_jax.parallel.mesh]: `make_mesh`, `MeshSettings`.
 - [`rules`][peft_jax.parallel.rules]: `LogicalAxisRules`, `sharding_tree`, `batch_sharding`.
-- [`activations`][peft_jax.parallel.activations]: `on_mesh`, the context for tracing programs;
-  `constrain`, `over_shards`.
+- [`activation_sharding`][peft_jax.parallel.activation_sharding]: `on_mesh`, the context for
+  tracing programs; `constrain`, `over_shards`.
 - [`column_products`][peft_jax.parallel.column_products]: `column_products`, of one input with
   several kernels.
 - [`integer_rows`][peft_jax.parallel.integer_rows]: `integer_row_product`, of 8-bit integers where a
@@ -13,7 +13,7 @@
 - [`expert_shards`][peft_jax.parallel.expert_shards]: `mix_experts`, over experts on a mesh.
 """
 
-from peft_jax.parallel.activations import (
+from peft_jax.parallel.activation_sharding import (
     active_mesh,
     active_rules,
     constrain,

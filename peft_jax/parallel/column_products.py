@@ -35,7 +35,7 @@ from peft_jax.core import (
     quantized_axes,
 )
 from peft_jax.core.quantized import INTEGER_FORMATS
-from peft_jax.parallel.activations import LogicalAxes, activation_spec, active_mesh
+from peft_jax.parallel.activation_sharding import LogicalAxes, activation_spec, active_mesh
 from peft_jax.parallel.rules import as_tuple
 
 _RESIDUAL = "embed"

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Float32, Int
 from kernels_pallas.layout import use_layout
 from peft_jax.core import LINEAR_OUTPUT
 from peft_jax.core.scopes import mean_share
-from peft_jax.parallel.activations import LogicalAxes, activation_spec, active_mesh, spans
+from peft_jax.parallel.activation_sharding import LogicalAxes, activation_spec, active_mesh, spans
 from peft_jax.parallel.rules import as_tuple
 
 Route = Callable[

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from qwix import QArray
 
 from peft_jax.core.integer_products import local_integer_product
-from peft_jax.parallel.activations import activation_spec, active_mesh
+from peft_jax.parallel.activation_sharding import activation_spec, active_mesh
 from peft_jax.parallel.rules import as_tuple
 
 _RESIDUAL = "embed"

@@ -14,7 +14,7 @@ from peft_jax.adapters import AdapterSpec, AdapterState
 from peft_jax.core import Tree
 from peft_jax.data import Batch, EvalData, Example
 from peft_jax.models import CausalLM, SequenceClassifier
-from peft_jax.training.classification import ClassifierEvaluator
+from peft_jax.training.classifier_evaluation import ClassifierEvaluator
 from peft_jax.training.losses import chunked_token_scores
 from peft_jax.training.placement import RowPlacement
 from peft_jax.training.prepare import Job

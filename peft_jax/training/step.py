@@ -16,7 +16,7 @@ from peft_jax.data import AnyBatch, LabeledBatch
 from peft_jax.models import TrainableModel
 from peft_jax.optim import GroupClipping, mixing_weights
 from peft_jax.parallel import constrain
-from peft_jax.training.classification import classifier_outputs
+from peft_jax.training.classifier_evaluation import classifier_outputs
 from peft_jax.training.losses import chunked_cross_entropy
 from peft_jax.training.state import TrainState
 

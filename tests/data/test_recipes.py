@@ -6,8 +6,8 @@ import scipy.stats
 
 from peft_jax.data import RECIPES, DataSettings, get_recipe
 from peft_jax.data.bad_rows import BadRowError
+from peft_jax.data.data_files import open_file
 from peft_jax.data.examples import prompt_and_completion
-from peft_jax.data.files import open_file
 from peft_jax.data.recipes.gsm8k import final_number
 from peft_jax.data.recipes.measures import chrf, f1, matthews_correlation, pearson, spearman
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_jax.data.bad_rows import BadRowError
-from peft_jax.data.files import Layout, find_splits, open_file, open_lines, split_of
+from peft_jax.data.data_files import Layout, find_splits, open_file, open_lines, split_of
 from peft_jax.data.record_table import (
     find_csv_records,
     find_json_items,

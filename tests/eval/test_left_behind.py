@@ -5,7 +5,7 @@ import json
 import pytest
 
 from eval.command import main
-from eval.mt_bench.files import read_benchmark
+from eval.mt_bench.benchmark_files import read_benchmark
 from eval.responses import ResponseStore
 from eval.results import Metric, TaskResult
 from eval.run import OutputFolder, _build

@@ -13,8 +13,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from eval.mt_bench.benchmark_files import TEMPERATURES, read_benchmark
 from eval.mt_bench.exchange import TooLongError, exchange
-from eval.mt_bench.files import TEMPERATURES, read_benchmark
 from eval.mt_bench.judges import (
     EndpointJudge,
     FatalJudgeError,

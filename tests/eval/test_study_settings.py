@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from small_study import fake_cells, small_study, without_source
 
 from eval.study import recheck, settings
-from eval.study.budget import TOLERANCE, check_budget, trainable_sizes
+from eval.study.adapter_sizes import TOLERANCE, check_budget, trainable_sizes
 from eval.study.cell import averaged
 from eval.study.command import load_study
 from eval.study.convergence import steps_to_match

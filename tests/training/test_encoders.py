@@ -15,7 +15,7 @@ from peft_jax.hub import load_adapter, load_classifier, save_adapter, save_model
 from peft_jax.models import build_classifier
 from peft_jax.parallel import MeshSettings, batch_sharding, make_mesh
 from peft_jax.training import RefusedError, run
-from peft_jax.training.classification import ClassifierEvaluator, classifier_outputs
+from peft_jax.training.classifier_evaluation import ClassifierEvaluator, classifier_outputs
 from peft_jax.training.placement import RowPlacement
 
 METHODS = ("full", "lora", "lora_ga", "boft", "unitary", "hybrid")

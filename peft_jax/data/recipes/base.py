@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 from peft_jax.core import did_you_mean
 from peft_jax.data.bad_rows import BadRowError
+from peft_jax.data.data_files import Layout, find_splits, open_file, open_files
 from peft_jax.data.examples import Conversation, Example, prompt_and_completion
-from peft_jax.data.files import Layout, find_splits, open_file, open_files
 from peft_jax.data.rows import Row
 from peft_jax.data.settings import DataSettings, TooLong
 from peft_jax.data.tables import Table

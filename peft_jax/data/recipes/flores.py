@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from peft_jax.core import did_you_mean
+from peft_jax.data.data_files import open_lines, split_of
 from peft_jax.data.examples import Example
-from peft_jax.data.files import open_lines, split_of
 from peft_jax.data.recipes.base import HubHome, Recipe
 from peft_jax.data.recipes.measures import chrf
 from peft_jax.data.rows import Row

@@ -16,7 +16,7 @@ import numpy as np
 
 from peft_jax.core import did_you_mean
 from peft_jax.data.bad_rows import BadRowError, as_bad_row
-from peft_jax.data.files import is_data_file, words_of
+from peft_jax.data.data_files import is_data_file, words_of
 from peft_jax.data.recipes.base import HubHome, Recipe
 from peft_jax.data.recipes.classification import Classification
 from peft_jax.data.recipes.glue import ENTAILMENT

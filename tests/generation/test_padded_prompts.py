@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from peft_jax.generation import GenerationSettings, from_tokens, generate
-from peft_jax.generation.buckets import PaddedPrompts, batch_bucket, length_bucket
 from peft_jax.generation.decoding import Controls, read_prompts, write_tokens
+from peft_jax.generation.padded_prompts import PaddedPrompts, batch_bucket, length_bucket
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
