@@ -8,7 +8,6 @@ from peft_jax.adapters import LoRA, LoRAFA
 from peft_jax.core import AdaptedKernel, linear
 
 
-@pytest.mark.fast("method1-True")
 @pytest.mark.parametrize(("method", "kept"), [(LoRAFA(rank=2), False), (LoRA(rank=2), True)])
 def test_the_input_is_kept_for_the_gradient_of_a_only(method, kept, key):
     # With more tokens, A B is added to the kernel, which keeps only x for LoRA.
