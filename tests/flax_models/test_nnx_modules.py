@@ -36,9 +36,7 @@ def transformer():
     [
         (pj.LoRA(rank=2), r".*"),
         (pj.HRA(rank=2), "all-linear"),
-        pytest.param(
-            pj.BOFT(block_size=2, n_butterfly_factors=2), "all-linear", marks=pytest.mark.slow
-        ),
+        (pj.BOFT(block_size=2, n_butterfly_factors=2), "all-linear"),
         (pj.DoRA(rank=2), ("query", "up", "stack", "mix")),
     ],
     ids=lambda value: getattr(value, "name", ""),

@@ -83,7 +83,7 @@ def expect_equal(found, expected) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernels", ["auto", pytest.param("interpret", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kernels", ["auto", "interpret"])
 def test_every_implementation_takes_the_same_step(alone, kernels, kernel_log):
     expect_equal(take_step(kernels=kernels, remat="full"), alone)
     chosen = {
