@@ -44,7 +44,7 @@ def test_help_wraps_at_80_columns_and_gives_each_default(help_of, name):
 
 
 def test_the_help_of_train_gives_the_default_of_the_settings(help_of):
-    """The parser repeats it, because reading it there would start JAX before a typo is seen."""
+    """The parser states the default itself, so that it reports a typo before JAX starts."""
     text = " ".join(help_of("train").split())
     assert f"ends the others (default: {ProcessSettings().contact_timeout})" in text
 

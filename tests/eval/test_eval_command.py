@@ -200,7 +200,7 @@ def test_a_value_that_is_no_choice_is_rejected_with_the_choices(flag, arguments,
 
 
 def test_flags_have_the_defaults_of_the_settings():
-    """The parser repeats them, because reading them there would start JAX before a typo is seen."""
+    """The parser states the defaults itself, so that it reports a typo before JAX starts."""
     given = vars(_parser().parse_args([]))
     code, limits, judging = HumanEvalSettings(), SandboxLimits(), MTBenchSettings()
     settings = {field.name: field.default for field in dataclasses.fields(EvalSettings)}
